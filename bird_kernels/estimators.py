@@ -1,0 +1,138 @@
+r"""From eight numbers of two Gram matrices to a value and the derivatives that a backward needs.
+
+HSIC and CKA, biased or unbiased, are functions of the same eight moments of two kernel matrices K and L::
+
+    kl, kk, ll       <K,L>, <K,K>, <L,L>                  (elementwise inner products)
+    r_kl, r_kk, r_ll inner products of the row sums of K and L
+    t_k, t_l         the totals of K and L
+
+    HSIC(K, L) = (kl + alpha * r_kl + beta * t_k * t_l) / norm
+
+    biased    alpha = -2/n,      beta = 1/n**2,            norm = (n-1)**2      (Gretton et al. 2005)
+    unbiased  alpha = -2/(n-2),  beta = 1/((n-1)(n-2)),    norm = n(n-3)        (Song et al. 2012, HSIC_1)
+
+    CKA(K, L)  = HSIC(K,L) / sqrt(HSIC(K,K) * HSIC(L,L))                        (Kornblith et al. 2019)
+
+For the unbiased estimator the diagonals of K and L count as zero. With centred columns the row sums of a linear Gram
+matrix vanish, so the biased moments are the first three alone, and the unbiased ones follow from the squared row norms
+(see `linear_moments`).
+
+Everything here works on Python floats and on 0-d fp64 tensors alike: the CPU reads its eight numbers once and goes on in
+floats (a dozen 0-d tensor operations cost more than the Gram matrices at n = 128), a GPU stays on the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from .types import Estimator, Statistic
+
+Scalar: TypeAlias = "float | torch.Tensor"
+
+MIN_ROWS = {"biased": 2, "unbiased": 4}
+
+
+class Moments(NamedTuple):
+    """The eight numbers of the module's docstring; floats or 0-d fp64 tensors."""
+
+    kl: Scalar
+    kk: Scalar
+    ll: Scalar
+    r_kl: Scalar = 0.0
+    r_kk: Scalar = 0.0
+    r_ll: Scalar = 0.0
+    t_k: Scalar = 0.0
+    t_l: Scalar = 0.0
+
+
+class Combined(NamedTuple):
+    """A statistic and its derivatives with respect to ``kl``, ``kk`` and ``ll``."""
+
+    value: Scalar
+    d_kl: Scalar
+    d_kk: Scalar
+    d_ll: Scalar
+
+
+class Coefficients(NamedTuple):
+    """What the backward of a linear kernel needs besides the features; saved as one fp64 vector.
+
+    The derivatives are those of the *scaled* features' moments: features were multiplied by the powers of two ``scale_x``
+    and ``scale_y``. ``kl``, ``kk``, ``ll`` are the products they belong to (they size the half-precision operands),
+    ``sum_k`` and ``sum_l`` the sums of the squared row norms (unbiased only), ``n`` the rows that count.
+    """
+
+    d_kl: Scalar
+    d_kk: Scalar
+    d_ll: Scalar
+    kl: Scalar
+    kk: Scalar
+    ll: Scalar
+    sum_k: Scalar
+    sum_l: Scalar
+    scale_x: Scalar
+    scale_y: Scalar
+    n: Scalar
+
+
+def linear_moments(products: tuple[Scalar, Scalar, Scalar], norms: tuple[Scalar, ...] | None) -> Moments:
+    """Moments of two linear Gram matrices of column-centred features.
+
+    ``products`` are <K,L>, <K,K>, <L,L>, *without* the diagonals when ``norms`` is given (unbiased): then the row sums of
+    the hollow matrices are minus their diagonals kappa and lambda, and ``norms`` holds <kappa,lambda>, <kappa,kappa>,
+    <lambda,lambda>, sum(kappa), sum(lambda).
+    """
+    if norms is None:
+        return Moments(*products)
+    return Moments(*products, norms[0], norms[1], norms[2], -norms[3], -norms[4])
+
+
+def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, eps: float) -> Combined:
+    """The closed form of the module's docstring and its gradient.
+
+    A side without variance has CKA 0 and zero derivatives. Its self-HSIC is a difference of ``kk``, ``r_kk`` and ``t_k``,
+    so "without" means: not above ``eps`` (the rounding unit of the Gram matrices) times the sum of their magnitudes.
+    NaN and Inf stay visible. Fewer rows than the estimator needs give NaN (a masked call cannot raise without a
+    host sync).
+    """
+    enough = n >= MIN_ROWS[estimator]
+    n = _where(enough, n, 4.0)
+    if estimator == "biased":
+        alpha, beta, norm = -2.0 / n, 1.0 / (n * n), (n - 1.0) * (n - 1.0)
+    else:
+        alpha, beta, norm = -2.0 / (n - 2.0), 1.0 / ((n - 1.0) * (n - 2.0)), n * (n - 3.0)
+    valid = _where(enough, 1.0, float("nan"))
+
+    kl = m.kl + alpha * m.r_kl + beta * m.t_k * m.t_l
+    if statistic == "hsic":
+        return Combined(valid * kl / norm, valid / norm, 0.0 * kl, 0.0 * kl)
+
+    kk, k_dead = _self_hsic(m.kk, m.r_kk, m.t_k, alpha, beta, eps)
+    ll, l_dead = _self_hsic(m.ll, m.r_ll, m.t_l, alpha, beta, eps)
+    alive = _where(k_dead | l_dead, 0.0, valid)
+    d_kl = alive / (kk**0.5 * ll**0.5)
+    cka = kl * d_kl
+    d_kk, d_ll = -0.5 * cka / kk, -0.5 * cka / ll
+    if statistic == "cka":
+        return Combined(cka, d_kl, d_kk, d_ll)
+    return Combined(1.0 - cka, -d_kl, -d_kk, -d_ll)
+
+
+def _self_hsic(
+    kk: Scalar, r_kk: Scalar, t_k: Scalar, alpha: Scalar, beta: Scalar, eps: float
+) -> tuple[Scalar, Scalar]:
+    """HSIC(K,K) * norm, made safe to divide by, and whether it vanishes."""
+    rows, total = alpha * r_kk, beta * t_k * t_k
+    value = kk + rows + total
+    dead = value <= eps * (
+        kk - rows + total
+    )  # alpha < 0: the bracket is the sum of magnitudes; False for NaN
+    return _where(dead, 1.0, value), dead
+
+
+def _where(condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b

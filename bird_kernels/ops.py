@@ -1,0 +1,176 @@
+r"""How PyTorch sees the operators: schema, shapes without data, autograd, vmap. The only file that names torch.library.
+
+``bird::alignment`` computes a statistic and what its backward needs, ``bird::alignment_backward`` the gradients. Both are
+opaque to torch.compile. Autograd is attached by two `torch.autograd.Function` with a separate ``setup_context``:
+`torch.library.register_autograd` generates one without it, which torch.func.grad refuses (torch 2.15), and costs no less.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, reference
+from .types import Problem, Stash
+
+
+class Spec(NamedTuple):
+    """The non-tensor arguments of both operators, in schema order."""
+
+    statistic: str
+    estimator: str
+    route: str
+    backend: str
+    precision: str | None
+    x_grad: bool
+    y_grad: bool
+
+
+_SPEC = "str statistic, str estimator, str route, str backend, str? precision, bool x_grad, bool y_grad"
+_STASH = ", ".join(f"Tensor {name}" for name in Stash._fields)
+
+torch.library.define(
+    "bird::alignment",
+    f"(Tensor x, Tensor y, Tensor? mask, {_SPEC}) -> (Tensor value, {_STASH})",
+)
+torch.library.define(
+    "bird::alignment_backward",
+    f"(Tensor grad, Tensor x, Tensor y, Tensor? mask, {_STASH}, {_SPEC}) -> (Tensor dx, Tensor dy)",
+)
+
+
+def _problem(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> Problem:
+    return Problem(
+        *x.shape, y.shape[1], x.dtype, x.device, spec.statistic, spec.estimator, spec.precision,
+        mask is not None, spec.x_grad, spec.y_grad,
+    )  # type: ignore[arg-type]  # fmt: skip
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Autocast reaches into an operator's kernel and would round its fp32 products."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@torch.library.impl("bird::alignment", ["CPU", "CUDA"])
+def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
+    spec = Spec(*spec_)
+    run = backends.load(spec.backend).forward
+    problem = _problem(x, y, mask, spec)
+    if torch.is_autocast_enabled(x.device.type):
+        with without_autocast(x.device):
+            value, stash = run(x, y, mask, problem, spec.route)
+    else:
+        value, stash = run(x, y, mask, problem, spec.route)
+    return value, *stash
+
+
+@torch.library.impl("bird::alignment_backward", ["CPU", "CUDA"])
+def _alignment_backward(
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    stash, spec = Stash(*rest[: len(Stash._fields)]), Spec(*rest[len(Stash._fields) :])
+    run = backends.load(spec.backend).backward
+    problem = _problem(x, y, mask, spec)
+    if torch.is_autocast_enabled(x.device.type):
+        with without_autocast(x.device):
+            return run(grad, x, y, mask, stash, problem, spec.route)
+    return run(grad, x, y, mask, stash, problem, spec.route)
+
+
+@torch.library.register_fake("bird::alignment")
+def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
+    spec = Spec(*spec_)
+    shapes = backends.load(spec.backend).stash_shapes(_problem(x, y, mask, spec), spec.route)
+    value = x.new_empty((), dtype=value_dtype(x.dtype))
+    return value, *(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+
+
+@torch.library.register_fake("bird::alignment_backward")
+def _alignment_backward_fake(
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    spec = Spec(*rest[len(Stash._fields) :])
+    return x.new_empty(x.shape if spec.x_grad else (0,)), y.new_empty(y.shape if spec.y_grad else (0,))
+
+
+def value_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of results for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def alignment(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> Tensor:
+    """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable."""
+    value: Tensor = _Alignment.apply(x, y, mask, spec)[0]
+    return value
+
+
+class _Alignment(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> tuple[Tensor, ...]:
+        return torch.ops.bird.alignment(x, y, mask, *spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, y, mask, ctx.spec = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, y, mask, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        x, y, mask, *stash = ctx.saved_tensors
+        dx, dy = _AlignmentBackward.apply(grad, x, y, mask, ctx.spec, *stash)
+        return (dx if ctx.spec.x_grad else None), (dy if ctx.spec.y_grad else None), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
+        return _loop(_Alignment, info, in_dims, args)
+
+
+class _AlignmentBackward(torch.autograd.Function):
+    """The gradient as a function of its own, so that it can be differentiated again."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec, *stash: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return torch.ops.bird.alignment_backward(grad, x, y, mask, *stash, *spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        grad, x, y, mask, ctx.spec, *_ = inputs
+        ctx.save_for_backward(grad, x, y, mask)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor, ddy: Tensor) -> tuple[Tensor | None, ...]:
+        grad, x, y, mask = ctx.saved_tensors
+        spec = ctx.spec
+        with torch.enable_grad():
+            grad, x, y = leaves = tuple(t.detach().requires_grad_() for t in (grad, x, y))
+            value = getattr(reference, spec.statistic)(x, y, mask, spec.estimator)
+            sides, cotangents = zip(
+                *((t, d) for t, d, needed in ((x, ddx, spec.x_grad), (y, ddy, spec.y_grad)) if needed),
+                strict=True,
+            )
+            first = torch.autograd.grad(value, sides, grad.to(value.dtype), create_graph=True)
+        second = torch.autograd.grad(first, leaves, cotangents, allow_unused=True)
+        return *second, None, None, *(None for _ in Stash._fields)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
+        return _loop(_AlignmentBackward, info, in_dims, args)
+
+
+def _loop(
+    function: type[torch.autograd.Function], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """vmap as a loop over the batch: each member is a whole problem of its own."""
+    members = [
+        function.apply(*(a if d is None else a.movedim(d, 0)[i] for a, d in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(outputs) for outputs in zip(*members, strict=True)), (0,) * len(members[0])

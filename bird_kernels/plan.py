@@ -1,0 +1,99 @@
+r"""Which way to go, and why: pure functions of shapes, dtypes and device. Never looks at data, never syncs.
+
+Two routes lead to the same numbers, for centred X [n, p] and Y [n, q]:
+
+    gram    K = X X^T, L = Y Y^T;               n^2 (p+q) flops, then 2 n^2 p for dX = (L - (a/b) K) X
+    cross   C = Y^T X, A = X^T X, |Y^T Y|;      n (p^2 + q^2 + 2pq), then 2np (p+q) for dX = Y C - (a/b) X A
+
+(symmetric products at half price). The terms could also be mixed: <K,L> from C but <K,K> from K, say. It never pays: a mixed
+form wins over ``gram`` only where n exceeds the width that its Gram side has, and over ``cross`` only where it does not
+(checked by brute force in the tests). With the cheaper route no workspace exceeds O(n min(n, p+q)).
+"""
+
+from __future__ import annotations
+
+from .types import Plan, Problem, Route
+
+# Data-sheet peaks: fp32, tf32 and half TFLOP/s (dense), memory TB/s. Floors are computed from them and say so.
+PEAKS = {
+    "A100": (19.5, 156.0, 312.0, 2.0),
+    "H100": (67.0, 494.0, 989.0, 3.35),
+    "H200": (67.0, 494.0, 989.0, 4.8),
+    "B200": (75.0, 1100.0, 2250.0, 8.0),
+}
+
+
+def route_flops(route: Route, n: int, p: int, q: int, x_grad: bool, y_grad: bool) -> int:
+    """Floating-point operations of one forward and the requested backward."""
+    if route == "gram":
+        return n * n * (p + q) + 2 * n * n * (x_grad * p + y_grad * q)
+    return n * (p * p + q * q + 2 * p * q) + 2 * n * (p + q) * (x_grad * p + y_grad * q)
+
+
+def choose_route(n: int, p: int, q: int, x_grad: bool = True, y_grad: bool = False) -> Route:
+    """The route with fewer operations; ``gram`` on a tie. For p = q = d they cross near n = 2d."""
+    gram, cross = (route_flops(r, n, p, q, x_grad, y_grad) for r in ("gram", "cross"))
+    return "gram" if gram <= cross else "cross"
+
+
+def minimum_bytes(problem: Problem) -> int:
+    """Both inputs read once forward and once backward, each wanted gradient written once."""
+    n, p, q, size = problem.n, problem.p, problem.q, problem.dtype.itemsize
+    wanted = problem.x_grad * p + problem.y_grad * q
+    return n * size * ((p + q) * (2 if wanted else 1) + wanted)
+
+
+def describe(
+    problem: Problem, route: Route, backend: str, rejected: dict[str, str], device_name: str = ""
+) -> Plan:
+    """The plan that ``explain`` prints, with work, traffic and floor."""
+    n, p, q = problem.n, problem.p, problem.q
+    sides = problem.x_grad, problem.y_grad
+    other: Route = "cross" if route == "gram" else "gram"
+    flops, alternative = (route_flops(r, n, p, q, *sides) for r in (route, other))
+    traffic = minimum_bytes(problem)
+    return Plan(
+        problem=problem,
+        route=route,
+        backend=backend,
+        tile=_tile(problem, route, backend),
+        flops=flops,
+        bytes=traffic,
+        workspace=workspace(problem, route, backend),
+        why=f"{flops / 1e9:.3g} Gflop, {other} would need {alternative / 1e9:.3g}",
+        floor=_floor(problem, flops, traffic, device_name),
+        rejected=rejected,
+    )
+
+
+def workspace(problem: Problem, route: Route, backend: str) -> int:
+    """Bytes alive between forward and backward beyond inputs and gradients (leading terms)."""
+    n, p, q = problem.n, problem.p, problem.q
+    wide = 8 if problem.dtype.itemsize == 8 else 4
+    if route == "gram":
+        products = 2 * n * n
+    else:
+        products = p * q + p * p + problem.y_grad * q * q
+    centred = 0
+    if backend == "eager":
+        half = problem.device.type == "cuda" and problem.dtype.itemsize == 2
+        centred = n * (p + q) * (2 if half else wide)
+    return products * wide + centred
+
+
+def _tile(problem: Problem, route: Route, backend: str) -> str:
+    if backend != "triton":
+        return "library products"
+    size, wide = (problem.n, problem.p + problem.q) if route == "gram" else (problem.p + problem.q, problem.n)
+    tiling = tiles(size, wide)
+    return f"{tiling.block} x {tiling.block} tiles, inner step {tiling.step}, split {tiling.splits} ways"
+
+
+def _floor(problem: Problem, flops: int, traffic: int, device_name: str) -> str:
+    peaks = next((v for k, v in PEAKS.items() if k in device_name), None)
+    if peaks is None:
+        return "unknown for this device"
+    kind = 2 if problem.dtype.itemsize == 2 else (0 if problem.precision in (None, "ieee") else 1)
+    times = flops / peaks[kind] * 1e-6, traffic / peaks[3] * 1e-6
+    bound = "arithmetic" if times[0] > times[1] else "memory"
+    return f"{max(times):.3g} us, bound by {bound} (data-sheet peaks, {device_name})"
