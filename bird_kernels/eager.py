@@ -47,7 +47,7 @@ def stash_shapes(problem: Problem, route: Route) -> Stash:
         ys=((n, q) if keep_y else (0,), operand),
         xx=((n, n) if gram else (p, p), wide),
         yy=((n, n) if gram else ((q, q) if problem.y_grad else (0,)), wide),
-        xy=((0,) if gram else (q, p), wide),
+        xy=((0, 0) if gram else (q, p), wide),
         rows=((2, n) if unbiased else (0,), wide),
     )
 
@@ -64,7 +64,7 @@ def forward(
 
     with _fp32_products(problem):
         if route == "gram":
-            xx, yy, xy = _self_product(xs), _self_product(ys), xs.new_empty(0)
+            xx, yy, xy = _self_product(xs), _self_product(ys), xs.new_empty(0, 0)
             if unbiased:
                 rows = torch.stack([_take_diagonal(xx), _take_diagonal(yy)])
             partial = [torch.linalg.vecdot(a, b) for a, b in ((xx, yy), (xx, xx), (yy, yy))]

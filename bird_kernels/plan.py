@@ -12,6 +12,8 @@ form wins over ``gram`` only where n exceeds the width that its Gram side has, a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .types import Plan, Problem, Route
 
 # Data-sheet peaks: fp32, tf32 and half TFLOP/s (dense), memory TB/s. Floors are computed from them and say so.
@@ -21,6 +23,46 @@ PEAKS = {
     "H200": (67.0, 494.0, 989.0, 4.8),
     "B200": (75.0, 1100.0, 2250.0, 8.0),
 }
+
+
+# Programs that fill a large GPU (132 multiprocessors on an H100). Not yet measured.
+PROGRAMS = 132
+
+
+class Tiling(NamedTuple):
+    """How the Triton kernels cut a product: square tiles, inner steps, and programs that share one tile."""
+
+    block: int
+    step: int
+    splits: int
+
+
+def tiling(problem: Problem, route: Route) -> Tiling:
+    """Tiles of the forward's products. Where they are few, the inner dimension is split until PROGRAMS are busy."""
+    block, step = 64, 64 if problem.dtype.itemsize == 2 else 32
+    tiles, inner = tile_count(problem, route, block), max(problem.p, problem.q) if route == "gram" else problem.n
+    return Tiling(block, step, max(1, min(PROGRAMS // tiles, _ceil_div(inner, step))))
+
+
+def tile_count(problem: Problem, route: Route, block: int) -> int:
+    """Upper tiles of K and L together (gram), or of A, C and Y^T Y (cross)."""
+    if route == "gram":
+        return _upper(_ceil_div(problem.n, block))
+    p, q = _ceil_div(problem.p, block), _ceil_div(problem.q, block)
+    return _upper(p) + p * q + _upper(q)
+
+
+def row_splits(n: int) -> int:
+    """Programs that share the rows of one column block in the statistics: one for every 2048 rows, at most 64."""
+    return max(1, min(_ceil_div(n, 2048), 64))
+
+
+def _upper(tiles: int) -> int:
+    return tiles * (tiles + 1) // 2
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def route_flops(route: Route, n: int, p: int, q: int, x_grad: bool, y_grad: bool) -> int:
@@ -84,9 +126,8 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
 def _tile(problem: Problem, route: Route, backend: str) -> str:
     if backend != "triton":
         return "library products"
-    size, wide = (problem.n, problem.p + problem.q) if route == "gram" else (problem.p + problem.q, problem.n)
-    tiling = tiles(size, wide)
-    return f"{tiling.block} x {tiling.block} tiles, inner step {tiling.step}, split {tiling.splits} ways"
+    t = tiling(problem, route)
+    return f"{tile_count(problem, route, t.block)} tiles of {t.block} x {t.block}, inner step {t.step}, split {t.splits} ways"
 
 
 def _floor(problem: Problem, flops: int, traffic: int, device_name: str) -> str:

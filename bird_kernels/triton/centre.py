@@ -1,0 +1,153 @@
+r"""Column statistics of both sides: the mean, and a power of two that brings the centred entries near 1.
+
+One pass over the inputs. The means are bounded by the column's own minimum and maximum: exact in real arithmetic, and in fp32
+it makes a constant column exactly zero, where rounding would leave something that looks like variance. The extremes also bound
+the centred entries, whose largest sets the scale. The other kernels subtract and scale as they load: no centred copy exists.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def centred_tile(
+    x, mean, scale, mask, rows, columns, n, d, stride_n, stride_d,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """(x[rows, columns] - mean[columns]) * scale in fp32; zero outside and in rows that are masked out."""
+    keep = rows < n
+    if MASKED:
+        keep = keep & (tl.load(mask + rows, mask=keep, other=0) != 0)
+    inside = keep[:, None] & (columns < d)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    tile = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    centre = tl.load(mean + columns, mask=columns < d, other=0.0)
+    return tl.where(inside, (tile - centre[None, :]) * scale, 0.0)
+
+
+@triton.jit
+def power_of_two(peaks, count, WIDTH: tl.constexpr):
+    """2^k with 1 <= 2^k max(peaks) < 2; finite for zero, Inf and NaN."""
+    peak = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, count, WIDTH):
+        offsets = start + tl.arange(0, WIDTH)
+        peak = tl.maximum(peak, tl.load(peaks + offsets, mask=offsets < count, other=0.0))
+    exponent = (tl.max(peak, 0).to(tl.int32, bitcast=True) >> 23) - 127
+    exponent = tl.minimum(tl.maximum(exponent, -120), 120)
+    return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def row_count(count, n, MASKED: tl.constexpr):
+    """The number of rows that count, in fp32."""
+    if MASKED:
+        return tl.load(count)
+    else:
+        return n.to(tl.float32)
+
+
+@triton.jit
+def _partial_stats(
+    x, mask, columns, begin, end, d, stride_n, stride_d,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([BLOCK_D], tl.float32)
+    low = tl.full([BLOCK_D], float("inf"), tl.float32)
+    high = tl.full([BLOCK_D], float("-inf"), tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        keep = rows < end
+        if MASKED:
+            keep = keep & (tl.load(mask + rows, mask=keep, other=0) != 0)
+        inside = keep[:, None] & (columns < d)[None, :]
+        offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+        tile = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(tile, 0)
+        low = tl.minimum(low, tl.min(tl.where(inside, tile, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(inside, tile, float("-inf")), 0))
+    return total, low, high
+
+
+@triton.jit
+def _store_stats(mean, peaks, block, columns, d, total, low, high, count):
+    centre = total / tl.maximum(count, 1.0)
+    bounded = tl.minimum(tl.maximum(centre, low), high)
+    # minimum and maximum drop NaN, which has to stay visible; without any row low > high.
+    centre = tl.where((centre == centre) & (low <= high), bounded, centre)
+    tl.store(mean + columns, centre, mask=columns < d)
+    spread = tl.maximum(high - centre, centre - low)
+    tl.store(peaks + block, tl.max(tl.where((columns < d) & (low <= high), spread, 0.0), 0))
+
+
+@triton.jit
+def _column_stats(
+    x, mask, mean, peaks, partials, count, block, split, splits, n, d, stride_n, stride_d,
+    MASKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    chunk = tl.cdiv(n, splits * BLOCK_N) * BLOCK_N
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, n)
+    total, low, high = _partial_stats(x, mask, columns, begin, end, d, stride_n, stride_d, MASKED, BLOCK_N, BLOCK_D)
+    if SPLIT:
+        offsets = split * d + columns
+        tl.store(partials + offsets, total, mask=columns < d)
+        tl.store(partials + splits * d + offsets, low, mask=columns < d)
+        tl.store(partials + 2 * splits * d + offsets, high, mask=columns < d)
+    else:
+        _store_stats(mean, peaks, block, columns, d, total, low, high, row_count(count, n, MASKED))
+
+
+@triton.jit
+def _finish_stats(
+    mean, peaks, partials, count, block, splits, n, d,
+    MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = columns < d
+    total = tl.zeros([BLOCK_D], tl.float32)
+    low = tl.full([BLOCK_D], float("inf"), tl.float32)
+    high = tl.full([BLOCK_D], float("-inf"), tl.float32)
+    for split in range(0, splits):
+        offsets = split * d + columns
+        total += tl.load(partials + offsets, mask=inside, other=0.0)
+        low = tl.minimum(low, tl.load(partials + splits * d + offsets, mask=inside, other=0.0))
+        high = tl.maximum(high, tl.load(partials + 2 * splits * d + offsets, mask=inside, other=0.0))
+    _store_stats(mean, peaks, block, columns, d, total, low, high, row_count(count, n, MASKED))
+
+
+@triton.jit
+def column_stats_kernel(
+    x, y, mask, mean_x, mean_y, peaks_x, peaks_y, partials_x, partials_y, count, counter,
+    n, p, q, stride_xn, stride_xp, stride_yn, stride_yq, blocks_x, splits,
+    MASKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (column blocks of x, then of y; row splits). Also clears the counter of the kernels that follow."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    if (block == 0) & (split == 0):
+        tl.store(counter, 0)
+    if block < blocks_x:
+        _column_stats(
+            x, mask, mean_x, peaks_x, partials_x, count, block, split, splits, n, p, stride_xn, stride_xp,
+            MASKED, SPLIT, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    else:
+        _column_stats(
+            y, mask, mean_y, peaks_y, partials_y, count, block - blocks_x, split, splits, n, q, stride_yn, stride_yq,
+            MASKED, SPLIT, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_stats_kernel(
+    mean_x, mean_y, peaks_x, peaks_y, partials_x, partials_y, count, n, p, q, blocks_x, splits,
+    MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid (column blocks of x, then of y): adds the row splits in order."""
+    block = tl.program_id(0)
+    if block < blocks_x:
+        _finish_stats(mean_x, peaks_x, partials_x, count, block, splits, n, p, MASKED, BLOCK_D)
+    else:
+        _finish_stats(mean_y, peaks_y, partials_y, count, block - blocks_x, splits, n, q, MASKED, BLOCK_D)

@@ -1,0 +1,123 @@
+"""Compiles every Triton kernel for GPUs that are not here and prints what the assembler says of each, as JSON.
+
+Run as a program, in a process of its own: it needs Triton without the interpreter. The launchers of `bird_kernels.triton` run
+on CPU tensors as they would on a GPU; their launches are caught, turned into (kernel, signature, constants), and compiled for
+the target. So what is inspected is exactly what a GPU would be given.
+
+    python tests/kernels/aot.py 90
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from bird_kernels import triton as backend
+from bird_kernels.types import Problem
+
+POINTERS = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int32: "*i32", torch.uint8: "*u8",
+}  # fmt: skip
+DTYPES = [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.bfloat16, None), (torch.float16, None)]
+# n, p, q: split over the inner dimension or not, on each route; aligned widths, as in use.
+SHAPES = [("gram", 128, 512, 1280), ("gram", 2048, 2048, 2048), ("cross", 4096, 64, 128), ("cross", 4096, 1024, 1024)]
+
+
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(dtype: torch.dtype, precision: str | None, estimator: str, masked: bool) -> list[Launch]:
+    """Everything that forward and backward of both sides launch."""
+    caught = []
+
+    def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        caught.append((self, args, constants))
+
+    original, JITFunction.run = JITFunction.run, catch
+    try:
+        for route, n, p, q in SHAPES:
+            problem = Problem(n, p, q, dtype, torch.device("cpu"), "cka_loss", estimator, precision, masked, True, True)
+            x, y = torch.empty(n, p, dtype=dtype), torch.empty(n, q, dtype=dtype)
+            mask = torch.ones(n, dtype=torch.bool) if masked else None
+            value, stash = backend.forward(x, y, mask, problem, route)
+            backend.backward(value, x, y, mask, stash, problem, route)
+    finally:
+        JITFunction.run = original
+    return caught
+
+
+def compile_for(capability: int, kernel: JITFunction, args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+    """The compiled kernel, specialised as a launch would: aligned pointers, ones and multiples of 16 known."""
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, (name, value) in enumerate(zip(kernel.arg_names, [*args, *constants.values()], strict=True)):
+        if index >= len(args):
+            name = list(constants)[index - len(args)]
+        position = (kernel.arg_names.index(name),)
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[position] = [["tt.divisibility", 16]]
+        elif index >= len(args) or value == 1:
+            signature[name] = "constexpr"
+            constexprs[position] = value
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[position] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, {n: signature[n] for n in kernel.arg_names}, constexprs, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Registers, spilled bytes, shared memory and matrix instructions, read from the binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    matrix = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]))
+    return {
+        "registers": fields["REG"],
+        "spilled": fields["STACK"] + fields["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "matrix": matrix,
+    }
+
+
+def report(capability: int) -> list[dict[str, Any]]:
+    """One row for every variant of every kernel."""
+    rows: dict[str, dict[str, Any]] = {}
+    for (dtype, precision), estimator, masked in itertools.product(DTYPES, ("biased", "unbiased"), (False, True)):
+        if masked and (dtype, estimator) != (torch.bfloat16, "unbiased"):
+            continue  # masks add a load and a select; one dtype shows it
+        for kernel, args, constants in launches(dtype, precision, estimator, masked):
+            # Shapes differ in what is known of them only by accident: one of each kind is enough.
+            kind = [kernel.fn.__name__, [str(a.dtype) for a in args if isinstance(a, torch.Tensor)], constants]
+            key = json.dumps(kind, sort_keys=True)
+            if key not in rows:
+                rows[key] = {
+                    "kernel": kernel.fn.__name__,
+                    "dtype": str(args[0].dtype).removeprefix("torch."),
+                    "constants": constants,
+                    **resources(compile_for(capability, kernel, args, constants)),
+                }
+    return list(rows.values())
+
+
+if __name__ == "__main__":
+    print(json.dumps(report(int(sys.argv[1])), indent=0))

@@ -1,0 +1,38 @@
+"""Every Triton kernel compiles for GPUs that are not here, without spills, within shared memory, on the matrix units."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Shared memory a block may use, KB: 99 on the consumer cards of the sm_80 family (163 on an A100), 227 from sm_90 on.
+SHARED = {80: 99, 90: 227, 100: 227}
+PRODUCTS = {"gram_moments_kernel", "gram_backward_kernel", "cross_moments_kernel", "cross_backward_kernel"}
+KERNELS = PRODUCTS | {
+    "column_stats_kernel", "finish_stats_kernel", "gram_reduce_kernel", "cross_reduce_kernel", "row_norms_kernel",
+    "column_sums_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_compiled_kernels(capability):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    program = [sys.executable, "-W", "ignore", Path(__file__).with_name("aot.py"), str(capability)]
+    run = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    rows = json.loads(run.stdout)
+
+    assert {row["kernel"] for row in rows} == KERNELS
+    assert [row for row in rows if row["spilled"]] == []
+    assert [row for row in rows if row["shared"] > SHARED[capability] * 1024] == []
+    products = [row for row in rows if row["kernel"] in PRODUCTS]
+    variants = {(row["dtype"], row["constants"]["PRECISION"]) for row in products}
+    assert variants >= {("float32", "tf32"), ("float32", "tf32x3"), ("bfloat16", "ieee"), ("float16", "ieee")}
+    for row in products:
+        on_matrix_units = not (row["dtype"] == "float32" and row["constants"]["PRECISION"] == "ieee")
+        assert (row["matrix"] > 0) == on_matrix_units, row
