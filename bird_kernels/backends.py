@@ -8,9 +8,7 @@ from types import ModuleType
 
 import torch
 
-from .types import Problem
-
-# A module each, with why_not(problem), stash_shapes(problem, route), forward(...) and backward(...). Best first.
+# A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
 _MODULES = {"triton": "bird_kernels.triton", "eager": "bird_kernels.eager"}
 
 # "reference" is plain PyTorch under autograd, not an operator: `functional` calls it directly.
@@ -23,37 +21,43 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def why_not(name: str, problem: Problem) -> str | None:
-    """None if backend ``name`` can run ``problem``, else the reason in words."""
+def why_not(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """None if backend ``name`` can run products of ``dtype`` on ``device``, else the reason in words."""
     try:
-        reason: str | None = load(name).why_not(problem)
+        reason: str | None = load(name).why_not(dtype, device)
     except ImportError as error:
         return f"cannot be imported ({error})"
     return reason
 
 
-# Planning is asked for the same few problems over and over; Dynamo takes the answer as a constant instead of tracing
-# through device queries.
+# Dynamo takes the answer as a constant instead of tracing into device queries and imports. (It would look through an
+# lru_cache, so that is one call further down.) What can run does not depend on the sizes, which may be symbolic.
 @torch.compiler.assume_constant_result
-@lru_cache(maxsize=4096)
-def choose(problem: Problem, requested: str) -> tuple[str, dict[str, str]]:
+def choose(dtype: torch.dtype, device: torch.device, requested: str) -> tuple[str, dict[str, str]]:
     """(backend to use, {better backend: why it was not taken}).
 
     Raises:
-        ValueError: ``requested`` names a backend that cannot run ``problem``.
+        ValueError: ``requested`` names a backend that cannot run.
     """
+    return _choose(dtype, device, requested)
+
+
+@lru_cache
+def _choose(dtype: torch.dtype, device: torch.device, requested: str) -> tuple[str, dict[str, str]]:
+    if requested == "reference":
+        return requested, {}
     if requested != "auto":
-        reason = None if requested == "reference" else why_not(requested, problem)
+        reason = why_not(requested, dtype, device)
         if reason is not None:
             raise ValueError(
                 f'backend="{requested}" cannot run here: {reason}. backend="auto" takes the best that can.'
             )
         return requested, {}
-    rejected = {}
+    rejected: dict[str, str] = {}
     for name in _MODULES:
-        reason = why_not(name, problem)
-        if reason is None and name == "triton":
-            reason = load(name).why_not_best(problem)
+        reason = why_not(name, dtype, device)
+        if reason is None and name == "triton" and device.type == "cpu":
+            reason = "runs in the interpreter here, for tests only"
         if reason is None:
             return name, rejected
         rejected[name] = reason
@@ -63,5 +67,4 @@ def choose(problem: Problem, requested: str) -> tuple[str, dict[str, str]]:
 def status() -> dict[str, str | None]:
     """For every backend None if it can run on this machine's best device, else why not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = Problem(128, 512, 512, torch.float32, device)
-    return {**{name: why_not(name, problem) for name in _MODULES}, "reference": None}
+    return {**{name: why_not(name, torch.float32, device) for name in _MODULES}, "reference": None}

@@ -6,8 +6,8 @@ With X, Y centred, alpha = d value/d<K,L> and gamma = d value/d<K,K> (`estimator
     cross   dX = Y (2 alpha C) + X (4 gamma A)
 
 The unbiased estimator leaves out the diagonals of K and L, kappa_i = |x_i|^2 and lambda_i = |y_i|^2. That adds
-``diag(w) X`` with ``w = -n/(n-2) (2 alpha lambda + 4 gamma kappa) + (2 alpha sum(lambda) + 4 gamma sum(kappa)) / ((n-1)(n-2))``
-and then a centring of the columns of dX.
+``diag(w) X`` with ``w = -n/(n-2) (2 alpha lambda + 4 gamma kappa) + (2 alpha sum(lambda) + 4 gamma sum(kappa)) /
+((n-1)(n-2))`` and then a centring of the columns of dX.
 
 On the CPU scalars are read and combined as Python floats; on a GPU nothing leaves the device.
 """
@@ -17,31 +17,32 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .estimators import Coefficients, Scalar, combine, linear_moments
-from .types import Problem, Route, Stash
+from .estimators import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
+from .types import Problem, Route, Shapes, Stash
 
-# Symmetric products by blocks of this many columns compute only the upper blocks. Two cores of a Zen 5 CPU, fp32, 1024 columns:
-# see benchmarks; below it one library call is faster.
+# Symmetric products by blocks of this many columns compute only the upper blocks. Two cores of a Zen 5 CPU, fp32, 1024
+# columns: see benchmarks; below it one library call is faster.
 SYMMETRIC_BLOCK = {"cpu": 512, "cuda": 2048}  # cuda: not yet measured
 
 
-def why_not(problem: Problem) -> str | None:
+def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     """The eager backend runs everywhere."""
     return None
 
 
-def stash_shapes(problem: Problem, route: Route) -> Stash:
-    """(shape, dtype) of every tensor of the stash, for shape propagation without data."""
+def stash_shapes(problem: Problem, route: Route) -> Shapes:
+    """Shape and dtype of every tensor of the stash."""
     n, p, q = problem.n, problem.p, problem.q
     wide, operand = _dtypes(problem)
     unbiased = problem.estimator == "unbiased"
     gram = route == "gram"
     keep_y = problem.y_grad or not gram
-    return Stash(  # type: ignore[arg-type]
+    return dict(
         coefficients=((len(Coefficients._fields),), torch.float64),
         xs=((n, p), operand),
         ys=((n, q) if keep_y else (0,), operand),
@@ -52,65 +53,56 @@ def stash_shapes(problem: Problem, route: Route) -> Stash:
     )
 
 
-def forward(
-    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route
-) -> tuple[Tensor, Stash]:
+def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     wide, _ = _dtypes(problem)
-    unbiased = problem.estimator == "unbiased"
+    nothing = x.new_empty(0, dtype=wide)
     count = _row_count(x, mask)
     xs, scale_x = _centre(x, mask, count, problem)
     ys, scale_y = _centre(y, mask, count, problem)
 
     with _fp32_products(problem):
         if route == "gram":
-            xx, yy, xy = _self_product(xs), _self_product(ys), xs.new_empty(0, 0)
-            if unbiased:
-                rows = torch.stack([_take_diagonal(xx), _take_diagonal(yy)])
-            partial = [torch.linalg.vecdot(a, b) for a, b in ((xx, yy), (xx, xx), (yy, yy))]
-            products = _read(torch.stack(partial).sum(1, dtype=torch.float64))
+            xx, yy, xy = _self_product(xs), _self_product(ys), x.new_empty(0, 0, dtype=wide)
+            diagonals = (_take_diagonal(xx), _take_diagonal(yy)) if problem.estimator == "unbiased" else None
+            pairs = torch.stack([torch.linalg.vecdot(a, b) for a, b in ((xx, yy), (xx, xx), (yy, yy))])
+            products = pairs.sum(1, dtype=torch.float64)
         else:
             xx, xy = _self_product(xs.T), _mm(ys.T, xs)
-            yy = _self_product(ys.T) if problem.y_grad else None
-            yy_norm = _self_product_norm(ys.T) if yy is None else _squared_norm(yy)
-            products = _read(torch.stack([_squared_norm(xy), _squared_norm(xx), yy_norm]))
-            yy = xs.new_empty(0, dtype=wide) if yy is None else yy
-            if unbiased:
-                rows = torch.stack([torch.linalg.vecdot(a, a) for a in (xs.to(wide), ys.to(wide))])
+            yy = _self_product(ys.T) if problem.y_grad else nothing
+            yy_norm = _squared_norm(yy) if problem.y_grad else _self_product_norm(ys.T)
+            products = torch.stack([_squared_norm(xy), _squared_norm(xx), yy_norm])
+            diagonals = _row_norms(xs, ys, wide) if problem.estimator == "unbiased" else None
 
-    norms = None
-    if unbiased:
+    rows, hollow = nothing, products
+    norms: tuple[Scalar, ...] | None = None
+    if diagonals is not None:
+        rows = torch.stack(diagonals)
         kappa, lam = rows.double()
-        norms = _read(torch.stack([kappa @ lam, kappa @ kappa, lam @ lam, kappa.sum(), lam.sum()]))
-    hollow = products
-    if unbiased and route == "cross":
-        hollow = tuple(a - b for a, b in zip(products, norms, strict=False))
+        sums = torch.stack([kappa @ lam, kappa @ kappa, lam @ lam, kappa.sum(), lam.sum()])
+        if route == "cross":
+            hollow = products - sums[:3]
+        norms = _read(sums)
     eps = torch.finfo(wide).eps
-    combined = combine(linear_moments(hollow, norms), count, problem.statistic, problem.estimator, eps)
-    value, d_kl = combined.value, combined.d_kl
-    if problem.statistic == "hsic":
-        unscale = 1.0 / (scale_x * scale_y) ** 2
-        value, d_kl = value * unscale, d_kl * unscale
+    result = combine(linear_moments(_read(hollow), norms), count, problem.statistic, problem.estimator, eps)
+    unscale = 1.0 / (scale_x * scale_y) ** 2 if problem.statistic == "hsic" else 1.0
 
-    sums = norms[3:] if unbiased else (0.0, 0.0)
-    coefficients = Coefficients(d_kl, combined.d_kk, combined.d_ll, *products, *sums, scale_x, scale_y, count)
-    keep_y = problem.y_grad or route == "cross"
-    stash = Stash(
-        coefficients=_write(coefficients, x.device),
-        xs=xs,
-        ys=ys if keep_y else ys.new_empty(0),
-        xx=xx,
-        yy=yy,
-        xy=xy,
-        rows=rows if unbiased else xs.new_empty(0, dtype=wide),
-    )
-    return _write(value, x.device, wide), stash
+    kl, kk, ll = _read(products)
+    sum_k, sum_l = norms[3:] if norms is not None else (0.0, 0.0)
+    coefficients = Coefficients(
+        result.d_kl * unscale, result.d_kk, result.d_ll, kl, kk, ll, sum_k, sum_l, scale_x, scale_y,
+        _at_least(MIN_ROWS[problem.estimator], count),  # with fewer the derivatives are NaN already
+    )  # fmt: skip
+    if route == "gram" and not problem.y_grad:
+        ys = ys.new_empty(0)
+    stash = Stash(_write(coefficients, x.device), xs, ys, xx, yy, xy, rows)
+    return _write(result.value * unscale, x.device, wide), stash
 
 
 def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
 ) -> tuple[Tensor, Tensor]:
-    """dX [n, p] and dY [n, q] in the inputs' dtype, times the upstream ``grad`` (0-d); an unwanted one has no elements."""
+    """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     c = Coefficients(*_read(stash.coefficients))
     upstream = _read(grad.double().reshape(1))[0]
     dx, dy = x.new_empty(0), y.new_empty(0)
@@ -143,9 +135,7 @@ def _side(
 
     constant = (d_cross * other_sum + d_own * own_sum) / ((n - 1.0) * (n - 2.0))
     weights = rows[1] * d_cross + rows[0] * d_own
-    if (
-        route == "gram"
-    ):  # The stashed Gram matrices are hollow already: 1 - n/(n-2) = -2/(n-2) is left to add.
+    if route == "gram":  # The stashed Gram matrices are hollow already: 1 - n/(n-2) = -2/(n-2) is left to add.
         m = cross * d_cross + own_product * d_own
         m.diagonal().add_(weights * (-2.0 / (n - 2.0)) + constant)
         d = _scaled_mm(m, own)
@@ -162,8 +152,8 @@ def _side(
 def _centre(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
     """Columns minus their means, times a power of two that brings the largest entry near 1.
 
-    The mean is taken twice: the second one is the rounding of the first. It makes a constant column exactly zero, where one
-    pass leaves eps * |mean| that looks like variance, and it costs 14 us at 128 x 512.
+    The mean is taken twice: the second one is the rounding of the first. It makes a constant column exactly zero, where
+    one pass leaves eps * |mean| that looks like variance, and it costs 14 us at 128 x 512.
     """
     wide, operand = _dtypes(problem)
     x = x.to(wide)
@@ -172,7 +162,7 @@ def _centre(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> 
         x -= x.mean(0)
     else:
         keep = mask[:, None]
-        rows = count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+        rows = _at_least(1.0, count)
         x = torch.where(keep, x, 0.0)
         for _ in range(2):
             x = torch.where(keep, x - x.sum(0) / rows, 0.0)
@@ -188,11 +178,13 @@ def _power_of_two(x: Tensor) -> Scalar:
     peak = torch.maximum(*(a.abs() for a in torch.aminmax(x)))
     if x.device.type == "cpu":
         value = peak.item()
-        return (
-            math.ldexp(1.0, -max(-limit, min(limit, math.frexp(value)[1]))) if math.isfinite(value) else 1.0
-        )
+        return math.ldexp(1.0, -max(-limit, min(limit, math.frexp(value)[1]))) if math.isfinite(value) else 1.0
     exponent = torch.frexp(peak).exponent.clamp(-limit, limit)
     return torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), -exponent)
+
+
+def _at_least(least: float, count: Scalar) -> Scalar:
+    return count.clamp(min=least) if isinstance(count, Tensor) else max(count, least)
 
 
 def _row_count(x: Tensor, mask: Tensor | None) -> Scalar:
@@ -222,7 +214,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 def _scaled_mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b where one side may be a wide matrix that has yet to be rounded to the other's half precision.
 
-    It is brought near 1 first: the entries of L - (a/b) K over sqrt(bc) are below fp16's normal range at n = 128 already.
+    It is brought near 1 first: at n = 128 the entries of L - (a/b) K over sqrt(bc) are below fp16's normal range.
     """
     if a.dtype == b.dtype:
         return a @ b
@@ -264,6 +256,11 @@ def _squared_norm(a: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, a).sum(dtype=torch.float64)
 
 
+def _row_norms(xs: Tensor, ys: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, y = xs.to(wide), ys.to(wide)
+    return torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
+
+
 def _take_diagonal(a: Tensor) -> Tensor:
     """The diagonal of ``a``, which is set to zero: off-diagonal sums then need no subtraction."""
     diagonal = a.diagonal().clone()
@@ -281,7 +278,7 @@ def _fp32_products(problem: Problem) -> Iterator[None]:
     if problem.precision is None or problem.dtype != torch.float32:
         yield
         return
-    switch = torch.backends.cuda.matmul if problem.device.type == "cuda" else torch.backends.mkldnn.matmul
+    switch: Any = torch.backends.cuda.matmul if problem.device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = switch.fp32_precision
     switch.fp32_precision = "tf32" if problem.precision == "tf32" else "ieee"
     try:
@@ -297,15 +294,11 @@ def _read(values: Tensor) -> tuple[Scalar, ...]:
     return tuple(values.tolist()) if values.device.type == "cpu" else values.unbind()
 
 
-def _write(
-    values: Scalar | tuple[Scalar, ...], device: torch.device, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def _write(values: Scalar | tuple[Scalar, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
     if isinstance(values, Tensor):
         return values.to(dtype)
     if isinstance(values, tuple) and any(isinstance(v, Tensor) for v in values):
         # full() and not tensor(): a copy from the host would break CUDA graph capture.
-        on_device = (
-            v if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device) for v in values
-        )
+        on_device = (v if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device) for v in values)
         return torch.stack([v.to(dtype) for v in on_device])
     return torch.tensor(values, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 r"""The functions that users call: validate, plan, call.
 
-Everywhere, ``x`` has shape [n, ...] and ``y`` [n, ...]: the first ``row_dims`` dimensions index rows (samples), the rest is
-flattened to features; the two widths may differ. Columns are centred over the rows of the call.
+Everywhere, ``x`` has shape [n, ...] and ``y`` [n, ...]: the first ``row_dims`` dimensions index rows (samples), the
+rest is flattened to features; the two widths may differ. Columns are centred over the rows of the call.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def cka_loss(
     .. math::  1 - \frac{\langle K, L\rangle}{\sqrt{\langle K, K\rangle \langle L, L\rangle}},
                \quad K = X X^\top,\; L = Y Y^\top,\; \text{columns of } X, Y \text{ centred}
 
-    (Kornblith et al. 2019, eq. 4; the formula above is the biased estimator). Exactly invariant to rotations, shifts and
-    isotropic scale of either side.
+    (Kornblith et al. 2019, eq. 4; the formula above is the biased estimator). Exactly invariant to rotations, shifts
+    and isotropic scale of either side.
 
     Args:
         x: student features, shape [n, ...]; fp64, fp32, bf16 or fp16.
         y: teacher features, shape [n, ...]; its width and dtype may differ (dtypes are promoted). A side that does not
             require grad costs no gradient.
         kernel: "linear".
-        estimator: "biased" is the published loss. "unbiased" is Song et al. 2012 (HSIC_1): its expectation for unrelated
-            features is a loss of 1, whatever n; it may exceed 1 and is never clamped. Needs n >= 4.
+        estimator: "biased" is the published loss. "unbiased" is Song et al. 2012 (HSIC_1): for unrelated features the
+            loss is 1 on average, whatever n; it may exceed 1 and is never clamped. Needs n >= 4.
         mask: bool, shape of the leading ``row_dims`` dimensions; False leaves a row out (its contents, NaN too, do not
             matter, its gradient is zero). Equal to the call on the selected rows; shapes do not change and nothing is
             read back from the device, so fewer selected rows than the estimator needs give NaN instead of an error.
@@ -56,8 +56,8 @@ def cka_loss(
         precision: of fp32 products: None (PyTorch's own switch), "ieee", "tf32" or "tf32x3".
 
     Returns:
-        0-d tensor, fp32 (fp64 if either input is), in [0, 1] when biased. A side without variance has CKA 0: loss 1, zero
-        gradient. NaN or Inf in gives NaN. Statistics are accumulated in fp32 or better for every input dtype.
+        0-d tensor, fp32 (fp64 if either input is), in [0, 1] up to rounding when biased. A side without variance has
+        CKA 0: loss 1, zero gradient. NaN or Inf in gives NaN. Sums are accumulated in fp32 or better for every dtype.
 
     Raises:
         TypeError: inputs that are not floating-point tensors, a mask that is not bool.
@@ -144,14 +144,14 @@ def explain(
     """How `cka_loss` would compute this call; ``print`` the result. Takes its arguments, runs nothing.
 
     Returns:
-        Plan with route, backend, tiles, floating-point operations, bytes, workspace, the floor time on known devices, and
-        why better backends were not taken.
+        Plan with route, backend, tiles, floating-point operations, bytes, workspace, the floor time on known devices,
+        and why better backends were not taken.
     """
     x, y, mask, problem = _prepare("cka_loss", x, y, kernel, estimator, mask, row_dims, backend, precision)
-    name, rejected = backends.choose(problem, backend)
-    route = plan.choose_route(problem.n, problem.p, problem.q, problem.x_grad, problem.y_grad)
+    name, rejected = backends.choose(problem.dtype, problem.device, backend)
+    route = plan.choose_route(problem.n, problem.p, problem.q)
     device_name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
-    return plan.describe(problem, route, name, rejected, device_name)
+    return plan.describe(problem, route, name, dict(rejected), device_name)
 
 
 def _evaluate(
@@ -170,9 +170,9 @@ def _evaluate(
         with ops.without_autocast(x.device):
             value: Tensor = getattr(reference, statistic)(x, y, mask, estimator)
         return value.to(ops.value_dtype(x.dtype))
-    name, _ = backends.choose(problem, backend)
-    route = plan.choose_route(problem.n, problem.p, problem.q, problem.x_grad, problem.y_grad)
-    spec = ops.Spec(statistic, estimator, route, name, precision, problem.x_grad, problem.y_grad)
+    name, _ = backends.choose(problem.dtype, problem.device, backend)
+    route = plan.choose_route(problem.n, problem.p, problem.q)
+    spec = ops.Spec(statistic, problem.estimator, route, name, problem.precision, problem.x_grad, problem.y_grad)
     return ops.alignment(x, y, mask, spec)
 
 
@@ -238,8 +238,8 @@ def _require_features(name: str, value: object, row_dims: int) -> None:
         )
     if row_dims < 1 or value.dim() <= row_dims:
         raise ValueError(
-            f"{name} must have {row_dims} row dimension{'s' * (row_dims != 1)} (row_dims >= 1) and at least one feature "
-            f"dimension, got shape {tuple(value.shape)}"
+            f"{name} must have {row_dims} row dimension{'s' * (row_dims != 1)} (row_dims >= 1) and at least one "
+            f"feature dimension, got shape {tuple(value.shape)}"
         )
     if math.prod(value.shape[row_dims:]) == 0:
         raise ValueError(f"{name} has no features: shape {tuple(value.shape)}")
@@ -248,9 +248,7 @@ def _require_features(name: str, value: object, row_dims: int) -> None:
 def _require_mask(mask: object, rows: torch.Size, device: torch.device) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"mask must be a bool tensor (True keeps a row), got {kind}; convert it with mask.bool()"
-        )
+        raise TypeError(f"mask must be a bool tensor (True keeps a row), got {kind}; convert it with mask.bool()")
     if mask.shape != rows:
         raise ValueError(f"mask must have the shape of the rows, {tuple(rows)}, got {tuple(mask.shape)}")
     if mask.device != device:

@@ -18,9 +18,7 @@ class _Statistic(nn.Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
-        self.options = dict(
-            kernel=kernel, estimator=estimator, row_dims=row_dims, backend=backend, precision=precision
-        )
+        self.options = dict(kernel=kernel, estimator=estimator, row_dims=row_dims, backend=backend, precision=precision)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

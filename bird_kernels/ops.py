@@ -1,8 +1,9 @@
 r"""How PyTorch sees the operators: schema, shapes without data, autograd, vmap. The only file that names torch.library.
 
-``bird::alignment`` computes a statistic and what its backward needs, ``bird::alignment_backward`` the gradients. Both are
-opaque to torch.compile. Autograd is attached by two `torch.autograd.Function` with a separate ``setup_context``:
-`torch.library.register_autograd` generates one without it, which torch.func.grad refuses (torch 2.15), and costs no less.
+``bird::alignment`` computes a statistic and what its backward needs, ``bird::alignment_backward`` the gradients. Both
+are opaque to torch.compile. Autograd is attached by two `torch.autograd.Function` with a separate ``setup_context``:
+`torch.library.register_autograd` generates one without it, which torch.func.grad refuses (torch 2.15), and costs no
+less.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .types import Problem, Stash
+from .types import Estimator, Precision, Problem, Route, Stash, Statistic
 
 
 class Spec(NamedTuple):
     """The non-tensor arguments of both operators, in schema order."""
 
-    statistic: str
-    estimator: str
-    route: str
+    statistic: Statistic
+    estimator: Estimator
+    route: Route
     backend: str
-    precision: str | None
+    precision: Precision | None
     x_grad: bool
     y_grad: bool
 
@@ -43,9 +44,18 @@ torch.library.define(
 
 def _problem(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> Problem:
     return Problem(
-        *x.shape, y.shape[1], x.dtype, x.device, spec.statistic, spec.estimator, spec.precision,
-        mask is not None, spec.x_grad, spec.y_grad,
-    )  # type: ignore[arg-type]  # fmt: skip
+        n=x.shape[0],
+        p=x.shape[1],
+        q=y.shape[1],
+        dtype=x.dtype,
+        device=x.device,
+        statistic=spec.statistic,
+        estimator=spec.estimator,
+        precision=spec.precision,
+        masked=mask is not None,
+        x_grad=spec.x_grad,
+        y_grad=spec.y_grad,
+    )
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
@@ -67,9 +77,7 @@ def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[
 
 
 @torch.library.impl("bird::alignment_backward", ["CPU", "CUDA"])
-def _alignment_backward(
-    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     stash, spec = Stash(*rest[: len(Stash._fields)]), Spec(*rest[len(Stash._fields) :])
     run = backends.load(spec.backend).backward
     problem = _problem(x, y, mask, spec)
@@ -84,7 +92,7 @@ def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> t
     spec = Spec(*spec_)
     shapes = backends.load(spec.backend).stash_shapes(_problem(x, y, mask, spec), spec.route)
     value = x.new_empty((), dtype=value_dtype(x.dtype))
-    return value, *(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+    return value, *(x.new_empty(shape, dtype=dtype) for shape, dtype in (shapes[name] for name in Stash._fields))
 
 
 @torch.library.register_fake("bird::alignment_backward")
@@ -170,7 +178,7 @@ def _loop(
 ) -> tuple[Any, ...]:
     """vmap as a loop over the batch: each member is a whole problem of its own."""
     members = [
-        function.apply(*(a if d is None else a.movedim(d, 0)[i] for a, d in zip(args, in_dims, strict=True)))
+        function.apply(*(a.movedim(d, 0)[i] if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)
     ]
     return tuple(torch.stack(outputs) for outputs in zip(*members, strict=True)), (0,) * len(members[0])

@@ -5,9 +5,9 @@ Two routes lead to the same numbers, for centred X [n, p] and Y [n, q]:
     gram    K = X X^T, L = Y Y^T;               n^2 (p+q) flops, then 2 n^2 p for dX = (L - (a/b) K) X
     cross   C = Y^T X, A = X^T X, |Y^T Y|;      n (p^2 + q^2 + 2pq), then 2np (p+q) for dX = Y C - (a/b) X A
 
-(symmetric products at half price). The terms could also be mixed: <K,L> from C but <K,K> from K, say. It never pays: a mixed
-form wins over ``gram`` only where n exceeds the width that its Gram side has, and over ``cross`` only where it does not
-(checked by brute force in the tests). With the cheaper route no workspace exceeds O(n min(n, p+q)).
+(symmetric products at half price), so ``gram`` is cheaper exactly where n <= p + q. The terms could also be mixed: <K,L> from C but <K,K> from K, say. It never pays: a
+mixed form wins over ``gram`` only where n exceeds the width that its Gram side has, and over ``cross`` only where it
+does not (checked by brute force in the tests). With the cheaper route no workspace exceeds O(n min(n, p+q)).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Tiling(NamedTuple):
 def tiling(problem: Problem, route: Route) -> Tiling:
     """Tiles of the forward's products. Where they are few, the inner dimension is split until PROGRAMS are busy."""
     block, step = 64, 64 if problem.dtype.itemsize == 2 else 32
-    tiles, inner = tile_count(problem, route, block), max(problem.p, problem.q) if route == "gram" else problem.n
+    tiles = tile_count(problem, route, block)
+    inner = max(problem.p, problem.q) if route == "gram" else problem.n
     return Tiling(block, step, max(1, min(PROGRAMS // tiles, _ceil_div(inner, step))))
 
 
@@ -72,10 +73,12 @@ def route_flops(route: Route, n: int, p: int, q: int, x_grad: bool, y_grad: bool
     return n * (p * p + q * q + 2 * p * q) + 2 * n * (p + q) * (x_grad * p + y_grad * q)
 
 
-def choose_route(n: int, p: int, q: int, x_grad: bool = True, y_grad: bool = False) -> Route:
-    """The route with fewer operations; ``gram`` on a tie. For p = q = d they cross near n = 2d."""
-    gram, cross = (route_flops(r, n, p, q, x_grad, y_grad) for r in ("gram", "cross"))
-    return "gram" if gram <= cross else "cross"
+def choose_route(n: int, p: int, q: int) -> Route:
+    """The route with fewer operations, whatever sides need gradients: ``gram`` exactly where n <= p + q.
+
+    Every difference of the two counts has the factor n (n - p - q): for a gradient of x, n (n - p - q) (3p + q).
+    """
+    return "gram" if n <= p + q else "cross"
 
 
 def minimum_bytes(problem: Problem) -> int:
@@ -85,9 +88,7 @@ def minimum_bytes(problem: Problem) -> int:
     return n * size * ((p + q) * (2 if wanted else 1) + wanted)
 
 
-def describe(
-    problem: Problem, route: Route, backend: str, rejected: dict[str, str], device_name: str = ""
-) -> Plan:
+def describe(problem: Problem, route: Route, backend: str, rejected: dict[str, str], device_name: str = "") -> Plan:
     """The plan that ``explain`` prints, with work, traffic and floor."""
     n, p, q = problem.n, problem.p, problem.q
     sides = problem.x_grad, problem.y_grad
@@ -112,14 +113,12 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
     """Bytes alive between forward and backward beyond inputs and gradients (leading terms)."""
     n, p, q = problem.n, problem.p, problem.q
     wide = 8 if problem.dtype.itemsize == 8 else 4
-    if route == "gram":
-        products = 2 * n * n
-    else:
-        products = p * q + p * p + problem.y_grad * q * q
+    products = 2 * n * n if route == "gram" else p * q + p * p + problem.y_grad * q * q
     centred = 0
     if backend == "eager":
         half = problem.device.type == "cuda" and problem.dtype.itemsize == 2
-        centred = n * (p + q) * (2 if half else wide)
+        keep_y = problem.y_grad or route == "cross"
+        centred = n * (p + keep_y * q) * (2 if half else wide)
     return products * wide + centred
 
 
@@ -127,7 +126,8 @@ def _tile(problem: Problem, route: Route, backend: str) -> str:
     if backend != "triton":
         return "library products"
     t = tiling(problem, route)
-    return f"{tile_count(problem, route, t.block)} tiles of {t.block} x {t.block}, inner step {t.step}, split {t.splits} ways"
+    count = tile_count(problem, route, t.block)
+    return f"{count} tiles of {t.block} x {t.block}, inner step {t.step}, split {t.splits} ways"
 
 
 def _floor(problem: Problem, flops: int, traffic: int, device_name: str) -> str:

@@ -1,7 +1,8 @@
 r"""What is computed: the published equations, written literally, in fp64. Imports nothing of ours.
 
-Slow on purpose (dense centring matrices, n x n everything) and differentiable to any order, this is the truth that every
-other backend is tested against. It is also what ``backend="reference"`` runs and what a double backward differentiates.
+Slow on purpose (dense centring matrices, n x n everything) and differentiable to any order, this is the truth that
+every other backend is tested against. It is also what ``backend="reference"`` runs and what a double backward
+differentiates.
 """
 
 from __future__ import annotations
@@ -18,11 +19,7 @@ def select(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def row_count(x: Tensor, mask: Tensor | None) -> Tensor:
     """The number of rows that count, as a 0-d fp64 tensor."""
-    return (
-        torch.full((), x.shape[0], dtype=torch.float64, device=x.device)
-        if mask is None
-        else mask.double().sum()
-    )
+    return torch.full((), x.shape[0], dtype=torch.float64, device=x.device) if mask is None else mask.double().sum()
 
 
 def centring_matrix(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -66,7 +63,7 @@ HSIC = {"biased": hsic_biased, "unbiased": hsic_unbiased}
 
 def hsic(x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased") -> Tensor:
     """HSIC of x [n, p] and y [n, q]; 0-d, fp64."""
-    return HSIC[estimator](x, y, mask)
+    return undefined(x, mask, estimator) * HSIC[estimator](x, y, mask)
 
 
 def has_no_variance(x: Tensor, self_hsic: Tensor, mask: Tensor | None) -> Tensor:
@@ -76,12 +73,18 @@ def has_no_variance(x: Tensor, self_hsic: Tensor, mask: Tensor | None) -> Tensor
     return constant | (self_hsic <= 1e-13 * gram.square().mean())
 
 
+def undefined(x: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
+    """NaN where there are fewer rows than the estimator needs, else 1; 0-d, fp64."""
+    enough = row_count(x, mask) >= {"biased": 2, "unbiased": 4}[estimator]
+    return torch.where(enough, 1.0, torch.nan).double()
+
+
 def cka(x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased") -> Tensor:
-    """HSIC(x,y) / sqrt(HSIC(x,x) HSIC(y,y)) (Kornblith et al. 2019, eq. 4); 0 where a side has no variance. 0-d, fp64."""
+    """HSIC(x,y) / sqrt(HSIC(x,x) HSIC(y,y)) (Kornblith et al. 2019, eq. 4), 0 if a side has no variance; 0-d, fp64."""
     xy, xx, yy = (hsic(a, b, mask, estimator) for a, b in ((x, y), (x, x), (y, y)))
     dead = has_no_variance(x, xx, mask) | has_no_variance(y, yy, mask)
     xx, yy = (torch.where(dead, 1.0, a) for a in (xx, yy))
-    return torch.where(dead, 0.0 * xy, xy) / (xx.sqrt() * yy.sqrt())
+    return undefined(x, mask, estimator) * torch.where(dead, 0.0 * xy, xy) / (xx.sqrt() * yy.sqrt())
 
 
 def cka_loss(x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased") -> Tensor:

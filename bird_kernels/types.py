@@ -50,6 +50,9 @@ class Stash(NamedTuple):
     rows: torch.Tensor
 
 
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of a Stash, by field
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a problem will be computed, and why. ``print`` it.

@@ -1,7 +1,7 @@
-"""Backend 2: fused Triton kernels. Same interface as `bird_kernels.eager`; the kernels are in the files beside this one.
+"""Backend 2: fused Triton kernels, in the files beside this one. Same interface as `bird_kernels.eager`.
 
-Launches: column statistics (one; two above 2048 rows), moments (one; two where tiles are few), one backward for each side that
-needs a gradient. The unbiased estimator adds the row norms and column sums on the cross route.
+Launches: column statistics (one; two above 2048 rows), moments (one; two where tiles are few), one backward for each
+side that needs a gradient. The unbiased estimator adds the row norms and column sums on the cross route.
 """
 
 from __future__ import annotations
@@ -15,41 +15,34 @@ from triton import cdiv, knobs
 
 from ..estimators import Coefficients
 from ..plan import Tiling, row_splits, tile_count, tiling
-from ..types import Problem, Route, Stash
+from ..types import Problem, Route, Shapes, Stash
 from . import centre, cross, gram
 
 STATS_ROWS, STATS_COLUMNS = 64, 64  # a program's block in the column statistics; 64 x 32 spills in one variant on sm_90
 REDUCE_ROWS = 16  # rows of a tile that one program of a split reduction adds up
 
 
-def why_not(problem: Problem) -> str | None:
-    """None if these kernels can run ``problem``, else the reason."""
-    if problem.dtype == torch.float64:
+def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+    """None if these kernels can run products of ``dtype`` on ``device``, else the reason."""
+    if dtype == torch.float64:
         return "has no fp64 kernels"
-    if problem.device.type == "cpu":
+    if device.type == "cpu":
         return None if knobs.runtime.interpret else "needs CUDA tensors, these are on the CPU"
-    if problem.device.type != "cuda" or torch.version.hip:
-        return f"needs an NVIDIA GPU, these tensors are on {problem.device}"
-    capability = torch.cuda.get_device_capability(problem.device)
+    if device.type != "cuda" or torch.version.hip:
+        return f"needs an NVIDIA GPU, these tensors are on {device}"
+    capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     return None
 
 
-def why_not_best(problem: Problem) -> str | None:
-    """None if these kernels should be preferred to library products where both can run."""
-    if problem.device.type == "cpu":
-        return "runs in the interpreter here, for tests only"
-    return None
-
-
-def stash_shapes(problem: Problem, route: Route) -> Stash:
-    """(shape, dtype) of every tensor of the stash, for shape propagation without data."""
+def stash_shapes(problem: Problem, route: Route) -> Shapes:
+    """Shape and dtype of every tensor of the stash."""
     n, p, q = problem.n, problem.p, problem.q
     gram_route = route == "gram"
     unbiased = problem.estimator == "unbiased"
     sums = 2 * row_splits(n) if unbiased and not gram_route else 0
-    return Stash(  # type: ignore[arg-type]
+    return dict(
         coefficients=((len(Coefficients._fields),), torch.float64),
         xs=((1 + sums * problem.x_grad, p), torch.float32),  # the mean, then X^T kappa and X^T lambda by parts
         ys=((1 + sums * problem.y_grad, q), torch.float32),
@@ -64,7 +57,7 @@ class _Workspace(NamedTuple):
     """What the kernels of one forward share and nobody keeps."""
 
     mask: Tensor
-    count: Tensor
+    rows: Tensor  # how many count
     peaks_x: Tensor
     peaks_y: Tensor
     counter: Tensor
@@ -74,11 +67,11 @@ class _Workspace(NamedTuple):
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     with _device_of(x):
-        shapes = stash_shapes(problem, route)
-        stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in shapes))  # type: ignore[misc]
+        shapes = stash_shapes(problem, route).items()
+        stash = Stash(**{name: x.new_empty(shape, dtype=dtype) for name, (shape, dtype) in shapes})
         ws = _Workspace(
             mask=_bytes(mask, x),
-            count=x if mask is None else mask.sum(dtype=torch.float32),
+            rows=x if mask is None else mask.sum(dtype=torch.float32),
             peaks_x=x.new_empty(cdiv(problem.p, STATS_COLUMNS), dtype=torch.float32),
             peaks_y=x.new_empty(cdiv(problem.q, STATS_COLUMNS), dtype=torch.float32),
             counter=x.new_empty(1, dtype=torch.int32),
@@ -92,18 +85,33 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
 def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
 ) -> tuple[Tensor, Tensor]:
-    """dX [n, p] and dY [n, q] in the inputs' dtype, times the upstream ``grad`` (0-d); an unwanted one has no elements."""
+    """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     with _device_of(x):
         mask = _bytes(mask, x)
         launch = _gram_backward if route == "gram" else _cross_backward
-        # new_empty of the shape, not empty_like: dense rows, whatever the input's strides are.
-        dx = x.new_empty(x.shape if problem.x_grad else (0,))
-        dy = y.new_empty(y.shape if problem.y_grad else (0,))
-        if problem.x_grad:
-            launch(0, x, y, stash.xs, stash.ys, stash.xx, stash.yy, stash.xy, stash, mask, grad, dx, problem)
-        if problem.y_grad:
-            launch(1, y, x, stash.ys, stash.xs, stash.yy, stash.xx, stash.xy.mT, stash, mask, grad, dy, problem)
-        return dx, dy
+        sides = (
+            _Side(x, y, stash.xs, stash.ys, stash.xx, stash.yy, stash.xy),
+            _Side(y, x, stash.ys, stash.xs, stash.yy, stash.xx, stash.xy.mT),
+        )
+        gradients = []
+        for index, (side, wanted) in enumerate(zip(sides, (problem.x_grad, problem.y_grad), strict=True)):
+            # new_empty of the shape, not empty_like: dense rows, whatever the input's strides are.
+            gradients.append(side.own.new_empty(side.own.shape if wanted else (0,)))
+            if wanted:
+                launch(index, side, stash, mask, grad, gradients[-1], problem)
+        return gradients[0], gradients[1]
+
+
+class _Side(NamedTuple):
+    """The stash as seen from the side whose gradient is wanted; ``cross`` is other^T own."""
+
+    own: Tensor
+    other: Tensor
+    own_stats: Tensor
+    other_stats: Tensor
+    own_product: Tensor
+    other_product: Tensor
+    cross: Tensor
 
 
 def _column_stats(x: Tensor, y: Tensor, stash: Stash, ws: _Workspace, problem: Problem) -> None:
@@ -112,13 +120,13 @@ def _column_stats(x: Tensor, y: Tensor, stash: Stash, ws: _Workspace, problem: P
     partials_x, partials_y = (x.new_empty(3 * splits * d if splits > 1 else 0, dtype=torch.float32) for d in (p, q))
     blocks_x, blocks_y = cdiv(p, STATS_COLUMNS), cdiv(q, STATS_COLUMNS)
     centre.column_stats_kernel[(blocks_x + blocks_y, splits)](
-        x, y, ws.mask, stash.xs, stash.ys, ws.peaks_x, ws.peaks_y, partials_x, partials_y, ws.count, ws.counter,
+        x, y, ws.mask, stash.xs, stash.ys, ws.peaks_x, ws.peaks_y, partials_x, partials_y, ws.rows, ws.counter,
         n, p, q, *x.stride(), *y.stride(), blocks_x, splits,
         MASKED=problem.masked, SPLIT=splits > 1, BLOCK_N=STATS_ROWS, BLOCK_D=STATS_COLUMNS,
     )  # fmt: skip
     if splits > 1:
         centre.finish_stats_kernel[(blocks_x + blocks_y,)](
-            stash.xs, stash.ys, ws.peaks_x, ws.peaks_y, partials_x, partials_y, ws.count, n, p, q, blocks_x, splits,
+            stash.xs, stash.ys, ws.peaks_x, ws.peaks_y, partials_x, partials_y, ws.rows, n, p, q, blocks_x, splits,
             MASKED=problem.masked, BLOCK_D=STATS_COLUMNS,
         )  # fmt: skip
 
@@ -132,14 +140,14 @@ def _gram_moments(x: Tensor, y: Tensor, stash: Stash, ws: _Workspace, problem: P
         MASKED=problem.masked, STATISTIC=problem.statistic, UNBIASED=problem.estimator == "unbiased", BLOCK=t.block
     )  # fmt: skip
     gram.gram_moments_kernel[(upper, t.splits)](
-        x, y, stash.xs, stash.ys, ws.peaks_x, ws.peaks_y, ws.mask, ws.count, stash.xx, stash.yy, stash.rows, partials,
+        x, y, stash.xs, stash.ys, ws.peaks_x, ws.peaks_y, ws.mask, ws.rows, stash.xx, stash.yy, stash.rows, partials,
         slots, norm_slots, ws.counter, ws.value, stash.coefficients, n, p, q, *x.stride(), *y.stride(),
         len(ws.peaks_x), len(ws.peaks_y), cdiv(n, t.block), t.splits,
         SPLIT=split, PRECISION=_dot_precision(problem), STEP=t.step, **options,
     )  # fmt: skip
     if split:
         gram.gram_reduce_kernel[(upper, t.block // REDUCE_ROWS)](
-            ws.peaks_x, ws.peaks_y, ws.count, stash.xx, stash.yy, stash.rows, partials, slots, norm_slots, ws.counter,
+            ws.peaks_x, ws.peaks_y, ws.rows, stash.xx, stash.yy, stash.rows, partials, slots, norm_slots, ws.counter,
             ws.value, stash.coefficients, n, len(ws.peaks_x), len(ws.peaks_y), cdiv(n, t.block), upper, t.splits,
             ROWS=REDUCE_ROWS, **options,
         )  # fmt: skip
@@ -174,43 +182,42 @@ def _cross_moments(x: Tensor, y: Tensor, stash: Stash, ws: _Workspace, problem: 
     )  # fmt: skip
     grid_shape = cdiv(p, t.block), cdiv(q, t.block), blocks, t.splits
     cross.cross_moments_kernel[(tiles, t.splits)](
-        x, y, stash.xs, stash.ys, ws.peaks_x, ws.peaks_y, ws.mask, ws.count, stash.xx, stash.yy, stash.xy, partials,
+        x, y, stash.xs, stash.ys, ws.peaks_x, ws.peaks_y, ws.mask, ws.rows, stash.xx, stash.yy, stash.xy, partials,
         slots, norm_slots, ws.counter, ws.value, stash.coefficients, n, p, q, *x.stride(), *y.stride(),
         len(ws.peaks_x), len(ws.peaks_y), *grid_shape,
         SPLIT=split, PRECISION=_dot_precision(problem), STEP=t.step, **options,
     )  # fmt: skip
     if split:
         cross.cross_reduce_kernel[(tiles, t.block // REDUCE_ROWS)](
-            ws.peaks_x, ws.peaks_y, ws.count, stash.xx, stash.yy, stash.xy, partials, slots, norm_slots, ws.counter,
+            ws.peaks_x, ws.peaks_y, ws.rows, stash.xx, stash.yy, stash.xy, partials, slots, norm_slots, ws.counter,
             ws.value, stash.coefficients, n, p, q, len(ws.peaks_x), len(ws.peaks_y), *grid_shape,
             ROWS=REDUCE_ROWS, **options,
         )  # fmt: skip
 
 
 def _gram_backward(
-    side: int, own: Tensor, other: Tensor, own_stats: Tensor, other_stats: Tensor, own_product: Tensor,
-    other_product: Tensor, cross_product: Tensor, stash: Stash, mask: Tensor, grad: Tensor, out: Tensor, problem: Problem,
-) -> None:  # fmt: skip
-    n, d = own.shape
+    index: int, side: _Side, stash: Stash, mask: Tensor, grad: Tensor, out: Tensor, problem: Problem
+) -> None:
+    n, d = out.shape
     t = tiling(problem, "gram")
     gram.gram_backward_kernel[(cdiv(n, t.block), cdiv(d, t.block))](
-        own, own_stats, mask, own_product, other_product, stash.rows, stash.coefficients, grad, out, n, d, *own.stride(),
-        SIDE=side, MASKED=problem.masked, UNBIASED=problem.estimator == "unbiased", PRECISION=_dot_precision(problem),
+        side.own, side.own_stats, mask, side.own_product, side.other_product, stash.rows, stash.coefficients, grad, out,
+        n, d, *side.own.stride(),
+        SIDE=index, MASKED=problem.masked, UNBIASED=problem.estimator == "unbiased", PRECISION=_dot_precision(problem),
         BLOCK=t.block, STEP=t.step,
     )  # fmt: skip
 
 
 def _cross_backward(
-    side: int, own: Tensor, other: Tensor, own_stats: Tensor, other_stats: Tensor, own_product: Tensor,
-    other_product: Tensor, cross_product: Tensor, stash: Stash, mask: Tensor, grad: Tensor, out: Tensor, problem: Problem,
-) -> None:  # fmt: skip
-    n, d = own.shape
+    index: int, side: _Side, stash: Stash, mask: Tensor, grad: Tensor, out: Tensor, problem: Problem
+) -> None:
+    n, d = out.shape
     t = tiling(problem, "cross")
     cross.cross_backward_kernel[(cdiv(n, t.block), cdiv(d, t.block))](
-        own, other, own_stats, other_stats, mask, own_product, cross_product, stash.rows, own_stats[1:],
-        stash.coefficients, grad, out, n, d, other.shape[1], *own.stride(), *other.stride(), *cross_product.stride(),
-        row_splits(n),
-        SIDE=side, MASKED=problem.masked, UNBIASED=problem.estimator == "unbiased", PRECISION=_dot_precision(problem),
+        side.own, side.other, side.own_stats, side.other_stats, mask, side.own_product, side.cross, stash.rows,
+        side.own_stats[1:], stash.coefficients, grad, out, n, d, side.other.shape[1],
+        *side.own.stride(), *side.other.stride(), *side.cross.stride(), row_splits(n),
+        SIDE=index, MASKED=problem.masked, UNBIASED=problem.estimator == "unbiased", PRECISION=_dot_precision(problem),
         BLOCK=t.block, STEP=t.step,
     )  # fmt: skip
 

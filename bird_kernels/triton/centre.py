@@ -1,8 +1,9 @@
 r"""Column statistics of both sides: the mean, and a power of two that brings the centred entries near 1.
 
-One pass over the inputs. The means are bounded by the column's own minimum and maximum: exact in real arithmetic, and in fp32
-it makes a constant column exactly zero, where rounding would leave something that looks like variance. The extremes also bound
-the centred entries, whose largest sets the scale. The other kernels subtract and scale as they load: no centred copy exists.
+One pass over the inputs. The means are bounded by the column's own minimum and maximum: exact in real arithmetic, and
+in fp32 it makes a constant column exactly zero, where rounding would leave something that looks like variance. The
+extremes also bound the centred entries, whose largest sets the scale. The other kernels subtract and scale as they
+load: no centred copy exists.
 """
 
 from __future__ import annotations

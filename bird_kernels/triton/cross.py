@@ -1,10 +1,11 @@
 r"""The cross route: A = X^T X, C = Y^T X and |Y^T Y| by tiles, their moments, and dX = Y (a C) + X (b A) in one launch.
 
-The tiles of the three products form one grid: upper tiles of A, all tiles of C, upper tiles of Y^T Y (kept only when y needs a
-gradient). Where tiles are few the rows are split over programs; partial tiles meet in a second kernel, in a fixed order.
+The tiles of the three products form one grid: upper tiles of A, all tiles of C, upper tiles of Y^T Y (kept only when y
+needs a gradient). Where tiles are few the rows are split over programs; partial tiles meet in a second kernel, in a
+fixed order.
 
-The unbiased estimator needs the squared row norms kappa and lambda beforehand, and for the centring of its gradient the column
-sums X^T kappa and X^T lambda: two small kernels, launched for it alone.
+The unbiased estimator needs the squared row norms kappa and lambda beforehand, and for the centring of its gradient the
+column sums X^T kappa and X^T lambda: two small kernels, launched for it alone.
 """
 
 from __future__ import annotations
@@ -197,8 +198,9 @@ def cross_reduce_kernel(
         tile += tl.load(partials + (split * tiles + index).to(tl.int64) * (BLOCK * BLOCK) + inner)
     columns = column_tile * BLOCK + tl.arange(0, BLOCK)
     _cross_epilogue(
-        tile, kind, row_tile, column_tile, row_tile * BLOCK + local, columns, a, b, c, slots, program, programs, p, q, STORE_B
-    )
+        tile, kind, row_tile, column_tile, row_tile * BLOCK + local, columns, a, b, c, slots, program, programs, p, q,
+        STORE_B,
+    )  # fmt: skip
     if arrive(counter, programs):
         scale_x = power_of_two(peaks_x, n_peaks_x, WIDTH)
         scale_y = power_of_two(peaks_y, n_peaks_y, WIDTH)
@@ -248,7 +250,9 @@ def cross_backward_kernel(
             own, mean_own, scale_own.to(tl.float32), mask, rows, inner, n, p, stride_on, stride_od, MASKED
         )
         offsets = inner.to(tl.int64)[:, None] * p + features[None, :]
-        right = tl.load(own_product + offsets, mask=(inner < p)[:, None] & (features < p)[None, :], other=0.0) * inner_own
+        right = (
+            tl.load(own_product + offsets, mask=(inner < p)[:, None] & (features < p)[None, :], other=0.0) * inner_own
+        )
         acc = tl.dot(left.to(dtype), right.to(dtype), acc, input_precision=PRECISION)
 
     if UNBIASED:

@@ -1,7 +1,7 @@
 r"""The Gram route: K = X X^T and L = Y Y^T by upper tiles, their moments, and dX = (a L + b K) X in one launch.
 
-A program owns one tile of both K and L, so <K,L> never leaves its registers. Where tiles are few the features are split over
-programs; their partial tiles meet in a second kernel, in a fixed order.
+A program owns one tile of both K and L, so <K,L> never leaves its registers. Where tiles are few the features are split
+over programs; their partial tiles meet in a second kernel, in a fixed order.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def gram_moments_kernel(
         )  # fmt: skip
         if arrive(counter, programs):
             finish(
-                slots, programs, norm_slots, programs, value, coefficients, row_count(count, n, MASKED), scale_x, scale_y,
-                STATISTIC, UNBIASED, False,
+                slots, programs, norm_slots, programs, value, coefficients, row_count(count, n, MASKED), scale_x,
+                scale_y, STATISTIC, UNBIASED, False,
             )  # fmt: skip
 
 
@@ -143,8 +143,9 @@ def gram_reduce_kernel(
     rows = row_tile * BLOCK + local
     columns = column_tile * BLOCK + tl.arange(0, BLOCK)
     _gram_epilogue(
-        k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, norm_slots, program, programs, n, UNBIASED
-    )
+        k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, norm_slots, program, programs, n,
+        UNBIASED,
+    )  # fmt: skip
     if arrive(counter, programs):
         scale_x = power_of_two(peaks_x, n_peaks_x, WIDTH)
         scale_y = power_of_two(peaks_y, n_peaks_y, WIDTH)

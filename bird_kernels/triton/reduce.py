@@ -35,18 +35,16 @@ def combine(
     if STATISTIC == "hsic":
         return valid * hkl / norm, valid / norm, 0.0 * hkl, 0.0 * hkl
     else:
-        eps = 1.1920928955078125e-07
-        rows_k = alpha * r_kk
+        rounding = 64.0 * 1.1920928955078125e-07  # estimators.ROUNDING, fp32
         total_k = beta * t_k * t_k
-        hkk = kk + rows_k + total_k
-        k_dead = hkk <= eps * (kk - rows_k + total_k)
-        rows_l = alpha * r_ll
+        hkk = kk + alpha * r_kk + total_k
+        k_dead = hkk <= rounding * (kk + r_kk + total_k)
         total_l = beta * t_l * t_l
-        hll = ll + rows_l + total_l
-        l_dead = hll <= eps * (ll - rows_l + total_l)
+        hll = ll + alpha * r_ll + total_l
+        l_dead = hll <= rounding * (ll + r_ll + total_l)
         hkk = tl.where(k_dead, 1.0, hkk)
         hll = tl.where(l_dead, 1.0, hll)
-        d_kl = tl.where(k_dead | l_dead, 0.0, valid) / (tl.sqrt(hkk) * tl.sqrt(hll))
+        d_kl = valid * tl.where(k_dead | l_dead, 0.0, 1.0) / (tl.sqrt(hkk) * tl.sqrt(hll))
         cka = hkl * d_kl
         d_kk = -0.5 * cka / hkk
         d_ll = -0.5 * cka / hll
