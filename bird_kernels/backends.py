@@ -30,9 +30,6 @@ def why_not(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
     return reason
 
 
-# Dynamo takes the answer as a constant instead of tracing into device queries and imports. (It would look through an
-# lru_cache, so that is one call further down.) What can run does not depend on the sizes, which may be symbolic.
-@torch.compiler.assume_constant_result
 def choose(dtype: torch.dtype, device: torch.device, requested: str) -> tuple[str, dict[str, str]]:
     """(backend to use, {better backend: why it was not taken}).
 
@@ -40,6 +37,13 @@ def choose(dtype: torch.dtype, device: torch.device, requested: str) -> tuple[st
         ValueError: ``requested`` names a backend that cannot run.
     """
     return _choose(dtype, device, requested)
+
+
+# Dynamo takes the answer as a constant instead of tracing into device queries and imports. (It would look through an
+# lru_cache, so that is one call further down.) What can run does not depend on the sizes, which may be symbolic.
+# This is all that torch.compiler.assume_constant_result does, but for importing Dynamo (and Triton) along the way: 1.5
+# s.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

@@ -17,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,46 +57,37 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     wide, _ = _dtypes(problem)
-    nothing = x.new_empty(0, dtype=wide)
-    count = _row_count(x, mask)
-    xs, scale_x = _centre(x, mask, count, problem)
-    ys, scale_y = _centre(y, mask, count, problem)
-
-    with _fp32_products(problem):
-        if route == "gram":
-            xx, yy, xy = _self_product(xs), _self_product(ys), x.new_empty(0, 0, dtype=wide)
-            diagonals = (_take_diagonal(xx), _take_diagonal(yy)) if problem.estimator == "unbiased" else None
-            pairs = torch.stack([torch.linalg.vecdot(a, b) for a, b in ((xx, yy), (xx, xx), (yy, yy))])
-            products = pairs.sum(1, dtype=torch.float64)
-        else:
-            xx, xy = _self_product(xs.T), _mm(ys.T, xs)
-            yy = _self_product(ys.T) if problem.y_grad else nothing
-            yy_norm = _squared_norm(yy) if problem.y_grad else _self_product_norm(ys.T)
-            products = torch.stack([_squared_norm(xy), _squared_norm(xx), yy_norm])
-            diagonals = _row_norms(xs, ys, wide) if problem.estimator == "unbiased" else None
-
-    rows, hollow = nothing, products
-    norms: tuple[Scalar, ...] | None = None
-    if diagonals is not None:
-        rows = torch.stack(diagonals)
-        kappa, lam = rows.double()
-        sums = torch.stack([kappa @ lam, kappa @ kappa, lam @ lam, kappa.sum(), lam.sum()])
-        if route == "cross":
-            hollow = products - sums[:3]
-        norms = _read(sums)
     eps = torch.finfo(wide).eps
-    result = combine(linear_moments(_read(hollow), norms), count, problem.statistic, problem.estimator, eps)
-    unscale = 1.0 / (scale_x * scale_y) ** 2 if problem.statistic == "hsic" else 1.0
+    count = _row_count(x, mask)
+    with _fp32_products(problem):
+        products, scale_x, scale_y = None, 1.0, 1.0
+        if mask is None and x.device.type == "cpu":
+            # A CPU can look before it pays: careful centring is a third of the time at 128 x 512.
+            (xs, x_mean), (ys, y_mean) = _subtract_mean(x.to(wide)), _subtract_mean(y.to(wide))
+            products = _products(xs, ys, problem, route)
+            if not (_sound(products.kk, x_mean, count, eps) and _sound(products.ll, y_mean, count, eps)):
+                products = None
+        if products is None:
+            xs, scale_x = _centre(x, mask, count, problem)
+            ys, scale_y = _centre(y, mask, count, problem)
+            products = _products(xs, ys, problem, route)
 
-    kl, kk, ll = _read(products)
-    sum_k, sum_l = norms[3:] if norms is not None else (0.0, 0.0)
+    kl, kk, ll, norms = products.kl, products.kk, products.ll, products.norms
+    hollow = (kl, kk, ll)
+    if norms is not None and route == "cross":
+        hollow = kl - norms[0], kk - norms[1], ll - norms[2]
+    result = combine(linear_moments(hollow, norms), count, problem.statistic, problem.estimator, eps)
+    unscale = 1.0 / (scale_x * scale_y) ** 2 if problem.statistic == "hsic" else 1.0
+    sum_k, sum_l = (0.0, 0.0) if norms is None else norms[3:]
     coefficients = Coefficients(
         result.d_kl * unscale, result.d_kk, result.d_ll, kl, kk, ll, sum_k, sum_l, scale_x, scale_y,
         _at_least(MIN_ROWS[problem.estimator], count),  # with fewer the derivatives are NaN already
     )  # fmt: skip
     if route == "gram" and not problem.y_grad:
         ys = ys.new_empty(0)
-    stash = Stash(_write(coefficients, x.device), xs, ys, xx, yy, xy, rows)
+    stash = Stash(
+        _write(coefficients, x.device), xs, ys, products.xx, products.yy, products.xy, products.rows
+    )  # fmt: skip
     return _write(result.value * unscale, x.device, wide), stash
 
 
@@ -104,7 +96,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     c = Coefficients(*_read(stash.coefficients))
-    upstream = _read(grad.double().reshape(1))[0]
+    upstream = _scalar(grad)
     dx, dy = x.new_empty(0), y.new_empty(0)
     with _fp32_products(problem):
         if problem.x_grad:
@@ -149,11 +141,26 @@ def _side(
 # ---------------------------------------------------------------------------------------------- centring
 
 
+def _subtract_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    mean = x.mean(0)
+    return x - mean, mean
+
+
+def _sound(kk: float, mean: Tensor, n: float, eps: float) -> bool:
+    """Whether a plain subtraction of the mean was good enough, judged by its outcome (CPU).
+
+    The subtraction leaves up to eps * |mean| in every row alike, which adds a rank-one matrix of that size squared to
+    K. Below (1/64)^2 of K's mean entry it changes <K,K> by less than 64^-4 = 6e-8 and <K,L>, L being centred, not at
+    all. Anything else (a constant side, features beyond 1e+-6 in fp32 squares of squares, NaN) takes the careful way.
+    """
+    return 1e-25 < kk < 1e25 and math.sqrt(kk) > n * (64.0 * eps) ** 2 * torch.dot(mean, mean).item()
+
+
 def _centre(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
     """Columns minus their means, times a power of two that brings the largest entry near 1.
 
     The mean is taken twice: the second one is the rounding of the first. It makes a constant column exactly zero, where
-    one pass leaves eps * |mean| that looks like variance, and it costs 14 us at 128 x 512.
+    one pass leaves eps * |mean| that looks like variance.
     """
     wide, operand = _dtypes(problem)
     x = x.to(wide)
@@ -167,8 +174,6 @@ def _centre(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> 
         for _ in range(2):
             x = torch.where(keep, x - x.sum(0) / rows, 0.0)
     scale = _power_of_two(x)
-    if isinstance(scale, float) and 2.0**-20 < scale < 2.0**20:
-        return x, 1.0  # fp32 squares of squares have room for this: spare the CPU a pass
     return (x * scale).to(operand), scale
 
 
@@ -195,6 +200,43 @@ def _row_count(x: Tensor, mask: Tensor | None) -> Scalar:
 
 
 # ---------------------------------------------------------------------------------------------- products
+
+
+class _Products(NamedTuple):
+    """The products of one route and their moments; fields as in `Stash`, ``norms`` as in `linear_moments`."""
+
+    kl: Scalar
+    kk: Scalar
+    ll: Scalar
+    norms: tuple[Scalar, ...] | None
+    xx: Tensor
+    yy: Tensor
+    xy: Tensor
+    rows: Tensor
+
+
+def _products(xs: Tensor, ys: Tensor, problem: Problem, route: Route) -> _Products:
+    unbiased = problem.estimator == "unbiased"
+    wide, _ = _dtypes(problem)
+    empty = partial(xs.new_empty, dtype=wide)  # one each: an operator's outputs must not share memory
+    rows = None
+    if route == "gram":
+        xx, yy, xy = _self_product(xs), _self_product(ys), empty((0, 0))
+        if unbiased:
+            rows = torch.stack([_take_diagonal(xx), _take_diagonal(yy)])
+        kl, kk, ll = _inner(xx, yy), _inner(xx, xx), _inner(yy, yy)
+    else:
+        xx, xy = _self_product(xs.T), _mm(ys.T, xs)
+        yy = _self_product(ys.T) if problem.y_grad else empty(0)
+        kl, kk = _inner(xy, xy), _inner(xx, xx)
+        ll = _inner(yy, yy) if problem.y_grad else _self_product_norm(ys.T)
+        if unbiased:
+            rows = torch.stack([torch.linalg.vecdot(a, a) for a in (xs.to(wide), ys.to(wide))])
+    if rows is None:
+        return _Products(kl, kk, ll, None, xx, yy, xy, empty(0))
+    kappa, lam = rows.double()
+    norms = tuple(_scalar(a) for a in (kappa @ lam, kappa @ kappa, lam @ lam, kappa.sum(), lam.sum()))
+    return _Products(kl, kk, ll, norms, xx, yy, xy, rows)
 
 
 def _dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
@@ -225,14 +267,18 @@ def _scaled_mm(a: Tensor, b: Tensor) -> Tensor:
     return _mm(a, (b * scale).to(a.dtype)) / scale
 
 
-def _blocks(m: int, device: torch.device) -> list[tuple[int, int]]:
-    block = SYMMETRIC_BLOCK.get(device.type, m)
-    return [(i, min(i + block, m)) for i in range(0, m, block)]
+def _blocks(a: Tensor) -> list[tuple[int, int]]:
+    """Ranges of rows of ``a`` whose products are formed together; the last one takes what is left."""
+    block, m = SYMMETRIC_BLOCK.get(a.device.type, 0), a.shape[0]
+    if not 0 < 2 * block <= m:
+        return [(0, m)]
+    starts = range(0, m - block + 1, block)
+    return [(i, i + block if i + 2 * block <= m else m) for i in starts]
 
 
 def _self_product(a: Tensor) -> Tensor:
     """a @ a.T for a [m, k], upper blocks computed and mirrored."""
-    blocks = _blocks(a.shape[0], a.device)
+    blocks = _blocks(a)
     if len(blocks) < 2:
         return _mm(a, a.T)
     out = torch.empty(a.shape[0], a.shape[0], dtype=_wide(a), device=a.device)
@@ -242,23 +288,21 @@ def _self_product(a: Tensor) -> Tensor:
     return out
 
 
-def _self_product_norm(a: Tensor) -> Tensor:
-    """|a @ a.T|^2 as 0-d fp64, one row of upper blocks in memory at a time."""
-    total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for i, j in _blocks(a.shape[0], a.device):
+def _self_product_norm(a: Tensor) -> Scalar:
+    """|a @ a.T|^2, one row of upper blocks in memory at a time."""
+    total: Scalar = 0.0
+    for i, j in _blocks(a):
         strip = _mm(a[i:j], a[i:].T)
-        total += 2.0 * _squared_norm(strip) - _squared_norm(strip[:, : j - i])
+        diagonal = strip[:, : j - i]
+        total = total + 2.0 * _inner(strip, strip) - _inner(diagonal, diagonal)
     return total
 
 
-def _squared_norm(a: Tensor) -> Tensor:
-    """Rows in the dtype of ``a`` (pairwise summation), their sum in fp64: no fp64 copy, no long fp32 sum."""
-    return torch.linalg.vecdot(a, a).sum(dtype=torch.float64)
-
-
-def _row_norms(xs: Tensor, ys: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    x, y = xs.to(wide), ys.to(wide)
-    return torch.linalg.vecdot(x, x), torch.linalg.vecdot(y, y)
+def _inner(a: Tensor, b: Tensor) -> Scalar:
+    """sum(a * b). Long sums go by rows in the dtype of ``a`` (pairwise) and from there on in fp64: no fp64 copy."""
+    if a.numel() <= 1 << 14 and a.is_contiguous() and b.is_contiguous() and a.device.type == "cpu":
+        return torch.dot(a.view(-1), b.view(-1)).item()
+    return _scalar(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
 
 
 def _take_diagonal(a: Tensor) -> Tensor:
@@ -272,15 +316,18 @@ def _wide(a: Tensor) -> torch.dtype:
     return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
-@contextlib.contextmanager
-def _fp32_products(problem: Problem) -> Iterator[None]:
+def _fp32_products(problem: Problem) -> contextlib.AbstractContextManager[None]:
     """Run with the requested fp32 precision; None leaves PyTorch's own switch alone. tf32x3 is honoured by ieee."""
     if problem.precision is None or problem.dtype != torch.float32:
-        yield
-        return
+        return contextlib.nullcontext()
     switch: Any = torch.backends.cuda.matmul if problem.device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return _switched(switch, "tf32" if problem.precision == "tf32" else "ieee")
+
+
+@contextlib.contextmanager
+def _switched(switch: Any, precision: str) -> Iterator[None]:
     before = switch.fp32_precision
-    switch.fp32_precision = "tf32" if problem.precision == "tf32" else "ieee"
+    switch.fp32_precision = precision
     try:
         yield
     finally:
@@ -288,6 +335,10 @@ def _fp32_products(problem: Problem) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- scalars
+
+
+def _scalar(value: Tensor) -> Scalar:
+    return value.item() if value.device.type == "cpu" else value.double()
 
 
 def _read(values: Tensor) -> tuple[Scalar, ...]:

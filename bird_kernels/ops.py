@@ -63,7 +63,6 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-@torch.library.impl("bird::alignment", ["CPU", "CUDA"])
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
     spec = Spec(*spec_)
     run = backends.load(spec.backend).forward
@@ -76,7 +75,6 @@ def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[
     return value, *stash
 
 
-@torch.library.impl("bird::alignment_backward", ["CPU", "CUDA"])
 def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     stash, spec = Stash(*rest[: len(Stash._fields)]), Spec(*rest[len(Stash._fields) :])
     run = backends.load(spec.backend).backward
@@ -85,6 +83,10 @@ def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None,
         with without_autocast(x.device):
             return run(grad, x, y, mask, stash, problem, spec.route)
     return run(grad, x, y, mask, stash, problem, spec.route)
+
+
+torch.library.impl("bird::alignment", ["CPU", "CUDA"], _alignment)
+torch.library.impl("bird::alignment_backward", ["CPU", "CUDA"], _alignment_backward)
 
 
 @torch.library.register_fake("bird::alignment")
@@ -110,53 +112,77 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def alignment(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> Tensor:
     """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable."""
-    value: Tensor = _Alignment.apply(x, y, mask, spec)[0]
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        value: Tensor = _TransformableAlignment.apply(x, y, mask, *spec)[0]
+        return value
+    value = _Alignment.apply(x, y, mask, *spec)
     return value
 
 
 class _Alignment(torch.autograd.Function):
+    """The operator under plain autograd, with the stash saved but not returned: 18 us a call less than the next
+    class."""
+
     @staticmethod
-    def forward(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, *spec: Any) -> Tensor:
+        value, *stash = torch.ops.bird.alignment(x, y, mask, *spec)
+        ctx.spec = spec
+        ctx.save_for_backward(x, y, mask, *stash)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, mask, *stash = ctx.saved_tensors
+        spec = Spec(*ctx.spec)
+        if torch.is_grad_enabled():  # somebody will differentiate the gradient: create_graph, torch.func
+            dx, dy = _AlignmentBackward.apply(grad, x, y, mask, *ctx.spec, *stash)
+        else:
+            dx, dy = torch.ops.bird.alignment_backward(grad, x, y, mask, *stash, *ctx.spec)
+        return (dx if spec.x_grad else None), (dy if spec.y_grad else None), None, *(None for _ in spec)
+
+
+class _TransformableAlignment(torch.autograd.Function):
+    """The same in the form that torch.func and torch.compile can transform: everything saved is an input or an
+    output."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, mask: Tensor | None, *spec: Any) -> tuple[Tensor, ...]:
         return torch.ops.bird.alignment(x, y, mask, *spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, mask, ctx.spec = inputs
+        x, y, mask, *spec = inputs
+        ctx.spec = spec
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, y, mask, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return None, None, None, None
-        x, y, mask, *stash = ctx.saved_tensors
-        dx, dy = _AlignmentBackward.apply(grad, x, y, mask, ctx.spec, *stash)
-        return (dx if ctx.spec.x_grad else None), (dy if ctx.spec.y_grad else None), None, None
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return _Alignment.backward(ctx, grad)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
-        return _loop(_Alignment, info, in_dims, args)
+        return _loop(_TransformableAlignment, info, in_dims, args)
 
 
 class _AlignmentBackward(torch.autograd.Function):
     """The gradient as a function of its own, so that it can be differentiated again."""
 
     @staticmethod
-    def forward(
-        grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec, *stash: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *spec_and_stash: Any) -> tuple[Tensor, Tensor]:
+        spec, stash = spec_and_stash[: len(Spec._fields)], spec_and_stash[len(Spec._fields) :]
         return torch.ops.bird.alignment_backward(grad, x, y, mask, *stash, *spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        grad, x, y, mask, ctx.spec, *_ = inputs
+        grad, x, y, mask, *rest = inputs
+        ctx.spec = rest[: len(Spec._fields)]
         ctx.save_for_backward(grad, x, y, mask)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor, ddy: Tensor) -> tuple[Tensor | None, ...]:
         grad, x, y, mask = ctx.saved_tensors
-        spec = ctx.spec
+        spec = Spec(*ctx.spec)
         with torch.enable_grad():
             grad, x, y = leaves = tuple(t.detach().requires_grad_() for t in (grad, x, y))
             value = getattr(reference, spec.statistic)(x, y, mask, spec.estimator)
@@ -166,7 +192,7 @@ class _AlignmentBackward(torch.autograd.Function):
             )
             first = torch.autograd.grad(value, sides, grad.to(value.dtype), create_graph=True)
         second = torch.autograd.grad(first, leaves, cotangents, allow_unused=True)
-        return *second, None, None, *(None for _ in Stash._fields)
+        return *second, None, *(None for _ in spec), *(None for _ in Stash._fields)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:

@@ -5,9 +5,10 @@ Two routes lead to the same numbers, for centred X [n, p] and Y [n, q]:
     gram    K = X X^T, L = Y Y^T;               n^2 (p+q) flops, then 2 n^2 p for dX = (L - (a/b) K) X
     cross   C = Y^T X, A = X^T X, |Y^T Y|;      n (p^2 + q^2 + 2pq), then 2np (p+q) for dX = Y C - (a/b) X A
 
-(symmetric products at half price), so ``gram`` is cheaper exactly where n <= p + q. The terms could also be mixed: <K,L> from C but <K,K> from K, say. It never pays: a
-mixed form wins over ``gram`` only where n exceeds the width that its Gram side has, and over ``cross`` only where it
-does not (checked by brute force in the tests). With the cheaper route no workspace exceeds O(n min(n, p+q)).
+(symmetric products at half price), so ``gram`` is cheaper exactly where n <= p + q. The terms could also be mixed:
+<K,L> from C but <K,K> from K, say. It never pays: a mixed form wins over ``gram`` only where n exceeds the width that
+its Gram side has, and over ``cross`` only where it does not (checked by brute force in the tests). With the cheaper
+route no workspace exceeds O(n min(n, p+q)).
 """
 
 from __future__ import annotations
