@@ -1,0 +1,170 @@
+"""Training losses with guidance: ``alpha * task + beta * sum over pairs of layers``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bird_kernels import CKALoss
+
+T = TypeVar("T")
+Features = Mapping[str, Tensor]
+
+
+class _Guided(nn.Module):
+    """What the guided losses share: two weights, pairs of layers, and the components of the last call."""
+
+    def __init__(self, alpha: float, beta: float, pairs: Sequence[tuple[str, str]]) -> None:
+        super().__init__()
+        for name, weight in (("alpha", alpha), ("beta", beta)):
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} must be finite and not negative, not {weight!r}")
+        listed = [tuple(pair) for pair in pairs]
+        if not listed or any(len(pair) != 2 for pair in listed):
+            raise ValueError(f"pairs must list one or more (teacher_layer, student_layer), not {pairs!r}")
+        self.alpha, self.beta = float(alpha), float(beta)
+        self.pairs = [(teacher, student) for teacher, student in listed]
+        self.last: dict[str, Tensor] = {}
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"alpha={self.alpha}, beta={self.beta}, pairs={self.pairs}"
+
+    def _matched(self, teacher: Features, student: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name for the log, teacher's rows, student's rows) of each pair."""
+        for t, s in self.pairs:
+            yield f"{t}/{s}", _named("teacher_features", teacher, t), _named("student_features", student, s)
+
+
+class BirdLoss(_Guided):
+    r"""BIRD's loss: the task, and the geometry of a student's layer pulled towards a frozen teacher's.
+
+    .. math:: L = \alpha \, L_{task} + \beta \sum_{(t, s)} (1 - \mathrm{CKA}(S_s, T_t))
+
+    With one pair, the linear kernel, the biased estimator and the default weights it is the published loss
+    (Pogoncheff and Beyeler, ICLR 2026). Under DDP each process compares the samples of its own batch.
+
+    Args:
+        alpha: weight of the task's loss.
+        beta: weight of the guidance.
+        pairs: ``(teacher layer, student layer)``, one or more.
+        kernel, estimator, backend, precision: as in `bird_kernels.cka_loss`.
+
+    Attributes:
+        last: what the last call was made of, 0-d and detached; keeping it does not wait for the device.
+            ``"task"``, and for each pair ``"cka/<teacher layer>/<student layer>"``.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        beta: float = 0.9,
+        pairs: Sequence[tuple[str, str]] = (),
+        *,
+        kernel: str = "linear",
+        estimator: str = "biased",
+        backend: str = "auto",
+        precision: str | None = None,
+    ) -> None:
+        super().__init__(alpha, beta, pairs)
+        self.distance = CKALoss(kernel=kernel, estimator=estimator, backend=backend, precision=precision)
+
+    def forward(self, task_loss: Tensor, teacher_features: Features, student_features: Features) -> Tensor:
+        """The weighted sum, a 0-d tensor.
+
+        Args:
+            task_loss: 0-d.
+            teacher_features: ``{layer: [N, Q]}``, as `bird.Teacher` returns them.
+            student_features: ``{layer: [N, P]}`` of the same samples, as `bird.Taps.pop` returns them.
+
+        Raises:
+            ValueError: a layer of ``pairs`` is not among the features; also whatever
+                `bird_kernels.cka_loss` raises.
+        """
+        total, last = self.alpha * task_loss, {"task": task_loss.detach()}
+        for name, teacher, student in self._matched(teacher_features, student_features):
+            misaligned = self.distance(student, teacher)
+            total = total + self.beta * misaligned
+            last[f"cka/{name}"] = 1 - misaligned.detach()
+        self.last = last
+        return total
+
+
+class Hints(_Guided):
+    r"""FitNets' hints: the task, and a learned linear map from the student's features to the teacher's.
+
+    .. math:: L = \alpha \, L_{task} + \beta \sum_{(t, s)} \frac{1}{N Q} \lVert r_{ts}(S_s) - T_t \rVert^2
+
+    (Romero et al., FitNets, ICLR 2015, where hints are a stage before the task; here the two are joint.)
+    The maps r are this module's parameters: give them to the optimizer,
+    ``[*student.parameters(), *loss.parameters()]``, and keep them in the checkpoint. Under DDP wrap this
+    module too, so that its gradients are averaged.
+
+    Args:
+        alpha: weight of the task's loss.
+        beta: weight of the guidance. Both default to BIRD's, so that the two differ in nothing but the term.
+        pairs: ``(teacher layer, student layer)``, one or more.
+        teacher_widths: ``{layer: Q}``, how many features each teacher layer in ``pairs`` has.
+        student_widths: ``{layer: P}``, the same for the student.
+
+    Raises:
+        ValueError: a layer of ``pairs`` has no width.
+
+    Attributes:
+        last: as in `BirdLoss`: ``"task"``, and for each pair ``"hint/<teacher layer>/<student layer>"``.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.1,
+        beta: float = 0.9,
+        pairs: Sequence[tuple[str, str]] = (),
+        *,
+        teacher_widths: Mapping[str, int],
+        student_widths: Mapping[str, int],
+    ) -> None:
+        super().__init__(alpha, beta, pairs)
+        self.regressors = nn.ModuleList(
+            nn.Linear(_named("student_widths", student_widths, s), _named("teacher_widths", teacher_widths, t))
+            for t, s in self.pairs
+        )
+
+    def forward(self, task_loss: Tensor, teacher_features: Features, student_features: Features) -> Tensor:
+        """The weighted sum, a 0-d tensor; arguments as in `BirdLoss.forward`.
+
+        Raises:
+            ValueError: a layer of ``pairs`` is not among the features, or shapes do not fit the widths.
+        """
+        total, last = self.alpha * task_loss, {"task": task_loss.detach()}
+        matched = self._matched(teacher_features, student_features)
+        for regressor, (name, teacher, student) in zip(self.regressors, matched, strict=True):
+            missed = _mean_squares(regressor, name, teacher, student)
+            total = total + self.beta * missed
+            last[f"hint/{name}"] = missed.detach()
+        self.last = last
+        return total
+
+
+def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Tensor) -> Tensor:
+    """Mean of (r(student) - teacher)^2 in the map's own dtype: in bf16 the difference would be lost."""
+    assert isinstance(regressor, nn.Linear)
+    wide = regressor.weight.dtype
+    needed = [len(teacher), regressor.out_features], [len(teacher), regressor.in_features]
+    if (list(teacher.shape), list(student.shape)) != needed:
+        raise ValueError(
+            f"hint {name!r}: teacher and student features {list(teacher.shape)} and {list(student.shape)} "
+            f"came, {needed[0]} and {needed[1]} are needed: the same samples, and widths as declared"
+        )
+    with torch.autocast(teacher.device.type, enabled=False):
+        return F.mse_loss(regressor(student.to(wide)), teacher.to(wide))
+
+
+def _named(what: str, mapping: Mapping[str, T], layer: str) -> T:
+    if layer not in mapping:
+        raise ValueError(f"{what} has no layer {layer!r}, which pairs names; it has {list(mapping)}")
+    return mapping[layer]

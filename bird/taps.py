@@ -1,0 +1,145 @@
+"""Taps: named features of one forward pass of a network in training."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from .features import Pool, find_layers, first_tensor, pool_rows, unwrap
+
+
+class Taps:
+    """Features of named layers, pooled to rows ``[N, D]``, taken while the model runs.
+
+    ::
+
+        with Taps(model, ["layer3", "layer4"]) as taps:
+            logits = model(images)
+            features = taps.pop()      # {"layer3": [N, 256], "layer4": [N, 512]}
+
+    Features belong to the graph of the forward pass, keep the dtype they come out with (bf16 under autocast),
+    and are of one forward only: `pop` forgets them, and so does the next call of the model. A layer that
+    returns a tuple, list, mapping or dataclass is read by its first tensor.
+
+    Args:
+        model: the network, bare or in DDP, `torch.compile` or one-device DataParallel.
+        names: module paths or globs, see `bird.features.find_layers`.
+        pool: ``"mean"``, ``"flatten"`` or a callable, see `bird.features.pool_rows`.
+
+    Compiled models: make the taps before the first call, else `pop` raises and says what to do. Once
+    `torch.compile` has compiled, it does not look for new hooks on inner layers.
+
+    Checkpointing: ``use_reentrant=False`` works; a layer that runs again in the backward pass records nothing
+    then. Remove the taps after backward only, because the second run must do what the first one did.
+    Reentrant checkpointing runs layers without a graph, so it raises, as does `torch.no_grad` around a tapped
+    layer in a forward pass that is recorded otherwise.
+
+    Attributes:
+        names: the bare paths of the tapped layers, globs written out.
+    """
+
+    def __init__(self, model: nn.Module, names: str | Sequence[str], *, pool: Pool = "mean") -> None:
+        layers = find_layers(model, names)
+        self.names = tuple(layers)
+        self._pool = pool
+        self._features: dict[str, Tensor] = {}
+        self._builds_graph = False  # the grad mode in which the current forward began
+        self._running: bool | None = None  # whether the model is in its forward; None if it was never called
+        root = unwrap(model)
+        self._handles = [root.register_forward_pre_hook(self._begin), root.register_forward_hook(self._end)]
+        for name, layer in layers.items():
+            self._handles.append(layer.register_forward_hook(functools.partial(self._record, name)))
+
+    def pop(self) -> dict[str, Tensor]:
+        """The features of the last forward, ``{name: [N, D]}`` in the order of `names`; forgotten here.
+
+        Raises:
+            RuntimeError: a tapped layer has not run since the last `pop`, or the taps were removed.
+        """
+        features, self._features, self._builds_graph = self._features, {}, False
+        missing = [name for name in self.names if name not in features]
+        if missing:
+            raise RuntimeError(
+                f"no features from {missing}: these layers have not run since the last pop(). Call the model "
+                "once before each pop(), with the taps in place. A model that was compiled and called before "
+                "the taps were made does not see them: call torch.compiler.reset() first"
+            )
+        return {name: features[name] for name in self.names}
+
+    def remove(self) -> None:
+        """Take the hooks off the model and forget what they recorded; doing it twice is harmless."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._features = {}
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _begin(self, _model: nn.Module, _args: Any) -> None:
+        """A forward begins: a branch that it skips must not leave its features of last time."""
+        if torch.compiler.is_compiling() or not _in_backward():
+            self._features = {}
+            self._builds_graph = torch.is_grad_enabled()
+            self._running = True
+
+    def _end(self, _model: nn.Module, _args: Any, _output: Any) -> None:
+        self._running = False
+
+    def _record(self, name: str, layer: nn.Module, _args: Any, output: Any) -> None:
+        # Pooled at once, before a later in-place layer can overwrite the output; and in a recomputation too,
+        # which must save the same tensors for backward as the first run did.
+        rows = pool_rows(first_tensor(output), self._pool)
+        if torch.compiler.is_compiling():
+            # Traced code cannot ask autograd. A checkpoint inside the graph is the compiler's affair; when a
+            # compiled block lies inside a checkpoint, it runs for the second time outside of any forward.
+            if self._running is False:
+                return
+        elif _in_backward():
+            if _called_from(CheckpointFunction.backward.__code__):  # the whole model was checkpointed
+                raise RuntimeError(_NO_GRAPH.format(name))
+            return
+        if self._builds_graph and not torch.is_grad_enabled():
+            raise RuntimeError(_NO_GRAPH.format(name))
+        if getattr(layer, "_is_replica", False):
+            raise RuntimeError(
+                f"DataParallel runs layer {name!r} once per device, each on a part of the batch: "
+                "use DistributedDataParallel, or one device"
+            )
+        if name in self._features:
+            raise RuntimeError(
+                f"layer {name!r} ran twice since the last pop() or call of the model, so its features are "
+                "ambiguous: tap the layer around it, or a later one"
+            )
+        self._features[name] = rows
+
+
+_NO_GRAPH = (
+    "layer {!r} ran without a graph in a training step, so its features would carry no gradient: use "
+    "checkpoint(..., use_reentrant=False) if it is checkpointed, and no torch.no_grad() around it"
+)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running a backward pass in this thread: checkpointed layers run again then."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _called_from(code: CodeType) -> bool:
+    """Whether a function with this code is on the call stack."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is code:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,110 @@
+"""Teacher: a frozen network that gives the features of a few layers and runs no further than it must."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .features import Pool, find_layers, first_tensor, pool_rows, unwrap
+
+
+class Teacher(nn.Module):
+    """``teacher(x) -> {layer: rows [N, D]}``: frozen, always in eval mode, no graph, cut after its last tap.
+
+    ::
+
+        teacher = Teacher(resnet18, ["layer4"]).to("cuda")
+        guides = teacher(images)       # {"layer4": [N, 512]}; what comes after layer4 does not run
+
+    The teacher takes the model over: its parameters stop requiring gradients, and it goes to eval mode, which
+    no ``.train()``, here or on a parent, undoes. To go on training a model, give the teacher a
+    `copy.deepcopy` of it.
+
+    Inside a parent module the teacher is cargo, not a part: it shows no parameters, buffers or state.
+    Optimizers, DDP, ``parent.apply(init)`` and ``parent.requires_grad_()`` pass it by, and the parent's
+    ``state_dict`` is the same with and without it: checkpoints stay the size of the student, and the teacher
+    comes from its own file, the same in every process of a distributed run. Only what moves or casts reaches
+    it: ``.to()``, ``.cuda()``, ``.half()``, on the teacher or on a parent.
+
+    DDP and `torch.compile` wrappers around the model are taken off: there are no gradients to reduce, and a
+    compiled graph cannot be cut. Compile the teacher instead, or what calls it; a compiler leaves out the
+    layers after the last tap as dead code.
+
+    Args:
+        model: the network.
+        taps: module paths or globs, see `bird.features.find_layers`. Of a layer that runs several times in
+            one forward, the first output counts.
+        pool: ``"mean"``, ``"flatten"`` or a callable, see `bird.features.pool_rows`.
+
+    Attributes:
+        names: the bare paths of the tapped layers, globs written out.
+    """
+
+    def __init__(self, model: nn.Module, taps: str | Sequence[str], *, pool: Pool = "mean") -> None:
+        super().__init__()
+        model = unwrap(model)
+        layers = find_layers(model, taps)
+        self.names = tuple(layers)
+        self._pool = pool
+        self._features: dict[str, Tensor] | None = None  # a dict only while `forward` runs
+        self._cargo = [model.requires_grad_(False).eval()]  # nn.Module does not look into a list
+        for name, layer in layers.items():
+            layer.register_forward_hook(functools.partial(self._record, name))
+        self.eval()
+
+    @property
+    def model(self) -> nn.Module:
+        """The frozen network."""
+        return self._cargo[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Pooled features ``{name: [N, D]}``, in the order of `names`, for the model's own inputs.
+
+        They keep the dtype they come out with (bf16 under autocast) and never require gradients.
+
+        Raises:
+            RuntimeError: the model's forward ended without running one of the layers.
+        """
+        if self.model.training:  # whoever made the model may hold it too
+            self.model.eval()
+        features: dict[str, Tensor] = {}
+        self._features = features
+        try:
+            with torch.no_grad():
+                self.model(*args, **kwargs)
+        except _AllSeen:
+            pass
+        finally:
+            self._features = None
+        missing = [name for name in self.names if name not in features]
+        if missing:
+            raise RuntimeError(f"the teacher's forward did not run {missing}: tap layers that its input reaches")
+        return {name: features[name] for name in self.names}
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in eval mode, whatever ``mode`` says."""
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return f"{type(self.model).__name__}, taps={list(self.names)}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
+        # The one way that .to(), .cuda(), .half() and the like take, from here and from a parent.
+        self.model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _record(self, name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
+        if self._features is None or name in self._features:
+            return
+        self._features[name] = pool_rows(first_tensor(output), self._pool)
+        if len(self._features) == len(self.names) and not torch.compiler.is_compiling():
+            raise _AllSeen
+
+
+class _AllSeen(BaseException):
+    """Leaves the model's forward once every tap has fired; no Exception, lest the model's code catch it."""

@@ -1,0 +1,263 @@
+"""The guided losses against their formulas written out, in values, gradients and what they log."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bird
+import bird_kernels
+from bird.losses import BirdLoss, Hints
+
+PAIRS = [("layer4", "features.3"), ("layer3", "features.2")]
+WIDTHS = {"layer4": 5, "layer3": 7}, {"features.3": 6, "features.2": 4}
+TASK = torch.tensor(1.75)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Any:
+    yield
+    torch.compiler.reset()
+
+
+def features(seed: int, widths: dict[str, int], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(16, width, generator=generator, dtype=torch.float64).to(dtype) + 0.5
+        for name, width in widths.items()
+    }
+
+
+@pytest.fixture
+def teacher() -> dict[str, Tensor]:
+    return features(0, WIDTHS[0])
+
+
+@pytest.fixture
+def student() -> dict[str, Tensor]:
+    return {name: value.requires_grad_() for name, value in features(1, WIDTHS[1]).items()}
+
+
+def cka(x: Tensor, y: Tensor) -> Tensor:
+    """Biased linear CKA from n x n Gram matrices, in fp64."""
+    n = len(x)
+    centre = torch.eye(n, dtype=torch.float64) - 1 / n
+    k, l = (centre @ (z.double() @ z.double().T) @ centre for z in (x, y))
+    return (k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()
+
+
+def wide(student: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().double().requires_grad_() for name, value in student.items()}
+
+
+# BIRD
+
+
+@pytest.mark.parametrize("pairs", [PAIRS, PAIRS[:1], [("layer4", "features.3"), ("layer4", "features.2")]])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.9), (1.0, 3.0), (0.0, 1.0)])
+def test_bird_is_the_formula(
+    teacher: dict[str, Tensor], student: dict[str, Tensor], pairs: Any, alpha: float, beta: float
+) -> None:
+    task = TASK.clone().requires_grad_()
+    loss = BirdLoss(alpha, beta, pairs)
+    total = loss(task, teacher, student)
+    total.backward()
+
+    truth_student = wide(student)
+    alignments = {(t, s): cka(teacher[t], truth_student[s]) for t, s in pairs}
+    truth = alpha * TASK.double() + beta * sum(1 - value for value in alignments.values())
+    truth.backward()
+
+    assert total.shape == ()
+    torch.testing.assert_close(total.double(), truth, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(task.grad, torch.tensor(alpha))
+    for _, name in pairs:
+        torch.testing.assert_close(student[name].grad.double(), truth_student[name].grad, rtol=1e-4, atol=1e-7)
+    assert list(loss.last) == ["task", *(f"cka/{t}/{s}" for t, s in pairs)]
+    torch.testing.assert_close(loss.last["task"], TASK)
+    for (t, s), value in alignments.items():
+        torch.testing.assert_close(loss.last[f"cka/{t}/{s}"].double(), value.detach(), rtol=1e-5, atol=1e-6)
+    assert all(value.shape == () and not value.requires_grad for value in loss.last.values())
+
+
+def test_the_default_weights_are_the_published_ones(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> None:
+    total = BirdLoss(pairs=PAIRS[:1])(TASK, teacher, student)
+    truth = 0.1 * TASK + 0.9 * (1 - cka(teacher["layer4"], student["features.3"]).float())
+    torch.testing.assert_close(total, truth)
+
+
+def test_options_reach_the_operator(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> None:
+    rows = teacher["layer4"], student["features.3"]
+    unbiased = BirdLoss(0.0, 1.0, PAIRS[:1], estimator="unbiased")(TASK, teacher, student)
+    truth = bird_kernels.cka_loss(*rows, estimator="unbiased", backend="reference")
+    torch.testing.assert_close(unbiased, truth)
+    assert abs(unbiased - (1 - cka(*rows))) > 0.05
+    for option in ({"kernel": "?"}, {"estimator": "?"}, {"backend": "?"}, {"precision": "?"}):
+        with pytest.raises(ValueError, match=rf"{next(iter(option))}.*\?"):
+            BirdLoss(pairs=PAIRS, **option)(TASK, teacher, student)
+
+
+def test_half_precision_features(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> None:
+    half = [{k: v.detach().bfloat16() for k, v in side.items()} for side in (teacher, student)]
+    total = BirdLoss(pairs=PAIRS)(TASK, *half)
+    truth = 0.1 * TASK + 0.9 * sum(1 - cka(half[0][t], half[1][s]).float() for t, s in PAIRS)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, truth, rtol=1e-2, atol=1e-2)
+
+
+# Hints
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.9), (1.0, 2.0)])
+def test_hints_are_the_formula(
+    teacher: dict[str, Tensor], student: dict[str, Tensor], alpha: float, beta: float
+) -> None:
+    torch.manual_seed(0)
+    loss = Hints(alpha, beta, PAIRS, teacher_widths=WIDTHS[0], student_widths=WIDTHS[1])
+    total = loss(TASK, teacher, student)
+    total.backward()
+    truth, terms = alpha * TASK.double(), {}
+    truth_student, grads = wide(student), {}
+    for regressor, (t, s) in zip(loss.regressors, PAIRS, strict=True):
+        weight, bias = (p.detach().double().requires_grad_() for p in (regressor.weight, regressor.bias))
+        missed = truth_student[s] @ weight.T + bias - teacher[t].double()
+        terms[f"hint/{t}/{s}"] = missed.square().sum() / missed.numel()
+        truth = truth + beta * terms[f"hint/{t}/{s}"]
+        grads[regressor] = weight, bias
+    truth.backward()
+    torch.testing.assert_close(total.double(), truth)
+    for _, s in PAIRS:
+        torch.testing.assert_close(student[s].grad.double(), truth_student[s].grad)
+    for regressor, (weight, bias) in grads.items():
+        torch.testing.assert_close(regressor.weight.grad.double(), weight.grad)
+        torch.testing.assert_close(regressor.bias.grad.double(), bias.grad)
+    assert list(loss.last) == ["task", *terms]
+    for name, value in terms.items():
+        torch.testing.assert_close(loss.last[name].double(), value.detach())
+        assert not loss.last[name].requires_grad
+
+
+def test_hints_learn_a_linear_teacher(student: dict[str, Tensor]) -> None:
+    torch.manual_seed(0)
+    rows = student["features.3"].detach()
+    teacher = {"layer4": rows @ torch.randn(6, 5) + torch.randn(5)}
+    loss = Hints(0.0, 1.0, PAIRS[:1], teacher_widths={"layer4": 5}, student_widths={"features.3": 6})
+    optimizer = torch.optim.LBFGS(loss.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        total = loss(TASK, teacher, {"features.3": rows})
+        total.backward()
+        return total
+
+    assert closure() > 0.5
+    optimizer.step(closure)
+    assert closure() < 1e-6
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_hints_of_half_precision_features_are_compared_in_fp32(autocast: bool) -> None:
+    teacher, student = (features(seed, widths, torch.bfloat16) for seed, widths in zip((0, 1), WIDTHS, strict=True))
+    torch.manual_seed(0)
+    loss = Hints(0.0, 1.0, PAIRS, teacher_widths=WIDTHS[0], student_widths=WIDTHS[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        total = loss(TASK, teacher, student)
+    exact = copy.deepcopy(loss).double()(TASK, teacher, student)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_hints_refuse_what_does_not_fit(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"student_widths has no layer 'features.2'.*\['features.3'\]"):
+        Hints(pairs=PAIRS, teacher_widths=WIDTHS[0], student_widths={"features.3": 6})
+    with pytest.raises(ValueError, match=r"teacher_widths has no layer 'layer4'"):
+        Hints(pairs=PAIRS, teacher_widths={}, student_widths=WIDTHS[1])
+    loss = Hints(pairs=PAIRS, teacher_widths=WIDTHS[0], student_widths=WIDTHS[1])
+    for wrong in (teacher["layer4"][:1], teacher["layer4"][:, :1], teacher["layer4"][:, :, None]):
+        with pytest.raises(ValueError, match=r"hint 'layer4/features.3'.*the same samples, and widths as declared"):
+            loss(TASK, teacher | {"layer4": wrong}, student)
+    with pytest.raises(ValueError, match=r"\[16, 5\] and \[16, 6\] are needed"):
+        loss(TASK, teacher, student | {"features.3": student["features.2"]})
+
+
+# Both
+
+
+def both() -> list[nn.Module]:
+    return [BirdLoss(pairs=PAIRS), Hints(pairs=PAIRS, teacher_widths=WIDTHS[0], student_widths=WIDTHS[1])]
+
+
+@pytest.mark.parametrize("loss", both(), ids=["bird", "hints"])
+def test_a_missing_layer_names_those_that_are_there(
+    loss: nn.Module, teacher: dict[str, Tensor], student: dict[str, Tensor]
+) -> None:
+    with pytest.raises(ValueError, match=r"teacher_features has no layer 'layer3'.*it has \['layer4'\]"):
+        loss(TASK, {"layer4": teacher["layer4"]}, student)
+    with pytest.raises(ValueError, match=r"student_features has no layer 'features.3'.*it has \['layer4', "):
+        loss(TASK, teacher, teacher)
+
+
+@pytest.mark.parametrize("loss", both(), ids=["bird", "hints"])
+def test_compiled_losses_log_and_differentiate(
+    loss: nn.Module, teacher: dict[str, Tensor], student: dict[str, Tensor]
+) -> None:
+    truth = loss(TASK, teacher, student)
+    truth_grads = torch.autograd.grad(truth, list(student.values()))
+    truth_last, loss.last = loss.last, {}
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    total = compiled(TASK, teacher, student)
+    torch.testing.assert_close(total, truth)
+    torch.testing.assert_close(torch.autograd.grad(total, list(student.values())), truth_grads)
+    torch.testing.assert_close(loss.last, truth_last)
+
+
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
+def test_weights_are_checked(weight: float) -> None:
+    with pytest.raises(ValueError, match="alpha must be finite and not negative"):
+        BirdLoss(alpha=weight, pairs=PAIRS)
+    with pytest.raises(ValueError, match="beta must be finite and not negative"):
+        Hints(beta=weight, pairs=PAIRS, teacher_widths=WIDTHS[0], student_widths=WIDTHS[1])
+
+
+@pytest.mark.parametrize("pairs", [(), ("layer4", "features.3"), [("layer4",)], [("a", "b", "c")]])
+def test_pairs_are_checked(pairs: Any) -> None:
+    with pytest.raises(ValueError, match="one or more"):
+        BirdLoss(pairs=pairs)
+
+
+def test_only_hints_have_parameters() -> None:
+    guided, hints = both()
+    assert not list(guided.parameters())
+    assert not guided.state_dict()
+    assert [tuple(p.shape) for p in hints.parameters()] == [(5, 6), (5,), (7, 4), (7,)]
+    assert "pairs=[('layer4', 'features.3'), ('layer3', 'features.2')]" in repr(guided)
+
+
+# The package
+
+
+def test_bird_offers_its_own_names_and_all_operators() -> None:
+    assert set(bird_kernels.__all__) | {"BirdLoss", "Hints", "Taps", "Teacher"} == set(bird.__all__)
+    assert all(getattr(bird, name) is getattr(bird_kernels, name) for name in bird_kernels.__all__)
+
+
+def test_a_training_step_end_to_end() -> None:
+    """The README's loop in small: guidance raises the alignment that it is about."""
+    torch.manual_seed(0)
+    teacher = bird.Teacher(nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3)), "1")
+    student = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    taps, loss = bird.Taps(student, "1"), BirdLoss(pairs=[("1", "1")])
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    x, labels = torch.randn(64, 8), torch.randint(3, (64,))
+    alignments = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        task = nn.functional.cross_entropy(student(x), labels)
+        loss(task, teacher(x), taps.pop()).backward()
+        optimizer.step()
+        alignments.append(loss.last["cka/1/1"])
+    assert alignments[-1] > alignments[0] + 0.1

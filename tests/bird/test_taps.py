@@ -1,0 +1,672 @@
+"""Taps and pooling: right values, right gradients, and never a stale, missing or ambiguous feature."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from bird.features import find_layers, pool_rows
+from bird.taps import Taps
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x)) + x)
+
+
+class Net(nn.Module):
+    """Stem, two blocks in a ModuleList, a head; ``how`` says how the blocks are run."""
+
+    def __init__(self, how: str = "plain") -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.blocks = nn.ModuleList([Block(6), Block(6)])
+        self.head = nn.Linear(6, 4)
+        self.how, self.skip = how, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks[: 1 if self.skip else 2]:
+            if self.how == "no_grad":
+                with torch.no_grad():
+                    x = block(x)
+            elif self.how == "plain":
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.how == "reentrant")
+        return self.head(x.mean((2, 3)))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.relu, self.outer = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.outer(self.relu(self.inner(x))))
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Any:
+    yield
+    torch.compiler.reset()
+
+
+def by_hand(net: Net, images: Tensor) -> dict[str, Tensor]:
+    """The same features without hooks."""
+    x = net.stem(images)
+    features = {}
+    for i, block in enumerate(net.blocks):
+        x = block(x)
+        features[f"blocks.{i}"] = x.flatten(2).sum(2) / x[0, 0].numel()
+    return features
+
+
+def gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
+    net.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+def guidance(features: dict[str, Tensor]) -> Tensor:
+    return sum((value.square() * torch.linspace(1, 2, 6)).sum() for value in features.values())
+
+
+# Values and gradients
+
+
+def test_features_are_the_layers_means(net: Net, images: Tensor) -> None:
+    taps = Taps(net, ["blocks.1", "blocks.0"])
+    net(images)
+    features, truth = taps.pop(), by_hand(net, images)
+    assert list(features) == ["blocks.1", "blocks.0"] == list(taps.names)
+    for name, value in features.items():
+        torch.testing.assert_close(value, truth[name])
+
+
+def test_gradients_flow_through_features(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "blocks.*")
+    net(images)
+    ours = gradients(guidance(taps.pop()), net)
+    truth = gradients(guidance(by_hand(net, images)), net)
+    assert len(ours) == len(truth) == 12  # all but the head's two
+    torch.testing.assert_close(ours, truth)
+
+
+def test_an_inplace_layer_behind_the_tap_changes_nothing(images: Tensor) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
+    x = torch.randn(5, 4)
+    for pool in ("mean", "flatten", lambda t: t[:, :3]):
+        taps = Taps(net, "0", pool=pool)
+        net(x)
+        rows = taps.pop()["0"]
+        assert (rows < 0).any()
+        torch.testing.assert_close(rows, net[0](x)[:, : rows.shape[1]])
+        taps.remove()
+
+
+def test_autocast_keeps_the_layers_dtype(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "blocks.*")
+    net(images)
+    single = taps.pop()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(images)
+        half = taps.pop()
+    for name in taps.names:
+        assert (single[name].dtype, half[name].dtype) == (torch.float32, torch.bfloat16)
+        torch.testing.assert_close(half[name].float(), single[name], rtol=0.05, atol=0.05)
+    ours, truth = (torch.cat([g.flatten() for g in gradients(guidance(f), net)]) for f in (half, single))
+    assert (ours - truth).norm() < 0.2 * truth.norm()
+
+
+# One forward, and no other
+
+
+def test_pop_forgets(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "blocks.0")
+    net(images)
+    alive = weakref.ref(taps.pop()["blocks.0"])
+    assert alive() is None
+    with pytest.raises(RuntimeError, match=r"no features from \['blocks.0'\].*once before each pop"):
+        taps.pop()
+
+
+def test_a_forward_replaces_what_was_not_popped(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "blocks.*")
+    net(torch.zeros_like(images))
+    net(images)
+    torch.testing.assert_close(taps.pop(), by_hand(net, images))
+
+
+def test_a_skipped_layer_is_missed_not_remembered(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "blocks.*")
+    net(images)
+    net.skip = True
+    net(images)
+    with pytest.raises(RuntimeError, match=r"no features from \['blocks.1'\]"):
+        taps.pop()
+
+
+def test_a_forward_that_fails_leaves_nothing_behind(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "stem")
+    with pytest.raises(RuntimeError):
+        net(images[:, :, :2, :2])
+    net.head, head = nn.Linear(7, 4), net.head
+    with pytest.raises(RuntimeError):
+        net(torch.zeros_like(images))
+    net.head = head
+    net(images)
+    torch.testing.assert_close(taps.pop()["stem"], net.stem(images).mean((2, 3)))
+
+
+def test_a_layer_that_runs_twice_is_ambiguous() -> None:
+    net = Twice()
+    taps = Taps(net, "relu")
+    with pytest.raises(RuntimeError, match="'relu' ran twice"):
+        net(torch.randn(3, 4))
+    taps.remove()
+    net(torch.randn(3, 4))
+
+
+def test_a_submodule_called_by_itself_is_tapped(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "stem")
+    for _ in range(2):
+        net.stem(images)
+        assert taps.pop()["stem"].shape == (5, 6)
+
+
+def test_removed_taps_leave_the_model_as_it_was(net: Net, images: Tensor) -> None:
+    with Taps(net, "blocks.*") as taps:
+        net(images)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+    taps.remove()
+    net(images)
+    with pytest.raises(RuntimeError, match="with the taps in place"):
+        taps.pop()
+
+
+# Names
+
+
+def test_a_missing_name_lists_the_nearest(net: Net) -> None:
+    with pytest.raises(ValueError, match=r"'blocks\.0\.cnv'; of 13 layers the nearest are \['blocks\.0\.conv'"):
+        Taps(net, ["stem", "blocks.0.cnv"])
+    with pytest.raises(ValueError, match=r"the first are \['stem', 'stem.0'"):
+        Taps(net, ["???"])
+
+
+@pytest.mark.parametrize("names", ["blocks.*.attn", "*.*.*.*", "blocks", "", "module.stem", []])
+def test_names_that_match_no_layer_are_refused(net: Net, names: Any) -> None:
+    with pytest.raises(ValueError, match="no layer"):
+        Taps(net, names)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ("blocks.*", ["blocks.0", "blocks.1"]),
+        ("blocks.[1]", ["blocks.1"]),
+        (["head", "blocks.*.conv"], ["head", "blocks.0.conv", "blocks.1.conv"]),
+        (["blocks.1", "blocks.*"], ["blocks.1", "blocks.0"]),
+        ("*", ["stem", "head"]),
+    ],
+)
+def test_globs_stop_at_dots(net: Net, names: Any, found: list[str]) -> None:
+    assert list(find_layers(net, names)) == found
+
+
+def test_names_see_through_wrappers(net: Net) -> None:
+    conv = net.blocks[0].conv
+    net.blocks[1] = checkpoint_wrapper(net.blocks[1])
+    net.blocks[0] = torch.compile(net.blocks[0])
+    model = torch.compile(DataParallel(torch.compile(net)))
+    layers = find_layers(model, ["blocks.0.conv", "blocks.0", "blocks.1", "blocks.1.relu"])
+    assert layers["blocks.0.conv"] is conv
+    assert layers["blocks.0"] is net.blocks[0]  # the wrapper: its output is outside of the compiled region
+    assert layers["blocks.1"] is net.blocks[1]
+
+
+def test_an_own_child_called_module_is_a_name() -> None:
+    net = nn.Sequential(OrderedDict(module=nn.Sequential(nn.Linear(2, 2))))
+    assert list(find_layers(net, ["module", "module.0"])) == ["module", "module.0"]
+
+
+def test_a_shared_layer_has_all_of_its_names() -> None:
+    linear = nn.Linear(3, 3)
+    net = nn.Sequential(linear, nn.ReLU(), linear)
+    layers = find_layers(net, ["0", "2"])
+    assert layers["0"] is layers["2"] is linear
+
+
+# Checkpointing
+
+
+@pytest.mark.parametrize("pool", ["mean", lambda t: t.exp().mean((2, 3))], ids=["mean", "saves-tensors"])
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole-model"])
+def test_checkpointing_changes_no_value_and_records_nothing_in_backward(
+    net: Net, images: Tensor, whole: bool, pool: Any
+) -> None:
+    names = ["blocks.0", "blocks.1.conv"]
+    truth_taps = Taps(net, names, pool=pool)
+    truth_loss = net(images).sum() + guidance(truth_taps.pop())
+    truth = gradients(truth_loss, net)
+    truth_taps.remove()
+
+    taps = Taps(net, names, pool=pool)
+    if whole:
+        logits = checkpoint(net, images, use_reentrant=False)
+    else:
+        net.how = "non-reentrant"
+        logits = net(images)
+    runs = []
+    net.blocks[1].conv.register_forward_hook(lambda *_: runs.append(1))
+    features = taps.pop()
+    assert all(value.requires_grad for value in features.values())
+    torch.testing.assert_close(gradients(logits.sum() + guidance(features), net), truth)
+    assert runs, "the layer did not run again, so this shows nothing"
+    with pytest.raises(RuntimeError, match="no features"):
+        taps.pop()
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole-model"])
+def test_features_that_were_not_popped_survive_recomputation(net: Net, images: Tensor, whole: bool) -> None:
+    taps = Taps(net, "blocks.0")
+    if whole:
+        logits = checkpoint(net, images, use_reentrant=False)
+    else:
+        net.how = "non-reentrant"
+        logits = net(images)
+    kept = taps._features["blocks.0"]
+    logits.sum().backward()
+    rows = taps.pop()["blocks.0"]
+    assert rows is kept
+    net.how = "plain"
+    torch.testing.assert_close(rows, by_hand(net, images)["blocks.0"])
+
+
+@pytest.mark.parametrize("how", ["reentrant", "no_grad"])
+def test_a_layer_without_graph_in_a_training_step_is_refused(net: Net, images: Tensor, how: str) -> None:
+    net.how = how
+    Taps(net, "blocks.0")
+    with pytest.raises(RuntimeError, match=r"'blocks.0' ran without a graph.*use_reentrant=False"):
+        net(images)
+
+
+def test_reentrant_checkpointing_of_the_whole_model_is_refused(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "blocks.0")
+    logits = checkpoint(net, images.requires_grad_(), use_reentrant=True)
+    taps.pop()
+    with pytest.raises(RuntimeError, match=r"'blocks.0' ran without a graph.*use_reentrant=False"):
+        logits.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of the reentrant checkpoint
+@pytest.mark.parametrize("how", ["reentrant", "no_grad", "plain"])
+def test_evaluation_without_gradients_is_no_training_step(net: Net, images: Tensor, how: str) -> None:
+    net.how = how
+    taps = Taps(net, "blocks.0")
+    with torch.no_grad():
+        net(images)
+    assert not taps.pop()["blocks.0"].requires_grad
+
+
+# torch.compile
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "order"),
+    [
+        ("eager", "compile-then-tap"),
+        ("aot_eager", "compile-then-tap"),
+        ("aot_eager", "tap-then-compile"),
+        pytest.param(
+            "inductor",
+            "compile-then-tap",
+            marks=pytest.mark.skipif(not _compiler(), reason="inductor needs a C++ compiler"),
+        ),
+    ],
+)
+def test_a_compiled_model_gives_the_same(net: Net, images: Tensor, compiler: str, order: str) -> None:
+    truth_taps = Taps(net, "blocks.*")
+    truth = gradients(net(images).sum() + guidance(truth_taps.pop()), net)
+    truth_taps.remove()
+    if order == "tap-then-compile":
+        taps = Taps(net, "blocks.*")
+        model = torch.compile(net, backend=compiler, fullgraph=True)
+    else:
+        model = torch.compile(net, backend=compiler, fullgraph=True)
+        taps = Taps(model, "blocks.*")
+    for _ in range(2):
+        loss = model(images).sum() + guidance(taps.pop())
+        torch.testing.assert_close(gradients(loss, net), truth, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="no features"):
+        taps.pop()
+
+
+def test_one_compiled_step_holds_model_taps_and_loss(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "blocks.*")
+    truth = gradients(net(images).sum() + guidance(taps.pop()), net)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x: Tensor) -> Tensor:
+        return net(x).sum() + guidance(taps.pop())
+
+    torch.testing.assert_close(gradients(step(images), net), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_compiled_block_is_tapped(net: Net, images: Tensor, where: str) -> None:
+    truth = by_hand(net, images)["blocks.0"]
+    net.blocks[0] = torch.compile(net.blocks[0], backend="aot_eager")
+    taps = Taps(net, "blocks.0" if where == "outside" else "blocks.0.relu")
+    net(images)
+    torch.testing.assert_close(*taps.pop().values(), truth)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_taps_made_after_a_compiled_call_say_what_to_do(net: Net, images: Tensor, inplace: bool) -> None:
+    model = net
+    if inplace:
+        net.compile(backend="eager")
+    else:
+        model = torch.compile(net, backend="eager")
+    model(images)
+    taps = Taps(model, "blocks.0")
+    model(images)
+    with pytest.raises(RuntimeError, match=r"torch\.compiler\.reset\(\)"):
+        taps.pop()
+    torch.compiler.reset()
+    model(images)
+    torch.testing.assert_close(taps.pop()["blocks.0"], by_hand(net, images)["blocks.0"])
+
+
+def test_taps_removed_from_a_compiled_model_stop_recording(net: Net, images: Tensor) -> None:
+    model = torch.compile(net, backend="eager")
+    taps = Taps(model, "blocks.0")
+    model(images)
+    taps.remove()
+    model(images)
+    assert not taps._features
+
+
+def test_checkpoints_in_a_compiled_model(net: Net, images: Tensor) -> None:
+    truth_taps = Taps(net, "blocks.0")
+    truth = gradients(net(images).sum() + guidance(truth_taps.pop()), net)
+    truth_taps.remove()
+    net.how = "non-reentrant"
+    model = torch.compile(net, backend="aot_eager")
+    taps = Taps(model, "blocks.0")
+    loss = model(images).sum() + guidance(taps.pop())
+    torch.testing.assert_close(gradients(loss, net), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_block_in_a_checkpoint_records_nothing_in_backward() -> None:
+    class Segment(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.rest = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)
+
+        def both(self, x: Tensor) -> Tensor:
+            return self.rest(self.block(x)).tanh()  # so that recomputation goes on after the block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.both, x, use_reentrant=False)
+
+    net = Segment()
+    net.block.compile(backend="aot_eager")
+    taps = Taps(net, "block.0")
+    for _ in range(2):
+        x = torch.randn(3, 4)
+        logits = net(x)
+        torch.testing.assert_close(taps.pop()["block.0"], net.block[0](x))
+        taps._features.clear()  # of the line above
+        logits.sum().backward()
+        with pytest.raises(RuntimeError, match="no features"):
+            taps.pop()
+
+
+# Data parallelism
+
+
+def test_data_parallel_on_one_device_works_and_replicas_are_refused(net: Net, images: Tensor) -> None:
+    taps = Taps(DataParallel(net), "blocks.0")
+    net(images)
+    assert taps.pop()["blocks.0"].shape == (5, 6)
+    replica = net.blocks[0]._replicate_for_data_parallel()  # what each of several devices would run
+    replica.conv, replica.norm, replica.relu = net.blocks[0].conv, net.blocks[0].norm, net.blocks[0].relu
+    with pytest.raises(RuntimeError, match="DistributedDataParallel, or one device"):
+        replica(torch.randn(2, 6, 4, 4))
+
+
+def ddp_worker(rank: int, world: int, store: str) -> None:
+    """Task and guidance under DDP against the mean of what each process's batch gives by itself."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+
+    def loss_of(model: nn.Module, taps: Taps, shard: int) -> Tensor:
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(shard))
+        return F.cross_entropy(model(x), torch.arange(6) % 3) + guidance(taps.pop())
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 3))
+    alone = copy.deepcopy(plain)
+    taps = Taps(alone, "2")
+    truth = gradients(torch.stack([loss_of(alone, taps, shard) for shard in range(world)]).mean(), alone)
+    wraps = ["ddp", "find-unused", "ddp-of-compiled", "compiled-ddp"]
+    for wrap in wraps if world > 1 else wraps[:1]:
+        net = copy.deepcopy(plain)
+        inner = torch.compile(net, backend="eager") if wrap == "ddp-of-compiled" else net
+        model: Any = DistributedDataParallel(inner, find_unused_parameters=wrap == "find-unused")
+        if wrap == "compiled-ddp":
+            model = torch.compile(model, backend="eager")
+        taps = Taps(model, "2")
+        for _ in range(2):
+            torch.testing.assert_close(gradients(loss_of(model, taps, rank), net), truth, msg=wrap)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ddp_averages_the_gradients_of_features(world: int, tmp_path: Path) -> None:
+    command = [sys.executable, __file__]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(tmp_path / "store")],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        for worker in workers:
+            output, _ = worker.communicate(timeout=120)
+            assert worker.returncode == 0, output
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+# What layers return
+
+
+class Returns(nn.Module):
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.layer.register_forward_hook(lambda _m, _a, out: wrap(out))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+
+@dataclasses.dataclass
+class Fields:
+    loss: Tensor | None
+    hidden: Tensor
+
+
+@dataclasses.dataclass
+class ModelOutput(OrderedDict):
+    """As in transformers: a dataclass and a mapping of what is not None."""
+
+    loss: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.update({k: v for k, v in vars(self).items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda out: (out, torch.zeros(9)),
+        lambda out: [None, "text", (out,)],
+        lambda out: {"empty": [], "hidden": out, "other": torch.zeros(9)},
+        lambda out: Fields(None, out),
+        lambda out: ModelOutput(hidden=out),
+    ],
+    ids=["tuple", "nested", "dict", "dataclass", "transformers"],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_tensor_of_an_output_is_taken(wrap: Any, compiled: bool) -> None:
+    net = Returns(wrap)
+    model = torch.compile(net, backend="eager") if compiled else net
+    taps = Taps(model, "layer")
+    x = torch.randn(3, 4)
+    model(x)
+    torch.testing.assert_close(taps.pop()["layer"], x @ net.layer.weight.T + net.layer.bias)
+
+
+@pytest.mark.parametrize("output", [(None, "text"), (), torch.arange(6).view(2, 3), torch.ones(2, 3).bool()])
+def test_an_output_without_features_is_refused(output: Any) -> None:
+    net = Returns(lambda out: output)
+    Taps(net, "layer")
+    with pytest.raises(TypeError, match="a tapped layer returned"):
+        net(torch.randn(3, 4))
+
+
+# Pooling
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((3, 5), None),
+        ((3, 7, 5), 1),
+        ((3, 5, 4, 6), (2, 3)),
+        ((3, 5, 2, 4, 3), (2, 3, 4)),
+        ((1, 5, 1, 1), (2, 3)),
+    ],
+)
+def test_mean_pooling(shape: tuple[int, ...], axes: Any, dtype: torch.dtype) -> None:
+    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = pool_rows(features)
+    truth = features.double().numpy() if axes is None else features.double().numpy().mean(axes)
+    assert rows.dtype == dtype
+    assert rows.shape == truth.shape
+    torch.testing.assert_close(rows, torch.from_numpy(truth).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_mean_pooling_of_fp16_does_not_overflow() -> None:
+    features = torch.full((2, 3, 32, 32), 60_000.0, dtype=torch.float16)
+    assert pool_rows(features).equal(torch.full((2, 3), 60_000.0, dtype=torch.float16))
+
+
+def test_mean_pooling_of_bf16_accumulates_in_fp32() -> None:
+    features = torch.ones(2, 4096, 3, dtype=torch.bfloat16)  # a bf16 sum of ones stops growing at 256
+    assert pool_rows(features).equal(torch.ones(2, 3, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("pool", ["mean", "flatten", lambda t: t.amax((2, 3))])
+def test_pooling_is_differentiable(pool: Any) -> None:
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(lambda t: pool_rows(t, pool), x.requires_grad_())
+
+
+def test_flatten_and_callables() -> None:
+    x = torch.arange(48.0).view(2, 3, 4, 2)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert pool_rows(x.to(memory_format=layout), "flatten").equal(torch.arange(48.0).view(2, 24))
+    tokens = x.flatten(2)
+    assert pool_rows(tokens, lambda t: t[:, 0]).equal(torch.stack([x[0, 0].flatten(), x[1, 0].flatten()]))
+
+
+@pytest.mark.parametrize("pool", ["mean", "flatten", lambda t: t])
+def test_pooled_rows_are_no_view(pool: Any) -> None:
+    x = torch.zeros(2, 3)
+    rows = pool_rows(x, pool)
+    x += 1
+    assert not rows.any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "pool", "came"),
+    [
+        ((4, 1), "mean", r"\[4, 1\] of features \[4, 1\]"),
+        ((4, 1, 8, 8), "mean", r"\[4, 1\] of features \[4, 1, 8, 8\]"),
+        ((4, 9, 1), "mean", r"\[4, 1\] of features \[4, 9, 1\]"),
+        ((4,), "mean", r"\[4\] of features \[4\]"),
+        ((), "mean", r"\[\] of features \[\]"),
+        ((4, 1, 1), "flatten", r"\[4, 1\] of features \[4, 1, 1\]"),
+        ((4, 9, 5), lambda t: t, r"\[4, 9, 5\] of features"),
+        ((4, 9, 5), lambda t: t.mean((1, 2)), r"\[4\] of features"),
+        ((4, 9, 5), lambda t: t[:, 0, :1], r"\[4, 1\] of features"),
+    ],
+)
+def test_what_is_not_rows_of_features_is_refused(shape: tuple[int, ...], pool: Any, came: str) -> None:
+    with pytest.raises(ValueError, match=f"made {came}.*a callable that returns"):
+        pool_rows(torch.zeros(shape), pool)
+
+
+def test_an_unknown_pool_is_refused() -> None:
+    with pytest.raises(ValueError, match="'mean', 'flatten' or a callable"):
+        pool_rows(torch.zeros(2, 3), "max")  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    ddp_worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
