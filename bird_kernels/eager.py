@@ -26,9 +26,9 @@ from torch import Tensor
 from .estimators import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
 from .types import Problem, Route, Shapes, Stash
 
-# Symmetric products by blocks of this many columns compute only the upper blocks. Two cores of a Zen 5 CPU, fp32, 1024
-# columns: see benchmarks; below it one library call is faster.
-SYMMETRIC_BLOCK = {"cpu": 512, "cuda": 2048}  # cuda: not yet measured
+# Symmetric products of m >= 2 * smallest are formed by blocks, the upper ones alone. Two cores of a Zen 5 CPU, fp32: a
+# product takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024; 1.0 at 128. On CUDA not yet measured.
+SMALLEST_BLOCK, LARGEST_BLOCK = {"cpu": 128, "cuda": 2048}, {"cpu": 512, "cuda": 4096}
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -61,8 +61,8 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     count = _row_count(x, mask)
     with _fp32_products(problem):
         products, scale_x, scale_y = None, 1.0, 1.0
-        if mask is None and x.device.type == "cpu":
-            # A CPU can look before it pays: careful centring is a third of the time at 128 x 512.
+        if mask is None and x.device.type == "cpu" and problem.estimator == "biased":
+            # A CPU can look before it pays: centring with care takes a third as long as the products at 128 x 512.
             (xs, x_mean), (ys, y_mean) = _subtract_mean(x.to(wide)), _subtract_mean(y.to(wide))
             products = _products(xs, ys, problem, route)
             if not (_sound(products.kk, x_mean, count, eps) and _sound(products.ll, y_mean, count, eps)):
@@ -121,9 +121,13 @@ def _side(
 ) -> Tensor:  # fmt: skip
     """Gradient of one side; ``cross`` is the other Gram matrix (gram route) or other^T own (cross route)."""
     if problem.estimator == "biased":
+        on_cpu = own.device.type == "cpu"  # centring once more: see `_sound`
         if route == "gram":
-            return _scaled_mm(cross * d_cross + own_product * d_own, own)
-        return _scaled_mm(other, cross * d_cross) + _scaled_mm(own, own_product * d_own)
+            m = cross * d_cross
+            m += own_product * d_own
+            return _scaled_mm(m.sub_(m.mean(0)) if on_cpu else m, own)
+        d = _scaled_mm(other, cross * d_cross) + _scaled_mm(own, own_product * d_own)
+        return d.sub_(d.mean(0)) if on_cpu and mask is None else d
 
     constant = (d_cross * other_sum + d_own * own_sum) / ((n - 1.0) * (n - 2.0))
     weights = rows[1] * d_cross + rows[0] * d_own
@@ -149,11 +153,12 @@ def _subtract_mean(x: Tensor) -> tuple[Tensor, Tensor]:
 def _sound(kk: float, mean: Tensor, n: float, eps: float) -> bool:
     """Whether a plain subtraction of the mean was good enough, judged by its outcome (CPU).
 
-    The subtraction leaves up to eps * |mean| in every row alike, which adds a rank-one matrix of that size squared to
-    K. Below (1/64)^2 of K's mean entry it changes <K,K> by less than 64^-4 = 6e-8 and <K,L>, L being centred, not at
-    all. Anything else (a constant side, features beyond 1e+-6 in fp32 squares of squares, NaN) takes the careful way.
+    The subtraction leaves a residual of up to eps * |mean|, the same in every row. Relative to the features' spread it
+    enters <K,K> squared, <K,L> not at all (L is centred), and the gradient as a constant that `_side` takes off. Below
+    2^-14 that is 7e-9. Anything else (means above 500 spreads, a constant side, squares of squares that leave fp32's
+    range, NaN) takes the careful way.
     """
-    return 1e-25 < kk < 1e25 and math.sqrt(kk) > n * (64.0 * eps) ** 2 * torch.dot(mean, mean).item()
+    return 1e-25 < kk < 1e25 and math.sqrt(kk) > n * (2.0**14 * eps) ** 2 * torch.dot(mean, mean).item()
 
 
 def _centre(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
@@ -269,11 +274,11 @@ def _scaled_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _blocks(a: Tensor) -> list[tuple[int, int]]:
     """Ranges of rows of ``a`` whose products are formed together; the last one takes what is left."""
-    block, m = SYMMETRIC_BLOCK.get(a.device.type, 0), a.shape[0]
-    if not 0 < 2 * block <= m:
+    m, smallest = a.shape[0], SMALLEST_BLOCK.get(a.device.type, a.shape[0])
+    if m < 2 * smallest:
         return [(0, m)]
-    starts = range(0, m - block + 1, block)
-    return [(i, i + block if i + 2 * block <= m else m) for i in starts]
+    block = min(max(m // 4, smallest), LARGEST_BLOCK[a.device.type])
+    return [(i, i + block if i + 2 * block <= m else m) for i in range(0, m - block + 1, block)]
 
 
 def _self_product(a: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 r"""What tests and benchmarks share: features, plain PyTorch to be compared with, errors against fp64, poisoned memory.
 
-Accuracy is judged by comparison: whatever a backend rounds, its error against the fp64 truth must not exceed twice that of
-plain PyTorch *in the same dtype*, plus a floor. Plain PyTorch here is the best that its users could write by hand (centred
-first, statistics in fp32, products in the features' dtype), under autograd.
+Accuracy is judged by comparison: whatever a backend rounds, its error against the fp64 truth must not exceed twice that
+of plain PyTorch *in the same dtype*, plus a floor. Plain PyTorch here is the best that its users could write by hand
+(centred first, statistics in fp32, products in the features' dtype), under autograd.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
+from .types import Estimator, Precision, Route, Statistic
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,11 +51,11 @@ def features(
 
 
 def operator(
-    route: str,
+    route: Route,
     backend: str,
-    estimator: str = "biased",
-    statistic: str = "cka_loss",
-    precision: str | None = None,
+    estimator: Estimator = "biased",
+    statistic: Statistic = "cka_loss",
+    precision: Precision | None = None,
     mask: Tensor | None = None,
 ) -> Function:
     """The operator with its route and backend forced, as a function of x [n, p] and y [n, q] of one dtype."""
@@ -67,7 +68,7 @@ def operator(
 
 
 def plain(route: str, estimator: str = "biased") -> Function:
-    """1 - CKA as it is best written by hand with ``n x n`` ("gram") or feature ("cross") products; fp32 or fp64 result."""
+    """1 - CKA as it is best written by hand, from Gram matrices or from products of features; fp32 or fp64 result."""
     return {"gram": _plain_gram, "cross": _plain_cross}[route](estimator)
 
 
@@ -134,7 +135,7 @@ def truth(
 
 
 def errors(result: Result, true: Result) -> dict[str, float]:
-    """Absolute error of the value and relative errors, in norm, of the gradients that ``result`` has; NaN counts as inf."""
+    """Absolute error of the value, relative errors in norm of the gradients that ``result`` has; inf for NaN."""
     found = {"value": (result.value.double() - true.value).abs()}
     for name in ("dx", "dy"):
         got, want = getattr(result, name), getattr(true, name)
@@ -158,31 +159,28 @@ def assert_no_worse(
     for name, error in ours.items():
         assert theirs[name] < 0.1, f"plain PyTorch is no measure here: error {theirs[name]:.2g} of its {name}"
         allowed = 2 * theirs[name] + floor
-        assert error <= allowed, (
-            f"{name}: error {error:.3g}, plain PyTorch {theirs[name]:.3g}, allowed {allowed:.3g}"
-        )
+        assert error <= allowed, f"{name}: error {error:.3g}, plain PyTorch {theirs[name]:.3g}, allowed {allowed:.3g}"
 
 
 def _medians(results: Sequence[Result], truths: Sequence[Result]) -> dict[str, float]:
     found = [errors(*pair) for pair in zip(results, truths, strict=True)]
-    return {name: torch.tensor([errors[name] for errors in found]).median().item() for name in found[0]}
+    return {name: torch.tensor([each[name] for each in found]).median().item() for name in found[0]}
 
 
 @contextlib.contextmanager
 def poison() -> Iterator[None]:
-    """Memory that PyTorch hands out uninitialised holds NaN (or the largest integer), so that whatever reads it shows."""
-    was_on, was_warning = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    """Uninitialised memory from PyTorch holds NaN, or the largest integer, so that whatever reads it shows."""
+    options = torch.utils.deterministic
+    filled = options.fill_uninitialized_memory  # type: ignore[attr-defined]
+    was_on = torch.are_deterministic_algorithms_enabled()
+    was_warning = torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Deterministic behavior was enabled", UserWarning)  # cuBLAS
-        # Only in deterministic mode is memory filled; warnings would do, errors would stop cuBLAS.
+        # Memory is filled in deterministic mode only; warnings and not errors, which would stop cuBLAS.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        options.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(was_on, warn_only=was_warning)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            options.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

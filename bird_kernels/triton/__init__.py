@@ -44,8 +44,8 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     sums = 2 * row_splits(n) if unbiased and not gram_route else 0
     return dict(
         coefficients=((len(Coefficients._fields),), torch.float64),
-        xs=((1 + sums * problem.x_grad, p), torch.float32),  # the mean, then X^T kappa and X^T lambda by parts
-        ys=((1 + sums * problem.y_grad, q), torch.float32),
+        xs=((2 + sums * problem.x_grad, p), torch.float32),  # the mean, then X^T kappa and X^T lambda by parts
+        ys=((2 + sums * problem.y_grad, q), torch.float32),
         xx=((n, n) if gram_route else (p, p), torch.float32),
         yy=((n, n) if gram_route else ((q, q) if problem.y_grad else (0,)), torch.float32),
         xy=((0, 0) if gram_route else (q, p), torch.float32),
@@ -117,7 +117,7 @@ class _Side(NamedTuple):
 def _column_stats(x: Tensor, y: Tensor, stash: Stash, ws: _Workspace, problem: Problem) -> None:
     n, p, q = problem.n, problem.p, problem.q
     splits = row_splits(n)
-    partials_x, partials_y = (x.new_empty(3 * splits * d if splits > 1 else 0, dtype=torch.float32) for d in (p, q))
+    partials_x, partials_y = (x.new_empty(3 * splits * d if splits > 1 else 0, dtype=torch.float64) for d in (p, q))
     blocks_x, blocks_y = cdiv(p, STATS_COLUMNS), cdiv(q, STATS_COLUMNS)
     centre.column_stats_kernel[(blocks_x + blocks_y, splits)](
         x, y, ws.mask, stash.xs, stash.ys, ws.peaks_x, ws.peaks_y, partials_x, partials_y, ws.rows, ws.counter,
@@ -174,7 +174,7 @@ def _cross_moments(x: Tensor, y: Tensor, stash: Stash, ws: _Workspace, problem: 
             if wanted:
                 d = side.shape[1]
                 cross.column_sums_kernel[(cdiv(d, STATS_COLUMNS), splits)](
-                    side, stats, peaks, ws.mask, stash.rows, stats[1:], n, d, *side.stride(), len(peaks), splits,
+                    side, stats, peaks, ws.mask, stash.rows, stats[2:], n, d, *side.stride(), len(peaks), splits,
                     **centre_block,
                 )  # fmt: skip
     options = dict(
@@ -215,7 +215,7 @@ def _cross_backward(
     t = tiling(problem, "cross")
     cross.cross_backward_kernel[(cdiv(n, t.block), cdiv(d, t.block))](
         side.own, side.other, side.own_stats, side.other_stats, mask, side.own_product, side.cross, stash.rows,
-        side.own_stats[1:], stash.coefficients, grad, out, n, d, side.other.shape[1],
+        side.own_stats[2:], stash.coefficients, grad, out, n, d, side.other.shape[1],
         *side.own.stride(), *side.other.stride(), *side.cross.stride(), row_splits(n),
         SIDE=index, MASKED=problem.masked, UNBIASED=problem.estimator == "unbiased", PRECISION=_dot_precision(problem),
         BLOCK=t.block, STEP=t.step,

@@ -31,7 +31,13 @@ POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16",
     torch.int32: "*i32", torch.uint8: "*u8",
 }  # fmt: skip
-DTYPES = [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float32, "tf32x3"), (torch.bfloat16, None), (torch.float16, None)]
+DTYPES = [
+    (torch.float32, "ieee"),
+    (torch.float32, "tf32"),
+    (torch.float32, "tf32x3"),
+    (torch.bfloat16, None),
+    (torch.float16, None),
+]
 # n, p, q: split over the inner dimension or not, on each route; aligned widths, as in use.
 SHAPES = [("gram", 128, 512, 1280), ("gram", 2048, 2048, 2048), ("cross", 4096, 64, 128), ("cross", 4096, 1024, 1024)]
 

@@ -22,6 +22,7 @@ KERNELS = PRODUCTS | {
 @pytest.mark.parametrize("capability", SHARED)
 def test_compiled_kernels(capability):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     program = [sys.executable, "-W", "ignore", Path(__file__).with_name("aot.py"), str(capability)]
     run = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
