@@ -121,13 +121,13 @@ def _side(
 ) -> Tensor:  # fmt: skip
     """Gradient of one side; ``cross`` is the other Gram matrix (gram route) or other^T own (cross route)."""
     if problem.estimator == "biased":
-        on_cpu = own.device.type == "cpu"  # centring once more: see `_sound`
+        recentre = own.device.type == "cpu" and mask is None  # what `_sound` left
         if route == "gram":
             m = cross * d_cross
             m += own_product * d_own
-            return _scaled_mm(m.sub_(m.mean(0)) if on_cpu else m, own)
+            return _scaled_mm(m.sub_(m.mean(0)) if recentre else m, own)
         d = _scaled_mm(other, cross * d_cross) + _scaled_mm(own, own_product * d_own)
-        return d.sub_(d.mean(0)) if on_cpu and mask is None else d
+        return d.sub_(d.mean(0)) if recentre else d
 
     constant = (d_cross * other_sum + d_own * own_sum) / ((n - 1.0) * (n - 2.0))
     weights = rows[1] * d_cross + rows[0] * d_own
