@@ -26,9 +26,11 @@ from torch import Tensor
 from .estimators import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
 from .types import Problem, Route, Shapes, Stash
 
-# Symmetric products of m >= 2 * smallest are formed by blocks, the upper ones alone. Two cores of a Zen 5 CPU, fp32: a
-# product takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024; 1.0 at 128. On CUDA not yet measured.
+# Symmetric products of two blocks and more are formed block by block, the upper ones alone. Two cores of a Zen 5 CPU,
+# fp32: a product takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024. With fewer than 256 rows it pays where
+# they are long: 1.0 at 128 x 512, 0.86 at 128 x 2048. On CUDA not yet measured.
 SMALLEST_BLOCK, LARGEST_BLOCK = {"cpu": 128, "cuda": 2048}, {"cpu": 512, "cuda": 4096}
+LONG_ROWS, SMALLEST_BLOCK_OF_LONG_ROWS = 1024, 64
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -274,10 +276,13 @@ def _scaled_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _blocks(a: Tensor) -> list[tuple[int, int]]:
     """Ranges of rows of ``a`` whose products are formed together; the last one takes what is left."""
-    m, smallest = a.shape[0], SMALLEST_BLOCK.get(a.device.type, a.shape[0])
+    (m, k), device = a.shape, a.device.type
+    smallest = SMALLEST_BLOCK.get(device, m)
+    if device == "cpu" and k >= LONG_ROWS:
+        smallest = SMALLEST_BLOCK_OF_LONG_ROWS
     if m < 2 * smallest:
         return [(0, m)]
-    block = min(max(m // 4, smallest), LARGEST_BLOCK[a.device.type])
+    block = min(max(m // 4, smallest), LARGEST_BLOCK[device])
     return [(i, i + block if i + 2 * block <= m else m) for i in range(0, m - block + 1, block)]
 
 

@@ -1,10 +1,10 @@
 """Compiles every Triton kernel for GPUs that are not here and prints what the assembler says of each, as JSON.
 
-Run as a program, in a process of its own: it needs Triton without the interpreter. The launchers of `bird_kernels.triton` run
-on CPU tensors as they would on a GPU; their launches are caught, turned into (kernel, signature, constants), and compiled for
-the target. So what is inspected is exactly what a GPU would be given.
+Run as a program, in a process of its own: it needs Triton without the interpreter. The launchers of
+`bird_kernels.triton` run on CPU tensors as they would on a GPU; their launches are caught, turned into (kernel,
+signature, constants), and compiled for the target. So what is inspected is exactly what a GPU would be given.
 
-    python tests/kernels/aot.py 90
+    PYTHONPATH=. python tests/kernels/aot.py 90
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that are not here, without spills, within shared memory, on the matrix units."""
+"""Every Triton kernel compiles for GPUs that are not here: no spills, shared memory that fits, matrix instructions."""
 
 from __future__ import annotations
 

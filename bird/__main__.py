@@ -1,0 +1,7 @@
+"""``python -m bird`` is ``bird``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

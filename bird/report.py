@@ -1,0 +1,138 @@
+"""What a comparison of methods has shown: figures, a table, a JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from .checkpoints import History, atomic
+from .evaluation import Robustness, pgr
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method came to with one seed.
+
+    Args:
+        method: its name in tables and pictures.
+        seed: the seed.
+        held_out: accuracy on clean images, and on corruptions that the teacher never saw.
+        seen: the same for the teacher's own corruptions.
+        cka: between the teacher's and the student's layer, over clean images, unbiased.
+        history: of its training.
+    """
+
+    method: str
+    seed: int
+    held_out: Robustness
+    seen: Robustness
+    cka: float
+    history: History
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Outcome:
+        """Undo `dataclasses.asdict`."""
+        parts = {"held_out": Robustness, "seen": Robustness, "history": History}
+        return cls(**(data | {name: part(**data[name]) for name, part in parts.items()}))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcomes of several methods, with the same seeds for each.
+
+    Args:
+        outcomes: in any order; methods are shown in the order of their first outcome.
+        baseline: the method that has recovered nothing of the gap.
+        ceiling: the method that has recovered all of it.
+    """
+
+    outcomes: Sequence[Outcome]
+    baseline: str
+    ceiling: str
+
+    @property
+    def methods(self) -> list[str]:
+        """Their names, each once, in order."""
+        return list(dict.fromkeys(outcome.method for outcome in self.outcomes))
+
+    @property
+    def contenders(self) -> list[str]:
+        """The methods between baseline and ceiling."""
+        return [method for method in self.methods if method not in (self.baseline, self.ceiling)]
+
+    def of(self, method: str) -> list[Outcome]:
+        """The outcomes of a method, seed by seed."""
+        return [outcome for outcome in self.outcomes if outcome.method == method]
+
+    def recovered(self, method: str) -> list[float]:
+        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed."""
+        three = zip(self.of(method), self.of(self.baseline), self.of(self.ceiling), strict=True)
+        return [pgr(*(outcome.held_out.robust for outcome in outcomes)) for outcomes in three]
+
+
+COLUMNS: dict[str, Callable[[Outcome], float]] = {
+    "clean": lambda outcome: outcome.held_out.clean,
+    "held-out corruptions": lambda outcome: outcome.held_out.robust,
+    "teacher's corruptions": lambda outcome: outcome.seen.robust,
+}
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over the seeds, 0 for a single one."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def percent(values: Sequence[float]) -> str:
+    """``mean ± standard deviation`` in percent; for a single value, no more than that."""
+    mean = f"{100 * fmean(values):.1f}"
+    return f"{mean} ± {100 * spread(values):.1f}" if len(values) > 1 else mean
+
+
+def table(comparison: Comparison) -> str:
+    """A Markdown table, aligned to be read as it is: a row per method, accuracies in percent."""
+    rows = [["method", *COLUMNS, "gap recovered", "CKA to teacher"]]
+    for method in comparison.methods:
+        outcomes = comparison.of(method)
+        accuracies = [percent([column(outcome) for outcome in outcomes]) for column in COLUMNS.values()]
+        recovered = percent(comparison.recovered(method)) if method in comparison.contenders else ""
+        cka = f"{fmean(outcome.cka for outcome in outcomes):.2f}"
+        rows.append([method, *accuracies, recovered, cka])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        f"| {row[0]:<{widths[0]}} | "
+        + " | ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        + " |"
+        for row in rows
+    ]
+    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write plain data as JSON, atomically."""
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def write_results(comparison: Comparison, about: dict[str, Any], path: Path) -> None:
+    """Write ``results.json``: what was run, the figures of each method seed by seed, and every outcome whole.
+
+    Accuracies and shares are fractions of 1. ``pooled`` is the paper's robust accuracy, in which clean images
+    count as severity 0.
+    """
+    summary = {
+        method: {
+            "clean": [o.held_out.clean for o in comparison.of(method)],
+            "held_out": [o.held_out.robust for o in comparison.of(method)],
+            "pooled": [o.held_out.pooled for o in comparison.of(method)],
+            "seen": [o.seen.robust for o in comparison.of(method)],
+            "gap_recovered": comparison.recovered(method),
+            "cka": [o.cka for o in comparison.of(method)],
+        }
+        for method in comparison.methods
+    }
+    write_json(about | {"summary": summary, "outcomes": [asdict(o) for o in comparison.outcomes]}, path)

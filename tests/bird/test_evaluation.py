@@ -1,0 +1,125 @@
+"""Accuracy, robustness, alignment and the recovered gap, on models whose answers are known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bird.evaluation import Robustness, accuracy, alignment, pgr, robustness
+from bird.teachers import Teacher
+from bird.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from bird.vision.data import Images, load_fashion, to_float
+
+
+class Bright(nn.Module):
+    """Says 1 where the mean of a picture is above a threshold, else 0."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor(threshold))
+        self.modes: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append(self.training or torch.is_grad_enabled())
+        mean = x.mean(dim=(1, 2, 3))
+        return torch.stack([self.threshold.expand_as(mean), mean], dim=1)
+
+
+def grey(values: list[int], labels: list[int]) -> Images:
+    pixels = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 6, 6)
+    return Images(pixels, torch.tensor(labels))
+
+
+DATA = grey([0, 51, 102, 204], [0, 0, 0, 1])  # 0, 0.2, 0.4, 0.8
+
+
+def test_accuracy_counts() -> None:
+    assert accuracy(Bright(0.5), DATA) == 1
+    assert accuracy(Bright(0.3), DATA) == 0.75
+    assert accuracy(Bright(0.3), DATA, batch_size=3) == 0.75
+    assert accuracy(Bright(0.9), DATA) == 0.75
+
+
+def test_robustness_follows_the_severities() -> None:
+    scores = robustness(Bright(0.55), DATA, ["brightness", "contrast"])
+    # brightness adds 0.1 to 0.5: 0.4 passes 0.55 from severity 2 on, 0.2 from 4 on; grey has no contrast
+    assert scores == Robustness(1.0, {"brightness": [1.0, 0.75, 0.75, 0.5, 0.5], "contrast": [1.0] * 5})
+    assert scores.robust == pytest.approx((0.7 + 1) / 2)
+    assert scores.pooled == pytest.approx((1.0 + 5 * 0.85) / 6)
+    some = robustness(Bright(0.55), DATA, ["brightness"], severities=[4, 1])
+    assert some.corrupted == {"brightness": [0.5, 1.0]}
+    assert some.pooled == pytest.approx((1.0 + 2 * 0.75) / 3)
+
+
+def test_batches_do_not_change_the_score() -> None:
+    test = load_fashion([5, 9], limit_per_class=40).test
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
+    names = list(CORRUPTIONS)
+    whole = robustness(model, test, names, batch_size=80)
+    assert robustness(model, test, names, batch_size=7) == whole
+    for severity, share in zip(SEVERITIES, whole.corrupted["fog"], strict=True):
+        view = corrupt(to_float(test.images), "fog", severity, index=torch.arange(80))
+        assert share == (model(view).argmax(dim=1) == test.labels).sum().item() / 80
+    assert robustness(model, test, names, seed=1) != whole
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_models_are_judged_in_eval_mode_and_given_back_as_they_were(training: bool) -> None:
+    model = Bright(0.5).train(training)
+    robustness(model, DATA, ["fog"])
+    assert model.modes == [False] * 6
+    assert model.training is training
+    assert torch.is_grad_enabled()
+
+
+def test_one_read_from_the_device_per_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu"):
+        real = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, *a, _n=name, _r=real: reads.append(_n) or _r(self, *a))
+    robustness(Bright(0.5), DATA, list(CORRUPTIONS), batch_size=2)
+    assert reads == ["tolist"]
+
+
+def test_no_images_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no images"):
+        accuracy(Bright(0.5), DATA.select(torch.arange(0)))
+
+
+def test_pgr_is_the_share_of_the_gap() -> None:
+    assert pgr(0.7, 0.6, 0.8) == pytest.approx(0.5)
+    assert pgr(0.6, 0.6, 0.8) == 0
+    assert pgr(0.8, 0.6, 0.8) == 1
+    assert pgr(0.5, 0.6, 0.8) == pytest.approx(-0.5)
+    assert np.isnan(pgr(0.5, 0.6, 0.6))
+
+
+def song(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased HSIC (Song et al. 2012), from its formula."""
+    n = len(x)
+    k, l = x @ x.T, y @ y.T
+    np.fill_diagonal(k, 0)
+    np.fill_diagonal(l, 0)
+    cross = k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * (k @ l).sum() / (n - 2)
+    return (np.trace(k @ l) + cross) / (n * (n - 3))
+
+
+def test_alignment_is_cka_over_all_the_images() -> None:
+    torch.manual_seed(0)
+    data = load_fashion([0, 1], limit_per_class=20).test
+    first, second = (nn.Sequential(nn.Conv2d(1, c, 3, 2), nn.Dropout(), nn.Flatten()) for c in (5, 8))
+    teacher = Teacher(second, ["0"])
+    with torch.no_grad():
+        pixels = to_float(data.images)
+        x, y = (model[0](pixels).mean(dim=(2, 3)).double().numpy() for model in (first, second))
+    expected = song(x, y) / np.sqrt(song(x, x) * song(y, y))
+    for batch_size in (40, 9):
+        value = alignment(teacher, first, "0", "0", data, batch_size=batch_size)
+        assert value == pytest.approx(expected, rel=5e-6)
+    biased = alignment(teacher, first, "0", "0", data, estimator="biased")
+    assert biased - expected > 1e-5  # another estimator
+    assert not first[1]._forward_hooks
+    assert not first[0]._forward_hooks

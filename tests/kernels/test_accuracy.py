@@ -1,0 +1,261 @@
+"""Values and gradients against fp64, on a grid of shapes and dtypes and on data that break naive formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+import bird_kernels
+from bird_kernels import eager
+from bird_kernels.testing import (
+    Result,
+    assert_no_worse,
+    errors,
+    evaluate,
+    features,
+    operator,
+    plain,
+    poison,
+    truth,
+)
+
+UPSTREAM = 1024.0  # a loss scale: fp16 gradients of a mean over n p elements are below its normal range without one
+
+COMPILED = pytest.mark.compiled
+# Rows, student width, teacher width. Kernels work on blocks of 64: below, at and across their borders.
+SMALL = [(3, 5, 2), (4, 7, 5), (37, 61, 29), (61, 3, 1), (64, 16, 48), (130, 5, 9), (9, 130, 3)]
+MORE = [
+    (3, 1, 1), (4, 1, 3), (5, 3, 3), (5, 2, 64), (5, 700, 300), (37, 1, 1), (37, 64, 1), (37, 700, 130), (61, 64, 64),
+    (61, 3, 257), (128, 512, 512), (128, 33, 1), (128, 130, 700), (130, 129, 131), (512, 7, 13), (512, 64, 300),
+    (512, 700, 1), (700, 40, 24),
+]  # fmt: skip
+SHAPES = [*SMALL, *(pytest.param(shape, marks=COMPILED) for shape in MORE)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Whoever reads memory that nobody wrote reads NaN."""
+    with poison():
+        yield
+
+
+FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6}
+
+
+def floor(dtype: torch.dtype) -> float:
+    """Half precision: where rounding happens to cancel in one value, it is lucky by more than twice."""
+    return FLOOR.get(dtype, torch.finfo(dtype).eps / 32)
+
+
+@lru_cache(maxsize=4)  # the cases of one shape follow each other
+def draws(
+    shape: tuple[int, int, int], dtype: torch.dtype, estimator: str, device: torch.device
+) -> list[tuple[Tensor, Tensor, Result]]:
+    """Features and the truth about them; several draws of few rows, where a single one may be lucky."""
+    n, p, q = shape
+    if estimator == "unbiased":
+        # With 4 rows features rounded to half have row sums that the closed form takes for zero: 3 x plain's error.
+        n = max(n, 8 if dtype.itemsize == 2 else 4)
+    inputs = [features(n, p, q, dtype, device, seed=seed) for seed in range(5 if n < 10 else 1)]
+    return [(x, y, truth(x, y, estimator, upstream=UPSTREAM)) for x, y in inputs]
+
+
+def compare(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    sides: str,
+    estimator: str,
+    route: str,
+    backend: str,
+    device: torch.device,
+) -> Result:
+    """Asserts that the operator is no worse than plain PyTorch, and gives one of its results."""
+    drawn = draws(shape, dtype, estimator, device)
+    ours, theirs = (
+        [evaluate(function, x, y, sides, UPSTREAM) for x, y, _ in drawn]
+        for function in (operator(route, backend, estimator), plain(route, estimator))
+    )
+    assert_no_worse(ours, theirs, [true for _, _, true in drawn], floor(dtype))
+    return ours[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_worse_than_plain(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    estimator: str,
+    route: str,
+    backend: str,
+    device: torch.device,
+) -> None:
+    found = compare(shape, dtype, "xy", estimator, route, backend, device)
+    assert found.value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.dx.dtype == found.dy.dtype == dtype
+
+
+@pytest.mark.parametrize("sides", ["x", "y"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(37, 61, 29), pytest.param((5, 3, 7), marks=COMPILED)], ids=str)
+def test_one_side(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    sides: str,
+    estimator: str,
+    route: str,
+    backend: str,
+    device: torch.device,
+) -> None:
+    """The other side is frozen: less is kept and computed, the numbers stay."""
+    found = compare(shape, dtype, sides, estimator, route, backend, device)
+    assert [found.dx is not None, found.dy is not None] == ["x" in sides, "y" in sides]
+
+
+@pytest.mark.parametrize("statistic", ["cka", "hsic"])
+def test_other_statistics(statistic: str, estimator: str, route: str, backend: str, device: torch.device) -> None:
+    x, y = features(37, 21, 30, torch.float32, device, mean=1.0)
+    found = evaluate(operator(route, backend, estimator, statistic), x, y)
+    found_errors = errors(found, truth(x, y, estimator, statistic))
+    assert found_errors.pop("value") < 1e-6 * found.value.abs()
+    assert max(found_errors.values()) < 2e-6
+
+
+MIXED = [
+    (torch.float64, torch.float32, torch.float64),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float32, torch.float16, torch.float32),
+    (torch.float16, torch.bfloat16, torch.float32),
+    (torch.float16, torch.float64, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("x_dtype", "y_dtype", "common"), MIXED, ids=str)
+def test_mixed_dtypes_are_promoted(
+    x_dtype: torch.dtype, y_dtype: torch.dtype, common: torch.dtype, estimator: str, device: torch.device
+) -> None:
+    x, y = (a.to(t) for a, t in zip(features(37, 21, 30, device=device), (x_dtype, y_dtype), strict=True))
+    found = evaluate(lambda a, b: bird_kernels.cka_loss(a, b, estimator=estimator), x, y, upstream=UPSTREAM)
+    assert (found.value.dtype, found.dx.dtype, found.dy.dtype) == (common, x_dtype, y_dtype)
+    found_errors = errors(found, truth(x, y, estimator, upstream=UPSTREAM))
+    rounding = {name: torch.finfo(t).eps for name, t in (("value", common), ("dx", x_dtype), ("dy", y_dtype))}
+    for name, error in found_errors.items():
+        assert error <= max(rounding[name], 10 * torch.finfo(common).eps)
+
+
+@pytest.mark.parametrize("mean", [0, 1, 10, 100, 1000, -1000, "its own for every column"])
+@pytest.mark.parametrize("shape", [(37, 61, 29), pytest.param((61, 16, 64), marks=COMPILED)], ids=str)
+def test_large_means(
+    shape: tuple[int, int, int], mean: float | str, estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    """Features of mean/std up to 1000, as after a ReLU or a biased layer: what Gram-then-centre loses."""
+    x, y = features(*shape, torch.float32, device)
+    if isinstance(mean, str):
+        x, y = (a + sign * torch.logspace(-3, 3, a.shape[1], device=device) for a, sign in ((x, 1), (y, -1)))
+    else:
+        x, y = x + mean, y + mean
+    true = truth(x, y, estimator)
+    ours, theirs = (evaluate(f, x, y) for f in (operator(route, backend, estimator), plain(route, estimator)))
+    assert_no_worse([ours], [theirs], [true])
+    found = errors(ours, true)
+    assert max(found["dx"], found["dy"]) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_outlier_columns(dtype: torch.dtype, estimator: str, route: str, backend: str, device: torch.device) -> None:
+    """One column a thousand times the others, as in the residual streams of language models."""
+    x, y = features(37, 61, 29, dtype, device)
+    x, y = x.clone(), y.clone()
+    x[:, 7] *= 1000
+    y[:, 11] *= 1000
+    ours = evaluate(operator(route, backend, estimator), x, y, upstream=UPSTREAM)
+    # PyTorch returns products of fp16 in fp16, where these overflow: fp32 is the measure, and fp16's rounding.
+    measured = torch.float32 if dtype == torch.float16 else dtype
+    theirs = evaluate(plain(route, estimator), x.to(measured), y.to(measured), upstream=UPSTREAM)
+    allowed = 2 * torch.finfo(dtype).eps if dtype == torch.float16 else floor(dtype)
+    assert_no_worse([ours], [theirs], [truth(x, y, estimator, upstream=UPSTREAM)], allowed)
+
+
+@pytest.mark.parametrize("scales", [(1e-12, 1e-12), (1e12, 1e12), (1e-12, 1e12), (1e12, 1.0), (1e-6, 1e3)])
+def test_scale_does_not_matter(
+    scales: tuple[float, float], estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    """CKA is invariant to it and the gradient is inverse to it, in fp32, where fourth powers of these are 0 or Inf."""
+    x, y = (scale * a for scale, a in zip(scales, features(37, 21, 30, device=device), strict=True))
+    found, true = evaluate(operator(route, backend, estimator), x, y), truth(x, y, estimator)
+    found_errors = errors(found, true)
+    assert found_errors["value"] < 1e-6
+    assert max(found_errors["dx"], found_errors["dy"]) < 2e-6
+
+
+@pytest.mark.parametrize("power", [-40, -21, 21, 40])
+def test_powers_of_two_change_no_bit(
+    power: int, estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    x, y = features(37, 21, 30, device=device)
+    function = operator(route, backend, estimator)
+    found, expected = evaluate(function, 2.0**power * x, y), evaluate(function, x, y)
+    torch.testing.assert_close(found.value, expected.value, rtol=0, atol=1e-7)
+    torch.testing.assert_close(2.0**power * found.dx, expected.dx, rtol=1e-5, atol=1e-7 * expected.dx.abs().max())
+    torch.testing.assert_close(found.dy, expected.dy, rtol=1e-5, atol=1e-7 * expected.dy.abs().max())
+
+
+@pytest.mark.parametrize(("peak", "mean"), [(60_000, 0), (20_000, 40_000), (6e-5, 0)])
+def test_all_of_fp16(peak: float, mean: float, estimator: str, route: str, backend: str, device: torch.device) -> None:
+    """Features anywhere in fp16's range: no sum, product or mean overflows on the way, nothing underflows to zero."""
+    x, y = features(37, 61, 29, torch.float64, device)
+    x, y = ((a / a.abs().max() * peak + mean).half() for a in (x, y))
+    upstream = peak  # so that the gradient, too, is in the middle of fp16's range
+    found = evaluate(operator(route, backend, estimator), x, y, upstream=upstream)
+    found_errors = errors(found, truth(x, y, estimator, upstream=upstream))
+    assert found_errors["value"] < 1e-3
+    assert max(found_errors["dx"], found_errors["dy"]) < 4e-3
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3])
+def test_near_alignment(noise: float, estimator: str, route: str, backend: str, device: torch.device) -> None:
+    """L - (a/b) K cancels as CKA goes to 1: a gradient of order ``noise``, an error that is no larger than before."""
+    x, other = features(37, 61, 61, torch.float32, device)
+    y = x + noise * other
+    found = errors(evaluate(operator(route, backend, estimator), x, y), truth(x, y, estimator))
+    assert found["value"] < 1e-6
+    assert max(found["dx"], found["dy"]) < 1e-6 / noise + 2e-6
+
+
+@pytest.mark.parametrize("sides", ["x", "xy"])
+@pytest.mark.parametrize("shape", [(130, 30, 20), (75, 64, 130)], ids=str)
+def test_symmetric_products_in_blocks(
+    shape: tuple[int, int, int],
+    sides: str,
+    estimator: str,
+    route: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks as large products have them, of 16 to 31 rows here."""
+    for limits in (eager.SMALLEST_BLOCK, eager.LARGEST_BLOCK):
+        monkeypatch.setitem(limits, device.type, 16)
+    compare(shape, torch.float32, sides, estimator, route, "eager", device)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
+@pytest.mark.parametrize("statistic", ["cka_loss", pytest.param("hsic", marks=COMPILED)])
+def test_precisions(
+    precision: str, statistic: str, estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    """ieee and tf32x3 are fp32; tf32 rounds the operands to 11 bits. PyTorch's own switches stay as they were."""
+    x, y = features(37, 61, 29, torch.float32, device, mean=1.0)
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    found = evaluate(operator(route, backend, estimator, statistic, precision), x, y)
+    assert before == (
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.mkldnn.matmul.fp32_precision,
+    )
+    true = truth(x, y, estimator, statistic)
+    found_errors = errors(found, true)
+    found_errors["value"] /= max(1.0, true.value.item())
+    assert max(found_errors.values()) < (3e-3 if precision == "tf32" else 2e-6)

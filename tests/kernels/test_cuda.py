@@ -1,0 +1,93 @@
+"""What only a GPU can show: no call waits for the device, CUDA graphs and streams may hold it, tf32 is obeyed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from bird_kernels.testing import Result, assert_no_worse, errors, evaluate, features, operator, plain, truth
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+N, P, Q = 128, 96, 130
+
+
+@pytest.fixture(params=[False, True], ids=["all rows", "masked"])
+def mask(request: pytest.FixtureRequest, device: torch.device) -> Tensor | None:
+    return torch.arange(N, device=device) % 5 != 1 if request.param else None
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_never_waits(
+    dtype: torch.dtype, mask: Tensor | None, estimator: str, route: str, backend: str,
+    device: torch.device, request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    x, y = features(N, P, Q, dtype, device)
+    function = operator(route, backend, estimator, mask=mask)
+    evaluate(function, x, y)  # compiles, loads and sets up libraries
+    torch.cuda.synchronize()
+    request.getfixturevalue("waiting_is_an_error")
+    evaluate(function, x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_graph(
+    dtype: torch.dtype, mask: Tensor | None, estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    """Captured once with its backward, replayed on other features: nothing of the first call is left in it."""
+    function = operator(route, backend, estimator, mask=mask)
+    pairs = [features(N, P, Q, dtype, device, seed=seed) for seed in range(3)]
+    expected = [evaluate(function, *pair) for pair in pairs]
+    x, y = (a.clone() for a in pairs[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = evaluate(function, x, y)
+    for (new_x, new_y), true in list(zip(pairs, expected, strict=True))[::-1]:
+        x.copy_(new_x)
+        y.copy_(new_y)
+        graph.replay()
+        torch.testing.assert_close(Result(*(a.clone() for a in captured)), true, rtol=0, atol=0)
+
+
+def test_streams_do_not_share(estimator: str, route: str, backend: str, device: torch.device) -> None:
+    """Calls that overlap on many streams give what they give alone."""
+    function = operator(route, backend, estimator)
+    pairs = [features(N, P, Q, device=device, seed=seed) for seed in range(8)]
+    alone = [evaluate(function, *pair) for pair in pairs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in pairs]
+    together = []
+    for stream, pair in zip(streams, pairs, strict=True):
+        with torch.cuda.stream(stream):
+            together.append(evaluate(function, *pair))
+    torch.cuda.synchronize()
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_follows_pytorch_s_own_switch(estimator: str, route: str, backend: str, device: torch.device) -> None:
+    """tf32 where the user switched it on, no worse than plain PyTorch under the same switch; full fp32 otherwise."""
+    x, y = features(512, 300, 200, device=device)
+    true, function = truth(x, y, estimator), operator(route, backend, estimator)
+    exact = errors(evaluate(function, x, y), true)
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32"
+    try:
+        coarse, theirs = (evaluate(f, x, y) for f in (function, plain(route, estimator)))
+    finally:
+        switch.fp32_precision = before
+    assert_no_worse([coarse], [theirs], [true])
+    assert exact["dx"] < 2e-6
+    assert errors(coarse, true)["dx"] > 10 * exact["dx"]

@@ -1,0 +1,159 @@
+"""What PyTorch believes about the operators, and torch.compile, which relies on it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import bird_kernels
+from bird_kernels import backends, ops
+from bird_kernels.ops import Spec
+from bird_kernels.testing import evaluate, features, operator, poison
+from bird_kernels.types import Problem, Stash
+
+COMPILED = pytest.mark.compiled
+N, P, Q = 37, 21, 30
+# Not test_autograd_registration: autograd is attached by functions around the operators, see ops.py.
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture
+def mask(device: torch.device) -> Tensor:
+    return torch.arange(N, device=device) % 3 != 1
+
+
+@pytest.mark.parametrize("sides", ["x", "xy", *(pytest.param(sides, marks=COMPILED) for sides in ("y", ""))])
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=COMPILED)])
+def test_opcheck(
+    masked: bool, sides: str, mask: Tensor, estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    """Schema (nothing aliased, nothing written to), and shapes, dtypes and strides without data against real ones."""
+    x, y = features(N, P, Q, device=device)
+    inputs = x, y, mask if masked else None
+    spec = Spec("cka_loss", estimator, route, backend, None, "x" in sides, "y" in sides)
+    torch.library.opcheck(torch.ops.bird.alignment.default, (*inputs, *spec), test_utils=CHECKS)
+    value, *stash = torch.ops.bird.alignment(*inputs, *spec)
+    if sides:
+        arguments = torch.ones_like(value), *inputs, *stash, *spec
+        torch.library.opcheck(torch.ops.bird.alignment_backward.default, arguments, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("sides", ["x", "y", "xy", ""])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, pytest.param(torch.float16, marks=COMPILED)], ids=str)
+def test_stash_is_as_announced(
+    dtype: torch.dtype, sides: str, estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    x, y = features(N, P, Q, dtype, device)
+    x_grad, y_grad = ("x" in sides), ("y" in sides)
+    problem = Problem(N, P, Q, dtype, device, "cka", estimator, None, False, x_grad, y_grad)
+    spec = Spec("cka", estimator, route, backend, None, x_grad, y_grad)
+    value, *stash = torch.ops.bird.alignment(x, y, None, *spec)
+    assert value.dtype == ops.value_dtype(dtype)
+    announced = backends.load(backend).stash_shapes(problem, route)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in zip(Stash._fields, stash, strict=True)} == announced
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic: bool, masked: bool, mask: Tensor, backend: str, device: torch.device) -> None:
+    """One graph, forward and backward, and the numbers of the call that is not compiled."""
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        options = dict(mask=mask if masked else None, estimator="unbiased", backend=backend)
+        return 2 * bird_kernels.cka_loss(x.sin(), y, **options)
+
+    # aot_eager: the graphs of forward and backward are captured as for any compiler, nothing is generated.
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    x, y = features(N, P, Q, device=device)
+    for sides in ("x", "xy"):
+        found, expected = evaluate(compiled, x, y, sides), evaluate(loss, x, y, sides)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("row_dims", [1, 2])
+def test_dynamic_shapes_compile_once(row_dims: int, backend: str, device: torch.device) -> None:
+    """Batches of other sizes run in the same graph: a last partial batch does not compile again."""
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, _: list[Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return bird_kernels.cka_loss(x, y, row_dims=row_dims, backend=backend)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counting)
+    for n in (24, 36, 30):
+        shape = (n,) if row_dims == 1 else (2, n // 2)
+        x, y = (a.reshape(*shape, -1) for a in features(n, P, Q, device=device))
+        torch.testing.assert_close(compiled(x, y), loss(x, y), rtol=0, atol=1e-6)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="Inductor generates C++ for the CPU, and there is no compiler for it",
+)
+def test_compile_with_inductor(backend: str, device: torch.device) -> None:
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return 2 * bird_kernels.cka_loss(x.sin(), y, backend=backend)
+
+    x, y = features(N, P, Q, device=device)
+    # Its cache does not see a change of the operators' shape functions.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found = evaluate(torch.compile(loss, fullgraph=True), x, y)
+    torch.testing.assert_close(found, evaluate(loss, x, y), rtol=0, atol=1e-6)
+
+
+def test_poison_reaches_into_operators(device: torch.device) -> None:
+    """The fixture of the accuracy tests would be worth nothing otherwise."""
+    seen = []
+
+    class Leaky(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            seen.extend([torch.empty_like(x), x.new_empty(5), torch.empty(2, 3, dtype=torch.half, device=device)])
+            return x.clone()
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    with poison():
+        Leaky.apply(torch.ones(4, device=device))
+        counters = torch.empty(3, dtype=torch.int32, device=device)
+    assert all(tensor.isnan().all() for tensor in seen)
+    assert counters.ne(0).all()
+    after = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    assert before == after
+
+
+@pytest.mark.parametrize("wanted", [(False, True), (True, False)])
+def test_unwanted_gradients_have_no_elements(
+    wanted: tuple[bool, bool], route: str, backend: str, device: torch.device
+) -> None:
+    x, y = features(N, P, Q, device=device)
+    spec = Spec("cka_loss", "biased", route, backend, None, *wanted)
+    value, *stash = torch.ops.bird.alignment(x, y, None, *spec)
+    gradients = torch.ops.bird.alignment_backward(torch.ones_like(value), x, y, None, *stash, *spec)
+    assert [g.numel() > 0 for g in gradients] == list(wanted)
+
+
+def test_inputs_are_left_alone(estimator: str, route: str, backend: str, device: torch.device) -> None:
+    x, y = features(N, P, Q, device=device, mean=5.0)
+    before = x.clone(), y.clone()
+    evaluate(operator(route, backend, estimator), x, y)
+    assert x.equal(before[0])
+    assert y.equal(before[1])

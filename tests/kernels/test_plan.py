@@ -1,0 +1,178 @@
+"""Planning, by tables: routes against brute force, work and memory against what the library backend really does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bird_kernels import backends, eager, plan
+from bird_kernels.testing import features
+from bird_kernels.types import Problem
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+SIZES = [1, 2, 3, 5, 13, 34, 64, 100, 128, 200, 333, 512, 700, 2048, 30_000]
+SIDES = [(True, False), (False, True), (True, True), (False, False)]
+
+
+def shapes() -> Iterator[tuple[int, int, int, bool, bool]]:
+    for n, p, q in itertools.product(SIZES[1:], SIZES, SIZES):
+        for sides in SIDES:
+            yield n, p, q, *sides
+
+
+def mixed_forms(n: int, p: int, q: int, x_grad: bool, y_grad: bool) -> Iterator[int]:
+    """Operations of every way to combine K = XX', L = YY', A = X'X, B = Y'Y and C = Y'X into value and gradients."""
+    forward = {"K": n * n * p, "L": n * n * q, "A": n * p * p, "B": n * q * q, "C": 2 * n * p * q}
+    for made in itertools.chain.from_iterable(itertools.combinations("KLABC", r) for r in range(2, 6)):
+        has = set(made)
+        if not (has & {"K", "A"} and has & {"L", "B"} and ({"K", "L"} <= has or "C" in has)):
+            continue
+        total = sum(forward[product] for product in made)
+        for wanted, own, other, own_gram, other_gram, own_square in (
+            (x_grad, p, q, "K", "L", "A"),
+            (y_grad, q, p, "L", "K", "B"),
+        ):
+            if not wanted:
+                continue
+            across = [2 * n * n * own] * (other_gram in has) + [2 * n * own * other] * ("C" in has)
+            within = [2 * n * n * own] * (own_gram in has) + [2 * n * own * own] * (own_square in has)
+            both_in_one = [2 * n * n * own] * ({own_gram, other_gram} <= has)
+            total += min([min(across) + min(within), *both_in_one])
+        yield total
+
+
+def test_the_chosen_route_is_the_cheapest_form() -> None:
+    """Of both routes and of all mixtures of them, whoever needs a gradient."""
+    for shape in shapes():
+        chosen = plan.route_flops(plan.choose_route(*shape[:3]), *shape)
+        assert chosen <= min(mixed_forms(*shape)), shape
+
+
+def test_the_routes_are_among_the_forms() -> None:
+    """So that the brute force counts as the plan does: these are {K, L} and {A, B, C}."""
+    for shape in itertools.islice(shapes(), 0, None, 7):
+        forms = set(mixed_forms(*shape))
+        assert {plan.route_flops("gram", *shape), plan.route_flops("cross", *shape)} <= forms
+
+
+@pytest.mark.parametrize(
+    ("shape", "route"),
+    [
+        ((128, 512, 512), "gram"),
+        ((1024, 512, 512), "gram"),  # a tie: n = 2d
+        ((1025, 512, 512), "cross"),
+        ((4096, 1024, 1024), "cross"),
+        ((128, 25_088, 25_088), "gram"),
+        ((8192, 256, 256), "cross"),
+        ((300, 1, 300), "gram"),
+        ((302, 1, 300), "cross"),
+    ],
+)
+def test_routes_by_hand(shape: tuple[int, int, int], route: str) -> None:
+    assert plan.choose_route(*shape) == route
+
+
+def test_products_never_exceed_the_features() -> None:
+    """Nothing n x n where n >> d, nothing d x d where d >> n: at most 2 n min(n, p + q) numbers."""
+    for n, p, q, x_grad, y_grad in shapes():
+        problem = Problem(n, p, q, torch.float32, CPU, x_grad=x_grad, y_grad=y_grad)
+        route = plan.choose_route(n, p, q)
+        assert plan.workspace(problem, route, "triton") <= 4 * 2 * n * min(n, p + q), problem
+        centred = 4 * n * (p + q)
+        assert plan.workspace(problem, route, "eager") <= 4 * 2 * n * min(n, p + q) + centred, problem
+
+
+@pytest.mark.parametrize("sides", SIDES[:3])
+def test_work_is_what_is_done(sides: tuple[bool, bool], route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations counted on the library products, with blocks so small that symmetric ones cost half."""
+    n, p, q = 96, 80, 64
+    for limits in (eager.SMALLEST_BLOCK, eager.LARGEST_BLOCK):
+        monkeypatch.setitem(limits, "cpu", 1)
+    problem = Problem(n, p, q, torch.float32, CPU, x_grad=sides[0], y_grad=sides[1])
+    x, y = features(n, p, q)
+    with FlopCounterMode(display=False) as counter:
+        value, stash = eager.forward(x, y, None, problem, route)
+        eager.backward(torch.ones_like(value), x, y, None, stash, problem, route)
+    counted = counter.get_total_flops()
+    assert counted == pytest.approx(plan.route_flops(route, n, p, q, *sides), rel=0.02)
+
+
+@pytest.mark.parametrize("sides", SIDES[:3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_workspace_is_what_is_kept(
+    device: torch.device,
+    dtype: torch.dtype,
+    sides: tuple[bool, bool],
+    estimator: str,
+    route: str,
+    backend: str,
+) -> None:
+    problem = Problem(512, 300, 200, dtype, device, "cka_loss", estimator, None, False, *sides)
+    stash = backends.load(backend).stash_shapes(problem, route)
+    kept = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stash.values())
+    assert plan.workspace(problem, route, backend) == pytest.approx(kept, rel=0.03)
+
+
+def test_least_traffic() -> None:
+    """By hand, n = 10, p = 3, q = 4: inputs of 70 numbers; read again for gradients, which are written."""
+    for sides, numbers in zip(SIDES, (70 * 2 + 30, 70 * 2 + 40, 70 * 2 + 70, 70), strict=True):
+        for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+            problem = Problem(10, 3, 4, dtype, CPU, x_grad=sides[0], y_grad=sides[1])
+            assert plan.minimum_bytes(problem) == numbers * size
+
+
+@pytest.mark.parametrize(("n", "p", "q"), [(1, 1, 1), (64, 64, 64), (65, 64, 129), (130, 1, 200), (700, 300, 64)])
+def test_tiles(n: int, p: int, q: int, route: str) -> None:
+    """Upper tiles of symmetric products, all of C; splits never leave a program without work."""
+    problem = Problem(n, p, q, torch.float32, GPU)
+    t = plan.tiling(problem, route)
+
+    def blocks(size: int) -> range:
+        return range(0, size, t.block)
+
+    def upper(size: int) -> int:
+        return sum(i <= j for i in blocks(size) for j in blocks(size))
+
+    expected = upper(n) if route == "gram" else upper(p) + len(blocks(p)) * len(blocks(q)) + upper(q)
+    assert plan.tile_count(problem, route, t.block) == expected
+    inner = max(p, q) if route == "gram" else n
+    assert 1 <= t.splits <= math.ceil(inner / t.step)
+
+
+@pytest.mark.parametrize(("dtype", "tflops"), [(torch.float32, 67.0), (torch.bfloat16, 989.0)], ids=str)
+def test_floor(dtype: torch.dtype, tflops: float) -> None:
+    """Data-sheet figures: the larger of the times for arithmetic and memory, and which it is."""
+    large = plan.describe(Problem(8192, 4096, 4096, dtype, GPU), "gram", "eager", {}, "NVIDIA H100 80GB HBM3")
+    assert (
+        large.floor
+        == f"{large.flops / tflops * 1e-6:.3g} us, bound by arithmetic (data-sheet peaks, NVIDIA H100 80GB HBM3)"
+    )
+    small = plan.describe(Problem(16, 4096, 4096, dtype, GPU), "gram", "eager", {}, "NVIDIA H100 80GB HBM3")
+    assert small.floor.startswith(f"{small.bytes / 3.35 * 1e-6:.3g} us, bound by memory")
+    assert plan.describe(large.problem, "gram", "eager", {}).floor == "unknown for this device"
+
+
+def test_a_plan_is_worth_reading() -> None:
+    problem = Problem(128, 512, 300, torch.bfloat16, GPU, "cka", "unbiased", None, True, True, True)
+    made = plan.describe(problem, "gram", "eager", {"triton": "has a reason"})
+    text = str(made)
+    for part in (
+        "cka (unbiased, linear) of x [128, 512] and y [128, 300], bfloat16 on cuda:0, masked",
+        "gradient   x and y",
+        "route      gram: ",
+        "backend    eager, library products",
+        "kflop" if made.flops < 1e6 else "Mflop",
+        "B beyond inputs and gradients",
+        "not triton   has a reason",
+    ):
+        assert part in text
+    assert made.flops == plan.route_flops("gram", 128, 512, 300, True, True)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.route = "cross"

@@ -1,0 +1,108 @@
+"""Device functions alone, and the paths of the Triton backend that the problems of the other tests do not reach."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bird_kernels.estimators import MIN_ROWS, Moments, combine
+from bird_kernels.testing import assert_no_worse, evaluate, features, operator, plain, truth
+
+triton = pytest.importorskip("triton", reason="Triton does not exist for this system")
+tl = pytest.importorskip("triton.language", reason="Triton does not exist for this system")
+reduce = pytest.importorskip("bird_kernels.triton.reduce")
+
+EPS = torch.finfo(torch.float32).eps
+
+
+@triton.jit
+def combine_kernel(moments, out, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr):
+    value, d_kl, d_kk, d_ll = reduce.combine(
+        tl.load(moments + 0), tl.load(moments + 1), tl.load(moments + 2), tl.load(moments + 3), tl.load(moments + 4),
+        tl.load(moments + 5), tl.load(moments + 6), tl.load(moments + 7), tl.load(moments + 8), STATISTIC, UNBIASED,
+    )  # fmt: skip
+    tl.store(out + 0, value)
+    tl.store(out + 1, d_kl)
+    tl.store(out + 2, d_kk)
+    tl.store(out + 3, d_ll)
+
+
+MOMENTS = {
+    "any": Moments(5.0, 7.0, 9.0, 3.0, 2.0, 4.0, 1.5, -2.5),
+    "negative": Moments(-5.0, 7.0, 9.0, 3.0, 2.0, 4.0, 1.5, -2.5),
+    "tiny": Moments(*(1e-60 * m for m in (5.0, 7.0, 9.0, 3.0, 2.0, 4.0)), 1.5e-30, -2.5e-30),
+    "no variance": Moments(1e-20, 0.0, 9.0),
+    "none on either side": Moments(0.0, 0.0, 0.0),
+    "cancelled to rounding": Moments(56.0, 56.0 * (1 + 1e-7), 90.0, 392.0, 392.0, 0.0, 56.0, 0.0),
+    "nan": Moments(math.nan, 7.0, math.nan),
+    "inf": Moments(math.inf, 7.0, math.inf),
+    "nan beside no variance": Moments(math.nan, 0.0, math.nan),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+@pytest.mark.parametrize("statistic", ["cka_loss", "cka", "hsic"])
+def test_combine_is_estimators_combine(name: str, statistic: str, estimator: str, device: torch.device) -> None:
+    least = MIN_ROWS[estimator]
+    for n in (0, 1, least - 1, least, 8, 1000):
+        arguments = torch.tensor([*MOMENTS[name], n], dtype=torch.float64, device=device)
+        found = torch.full((4,), -1.0, dtype=torch.float64, device=device)
+        combine_kernel[(1,)](arguments, found, STATISTIC=statistic, UNBIASED=estimator == "unbiased")
+        expected = combine(MOMENTS[name], float(n), statistic, estimator, EPS)
+        wanted = torch.tensor([float(number) for number in expected], dtype=torch.float64)
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@triton.jit
+def upper_tile_kernel(indices, rows, columns, tiles):
+    index = tl.load(indices + tl.program_id(0))
+    row, column = reduce.upper_tile(index, tiles)
+    tl.store(rows + tl.program_id(0), row)
+    tl.store(columns + tl.program_id(0), column)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 13, 1999, 8192])
+def test_upper_tiles_are_enumerated(tiles: int, device: torch.device) -> None:
+    """Row by row, (i, j) with i <= j; of the large ones the ends of every 500th row, where a root is off first."""
+    pairs = [(i, j) for i in range(tiles) for j in range(i, tiles)] if tiles < 100 else []
+    for row in range(0, tiles, 500) if tiles >= 100 else ():
+        pairs += [(row, row), (row, tiles - 1)]
+    numbers = [i * tiles - i * (i - 1) // 2 + j - i for i, j in pairs]
+    index = torch.tensor(numbers, dtype=torch.int32, device=device)
+    rows, columns = torch.full_like(index, -1), torch.full_like(index, -1)
+    upper_tile_kernel[(len(pairs),)](index, rows, columns, tiles)
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == pairs
+
+
+@pytest.mark.parametrize(("estimator", "masked"), [("biased", True), ("unbiased", False)])
+def test_many_rows_are_split(estimator: str, masked: bool, device: torch.device) -> None:
+    """Above 2048 rows several programs share the statistics of a column; the last share is not a full one."""
+    x, y = features(2100, 3, 2, device=device, mean=3.0)
+    mask = torch.arange(2100, device=device) % 7 != 1 if masked else None
+    true = truth(x, y, estimator, mask=mask)
+    found = evaluate(operator("cross", "triton", estimator, mask=mask), x, y)
+    if mask is None:
+        assert_no_worse([found], [evaluate(plain("cross", estimator), x, y)], [true])
+    assert (found.value - true.value).abs() < 1e-6
+    assert (found.dx - true.dx).norm() < 3e-6 * true.dx.norm()
+    assert (found.dy - true.dy).norm() < 3e-6 * true.dy.norm()
+
+
+@pytest.mark.parametrize(("n", "p", "q"), [(20, 20, 300), (200, 20, 5)])
+def test_splits_with_empty_shares(n: int, p: int, q: int, estimator: str, route: str, device: torch.device) -> None:
+    """As many programs as the larger side needs: the smaller one has nothing for some of them."""
+    x, y = features(n, p, q, device=device)
+    ours, theirs = (evaluate(f, x, y) for f in (operator(route, "triton", estimator), plain(route, estimator)))
+    assert_no_worse([ours], [theirs], [truth(x, y, estimator)])
+
+
+def test_counters_are_not_left_behind(estimator: str, route: str, device: torch.device) -> None:
+    """The last program to arrive finishes a call: no count of an earlier or a larger call may be in the way."""
+    function = operator(route, "triton", estimator)
+    pairs = [features(n, 9, 70, device=device, seed=n) for n in (65, 12, 65)]
+    values: list[Tensor] = [function(x, y) for x, y in pairs]
+    for (x, y), value in zip(pairs, values, strict=True):
+        torch.testing.assert_close(value.double(), truth(x, y, estimator).value, rtol=0, atol=1e-6)
