@@ -64,6 +64,10 @@ def _demo(options: argparse.Namespace) -> int:
         plan = replace(plan, steps=options.steps)
     seeds = options.seeds if options.seeds is not None else 1 if options.quick else 3
     device = _device(options.device)
+    if device.type == "cpu":
+        # A step of these networks takes 12 ms on one core and 9 on two, but 40 to 400 on two that are also wanted
+        # elsewhere, because the threads wait for each other. And the numbers no longer depend on the core count.
+        torch.set_num_threads(1)
     _say(f"Seeds: {seeds}. Steps of each stage: {plan.steps}. Device: {device}. Results: {options.out}/")
     demo.run(options.out, plan, seeds, device=device, resume=options.resume, echo=_say)
     if options.quick:

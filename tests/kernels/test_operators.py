@@ -57,6 +57,16 @@ def test_stash_is_as_announced(
     assert {name: (tuple(t.shape), t.dtype) for name, t in zip(Stash._fields, stash, strict=True)} == announced
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_shapes_without_data(dtype: torch.dtype, estimator: str, route: str, backend: str) -> None:
+    """On meta tensors: what a value and its gradients will be, of problems that would not fit in memory."""
+    x, y = (torch.empty(50_000, width, dtype=dtype, device="meta") for width in (100_000, 512))
+    found = evaluate(operator(route, backend, estimator), x, y)
+    assert (found.value.shape, found.value.dtype) == ((), ops.value_dtype(dtype))
+    assert (found.dx.shape, found.dx.dtype, found.dx.device.type) == (x.shape, dtype, "meta")
+    assert (found.dy.shape, found.dy.dtype, found.dy.device.type) == (y.shape, dtype, "meta")
+
+
 @pytest.fixture
 def compiler() -> Iterator[None]:
     torch.compiler.reset()
