@@ -128,7 +128,7 @@ def _side(
             m = cross * d_cross
             m += own_product * d_own
             return _scaled_mm(m.sub_(m.mean(0)) if recentre else m, own)
-        d = _scaled_mm(other, cross * d_cross) + _scaled_mm(own, own_product * d_own)
+        d = _add_scaled_mm(_scaled_mm(other, cross * d_cross), own, own_product * d_own)
         return d.sub_(d.mean(0)) if recentre else d
 
     constant = (d_cross * other_sum + d_own * own_sum) / ((n - 1.0) * (n - 2.0))
@@ -138,7 +138,7 @@ def _side(
         m.diagonal().add_(weights * (-2.0 / (n - 2.0)) + constant)
         d = _scaled_mm(m, own)
     else:
-        d = _scaled_mm(other, cross * d_cross) + _scaled_mm(own, own_product * d_own)
+        d = _add_scaled_mm(_scaled_mm(other, cross * d_cross), own, own_product * d_own)
         d += (weights * (-n / (n - 2.0)) + constant)[:, None] * own
     d -= d.sum(0) / n
     return d if mask is None else d.masked_fill_(~mask[:, None], 0.0)
@@ -272,6 +272,11 @@ def _scaled_mm(a: Tensor, b: Tensor) -> Tensor:
         return _mm((a * scale).to(b.dtype), b) / scale
     scale = _power_of_two(b)
     return _mm(a, (b * scale).to(a.dtype)) / scale
+
+
+def _add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """d + a @ b, in the memory of ``d`` where the product needs no scaling."""
+    return d.addmm_(a, b) if a.dtype == b.dtype else d + _scaled_mm(a, b)
 
 
 def _blocks(a: Tensor) -> list[tuple[int, int]]:

@@ -259,3 +259,23 @@ def test_precisions(
     found_errors = errors(found, true)
     found_errors["value"] /= max(1.0, true.value.item())
     assert max(found_errors.values()) < (3e-3 if precision == "tf32" else 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"), [(None, "switch"), ("ieee", "ieee"), ("tf32", "tf32"), ("tf32x3", "ieee")], ids=str
+)
+def test_library_products_run_under_the_precision_asked_for(
+    asked: str | None, given: str, route: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tf32x3 is not something a library offers: it gets what is no worse."""
+    switch = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    before, seen = switch.fp32_precision, set()
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        seen.add(switch.fp32_precision)
+        return a @ b
+
+    monkeypatch.setattr(eager, "_mm", product)
+    x, y = features(5, 3, 4, device=device)
+    operator(route, "eager", precision=asked)(x, y)
+    assert seen == {before if given == "switch" else given}

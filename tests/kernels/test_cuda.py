@@ -91,3 +91,19 @@ def test_follows_pytorch_s_own_switch(estimator: str, route: str, backend: str, 
     assert_no_worse([coarse], [theirs], [true])
     assert exact["dx"] < 2e-6
     assert errors(coarse, true)["dx"] > 10 * exact["dx"]
+
+
+@pytest.mark.parametrize(("precision", "exact"), [("ieee", True), ("tf32x3", True), ("tf32", False)])
+def test_the_call_s_own_precision(
+    precision: str, exact: bool, estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    """Whatever PyTorch's switch says."""
+    x, y = features(512, 300, 200, device=device)
+    true, function = truth(x, y, estimator), operator(route, backend, estimator, precision=precision)
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "tf32" if exact else "ieee"
+    try:
+        found = errors(evaluate(function, x, y), true)
+    finally:
+        switch.fp32_precision = before
+    assert found["dx"] < 1e-5 if exact else 3e-5 < found["dx"] < 3e-3

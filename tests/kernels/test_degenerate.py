@@ -171,6 +171,17 @@ def test_orthogonal_features_have_biased_cka_zero(route: str, backend: str, devi
     assert found.dx.norm() < 1e-5 / x.norm()
 
 
+def test_nothing_in_common(estimator: str, route: str, backend: str, device: torch.device) -> None:
+    """C = Y^T X exactly zero: the biased gradient vanishes with it, the unbiased one has its diagonal left."""
+    x = torch.tensor([[1.0, -1, 0, 0, 0, 0, 2, -2], [3, -3, 0, 0, 0, 0, -1, 1]], device=device).T
+    y = torch.tensor([[0.0, 0, 1, -1, 3, -3, 0, 0]], device=device).T
+    found, true = evaluate(operator(route, backend, estimator), x, y), truth(x, y, estimator)
+    torch.testing.assert_close(found.value.double(), true.value, rtol=0, atol=1e-6)
+    for gradient, wanted in ((found.dx, true.dx), (found.dy, true.dy)):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-7)
+    assert true.dx.any() == (estimator == "unbiased")
+
+
 def test_identical_features_have_loss_zero(estimator: str, route: str, backend: str, device: torch.device) -> None:
     x = features(N, P, P, device=device)[0]
     found = evaluate(operator(route, backend, estimator), x, x)
