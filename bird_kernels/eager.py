@@ -276,7 +276,7 @@ def _scaled_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """d + a @ b, in the memory of ``d`` where the product needs no scaling."""
-    return d.addmm_(a, b) if a.dtype == b.dtype else d + _scaled_mm(a, b)
+    return torch.addmm(d, a, b, out=d) if a.dtype == b.dtype else d + _scaled_mm(a, b)
 
 
 def _blocks(a: Tensor) -> list[tuple[int, int]]:
