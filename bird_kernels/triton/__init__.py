@@ -7,7 +7,6 @@ side that needs a gradient. The unbiased estimator adds the row norms and column
 from __future__ import annotations
 
 import contextlib
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -252,7 +251,6 @@ def _products(problem: Problem, route: Route) -> dict[str, Any]:
     return dict(PRECISION=precision, num_warps=8 if many else 4, num_stages=2 if few else 3)
 
 
-@lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU; (0, 0) in the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
