@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from .types import Problem, Route, Shapes, Stash
 # fp32: a product takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024. With fewer than 256 rows it pays where
 # they are long: 1.0 at 128 x 512, 0.86 at 128 x 2048. On CUDA not yet measured.
 SMALLEST_BLOCK, LARGEST_BLOCK = {"cpu": 128, "cuda": 2048}, {"cpu": 512, "cuda": 4096}
+SHORT_SUM = 1 << 14  # fp32 throughout
 LONG_ROWS, SMALLEST_BLOCK_OF_LONG_ROWS = 1024, 64
 
 
@@ -63,11 +65,11 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     count = _row_count(x, mask)
     with _fp32_products(problem):
         products, scale_x, scale_y = None, 1.0, 1.0
-        if mask is None and x.device.type == "cpu" and problem.estimator == "biased":
+        if mask is None and x.is_cpu and problem.estimator == "biased":
             # A CPU can look before it pays: centring with care takes a third as long as the products at 128 x 512.
-            (xs, x_mean), (ys, y_mean) = _subtract_mean(x.to(wide)), _subtract_mean(y.to(wide))
+            (xs, x_sum), (ys, y_sum) = _subtract_mean(_to(x, wide)), _subtract_mean(_to(y, wide))
             products = _products(xs, ys, problem, route)
-            if not (_sound(products.kk, x_mean, count, eps) and _sound(products.ll, y_mean, count, eps)):
+            if not (_sound(products.kk, x_sum, count) and _sound(products.ll, y_sum, count)):
                 products = None
         if products is None:
             xs, scale_x = _centre(x, mask, count, problem)
@@ -88,9 +90,9 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     if route == "gram" and not problem.y_grad:
         ys = ys.new_empty(0)
     stash = Stash(
-        _write(coefficients, x.device), xs, ys, products.xx, products.yy, products.xy, products.rows
+        _pack(coefficients, x.device), xs, ys, products.xx, products.yy, products.xy, products.rows
     )  # fmt: skip
-    return _write(result.value * unscale, x.device, wide), stash
+    return _write(result.value * unscale, wide), stash
 
 
 def backward(
@@ -99,21 +101,21 @@ def backward(
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     c = Coefficients(*_read(stash.coefficients))
     upstream = _scalar(grad)
-    dx, dy = x.new_empty(0), y.new_empty(0)
+    dx = dy = None
     with _fp32_products(problem):
         if problem.x_grad:
             g = upstream * c.scale_x
             dx = _side(
                 stash.xs, stash.ys, stash.xx, stash.yy if route == "gram" else stash.xy, stash.rows,
                 2.0 * c.d_kl * g, 4.0 * c.d_kk * g, c.sum_k, c.sum_l, c.n, mask, problem, route,
-            ).to(x.dtype)  # fmt: skip
+            )  # fmt: skip
         if problem.y_grad:
             g = upstream * c.scale_y
             dy = _side(
                 stash.ys, stash.xs, stash.yy, stash.xx if route == "gram" else stash.xy.T, stash.rows.flip(0),
                 2.0 * c.d_kl * g, 4.0 * c.d_ll * g, c.sum_l, c.sum_k, c.n, mask, problem, route,
-            ).to(y.dtype)  # fmt: skip
-    return dx, dy
+            )  # fmt: skip
+    return x.new_empty(0) if dx is None else _to(dx, x.dtype), y.new_empty(0) if dy is None else _to(dy, y.dtype)
 
 
 def _side(
@@ -123,18 +125,14 @@ def _side(
 ) -> Tensor:  # fmt: skip
     """Gradient of one side; ``cross`` is the other Gram matrix (gram route) or other^T own (cross route)."""
     if problem.estimator == "biased":
-        recentre = own.device.type == "cpu" and mask is None  # what `_sound` left
         if route == "gram":
-            m = cross * d_cross
-            m += own_product * d_own
-            return _scaled_mm(m.sub_(m.mean(0)) if recentre else m, own)
-        d = _add_scaled_mm(_scaled_mm(other, cross * d_cross), own, own_product * d_own)
-        return d.sub_(d.mean(0)) if recentre else d
+            return _scaled_mm(_weighted_sum(cross, d_cross, own_product, d_own), own)
+        return _add_scaled_mm(_scaled_mm(other, cross * d_cross), own, own_product * d_own)
 
     constant = (d_cross * other_sum + d_own * own_sum) / ((n - 1.0) * (n - 2.0))
     weights = rows[1] * d_cross + rows[0] * d_own
     if route == "gram":  # The stashed Gram matrices are hollow already: 1 - n/(n-2) = -2/(n-2) is left to add.
-        m = cross * d_cross + own_product * d_own
+        m = _weighted_sum(cross, d_cross, own_product, d_own)
         m.diagonal().add_(weights * (-2.0 / (n - 2.0)) + constant)
         d = _scaled_mm(m, own)
     else:
@@ -147,20 +145,25 @@ def _side(
 # ---------------------------------------------------------------------------------------------- centring
 
 
+def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)  # a call that has nothing to do takes 0.8 us
+
+
 def _subtract_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    mean = x.mean(0)
-    return x - mean, mean
+    """Columns minus their means, and their sums. sum(0) takes half as long as mean(0) where x is small."""
+    total = x.sum(0)
+    return x.sub(total, alpha=1.0 / x.shape[0]), total
 
 
-def _sound(kk: float, mean: Tensor, n: float, eps: float) -> bool:
+def _sound(kk: float, total: Tensor, n: float) -> bool:
     """Whether a plain subtraction of the mean was good enough, judged by its outcome (CPU).
 
-    The subtraction leaves a residual of up to eps * |mean|, the same in every row. Relative to the features' spread it
-    enters <K,K> squared, <K,L> not at all (L is centred), and the gradient as a constant that `_side` takes off. Below
-    2^-14 that is 7e-9. Anything else (means above 500 spreads, a constant side, squares of squares that leave fp32's
-    range, NaN) takes the careful way.
+    The subtraction leaves a residual of about eps |mean|, the same in every row. It enters <K,L> not at all (L is
+    centred), <K,K> by its square, and the gradient to first order as a constant: eps |mean| / spread. Up to 16 eps of
+    that are let pass, spread being the fourth root of <K,K> over sqrt(n). Anything else (larger means, a constant side,
+    squares of squares that leave fp32's range, NaN) takes the careful way.
     """
-    return 1e-25 < kk < 1e25 and math.sqrt(kk) > n * (2.0**14 * eps) ** 2 * torch.dot(mean, mean).item()
+    return 1e-25 < kk < 1e25 and 256.0 * n * math.sqrt(kk) > torch.dot(total, total).item()
 
 
 def _centre(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
@@ -203,7 +206,7 @@ def _row_count(x: Tensor, mask: Tensor | None) -> Scalar:
     if mask is None:
         return float(x.shape[0])
     count = mask.sum(dtype=torch.float64)
-    return count.item() if x.device.type == "cpu" else count
+    return count.item() if x.is_cpu else count
 
 
 # ---------------------------------------------------------------------------------------------- products
@@ -231,7 +234,7 @@ def _products(xs: Tensor, ys: Tensor, problem: Problem, route: Route) -> _Produc
         xx, yy, xy = _self_product(xs), _self_product(ys), empty((0, 0))
         if unbiased:
             rows = torch.stack([_take_diagonal(xx), _take_diagonal(yy)])
-        kl, kk, ll = _inner(xx, yy), _inner(xx, xx), _inner(yy, yy)
+        kl, kk, ll = _inner_products(xx, yy)
     else:
         xx, xy = _self_product(xs.T), _mm(ys.T, xs)
         yy = _self_product(ys.T) if problem.y_grad else empty(0)
@@ -274,6 +277,11 @@ def _scaled_mm(a: Tensor, b: Tensor) -> Tensor:
     return _mm(a, (b * scale).to(a.dtype)) / scale
 
 
+def _weighted_sum(a: Tensor, s: Scalar, b: Tensor, t: Scalar) -> Tensor:
+    """s a + t b"""
+    return a * s + b * t if isinstance(t, Tensor) else torch.mul(a, s).add_(b, alpha=t)
+
+
 def _add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """d + a @ b, in the memory of ``d`` where the product needs no scaling."""
     return torch.addmm(d, a, b, out=d) if a.dtype == b.dtype else d + _scaled_mm(a, b)
@@ -281,9 +289,10 @@ def _add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _blocks(a: Tensor) -> list[tuple[int, int]]:
     """Ranges of rows of ``a`` whose products are formed together; the last one takes what is left."""
-    (m, k), device = a.shape, a.device.type
-    smallest = SMALLEST_BLOCK.get(device, m)
-    if device == "cpu" and k >= LONG_ROWS:
+    m, k = a.shape
+    device = "cpu" if a.is_cpu else "cuda"
+    smallest = SMALLEST_BLOCK[device]
+    if a.is_cpu and k >= LONG_ROWS:
         smallest = SMALLEST_BLOCK_OF_LONG_ROWS
     if m < 2 * smallest:
         return [(0, m)]
@@ -315,9 +324,17 @@ def _self_product_norm(a: Tensor) -> Scalar:
 
 def _inner(a: Tensor, b: Tensor) -> Scalar:
     """sum(a * b). Long sums go by rows in the dtype of ``a`` (pairwise) and from there on in fp64: no fp64 copy."""
-    if a.numel() <= 1 << 14 and a.is_contiguous() and b.is_contiguous() and a.device.type == "cpu":
+    if a.is_cpu and a.numel() <= SHORT_SUM and a.is_contiguous() and b.is_contiguous():
         return torch.dot(a.view(-1), b.view(-1)).item()
     return _scalar(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
+
+
+def _inner_products(a: Tensor, b: Tensor) -> tuple[Scalar, Scalar, Scalar]:
+    """<a,b>, <a,a> and <b,b>"""
+    if a.is_cpu and a.numel() <= SHORT_SUM:
+        a, b = a.view(-1), b.view(-1)
+        return torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()
+    return _inner(a, b), _inner(a, a), _inner(b, b)
 
 
 def _take_diagonal(a: Tensor) -> Tensor:
@@ -331,10 +348,13 @@ def _wide(a: Tensor) -> torch.dtype:
     return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
+_UNCHANGED = contextlib.nullcontext()
+
+
 def _fp32_products(problem: Problem) -> contextlib.AbstractContextManager[None]:
     """Run with the requested fp32 precision; None leaves PyTorch's own switch alone. tf32x3 is honoured by ieee."""
     if problem.precision is None or problem.dtype != torch.float32:
-        return contextlib.nullcontext()
+        return _UNCHANGED
     switch: Any = torch.backends.cuda.matmul if problem.device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     return _switched(switch, "tf32" if problem.precision == "tf32" else "ieee")
 
@@ -353,18 +373,20 @@ def _switched(switch: Any, precision: str) -> Iterator[None]:
 
 
 def _scalar(value: Tensor) -> Scalar:
-    return value.item() if value.device.type == "cpu" else value.double()
+    return value.item() if value.is_cpu else value.double()
 
 
 def _read(values: Tensor) -> tuple[Scalar, ...]:
-    return tuple(values.tolist()) if values.device.type == "cpu" else values.unbind()
+    return tuple(values.tolist()) if values.is_cpu else values.unbind()
 
 
-def _write(values: Scalar | tuple[Scalar, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    if isinstance(values, Tensor):
-        return values.to(dtype)
-    if isinstance(values, tuple) and any(isinstance(v, Tensor) for v in values):
-        # full() and not tensor(): a copy from the host would break CUDA graph capture.
-        on_device = (v if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device) for v in values)
-        return torch.stack([v.to(dtype) for v in on_device])
-    return torch.tensor(values, dtype=dtype, device=device)
+def _write(value: Scalar, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=dtype)
+
+
+def _pack(coefficients: Coefficients, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.from_numpy(np.array(coefficients))  # a third of torch.tensor's time
+    # full() and not tensor(): a copy from the host would break CUDA graph capture.
+    full = partial(torch.full, (), dtype=torch.float64, device=device)
+    return torch.stack([c.double() if isinstance(c, Tensor) else full(c) for c in coefficients])

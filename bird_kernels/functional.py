@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .types import Statistic
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_PRECISIONS = (None, *get_args(Precision))
 
 
 def cka_loss(
@@ -172,8 +173,7 @@ def _evaluate(
         return value.to(ops.value_dtype(x.dtype))
     name, _ = backends.choose(problem.dtype, problem.device, backend)
     route = plan.choose_route(problem.n, problem.p, problem.q)
-    spec = ops.Spec(statistic, problem.estimator, route, name, problem.precision, problem.x_grad, problem.y_grad)
-    return ops.alignment(x, y, mask, spec)
+    return ops.alignment(x, y, mask, problem, route, name)
 
 
 def _prepare(
@@ -191,7 +191,7 @@ def _prepare(
     _require_choice("kernel", kernel, ("linear",))
     _require_choice("estimator", estimator, tuple(MIN_ROWS))
     _require_choice("backend", backend, backends.NAMES)
-    _require_choice("precision", precision, (None, *get_args(Precision)))
+    _require_choice("precision", precision, _PRECISIONS)
     _require_features("x", x, row_dims)
     _require_features("y", y, row_dims)
     rows = x.shape[:row_dims]

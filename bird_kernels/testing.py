@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .types import Estimator, Precision, Route, Statistic
+from .types import Estimator, Precision, Problem, Route, Statistic
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,8 +61,11 @@ def operator(
     """The operator with its route and backend forced, as a function of x [n, p] and y [n, q] of one dtype."""
 
     def function(x: Tensor, y: Tensor) -> Tensor:
-        spec = ops.Spec(statistic, estimator, route, backend, precision, x.requires_grad, y.requires_grad)
-        return ops.alignment(x, y, mask, spec)
+        problem = Problem(
+            x.shape[0], x.shape[1], y.shape[1], x.dtype, x.device, statistic, estimator, precision, mask is not None,
+            x.requires_grad, y.requires_grad,
+        )  # fmt: skip
+        return ops.alignment(x, y, mask, problem, route, backend)
 
     return function
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bird_kernels
 from bird_kernels import backends, ops
@@ -65,6 +67,38 @@ def test_shapes_without_data(dtype: torch.dtype, estimator: str, route: str, bac
     assert (found.value.shape, found.value.dtype) == ((), ops.value_dtype(dtype))
     assert (found.dx.shape, found.dx.dtype, found.dx.device.type) == (x.shape, dtype, "meta")
     assert (found.dy.shape, found.dy.dtype, found.dy.device.type) == (y.shape, dtype, "meta")
+
+
+class Record(TorchDispatchMode):
+    """The names of the package's own operators, as they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "bird":
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_on_sees_operators(estimator: str, route: str, backend: str, device: torch.device) -> None:
+    """Under plain autograd the dispatcher is left out; a dispatch mode (fake tensors, tracing, counting) must not
+    notice, whether it comes for the forward or only for the backward."""
+    x, y = features(N, P, Q, device=device)
+    loss = operator(route, backend, estimator)
+    plain = evaluate(loss, x, y)
+    with Record() as both:
+        seen = evaluate(loss, x, y)
+    assert both.names == ["bird::alignment", "bird::alignment_backward"]
+    torch.testing.assert_close(seen, plain, rtol=0, atol=0)
+
+    leaf = x.clone().requires_grad_()
+    value = loss(leaf, y)
+    with Record() as backward:
+        value.backward()
+    assert backward.names == ["bird::alignment_backward"]
+    torch.testing.assert_close(leaf.grad, plain.dx, rtol=0, atol=0)
 
 
 @pytest.fixture
