@@ -31,8 +31,9 @@ from .types import Problem, Route, Shapes, Stash
 # fp32: a product takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024. With fewer than 256 rows it pays where
 # they are long: 1.0 at 128 x 512, 0.86 at 128 x 2048. On CUDA not yet measured.
 SMALLEST_BLOCK, LARGEST_BLOCK = {"cpu": 128, "cuda": 2048}, {"cpu": 512, "cuda": 4096}
-SHORT_SUM = 1 << 14  # fp32 throughout
 LONG_ROWS, SMALLEST_BLOCK_OF_LONG_ROWS = 1024, 64
+# Up to here a dot product (MKL) and a sum (PyTorch) run on one thread. To wake a second one costs 80 us.
+ONE_THREAD_DOT, ONE_THREAD_SUM = 1 << 13, 1 << 15
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -324,14 +325,16 @@ def _self_product_norm(a: Tensor) -> Scalar:
 
 def _inner(a: Tensor, b: Tensor) -> Scalar:
     """sum(a * b). Long sums go by rows in the dtype of ``a`` (pairwise) and from there on in fp64: no fp64 copy."""
-    if a.is_cpu and a.numel() <= SHORT_SUM and a.is_contiguous() and b.is_contiguous():
-        return torch.dot(a.view(-1), b.view(-1)).item()
+    if a.is_cpu and a.numel() < ONE_THREAD_SUM:
+        if a.numel() <= ONE_THREAD_DOT and a.is_contiguous() and b.is_contiguous():
+            return torch.dot(a.view(-1), b.view(-1)).item()
+        return (a * b).sum().item()
     return _scalar(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
 
 
 def _inner_products(a: Tensor, b: Tensor) -> tuple[Scalar, Scalar, Scalar]:
     """<a,b>, <a,a> and <b,b>"""
-    if a.is_cpu and a.numel() <= SHORT_SUM:
+    if a.is_cpu and a.numel() <= ONE_THREAD_DOT:
         a, b = a.view(-1), b.view(-1)
         return torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()
     return _inner(a, b), _inner(a, a), _inner(b, b)
