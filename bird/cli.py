@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (FileExistsError, ValueError) as error:
+    except (FileExistsError, ValueError, ChildProcessError) as error:
         print(f"bird: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -64,15 +65,22 @@ def _demo(options: argparse.Namespace) -> int:
         plan = replace(plan, steps=options.steps)
     seeds = options.seeds if options.seeds is not None else 1 if options.quick else 3
     device = _device(options.device)
+    jobs = 1
     if device.type == "cpu":
         # A step of these networks takes 12 ms on one core and 9 on two, but 40 to 400 on two that are also wanted
         # elsewhere, because the threads wait for each other. And the numbers no longer depend on the core count.
         torch.set_num_threads(1)
+        jobs = min(seeds, cores())
     _say(f"Seeds: {seeds}. Steps of each stage: {plan.steps}. Device: {device}. Results: {options.out}/")
-    demo.run(options.out, plan, seeds, device=device, resume=options.resume, echo=_say)
+    demo.run(options.out, plan, seeds, device=device, resume=options.resume, jobs=jobs, echo=_say)
     if options.quick:
         _say("A quick run shows that everything works; it is far too short for an effect.")
     return 0
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(name: str | None) -> torch.device:

@@ -25,11 +25,16 @@ with ``resume``, and ends with the same numbers.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import fmean
 
@@ -82,6 +87,10 @@ class Plan:
 QUICK = Plan(steps=40, limit_per_class=40)
 
 
+def _quiet(line: str) -> None:
+    pass
+
+
 def run(
     folder: Path,
     plan: Plan,
@@ -89,7 +98,8 @@ def run(
     *,
     device: torch.device | str = "cpu",
     resume: bool = False,
-    echo: Callable[[str], None] = lambda line: None,
+    jobs: int = 1,
+    echo: Callable[[str], None] = _quiet,
 ) -> Comparison:
     """Run the demo, and leave ``results.json``, ``table.md`` and ``results.png`` in ``folder``.
 
@@ -99,16 +109,22 @@ def run(
         seeds: how many repetitions, with seeds 0, 1, ...
         device: any PyTorch device.
         resume: go on with what ``folder`` holds. Without it, ``folder`` must not hold a demo.
+        jobs: how many repetitions run at a time. More than one run in processes of their own, with this one's number
+            of threads each and without progress bars; ``echo`` must then be picklable.
         echo: gets a line of text whenever there is something to say.
 
     Raises:
         FileExistsError: ``folder`` holds a demo, and ``resume`` is off.
+        ChildProcessError: one of several processes failed; it has said why.
         ValueError: ``folder`` holds a demo of another plan; no seeds.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, not {seeds}")
     _claim(folder, plan, resume)
-    outcomes = [o for seed in range(seeds) for o in _Repetition(folder, plan, seed, device, echo).run()]
+    if jobs > 1:
+        _run_ahead(folder, plan, seeds, device, jobs, echo)
+    tell = _quiet if jobs > 1 else echo  # then what is left is to read the folder
+    outcomes = [o for seed in range(seeds) for o in _Repetition(folder, plan, seed, device, tell).run()]
     comparison = Comparison(outcomes, BASELINE, CEILING)
     about = {"plan": asdict(plan), "seeds": seeds, "torch": torch.__version__, "device": str(device)}
     write_results(comparison, about, folder / "results.json")
@@ -147,14 +163,59 @@ def _claim(folder: Path, plan: Plan, resume: bool) -> None:
     write_json(new, path)
 
 
+def _run_ahead(
+    folder: Path, plan: Plan, seeds: int, device: torch.device | str, jobs: int, echo: Callable[[str], None]
+) -> None:
+    """Run all repetitions in ``jobs`` processes, which leave their outcomes in ``folder``."""
+    context = multiprocessing.get_context("spawn")
+    shares = [range(first, seeds, jobs) for first in range(min(jobs, seeds))]
+    arguments = [(folder, plan, share, device, torch.get_num_threads(), echo) for share in shares]
+    workers = [context.Process(target=_run_share, args=a, daemon=True) for a in arguments]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode != 0 for worker in workers):
+        raise ChildProcessError(f"a repetition failed, for the reason above; what is done stays in {folder}")
+
+
+def _run_share(
+    folder: Path,
+    plan: Plan,
+    share: Sequence[int],
+    device: torch.device | str,
+    threads: int,
+    echo: Callable[[str], None],
+) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # to death, at once: whoever resumes a killed demo must have the folder alone
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    torch.set_num_threads(threads)
+    for seed in share:
+        _Repetition(folder, plan, seed, device, echo, progress=False).run()
+
+
 class _Repetition:
     """Everything that happens with one seed."""
 
     def __init__(
-        self, folder: Path, plan: Plan, seed: int, device: torch.device | str, echo: Callable[[str], None]
+        self,
+        folder: Path,
+        plan: Plan,
+        seed: int,
+        device: torch.device | str,
+        echo: Callable[[str], None],
+        *,
+        progress: bool | None = None,
     ) -> None:
         self.folder, self.plan, self.seed = folder / f"seed{seed}", plan, seed
-        self.device, self.echo = device, echo
+        self.device, self.echo, self.progress = device, echo, progress
         self.data = self._load(range(5, 10))
 
     def run(self) -> list[Outcome]:
@@ -208,6 +269,7 @@ class _Repetition:
             device=self.device,
             folder=self.folder / stage.lower(),
             resume=True,
+            progress=self.progress,
             label=f"seed {self.seed}: {stage}",
         )
         score, seconds = 100 * history.validation[-1]["score"], time.perf_counter() - start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -73,6 +74,48 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path: Path) -> Non
     results = json.loads((broken / "results.json").read_text())
     assert list(results["summary"]) == ["None", "FT", "Hints", "BIRD", "Ceiling"]
     assert len(results["outcomes"]) == 5
+
+
+def descendants(process: int) -> set[int]:
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    children = {child for child, parent in parents.items() if parent == process}
+    return children.union(*map(descendants, children))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds its processes in Linux's /proc")
+@pytest.mark.skipif(cli.cores() < 2, reason="one core: repetitions run one after the other")
+def test_repetitions_side_by_side(tmp_path: Path) -> None:
+    """The numbers of repetitions one after the other; and a killed demo leaves nobody who writes to its folder."""
+    options = ("--seeds", "2", "--steps", "20")
+    apart = tmp_path / "apart"
+    run = start(apart, *options)
+    while not (apart / "seed1/teacher/last.pt").exists():
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.005)
+    workers = descendants(run.pid)
+    assert len(workers) >= 2
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives the demo"
+        time.sleep(0.01)
+
+    resumed = start(apart, *options, "--resume")
+    text, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, text
+    assert all(f"seed {seed}  BIRD" in text for seed in (0, 1))
+    demo.run(tmp_path / "one by one", replace(demo.QUICK, steps=20), 2)
+    assert (apart / "results.json").read_bytes() == (tmp_path / "one by one/results.json").read_bytes()
+
+
+def test_a_repetition_that_fails_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ChildProcessError, match="what is done stays in"):
+        demo.run(tmp_path, replace(TINY, lr=-1.0), 2, jobs=2)
+    assert "lr" in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
