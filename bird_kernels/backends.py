@@ -8,8 +8,10 @@ from types import ModuleType
 
 import torch
 
+from .plan import FEW_ROWS
+
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
-_MODULES = {"triton": "bird_kernels.triton", "eager": "bird_kernels.eager"}
+_MODULES = {"native": "bird_kernels.native", "triton": "bird_kernels.triton", "eager": "bird_kernels.eager"}
 
 # "reference" is plain PyTorch under autograd, not an operator: `functional` calls it directly.
 NAMES = ("auto", *_MODULES, "reference")
@@ -21,8 +23,13 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
-def why_not(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """None if backend ``name`` can run products of ``dtype`` on ``device``, else the reason in words."""
+def why_not(name: str, dtype: torch.dtype, device: torch.device, few_rows: bool = True) -> str | None:
+    """None if backend ``name`` can run products of ``dtype`` on ``device``, else the reason in words.
+
+    ``few_rows``: the problem has at most `plan.FEW_ROWS`.
+    """
+    if name == "native" and not few_rows:
+        return f"takes at most {FEW_ROWS} rows"
     try:
         reason: str | None = load(name).why_not(dtype, device)
     except ImportError as error:
@@ -30,28 +37,28 @@ def why_not(name: str, dtype: torch.dtype, device: torch.device) -> str | None:
     return reason
 
 
-def choose(dtype: torch.dtype, device: torch.device, requested: str) -> tuple[str, dict[str, str]]:
-    """(backend to use, {better backend: why it was not taken}).
+def choose(dtype: torch.dtype, device: torch.device, few_rows: bool, requested: str) -> tuple[str, dict[str, str]]:
+    """(backend to use, {better backend: why it was not taken}); ``few_rows`` as in `why_not`.
 
     Raises:
         ValueError: ``requested`` names a backend that cannot run.
     """
-    return _choose(dtype, device, requested)
+    return _choose(dtype, device, few_rows, requested)
 
 
 # Dynamo takes the answer as a constant instead of tracing into device queries and imports. (It would look through an
-# lru_cache, so that is one call further down.) What can run does not depend on the sizes, which may be symbolic.
+# lru_cache, so that is one call further down.) Of the sizes, which may be symbolic, it is told one bit.
 # This is all that torch.compiler.assume_constant_result does, but for importing Dynamo (and Triton) along the way: 1.5
 # s.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
-def _choose(dtype: torch.dtype, device: torch.device, requested: str) -> tuple[str, dict[str, str]]:
+def _choose(dtype: torch.dtype, device: torch.device, few_rows: bool, requested: str) -> tuple[str, dict[str, str]]:
     if requested == "reference":
         return requested, {}
     if requested != "auto":
-        reason = why_not(requested, dtype, device)
+        reason = why_not(requested, dtype, device, few_rows)
         if reason is not None:
             raise ValueError(
                 f'backend="{requested}" cannot run here: {reason}. backend="auto" takes the best that can.'
@@ -59,9 +66,9 @@ def _choose(dtype: torch.dtype, device: torch.device, requested: str) -> tuple[s
         return requested, {}
     rejected: dict[str, str] = {}
     for name in _MODULES:
-        reason = why_not(name, dtype, device)
-        if reason is None and name == "triton" and device.type == "cpu":
-            reason = "runs in the interpreter here, for tests only"
+        reason = why_not(name, dtype, device, few_rows)
+        if reason is None and name != "eager" and device.type == "cpu":
+            reason = "is emulated here, for tests only"
         if reason is None:
             return name, rejected
         rejected[name] = reason

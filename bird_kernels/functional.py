@@ -53,7 +53,7 @@ def cka_loss(
             matter, its gradient is zero). Equal to the call on the selected rows; shapes do not change and nothing is
             read back from the device, so fewer selected rows than the estimator needs give NaN instead of an error.
         row_dims: how many leading dimensions index rows; 2 for tokens [batch, time, width].
-        backend: "auto" (the best that can run), "triton", "eager" or "reference" (fp64, literal, slow).
+        backend: "auto" (the best that can run), "native", "triton", "eager" or "reference" (fp64, literal, slow).
         precision: of fp32 products: None (PyTorch's own switch), "ieee", "tf32" or "tf32x3".
 
     Returns:
@@ -149,8 +149,8 @@ def explain(
         and why better backends were not taken.
     """
     x, y, mask, problem = _prepare("cka_loss", x, y, kernel, estimator, mask, row_dims, backend, precision)
-    name, rejected = backends.choose(problem.dtype, problem.device, backend)
-    route = plan.choose_route(problem.n, problem.p, problem.q)
+    name, rejected = backends.choose(problem.dtype, problem.device, plan.few_rows(problem.n), backend)
+    route = plan.choose_route(problem.n, problem.p, problem.q, name)
     device_name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
     return plan.describe(problem, route, name, dict(rejected), device_name)
 
@@ -171,8 +171,8 @@ def _evaluate(
         with ops.without_autocast(x.device):
             value: Tensor = getattr(reference, statistic)(x, y, mask, estimator)
         return value.to(ops.value_dtype(x.dtype))
-    name, _ = backends.choose(problem.dtype, problem.device, backend)
-    route = plan.choose_route(problem.n, problem.p, problem.q)
+    name, _ = backends.choose(problem.dtype, problem.device, plan.few_rows(problem.n), backend)
+    route = plan.choose_route(problem.n, problem.p, problem.q, name)
     return ops.alignment(x, y, mask, problem, route, name)
 
 

@@ -10,7 +10,8 @@ host time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -121,6 +122,8 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route
     if _watched(x, y):
         value: Tensor = _TransformableAlignment.apply(x, y, mask, *_spec(problem, route, backend))[0]
         return value
+    if backend == "native":
+        return _native().alignment(x, y, mask, problem)
     value = _Alignment.apply(x, y, mask, problem, route, backend)
     return value
 
@@ -138,6 +141,26 @@ def _watched(x: Tensor, y: Tensor) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@lru_cache
+def _native() -> Any:
+    """The native backend: its autograd is its own, in C++, but for backwards that are differentiated or looked on."""
+    from . import native
+
+    def backward(
+        grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, coefficients: Tensor, k: Tensor, l: Tensor,
+        statistic: int, unbiased: bool, exact: bool, x_grad: bool, y_grad: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        spec = Spec(
+            get_args(Statistic)[statistic], "unbiased" if unbiased else "biased", "gram", "native",
+            "ieee" if exact else "tf32", x_grad, y_grad,
+        )  # fmt: skip
+        dx, dy = _AlignmentBackward.apply(grad, x, y, mask, *spec, *native.stash_of(coefficients, k, l))
+        return (dx if x_grad else None), (dy if y_grad else None)
+
+    native.differentiate_backward_with(backward)
+    return native
 
 
 class _Alignment(torch.autograd.Function):

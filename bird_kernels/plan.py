@@ -26,6 +26,9 @@ PEAKS = {
 }
 
 
+# The native backend's limit: it holds all rows of some features in shared memory (csrc/kernels.h).
+FEW_ROWS = 512
+
 # Programs that fill a large GPU (132 multiprocessors on an H100). Not yet measured.
 PROGRAMS = 132
 
@@ -74,12 +77,19 @@ def route_flops(route: Route, n: int, p: int, q: int, x_grad: bool, y_grad: bool
     return n * (p * p + q * q + 2 * p * q) + 2 * n * (p + q) * (x_grad * p + y_grad * q)
 
 
-def choose_route(n: int, p: int, q: int) -> Route:
+def few_rows(n: int) -> bool:
+    """Whether the native backend can hold them."""
+    return True if n <= FEW_ROWS else False  # noqa: SIM210 - for torch.compile a constant, where the comparison is not
+
+
+def choose_route(n: int, p: int, q: int, backend: str = "eager") -> Route:
     """The route with fewer operations, whatever sides need gradients: ``gram`` exactly where n <= p + q.
+
+    The native backend knows no other: its rows are so few that launches count, not operations.
 
     Every difference of the two counts has the factor n (n - p - q): for a gradient of x, n (n - p - q) (3p + q).
     """
-    return "gram" if n <= p + q else "cross"
+    return "gram" if backend == "native" or n <= p + q else "cross"
 
 
 def minimum_bytes(problem: Problem) -> int:

@@ -8,27 +8,35 @@ import os
 import pytest
 import torch
 
+from bird_kernels.plan import FEW_ROWS
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-INTERPRETED = DEVICE.type == "cpu"  # Triton kernels run in its interpreter, a thousand times slower
+INTERPRETED = DEVICE.type == "cpu"  # Triton's and CUDA's kernels are emulated, a thousand times slower
 if INTERPRETED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any import of one
+    os.environ.setdefault("BIRD_EMULATE", "1")
 
 
-# No Triton for this system: no tests of its kernels.
-BACKENDS = ["eager", "triton"] if importlib.util.find_spec("triton") else ["eager"]
+# No Triton for this system, no native part built: no tests of its kernels.
+NEEDS = {"eager": "torch", "triton": "triton", "native": "bird_kernels._native"}
+BACKENDS = [name for name, module in NEEDS.items() if importlib.util.find_spec(module)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "compiled: not for interpreted kernels, which are slow; compiled ones run it")
+    config.addinivalue_line("markers", "compiled: not for emulated kernels, which are slow; compiled ones run it")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Triton kernels have no fp64, and the interpreter few problems: other tests do not exist, rather than skip."""
+    """Our kernels have no fp64, the native ones one route and few rows, and emulation few problems: other tests do not
+    exist, rather than skip."""
 
     def exists(item: pytest.Item) -> bool:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if params.get("backend") != "triton":
+        backend = params.get("backend")
+        if backend not in ("triton", "native"):
             return True
+        if backend == "native" and (params.get("route") == "cross" or params.get("shape", (0,))[0] > FEW_ROWS):
+            return False
         return params.get("dtype") != torch.float64 and not (INTERPRETED and item.get_closest_marker("compiled"))
 
     config.hook.pytest_deselected(items=[item for item in items if not exists(item)])

@@ -61,7 +61,7 @@ def draws(
     if estimator == "unbiased":
         # With 4 rows features rounded to half have row sums that the closed form takes for zero: 3 x plain's error.
         n = max(n, 8 if dtype.itemsize == 2 else 4)
-    inputs = [features(n, p, q, dtype, device, seed=seed) for seed in range(5 if n < 10 else 1)]
+    inputs = [features(n, p, q, dtype, device, seed=seed) for seed in range(12 if n < 5 else 5 if n < 10 else 1)]
     return [(x, y, truth(x, y, estimator, upstream=UPSTREAM)) for x, y in inputs]
 
 

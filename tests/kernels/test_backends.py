@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import bird_kernels
-from bird_kernels import backends
+from bird_kernels import backends, native
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
+ROOT = Path(__file__).resolve().parents[2]
+needs_native = pytest.mark.skipif(
+    importlib.util.find_spec("bird_kernels._native") is None, reason="the native part is not built"
+)
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton does not exist for this system"
 )
@@ -47,6 +54,58 @@ def test_why_not_triton(
     assert reason is None if words is None else words in reason
 
 
+@needs_native
+@pytest.mark.parametrize(
+    ("dtype", "device", "capability", "words"),
+    [
+        (torch.float64, GPU, (9, 0), "fp64"),
+        (torch.float32, torch.device("mps"), (9, 0), "needs an NVIDIA GPU, these tensors are on mps"),
+        (torch.float32, GPU, (7, 5), "needs compute capability 8.0 or newer, this GPU has 7.5"),
+        (torch.float32, GPU, (8, 0), None),
+        (torch.bfloat16, GPU, (10, 0), None),
+    ],
+    ids=str,
+)
+def test_why_not_native(
+    dtype: torch.dtype,
+    device: torch.device,
+    capability: tuple[int, int],
+    words: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(native._module, "CUDA", True)
+    reason = backends.why_not("native", dtype, device)
+    assert reason is None if words is None else words in reason
+
+
+@needs_native
+def test_native_takes_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.why_not("native", torch.float32, CPU, few_rows=False) == "takes at most 512 rows"
+    x = torch.zeros(513, 2)
+    with pytest.raises(ValueError, match='backend="native" cannot run here: takes at most 512 rows'):
+        bird_kernels.cka_loss(x, x, backend="native")
+
+
+@needs_native
+def test_native_on_the_cpu_is_for_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BIRD_EMULATE", raising=False)
+    assert "CPU" in backends.why_not("native", torch.float32, CPU)
+    monkeypatch.setenv("BIRD_EMULATE", "1")
+    assert backends.why_not("native", torch.float32, CPU) is None
+
+
+def test_native_that_is_not_built_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a Python that cannot see the extension; asked in another process, because an import is remembered."""
+    code = (
+        "import sys, torch; sys.modules['bird_kernels._native'] = None\n"
+        "from bird_kernels import backends\n"
+        "print(backends.why_not('native', torch.float32, torch.device('cuda:0')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "is not built: BIRD_BUILD_EXT=1 pip install --no-build-isolation ."
+
+
 @needs_triton
 def test_triton_wants_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
@@ -64,17 +123,17 @@ def test_triton_on_the_cpu_is_for_the_interpreter(monkeypatch: pytest.MonkeyPatc
 
 
 def test_auto_takes_the_best_and_remembers_the_others() -> None:
-    name, rejected = backends.choose(torch.float32, CPU, "auto")
+    name, rejected = backends.choose(torch.float32, CPU, True, "auto")
     assert name == "eager"
-    assert set(rejected) == {"triton"}
-    assert rejected["triton"]
+    assert set(rejected) == {"native", "triton"}
+    assert all(rejected.values())
 
 
 def test_a_backend_that_was_asked_for_runs_or_raises() -> None:
-    assert backends.choose(torch.float64, CPU, "eager") == ("eager", {})
-    assert backends.choose(torch.float64, CPU, "reference") == ("reference", {})
+    assert backends.choose(torch.float64, CPU, True, "eager") == ("eager", {})
+    assert backends.choose(torch.float64, CPU, True, "reference") == ("reference", {})
     with pytest.raises(ValueError, match=r'backend="triton" cannot run here: .*backend="auto"'):
-        backends.choose(torch.float64, CPU, "triton")
+        backends.choose(torch.float64, CPU, True, "triton")
 
 
 def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,12 +149,15 @@ def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = "cannot be imported (No module named 'triton')"
     assert backends.why_not("triton", torch.float32, GPU) == reason
     nowhere_else_asked = torch.device("cuda:63")  # answers are remembered
-    assert backends.choose(torch.float32, nowhere_else_asked, "auto") == ("eager", {"triton": reason})
+    assert backends.choose(torch.float32, nowhere_else_asked, False, "auto") == (
+        "eager",
+        {"native": "takes at most 512 rows", "triton": reason},
+    )
 
 
 def test_names_are_those_of_the_public_option() -> None:
-    assert backends.NAMES == ("auto", "triton", "eager", "reference")
+    assert backends.NAMES == ("auto", "native", "triton", "eager", "reference")
     status = bird_kernels.backend_status()
-    assert set(status) == {"triton", "eager", "reference"}
+    assert set(status) == {"native", "triton", "eager", "reference"}
     assert status["eager"] is None
     assert status["reference"] is None

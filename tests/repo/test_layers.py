@@ -43,6 +43,7 @@ HOUSE = {
         {"plan"},
         {"estimators", "distributed"},
         {"types", "reference"},
+        {"_native"},  # csrc/, where it is built
     ],
 }
 # The rooms of `bird` that compute alignment; the front door re-exports the operators, `info` lists backends.

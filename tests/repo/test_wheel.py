@@ -140,9 +140,35 @@ def test_installs_the_command(installed: Path, tmp_path: Path) -> None:
     assert "torch" in run(installed / "bird", "info", cwd=tmp_path).lower()
 
 
-def test_asking_for_native_code_that_does_not_exist_is_an_error() -> None:
-    environment = {**os.environ, "BIRD_BUILD_EXT": "1"}
-    command = [sys.executable, "setup.py", "--version"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+def build_where_nothing_compiles(choice: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """``setup.py build_ext`` with a PATH that holds no compiler."""
+    environment = {**os.environ, "BIRD_BUILD_EXT": choice, "PATH": str(tmp_path), "CXX": "no-such-compiler"}
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-lib",
+        tmp_path / "lib",
+        "--build-temp",
+        tmp_path / "tmp",
+    ]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_native_part_that_was_asked_for_is_built_or_an_error(tmp_path: Path) -> None:
+    done = build_where_nothing_compiles("1", tmp_path)
     assert done.returncode != 0
-    assert "no native sources" in done.stderr
+    assert "nvcc was not found" in done.stderr or "no-such-compiler" in done.stderr
+
+
+def test_native_part_that_may_be_missing_says_why(tmp_path: Path) -> None:
+    done = build_where_nothing_compiles("auto", tmp_path)
+    assert done.returncode == 0
+    assert "bird_kernels: " in done.stderr
+    assert not list((tmp_path / "lib").rglob("*.so"))
+
+
+def test_an_unknown_choice_is_an_error(tmp_path: Path) -> None:
+    done = build_where_nothing_compiles("maybe", tmp_path)
+    assert done.returncode != 0
+    assert "BIRD_BUILD_EXT='maybe' is not understood: use 0, 1 or auto" in done.stderr

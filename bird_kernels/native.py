@@ -1,0 +1,114 @@
+"""Backend 3: the C++ and CUDA part in csrc/, if it was built (``BIRD_BUILD_EXT=1 pip install --no-build-isolation .``).
+
+For at most 512 rows, where a call is launches and host code, not arithmetic: two launches forward, one backward,
+autograd in C++. The Gram route always. Half-precision features are multiplied as tf32, which has fp16's mantissa and
+fp32's range.
+
+The same kernels run on CPU tensors, thread by thread, where ``BIRD_EMULATE=1`` is set: for tests.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from .estimators import Coefficients
+from .plan import FEW_ROWS
+from .types import Problem, Route, Shapes, Stash, Statistic
+
+_STATISTICS = get_args(Statistic)  # csrc/kernels.h numbers them in this order
+
+_module: ModuleType | None
+try:
+    _module = importlib.import_module("bird_kernels._native")
+except ImportError as error:
+    _module = None
+    _missing = (
+        "is not built: BIRD_BUILD_EXT=1 pip install --no-build-isolation ."
+        if isinstance(error, ModuleNotFoundError)
+        else f"was built for another PyTorch or CUDA: {error}"
+    )
+else:
+    assert _module.MAX_ROWS == FEW_ROWS
+
+
+def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
+    """None if these kernels can run products of ``dtype`` on ``device``, else the reason."""
+    if _module is None:
+        return _missing
+    if dtype == torch.float64:
+        return "has no fp64 kernels"
+    if device.type == "cpu":
+        return None if os.environ.get("BIRD_EMULATE") == "1" else "needs CUDA tensors, these are on the CPU"
+    if device.type != "cuda" or torch.version.hip:
+        return f"needs an NVIDIA GPU, these tensors are on {device}"
+    if not _module.CUDA:
+        return "was built without CUDA"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, this GPU has {'.'.join(map(str, capability))}"
+    return None
+
+
+def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Tensor:
+    """The statistic (0-d, fp32) of x [n, p], y [n, q] and mask [n] or None, with C++ autograd behind it."""
+    value: Tensor = _native().alignment(x, y, mask, *_options(problem))
+    return value
+
+
+def differentiate_backward_with(function: Callable[..., Any]) -> None:
+    """Who answers a backward under ``create_graph`` or a dispatch mode.
+
+    ``function(grad, x, y, mask, coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad)`` gives dx or None, dy
+    or None.
+    """
+    _native().set_differentiable_backward(function)
+
+
+def stash_shapes(problem: Problem, route: Route) -> Shapes:
+    """Shape and dtype of every tensor of the stash."""
+    n = problem.n
+    unused = (0,), torch.float32
+    gram = (n, n), torch.float32
+    coefficients = (len(Coefficients._fields),), torch.float64
+    return dict(coefficients=coefficients, xs=unused, ys=unused, xx=gram, yy=gram, xy=unused, rows=unused)
+
+
+def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
+    """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
+    value, coefficients, k, l = _native().forward(x, y, mask, *_options(problem))
+    return value, stash_of(coefficients, k, l)
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
+) -> tuple[Tensor, Tensor]:
+    """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
+    _, unbiased, exact = _options(problem)
+    dx, dy = _native().backward(
+        grad, x, y, mask, stash.coefficients, stash.xx, stash.yy, unbiased, exact, problem.x_grad, problem.y_grad
+    )
+    return x.new_empty(0) if dx is None else dx, y.new_empty(0) if dy is None else dy
+
+
+def stash_of(coefficients: Tensor, k: Tensor, l: Tensor) -> Stash:
+    """What the extension keeps, as the operators pass it on."""
+    return Stash(coefficients, k.new_empty(0), k.new_empty(0), k, l, k.new_empty(0), k.new_empty(0))
+
+
+def _native() -> ModuleType:
+    assert _module is not None
+    return _module
+
+
+def _options(problem: Problem) -> tuple[int, bool, bool]:
+    """The statistic's number, unbiased, exact fp32 products. tf32x3 is honoured by exact ones."""
+    precision = problem.precision or torch.backends.cuda.matmul.fp32_precision
+    exact = problem.dtype == torch.float32 and precision != "tf32"
+    return _STATISTICS.index(problem.statistic), problem.estimator == "unbiased", exact
