@@ -1,45 +1,47 @@
-"""Running a provider, judging its result, and measuring its memory."""
+"""Running a provider, judging its result, counting its launches and its memory."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.kernels.problems import Problem
+from benchmarks.kernels.problems import Case
 from benchmarks.kernels.providers import Loss, better_form
 
 # The gate: the largest error of the value, and of the gradient relative to its norm, that still counts as right.
-# Products of fp32 are IEEE's here, as PyTorch's own switch has it by default.
 TOLERANCE = {
-    torch.float32: (2e-5, 2e-4),
-    torch.bfloat16: (2e-2, 5e-2),
+    "float32 ieee": (2e-5, 2e-4),
+    "float32 tf32x3": (2e-5, 2e-4),
+    "float32 tf32": (3e-3, 1e-2),
+    "float16": (3e-3, 1e-2),
+    "bfloat16": (2e-2, 5e-2),
 }
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """A loss and, where the backward ran, its gradient for ``x``."""
 
     value: Tensor
     gradient: Tensor | None
 
 
-@dataclass(frozen=True)
-class Errors:
+class Errors(NamedTuple):
     """Distances from the truth: of the value, and of the gradient relative to the norm of the true one."""
 
     value: float
     gradient: float | None
 
-    def red(self, dtype: torch.dtype) -> str | None:
-        """What is wrong with a result of this dtype, or None: NaN is wrong too."""
-        value, gradient = TOLERANCE[dtype]
+    def red(self, number: str) -> str | None:
+        """What is wrong with a result in this number ("dtype precision"), or None: NaN is wrong too."""
+        value, gradient = TOLERANCE[number]
         if not self.value <= value:
             return f"value off by {self.value:.1e}"
         if self.gradient is not None and not self.gradient <= gradient:
@@ -63,9 +65,11 @@ def call(loss: Loss, x: Tensor, y: Tensor, backward: bool) -> Callable[[], Resul
     return forward_backward if backward else forward
 
 
-def truth(problem: Problem, x: Tensor, y: Tensor) -> Result:
+def truth(case: Case, x: Tensor, y: Tensor) -> Result:
     """The loss and its gradient from the same features in float64: a hand-written form under autograd."""
-    return call(better_form(problem), x.double(), y.double(), backward=True)()
+    loss = partial(better_form(case), estimator=case.estimator)
+    result = call(loss, x.double(), y.double(), backward=True)()
+    return Result(result.value.detach(), result.gradient)
 
 
 def errors(result: Result, true: Result) -> Errors:
@@ -73,32 +77,15 @@ def errors(result: Result, true: Result) -> Errors:
     value = abs(result.value.item() - true.value.item())
     if result.gradient is None or true.gradient is None:
         return Errors(value, None)
-    return Errors(value, float((result.gradient.double() - true.gradient).norm() / true.gradient.norm()))
+    distance = (result.gradient.double() - true.gradient).norm()
+    return Errors(value, float(distance / true.gradient.norm()))
 
 
-def clock() -> float:
-    """Seconds, read once the device has finished what it was given: pytest-benchmark's timer."""
-    if torch.cuda.is_available():
+def clock(device: torch.device) -> float:
+    """Seconds, read once the device has finished what it was given."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a call, over the rounds that were measured."""
-
-    p20: float
-    median: float
-    p80: float
-    rounds: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        """The quantiles of the rounds' times."""
-        if len(seconds) == 1:
-            return cls(seconds[0], seconds[0], seconds[0], 1)
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        return cls(fifths[0], statistics.median(seconds), fifths[3], len(seconds))
 
 
 def watched(run: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
@@ -121,3 +108,28 @@ def watched(run: Callable[[], Result], device: torch.device) -> tuple[Result, in
         held += event.nbytes()
         peak = max(peak, held)
     return result, peak
+
+
+def launches(run: Callable[[], object], device: torch.device) -> int | None:
+    """What one call makes the GPU do: kernels, copies and fills. None on a CPU, or where the profiler sees nothing."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        run()
+        torch.cuda.synchronize()
+    done = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+    return sum(not getattr(event, "is_user_annotation", False) for event in done) or None
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a measurement may take: nine tenths of what is free."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(0.9 * torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 2**30  # not Linux: what any machine of today has
+    return int(0.9 * free)

@@ -1,68 +1,156 @@
-"""The problems that are measured, by name, and the features they are measured on."""
+"""The problems that are measured, by name; the numbers they are measured in; and which of them a device gets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
 import torch
 from torch import Tensor
 
+from bird_kernels import types
+
+FORWARD = ("forward",)
+BACKWARD = ("forward+backward",)
+BOTH = FORWARD + BACKWARD
+
 
 @dataclass(frozen=True)
-class Problem:
-    """One size of the loss: student ``x [n, p]``, which needs a gradient, and frozen teacher ``y [n, q]``."""
+class Case:
+    """One question: student ``x [n, p]``, which needs a gradient unless the mode is "forward", and frozen ``y [n, q]``.
 
-    name: str
+    ``problem`` names a family of sizes. ``precision`` is that of fp32 products, and empty for other dtypes.
+    ``compiled``: torch.compile is asked too, which takes up to a minute on a GPU; no part of the case's identity.
+    """
+
+    problem: str
     n: int
     p: int
     q: int
+    dtype: str = "float32"
+    precision: str = "ieee"
+    estimator: str = "biased"
+    mode: str = "forward+backward"
+    compiled: bool = field(default=False, compare=False)
 
-    def features(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    def __str__(self) -> str:
+        numbers = "-".join(filter(None, (self.dtype, self.precision)))
+        return f"{self.problem}-{self.n}x{self.p}x{self.q}-{numbers}-{self.estimator}-{self.mode}"
+
+    @property
+    def backward(self) -> bool:
+        """Whether the gradient of the student is part of the call."""
+        return self.mode != "forward"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the features."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def spec(self, device: torch.device) -> types.Problem:
+        """The case as the package's planner sees it."""
+        return types.Problem(
+            self.n, self.p, self.q, self.torch_dtype, device,
+            estimator=self.estimator, precision=self.precision or None, x_grad=self.backward,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def features(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Student and teacher features that share part of their geometry and look like pooled activations.
 
-        A common signal of 32 directions plus noise of each side's own, through a ReLU: not negative, with a
-        mean of about the spread, so that a provider which centres badly is caught by the gate.
+        A common signal of 32 directions plus noise of each side's own, through a ReLU: not negative, with a mean of
+        about the spread, so that a provider which centres badly is caught by the gate.
         """
-        generator = torch.Generator().manual_seed(self.n)
-        signal = torch.randn(self.n, 32, generator=generator)
+        generator = torch.Generator(device).manual_seed(self.n)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        signal = normal(self.n, 32)
 
         def side(width: int) -> Tensor:
-            mixing = torch.randn(32, width, generator=generator) / 32**0.5
-            noise = torch.randn(self.n, width, generator=generator)
-            return torch.relu(signal @ mixing + noise + 0.5).to(device=device, dtype=dtype)
+            entries = normal(self.n, width).addmm_(signal, normal(32, width), alpha=32**-0.5)
+            return entries.add_(0.5).relu_().to(self.torch_dtype)
 
         return side(self.p), side(self.q)
 
 
-PROBLEMS = (
-    Problem("bird", 128, 512, 512),  # the paper's setting: ResNet18 to ResNet18, pooled
-    Problem("bird-wide", 128, 512, 1280),  # ResNet18 learns from MobileNetV2
-    Problem("conv", 128, 25_088, 25_088),  # 512 channels of 7 x 7, not pooled: memory-bound
-    Problem("n512", 512, 512, 512),
-    Problem("tall", 8192, 256, 256),  # n >> d: the feature form's ground
-    Problem("n4096", 4096, 1024, 1024),
-)
+@contextlib.contextmanager
+def fp32_products(precision: str) -> Iterator[None]:
+    """PyTorch's own switch for fp32 products, set as a user would; tf32x3 is no choice of PyTorch's and leaves IEEE."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
-# Shapes for the claim that no hand-written form is faster: both sides of the crossing at n = 2d.
-SWEEP = tuple(
-    Problem(f"{n} x {p} x {q}", n, p, q)
-    for n, p, q in (
-        (16, 64, 64),
-        (32, 512, 512),
-        (64, 2048, 2048),
-        (128, 64, 64),
-        (128, 128, 768),
-        (128, 512, 512),
-        (128, 512, 1280),
-        (128, 2048, 512),
-        (256, 256, 256),
-        (333, 200, 700),
-        (512, 64, 2048),
-        (512, 512, 512),
-        (1024, 512, 512),
-        (1024, 2048, 2048),
-        (2048, 128, 128),
-        (2048, 1024, 1024),
-        (4096, 576, 1024),
+
+def _cases(
+    problem: str,
+    sizes: tuple[tuple[int, ...], ...],
+    *numbers: str,
+    estimators: tuple[str, ...] = ("biased",),
+    modes: tuple[str, ...] = BACKWARD,
+    compiled: bool = False,
+) -> list[Case]:
+    """Every combination; a size (n, d) means equal widths, numbers are a dtype and, for fp32, a precision."""
+    return [
+        Case(problem, n, widths[0], widths[-1], dtype, precision, estimator, mode, compiled)
+        for dtype, _, precision in (text.partition(" ") for text in numbers)
+        for estimator in estimators
+        for n, *widths in sizes
+        for mode in modes
+    ]
+
+
+FP32, TF32, TF32X3 = "float32 ieee", "float32 tf32", "float32 tf32x3"
+BF16, FP16 = "bfloat16", "float16"
+
+PAPER = ((128, 512), (128, 512, 1280))  # ResNet18 learns from ResNet18, and from MobileNetV2
+WIDTHS = ((128, 64), (128, 128), (128, 256), *PAPER, (128, 128, 768), (128, 1024), (128, 2048, 512), (128, 2048))
+LARGEST_MAP = ((128, 802_816),)  # 256 channels of 56 x 56, not pooled
+
+# Not the full product: each block asks one question. What the README claims comes first, while time is left.
+CUDA = tuple(
+    dict.fromkeys(
+        _cases("bird", PAPER[:1], FP32, BF16, modes=BOTH, compiled=True)
+        + _cases("llm", ((65_536, 1024), (16_384, 4096)), BF16, compiled=True)
+        + _cases("conv", LARGEST_MAP, BF16, modes=BOTH, compiled=True)
+        + _cases("bird", PAPER, FP32, TF32, TF32X3, BF16, FP16)
+        + _cases("bird", PAPER[:1], FP32, BF16, estimators=("unbiased",), modes=BOTH)
+        + _cases("llm", ((8192, 2048),), FP32, TF32, TF32X3, BF16, FP16)
+        + _cases("llm", ((8192, 2048),), FP32, BF16, estimators=("unbiased",))
+        + _cases("bird", WIDTHS, FP32, BF16)
+        + _cases("batch", tuple((2**i, 512) for i in range(5, 17)), FP32, BF16)
+        + _cases("llm", tuple((n, d) for n in (1024, 4096) for d in (576, 1024, 2048, 4096, 8192)), BF16)
+        + _cases("llm", ((4096, 896, 4096), (65_536, 2048), (65_536, 8192)), BF16)
+        + _cases("llm", ((4096, 1024),), FP32, TF32)
+        + _cases("conv", ((128, 25_088), (128, 100_352), (512, 25_088), (1024, 100_352)), BF16)
+        + _cases("conv", ((128, 25_088), *LARGEST_MAP), FP32)
+        + _cases("bird", WIDTHS, FP32, modes=FORWARD)
     )
 )
+
+CPU = tuple(
+    dict.fromkeys(
+        _cases("bird", PAPER, FP32, modes=FORWARD, compiled=True)
+        + _cases("bird", WIDTHS, FP32, compiled=True)
+        + _cases("bird", PAPER[:1], FP32, estimators=("unbiased",), modes=BOTH)
+        + _cases("conv", ((128, 25_088),), FP32, modes=BOTH, compiled=True)
+        + _cases("batch", ((16, 64), *((2**i, 512) for i in (5, 6, 8, 9, 10, 11, 12, 13))), FP32)
+        + _cases("llm", ((1024, 2048), (2048, 1024), (4096, 576, 1024), (4096, 1024), (8192, 2048)), FP32)
+        + _cases("llm", ((2048, 576),), FP32, estimators=("unbiased",))
+        + _cases("bird", PAPER[:1], BF16)
+        + _cases("llm", ((2048, 1024),), BF16)
+        + _cases("conv", ((128, 100_352),), FP32)
+    )
+)
+
+
+def cases(device: torch.device, pattern: str | None = None) -> list[Case]:
+    """The cases of a device whose name holds ``pattern`` or matches it as a glob: "bird", "llm*bfloat16*"."""
+    chosen = CUDA if device.type == "cuda" else CPU
+    return [case for case in chosen if pattern is None or pattern in str(case) or fnmatch(str(case), pattern)]

@@ -1,25 +1,30 @@
 """What computes the loss: the package, and the best that its users could write or find instead.
 
-Each provider is a function of ``x [n, p]`` and ``y [n, q]`` that returns ``1 - CKA``, linear and biased, as a
-scalar with autograd behind it. All are written here from the published formulas.
+Each provider is a function of ``x [n, p]`` and ``y [n, q]`` that returns ``1 - CKA``, linear, as a scalar with autograd
+behind it. The rivals are written here from the published formulas; pytorch-cka is the package of that name. Half
+precision is given its due: means and sums in fp32, products of halves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.kernels.problems import Problem
+from benchmarks.kernels.problems import Case
+from bird_kernels import backends
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def naive(x: Tensor, y: Tensor) -> Tensor:
-    """The formula as it is usually written: three HSICs, each of two Grams that are centred as ``H K H``."""
+    """The formula as it is usually written: three HSICs, each of two Grams that are centred as ``H K H``; biased."""
 
     def centred_gram(features: Tensor) -> Tensor:
         n = features.shape[0]
@@ -33,70 +38,133 @@ def naive(x: Tensor, y: Tensor) -> Tensor:
     return 1 - hsic(x, y) / (hsic(x, x).sqrt() * hsic(y, y).sqrt())
 
 
-def gram(x: Tensor, y: Tensor) -> Tensor:
+def gram(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
     """Centre the columns, two Grams, three sums: ``n^2 (p + q)`` products, the best plain form at small n."""
-    x, y = x - x.mean(0), y - y.mean(0)
-    k, l = x @ x.T, y @ y.T
-    return 1 - (k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()
+    x, y = _centred(x), _centred(y)
+    k, l = _wide(x @ x.T), _wide(y @ y.T)
+    if estimator == "biased":
+        return 1 - (k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()
+    n = k.shape[0]
+    k, l = k - k.diagonal().diag(), l - l.diagonal().diag()  # Song et al. 2012, up to the factor that cancels
+    rows_k, rows_l = k.sum(0), l.sum(0)
+
+    def hsic(a: Tensor, b: Tensor, rows_a: Tensor, rows_b: Tensor) -> Tensor:
+        totals = rows_a.sum() * rows_b.sum() / ((n - 1) * (n - 2))
+        return (a * b).sum() + totals - 2 / (n - 2) * (rows_a @ rows_b)
+
+    own, other = hsic(k, k, rows_k, rows_k), hsic(l, l, rows_l, rows_l)
+    return 1 - hsic(k, l, rows_k, rows_l) / (own * other).sqrt()
 
 
-def feature(x: Tensor, y: Tensor) -> Tensor:
+def feature(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
     """Centre the columns, three cross-products: ``n (p^2 + q^2 + p q)``, the best plain form at large n."""
+    x, y = _centred(x), _centred(y)
     # Sums of squares and not norms: as fast, and torch's norm of 4096^2 numbers in fp32 is off by 4e-4.
-    x, y = x - x.mean(0), y - y.mean(0)
-    cross, own, other = ((a.T @ b).square().sum() for a, b in ((y, x), (x, x), (y, y)))
+    cross, own, other = (_wide(a.T @ b).square().sum() for a, b in ((y, x), (x, x), (y, y)))
+    if estimator == "unbiased":  # the same as in `gram`, from the squared row norms alone: the rows of K sum to zero
+        n = x.shape[0]
+        kappa, lam = _wide(x).square().sum(1), _wide(y).square().sum(1)
+
+        def correction(a: Tensor, b: Tensor) -> Tensor:
+            return a.sum() * b.sum() / ((n - 1) * (n - 2)) - n / (n - 2) * (a @ b)
+
+        cross, own, other = (
+            cross + correction(kappa, lam), own + correction(kappa, kappa), other + correction(lam, lam),
+        )  # fmt: skip
     return 1 - cross / (own * other).sqrt()
 
 
-def better_form(problem: Problem) -> Loss:
-    """The hand-written form with fewer products for this problem."""
-    n, p, q = problem.n, problem.p, problem.q
+def fp64(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
+    """The feature form on a float64 copy: what losses in public code do for accuracy."""
+    return feature(x.double(), y.double(), estimator).to(torch.float32)
+
+
+def _centred(x: Tensor) -> Tensor:
+    wide = _wide(x)
+    return (wide - wide.mean(0)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype.itemsize == 2 else x
+
+
+def better_form(case: Case) -> Callable[..., Tensor]:
+    """The hand-written form with fewer products for this case."""
+    n, p, q = case.n, case.p, case.q
     return gram if n * n * (p + q) <= n * (p * p + q * q + p * q) else feature
 
 
-def _backend(name: str) -> Loss:
-    return lambda x, y: bird_kernels.cka_loss(x, y, backend=name)
+def _hand_written(form: Callable[..., Tensor], case: Case, capture: bool) -> Loss:
+    return partial(form, estimator=case.estimator)
 
 
-def _compiled(problem: Problem, device: torch.device) -> Loss:
-    torch.compiler.reset()  # one compilation per problem: static shapes, no limit on recompilations
-    mode = "reduce-overhead" if device.type == "cuda" else "default"  # the first means CUDA graphs
-    return torch.compile(better_form(problem), fullgraph=True, dynamic=False, mode=mode)
+def _compiled(case: Case, capture: bool) -> Loss:
+    """Tuned, and on CUDA in the compiler's own graphs, unless a graph is going to ``capture`` it."""
+    torch.compiler.reset()  # one compilation per case: static shapes, no limit on recompilations
+    mode = "max-autotune-no-cudagraphs" if capture else "max-autotune"
+    return torch.compile(partial(better_form(case), estimator=case.estimator), fullgraph=True, dynamic=False, mode=mode)
+
+
+def _pytorch_cka(case: Case, capture: bool) -> Loss:
+    from cka import cka_from_features  # loads matplotlib: late
+
+    return lambda x, y: 1 - cka_from_features(x, y)[0, 0]
+
+
+def _ours(backend: str, case: Case, capture: bool) -> Loss:
+    # What PyTorch's switch says needs no argument; that is how it is called.
+    precision = "tf32x3" if case.precision == "tf32x3" else None
+    return partial(bird_kernels.cka_loss, estimator=case.estimator, backend=backend, precision=precision)
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to the loss: ``build(problem, device)`` gives the function.
+    """A way to the loss: ``build(case, capture)`` gives the function, one that a CUDA graph can capture if need be.
 
-    ``ours`` must never be wrong; one that ``compiles`` does so in its first call, which is not counted.
+    ``ours`` must never be wrong. ``own_graphs``: on CUDA it is built with graphs of its own unless it is captured.
     """
 
     name: str
-    build: Callable[[Problem, torch.device], Loss]
+    build: Callable[[Case, bool], Loss]
     ours: bool = False
-    compiles: bool = False
+    own_graphs: bool = False
 
-    def why_not(self, problem: Problem, device: torch.device, backward: bool) -> str | None:
-        """The reason not to measure this provider here, or None."""
-        n, p, q = problem.n, problem.p, problem.q
-        on_cpu = device.type == "cpu"
-        if self.name == "triton" and on_cpu:
-            return "Triton kernels are timed on CUDA devices only"
-        if self.name == "feature" and p * p + q * q + p * q > 2**29:
-            return "its matrices of width x width would take gigabytes"
-        if self.name == "naive" and on_cpu and (n > 4096 or (n > 2048 and not backward)):
-            return "a call takes a minute and more; n = 4096 is measured once, forward and backward together"
-        if self.name == "compiled" and on_cpu and n > 512:
-            return "the time is spent in the library's products, which compiling does not change"
+    def why_not(self, case: Case, device: torch.device) -> str | None:
+        """The reason that this provider has no part in a case, or None."""
+        if self.ours:
+            if self.name == "triton" and device.type == "cpu":
+                return "Triton kernels are timed on CUDA devices only"
+            if self.name == "auto":
+                return None
+            known = self.name in backends.NAMES
+            return backends.why_not(self.name, case.torch_dtype, device) if known else "not part of this version"
+        if case.precision == "tf32x3":
+            return "PyTorch has no tf32x3 products"
+        if self.name == "naive" and case.estimator != "biased":
+            return "the usual formula is the biased estimator's"
+        if self.name == "pytorch-cka":
+            if case.estimator != "unbiased":
+                return "it computes the unbiased estimator only"
+            if importlib.util.find_spec("cka") is None:
+                return "not installed (pip install pytorch-cka)"
+        if self.name == "compiled" and not case.compiled:
+            return "compiled for some of the cases only: it takes long"
         return None
 
 
 PROVIDERS = (
-    Provider("naive", lambda problem, device: naive),
-    Provider("gram", lambda problem, device: gram),
-    Provider("feature", lambda problem, device: feature),
-    Provider("compiled", _compiled, compiles=True),
-    Provider("eager", lambda problem, device: _backend("eager"), ours=True),
-    Provider("triton", lambda problem, device: _backend("triton"), ours=True, compiles=True),
-    Provider("auto", lambda problem, device: _backend("auto"), ours=True, compiles=True),
+    Provider("naive", lambda case, capture: naive),
+    Provider("fp64", partial(_hand_written, fp64)),
+    Provider("gram", partial(_hand_written, gram)),
+    Provider("feature", partial(_hand_written, feature)),
+    Provider("compiled", _compiled, own_graphs=True),
+    Provider("pytorch-cka", _pytorch_cka),
+    *(Provider(name, partial(_ours, name), ours=True) for name in ("eager", "triton", "native", "auto")),
 )
+OURS = {provider.name for provider in PROVIDERS if provider.ours}
+HAND_WRITTEN = ("gram", "feature")  # the faster of the two is what a careful user would have
+
+
+def taking_part(case: Case, device: torch.device, pattern: str | None = None) -> Sequence[Provider]:
+    """The providers that a case is measured with; ``pattern`` chooses among them by name, as a glob."""
+    return [p for p in PROVIDERS if fnmatch(p.name, pattern or "*") and p.why_not(case, device) is None]

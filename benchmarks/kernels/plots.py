@@ -1,0 +1,112 @@
+"""Rows as pictures: time against n and against d with the floor drawn in, and a map of the speed-up over both."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.kernels.providers import OURS
+from benchmarks.kernels.results import Row
+from benchmarks.kernels.tables import BASE, Line, best_rival
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MODE, ESTIMATOR = "forward+backward", "biased"
+
+
+def draw(rows: Iterable[Row], path: Path) -> list[Path]:
+    """One picture: three panels for each number and timer that has enough rows. None without matplotlib."""
+    panels: dict[tuple[str, str, str], list[Line]] = {}
+    for line in _lines(rows):
+        row = next(iter(line.values()))
+        panels.setdefault((row.dtype, row.precision, row.timer), []).append(line)
+    panels = {key: lines for key, lines in panels.items() if len(_swept(lines, _n)) > 2 and len(_swept(lines, _d)) > 2}
+    if not panels or importlib.util.find_spec("matplotlib") is None:
+        return []
+    from matplotlib.figure import Figure  # and not pyplot: no window, no state
+
+    figure = Figure(figsize=(15, 4.2 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 3, squeeze=False)
+    for ((dtype, precision, timer), lines), (over_n, over_d, speed_up) in zip(panels.items(), axes, strict=True):
+        name = f"{dtype} {precision}".strip() + f", {timer}"
+        _curves(over_n, _swept(lines, _n), _n, f"{name}: batch, d = {_common(_swept(lines, _n), _d)}", "n")
+        _curves(over_d, _swept(lines, _d), _d, f"{name}: width, n = {_common(_swept(lines, _d), _n)}", "d")
+        _speed_up(speed_up, lines)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, format="png", dpi=80)
+    os.replace(part, path)
+    return [path]
+
+
+def _lines(rows: Iterable[Row]) -> list[Line]:
+    """Rows of one question by provider; equal widths, since the axes show one."""
+    lines: dict[object, Line] = {}
+    for row in rows:
+        if row.mode == MODE and row.estimator == ESTIMATOR and row.p == row.q:
+            lines.setdefault(row.question, {})[row.provider] = row
+    return list(lines.values())
+
+
+def _n(row: Row) -> int:
+    return row.n
+
+
+def _d(row: Row) -> int:
+    return row.p
+
+
+def _swept(lines: Sequence[Line], axis: Callable[[Row], int]) -> list[Line]:
+    """The lines along one axis at the value of the other that has most of them, in order."""
+    other = _d if axis is _n else _n
+    by_value: dict[int, dict[int, Line]] = {}
+    for line in lines:
+        row = next(iter(line.values()))
+        by_value.setdefault(other(row), {})[axis(row)] = line
+    most = max(by_value.values(), key=len)
+    return [most[key] for key in sorted(most)]
+
+
+def _common(lines: list[Line], axis: Callable[[Row], int]) -> int:
+    return axis(next(iter(lines[0].values())))
+
+
+def _curves(axes: Axes, lines: list[Line], axis: Callable[[Row], int], title: str, label: str) -> None:
+    for name in dict.fromkeys(name for line in lines for name in line):
+        points = [(axis(line[name]), line[name].p50) for line in lines if name in line]
+        width, style = 2.4 if name == BASE else 1.2, "-" if name in OURS else "--"
+        _curve(axes, points, label=name, linewidth=width, linestyle=style, marker="o", markersize=3)
+    rows = [next(iter(line.values())) for line in lines]
+    _curve(axes, [(axis(row), row.floor) for row in rows], label="floor", color="black", linestyle=":")
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="median of a call, s", title=title)
+    axes.set_xticks([axis(row) for row in rows], [f"{axis(row):,}" for row in rows], rotation=45, fontsize=7)
+    axes.minorticks_off()
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+
+
+def _curve(axes: Axes, points: Sequence[tuple[int, float | None]], **style: Any) -> None:
+    known = [(x, y) for x, y in points if y is not None]
+    axes.plot([x for x, _ in known], [y for _, y in known], **style)
+
+
+def _speed_up(axes: Axes, lines: Sequence[Line]) -> None:
+    """How many times as fast as the best of the rivals, over (n, d)."""
+    ratios = {}
+    for line in lines:
+        rival, ours = best_rival(line), line[BASE].p50 if BASE in line else None
+        if rival is not None and ours is not None:
+            ratios[_n(line[BASE]), _d(line[BASE])] = rival / ours
+    ns, ds = (sorted({key[i] for key in ratios}) for i in range(2))
+    table = [[ratios.get((n, d), math.nan) for n in ns] for d in ds]
+    colours = [[math.log2(ratio) for ratio in row] for row in table]
+    axes.imshow(colours, cmap="RdYlGn", vmin=-2, vmax=2, origin="lower", aspect="auto")
+    for (n, d), ratio in ratios.items():
+        axes.text(ns.index(n), ds.index(d), f"{ratio:.2g}", ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(len(ns)), [f"{n:,}" for n in ns], rotation=45, fontsize=7)
+    axes.set_yticks(range(len(ds)), [f"{d:,}" for d in ds], fontsize=7)
+    axes.set(xlabel="n", ylabel="d", title=f"{BASE}: times as fast as the best rival")

@@ -1,0 +1,134 @@
+"""Rows as a page for people: for each kind of number, mode and timer a line per problem and a column per provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from benchmarks.kernels.providers import HAND_WRITTEN, OURS, PROVIDERS
+from benchmarks.kernels.results import Row
+
+BASE = "auto"  # what a user of the package gets; everything is compared with it
+TIMERS = {
+    "wall": "Time of a call",
+    "host": "Time of the host in a call",
+    "device": "Time of the device in a call, caches cold",
+    "graph": "Time of a CUDA graph's replay, caches cold",
+}
+DETAILS: tuple[tuple[str, str, Callable[[int], str]], ...] = (
+    ("Launches", "launches", str),
+    ("Peak memory beyond the inputs, MiB", "peak_memory", lambda size: f"{size / 2**20:.3g}"),
+)
+Line = dict[str, Row]  # rows of one question, by provider
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Markdown: the origin, then the tables."""
+    sections: dict[tuple[str, str, str, str, str], dict[object, Line]] = {}
+    for row in rows:
+        title = row.timer, row.mode, row.dtype, row.precision, row.estimator
+        sections.setdefault(title, {}).setdefault(row.question, {})[row.provider] = row
+    parts = ["# Kernel benchmarks\n", _origin(rows), EXPLANATION]
+    parts += [_section(*title, list(lines.values())) for title, lines in sections.items()]
+    return "\n".join(parts)
+
+
+EXPLANATION = f"""\
+Median of a call, and how many times that of `{BASE}` it is. *Hand-written* is the faster of the two forms that a user
+would write, *floor* what no call can beat: the cheaper route's products at the rate of a big product on this device, or
+the bytes that must move at the rate of a big copy. *Launches* are the kernels, copies and fills of one call; its memory
+includes the gradient.
+"""
+
+
+def _origin(rows: Iterable[Row]) -> str:
+    """What all rows share, and where they differ every value."""
+    text = ""
+    rows = list(rows)
+    for name in ("device", "driver", "torch", "triton", "python", "commit", "date", "load", "omp_wait_policy"):
+        values = dict.fromkeys(str(getattr(row, name)) for row in rows)
+        if any(values):
+            text += f"- {name.replace('_', ' ')}: {', '.join(value or 'not set' for value in values)}\n"
+    return text
+
+
+def _section(timer: str, mode: str, dtype: str, precision: str, estimator: str, lines: list[Line]) -> str:
+    names = [p.name for p in PROVIDERS if any(p.name in line for line in lines)]
+    title = f"## {mode}, {' '.join(filter(None, (dtype, precision)))}, {estimator}: {TIMERS[timer].lower()}\n"
+    columns: list[tuple[str, Callable[[Line], str]]] = [(name, _cell(name)) for name in names]
+    if set(HAND_WRITTEN) <= set(names):
+        columns.append(("hand-written", _best_by_hand))
+    columns.append(("floor", lambda line: _time(_any(line).floor)))
+    text = f"{title}\n{_table(lines, columns)}"
+    for heading, column, show in DETAILS:
+        if any(getattr(row, column) is not None for line in lines for row in line.values()):
+            text += f"\n{heading}.\n\n{_table(lines, [(name, _detail(name, column, show)) for name in names])}"
+    return text
+
+
+def _cell(name: str) -> Callable[[Line], str]:
+    def cell(line: Line) -> str:
+        if name not in line:
+            return "–"
+        row = line[name]
+        return row.red if row.p50 is None else _compared(row.p50, line)
+
+    return cell
+
+
+def hand_written(line: Line) -> float | None:
+    """Seconds of the faster of the two hand-written forms."""
+    return min((row.p50 for name, row in line.items() if name in HAND_WRITTEN and row.p50 is not None), default=None)
+
+
+def best_rival(line: Line) -> float | None:
+    """Seconds of the fastest of all that is not ours."""
+    return min((row.p50 for name, row in line.items() if name not in OURS and row.p50 is not None), default=None)
+
+
+def _best_by_hand(line: Line) -> str:
+    seconds = hand_written(line)
+    return "–" if seconds is None else _compared(seconds, line)
+
+
+def _compared(seconds: float, line: Line) -> str:
+    base = line[BASE].p50 if BASE in line else None
+    return _time(seconds) if base is None else f"{_time(seconds)} ({seconds / base:.2f}×)"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def _detail(name: str, column: str, show: Callable[[int], str]) -> Callable[[Line], str]:
+    def cell(line: Line) -> str:
+        value = getattr(line[name], column) if name in line else None
+        return "–" if value is None else show(value)
+
+    return cell
+
+
+def _any(line: Line) -> Row:
+    return next(iter(line.values()))
+
+
+def _table(lines: list[Line], columns: Sequence[tuple[str, Callable[[Line], str]]]) -> str:
+    cells = [["problem", "n", "p", "q", *(title for title, _ in columns)]]
+    for line in lines:
+        row = _any(line)
+        cells.append([row.problem, str(row.n), str(row.p), str(row.q), *(cell(line) for _, cell in columns)])
+    return markdown(cells)
+
+
+def markdown(cells: list[list[str]]) -> str:
+    """A table whose first row is the heading, its columns aligned in the source too."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
