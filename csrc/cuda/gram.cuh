@@ -179,7 +179,7 @@ __device__ inline void locate(int pair, int tiles, int& row, int& column) {
 
 // Grid: (upper tiles, splits of x, then of y).
 template <class T, int TILE, bool EXACT>
-__global__ void __launch_bounds__(THREADS) partial_grams(const Forward call) {
+__global__ void __launch_bounds__(THREADS, 2) partial_grams(const Forward call) {
   BIRD_DYNAMIC_SHARED(slice);  // [padded][PITCH]
   __shared__ float sums[WARPS * WARP];
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *call.counter = 0;
@@ -241,7 +241,7 @@ __device__ inline Combined combine(const double* m, double n, Statistic statisti
 
 // Grid: up to MAX_REDUCE_BLOCKS blocks that share the entries of the upper tiles.
 template <int TILE>
-__global__ void __launch_bounds__(THREADS) reduce_grams(const Forward call) {
+__global__ void __launch_bounds__(THREADS, 2) reduce_grams(const Forward call) {
   __shared__ double sums[MOMENTS][WARPS];
   __shared__ bool last;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = call.n, pairs = call.shape.pairs;
@@ -355,7 +355,7 @@ __device__ inline Mixture mixture(const Backward& call, const Backward::Side& si
 
 // Grid: (chunks of features, blocks that share the rows, sides).
 template <class T, bool EXACT>
-__global__ void __launch_bounds__(THREADS) gradient(const Backward call) {
+__global__ void __launch_bounds__(THREADS, 2) gradient(const Backward call) {
   BIRD_DYNAMIC_SHARED(slice);  // [n up to a whole CHUNK][PITCH], then [OUT_ROWS][PITCH]
   __shared__ float sums[WARPS * WARP];
   const Backward::Side& side = call.sides[blockIdx.z];

@@ -23,7 +23,7 @@
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define BIRD_DYNAMIC_SHARED(name) float* const name = ::emulated::dynamic_shared
 
 struct dim3 {

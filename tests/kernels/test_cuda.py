@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 N, P, Q = 128, 96, 130
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(params=[False, True], ids=["all rows", "masked"])
@@ -75,6 +80,51 @@ def test_streams_do_not_share(estimator: str, route: str, backend: str, device: 
     torch.cuda.synchronize()
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_hundred_runs_are_one(
+    mask: Tensor | None, estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    """Bitwise: sums across blocks have one order, whoever arrives first."""
+    x, y = features(N, 700, Q, device=device)
+    function = operator(route, backend, estimator, mask=mask)
+    first = evaluate(function, x, y)
+    for _ in range(100):
+        torch.testing.assert_close(evaluate(function, x, y), first, rtol=0, atol=0)
+
+
+def test_memory_is_given_back(estimator: str, route: str, backend: str, device: torch.device) -> None:
+    """A second call needs what the first one did, and after it nothing is held but its results."""
+    x, y = features(N, P, Q, device=device)
+    function = operator(route, backend, estimator)
+    evaluate(function, x, y)
+    torch.cuda.synchronize()
+    before, peaks = torch.cuda.memory_allocated(), []
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        evaluate(function, x, y)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        assert torch.cuda.memory_allocated() == before
+    assert peaks[0] == peaks[1]
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs NVIDIA's compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_sanitizer(tool: str, backend: str) -> None:
+    """Small, odd shapes under NVIDIA's own checker; in a process of its own."""
+    code = f"""
+import torch
+from bird_kernels.testing import evaluate, features, operator
+for n, p, q in ((5, 3, 70), (37, 61, 29), (130, 65, 33)):
+    for dtype in (torch.float32, torch.bfloat16):
+        for estimator in ("biased", "unbiased"):
+            x, y = features(n, p, q, dtype, torch.device("cuda"))
+            evaluate(operator("gram", {backend!r}, estimator, mask=torch.arange(n, device="cuda") % 5 != 1), x, y)
+torch.cuda.synchronize()
+"""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 def test_follows_pytorch_s_own_switch(estimator: str, route: str, backend: str, device: torch.device) -> None:
