@@ -22,7 +22,7 @@ from benchmarks.kernels.providers import Provider
 # What is timed together: on CUDA the call as PyTorch makes it, and then its graph.
 PHASES: dict[str, tuple[tuple[str, ...], ...]] = {"cpu": (("wall",),), "cuda": (("host", "device"), ("graph",))}
 SHARE = {"cpu": 0.25, "cuda": 0.04}  # seconds of measuring for one provider and one timer
-PATIENCE = {"cpu": 4.0, "cuda": 1.0}  # seconds: past them there are fewer rounds; a call that needs more is not made
+PATIENCE = {"cpu": 1.5, "cuda": 1.0}  # seconds of few rounds, and of the slowest call of a lost cause
 WARM_UP = 3  # calls before the gate, where something may compile
 
 

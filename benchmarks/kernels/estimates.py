@@ -18,9 +18,9 @@ GIB = 2**30
 
 
 class Ceilings(NamedTuple):
-    """What a device was seen to reach: bytes copied per second (read and written), flop/s of products by number."""
+    """What a device was seen to reach: bytes/s of copies by the bytes they move, flop/s of products by number."""
 
-    copy: float
+    copies: dict[int, float]
     products: dict[str, float]  # by "dtype precision", as in `number`
 
     def rate(self, case: Case, provider: str = "") -> float:
@@ -32,6 +32,10 @@ class Ceilings(NamedTuple):
             return max(self.products["float32 tf32"] / 3, exact)
         return max(self.products[number(case)], exact)  # a CPU without units for halves does better in fp32
 
+    def copy(self, moved: int) -> float:
+        """Bytes/s open to a case that moves so many: those of a copy no smaller, whose data lie in the same cache."""
+        return self.copies[min((size for size in self.copies if size >= moved), default=max(self.copies))]
+
 
 def number(case: Case) -> str:
     """What the rate of products depends on: the dtype and, for fp32, the precision."""
@@ -42,7 +46,8 @@ def floor(case: Case, ceilings: Ceilings, device: torch.device) -> float:
     """Seconds below which no call can be: the cheaper route's products, or the bytes that must move."""
     route = plan.choose_route(case.n, case.p, case.q)
     flops = plan.route_flops(route, case.n, case.p, case.q, case.backward, False)
-    return max(flops / ceilings.rate(case), plan.minimum_bytes(case.spec(device)) / ceilings.copy)
+    moved = plan.minimum_bytes(case.spec(device))
+    return max(flops / ceilings.rate(case), moved / ceilings.copy(moved))
 
 
 def _form(provider: str, case: Case) -> str:
@@ -93,11 +98,14 @@ def needed(provider: str, case: Case) -> int:
 
 
 def why_not_run(provider: str, case: Case, ceilings: Ceilings, available: int, patience: float) -> str | None:
-    """The reason not even to try: more bytes than are ``available``, more seconds than ``patience``; or None."""
+    """The reason not even to try: more bytes than are ``available``, more seconds than ``patience``; or None.
+
+    There is no end to the patience with ours and with the better of the hand-written forms: they are the question.
+    """
     wanted = needed(provider, case)
     if wanted > available:
         return f"out of memory (needs {wanted / GIB:.1f} GiB)"
     seconds = flops(provider, case) / ceilings.rate(case, provider)
-    if seconds > patience:
+    if seconds > patience and provider not in OURS | {better_form(case).__name__}:
         return f"too slow (at least {seconds:.0f} s a call)"
     return None

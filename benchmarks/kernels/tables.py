@@ -35,8 +35,8 @@ def page(rows: Sequence[Row]) -> str:
 EXPLANATION = f"""\
 Median of a call, and how many times that of `{BASE}` it is. *Hand-written* is the faster of the two forms that a user
 would write, *floor* what no call can beat: the cheaper route's products at the rate of a big product on this device, or
-the bytes that must move at the rate of a big copy. *Launches* are the kernels, copies and fills of one call; its memory
-includes the gradient.
+the bytes that must move at the rate of a copy of as many. *Launches* are the kernels, copies and fills of one call; its
+memory includes the gradient.
 """
 
 

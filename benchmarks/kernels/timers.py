@@ -24,7 +24,7 @@ Pool = Any  # of CUDA graphs: torch's own name for it moved between versions
 T = TypeVar("T")
 
 MOST_ROUNDS = 200
-FEWEST_ROUNDS = 5
+FEWEST_ROUNDS, FEWEST_SLOW_ROUNDS = 5, 3
 CYCLES = 2.0e9  # of a GPU's clock in a second, at the most: what torch.cuda._sleep counts
 LONGEST_SLEEP = 0.05  # seconds; a call that takes the host longer has gaps of its own
 
@@ -102,7 +102,7 @@ def capture(run: Callable[[], T], pool: Pool) -> tuple[torch.cuda.CUDAGraph, T]:
 def rounds(once: float, share: float, patience: float) -> int:
     """How often to make a call of ``once`` seconds: to fill ``share`` seconds, within bounds and ``patience``."""
     wanted = min(max(math.ceil(share / once), FEWEST_ROUNDS), MOST_ROUNDS)
-    return wanted if wanted * once <= patience else max(1, int(patience / once))
+    return wanted if wanted * once <= patience else max(FEWEST_SLOW_ROUNDS, int(patience / once))
 
 
 def in_turns(takes: Mapping[str, Take], rounds: Mapping[str, int]) -> dict[str, list[float]]:

@@ -38,7 +38,7 @@ from benchmarks.kernels.timers import Timing
 
 CPU = torch.device("cpu")
 TINY = Case("bird", 12, 5, 7)
-FAST = Ceilings(copy=1e12, products={"float32 ieee": 1e15, "float64": 1e15, "bfloat16": 1e15})
+FAST = Ceilings(copies={1: 1e12}, products={"float32 ieee": 1e15, "float64": 1e15, "bfloat16": 1e15})
 
 
 def plant(loss: Callable[[Tensor, Tensor], Tensor], name: str = "gram") -> Provider:
@@ -112,8 +112,8 @@ def test_a_wrong_provider_gets_no_time(wrong: Callable[[Tensor, Tensor], Tensor]
 
 def test_floor_by_hand() -> None:
     """n = 10, p = 20, q = 30: Gram route, 100 * 50 flops and 2 * 100 * 20 for the gradient; fp32."""
-    slow_products = Ceilings(copy=1e30, products={"float32 ieee": 1000.0, "float64": 1.0})
-    slow_copy = Ceilings(copy=1000.0, products={"float32 ieee": 1e30, "float64": 1.0})
+    slow_products = Ceilings(copies={1: 1e30}, products={"float32 ieee": 1000.0, "float64": 1.0})
+    slow_copy = Ceilings(copies={1000: 1e9, 2000: 1000.0, 9000: 1e30}, products={"float32 ieee": 1e30, "float64": 1.0})
     case = Case("bird", 10, 20, 30)
     forward = replace(case, mode="forward")
     assert estimates.floor(forward, slow_products, CPU) == pytest.approx(5.0)
@@ -124,7 +124,7 @@ def test_floor_by_hand() -> None:
 
 
 def test_ceilings_of_a_number() -> None:
-    seen = Ceilings(1.0, {"float64": 1.0, "float32 ieee": 8.0, "float32 tf32": 30.0, "bfloat16": 4.0})
+    seen = Ceilings({1: 1.0}, {"float64": 1.0, "float32 ieee": 8.0, "float32 tf32": 30.0, "bfloat16": 4.0})
     assert seen.rate(Case("bird", 8, 8, 8)) == 8.0
     assert seen.rate(Case("bird", 8, 8, 8), "fp64") == 1.0
     assert seen.rate(Case("bird", 8, 8, 8, precision="tf32x3")) == 10.0  # three products for one
@@ -147,10 +147,13 @@ def test_what_does_not_fit_is_not_called() -> None:
 
 
 def test_what_takes_too_long_is_not_called() -> None:
-    slow = Ceilings(1.0, {"float64": 1.0, "float32 ieee": 1e6})
-    reason = estimates.why_not_run("gram", Case("bird", 100, 10, 10), slow, 2**40, patience=0.5)
+    slow = Ceilings({1: 1.0}, {"float64": 1.0, "float32 ieee": 1e6})
+    case = Case("batch", 100, 10, 10)
+    reason = estimates.why_not_run("gram", case, slow, 2**40, patience=0.5)
     assert reason == "too slow (at least 1 s a call)"  # 2 * 100^2 * 20 and 4 * 100^2 * 10 flops
-    assert estimates.why_not_run("gram", Case("bird", 100, 10, 10), slow, 2**40, patience=0.9) is None
+    assert estimates.why_not_run("gram", case, slow, 2**40, patience=0.9) is None
+    for asked in ("feature", "auto"):  # the better form here, and ours
+        assert estimates.why_not_run(asked, case, slow, 2**40, patience=0.0) is None
 
 
 def test_an_allocation_that_fails_is_a_row_and_no_failure() -> None:
@@ -196,8 +199,8 @@ def test_rounds_fill_the_share_within_bounds() -> None:
     assert timers.rounds(0.01, share=0.25, patience=4) == 25
     assert timers.rounds(1e-6, share=0.25, patience=4) == timers.MOST_ROUNDS
     assert timers.rounds(0.5, share=0.25, patience=4) == timers.FEWEST_ROUNDS
-    assert timers.rounds(1.5, share=0.25, patience=4) == 2
-    assert timers.rounds(9.0, share=0.25, patience=4) == 1
+    assert timers.rounds(1.0, share=0.25, patience=4) == 4
+    assert timers.rounds(9.0, share=0.25, patience=4) == timers.FEWEST_SLOW_ROUNDS
 
 
 def test_quantiles() -> None:
