@@ -8,7 +8,9 @@ from types import ModuleType
 
 import torch
 
-from .plan import FEW_ROWS
+from . import timings
+from .plan import FEW_ROWS, few_rows
+from .types import Problem
 
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
 _MODULES = {"native": "bird_kernels.native", "triton": "bird_kernels.triton", "eager": "bird_kernels.eager"}
@@ -73,6 +75,31 @@ def _choose(dtype: torch.dtype, device: torch.device, few_rows: bool, requested:
             return name, rejected
         rejected[name] = reason
     raise AssertionError("the eager backend runs everywhere")
+
+
+def prefer(problem: Problem, default: str) -> tuple[str, str]:
+    """(the backend that was fastest nearest to this problem on this device, in words why); else (``default``, "")."""
+    if problem.device.type != "cuda":
+        return default, ""
+    return _prefer(problem, default, torch.backends.cuda.matmul.fp32_precision)
+
+
+@lru_cache(maxsize=1024)
+def _prefer(problem: Problem, default: str, switch: str) -> tuple[str, str]:
+    candidates = [
+        name for name in _MODULES if why_not(name, problem.dtype, problem.device, few_rows(problem.n)) is None
+    ]
+    precision: str = problem.precision or ("tf32" if switch == "tf32" else "ieee")
+    dtype = str(problem.dtype).removeprefix("torch.")
+    finding = timings.nearest(
+        torch.cuda.get_device_name(problem.device), dtype, precision if dtype == "float32" else "", problem.estimator,
+        timings.Shape(problem.n, problem.p, problem.q),
+    )  # fmt: skip
+    name = timings.fastest(finding, candidates)
+    if name is None or finding is None:
+        return default, ""
+    measured = ", ".join(f"{candidate} {finding.seconds[candidate] * 1e6:.3g} us" for candidate in candidates)
+    return name, f"fastest at {' x '.join(map(str, finding.shape))}: {measured}"
 
 
 def status() -> dict[str, str | None]:

@@ -150,9 +150,12 @@ def explain(
     """
     x, y, mask, problem = _prepare("cka_loss", x, y, kernel, estimator, mask, row_dims, backend, precision)
     name, rejected = backends.choose(problem.dtype, problem.device, plan.few_rows(problem.n), backend)
+    measured = ""
+    if backend == "auto":
+        name, measured = backends.prefer(problem, name)
     route = plan.choose_route(problem.n, problem.p, problem.q, name)
     device_name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
-    return plan.describe(problem, route, name, dict(rejected), device_name)
+    return plan.describe(problem, route, name, {**rejected, **({"others": measured} if measured else {})}, device_name)
 
 
 def _evaluate(
@@ -172,6 +175,8 @@ def _evaluate(
             value: Tensor = getattr(reference, statistic)(x, y, mask, estimator)
         return value.to(ops.value_dtype(x.dtype))
     name, _ = backends.choose(problem.dtype, problem.device, plan.few_rows(problem.n), backend)
+    if backend == "auto" and x.is_cuda and not torch.compiler.is_compiling():  # compiled, sizes may be symbolic
+        name, _ = backends.prefer(problem, name)
     route = plan.choose_route(problem.n, problem.p, problem.q, name)
     return ops.alignment(x, y, mask, problem, route, name)
 

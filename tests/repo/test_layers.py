@@ -41,7 +41,7 @@ HOUSE = {
         {"backends"},
         {"eager", "triton", "native"},
         {"plan"},
-        {"estimators", "distributed"},
+        {"estimators", "distributed", "timings"},
         {"types", "reference"},
         {"_native"},  # csrc/, where it is built
     ],
