@@ -32,21 +32,62 @@ FEW_ROWS = 512
 # Programs that fill a large GPU (132 multiprocessors on an H100). Not yet measured.
 PROGRAMS = 132
 
+# Launch-bound problems of the Gram route: programs centre the features that they multiply, which saves a launch,
+# but every tile's program reads all rows of its share. So few rows, and few blocks (a tile's rows by an inner step) for
+# a program to read one after another. It waits more than it computes: CROWD of them stand on one multiprocessor. Not
+# yet measured.
+SMALL = 512
+BLOCKS = 24
+CROWD = 4
+
 
 class Tiling(NamedTuple):
-    """How the Triton kernels cut a product: square tiles, inner steps, and programs that share one tile."""
+    """How the Triton kernels cut a product: square tiles, inner steps, and the programs that share a tile.
+
+    ``splits`` counts the programs that share a tile of K and of L (gram) or any tile (cross), ``chunk`` the inner
+    indices that each takes; there are none where a program makes its tiles whole. If it ``centres``, it finds the
+    column means by itself.
+    """
 
     block: int
     step: int
-    splits: int
+    splits: tuple[int, ...]
+    chunk: int
+    centres: bool
 
 
 def tiling(problem: Problem, route: Route) -> Tiling:
-    """Tiles of the forward's products. Where they are few, the inner dimension is split until PROGRAMS are busy."""
+    """Tiles of the forward's products. Where they are few, the inner dimensions are split until the GPU is full."""
+    n, p, q = problem.n, problem.p, problem.q
     block, step = 64, 64 if problem.dtype.itemsize == 2 else 32
     tiles = tile_count(problem, route, block)
-    inner = max(problem.p, problem.q) if route == "gram" else problem.n
-    return Tiling(block, step, max(1, min(PROGRAMS // tiles, _ceil_div(inner, step))))
+    steps = [_ceil_div(size, step) for size in ((p, q) if route == "gram" else (n,))]
+
+    def split(programs: int, centres: bool) -> Tiling:
+        chunk = _ceil_div(sum(steps), programs)
+        return Tiling(block, step, tuple(_ceil_div(s, chunk) for s in steps), chunk * step, centres)
+
+    if route == "gram" and n <= SMALL:
+        small = split(min(CROWD * PROGRAMS // tiles, PROGRAMS), True)
+        if small.chunk // step * _ceil_div(n, block) <= BLOCKS:
+            return small
+    whole = Tiling(block, step, (), 0, False)
+    if PROGRAMS // tiles < 2:
+        return whole
+    usual = split(PROGRAMS // tiles, False)
+    return whole if usual.splits == (1,) else usual
+
+
+def launches(problem: Problem, route: Route) -> tuple[int, int]:
+    """Kernels that the Triton backend launches in a forward and in its backward; a mask's rows are counted in one."""
+    t = tiling(problem, route)
+    statistics = 0 if t.centres else 1 + (row_splits(problem.n) > 1) + problem.masked
+    moments = 1 + (len(t.splits) > 0)
+    sides = problem.x_grad + problem.y_grad
+    if route == "gram":
+        return statistics + moments, min(sides, 1)
+    norms = 1 + sides if problem.estimator == "unbiased" else 0
+    return statistics + norms + moments, sides
 
 
 def tile_count(problem: Problem, route: Route, block: int) -> int:
@@ -138,7 +179,9 @@ def _tile(problem: Problem, route: Route, backend: str) -> str:
         return "library products"
     t = tiling(problem, route)
     count = tile_count(problem, route, t.block)
-    return f"{count} tiles of {t.block} x {t.block}, inner step {t.step}, split {t.splits} ways"
+    split = f", split {' + '.join(map(str, t.splits))} ways" if t.splits else ""
+    launched = sum(launches(problem, route))
+    return f"{count} tiles of {t.block} x {t.block}, inner step {t.step}{split}, {launched} launches"
 
 
 def _floor(problem: Problem, flops: int, traffic: int, device_name: str) -> str:

@@ -3,7 +3,8 @@ r"""Column statistics of both sides: the mean, and a power of two that brings th
 One pass over the inputs. Sums are taken in fp64 (n p additions: 2 us of an H100's at 65536 x 1024) and the mean is kept
 as two fp32 numbers, ``x - mean = (x - high) - low``: exact to the spread of the features, not to the size of their
 mean, and exactly zero for a constant column. The extremes of a column bound its centred entries, whose largest sets the
-scale. The other kernels subtract and scale as they load: no centred copy exists.
+scale. The other kernels subtract and scale as they load: no centred copy exists. Up to `plan.SMALL` rows there is no
+pass of its own either: whoever multiplies a share of the features finds their statistics first (`share_stats`).
 """
 
 from __future__ import annotations
@@ -30,15 +31,21 @@ def centred_tile(
 
 
 @triton.jit
+def scale_of(peak):
+    """2^k with 1 <= 2^k peak < 2; finite for zero, Inf and NaN."""
+    exponent = (peak.to(tl.int32, bitcast=True) >> 23) - 127
+    exponent = tl.minimum(tl.maximum(exponent, -120), 120)
+    return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def power_of_two(peaks, count, WIDTH: tl.constexpr):
-    """2^k with 1 <= 2^k max(peaks) < 2; finite for zero, Inf and NaN."""
+    """The scale of the largest of ``count`` peaks."""
     peak = tl.zeros([WIDTH], tl.float32)
     for start in range(0, count, WIDTH):
         offsets = start + tl.arange(0, WIDTH)
         peak = tl.maximum(peak, tl.load(peaks + offsets, mask=offsets < count, other=0.0))
-    exponent = (tl.max(peak, 0).to(tl.int32, bitcast=True) >> 23) - 127
-    exponent = tl.minimum(tl.maximum(exponent, -120), 120)
-    return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    return scale_of(tl.max(peak, 0))
 
 
 @triton.jit
@@ -46,6 +53,19 @@ def row_count(count, n, MASKED: tl.constexpr):
     """The number of rows that count, in fp32."""
     if MASKED:
         return tl.load(count)
+    else:
+        return n.to(tl.float32)
+
+
+@triton.jit
+def count_rows(mask, n, MASKED: tl.constexpr, WIDTH: tl.constexpr):
+    """The same from the mask itself."""
+    if MASKED:
+        kept = tl.zeros([WIDTH], tl.float32)
+        for start in range(0, n, WIDTH):
+            rows = start + tl.arange(0, WIDTH)
+            kept += (tl.load(mask + rows, mask=rows < n, other=0) != 0).to(tl.float32)
+        return tl.sum(kept, 0)
     else:
         return n.to(tl.float32)
 
@@ -73,13 +93,29 @@ def _partial_stats(
 
 
 @triton.jit
-def _store_stats(mean, peaks, block, columns, d, total, low, high, count):
+def _store_stats(mean, columns, d, total, low, high, count):
+    """Stores the means and returns the largest centred entries, both by column."""
     exact = total / tl.maximum(count, 1.0).to(tl.float64)
     centre = exact.to(tl.float32)
     tl.store(mean + columns, centre, mask=columns < d)
     tl.store(mean + d + columns, (exact - centre.to(tl.float64)).to(tl.float32), mask=columns < d)
     spread = tl.maximum(high - centre, centre - low)  # -inf without any row
-    tl.store(peaks + block, tl.max(tl.where(columns < d, spread, 0.0), 0))
+    return tl.where(columns < d, spread, 0.0)
+
+
+@triton.jit
+def share_stats(
+    x, mask, mean, count, begin, end, n, d, stride_n, stride_d,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Stores the means of the columns begin..end for this program to read; returns the largest centred entry."""
+    peak = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        total, low, high = _partial_stats(x, mask, columns, 0, n, d, stride_n, stride_d, MASKED, BLOCK_N, BLOCK_D)
+        peak = tl.maximum(peak, _store_stats(mean, columns, d, total, low, high, count))
+    tl.debug_barrier()  # one thread stores a mean that others load
+    return tl.max(peak, 0)
 
 
 @triton.jit
@@ -98,7 +134,8 @@ def _column_stats(
         tl.store(partials + splits * d + offsets, low.to(tl.float64), mask=columns < d)
         tl.store(partials + 2 * splits * d + offsets, high.to(tl.float64), mask=columns < d)
     else:
-        _store_stats(mean, peaks, block, columns, d, total, low, high, row_count(count, n, MASKED))
+        spread = _store_stats(mean, columns, d, total, low, high, row_count(count, n, MASKED))
+        tl.store(peaks + block, tl.max(spread, 0))
 
 
 @triton.jit
@@ -116,13 +153,14 @@ def _finish_stats(
         total += tl.load(partials + offsets, mask=inside, other=0.0)
         low = tl.minimum(low, tl.load(partials + splits * d + offsets, mask=inside, other=0.0).to(tl.float32))
         high = tl.maximum(high, tl.load(partials + 2 * splits * d + offsets, mask=inside, other=0.0).to(tl.float32))
-    _store_stats(mean, peaks, block, columns, d, total, low, high, row_count(count, n, MASKED))
+    spread = _store_stats(mean, columns, d, total, low, high, row_count(count, n, MASKED))
+    tl.store(peaks + block, tl.max(spread, 0))
 
 
 @triton.jit
 def column_stats_kernel(
-    x, y, mask, mean_x, mean_y, peaks_x, peaks_y, partials_x, partials_y, count, counter,
-    n, p, q, stride_xn, stride_xp, stride_yn, stride_yq, blocks_x, splits,
+    x, y, mask, mean_x, mean_y, peaks, partials, count, counter,
+    stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, blocks_x, splits,
     MASKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks of x, then of y; row splits). Also clears the counter of the kernels that follow."""
@@ -131,24 +169,26 @@ def column_stats_kernel(
         tl.store(counter, 0)
     if block < blocks_x:
         _column_stats(
-            x, mask, mean_x, peaks_x, partials_x, count, block, split, splits, n, p, stride_xn, stride_xp,
+            x, mask, mean_x, peaks, partials, count, block, split, splits, n, p, stride_xn, stride_xp,
             MASKED, SPLIT, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         _column_stats(
-            y, mask, mean_y, peaks_y, partials_y, count, block - blocks_x, split, splits, n, q, stride_yn, stride_yq,
-            MASKED, SPLIT, BLOCK_N, BLOCK_D,
+            y, mask, mean_y, peaks + blocks_x, partials + 3 * splits * p, count, block - blocks_x, split, splits,
+            n, q, stride_yn, stride_yq, MASKED, SPLIT, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit
 def finish_stats_kernel(
-    mean_x, mean_y, peaks_x, peaks_y, partials_x, partials_y, count, n, p, q, blocks_x, splits,
+    mean_x, mean_y, peaks, partials, count, n, p, q, blocks_x, splits,
     MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks of x, then of y): adds the row splits in order."""
     block = tl.program_id(0)
     if block < blocks_x:
-        _finish_stats(mean_x, peaks_x, partials_x, count, block, splits, n, p, MASKED, BLOCK_D)
+        _finish_stats(mean_x, peaks, partials, count, block, splits, n, p, MASKED, BLOCK_D)
     else:
-        _finish_stats(mean_y, peaks_y, partials_y, count, block - blocks_x, splits, n, q, MASKED, BLOCK_D)
+        _finish_stats(
+            mean_y, peaks + blocks_x, partials + 3 * splits * p, count, block - blocks_x, splits, n, q, MASKED, BLOCK_D
+        )

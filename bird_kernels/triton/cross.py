@@ -14,8 +14,15 @@ import triton
 import triton.language as tl
 
 from .centre import centred_tile, power_of_two, row_count
-from .gram import share_of, store_symmetric, weighted_sum
-from .reduce import WIDTH, arrive, finish, upper_tile
+from .gram import store_symmetric, weighted_sum
+from .reduce import WIDTH, arrive, finish, store_norm_sums, upper_tile
+
+
+@triton.jit
+def _share_of(split, splits, d, STEP: tl.constexpr):
+    """Begin and end of the ``split``-th of ``splits`` parts of ``d``, in whole steps; the last may be empty."""
+    chunk = tl.cdiv(d, splits * STEP) * STEP
+    return split * chunk, tl.minimum((split + 1) * chunk, d)
 
 
 @triton.jit
@@ -34,36 +41,32 @@ def _squared_norms(
 
 @triton.jit
 def row_norms_kernel(
-    x, y, mean_x, mean_y, peaks_x, peaks_y, mask, norms, norm_slots,
-    n, p, q, stride_xn, stride_xp, stride_yn, stride_yq, n_peaks_x, n_peaks_y,
+    x, y, mask, mean_x, mean_y, peaks, norms, norm_slots,
+    stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, n_peaks_x, n_peaks_y,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks): kappa and lambda into norms [2, n], their five sums into norm_slots [5, programs]."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
-    scale_x = power_of_two(peaks_x, n_peaks_x, WIDTH)
-    scale_y = power_of_two(peaks_y, n_peaks_y, WIDTH)
+    scale_x = power_of_two(peaks, n_peaks_x, WIDTH)
+    scale_y = power_of_two(peaks + n_peaks_x, n_peaks_y, WIDTH)
     kappa = _squared_norms(x, mean_x, scale_x, mask, rows, n, p, stride_xn, stride_xp, MASKED, BLOCK_N, BLOCK_D)
     lam = _squared_norms(y, mean_y, scale_y, mask, rows, n, q, stride_yn, stride_yq, MASKED, BLOCK_N, BLOCK_D)
     tl.store(norms + rows, kappa, mask=rows < n)
     tl.store(norms + n + rows, lam, mask=rows < n)
-    tl.store(norm_slots + 0 * programs + program, tl.sum(kappa * lam, 0).to(tl.float64))
-    tl.store(norm_slots + 1 * programs + program, tl.sum(kappa * kappa, 0).to(tl.float64))
-    tl.store(norm_slots + 2 * programs + program, tl.sum(lam * lam, 0).to(tl.float64))
-    tl.store(norm_slots + 3 * programs + program, tl.sum(kappa, 0).to(tl.float64))
-    tl.store(norm_slots + 4 * programs + program, tl.sum(lam, 0).to(tl.float64))
+    store_norm_sums(norm_slots, program, programs, kappa, lam)
 
 
 @triton.jit
 def column_sums_kernel(
-    x, mean, peaks, mask, norms, sums, n, d, stride_n, stride_d, n_peaks, splits,
+    x, mask, mean, peaks, norms, stride_n, stride_d, n, d, first_peak, n_peaks, splits,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks, row splits): X^T kappa and X^T lambda by parts into sums [splits, 2, d]."""
+    """Grid (column blocks, row splits): X^T kappa and X^T lambda by parts, [splits, 2, d], behind the mean."""
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
-    scale = power_of_two(peaks, n_peaks, WIDTH)
-    begin, end = share_of(split, splits, n, BLOCK_N)
+    scale = power_of_two(peaks + first_peak, n_peaks, WIDTH)
+    begin, end = _share_of(split, splits, n, BLOCK_N)
     kappa_sum = tl.zeros([BLOCK_D], tl.float32)
     lam_sum = tl.zeros([BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_N):
@@ -73,8 +76,8 @@ def column_sums_kernel(
         lam = tl.load(norms + n + rows, mask=rows < n, other=0.0)
         kappa_sum += tl.sum(tile * kappa[:, None], 0)
         lam_sum += tl.sum(tile * lam[:, None], 0)
-    tl.store(sums + split * 2 * d + columns, kappa_sum, mask=columns < d)
-    tl.store(sums + (split * 2 + 1) * d + columns, lam_sum, mask=columns < d)
+    tl.store(mean + (2 + split * 2) * d + columns, kappa_sum, mask=columns < d)
+    tl.store(mean + (3 + split * 2) * d + columns, lam_sum, mask=columns < d)
 
 
 @triton.jit
@@ -134,9 +137,8 @@ def _cross_epilogue(
 
 @triton.jit
 def cross_moments_kernel(
-    x, y, mean_x, mean_y, peaks_x, peaks_y, mask, count, a, b, c, partials, slots, norm_slots, counter, value,
-    coefficients, n, p, q, stride_xn, stride_xp, stride_yn, stride_yq, n_peaks_x, n_peaks_y, tiles_p, tiles_q,
-    norm_programs, splits,
+    x, y, mask, mean_x, mean_y, peaks, count, a, b, c, partials, slots, norm_slots, counter, value, coefficients,
+    stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, n_peaks_x, n_peaks_y, tiles_p, tiles_q, norm_programs, splits,
     MASKED: tl.constexpr, SPLIT: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, STORE_B: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -144,9 +146,9 @@ def cross_moments_kernel(
     program, split = tl.program_id(0), tl.program_id(1)
     programs = tl.num_programs(0)
     kind, row_tile, column_tile = _place(program, tiles_p, tiles_q)
-    scale_x = power_of_two(peaks_x, n_peaks_x, WIDTH)
-    scale_y = power_of_two(peaks_y, n_peaks_y, WIDTH)
-    begin, end = share_of(split, splits, n, STEP)
+    scale_x = power_of_two(peaks, n_peaks_x, WIDTH)
+    scale_y = power_of_two(peaks + n_peaks_x, n_peaks_y, WIDTH)
+    begin, end = _share_of(split, splits, n, STEP)
     # Three calls and not one with chosen pointers: each keeps what is known of its strides' alignment.
     if kind == 0:
         tile = _cross_tile(
@@ -181,7 +183,7 @@ def cross_moments_kernel(
 
 @triton.jit
 def cross_reduce_kernel(
-    peaks_x, peaks_y, count, a, b, c, partials, slots, norm_slots, counter, value, coefficients,
+    peaks, count, a, b, c, partials, slots, norm_slots, counter, value, coefficients,
     n, p, q, n_peaks_x, n_peaks_y, tiles_p, tiles_q, norm_programs, splits,
     MASKED: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, STORE_B: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -202,8 +204,8 @@ def cross_reduce_kernel(
         STORE_B,
     )  # fmt: skip
     if arrive(counter, programs):
-        scale_x = power_of_two(peaks_x, n_peaks_x, WIDTH)
-        scale_y = power_of_two(peaks_y, n_peaks_y, WIDTH)
+        scale_x = power_of_two(peaks, n_peaks_x, WIDTH)
+        scale_y = power_of_two(peaks + n_peaks_x, n_peaks_y, WIDTH)
         finish(
             slots, programs, norm_slots, norm_programs, value, coefficients, row_count(count, n, MASKED),
             scale_x, scale_y, STATISTIC, UNBIASED, True,
@@ -212,8 +214,8 @@ def cross_reduce_kernel(
 
 @triton.jit
 def cross_backward_kernel(
-    own, other, mean_own, mean_other, mask, own_product, cross, norms, sums, coefficients, grad, d_x,
-    n, p, q, stride_on, stride_od, stride_tn, stride_td, stride_cq, stride_cp, splits,
+    own, other, mask, mean_own, mean_other, own_product, cross, norms, coefficients, grad, d_x,
+    stride_on, stride_od, stride_tn, stride_td, n, p, q, stride_cq, stride_cp, splits,
     SIDE: tl.constexpr, MASKED: tl.constexpr, UNBIASED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -267,7 +269,7 @@ def cross_backward_kernel(
         )
         column = tl.zeros([BLOCK], tl.float32)
         for split in range(0, splits):
-            base = sums + split * 2 * p + features
+            base = mean_own + (2 + split * 2) * p + features
             kappa_sum = tl.load(base + SIDE * p, mask=features < p, other=0.0)
             lam_sum = tl.load(base + (1 - SIDE) * p, mask=features < p, other=0.0)
             column += lam_sum * inner_cross + kappa_sum * inner_own

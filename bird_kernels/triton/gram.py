@@ -1,7 +1,8 @@
 r"""The Gram route: K = X X^T and L = Y Y^T by upper tiles, their moments, and dX = (a L + b K) X in one launch.
 
 A program owns one tile of both K and L, so <K,L> never leaves its registers. Where tiles are few the features are split
-over programs; their partial tiles meet in a second kernel, in a fixed order.
+over programs; their partial tiles meet in a second kernel, in a fixed order. Up to `plan.SMALL` rows these programs
+centre their features themselves, and the whole forward is two launches.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .centre import centred_tile, power_of_two, row_count
-from .reduce import WIDTH, arrive, finish, upper_tile
+from .centre import centred_tile, count_rows, power_of_two, row_count, scale_of, share_stats
+from .reduce import WIDTH, arrive, finish, store_norm_sums, upper_tile
+
+UNROLL = tl.constexpr(8)  # parts of a tile that are under way at once
 
 
 @triton.jit
@@ -27,13 +30,6 @@ def _gram_tile(
         dtype = x.dtype.element_ty
         tile = tl.dot(left.to(dtype), tl.trans(right.to(dtype)), tile, input_precision=PRECISION)
     return tile
-
-
-@triton.jit
-def share_of(split, splits, d, STEP: tl.constexpr):
-    """Begin and end of the ``split``-th of ``splits`` parts of ``d``, in whole steps; the last may be empty."""
-    chunk = tl.cdiv(d, splits * STEP) * STEP
-    return split * chunk, tl.minimum((split + 1) * chunk, d)
 
 
 @triton.jit
@@ -54,10 +50,10 @@ def weighted_sum(a, b, weight):
 
 @triton.jit
 def _gram_epilogue(
-    k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, norm_slots, program, programs, n,
+    k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, program, programs, n,
     UNBIASED: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile of K and L, both halves, and its share of the moments."""
+    """Stores a tile of K and L, both halves, and its share of the moments into slots [3 or, unbiased, 8, programs]."""
     if UNBIASED:
         diagonal = rows[:, None] == columns[None, :]
         kappa = tl.sum(tl.where(diagonal, k_tile, 0.0), 1)
@@ -67,11 +63,7 @@ def _gram_epilogue(
         if row_tile == column_tile:
             tl.store(norms + rows, kappa, mask=rows < n)
             tl.store(norms + n + rows, lam, mask=rows < n)
-        tl.store(norm_slots + 0 * programs + program, tl.sum(kappa * lam, 0).to(tl.float64))
-        tl.store(norm_slots + 1 * programs + program, tl.sum(kappa * kappa, 0).to(tl.float64))
-        tl.store(norm_slots + 2 * programs + program, tl.sum(lam * lam, 0).to(tl.float64))
-        tl.store(norm_slots + 3 * programs + program, tl.sum(kappa, 0).to(tl.float64))
-        tl.store(norm_slots + 4 * programs + program, tl.sum(lam, 0).to(tl.float64))
+        store_norm_sums(slots + 3 * programs, program, programs, kappa, lam)
     store_symmetric(k, k_tile, rows, columns, n, row_tile, column_tile)
     store_symmetric(l, l_tile, rows, columns, n, row_tile, column_tile)
     weight = tl.where(row_tile == column_tile, 1.0, 2.0).to(tl.float64)
@@ -82,93 +74,174 @@ def _gram_epilogue(
 
 @triton.jit
 def gram_moments_kernel(
-    x, y, mean_x, mean_y, peaks_x, peaks_y, mask, count, k, l, norms, partials, slots, norm_slots, counter, value,
-    coefficients, n, p, q, stride_xn, stride_xp, stride_yn, stride_yq, n_peaks_x, n_peaks_y, tiles, splits,
-    MASKED: tl.constexpr, SPLIT: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    x, y, mask, mean_x, mean_y, peaks, count, k, l, norms, slots, counter, value, coefficients,
+    stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, tiles, n_peaks_x, n_peaks_y,
+    MASKED: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (upper tiles, feature splits)."""
-    program, split = tl.program_id(0), tl.program_id(1)
-    programs = tl.num_programs(0)
+    """Grid (upper tiles): a tile of K and of L, whole."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
     row_tile, column_tile = upper_tile(program, tiles)
     rows = row_tile * BLOCK + tl.arange(0, BLOCK)
     columns = column_tile * BLOCK + tl.arange(0, BLOCK)
-    scale_x = power_of_two(peaks_x, n_peaks_x, WIDTH)
-    scale_y = power_of_two(peaks_y, n_peaks_y, WIDTH)
-
-    begin, end = share_of(split, splits, p, STEP)
+    scale_x = power_of_two(peaks, n_peaks_x, WIDTH)
+    scale_y = power_of_two(peaks + n_peaks_x, n_peaks_y, WIDTH)
     k_tile = _gram_tile(
-        x, mean_x, scale_x, mask, rows, columns, begin, end, n, p, stride_xn, stride_xp, MASKED, PRECISION, BLOCK, STEP
+        x, mean_x, scale_x, mask, rows, columns, 0, p, n, p, stride_xn, stride_xp, MASKED, PRECISION, BLOCK, STEP
     )
-    begin, end = share_of(split, splits, q, STEP)
     l_tile = _gram_tile(
-        y, mean_y, scale_y, mask, rows, columns, begin, end, n, q, stride_yn, stride_yq, MASKED, PRECISION, BLOCK, STEP
+        y, mean_y, scale_y, mask, rows, columns, 0, q, n, q, stride_yn, stride_yq, MASKED, PRECISION, BLOCK, STEP
     )
-    if SPLIT:
-        inner = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        base = partials + (split * programs + program).to(tl.int64) * (2 * BLOCK * BLOCK)
-        tl.store(base + inner, k_tile)
-        tl.store(base + BLOCK * BLOCK + inner, l_tile)
-    else:
-        _gram_epilogue(
-            k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, norm_slots, program, programs, n,
-            UNBIASED,
+    _gram_epilogue(
+        k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, program, programs, n, UNBIASED
+    )
+    if arrive(counter, programs):
+        finish(
+            slots, programs, slots + 3 * programs, programs, value, coefficients, row_count(count, n, MASKED), scale_x,
+            scale_y, STATISTIC, UNBIASED, False,
         )  # fmt: skip
-        if arrive(counter, programs):
-            finish(
-                slots, programs, norm_slots, programs, value, coefficients, row_count(count, n, MASKED), scale_x,
-                scale_y, STATISTIC, UNBIASED, False,
-            )  # fmt: skip
+
+
+@triton.jit
+def _partial_tile(
+    x, mask, mean, peaks, n_peaks, kept, split, chunk, rows, columns, n, d, stride_n, stride_d,
+    MASKED: tl.constexpr, CENTRES: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The ``split``-th ``chunk`` of features' part of a tile; if it CENTRES, in the scale of ``peaks[split]``."""
+    begin = split * chunk
+    end = tl.minimum(begin + chunk, d)
+    if CENTRES:
+        # Every tile's program finds, and stores, the same means and the same peak.
+        peak = share_stats(x, mask, mean, kept, begin, end, n, d, stride_n, stride_d, MASKED, BLOCK, STEP)
+        tl.store(peaks + split, peak)
+        scale = scale_of(peak)
+    else:
+        scale = power_of_two(peaks, n_peaks, WIDTH)
+    return _gram_tile(
+        x, mean, scale, mask, rows, columns, begin, end, n, d, stride_n, stride_d, MASKED, PRECISION, BLOCK, STEP
+    )
+
+
+@triton.jit
+def gram_partials_kernel(
+    x, y, mask, mean_x, mean_y, peaks, count, partials, counter,
+    stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, tiles, splits_x, chunk, n_peaks_x, n_peaks_y,
+    MASKED: tl.constexpr, CENTRES: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Grid (upper tiles, splits of x, then of y): a part of a tile of K or of L into partials [splits, tiles, tile].
+
+    If it CENTRES, no kernel ran before: it also counts the rows of the mask and clears the counter of the next one.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row_tile, column_tile = upper_tile(tile, tiles)
+    rows = row_tile * BLOCK + tl.arange(0, BLOCK)
+    columns = column_tile * BLOCK + tl.arange(0, BLOCK)
+    kept = 0.0
+    if CENTRES:
+        kept = count_rows(mask, n, MASKED, WIDTH)
+        if (tile == 0) & (split == 0):
+            tl.store(counter, 0)
+            if MASKED:
+                tl.store(count, kept)
+    if split < splits_x:
+        part = _partial_tile(
+            x, mask, mean_x, peaks, n_peaks_x, kept, split, chunk, rows, columns, n, p, stride_xn, stride_xp,
+            MASKED, CENTRES, PRECISION, BLOCK, STEP,
+        )  # fmt: skip
+    else:
+        part = _partial_tile(
+            y, mask, mean_y, peaks + n_peaks_x, n_peaks_y, kept, split - splits_x, chunk, rows, columns, n, q,
+            stride_yn, stride_yq, MASKED, CENTRES, PRECISION, BLOCK, STEP,
+        )  # fmt: skip
+    inner = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(partials + (split * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK * BLOCK) + inner, part)
+
+
+@triton.jit
+def _sum_parts(
+    partials, peaks, scale, begin, end, tile, tiles, inner,
+    CENTRES: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The parts begin..end of a strip of a tile, added in order and in one scale."""
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for split in tl.range(begin, end, loop_unroll_factor=UNROLL):
+        part = tl.load(partials + (split * tiles + tile).to(tl.int64) * (BLOCK * BLOCK) + inner)
+        if CENTRES:
+            ratio = scale / scale_of(tl.load(peaks + split))  # a power of two, 1 at the most: nothing is rounded
+            part *= ratio * ratio
+        total += part
+    return total
 
 
 @triton.jit
 def gram_reduce_kernel(
-    peaks_x, peaks_y, count, k, l, norms, partials, slots, norm_slots, counter, value, coefficients,
-    n, n_peaks_x, n_peaks_y, tiles, upper_tiles, splits,
-    MASKED: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    peaks, count, partials, k, l, norms, slots, counter, value, coefficients,
+    n, tiles, splits_x, splits_y, n_peaks_x, n_peaks_y,
+    MASKED: tl.constexpr, CENTRES: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (upper tiles, BLOCK / ROWS): adds the feature splits of ROWS rows of a tile in order."""
+    """Grid (upper tiles, BLOCK / ROWS): adds the parts of ROWS rows of a tile of K and of L."""
     tile, strip = tl.program_id(0), tl.program_id(1)
-    strips = tl.num_programs(1)
-    program, programs = tile * strips + strip, tl.num_programs(0) * strips
+    upper, strips = tl.num_programs(0), tl.num_programs(1)
+    program, programs = tile * strips + strip, upper * strips
     row_tile, column_tile = upper_tile(tile, tiles)
     local = strip * ROWS + tl.arange(0, ROWS)
     inner = local[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    k_tile = tl.zeros([ROWS, BLOCK], tl.float32)
-    l_tile = tl.zeros([ROWS, BLOCK], tl.float32)
-    for split in range(0, splits):
-        base = partials + (split * upper_tiles + tile).to(tl.int64) * (2 * BLOCK * BLOCK)
-        k_tile += tl.load(base + inner)
-        l_tile += tl.load(base + BLOCK * BLOCK + inner)
+    scale_x = power_of_two(peaks, n_peaks_x, WIDTH)
+    scale_y = power_of_two(peaks + n_peaks_x, n_peaks_y, WIDTH)
+    splits = splits_x + splits_y
+    k_tile = _sum_parts(partials, peaks, scale_x, 0, splits_x, tile, upper, inner, CENTRES, BLOCK, ROWS)
+    l_tile = _sum_parts(partials, peaks, scale_y, splits_x, splits, tile, upper, inner, CENTRES, BLOCK, ROWS)
     rows = row_tile * BLOCK + local
     columns = column_tile * BLOCK + tl.arange(0, BLOCK)
     _gram_epilogue(
-        k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, norm_slots, program, programs, n,
-        UNBIASED,
-    )  # fmt: skip
+        k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, program, programs, n, UNBIASED
+    )
     if arrive(counter, programs):
-        scale_x = power_of_two(peaks_x, n_peaks_x, WIDTH)
-        scale_y = power_of_two(peaks_y, n_peaks_y, WIDTH)
         finish(
-            slots, programs, norm_slots, programs, value, coefficients, row_count(count, n, MASKED), scale_x, scale_y,
-            STATISTIC, UNBIASED, False,
+            slots, programs, slots + 3 * programs, programs, value, coefficients, row_count(count, n, MASKED), scale_x,
+            scale_y, STATISTIC, UNBIASED, False,
         )  # fmt: skip
 
 
 @triton.jit
 def gram_backward_kernel(
-    x, mean, mask, own, other, norms, coefficients, grad, dx, n, p, stride_n, stride_d,
+    x, y, mask, mean_x, mean_y, k, l, norms, coefficients, grad, dx, dy,
+    stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, blocks_x,
+    X_GRAD: tl.constexpr, Y_GRAD: tl.constexpr, MASKED: tl.constexpr, UNBIASED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles; feature tiles of dX [n, p], then of dY [n, q], of those that are wanted)."""
+    block = tl.program_id(1)
+    # A constant of the compiler and a number of the program: one after the other.
+    if X_GRAD:  # noqa: SIM102
+        if block < blocks_x:
+            _gram_backward(
+                x, mean_x, mask, k, l, norms, coefficients, grad, dx, block, n, p, stride_xn, stride_xp,
+                0, MASKED, UNBIASED, PRECISION, BLOCK, STEP,
+            )  # fmt: skip
+    if Y_GRAD:  # noqa: SIM102
+        if block >= blocks_x:
+            _gram_backward(
+                y, mean_y, mask, l, k, norms, coefficients, grad, dy, block - blocks_x, n, q, stride_yn, stride_yq,
+                1, MASKED, UNBIASED, PRECISION, BLOCK, STEP,
+            )  # fmt: skip
+
+
+@triton.jit
+def _gram_backward(
+    x, mean, mask, own, other, norms, coefficients, grad, dx, block, n, p, stride_n, stride_d,
     SIDE: tl.constexpr, MASKED: tl.constexpr, UNBIASED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, feature tiles) of dX [n, p] (SIDE 0) or dY (SIDE 1, all roles exchanged).
+    """A tile of dX [n, p] (SIDE 0) or dY (SIDE 1, all roles exchanged).
 
     M = a L + b K is formed in fp32, where it cancels as CKA -> 1, and brought to the size of sqrt(n) L/|L| before it is
     rounded: its entries lie below fp16's normal range at n = 128 already. The unbiased estimator's diagonal and the
     centring of the columns go into M as well.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    features = block * BLOCK + tl.arange(0, BLOCK)
     dtype = x.dtype.element_ty
     d_cross = 2.0 * tl.load(coefficients + 0)
     d_own = 4.0 * tl.load(coefficients + 1 + SIDE)

@@ -66,6 +66,16 @@ def sum_slots(slots, index, count):
 
 
 @triton.jit
+def store_norm_sums(slots, program, programs, kappa, lam):
+    """This program's share of <kappa,lambda>, <kappa,kappa>, <lambda,lambda>, sum(kappa), sum(lambda)."""
+    tl.store(slots + 0 * programs + program, tl.sum(kappa * lam, 0).to(tl.float64))
+    tl.store(slots + 1 * programs + program, tl.sum(kappa * kappa, 0).to(tl.float64))
+    tl.store(slots + 2 * programs + program, tl.sum(lam * lam, 0).to(tl.float64))
+    tl.store(slots + 3 * programs + program, tl.sum(kappa, 0).to(tl.float64))
+    tl.store(slots + 4 * programs + program, tl.sum(lam, 0).to(tl.float64))
+
+
+@triton.jit
 def arrive(counter, programs):
     """True in the one program that comes last, after which every other program's stores are visible."""
     tl.debug_barrier()  # all threads of this program have stored before one of them counts it in

@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from bird_kernels import triton as backend
+from bird_kernels.triton import launch
 from bird_kernels.types import Problem
 
 POINTERS = {
@@ -38,15 +39,23 @@ DTYPES = [
     (torch.bfloat16, None),
     (torch.float16, None),
 ]
-# n, p, q: split over the inner dimension or not, on each route; aligned widths, as in use.
-SHAPES = [("gram", 128, 512, 1280), ("gram", 2048, 2048, 2048), ("cross", 4096, 64, 128), ("cross", 4096, 1024, 1024)]
+# n, p, q: split over the inner dimension or not, on each route, and centred by those who multiply (gram, 128); which
+# sides need gradients; aligned widths, as in use.
+SHAPES = [
+    ("gram", 128, 512, 1280, (True, False)),
+    ("gram", 128, 512, 1280, (True, True)),
+    ("gram", 640, 512, 1024, (True, False)),
+    ("gram", 2048, 2048, 2048, (False, True)),
+    ("cross", 4096, 64, 128, (True, True)),
+    ("cross", 4096, 1024, 1024, (True, True)),
+]
 
 
 Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
 
 
 def launches(dtype: torch.dtype, precision: str | None, estimator: str, masked: bool) -> list[Launch]:
-    """Everything that forward and backward of both sides launch."""
+    """Everything that forward and backward launch."""
     caught = []
 
     def catch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:
@@ -54,8 +63,8 @@ def launches(dtype: torch.dtype, precision: str | None, estimator: str, masked: 
 
     original, JITFunction.run = JITFunction.run, catch
     try:
-        for route, n, p, q in SHAPES:
-            problem = Problem(n, p, q, dtype, torch.device("cpu"), "cka_loss", estimator, precision, masked, True, True)
+        for route, n, p, q, sides in SHAPES:
+            problem = Problem(n, p, q, dtype, torch.device("cpu"), "cka_loss", estimator, precision, masked, *sides)
             x, y = torch.empty(n, p, dtype=dtype), torch.empty(n, q, dtype=dtype)
             mask = torch.ones(n, dtype=torch.bool) if masked else None
             value, stash = backend.forward(x, y, mask, problem, route)
@@ -107,7 +116,7 @@ def resources(compiled: Any) -> dict[str, int]:
 
 def report(capability: int) -> list[dict[str, Any]]:
     """One row for every variant of every kernel."""
-    backend.capability = lambda device: divmod(capability, 10)  # the launchers choose warps by it
+    launch.capability = lambda device: divmod(capability, 10)  # the launchers choose warps by it
     rows: dict[str, dict[str, Any]] = {}
     for (dtype, precision), estimator, masked in itertools.product(DTYPES, ("biased", "unbiased"), (False, True)):
         if masked and (dtype, estimator) != (torch.bfloat16, "unbiased"):

@@ -12,7 +12,10 @@ import pytest
 
 # Shared memory a block may use, KB: 99 on the consumer cards of the sm_80 family (163 on an A100), 227 from sm_90 on.
 SHARED = {80: 99, 90: 227, 100: 227}
-PRODUCTS = {"gram_moments_kernel", "gram_backward_kernel", "cross_moments_kernel", "cross_backward_kernel"}
+PRODUCTS = {
+    "gram_moments_kernel", "gram_partials_kernel", "gram_backward_kernel", "cross_moments_kernel",
+    "cross_backward_kernel",
+}  # fmt: skip
 KERNELS = PRODUCTS | {
     "column_stats_kernel", "finish_stats_kernel", "gram_reduce_kernel", "cross_reduce_kernel", "row_norms_kernel",
     "column_sums_kernel",
