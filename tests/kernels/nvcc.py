@@ -25,7 +25,7 @@ def version() -> str:
 
 
 def report(capability: int, folder: Path) -> list[dict[str, Any]]:
-    """One row for every variant of every kernel; ``exact`` are products on the ordinary cores."""
+    """One row for every variant of every kernel; ieee products run on the ordinary cores."""
     cubin = folder / f"sm_{capability}.cubin"
     include = Path(torch.__file__).parent / "include"
     command = ["nvcc", "-std=c++20", "-O3", f"-I{include}", f"-arch=sm_{capability}", "-cubin", "-o", cubin]
@@ -50,7 +50,7 @@ def report(capability: int, folder: Path) -> list[dict[str, Any]]:
                 "kernel": kernel,
                 "dtype": "any" if kernel == "reduce_grams" else dtype,
                 "tile": next((int(size) for size in re.findall(r"Li(\d+)E", name)), 64),
-                "exact": "Lb1E" in name,
+                "precision": "" if kernel == "reduce_grams" else "ieee" if "Lb1E" in name else "tf32",
                 "registers": int(registers),
                 "spilled": int(stack) + int(local),
                 "shared": int(shared) + DYNAMIC[kernel],

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+import triton
+
+from tests.kernels import resources
 
 # Shared memory a block may use, KB: 99 on the consumer cards of the sm_80 family (163 on an A100), 227 from sm_90 on.
 SHARED = {80: 99, 90: 227, 100: 227}
@@ -23,13 +20,8 @@ KERNELS = PRODUCTS | {
 
 
 @pytest.mark.parametrize("capability", SHARED)
-def test_compiled_kernels(capability):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    program = [sys.executable, "-W", "ignore", Path(__file__).with_name("aot.py"), str(capability)]
-    run = subprocess.run(program, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    rows = json.loads(run.stdout)
+def test_compiled_kernels(capability: int) -> None:
+    rows = resources.triton_report(capability)
 
     assert {row["kernel"] for row in rows} == KERNELS
     assert [row for row in rows if row["spilled"]] == []
@@ -40,3 +32,5 @@ def test_compiled_kernels(capability):
     for row in products:
         on_matrix_units = not (row["dtype"] == "float32" and row["constants"]["PRECISION"] == "ieee")
         assert (row["matrix"] > 0) == on_matrix_units, row
+    summary = resources.summary("triton", triton.__version__, capability, map(resources.with_precision, rows))
+    assert resources.differences(summary) == []

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-SHARED = 99  # KB that a block may use on the consumer cards of the sm_80 family, the least of all
-CAPABILITIES = (80, 90, 100)
+from tests.kernels import resources
+from tests.kernels.resources import CAPABILITIES
 
+SHARED = 99  # KB that a block may use on the consumer cards of the sm_80 family, the least of all
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
@@ -21,19 +22,19 @@ def test_compiled_kernels(capability: int, tmp_path: Path) -> None:
     from tests.kernels import nvcc
 
     rows = nvcc.report(capability, tmp_path)
-    variants = {(row["kernel"], row["dtype"], row["tile"], row["exact"]) for row in rows}
-    kinds = [("float32", True), ("float32", False), ("float16", False), ("bfloat16", False)]
-    wanted = {("partial_grams", dtype, tile, exact) for dtype, exact in kinds for tile in (64, 128)}
-    wanted |= {("gradient", dtype, 64, exact) for dtype, exact in kinds}
-    wanted |= {("reduce_grams", "any", tile, False) for tile in (64, 128)}
+    variants = {(row["kernel"], row["dtype"], row["tile"], row["precision"]) for row in rows}
+    kinds = [("float32", "ieee"), ("float32", "tf32"), ("float16", "tf32"), ("bfloat16", "tf32")]
+    wanted = {("partial_grams", dtype, tile, precision) for dtype, precision in kinds for tile in (64, 128)}
+    wanted |= {("gradient", dtype, 64, precision) for dtype, precision in kinds}
+    wanted |= {("reduce_grams", "any", tile, "") for tile in (64, 128)}
     assert variants == wanted
     assert len(rows) == len(wanted)
     assert [row for row in rows if row["spilled"]] == []
     assert [row for row in rows if row["shared"] > SHARED * 1024] == []
     assert [row for row in rows if row["registers"] > 128] == []  # two blocks on a multiprocessor
     for row in rows:
-        on_matrix_units = row["kernel"] != "reduce_grams" and not row["exact"]
-        assert (row["matrix"] > 0) == on_matrix_units, row
+        assert (row["matrix"] > 0) == (row["precision"] == "tf32"), row
+    assert resources.differences(resources.summary("native", nvcc.version(), capability, rows)) == []
 
 
 @needs_nvcc
