@@ -1,0 +1,126 @@
+"""What is the native part's own: its copy of the closed form, its limits, and the plan of its launches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from bird_kernels import backends
+from bird_kernels.estimators import MIN_ROWS, Coefficients, combine, linear_moments
+from bird_kernels.plan import FEW_ROWS
+from bird_kernels.testing import evaluate, features, operator, truth
+from bird_kernels.types import Problem
+
+native = pytest.importorskip("bird_kernels._native", reason="the native part is not built")
+N, P, Q = 9, 5, 7
+
+
+def by_hand(k: Tensor, l: Tensor, n: float, statistic: str, estimator: str) -> list[float]:
+    """Value and coefficients from Gram matrices by `estimators.combine`, on Python floats."""
+    k, l = k.double(), l.double()
+    kappa, lam = k.diagonal(), l.diagonal()
+    norms = None
+    if estimator == "unbiased":
+        norms = tuple(t.item() for t in (kappa @ lam, kappa @ kappa, lam @ lam, kappa.sum(), lam.sum()))
+        k, l = k - kappa.diag(), l - lam.diag()
+    products = tuple((a * b).sum().item() for a, b in ((k, l), (k, k), (l, l)))
+    result = combine(linear_moments(products, norms), n, statistic, estimator, torch.finfo(torch.float32).eps)
+    sums = norms[3:] if norms else (0.0, 0.0)
+    return [
+        result.value,
+        result.d_kl,
+        result.d_kk,
+        result.d_ll,
+        *products,
+        *sums,
+        1.0,
+        1.0,
+        max(n, MIN_ROWS[estimator]),
+    ]
+
+
+@pytest.mark.parametrize("statistic", ["cka_loss", "cka", "hsic"])
+@pytest.mark.parametrize("kind", ["plain", "masked", "constant student", "constant teacher", "too few rows", "nan"])
+def test_closed_form_is_python_s(kind: str, statistic: str, estimator: str, device: torch.device) -> None:
+    x, y = features(N, P, Q, device=device)
+    mask = None
+    if kind == "masked":
+        mask = torch.arange(N, device=device) % 3 != 1
+    elif kind == "too few rows":
+        mask = torch.arange(N, device=device) < MIN_ROWS[estimator] - 1
+    elif kind == "nan":
+        x[3, 1] = math.nan
+    elif kind != "plain":
+        (x if kind == "constant student" else y).fill_(3.7)
+    number = ["cka_loss", "cka", "hsic"].index(statistic)
+    value, coefficients, k, l = native.forward(x, y, mask, number, estimator == "unbiased", True)
+    count = float(N if mask is None else mask.sum())
+    expected = by_hand(k, l, count, statistic, estimator)
+    found = [value.item(), *coefficients.tolist()]
+    names = ["value", *Coefficients._fields]
+    for name, ours, theirs in zip(names, found, expected, strict=True):
+        # The value is rounded to fp32, and sums in another order differ in the last places of fp64.
+        tolerance = 1e-7 if name == "value" else 1e-13
+        same = math.isnan(ours) and math.isnan(theirs)
+        assert same or ours == pytest.approx(theirs, rel=tolerance, abs=tolerance), name
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("n", [FEW_ROWS - 1, FEW_ROWS])
+def test_the_most_rows(n: int, device: torch.device) -> None:
+    x, y = features(n, 70, 9, device=device)
+    found, true = evaluate(operator("gram", "native"), x, y), truth(x, y)
+    torch.testing.assert_close(found.dx.double(), true.dx, rtol=0, atol=1e-5 * true.dx.abs().max().item())
+
+
+def test_more_rows_are_refused_not_computed(device: torch.device) -> None:
+    """By the operator too, which nothing checks before."""
+    x = torch.zeros(FEW_ROWS + 1, 2, device=device)
+    problem = Problem(FEW_ROWS + 1, 2, 2, torch.float32, device)
+    with pytest.raises(ValueError, match="at most 512 rows, got 513"):
+        backends.load("native").forward(x, x, None, problem, "gram")
+
+
+def test_other_dtypes_are_refused(device: torch.device) -> None:
+    x = torch.zeros(8, 2, dtype=torch.float64, device=device)
+    with pytest.raises(TypeError, match="no kernels for Double"):
+        native.forward(x, x, None, 0, False, True)
+
+
+@pytest.mark.parametrize("shape", [(9, 300, 33), (70, 40, 500), (3, 1, 2)], ids=str)
+def test_any_strides(shape: tuple[int, int, int], device: torch.device) -> None:
+    """Transposed, sliced and expanded inputs are read where they lie; gradients are dense."""
+    n, p, q = shape
+    x, y = features(n, p, q, device=device)
+    plain = evaluate(operator("gram", "native"), x, y)
+    wide = torch.full((n, 3 * q + 1), math.nan, device=device)
+    wide[:, 1::3] = y
+    strided = evaluate(operator("gram", "native"), x.T.contiguous().T, wide[:, 1::3])
+    torch.testing.assert_close(strided, plain, rtol=0, atol=0)
+    assert strided.dx.is_contiguous()
+
+
+def test_graph_outlives_its_inputs(device: torch.device) -> None:
+    """The extension keeps what its backward reads, and lets go of it afterwards."""
+    x, y = features(N, P, Q, device=device)
+    leaf = x.clone().requires_grad_()
+    value = operator("gram", "native")(leaf * 1.0, y.clone())
+    junk = [torch.full_like(t, math.nan) for t in (x, y) for _ in range(4)]
+    value.backward()
+    torch.testing.assert_close(leaf.grad, evaluate(operator("gram", "native"), x, y, "x").dx, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+    assert len(junk) == 8
+
+
+def test_changed_inputs_are_noticed(device: torch.device) -> None:
+    x, y = features(N, P, Q, device=device)
+    leaf = x.clone().requires_grad_()
+    inner = leaf * 1.0
+    value = operator("gram", "native")(inner, y)
+    inner.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
