@@ -175,6 +175,8 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
 
 
 def _tile(problem: Problem, route: Route, backend: str) -> str:
+    if backend == "native":
+        return f"all rows of 32 features in shared memory at a time, {2 + (problem.x_grad or problem.y_grad)} launches"
     if backend != "triton":
         return "library products"
     t = tiling(problem, route)
