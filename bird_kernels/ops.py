@@ -9,7 +9,7 @@ host time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, get_args
 
@@ -156,7 +156,7 @@ def _native() -> Any:
             get_args(Statistic)[statistic], "unbiased" if unbiased else "biased", "gram", "native",
             "ieee" if exact else "tf32", x_grad, y_grad,
         )  # fmt: skip
-        dx, dy = _AlignmentBackward.apply(grad, x, y, mask, *spec, *native.stash_of(coefficients, k, l))
+        dx, dy = _visible_backward(grad, x, y, mask, spec, native.stash_of(coefficients, k, l))
         return (dx if x_grad else None), (dy if y_grad else None)
 
     native.differentiate_backward_with(backward)
@@ -180,12 +180,23 @@ class _Alignment(torch.autograd.Function):
         x, y, mask, *tensors = ctx.saved_tensors
         problem, route, backend = ctx.call
         if torch.is_grad_enabled() or _watched(grad, x):  # create_graph, or the backward is being traced
-            spec = _spec(problem, route, backend)
-            dx, dy = _AlignmentBackward.apply(grad, x, y, mask, *spec, *tensors)
+            dx, dy = _visible_backward(grad, x, y, mask, _spec(problem, route, backend), tensors)
         else:
             run = backends.load(backend).backward
             dx, dy = _run(run, grad, x, y, mask, Stash(*tensors), problem, route)
         return (dx if problem.x_grad else None), (dy if problem.y_grad else None), None, None, None, None
+
+
+def _visible_backward(
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec, stash: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """dx and dy by the operator; differentiable where somebody may differentiate them (create_graph, torch.func)."""
+    gradients: tuple[Tensor, Tensor]
+    if torch.is_grad_enabled():
+        gradients = _AlignmentBackward.apply(grad, x, y, mask, *spec, *stash)
+    else:  # not always the function: torch.compile of 2.11 cannot trace one inside another
+        gradients = torch.ops.bird.alignment_backward(grad, x, y, mask, *stash, *spec)
+    return gradients
 
 
 class _TransformableAlignment(torch.autograd.Function):
@@ -207,7 +218,7 @@ class _TransformableAlignment(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, y, mask, *stash = ctx.saved_tensors
         spec = Spec(*ctx.spec)
-        dx, dy = _AlignmentBackward.apply(grad, x, y, mask, *spec, *stash)
+        dx, dy = _visible_backward(grad, x, y, mask, spec, stash)
         return (dx if spec.x_grad else None), (dy if spec.y_grad else None), None, *(None for _ in spec)
 
     @staticmethod
