@@ -120,6 +120,7 @@ def run(
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, not {seeds}")
+    plan.settings(0)  # says what is wrong with them, before anything is written or started
     _claim(folder, plan, resume)
     if jobs > 1:
         _run_ahead(folder, plan, seeds, device, jobs, echo)
