@@ -141,7 +141,7 @@ CPU = tuple(
         + _cases("bird", PAPER[:1], FP32, estimators=("unbiased",), modes=BOTH)
         + _cases("conv", ((128, 25_088),), FP32, modes=BOTH, compiled=True)
         + _cases("batch", ((16, 64), *((2**i, 512) for i in (5, 6, 8, 9, 10, 11, 12))), FP32)
-        + _cases("llm", ((1024, 2048), (2048, 1024), (4096, 576, 1024), (8192, 2048)), FP32)
+        + _cases("llm", ((1024, 2048), (2048, 1024), (4096, 1024), (4096, 576, 1024), (8192, 2048)), FP32)
         + _cases("llm", ((2048, 576),), FP32, estimators=("unbiased",))
         + _cases("bird", PAPER[:1], BF16)
         + _cases("llm", ((1024, 1024),), BF16)
