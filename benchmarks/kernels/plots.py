@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.kernels.providers import OURS
+from benchmarks.kernels.providers import OURS, PROVIDERS
 from benchmarks.kernels.results import Row
 from benchmarks.kernels.tables import BASE, Line, best_rival
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+COLOURS = {provider.name: f"C{index}" for index, provider in enumerate(PROVIDERS)}  # one in every panel
 MODE, ESTIMATOR = "forward+backward", "biased"
 
 
@@ -78,8 +79,9 @@ def _common(lines: list[Line], axis: Callable[[Row], int]) -> int:
 def _curves(axes: Axes, lines: list[Line], axis: Callable[[Row], int], title: str, label: str) -> None:
     for name in dict.fromkeys(name for line in lines for name in line):
         points = [(axis(line[name]), line[name].p50) for line in lines if name in line]
-        width, style = 2.4 if name == BASE else 1.2, "-" if name in OURS else "--"
-        _curve(axes, points, label=name, linewidth=width, linestyle=style, marker="o", markersize=3)
+        width, style = 2.4 if name == BASE else 1.2, {"linestyle": "-" if name in OURS else "--"}
+        style |= dict(label=name, color=COLOURS[name], linewidth=width, marker="o", markersize=3)
+        _curve(axes, points, **style)
     rows = [next(iter(line.values())) for line in lines]
     _curve(axes, [(axis(row), row.floor) for row in rows], label="floor", color="black", linestyle=":")
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="median of a call, s", title=title)
