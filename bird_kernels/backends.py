@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from . import timings
-from .plan import FEW_ROWS, few_rows
+from .plan import FEW_ROWS, are_few
 from .types import Problem
 
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
@@ -86,9 +86,7 @@ def prefer(problem: Problem, default: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=1024)
 def _prefer(problem: Problem, default: str, switch: str) -> tuple[str, str]:
-    candidates = [
-        name for name in _MODULES if why_not(name, problem.dtype, problem.device, few_rows(problem.n)) is None
-    ]
+    candidates = [name for name in _MODULES if why_not(name, problem.dtype, problem.device, are_few(problem.n)) is None]
     precision: str = problem.precision or ("tf32" if switch == "tf32" else "ieee")
     dtype = str(problem.dtype).removeprefix("torch.")
     finding = timings.nearest(

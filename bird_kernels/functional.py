@@ -149,13 +149,13 @@ def explain(
         and why better backends were not taken.
     """
     x, y, mask, problem = _prepare("cka_loss", x, y, kernel, estimator, mask, row_dims, backend, precision)
-    name, rejected = backends.choose(problem.dtype, problem.device, plan.few_rows(problem.n), backend)
+    name, rejected = backends.choose(problem.dtype, problem.device, plan.are_few(problem.n), backend)
     measured = ""
     if backend == "auto":
         name, measured = backends.prefer(problem, name)
     route = plan.choose_route(problem.n, problem.p, problem.q, name)
     device_name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
-    return plan.describe(problem, route, name, {**rejected, **({"others": measured} if measured else {})}, device_name)
+    return plan.describe(problem, route, name, dict(rejected), device_name, measured)
 
 
 def _evaluate(
@@ -174,7 +174,7 @@ def _evaluate(
         with ops.without_autocast(x.device):
             value: Tensor = getattr(reference, statistic)(x, y, mask, estimator)
         return value.to(ops.value_dtype(x.dtype))
-    name, _ = backends.choose(problem.dtype, problem.device, plan.few_rows(problem.n), backend)
+    name, _ = backends.choose(problem.dtype, problem.device, plan.are_few(problem.n), backend)
     if backend == "auto" and x.is_cuda and not torch.compiler.is_compiling():  # compiled, sizes may be symbolic
         name, _ = backends.prefer(problem, name)
     route = plan.choose_route(problem.n, problem.p, problem.q, name)

@@ -118,8 +118,8 @@ def route_flops(route: Route, n: int, p: int, q: int, x_grad: bool, y_grad: bool
     return n * (p * p + q * q + 2 * p * q) + 2 * n * (p + q) * (x_grad * p + y_grad * q)
 
 
-def few_rows(n: int) -> bool:
-    """Whether the native backend can hold them."""
+def are_few(n: int) -> bool:
+    """Whether the native backend can hold n rows."""
     return True if n <= FEW_ROWS else False  # noqa: SIM210 - for torch.compile a constant, where the comparison is not
 
 
@@ -140,8 +140,10 @@ def minimum_bytes(problem: Problem) -> int:
     return n * size * ((p + q) * (2 if wanted else 1) + wanted)
 
 
-def describe(problem: Problem, route: Route, backend: str, rejected: dict[str, str], device_name: str = "") -> Plan:
-    """The plan that ``explain`` prints, with work, traffic and floor."""
+def describe(
+    problem: Problem, route: Route, backend: str, rejected: dict[str, str], device_name: str = "", measured: str = ""
+) -> Plan:
+    """The plan that ``explain`` prints, with work, traffic and floor; ``measured`` says why this backend, if known."""
     n, p, q = problem.n, problem.p, problem.q
     sides = problem.x_grad, problem.y_grad
     other: Route = "cross" if route == "gram" else "gram"
@@ -151,7 +153,7 @@ def describe(problem: Problem, route: Route, backend: str, rejected: dict[str, s
         problem=problem,
         route=route,
         backend=backend,
-        tile=_tile(problem, route, backend),
+        tile="; ".join(filter(None, (_tile(problem, route, backend), measured))),
         flops=flops,
         bytes=traffic,
         workspace=workspace(problem, route, backend),

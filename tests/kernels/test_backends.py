@@ -30,7 +30,9 @@ def test_eager_runs_everything(device: torch.device) -> None:
         assert backends.why_not("eager", dtype, device) is None
 
 
-@needs_triton
+@pytest.mark.parametrize(
+    "name", [pytest.param("triton", marks=needs_triton), pytest.param("native", marks=needs_native)]
+)
 @pytest.mark.parametrize(
     ("dtype", "device", "capability", "words"),
     [
@@ -42,40 +44,18 @@ def test_eager_runs_everything(device: torch.device) -> None:
     ],
     ids=str,
 )
-def test_why_not_triton(
+def test_why_not_kernels(
     dtype: torch.dtype,
     device: torch.device,
     capability: tuple[int, int],
     words: str | None,
+    name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    reason = backends.why_not("triton", dtype, device)
-    assert reason is None if words is None else words in reason
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("dtype", "device", "capability", "words"),
-    [
-        (torch.float64, GPU, (9, 0), "fp64"),
-        (torch.float32, torch.device("mps"), (9, 0), "needs an NVIDIA GPU, these tensors are on mps"),
-        (torch.float32, GPU, (7, 5), "needs compute capability 8.0 or newer, this GPU has 7.5"),
-        (torch.float32, GPU, (8, 0), None),
-        (torch.bfloat16, GPU, (10, 0), None),
-    ],
-    ids=str,
-)
-def test_why_not_native(
-    dtype: torch.dtype,
-    device: torch.device,
-    capability: tuple[int, int],
-    words: str | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(native._module, "CUDA", True)
-    reason = backends.why_not("native", dtype, device)
+    if name == "native":
+        monkeypatch.setattr(native._module, "CUDA", True)
+    reason = backends.why_not(name, dtype, device)
     assert reason is None if words is None else words in reason
 
 

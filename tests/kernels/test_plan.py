@@ -225,6 +225,8 @@ def test_a_plan_is_worth_reading() -> None:
     ):
         assert part in text
     assert made.flops == plan.route_flops("gram", 128, 512, 300, True, True)
+    chosen = str(plan.describe(problem, "gram", "eager", {}, measured="fastest at 128 x 512 x 512: eager 9 us"))
+    assert "backend    eager, library products; fastest at 128 x 512 x 512: eager 9 us\n" in chosen
     assert "shared memory at a time, 3 launches" in str(plan.describe(problem, "gram", "native", {}))
     forward = problem._replace(x_grad=False, y_grad=False)
     assert "shared memory at a time, 2 launches" in str(plan.describe(forward, "gram", "native", {}))
