@@ -20,7 +20,7 @@ from pathlib import Path
 from setuptools import setup
 
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
-HEADERS = ["csrc/kernels.h", "csrc/cuda/gram.cuh", "csrc/emulation/cuda.h"]
+HEADERS = ["csrc/kernels.h", "csrc/at_once.h", "csrc/cuda/gram.cuh", "csrc/cuda/tile.cuh", "csrc/emulation/cuda.h"]
 
 
 def toolkit() -> str:

@@ -5,33 +5,52 @@ beside them for loops of your own. Images, language and pictures load when asked
 """
 
 from bird_kernels import (
+    RBF,
     CKALoss,
     HSICLoss,
     Plan,
+    Statistics,
     backend_status,
     centered_gram,
     cka,
     cka_loss,
+    cka_matrix,
     explain,
+    gram_mse,
     hsic,
+    last_token,
+    mean_tokens,
+    token_cka_loss,
 )
 
+from .chunks import chunked_backward
 from .losses import BirdLoss, Hints
+from .similarity import Similarity, compare
 from .taps import Taps
 from .teachers import Teacher
 
 __all__ = [
+    "RBF",
     "BirdLoss",
     "CKALoss",
     "HSICLoss",
     "Hints",
     "Plan",
+    "Similarity",
+    "Statistics",
     "Taps",
     "Teacher",
     "backend_status",
     "centered_gram",
+    "chunked_backward",
     "cka",
     "cka_loss",
+    "cka_matrix",
+    "compare",
     "explain",
+    "gram_mse",
     "hsic",
+    "last_token",
+    "mean_tokens",
+    "token_cka_loss",
 ]

@@ -60,6 +60,8 @@ class Settings:
         seed: decides the order of the data; PyTorch's global generators (dropout) start from it too.
         log_every: steps between two looks at loss, accuracy and CKA.
         save_every: steps between two validations and checkpoints.
+        chunk_size: images in memory at a time, at most, for batches that do not fit: the batch's gradient from parts of
+            equal size (`bird.chunks`), of which batch normalisation sees one at a time. None for whole batches.
     """
 
     steps: int
@@ -73,15 +75,23 @@ class Settings:
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f'optimizer must be "sgd" or "adamw", not {self.optimizer!r}')
         if self.amp not in (None, "bfloat16", "float16"):
             raise ValueError(f'amp must be None, "bfloat16" or "float16", not {self.amp!r}')
-        for name, least in (("steps", 1), ("log_every", 1), ("save_every", 1), ("batch_size", MIN_BATCH)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name, least in (
+            ("steps", 1),
+            ("log_every", 1),
+            ("save_every", 1),
+            ("batch_size", MIN_BATCH),
+            ("chunk_size", MIN_BATCH),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
 
 
 @dataclass

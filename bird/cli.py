@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, help="how many repetitions (default: 3; quick: 1)")
     steps = f"{demo.Plan().steps}; quick: {demo.QUICK.steps}"
     command.add_argument("--steps", type=int, help=f"training steps of every stage (default: {steps})")
+    command.add_argument("--batch", type=int, help=f"images per step (default: {demo.Plan().batch_size})")
+    command.add_argument("--chunk", type=int, help="images in memory at a time, if a batch is too large for it")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
     command.add_argument("--resume", action="store_true", help="go on with what the folder holds")
     command.add_argument(
@@ -61,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(options: argparse.Namespace) -> int:
     plan = demo.QUICK if options.quick else demo.Plan()
-    if options.steps is not None:
-        plan = replace(plan, steps=options.steps)
+    chosen = {"steps": options.steps, "batch_size": options.batch, "chunk_size": options.chunk}
+    plan = replace(plan, **{name: value for name, value in chosen.items() if value is not None})
     seeds = options.seeds if options.seeds is not None else 1 if options.quick else 3
     device = _device(options.device)
     jobs = 1

@@ -71,6 +71,7 @@ class Plan:
         lr: learning rate of every stage, falling to 0 along a cosine.
         hints_beta: weight of Hints' distance; that of the task is 0.1, as for BIRD.
         limit_per_class: images of each class in each split at most; None for all.
+        chunk_size: images in memory at a time, at most; None for whole batches.
     """
 
     steps: int = 1000
@@ -78,10 +79,18 @@ class Plan:
     lr: float = 0.05
     hints_beta: float = 9.0
     limit_per_class: int | None = None
+    chunk_size: int | None = None
 
     def settings(self, seed: int) -> Settings:
         """Of one stage."""
-        return Settings(self.steps, self.batch_size, lr=self.lr, seed=seed, save_every=max(20, self.steps // 10))
+        return Settings(
+            self.steps,
+            self.batch_size,
+            lr=self.lr,
+            seed=seed,
+            save_every=max(20, self.steps // 10),
+            chunk_size=self.chunk_size,
+        )
 
 
 QUICK = Plan(steps=40, limit_per_class=40)

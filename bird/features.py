@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-Pool: TypeAlias = Literal["mean", "flatten"] | Callable[[Tensor], Tensor]
+Pool: TypeAlias = Literal["mean", "flatten", "none"] | Callable[[Tensor], Tensor]
 
 # Wrappers recognised by the child they hold, which spares importing torch.compile's machinery:
 # torch.compile, and torch.distributed's activation-checkpoint wrapper.
@@ -81,6 +81,7 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
         pool: ``"mean"``: over space (``[N, C]``), over tokens (``[N, D]``), or the rows as they are;
             accumulated in fp32 (fp64 for fp64), so that fp16 cannot overflow on the way.
             ``"flatten"``: ``[N, everything else]``.
+            ``"none"``: the features as they are, for losses that know tokens: ``[N, T, D]``.
             A callable ``Tensor -> [N, D]``, for what shapes do not tell: the first token
             (``lambda t: t[:, 0]``), channels-last maps, 1-d convolutions (``[N, C, L]`` looks like tokens).
 
@@ -88,17 +89,20 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
         A tensor of its own, never a view: a later in-place layer (``ReLU(inplace=True)``) cannot change it.
 
     Raises:
-        ValueError: an unknown ``pool``, a shape it cannot pool, or a result that is not ``[N, D]``, D > 1.
+        ValueError: an unknown ``pool``, a shape it cannot pool, or (``"none"`` apart) a result that is not
+            ``[N, D]``, D > 1.
         TypeError: ``features`` are not floating point.
     """
     if not features.is_floating_point():
         raise TypeError(f"a tapped layer returned {features.dtype}: tap one with floating-point output")
+    if pool == "none":
+        return features.clone()
     if callable(pool):
         rows = pool(features).clone()
     elif pool == "flatten":
         rows = features.clone(memory_format=torch.contiguous_format).flatten(1)
     elif pool != "mean":
-        raise ValueError(f"pool must be 'mean', 'flatten' or a callable Tensor -> [N, D], not {pool!r}")
+        raise ValueError(f"pool must be 'mean', 'flatten', 'none' or a callable Tensor -> [N, D], not {pool!r}")
     elif features.ndim > 2:
         over = (1,) if features.ndim == 3 else tuple(range(2, features.ndim))
         rows = features.mean(over)  # PyTorch sums half precision in fp32 and rounds once

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bird_kernels import CKALoss
+from bird_kernels import RBF, CKALoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 Features = Mapping[str, Tensor]
@@ -47,13 +50,15 @@ class BirdLoss(_Guided):
     .. math:: L = \alpha \, L_{task} + \beta \sum_{(t, s)} (1 - \mathrm{CKA}(S_s, T_t))
 
     With one pair, the linear kernel, the biased estimator and the default weights it is the published loss
-    (Pogoncheff and Beyeler, ICLR 2026). Under DDP each process compares the samples of its own batch.
+    (Pogoncheff and Beyeler, ICLR 2026). Under DDP or FSDP give ``group=torch.distributed.group.WORLD``: the samples of
+    all processes are compared, where without it each compares its own, which is another objective.
 
     Args:
         alpha: weight of the task's loss.
         beta: weight of the guidance.
         pairs: ``(teacher layer, student layer)``, one or more.
-        kernel, estimator, backend, precision: as in `bird_kernels.cka_loss`.
+        kernel, estimator, row_dims, group, backend, precision: as in `bird_kernels.cka_loss`; ``row_dims=2`` takes
+            the tokens of ``pool="none"``, ``[N, T, D]``, as rows.
 
     Attributes:
         last: what the last call was made of, 0-d and detached; keeping it does not wait for the device.
@@ -66,31 +71,43 @@ class BirdLoss(_Guided):
         beta: float = 0.9,
         pairs: Sequence[tuple[str, str]] = (),
         *,
-        kernel: str = "linear",
+        kernel: str | RBF = "linear",
         estimator: str = "biased",
+        row_dims: int = 1,
+        group: ProcessGroup | None = None,
         backend: str = "auto",
         precision: str | None = None,
     ) -> None:
         super().__init__(alpha, beta, pairs)
-        self.distance = CKALoss(kernel=kernel, estimator=estimator, backend=backend, precision=precision)
+        self.distance = CKALoss(
+            kernel=kernel, estimator=estimator, row_dims=row_dims, group=group, backend=backend, precision=precision
+        )
 
-    def forward(self, task_loss: Tensor, teacher_features: Features, student_features: Features) -> Tensor:
+    def forward(
+        self,
+        task_loss: Tensor,
+        teacher_features: Features,
+        student_features: Features,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """The weighted sum, a 0-d tensor.
 
         Args:
             task_loss: 0-d.
             teacher_features: ``{layer: [N, Q]}``, as `bird.Teacher` returns them.
             student_features: ``{layer: [N, P]}`` of the same samples, as `bird.Taps.pop` returns them.
+            mask: bool, False leaves a row out: ``[N]``, or ``[N, T]`` (an attention mask) with ``row_dims=2``.
 
         Raises:
             ValueError: a layer of ``pairs`` is not among the features; also whatever
                 `bird_kernels.cka_loss` raises.
         """
         total, last = self.alpha * task_loss, {"task": task_loss.detach()}
-        for name, teacher, student in self._matched(teacher_features, student_features):
-            misaligned = self.distance(student, teacher)
-            total = total + self.beta * misaligned
-            last[f"cka/{name}"] = 1 - misaligned.detach()
+        names, teachers, students = zip(*self._matched(teacher_features, student_features), strict=True)
+        misaligned = self.distance.each(students, teachers, mask)
+        # Of one pair without a kernel more than the loss itself has.
+        total = total + self.beta * (misaligned.sum() if len(names) > 1 else misaligned.squeeze(0))
+        last |= {f"cka/{name}": value for name, value in zip(names, (1 - misaligned.detach()).unbind(), strict=True)}
         self.last = last
         return total
 

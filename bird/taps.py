@@ -31,7 +31,7 @@ class Taps:
     Args:
         model: the network, bare or in DDP, `torch.compile` or one-device DataParallel.
         names: module paths or globs, see `bird.features.find_layers`.
-        pool: ``"mean"``, ``"flatten"`` or a callable, see `bird.features.pool_rows`.
+        pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled) or a callable, see `bird.features.pool_rows`.
 
     Compiled models: make the taps before the first call, else `pop` raises and says what to do. Once
     `torch.compile` has compiled, it does not look for new hooks on inner layers.

@@ -38,7 +38,7 @@ class Teacher(nn.Module):
         model: the network.
         taps: module paths or globs, see `bird.features.find_layers`. Of a layer that runs several times in
             one forward, the first output counts.
-        pool: ``"mean"``, ``"flatten"`` or a callable, see `bird.features.pool_rows`.
+        pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled) or a callable, see `bird.features.pool_rows`.
 
     Attributes:
         names: the bare paths of the tapped layers, globs written out.

@@ -9,7 +9,7 @@ PyTorch's loss scaling looks at the gradients in every step).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .checkpoints import MIN_BATCH, History, Run, Settings
+from .chunks import chunked_backward
 from .losses import BirdLoss, Hints
 from .taps import Taps
 from .teachers import Teacher
@@ -86,9 +87,10 @@ def fit(
     Args:
         model: images ``[n, c, h, w]`` in 0-1 to logits ``[n, classes]``.
         train: the training set; moves to the device whole.
-        settings: how long, how fast, in which order.
+        settings: how long, how fast, in which order, and how much at a time.
         guide: None to train on the task alone.
-        augment: changes the images of every batch.
+        augment: changes the images of every batch; of every chunk, where there are chunks, and with `BirdLoss` twice,
+            both times with PyTorch's generators in the same state.
         validate: scores the model, in eval mode and without gradients, on *validation* data, never on test
             data; higher is better.
         device: any PyTorch device.
@@ -115,6 +117,7 @@ def fit(
     done = run.restore(resume)
     writer = _tensorboard(folder, done)
     precision = torch.float32 if settings.amp is None else getattr(torch, settings.amp)
+    autocast = torch.autocast(device.type, dtype=precision, enabled=settings.amp is not None)
     totals: dict[str, Tensor] = {}
     order, order_epoch = torch.empty(0), -1
 
@@ -126,28 +129,16 @@ def fit(
             if epoch != order_epoch:
                 order, order_epoch = epoch_order(len(train), settings.seed, epoch).to(device), epoch
             index = order[batch * settings.batch_size : (batch + 1) * settings.batch_size]
-            x, labels = to_float(train.images[index]), train.labels[index]
-            if augment is not None:
-                x = augment(x, index, epoch)
-            x = x.contiguous(memory_format=torch.channels_last)
+            chunks = _Chunks(train, index, settings.chunk_size, augment, epoch)
 
             lr = learning_rate(step, settings)
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             run.optimizer.zero_grad()
-            with torch.autocast(device.type, dtype=precision, enabled=settings.amp is not None):
-                logits = model(x)
-                loss = F.cross_entropy(logits, labels)
-                if guide is not None:
-                    loss = guide.loss(loss, guide.teacher(x), guide.taps.pop())
-            run.scaler.scale(loss).backward()
+            for name, value in _backward(run, guide, chunks, autocast).items():
+                totals[name] = totals[name] + value if name in totals else value
             run.scaler.step(run.optimizer)
             run.scaler.update()
-
-            correct = logits.detach().argmax(dim=1) == labels
-            terms = {"loss": loss.detach(), "accuracy": correct.float().mean()}
-            for name, value in (terms | (guide.loss.last if guide is not None else {})).items():
-                totals[name] = totals[name] + value if name in totals else value
 
             done = step + 1
             saving = done % settings.save_every == 0 or done == settings.steps
@@ -164,6 +155,72 @@ def fit(
     if writer is not None:
         writer.close()
     return run.history
+
+
+class _Chunks(Sequence[tuple[Tensor, Tensor]]):
+    """A batch in parts of equal size, as far as that goes: images and labels, made when they are asked for."""
+
+    def __init__(
+        self, train: Images, index: Tensor, chunk_size: int | None, augment: Augment | None, epoch: int
+    ) -> None:
+        self.parts = index.tensor_split(math.ceil(len(index) / (chunk_size or len(index))))
+        self.samples = len(index)
+        self.train, self.augment, self.epoch = train, augment, epoch
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: Any) -> Any:
+        index = self.parts[i]
+        x, labels = to_float(self.train.images[index]), self.train.labels[index]
+        if self.augment is not None:
+            x = self.augment(x, index, self.epoch)
+        return x.contiguous(memory_format=torch.channels_last), labels
+
+
+def _backward(run: Run, guide: Guide | None, chunks: _Chunks, autocast: torch.autocast) -> dict[str, Tensor]:
+    """The gradients of one batch; returns its loss, accuracy and the guide's terms, detached."""
+    model, means = run.modules["model"], dict[str, Tensor]()
+
+    def note(share: float, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            means[name] = means[name] + share * value if name in means else share * value
+
+    def forward(chunk: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+        x, labels = chunk
+        share = len(x) / chunks.samples
+        logits = model(x)
+        if torch.is_grad_enabled():  # not what only looks ahead
+            note(share, {"accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()})
+        return share, F.cross_entropy(logits, labels)
+
+    if guide is not None and isinstance(guide.loss, BirdLoss) and len(chunks) > 1:
+        taps, teacher = guide.taps, guide.teacher
+
+        def student(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            share, task = forward(chunk)
+            return share * task, taps.pop()
+
+        one = torch.ones((), device=chunks.parts[0].device)
+        with autocast:
+            loss = chunked_backward(
+                student,
+                lambda chunk: teacher(chunk[0]),
+                chunks,
+                guide.loss,
+                model=model,
+                gradient=run.scaler.scale(one),
+            )
+        return {"loss": loss} | means | guide.loss.last
+
+    for chunk in chunks:
+        with autocast:
+            share, loss = forward(chunk)
+            if guide is not None:
+                loss = guide.loss(loss, guide.teacher(chunk[0]), guide.taps.pop())
+        run.scaler.scale(share * loss).backward()
+        note(share, {"loss": loss.detach()} | (guide.loss.last if guide is not None else {}))
+    return {"loss": means.pop("loss")} | means
 
 
 def _place(module: nn.Module, device: torch.device) -> nn.Module:

@@ -5,31 +5,47 @@ from __future__ import annotations
 import importlib
 from functools import lru_cache
 from types import ModuleType
+from typing import get_args
 
 import torch
 
 from . import timings
-from .plan import FEW_ROWS, are_few
-from .types import Problem
+from .plan import FEW_ROWS, are_few, variant
+from .types import Problem, Variant
 
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
 _MODULES = {"native": "bird_kernels.native", "triton": "bird_kernels.triton", "eager": "bird_kernels.eager"}
+
+_ALL: tuple[Variant, ...] = get_args(Variant)
+_VARIANTS = {"native": ("linear",), "triton": ("linear", "sqrt=True", 'kernel="rbf"'), "eager": _ALL}
+
+# Those that compute Gaussian kernels, by the backend they belong to.
+_RBF = {"triton": "bird_kernels.rbf.fused", "eager": "bird_kernels.rbf"}
 
 # "reference" is plain PyTorch under autograd, not an operator: `functional` calls it directly.
 NAMES = ("auto", *_MODULES, "reference")
 
 
 @lru_cache
-def load(name: str) -> ModuleType:
-    """The module of a backend that implements the operators."""
-    return importlib.import_module(_MODULES[name])
+def load(name: str, kernel: str = "linear") -> ModuleType:
+    """The module of a backend that implements the operators for a "linear" or "rbf" kernel."""
+    return importlib.import_module((_MODULES if kernel == "linear" else _RBF)[name])
 
 
-def why_not(name: str, dtype: torch.dtype, device: torch.device, few_rows: bool = True) -> str | None:
+def of(problem: Problem, name: str) -> ModuleType:
+    """The module of backend ``name`` that computes this problem."""
+    return load(name) if problem.kernel is None else load(name, "rbf")
+
+
+def why_not(
+    name: str, dtype: torch.dtype, device: torch.device, few_rows: bool = True, variant: Variant = "linear"
+) -> str | None:
     """None if backend ``name`` can run products of ``dtype`` on ``device``, else the reason in words.
 
-    ``few_rows``: the problem has at most `plan.FEW_ROWS`.
+    ``few_rows``: the problem has at most `plan.FEW_ROWS`. ``variant``: `plan.variant` of it.
     """
+    if variant not in _VARIANTS[name]:
+        return f"has no kernels for {variant}"
     if name == "native" and not few_rows:
         return f"takes at most {FEW_ROWS} rows"
     try:
@@ -39,13 +55,15 @@ def why_not(name: str, dtype: torch.dtype, device: torch.device, few_rows: bool 
     return reason
 
 
-def choose(dtype: torch.dtype, device: torch.device, few_rows: bool, requested: str) -> tuple[str, dict[str, str]]:
-    """(backend to use, {better backend: why it was not taken}); ``few_rows`` as in `why_not`.
+def choose(
+    dtype: torch.dtype, device: torch.device, few_rows: bool, requested: str, variant: Variant = "linear"
+) -> tuple[str, dict[str, str]]:
+    """(backend to use, {better backend: why it was not taken}); ``few_rows`` and ``variant`` as in `why_not`.
 
     Raises:
         ValueError: ``requested`` names a backend that cannot run.
     """
-    return _choose(dtype, device, few_rows, requested)
+    return _choose(dtype, device, few_rows, requested, variant)
 
 
 # Dynamo takes the answer as a constant instead of tracing into device queries and imports. (It would look through an
@@ -56,11 +74,13 @@ choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
-def _choose(dtype: torch.dtype, device: torch.device, few_rows: bool, requested: str) -> tuple[str, dict[str, str]]:
+def _choose(
+    dtype: torch.dtype, device: torch.device, few_rows: bool, requested: str, variant: Variant
+) -> tuple[str, dict[str, str]]:
     if requested == "reference":
         return requested, {}
     if requested != "auto":
-        reason = why_not(requested, dtype, device, few_rows)
+        reason = why_not(requested, dtype, device, few_rows, variant)
         if reason is not None:
             raise ValueError(
                 f'backend="{requested}" cannot run here: {reason}. backend="auto" takes the best that can.'
@@ -68,7 +88,7 @@ def _choose(dtype: torch.dtype, device: torch.device, few_rows: bool, requested:
         return requested, {}
     rejected: dict[str, str] = {}
     for name in _MODULES:
-        reason = why_not(name, dtype, device, few_rows)
+        reason = why_not(name, dtype, device, few_rows, variant)
         if reason is None and name != "eager" and device.type == "cpu":
             reason = "is emulated here, for tests only"
         if reason is None:
@@ -77,9 +97,21 @@ def _choose(dtype: torch.dtype, device: torch.device, few_rows: bool, requested:
     raise AssertionError("the eager backend runs everywhere")
 
 
+def resolve(problem: Problem, requested: str) -> str:
+    """The backend of a call: `choose`, and on a GPU what was measured; not for "reference".
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    name, _ = choose(problem.dtype, problem.device, are_few(problem.n), requested, variant(problem))
+    if requested == "auto" and problem.device.type == "cuda" and not torch.compiler.is_compiling():
+        name, _ = prefer(problem, name)  # compiled, sizes may be symbolic
+    return name
+
+
 def prefer(problem: Problem, default: str) -> tuple[str, str]:
     """(the backend that was fastest nearest to this problem on this device, in words why); else (``default``, "")."""
-    if problem.device.type != "cuda":
+    if problem.device.type != "cuda" or variant(problem) != "linear":  # nothing else is measured
         return default, ""
     return _prefer(problem, default, torch.backends.cuda.matmul.fp32_precision)
 
@@ -98,6 +130,18 @@ def _prefer(problem: Problem, default: str, switch: str) -> tuple[str, str]:
         return default, ""
     measured = ", ".join(f"{candidate} {finding.seconds[candidate] * 1e6:.3g} us" for candidate in candidates)
     return name, f"fastest at {' x '.join(map(str, finding.shape))}: {measured}"
+
+
+def is_always_native(requested: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether every problem of few rows that asks for ``requested`` goes to the native backend, whatever its sizes.
+
+    Not on a device with measurements: there ``auto`` compares.
+    """
+    if why_not("native", dtype, device) is not None:
+        return False
+    if requested == "auto" and device.type == "cuda" and timings.are_known(torch.cuda.get_device_name(device)):
+        return False
+    return choose(dtype, device, True, requested)[0] == "native"
 
 
 def status() -> dict[str, str | None]:

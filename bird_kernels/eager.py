@@ -14,26 +14,36 @@ On the CPU scalars are read and combined as Python floats; on a GPU nothing leav
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .estimators import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
+from .products import (
+    add_scaled_mm,
+    at_least,
+    centre,
+    dtypes,
+    fp32_products,
+    inner,
+    inner_products,
+    lesser,
+    mm,
+    row_count,
+    scalar,
+    scaled_mm,
+    self_product,
+    self_product_norm,
+    subtract_mean,
+    take_diagonal,
+    to,
+    weighted_sum,
+)
 from .types import Problem, Route, Shapes, Stash
-
-# Symmetric products of two blocks and more are formed block by block, the upper ones alone. Two cores of a Zen 5 CPU,
-# fp32: a product takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024. With fewer than 256 rows it pays where
-# they are long: 1.0 at 128 x 512, 0.86 at 128 x 2048. On CUDA not yet measured.
-SMALLEST_BLOCK, LARGEST_BLOCK = {"cpu": 128, "cuda": 2048}, {"cpu": 512, "cuda": 4096}
-LONG_ROWS, SMALLEST_BLOCK_OF_LONG_ROWS = 1024, 64
-# Up to here a dot product (MKL) and a sum (PyTorch) run on one thread. To wake a second one costs 80 us.
-ONE_THREAD_DOT, ONE_THREAD_SUM = 1 << 13, 1 << 15
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -44,7 +54,7 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash."""
     n, p, q = problem.n, problem.p, problem.q
-    wide, operand = _dtypes(problem)
+    wide, operand = dtypes(problem)
     unbiased = problem.estimator == "unbiased"
     gram = route == "gram"
     keep_y = problem.y_grad or not gram
@@ -61,34 +71,40 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
 
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
-    wide, _ = _dtypes(problem)
+    wide, _ = dtypes(problem)
     eps = torch.finfo(wide).eps
-    count = _row_count(x, mask)
-    with _fp32_products(problem):
+    count = row_count(x, mask)
+    with fp32_products(problem):
         products, scale_x, scale_y = None, 1.0, 1.0
         if mask is None and x.is_cpu:
             # A CPU can look before it pays: centring with care takes a third as long as the products at 128 x 512.
-            (xs, x_sum), (ys, y_sum) = _subtract_mean(_to(x, wide)), _subtract_mean(_to(y, wide))
+            (xs, x_sum), (ys, y_sum) = (subtract_mean(to(a, wide), problem.center) for a in (x, y))
             if problem.estimator == "unbiased":  # takes row sums of K for zero: n eps |mean| counts
-                (xs, x_sum), (ys, y_sum) = _subtract_mean(xs), _subtract_mean(ys)
+                (xs, x_sum), (ys, y_sum) = subtract_mean(xs), subtract_mean(ys)
             products = _products(xs, ys, problem, route)
             if not (_sound(products.kk, x_sum, count) and _sound(products.ll, y_sum, count)):
                 products = None
         if products is None:
-            xs, scale_x = _centre(x, mask, count, problem)
-            ys, scale_y = _centre(y, mask, count, problem)
+            xs, scale_x, _ = centre(x, mask, count, problem)
+            ys, scale_y, _ = centre(y, mask, count, problem)
+            if problem.statistic == "gram_mse":  # K - L needs one scale for both
+                scale = lesser(scale_x, scale_y)
+                xs, ys, scale_x, scale_y = xs * (scale / scale_x), ys * (scale / scale_y), scale, scale
             products = _products(xs, ys, problem, route)
 
     kl, kk, ll, norms = products.kl, products.kk, products.ll, products.norms
+    if problem.statistic == "gram_mse" and route == "gram":  # the difference itself is exact where the matrices agree
+        difference = products.xx - products.yy
+        kl, kk, ll = 0.0 * kl, inner(difference, difference), 0.0 * ll
     hollow = (kl, kk, ll)
     if norms is not None and route == "cross":
         hollow = kl - norms[0], kk - norms[1], ll - norms[2]
     result = combine(linear_moments(hollow, norms), count, problem.statistic, problem.estimator, eps)
-    unscale = 1.0 / (scale_x * scale_y) ** 2 if problem.statistic == "hsic" else 1.0
+    unscale = 1.0 / (scale_x * scale_y) ** 2 if problem.statistic in ("hsic", "gram_mse") else 1.0
     sum_k, sum_l = (0.0, 0.0) if norms is None else norms[3:]
     coefficients = Coefficients(
-        result.d_kl * unscale, result.d_kk, result.d_ll, kl, kk, ll, sum_k, sum_l, scale_x, scale_y,
-        _at_least(MIN_ROWS[problem.estimator], count),  # with fewer the derivatives are NaN already
+        result.d_kl * unscale, result.d_kk * unscale, result.d_ll * unscale, kl, kk, ll, sum_k, sum_l, scale_x, scale_y,
+        at_least(MIN_ROWS[problem.estimator], count),  # with fewer the derivatives are NaN already
     )  # fmt: skip
     if route == "gram" and not problem.y_grad:
         ys = ys.new_empty(0)
@@ -103,9 +119,9 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     c = Coefficients(*_read(stash.coefficients))
-    upstream = _scalar(grad)
+    upstream = scalar(grad)
     dx = dy = None
-    with _fp32_products(problem):
+    with fp32_products(problem):
         if problem.x_grad:
             g = upstream * c.scale_x
             dx = _side(
@@ -118,7 +134,7 @@ def backward(
                 stash.ys, stash.xs, stash.yy, stash.xx if route == "gram" else stash.xy.T, stash.rows.flip(0),
                 2.0 * c.d_kl * g, 4.0 * c.d_ll * g, c.sum_l, c.sum_k, c.n, mask, problem, route,
             )  # fmt: skip
-    return x.new_empty(0) if dx is None else _to(dx, x.dtype), y.new_empty(0) if dy is None else _to(dy, y.dtype)
+    return x.new_empty(0) if dx is None else to(dx, x.dtype), y.new_empty(0) if dy is None else to(dy, y.dtype)
 
 
 def _side(
@@ -129,33 +145,20 @@ def _side(
     """Gradient of one side; ``cross`` is the other Gram matrix (gram route) or other^T own (cross route)."""
     if problem.estimator == "biased":
         if route == "gram":
-            return _scaled_mm(_weighted_sum(cross, d_cross, own_product, d_own), own)
-        return _add_scaled_mm(_scaled_mm(other, cross * d_cross), own, own_product * d_own)
+            return scaled_mm(weighted_sum(cross, d_cross, own_product, d_own), own)
+        return add_scaled_mm(scaled_mm(other, cross * d_cross), own, own_product * d_own)
 
     constant = (d_cross * other_sum + d_own * own_sum) / ((n - 1.0) * (n - 2.0))
     weights = rows[1] * d_cross + rows[0] * d_own
     if route == "gram":  # The stashed Gram matrices are hollow already: 1 - n/(n-2) = -2/(n-2) is left to add.
-        m = _weighted_sum(cross, d_cross, own_product, d_own)
+        m = weighted_sum(cross, d_cross, own_product, d_own)
         m.diagonal().add_(weights * (-2.0 / (n - 2.0)) + constant)
-        d = _scaled_mm(m, own)
+        d = scaled_mm(m, own)
     else:
-        d = _add_scaled_mm(_scaled_mm(other, cross * d_cross), own, own_product * d_own)
+        d = add_scaled_mm(scaled_mm(other, cross * d_cross), own, own_product * d_own)
         d += (weights * (-n / (n - 2.0)) + constant)[:, None] * own
     d -= d.sum(0) / n
     return d if mask is None else d.masked_fill_(~mask[:, None], 0.0)
-
-
-# ---------------------------------------------------------------------------------------------- centring
-
-
-def _to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)  # a call that has nothing to do takes 0.8 us
-
-
-def _subtract_mean(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns minus their means, and their sums. sum(0) takes half as long as mean(0) where x is small."""
-    total = x.sum(0)
-    return x.sub(total, alpha=1.0 / x.shape[0]), total
 
 
 def _sound(kk: float, total: Tensor, n: float) -> bool:
@@ -167,52 +170,6 @@ def _sound(kk: float, total: Tensor, n: float) -> bool:
     squares of squares that leave fp32's range, NaN) takes the careful way.
     """
     return 1e-25 < kk < 1e25 and 256.0 * n * math.sqrt(kk) > torch.dot(total, total).item()
-
-
-def _centre(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
-    """Columns minus their means, times a power of two that brings the largest entry near 1.
-
-    The mean is taken twice: the second one is the rounding of the first. It makes a constant column exactly zero, where
-    one pass leaves eps * |mean| that looks like variance.
-    """
-    wide, operand = _dtypes(problem)
-    x = x.to(wide)
-    if mask is None:
-        x = x - x.mean(0)
-        x -= x.mean(0)
-    else:
-        keep = mask[:, None]
-        rows = _at_least(1.0, count)
-        x = torch.where(keep, x, 0.0)
-        for _ in range(2):
-            x = torch.where(keep, x - x.sum(0) / rows, 0.0)
-    scale = _power_of_two(x)
-    return (x * scale).to(operand), scale
-
-
-def _power_of_two(x: Tensor) -> Scalar:
-    """2^k with 0.5 <= 2^k max|x| < 1; some finite number for zeros, NaN and Inf."""
-    limit = 250 if x.dtype == torch.float64 else 120
-    peak = torch.maximum(*(a.abs() for a in torch.aminmax(x)))
-    if x.device.type == "cpu":
-        value = peak.item()
-        return math.ldexp(1.0, -max(-limit, min(limit, math.frexp(value)[1]))) if math.isfinite(value) else 1.0
-    exponent = torch.frexp(peak).exponent.clamp(-limit, limit)
-    return torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), -exponent)
-
-
-def _at_least(least: float, count: Scalar) -> Scalar:
-    return count.clamp(min=least) if isinstance(count, Tensor) else max(count, least)
-
-
-def _row_count(x: Tensor, mask: Tensor | None) -> Scalar:
-    if mask is None:
-        return float(x.shape[0])
-    count = mask.sum(dtype=torch.float64)
-    return count.item() if x.is_cpu else count
-
-
-# ---------------------------------------------------------------------------------------------- products
 
 
 class _Products(NamedTuple):
@@ -230,155 +187,26 @@ class _Products(NamedTuple):
 
 def _products(xs: Tensor, ys: Tensor, problem: Problem, route: Route) -> _Products:
     unbiased = problem.estimator == "unbiased"
-    wide, _ = _dtypes(problem)
+    wide, _ = dtypes(problem)
     empty = partial(xs.new_empty, dtype=wide)  # one each: an operator's outputs must not share memory
     rows = None
     if route == "gram":
-        xx, yy, xy = _self_product(xs), _self_product(ys), empty((0, 0))
+        xx, yy, xy = self_product(xs), self_product(ys), empty((0, 0))
         if unbiased:
-            rows = torch.stack([_take_diagonal(xx), _take_diagonal(yy)])
-        kl, kk, ll = _inner_products(xx, yy)
+            rows = torch.stack([take_diagonal(xx), take_diagonal(yy)])
+        kl, kk, ll = inner_products(xx, yy)
     else:
-        xx, xy = _self_product(xs.T), _mm(ys.T, xs)
-        yy = _self_product(ys.T) if problem.y_grad else empty(0)
-        kl, kk = _inner(xy, xy), _inner(xx, xx)
-        ll = _inner(yy, yy) if problem.y_grad else _self_product_norm(ys.T)
+        xx, xy = self_product(xs.T), mm(ys.T, xs)
+        yy = self_product(ys.T) if problem.y_grad else empty(0)
+        kl, kk = inner(xy, xy), inner(xx, xx)
+        ll = inner(yy, yy) if problem.y_grad else self_product_norm(ys.T)
         if unbiased:
             rows = torch.stack([torch.linalg.vecdot(a, a) for a in (xs.to(wide), ys.to(wide))])
     if rows is None:
         return _Products(kl, kk, ll, None, xx, yy, xy, empty(0))
     kappa, lam = rows.double()
-    norms = tuple(_scalar(a) for a in (kappa @ lam, kappa @ kappa, lam @ lam, kappa.sum(), lam.sum()))
+    norms = tuple(scalar(a) for a in (kappa @ lam, kappa @ kappa, lam @ lam, kappa.sum(), lam.sum()))
     return _Products(kl, kk, ll, norms, xx, yy, xy, rows)
-
-
-def _dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype of products and statistics, dtype of the matrix operands)."""
-    wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    # Half-precision products with fp32 results exist on CUDA only; the CPU would round them to half.
-    return wide, problem.dtype if problem.device.type == "cuda" else wide
-
-
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in fp32 for half operands."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
-
-
-def _scaled_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b where one side may be a wide matrix that has yet to be rounded to the other's half precision.
-
-    It is brought near 1 first: at n = 128 the entries of L - (a/b) K over sqrt(bc) are below fp16's normal range.
-    """
-    if a.dtype == b.dtype:
-        return a @ b
-    if a.dtype == torch.float32:
-        scale = _power_of_two(a)
-        return _mm((a * scale).to(b.dtype), b) / scale
-    scale = _power_of_two(b)
-    return _mm(a, (b * scale).to(a.dtype)) / scale
-
-
-def _weighted_sum(a: Tensor, s: Scalar, b: Tensor, t: Scalar) -> Tensor:
-    """s a + t b"""
-    return a * s + b * t if isinstance(t, Tensor) else torch.mul(a, s).add_(b, alpha=t)
-
-
-def _add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """d + a @ b, in the memory of ``d`` where the product needs no scaling."""
-    return torch.addmm(d, a, b, out=d) if a.dtype == b.dtype else d + _scaled_mm(a, b)
-
-
-def _blocks(a: Tensor) -> list[tuple[int, int]]:
-    """Ranges of rows of ``a`` whose products are formed together; the last one takes what is left."""
-    m, k = a.shape
-    device = "cpu" if a.is_cpu else "cuda"
-    smallest = SMALLEST_BLOCK[device]
-    if a.is_cpu and k >= LONG_ROWS:
-        smallest = SMALLEST_BLOCK_OF_LONG_ROWS
-    if m < 2 * smallest:
-        return [(0, m)]
-    block = min(max(m // 4, smallest), LARGEST_BLOCK[device])
-    return [(i, i + block if i + 2 * block <= m else m) for i in range(0, m - block + 1, block)]
-
-
-def _self_product(a: Tensor) -> Tensor:
-    """a @ a.T for a [m, k], upper blocks computed and mirrored."""
-    blocks = _blocks(a)
-    if len(blocks) < 2:
-        return _mm(a, a.T)
-    out = torch.empty(a.shape[0], a.shape[0], dtype=_wide(a), device=a.device)
-    for i, j in blocks:
-        out[i:j, i:] = _mm(a[i:j], a[i:].T)
-        out[j:, i:j] = out[i:j, j:].T
-    return out
-
-
-def _self_product_norm(a: Tensor) -> Scalar:
-    """|a @ a.T|^2, one row of upper blocks in memory at a time."""
-    total: Scalar = 0.0
-    for i, j in _blocks(a):
-        strip = _mm(a[i:j], a[i:].T)
-        diagonal = strip[:, : j - i]
-        total = total + 2.0 * _inner(strip, strip) - _inner(diagonal, diagonal)
-    return total
-
-
-def _inner(a: Tensor, b: Tensor) -> Scalar:
-    """sum(a * b). Long sums go by rows in the dtype of ``a`` (pairwise) and from there on in fp64: no fp64 copy."""
-    if a.is_cpu and a.numel() < ONE_THREAD_SUM:
-        if a.numel() <= ONE_THREAD_DOT and a.is_contiguous() and b.is_contiguous():
-            return torch.dot(a.view(-1), b.view(-1)).item()
-        return (a * b).sum().item()
-    return _scalar(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
-
-
-def _inner_products(a: Tensor, b: Tensor) -> tuple[Scalar, Scalar, Scalar]:
-    """<a,b>, <a,a> and <b,b>"""
-    if a.is_cpu and a.numel() <= ONE_THREAD_DOT:
-        a, b = a.view(-1), b.view(-1)
-        return torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()
-    return _inner(a, b), _inner(a, a), _inner(b, b)
-
-
-def _take_diagonal(a: Tensor) -> Tensor:
-    """The diagonal of ``a``, which is set to zero: off-diagonal sums then need no subtraction."""
-    diagonal = a.diagonal().clone()
-    a.diagonal().zero_()
-    return diagonal
-
-
-def _wide(a: Tensor) -> torch.dtype:
-    return torch.float64 if a.dtype == torch.float64 else torch.float32
-
-
-_UNCHANGED = contextlib.nullcontext()
-
-
-def _fp32_products(problem: Problem) -> contextlib.AbstractContextManager[None]:
-    """Run with the requested fp32 precision; None leaves PyTorch's own switch alone. tf32x3 is honoured by ieee."""
-    if problem.precision is None or problem.dtype != torch.float32:
-        return _UNCHANGED
-    switch: Any = torch.backends.cuda.matmul if problem.device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    return _switched(switch, "tf32" if problem.precision == "tf32" else "ieee")
-
-
-@contextlib.contextmanager
-def _switched(switch: Any, precision: str) -> Iterator[None]:
-    before = switch.fp32_precision
-    switch.fp32_precision = precision
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
-
-
-# ---------------------------------------------------------------------------------------------- scalars
-
-
-def _scalar(value: Tensor) -> Scalar:
-    return value.item() if value.is_cpu else value.double()
 
 
 def _read(values: Tensor) -> tuple[Scalar, ...]:
@@ -389,7 +217,7 @@ def _write(value: Scalar, dtype: torch.dtype) -> Tensor:
     return value.to(dtype) if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=dtype)
 
 
-def _pack(coefficients: Coefficients, device: torch.device) -> Tensor:
+def _pack(coefficients: tuple[Scalar, ...], device: torch.device) -> Tensor:
     if device.type == "cpu":
         return torch.from_numpy(np.array(coefficients))  # a third of torch.tensor's time
     # full() and not tensor(): a copy from the host would break CUDA graph capture.

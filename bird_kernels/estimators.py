@@ -12,6 +12,8 @@ HSIC and CKA, biased or unbiased, are functions of the same eight moments of two
     unbiased  alpha = -2/(n-2),  beta = 1/((n-1)(n-2)),    norm = n(n-3)        (Song et al. 2012, HSIC_1)
 
     CKA(K, L)  = HSIC(K,L) / sqrt(HSIC(K,K) * HSIC(L,L))                        (Kornblith et al. 2019)
+    sqrt_cka_loss = 1 - sqrt(CKA), biased                                       (Dasgupta and Cohn 2025)
+    gram_mse   = |K - L|^2 / n**2 = (kk - 2 kl + ll) / n**2 of centred K and L  (Tung and Mori 2019, not normalised)
 
 For the unbiased estimator the diagonals of K and L count as zero. With centred columns the row sums of a linear Gram
 matrix vanish, so the biased moments are the first three alone, and the unbiased ones follow from the squared row norms
@@ -110,6 +112,9 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
         alpha, beta, norm = -2.0 / (n - 2.0), 1.0 / ((n - 1.0) * (n - 2.0)), n * (n - 3.0)
     valid = _where(enough, 1.0, float("nan"))
 
+    if statistic == "gram_mse":  # of matrices that are centred already: they have no other moments
+        each = valid / (n * n)
+        return Combined(each * (m.kk - 2.0 * m.kl + m.ll), -2.0 * each, each, each)
     kl = m.kl + alpha * m.r_kl + beta * m.t_k * m.t_l
     if statistic == "hsic":
         return Combined(valid * kl / norm, valid / norm, 0.0 * kl, 0.0 * kl)
@@ -122,6 +127,12 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
     d_kk, d_ll = -0.5 * cka / kk, -0.5 * cka / ll
     if statistic == "cka":
         return Combined(cka, d_kl, d_kk, d_ll)
+    if statistic == "sqrt_cka_loss":
+        # At CKA 0 the root has no slope: what is not above is the minimum of kl, whose own gradient is zero.
+        none = cka <= 0.0  # False for NaN
+        root = _where(none, 1.0, cka) ** 0.5
+        slope = _where(none, 0.0, -0.5) / root
+        return Combined(1.0 - _where(none, 0.0, root), slope * d_kl, slope * d_kk, slope * d_ll)
     return Combined(1.0 - cka, -d_kl, -d_kk, -d_ll)
 
 

@@ -6,31 +6,34 @@ rest is flattened to features; the two widths may differ. Columns are centred ov
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, get_args
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import backends, ops, plan, reference
-from .estimators import MIN_ROWS
-from .types import Plan, Precision, Problem
+from . import backends, distributed, global_batch, inputs, ops, pairs, plan, reference
+from .types import RBF, Plan
 
 if TYPE_CHECKING:
-    from .types import Statistic
+    from torch.distributed import ProcessGroup
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_PRECISIONS = (None, *get_args(Precision))
+    from .types import Problem, Statistic
 
 
 def cka_loss(
-    x: Tensor,
-    y: Tensor,
+    x: Tensor | Sequence[Tensor],
+    y: Tensor | Sequence[Tensor],
     *,
-    kernel: str = "linear",
+    kernel: str | RBF = "linear",
     estimator: str = "biased",
     mask: Tensor | None = None,
     row_dims: int = 1,
+    weights: Sequence[float] | None = None,
+    group: ProcessGroup | None = None,
+    sqrt: bool = False,
+    center: bool = True,
     backend: str = "auto",
     precision: str | None = None,
 ) -> Tensor:
@@ -46,6 +49,9 @@ def cka_loss(
         x: student features, shape [n, ...]; fp64, fp32, bf16 or fp16.
         y: teacher features, shape [n, ...]; its width and dtype may differ (dtypes are promoted). A side that does not
             require grad costs no gradient.
+            Both may be lists: pairs of layers, the two of a pair with the same rows; one mask for all. The result is
+            the sum over the pairs of weight * loss through one autograd node; on a GPU, with the same rows for all and
+            up to 512 of them, in common launches.
         kernel: "linear".
         estimator: "biased" is the published loss. "unbiased" is Song et al. 2012 (HSIC_1): for unrelated features the
             loss is 1 on average, whatever n; it may exceed 1 and is never clamped. Needs n >= 4.
@@ -53,6 +59,14 @@ def cka_loss(
             matter, its gradient is zero). Equal to the call on the selected rows; shapes do not change and nothing is
             read back from the device, so fewer selected rows than the estimator needs give NaN instead of an error.
         row_dims: how many leading dimensions index rows; 2 for tokens [batch, time, width].
+        weights: one number for each pair of the lists; None: 1 each.
+        group: a torch.distributed ProcessGroup (`torch.distributed.group.WORLD` is all ranks, once initialised): the
+            loss of the rows of *all* its ranks, the same number on each. Ranks may have different numbers of rows, none
+            too. Every rank must make the call, with the same widths, dtypes and options. None: this process alone.
+            See below.
+        sqrt: 1 - sqrt(CKA) instead, the hidden-state-matching loss of Dasgupta and Cohn 2025. Biased only.
+        center: False leaves the features (of an RBF kernel, the Gram matrices) as they are: 1 - the cosine of K and L
+            (kernel alignment, Cristianini et al. 2001). Then a common offset counts. Biased only.
         backend: "auto" (the best that can run), "native", "triton", "eager" or "reference" (fp64, literal, slow).
         precision: of fp32 products: None (PyTorch's own switch), "ieee", "tf32" or "tf32x3".
 
@@ -63,22 +77,51 @@ def cka_loss(
     Raises:
         TypeError: inputs that are not floating-point tensors, a mask that is not bool.
         ValueError: row counts, devices or mask shapes that do not fit, too few rows, an unknown option, a backend that
-            cannot run here (with the reason).
+            cannot run here (with the reason), ranks that differ; lists that are empty or not of one length, weights
+            without lists.
+        RuntimeError: another rank of ``group`` has failed (with its message).
+
+    With ``group`` the gradient is that of the whole batch with respect to this rank's rows, *times the number of
+    ranks*: the average over ranks, which DDP and FSDP take, is then the gradient of the whole batch. Who sums gradients
+    instead divides the loss by the number of ranks. Merged sums or the rows themselves travel, whichever are fewer
+    bytes (`explain`, docs/scale.md); the backward communicates nothing. Before anything travels the ranks tell each
+    other what they have: one whose arguments are wrong, or different, is an error on every rank; one that never comes
+    is left to the group's timeout. So the host waits for the other hosts, and for the GPU too where the group is NCCL
+    alone (init_process_group() makes one with gloo beside it). A CUDA graph cannot capture that, torch.compile breaks
+    its graph there; torch.func and double backward are refused.
 
     Example:
         >>> loss = 0.1 * task + 0.9 * cka_loss(student_features, teacher_features)
     """
-    return _evaluate("cka_loss", x, y, kernel, estimator, mask, row_dims, backend, precision)
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) and {type(x), type(y)} & {list, tuple}:
+        options = dict(
+            kernel=kernel, estimator=estimator, mask=mask, row_dims=row_dims, group=group, sqrt=sqrt, center=center,
+            backend=backend, precision=precision,
+        )  # fmt: skip
+        return pairs.weighted_sum(cka_losses(x, y, **options), weights)  # type: ignore[arg-type]
+    if weights is not None:
+        raise ValueError("weights are for lists of pairs: cka_loss([x1, ...], [y1, ...], weights=[w1, ...])")
+    return _evaluate(
+        "sqrt_cka_loss" if sqrt else "cka_loss", x, y, kernel, estimator, mask, row_dims, group, backend, precision,  # type: ignore[arg-type]
+        center,
+    )  # fmt: skip
+
+
+def cka_losses(x: Sequence[Tensor], y: Sequence[Tensor], **options: Any) -> Tensor:
+    """The losses of the pairs of two lists, [pairs], not summed; ``options`` are `cka_loss`'s, without weights."""
+    return pairs.losses(x, y, partial(cka_loss, **options), options)
 
 
 def cka(
     x: Tensor,
     y: Tensor,
     *,
-    kernel: str = "linear",
+    kernel: str | RBF = "linear",
     estimator: str = "biased",
     mask: Tensor | None = None,
     row_dims: int = 1,
+    group: ProcessGroup | None = None,
+    center: bool = True,
     backend: str = "auto",
     precision: str | None = None,
 ) -> Tensor:
@@ -87,17 +130,18 @@ def cka(
     Returns:
         0-d tensor, fp32 (fp64 if either input is): 1 for representations of equal geometry.
     """
-    return _evaluate("cka", x, y, kernel, estimator, mask, row_dims, backend, precision)
+    return _evaluate("cka", x, y, kernel, estimator, mask, row_dims, group, backend, precision, center)
 
 
 def hsic(
     x: Tensor,
     y: Tensor,
     *,
-    kernel: str = "linear",
+    kernel: str | RBF = "linear",
     estimator: str = "biased",
     mask: Tensor | None = None,
     row_dims: int = 1,
+    group: ProcessGroup | None = None,
     backend: str = "auto",
     precision: str | None = None,
 ) -> Tensor:
@@ -106,24 +150,54 @@ def hsic(
     .. math::  \mathrm{HSIC} = \frac{\mathrm{tr}(K H L H)}{(n-1)^2}
 
     for "biased" (Gretton et al. 2005, eq. 9); Song et al. 2012, eq. 5, for "unbiased". In units of the squares of both
-    sides' features.
+    sides' features; of an RBF kernel, without units.
 
     Returns:
         0-d tensor, fp32 (fp64 if either input is).
     """
-    return _evaluate("hsic", x, y, kernel, estimator, mask, row_dims, backend, precision)
+    return _evaluate("hsic", x, y, kernel, estimator, mask, row_dims, group, backend, precision)
 
 
-def centered_gram(x: Tensor, *, kernel: str = "linear") -> Tensor:
-    r"""H X X^T H of x [n, ...]: the Gram matrix of the column-centred features, [n, n], fp32 (fp64 for fp64).
+def gram_mse(
+    x: Tensor,
+    y: Tensor,
+    *,
+    kernel: str | RBF = "linear",
+    mask: Tensor | None = None,
+    row_dims: int = 1,
+    center: bool = True,
+    backend: str = "auto",
+    precision: str | None = None,
+) -> Tensor:
+    r"""Mean squared difference of the Gram matrices of x [n, ...] and y [n, ...]; arguments as `cka_loss`.
 
-    Centred before the product, so that a large mean costs no accuracy. Differentiable to any order.
+    .. math::  \frac{1}{n^2} \lVert K - L \rVert_F^2 = \frac{\langle K, K\rangle - 2 \langle K, L\rangle
+               + \langle L, L\rangle}{n^2}
+
+    of centred K and L (``center=False``: of K and L as they are). This is the similarity-preserving loss of Tung and
+    Mori 2019, eq. 4, without its normalisation of rows: sizes count. In units of fourth powers of the features, so wide
+    features weigh more; scale them (``x / x.shape[1] ** 0.5``) or take an RBF kernel, which has no units.
+
+    Returns:
+        0-d tensor, fp32 (fp64 if either input is).
+    """
+    return _evaluate("gram_mse", x, y, kernel, "biased", mask, row_dims, None, backend, precision, center)
+
+
+def centered_gram(x: Tensor, *, kernel: str | RBF = "linear") -> Tensor:
+    r"""H K H of x [n, ...]: the centred Gram matrix, [n, n], fp32 (fp64 for fp64).
+
+    K is X X^T, whose columns are centred before the product, so that a large mean costs no accuracy; or that of an
+    `RBF` (a pair of sigmas: the first). Differentiable to any order.
 
     Raises:
         TypeError, ValueError: as `cka_loss`.
     """
-    _require_choice("kernel", kernel, ("linear",))
-    _require_features("x", x, 1)
+    rbf = inputs.parse_kernel(kernel)
+    inputs.require_features("x", x, 1)
+    if rbf is not None:
+        k = reference.rbf_gram(x.flatten(1), None, rbf, 0)
+        return (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()).to(ops.value_dtype(x.dtype))
     with ops.without_autocast(x.device):
         x = x.flatten(1).to(ops.value_dtype(x.dtype))
         x = x - x.mean(0)
@@ -135,126 +209,77 @@ def explain(
     x: Tensor,
     y: Tensor,
     *,
-    kernel: str = "linear",
+    kernel: str | RBF = "linear",
     estimator: str = "biased",
     mask: Tensor | None = None,
     row_dims: int = 1,
+    group: ProcessGroup | None = None,
+    sqrt: bool = False,
+    center: bool = True,
     backend: str = "auto",
     precision: str | None = None,
 ) -> Plan:
     """How `cka_loss` would compute this call; ``print`` the result. Takes its arguments, runs nothing.
 
+    With ``group`` every rank must call it; what would travel is shown, and the work of this rank.
+
     Returns:
         Plan with route, backend, tiles, floating-point operations, bytes, workspace, the floor time on known devices,
         and why better backends were not taken.
     """
-    x, y, mask, problem = _prepare("cka_loss", x, y, kernel, estimator, mask, row_dims, backend, precision)
-    name, rejected = backends.choose(problem.dtype, problem.device, plan.are_few(problem.n), backend)
+    statistic: Statistic = "sqrt_cka_loss" if sqrt else "cka_loss"
+    arguments = (statistic, x, y, kernel, estimator, mask, row_dims, backend, precision, center)
+    transport = None
+    if group is None or distributed.world_size(group) == 1:
+        *_, problem = inputs.prepare(*arguments)
+    else:
+        part = global_batch.meet(group, *arguments)
+        problem, transport = part.problem, part.transport
+        if transport.name == "merged":
+            return plan.describe(problem._replace(n=len(part.x)), "cross", "eager", {}, transport=transport)
+    few = plan.are_few(problem.n)
+    name, rejected = backends.choose(problem.dtype, problem.device, few, backend, plan.variant(problem))
     measured = ""
     if backend == "auto":
         name, measured = backends.prefer(problem, name)
-    route = plan.choose_route(problem.n, problem.p, problem.q, name)
+    route = plan.route_of(problem, name)
     device_name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
-    return plan.describe(problem, route, name, dict(rejected), device_name, measured)
+    return plan.describe(problem, route, name, dict(rejected), device_name, measured, transport)
 
 
 def _evaluate(
     statistic: Statistic,
     x: Tensor,
     y: Tensor,
-    kernel: str,
+    kernel: str | RBF,
     estimator: str,
     mask: Tensor | None,
     row_dims: int,
+    group: ProcessGroup | None,
     backend: str,
     precision: str | None,
+    center: bool = True,
 ) -> Tensor:
-    x, y, mask, problem = _prepare(statistic, x, y, kernel, estimator, mask, row_dims, backend, precision)
+    if group is not None:
+        return global_batch.evaluate(
+            group, partial(_whole, backend=backend), statistic, x, y, kernel, estimator, mask, row_dims, backend,
+            precision, center,
+        )  # fmt: skip
+    known = center and statistic in ("cka_loss", "cka", "hsic")
+    if known and not torch.compiler.is_compiling() and ops.at_once is not None:
+        done = ops.at_once(statistic, x, y, kernel, estimator, mask, row_dims, backend, precision)
+        if done is not None:
+            return done
+    x, y, mask, problem = inputs.prepare(statistic, x, y, kernel, estimator, mask, row_dims, backend, precision, center)
+    return _whole(x, y, mask, problem, backend)
+
+
+def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend: str) -> Tensor:
+    """The statistic of one batch: by the best backend, or by the literal formula."""
     if backend == "reference":
+        literal = getattr(reference, problem.statistic)
         with ops.without_autocast(x.device):
-            value: Tensor = getattr(reference, statistic)(x, y, mask, estimator)
+            value: Tensor = literal(x, y, mask, problem.estimator, problem.kernel, problem.center)
         return value.to(ops.value_dtype(x.dtype))
-    name, _ = backends.choose(problem.dtype, problem.device, plan.are_few(problem.n), backend)
-    if backend == "auto" and x.is_cuda and not torch.compiler.is_compiling():  # compiled, sizes may be symbolic
-        name, _ = backends.prefer(problem, name)
-    route = plan.choose_route(problem.n, problem.p, problem.q, name)
-    return ops.alignment(x, y, mask, problem, route, name)
-
-
-def _prepare(
-    statistic: Statistic,
-    x: Tensor,
-    y: Tensor,
-    kernel: str,
-    estimator: str,
-    mask: Tensor | None,
-    row_dims: int,
-    backend: str,
-    precision: str | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Problem]:
-    """Checked inputs as x [n, p], y [n, q] of one dtype and mask [n], and the problem they pose."""
-    _require_choice("kernel", kernel, ("linear",))
-    _require_choice("estimator", estimator, tuple(MIN_ROWS))
-    _require_choice("backend", backend, backends.NAMES)
-    _require_choice("precision", precision, _PRECISIONS)
-    _require_features("x", x, row_dims)
-    _require_features("y", y, row_dims)
-    rows = x.shape[:row_dims]
-    if y.shape[:row_dims] != rows:
-        raise ValueError(
-            f"x and y must have the same rows, got {tuple(rows)} for x and {tuple(y.shape[:row_dims])} for y "
-            f"(shapes {tuple(x.shape)} and {tuple(y.shape)}, row_dims={row_dims})"
-        )
-    n = math.prod(rows)
-    if n < MIN_ROWS[estimator]:
-        raise ValueError(
-            f'estimator="{estimator}" needs at least {MIN_ROWS[estimator]} rows, got {n} (x has shape {tuple(x.shape)})'
-        )
-    if x.device != y.device:
-        raise ValueError(f"x and y must be on one device, got x on {x.device} and y on {y.device}")
-    if mask is not None:
-        _require_mask(mask, rows, x.device)
-        mask = mask.reshape(n)
-    if x.dtype != y.dtype:
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        x, y = x.to(dtype), y.to(dtype)
-    # Not (n, -1): torch.compile would have to divide by a symbolic size.
-    x = x if x.dim() == 2 and row_dims == 1 else x.reshape(n, math.prod(x.shape[row_dims:]))
-    y = y if y.dim() == 2 and row_dims == 1 else y.reshape(n, math.prod(y.shape[row_dims:]))
-    recording = torch.is_grad_enabled()
-    problem = Problem(
-        n, x.shape[1], y.shape[1], x.dtype, x.device, statistic, estimator, precision,  # type: ignore[arg-type]
-        mask is not None, recording and x.requires_grad, recording and y.requires_grad,
-    )  # fmt: skip
-    return x, y, mask, problem
-
-
-def _require_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _require_features(name: str, value: object, row_dims: int) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}; convert it with {name}.float()"
-        )
-    if row_dims < 1 or value.dim() <= row_dims:
-        raise ValueError(
-            f"{name} must have {row_dims} row dimension{'s' * (row_dims != 1)} (row_dims >= 1) and at least one "
-            f"feature dimension, got shape {tuple(value.shape)}"
-        )
-    if math.prod(value.shape[row_dims:]) == 0:
-        raise ValueError(f"{name} has no features: shape {tuple(value.shape)}")
-
-
-def _require_mask(mask: object, rows: torch.Size, device: torch.device) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor (True keeps a row), got {kind}; convert it with mask.bool()")
-    if mask.shape != rows:
-        raise ValueError(f"mask must have the shape of the rows, {tuple(rows)}, got {tuple(mask.shape)}")
-    if mask.device != device:
-        raise ValueError(f"mask must be on the features' device {device}, got {mask.device}")
+    name = backends.resolve(problem, backend)
+    return ops.alignment(x, y, mask, problem, plan.route_of(problem, name), name)

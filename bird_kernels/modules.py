@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
-from .functional import cka_loss, hsic
+from .functional import cka_loss, cka_losses, hsic
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .types import RBF
 
 
 class _Statistic(nn.Module):
     def __init__(
         self,
         *,
-        kernel: str = "linear",
+        kernel: str | RBF = "linear",
         estimator: str = "biased",
         row_dims: int = 1,
+        group: ProcessGroup | None = None,
         backend: str = "auto",
         precision: str | None = None,
+        **more: bool,
     ) -> None:
         super().__init__()
-        self.options = dict(kernel=kernel, estimator=estimator, row_dims=row_dims, backend=backend, precision=precision)
+        self.options = dict(
+            kernel=kernel, estimator=estimator, row_dims=row_dims, group=group, backend=backend, precision=precision,
+            **more,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class CKALoss(_Statistic):
-    """`cka_loss` as a module: ``CKALoss(estimator="unbiased")(x, y, mask=None)``."""
+    """`cka_loss` as a module: ``CKALoss(estimator="unbiased")(x, y, mask=None)``; also ``sqrt`` and ``center``."""
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """1 - CKA of x [n, ...] and y [n, ...]; 0-d."""
+    def forward(self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """1 - CKA of x [n, ...] and y [n, ...], or its sum over the pairs of two lists; 0-d."""
         return cka_loss(x, y, mask=mask, **self.options)  # type: ignore[arg-type]
+
+    def each(self, xs: Sequence[Tensor], ys: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        """1 - CKA of each pair of two lists, [pairs]."""
+        return cka_losses(xs, ys, mask=mask, **self.options)
 
 
 class HSICLoss(_Statistic):

@@ -71,6 +71,16 @@ def differentiate_backward_with(function: Callable[..., Any]) -> None:
     _native().set_differentiable_backward(function)
 
 
+def at_once_where(always: Callable[[str, torch.dtype, torch.device], bool]) -> Callable[..., Tensor | None]:
+    """A whole public call in C++, checks included: a function of the arguments of `functional._evaluate`.
+
+    It gives None for a call that is not ordinary (csrc/at_once.h): not two plain matrices, too many rows, anything
+    wrong, or ``always(backend, dtype, device)``, which is asked once, says that sizes might lead elsewhere.
+    """
+    at_once: Callable[..., Tensor | None] = _native().at_once_where(always)
+    return at_once
+
+
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash."""
     n = problem.n

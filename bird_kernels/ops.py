@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .types import Estimator, Precision, Problem, Route, Stash, Statistic
+from .types import RBF, Estimator, Precision, Problem, Route, Stash, Statistic
 
 
 class Spec(NamedTuple):
@@ -30,9 +30,21 @@ class Spec(NamedTuple):
     precision: Precision | None
     x_grad: bool
     y_grad: bool
+    kernel: str = "linear"
+    sigma: Sequence[float] = ()
+    threshold: float | None = None
+    flow: bool = False
+    center: bool = True
+
+    @property
+    def rbf(self) -> RBF | None:
+        """The kernel, None for the linear one."""
+        sigma = (self.sigma[0], self.sigma[1]) if self.sigma else None
+        return None if self.kernel == "linear" else RBF(sigma, self.threshold, self.flow)
 
 
-_SPEC = "str statistic, str estimator, str route, str backend, str? precision, bool x_grad, bool y_grad"
+_SPEC = "str statistic, str estimator, str route, str backend, str? precision, bool x_grad, bool y_grad, "
+_SPEC += "str kernel, float[] sigma, float? threshold, bool flow, bool center"
 _STASH = ", ".join(f"Tensor {name}" for name in Stash._fields)
 
 torch.library.define(
@@ -58,12 +70,16 @@ def _problem(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> Problem:
         masked=mask is not None,
         x_grad=spec.x_grad,
         y_grad=spec.y_grad,
+        kernel=spec.rbf,
+        center=spec.center,
     )
 
 
 def _spec(problem: Problem, route: Route, backend: str) -> Spec:
     p = problem
-    return Spec(p.statistic, p.estimator, route, backend, p.precision, p.x_grad, p.y_grad)
+    spec = Spec(p.statistic, p.estimator, route, backend, p.precision, p.x_grad, p.y_grad, center=p.center)
+    k = p.kernel
+    return spec if k is None else spec._replace(kernel="rbf", sigma=k.sigmas or (), threshold=k.threshold, flow=k.flow)
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
@@ -80,14 +96,14 @@ def _run(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
 
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
     spec = Spec(*spec_)
-    run = backends.load(spec.backend).forward
+    run = backends.load(spec.backend, spec.kernel).forward
     value, stash = _run(run, x, y, mask, _problem(x, y, mask, spec), spec.route)
     return value, *stash
 
 
 def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     stash, spec = Stash(*rest[: len(Stash._fields)]), Spec(*rest[len(Stash._fields) :])
-    run = backends.load(spec.backend).backward
+    run = backends.load(spec.backend, spec.kernel).backward
     dx, dy = _run(run, grad, x, y, mask, stash, _problem(x, y, mask, spec), spec.route)
     return dx, dy
 
@@ -99,7 +115,7 @@ torch.library.impl("bird::alignment_backward", ["CPU", "CUDA"], _alignment_backw
 @torch.library.register_fake("bird::alignment")
 def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
     spec = Spec(*spec_)
-    shapes = backends.load(spec.backend).stash_shapes(_problem(x, y, mask, spec), spec.route)
+    shapes = backends.load(spec.backend, spec.kernel).stash_shapes(_problem(x, y, mask, spec), spec.route)
     value = x.new_empty((), dtype=value_dtype(x.dtype))
     return value, *(x.new_empty(shape, dtype=dtype) for shape, dtype in (shapes[name] for name in Stash._fields))
 
@@ -129,7 +145,7 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route
     if backend == "native":
         return _native().alignment(x, y, mask, problem)
     if not (problem.x_grad or problem.y_grad):
-        value, _ = _run(backends.load(backend).forward, x, y, mask, problem, route)
+        value, _ = _run(backends.of(problem, backend).forward, x, y, mask, problem, route)
         return value
     value = _Alignment.apply(x, y, mask, problem, route, backend)
     return value
@@ -137,22 +153,29 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route
 
 def _watched(x: Tensor, y: Tensor) -> bool:
     """Whether somebody other than autograd looks on (torch.compile, torch.func, a dispatch mode, a tensor subclass),
-    who must see operators."""
+    who must see operators; or the dispatcher has something to do (a lazy negative, as ``z.conj().imag`` is)."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or not (type(x) in _PLAIN and type(y) in _PLAIN)
         or x.is_meta
+        or x.is_neg()
+        or y.is_neg()
     )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
+# A whole public call in C++, or None where that call needs Python; there is none before the native backend has run.
+at_once: Callable[..., Tensor | None] | None = None
+
+
 @lru_cache
 def _native() -> Any:
     """The native backend: its autograd is its own, in C++, but for backwards that are differentiated or looked on."""
+    global at_once
     from . import native
 
     def backward(
@@ -167,6 +190,7 @@ def _native() -> Any:
         return (dx if x_grad else None), (dy if y_grad else None)
 
     native.differentiate_backward_with(backward)
+    at_once = native.at_once_where(backends.is_always_native)
     return native
 
 
@@ -177,7 +201,7 @@ class _Alignment(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str
     ) -> Tensor:
-        value, stash = _run(backends.load(backend).forward, x, y, mask, problem, route)
+        value, stash = _run(backends.of(problem, backend).forward, x, y, mask, problem, route)
         ctx.call = problem, route, backend
         ctx.save_for_backward(x, y, mask, *stash)
         return value
@@ -189,7 +213,7 @@ class _Alignment(torch.autograd.Function):
         if torch.is_grad_enabled() or _watched(grad, x):  # create_graph, or the backward is being traced
             dx, dy = _visible_backward(grad, x, y, mask, _spec(problem, route, backend), tensors)
         else:
-            run = backends.load(backend).backward
+            run = backends.of(problem, backend).backward
             dx, dy = _run(run, grad, x, y, mask, Stash(*tensors), problem, route)
         return (dx if problem.x_grad else None), (dy if problem.y_grad else None), None, None, None, None
 
@@ -253,7 +277,7 @@ class _AlignmentBackward(torch.autograd.Function):
         spec = Spec(*ctx.spec)
         with torch.enable_grad():
             grad, x, y = leaves = tuple(t.detach().requires_grad_() for t in (grad, x, y))
-            value = getattr(reference, spec.statistic)(x, y, mask, spec.estimator)
+            value = getattr(reference, spec.statistic)(x, y, mask, spec.estimator, spec.rbf, spec.center)
             sides, cotangents = zip(
                 *((t, d) for t, d, needed in ((x, ddx, spec.x_grad), (y, ddy, spec.y_grad)) if needed),
                 strict=True,

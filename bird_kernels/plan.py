@@ -13,9 +13,10 @@ route no workspace exceeds O(n min(n, p+q)).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from .types import Plan, Problem, Route
+from .types import Plan, Problem, Route, Transport, Variant
 
 # Data-sheet peaks: fp32, tf32 and half TFLOP/s (dense), memory TB/s. Floors are computed from them and say so.
 PEAKS = {
@@ -29,6 +30,12 @@ PEAKS = {
 # The native backend's limit: it holds all rows of some features in shared memory (csrc/kernels.h).
 FEW_ROWS = 512
 
+# Kernel matrices of up to so many bytes (both, upper halves; n = 8192 in fp32) are kept from forward to backward.
+# Above, each pass computes them again: 5 times the products, and O(strip * n) memory.
+KEPT = 1 << 28
+# Rows of a strip. Two cores of a Zen 5 CPU, n = 1024: the strips of 256 stay in its cache. On CUDA not yet measured.
+STRIP = {"cpu": 256, "cuda": 1024}
+
 # Programs that fill a large GPU (132 multiprocessors on an H100). Not yet measured.
 PROGRAMS = 132
 
@@ -39,6 +46,7 @@ PROGRAMS = 132
 SMALL = 512
 BLOCKS = 24
 CROWD = 4
+MOST_PAIRS = 64  # that share launches: their addresses are arguments of a kernel, which takes 4 KB of them
 
 
 class Tiling(NamedTuple):
@@ -78,8 +86,37 @@ def tiling(problem: Problem, route: Route) -> Tiling:
     return whole if usual.splits == (1,) else usual
 
 
+def rbf_tiling(problem: Problem) -> Tiling:
+    """Tiles of distances and of the gradient. Not split: a kernel is a function of the whole distance.
+
+    With inner steps of 64 the gradients of halves spill 56 to 232 bytes on sm_80, sm_90 and sm_100.
+    """
+    return Tiling(64, 32, (), 0, False)
+
+
+def together(problems: Sequence[Problem]) -> Tiling | None:
+    """How several pairs share the launches of the Gram route, splits of x and y of the first, of the second, ...;
+    None where they do not: one pair or very many, other dtypes, or one that is not launch-bound by itself."""
+    first = problems[0]
+    if not 2 <= len(problems) <= MOST_PAIRS or any((p.n, p.dtype) != (first.n, first.dtype) for p in problems):
+        return None
+    own = [tiling(problem, "gram") for problem in problems]
+    if not all(t.centres for t in own):
+        return None
+    block, step = own[0].block, own[0].step
+    steps = [_ceil_div(d, step) for problem in problems for d in (problem.p, problem.q)]
+    programs = CROWD * PROGRAMS // tile_count(first, "gram", block)
+    chunk = min(_ceil_div(sum(steps), programs), BLOCKS // _ceil_div(first.n, block))
+    return Tiling(block, step, tuple(_ceil_div(s, chunk) for s in steps), chunk * step, True)
+
+
 def launches(problem: Problem, route: Route) -> tuple[int, int]:
-    """Kernels that the Triton backend launches in a forward and in its backward; a mask's rows are counted in one."""
+    """Kernels that the Triton backend launches in a forward and in its backward; a mask's rows are counted in one.
+
+    Of an RBF kernel there are the library's besides, which find its bandwidth.
+    """
+    if problem.kernel is not None:  # statistics, norms, distances, kernels, moments
+        return 5 + (row_splits(problem.n) > 1) + problem.masked, min(problem.x_grad + problem.y_grad, 1)
     t = tiling(problem, route)
     statistics = 0 if t.centres else 1 + (row_splits(problem.n) > 1) + problem.masked
     moments = 1 + (len(t.splits) > 0)
@@ -133,6 +170,53 @@ def choose_route(n: int, p: int, q: int, backend: str = "eager") -> Route:
     return "gram" if backend == "native" or n <= p + q else "cross"
 
 
+def route_of(problem: Problem, backend: str) -> Route:
+    """`choose_route`; an RBF kernel is known by its Gram matrix alone."""
+    return "gram" if problem.kernel else choose_route(problem.n, problem.p, problem.q, backend)
+
+
+def variant(problem: Problem) -> Variant:
+    """What a backend must be able to do for this problem: the least common of what it asks for."""
+    if not problem.center:
+        return "center=False"
+    if problem.statistic == "gram_mse":
+        return "gram_mse"
+    if problem.kernel is not None:
+        if problem.kernel.flow:
+            return "RBF(flow=True)"
+        return 'kernel="rbf"' if keeps_kernels(problem) else "RBF kernels too large to be kept"
+    return "sqrt=True" if problem.statistic == "sqrt_cka_loss" else "linear"
+
+
+def keeps_kernels(problem: Problem) -> bool:
+    """Whether both kernel matrices (upper halves) stay in memory; else strips of them are computed when needed."""
+    return True if problem.n**2 * _wide(problem) <= KEPT else False  # noqa: SIM210 - as in `are_few`
+
+
+def kernel_passes(problem: Problem) -> int:
+    """How many times the kernel matrices are computed: once where they are kept.
+
+    Streamed, for each 16 bits of the median, for the row sums, for the moments, and for the backward.
+    """
+    if keeps_kernels(problem):
+        return 1
+    median = _wide(problem) // 2 if problem.kernel and problem.kernel.sigma is None else 0
+    return median + 2 + (problem.x_grad or problem.y_grad)
+
+
+def strip_rows(problem: Problem) -> int:
+    """Rows of a kernel matrix that are computed together."""
+    return STRIP["cpu" if problem.device.type == "cpu" else "cuda"]
+
+
+def strips_size(n: int, rows: int) -> int:
+    """Numbers that the upper strips of an n x n matrix have at the most, strips of ``rows`` rows and a last of fewer.
+
+    A strip begins at its diagonal block, which is whole.
+    """
+    return n * n if n <= rows else n * (n + rows) // 2
+
+
 def minimum_bytes(problem: Problem) -> int:
     """Both inputs read once forward and once backward, each wanted gradient written once."""
     n, p, q, size = problem.n, problem.p, problem.q, problem.dtype.itemsize
@@ -141,13 +225,18 @@ def minimum_bytes(problem: Problem) -> int:
 
 
 def describe(
-    problem: Problem, route: Route, backend: str, rejected: dict[str, str], device_name: str = "", measured: str = ""
-) -> Plan:
+    problem: Problem, route: Route, backend: str, rejected: dict[str, str], device_name: str = "", measured: str = "",
+    transport: Transport | None = None,
+) -> Plan:  # fmt: skip
     """The plan that ``explain`` prints, with work, traffic and floor; ``measured`` says why this backend, if known."""
     n, p, q = problem.n, problem.p, problem.q
     sides = problem.x_grad, problem.y_grad
     other: Route = "cross" if route == "gram" else "gram"
     flops, alternative = (route_flops(r, n, p, q, *sides) for r in (route, other))
+    why = f"{flops / 1e9:.3g} Gflop, {other} would need {alternative / 1e9:.3g}"
+    if problem.kernel is not None:
+        flops += n * n * (p + q) * (kernel_passes(problem) - 1)
+        why = f"{flops / 1e9:.3g} Gflop, an RBF kernel has no other"
     traffic = minimum_bytes(problem)
     return Plan(
         problem=problem,
@@ -157,16 +246,23 @@ def describe(
         flops=flops,
         bytes=traffic,
         workspace=workspace(problem, route, backend),
-        why=f"{flops / 1e9:.3g} Gflop, {other} would need {alternative / 1e9:.3g}",
+        why=why,
         floor=_floor(problem, flops, traffic, device_name),
         rejected=rejected,
+        transport=transport,
     )
 
 
 def workspace(problem: Problem, route: Route, backend: str) -> int:
     """Bytes alive between forward and backward beyond inputs and gradients (leading terms)."""
     n, p, q = problem.n, problem.p, problem.q
-    wide = 8 if problem.dtype.itemsize == 8 else 4
+    wide = _wide(problem)
+    if problem.kernel is not None:
+        if backend == "triton":
+            return 8 * n * n + 16 * n + 8 * (p + q)
+        kept = keeps_kernels(problem)
+        kernels = 2 * strips_size(n, strip_rows(problem)) if kept else 0
+        return (kernels + n * (p + (problem.y_grad or not kept) * q)) * wide + 16 * n
     products = 2 * n * n if route == "gram" else p * q + p * p + problem.y_grad * q * q
     centred = 0
     if backend == "eager":
@@ -176,16 +272,23 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
     return products * wide + centred
 
 
+def _wide(problem: Problem) -> int:
+    """Bytes of a number in products and statistics."""
+    return 8 if problem.dtype.itemsize == 8 else 4
+
+
 def _tile(problem: Problem, route: Route, backend: str) -> str:
     if backend == "native":
         return f"all rows of 32 features in shared memory at a time, {2 + (problem.x_grad or problem.y_grad)} launches"
     if backend != "triton":
-        return "library products"
-    t = tiling(problem, route)
+        strips = f" in strips of {strip_rows(problem)} rows, {'kept' if keeps_kernels(problem) else 'streamed'}"
+        return "library products" + (strips if problem.kernel else "")
+    t = rbf_tiling(problem) if problem.kernel else tiling(problem, route)
     count = tile_count(problem, route, t.block)
     split = f", split {' + '.join(map(str, t.splits))} ways" if t.splits else ""
     launched = sum(launches(problem, route))
-    return f"{count} tiles of {t.block} x {t.block}, inner step {t.step}{split}, {launched} launches"
+    library = " and the library's for the bandwidth" if problem.kernel else ""
+    return f"{count} tiles of {t.block} x {t.block}, inner step {t.step}{split}, {launched} launches{library}"
 
 
 def _floor(problem: Problem, flops: int, traffic: int, device_name: str) -> str:

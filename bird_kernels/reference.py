@@ -7,6 +7,8 @@ differentiates.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,30 +30,71 @@ def centring_matrix(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.diag(ones) - torch.outer(ones, ones) / row_count(x, mask)
 
 
-def centered_gram(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""H X X^T H (Gretton et al. 2005). Shape [n, n], fp64.
+def squared_distances(x: Tensor, mask: Tensor | None) -> Tensor:
+    """|x_i - x_j|^2 of the rows that count, zero for the others; [n, n], fp64. What rounding leaves of zero is zero."""
+    lost = 1e-26 * select(x, mask).square().sum()  # of constant features, by the centring
+    x = centring_matrix(x, mask) @ select(x, mask)
+    norms = x.square().sum(1)
+    pairs = norms[:, None] + norms[None, :]
+    distances = pairs - 2 * x @ x.T
+    return torch.where(distances <= 1e-14 * pairs + lost, 0.0, distances)  # false for NaN
 
-    H is applied to X before the product: in exact arithmetic the same, in fp64 better by (mean/std)^2.
+
+def bandwidth(distances: Tensor, mask: Tensor | None, kernel: Any, side: int) -> Tensor:
+    """sigma^2 by the rule of an `RBF`; 0-d, fp64. A median is the lower one of two, and 0 of nothing."""
+    if kernel.sigma is not None:
+        sigma = kernel.sigma[side] if isinstance(kernel.sigma, tuple) else kernel.sigma
+        return torch.full((), sigma**2, dtype=torch.float64, device=distances.device)
+    distances = distances if kernel.flow else distances.detach()
+    ones = torch.ones_like(distances[0]) if mask is None else mask.double()
+    counted = torch.outer(ones, ones) > 0
+    if kernel.threshold is None:
+        counted = counted & (distances != 0)
+    number = counted.sum()
+    ordered = torch.where(counted, distances, torch.inf).flatten().sort().values
+    median = ordered.gather(0, ((number - 1) // 2).clamp(min=0).expand(1)).squeeze()
+    return torch.where(number > 0, median, 0.0) * (kernel.threshold or 1.0) ** 2
+
+
+def rbf_gram(x: Tensor, mask: Tensor | None, kernel: Any, side: int) -> Tensor:
+    """exp(-|x_i - x_j|^2 / (2 sigma^2)) of the rows that count, zero for the others; [n, n], fp64.
+
+    All ones where sigma is 0.
     """
-    centred = centring_matrix(x, mask) @ select(x, mask)
+    distances = squared_distances(x, mask)
+    square = bandwidth(distances, mask, kernel, side)
+    gram = torch.where(square == 0, 1.0, (-distances / (2 * torch.where(square == 0, 1.0, square))).exp())
+    return gram if mask is None else gram * torch.outer(mask.double(), mask.double())
+
+
+def centered_gram(
+    x: Tensor, mask: Tensor | None = None, kernel: Any = None, side: int = 0, center: bool = True
+) -> Tensor:
+    r"""H K H (Gretton et al. 2005), with K = X X^T, or that of an `RBF`; without ``center`` K itself. [n, n], fp64.
+
+    Linear, H is applied to X before the product: in exact arithmetic the same, in fp64 better by (mean/std)^2.
+    """
+    h = centring_matrix(x, mask)
+    if kernel is not None:
+        gram = rbf_gram(x, mask, kernel, side)
+        return h @ gram @ h if center else gram
+    centred = h @ select(x, mask) if center else select(x, mask)
     return centred @ centred.T
 
 
-def hsic_biased(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""tr(K H L H) / (n-1)^2 (Gretton et al. 2005, eq. 9)."""
-    n = row_count(x, mask)
-    return (centered_gram(x, mask) * centered_gram(y, mask)).sum() / (n - 1) ** 2
+def hsic_biased(k: Tensor, l: Tensor, n: Tensor) -> Tensor:
+    r"""tr(K H L H) / (n-1)^2 (Gretton et al. 2005, eq. 9), of Gram matrices that are centred."""
+    return (k * l).sum() / (n - 1) ** 2
 
 
-def hsic_unbiased(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+def hsic_unbiased(k: Tensor, l: Tensor, n: Tensor) -> Tensor:
     r"""Song et al. 2012, eq. 5, with K~ and L~ the Gram matrices without their diagonals::
 
         [tr(K~ L~) + 1'K~1 1'L~1 / ((n-1)(n-2)) - 2/(n-2) 1'K~L~1] / (n(n-3))
 
-    The estimator does not change when the features are shifted; they are centred first for accuracy.
+    The estimator does not change when u_i + u_j is added to K_ij: centred matrices do as well, and are more accurate.
     """
-    n = row_count(x, mask)
-    k, l = (gram - torch.diag(gram.diagonal()) for gram in (centered_gram(x, mask), centered_gram(y, mask)))
+    k, l = (gram - torch.diag(gram.diagonal()) for gram in (k, l))
     trace = (k * l.T).sum()
     totals = k.sum() * l.sum() / ((n - 1) * (n - 2))
     rows = (k.sum(0) * l.sum(1)).sum() * 2 / (n - 2)
@@ -61,16 +104,19 @@ def hsic_unbiased(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
 HSIC = {"biased": hsic_biased, "unbiased": hsic_unbiased}
 
 
-def hsic(x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased") -> Tensor:
-    """HSIC of x [n, p] and y [n, q]; 0-d, fp64."""
-    return undefined(x, mask, estimator) * HSIC[estimator](x, y, mask)
+def hsic(
+    x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased", kernel: Any = None,
+    center: bool = True,
+) -> Tensor:  # fmt: skip
+    """HSIC of x [n, p] and y [n, q]; 0-d, fp64. ``kernel`` None is the linear one, else a `bird_kernels.RBF`."""
+    k, l = centered_gram(x, mask, kernel, 0, center), centered_gram(y, mask, kernel, 1, center)
+    return undefined(x, mask, estimator) * HSIC[estimator](k, l, row_count(x, mask))
 
 
-def has_no_variance(x: Tensor, self_hsic: Tensor, mask: Tensor | None) -> Tensor:
-    """Whether HSIC(x, x) is zero up to the rounding of fp64; 0-d, bool."""
-    gram = centered_gram(x, mask)
-    constant = gram.trace() <= 1e-26 * select(x, mask).square().sum()
-    return constant | (self_hsic <= 1e-13 * gram.square().mean())
+def has_no_variance(x: Tensor, gram: Tensor, self_hsic: Tensor, mask: Tensor | None, kernel: Any) -> Tensor:
+    """Whether HSIC(x, x) is zero up to the rounding of fp64; 0-d, bool. ``gram`` is the centred one."""
+    size = select(x, mask).square().sum() * 1e-26 if kernel is None else row_count(x, mask) * 1e-15
+    return (gram.trace() <= size) | (self_hsic <= 1e-13 * gram.square().mean())
 
 
 def undefined(x: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
@@ -79,14 +125,34 @@ def undefined(x: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
     return torch.where(enough, 1.0, torch.nan).double()
 
 
-def cka(x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased") -> Tensor:
+def cka(
+    x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased", kernel: Any = None,
+    center: bool = True,
+) -> Tensor:  # fmt: skip
     """HSIC(x,y) / sqrt(HSIC(x,x) HSIC(y,y)) (Kornblith et al. 2019, eq. 4), 0 if a side has no variance; 0-d, fp64."""
-    xy, xx, yy = (hsic(a, b, mask, estimator) for a, b in ((x, y), (x, x), (y, y)))
-    dead = has_no_variance(x, xx, mask) | has_no_variance(y, yy, mask)
+    k, l = centered_gram(x, mask, kernel, 0, center), centered_gram(y, mask, kernel, 1, center)
+    n = row_count(x, mask)
+    xy, xx, yy = (HSIC[estimator](a, b, n) for a, b in ((k, l), (k, k), (l, l)))
+    dead = has_no_variance(x, k, xx, mask, kernel) | has_no_variance(y, l, yy, mask, kernel)
     xx, yy = (torch.where(dead, 1.0, a) for a in (xx, yy))
     return undefined(x, mask, estimator) * torch.where(dead, 0.0 * xy, xy) / (xx.sqrt() * yy.sqrt())
 
 
-def cka_loss(x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased") -> Tensor:
-    """1 - CKA, the representation loss of BIRD (ICLR 2026); 0-d, fp64."""
-    return 1.0 - cka(x, y, mask, estimator)
+def cka_loss(x: Tensor, y: Tensor, *options: Any) -> Tensor:
+    """1 - CKA, the representation loss of BIRD (ICLR 2026); 0-d, fp64. Options as `cka`."""
+    return 1.0 - cka(x, y, *options)
+
+
+def sqrt_cka_loss(x: Tensor, y: Tensor, *options: Any) -> Tensor:
+    """1 - sqrt(CKA), biased: hidden-state matching (Dasgupta and Cohn 2025); 0-d, fp64. Options as `cka`."""
+    value = cka(x, y, *options)
+    return 1.0 - torch.where(value <= 0, 0.0, torch.where(value <= 0, 1.0, value).sqrt())
+
+
+def gram_mse(
+    x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased", kernel: Any = None,
+    center: bool = True,
+) -> Tensor:  # fmt: skip
+    """Mean squared difference of the Gram matrices' n^2 entries; 0-d, fp64."""
+    difference = centered_gram(x, mask, kernel, 0, center) - centered_gram(y, mask, kernel, 1, center)
+    return undefined(x, mask, estimator) * difference.square().sum() / row_count(x, mask) ** 2

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .types import Estimator, Precision, Problem, Route, Statistic
+from .types import RBF, Estimator, Precision, Problem, Route, Statistic
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,13 +57,15 @@ def operator(
     statistic: Statistic = "cka_loss",
     precision: Precision | None = None,
     mask: Tensor | None = None,
+    kernel: RBF | None = None,
+    center: bool = True,
 ) -> Function:
     """The operator with its route and backend forced, as a function of x [n, p] and y [n, q] of one dtype."""
 
     def function(x: Tensor, y: Tensor) -> Tensor:
         problem = Problem(
             x.shape[0], x.shape[1], y.shape[1], x.dtype, x.device, statistic, estimator, precision, mask is not None,
-            x.requires_grad, y.requires_grad,
+            x.requires_grad, y.requires_grad, kernel, center,
         )  # fmt: skip
         return ops.alignment(x, y, mask, problem, route, backend)
 
@@ -109,6 +111,36 @@ def _plain_cross(estimator: str) -> Function:
     return loss
 
 
+def plain_rbf(kernel: RBF, estimator: str = "biased") -> Function:
+    """1 - CKA of Gaussian kernels as best written by hand: centred features, the published median as a constant."""
+
+    def gram(x: Tensor, sigma: float | None) -> Tensor:
+        x = _centred(x).to(ops.value_dtype(x.dtype))
+        norms = x.square().sum(1)
+        distances = (norms[:, None] + norms - 2 * x @ x.T).clamp(min=0)
+        distances = distances - distances.diagonal().diag()
+        if sigma is None:
+            counted = distances.detach().flatten() if kernel.threshold else distances.detach()[distances > 0]
+            square = counted.median() * (kernel.threshold or 1.0) ** 2
+        else:
+            square = torch.tensor(sigma**2)
+        return (-distances / (2 * square)).exp()
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        k, l = (gram(a, s) for a, s in zip((x, y), kernel.sigmas or (None, None), strict=True))
+        n = k.shape[0]
+        if estimator == "biased":
+            k, l = (a - a.mean(0) - a.mean(1, keepdim=True) + a.mean() for a in (k, l))
+        else:
+            k, l = (a - a.diagonal().diag() for a in (k, l))
+            rows = [a.sum(0) / (n - 2) for a in (k, l)]
+            k, l = (a - r[:, None] - r + r.sum() / (n - 1) for a, r in zip((k, l), rows, strict=True))
+            k, l = (a - a.diagonal().diag() for a in (k, l))
+        return 1 - (k * l).sum() / ((k * k).sum().sqrt() * (l * l).sum().sqrt())
+
+    return loss
+
+
 def _centred(x: Tensor) -> Tensor:
     wide = x.to(ops.value_dtype(x.dtype))
     return (wide - wide.mean(0)).to(x.dtype)
@@ -131,10 +163,14 @@ def truth(
     mask: Tensor | None = None,
     sides: str = "xy",
     upstream: float = 1.0,
+    kernel: RBF | None = None,
+    center: bool = True,
 ) -> Result:
     """What `evaluate` should have given, from the literal formula in fp64 under autograd."""
     literal = getattr(reference, statistic)
-    return evaluate(lambda a, b: literal(a, b, mask, estimator), x.double(), y.double(), sides, upstream)
+    return evaluate(
+        lambda a, b: literal(a, b, mask, estimator, kernel, center), x.double(), y.double(), sides, upstream
+    )
 
 
 def errors(result: Result, true: Result) -> dict[str, float]:

@@ -1,23 +1,73 @@
-"""The two values that planning passes around. No imports of ours."""
+"""The values that the other files pass around. No imports of ours."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 
 Estimator = Literal["biased", "unbiased"]
-Statistic = Literal["cka_loss", "cka", "hsic"]
+Statistic = Literal["cka_loss", "cka", "hsic", "sqrt_cka_loss", "gram_mse"]
+Variant = Literal[
+    "linear",
+    "sqrt=True",
+    'kernel="rbf"',
+    "RBF(flow=True)",
+    "RBF kernels too large to be kept",
+    "gram_mse",
+    "center=False",
+]
 Route = Literal["gram", "cross"]
+TransportName = Literal["merged", "gathered"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
+
+
+@dataclass(frozen=True)
+class RBF:
+    r"""The Gaussian kernel ``K_ij = exp(-|x_i - x_j|^2 / (2 sigma^2))``, and how each side finds its own sigma.
+
+    ``RBF()``: sigma^2 is the median of the batch's squared distances that are not zero (the rule of the much-copied
+    ``kernel_CKA``). ``RBF(threshold=t)``: sigma^2 = t^2 times the median of all squared distances, the diagonal
+    included (Kornblith et al. 2019's colab). ``RBF(sigma=s)``: fixed, in units of the features; a pair gives x and y
+    their own. Of an even number the lower of the two middle distances is the median, as `torch.median` has it.
+
+    A median of zero (rows that are all equal; a threshold with two rows) leaves the side without variance.
+
+    Args:
+        sigma: a positive number, or one for x and one for y.
+        threshold: a positive number.
+        flow: whether the gradient flows through the median, to the two rows whose distance it is. False, as published:
+            sigma is a constant of the batch.
+
+    Raises:
+        ValueError: a sigma or threshold that is not positive and finite, both of them, or ``flow`` with a fixed sigma.
+    """
+
+    sigma: float | tuple[float, float] | None = None
+    threshold: float | None = None
+    flow: bool = False
+
+    def __post_init__(self) -> None:
+        numbers = (*(self.sigmas or ()), *(() if self.threshold is None else (self.threshold,)))
+        if not all(math.isfinite(number) and number > 0 for number in numbers):
+            raise ValueError(f"sigma and threshold must be positive and finite, got {self!r}")
+        if self.sigma is not None and (self.threshold is not None or self.flow):
+            raise ValueError(f"a fixed sigma has neither a threshold nor a gradient, got {self!r}")
+
+    @property
+    def sigmas(self) -> tuple[float, float] | None:
+        """The fixed sigmas of x and of y; None: from the batch."""
+        return self.sigma if self.sigma is None or isinstance(self.sigma, tuple) else (self.sigma, self.sigma)
 
 
 class Problem(NamedTuple):
     """What one call asks for: everything a plan may depend on, and nothing that needs the data.
 
     ``n`` rows, ``p`` student and ``q`` teacher features; ``dtype`` is the common dtype of both sides after promotion.
-    ``precision`` None means PyTorch's own switch for fp32 products.
+    ``precision`` None means PyTorch's own switch for fp32 products. ``kernel`` None is the linear one. ``center`` False
+    leaves out the centring.
     """
 
     n: int
@@ -31,6 +81,8 @@ class Problem(NamedTuple):
     masked: bool = False
     x_grad: bool = True
     y_grad: bool = False
+    kernel: RBF | None = None
+    center: bool = True
 
 
 class Stash(NamedTuple):
@@ -38,7 +90,8 @@ class Stash(NamedTuple):
 
     ``coefficients`` is an `estimators.Coefficients` as fp64 [11]. ``xs`` and ``ys`` are the backend's own view of the
     centred sides. ``xx``, ``yy``, ``xy`` are K, L and nothing on the gram route, A = X^T X, Y^T Y and C = Y^T X on the
-    cross route. ``rows`` [2, n] holds the squared row norms kappa and lambda (unbiased only).
+    cross route. ``rows`` [2, n] holds the squared row norms kappa and lambda (unbiased only). Of an RBF kernel: see
+    `rbf.stash_shapes`.
     """
 
     coefficients: torch.Tensor
@@ -51,6 +104,19 @@ class Stash(NamedTuple):
 
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of a Stash, by field
+
+
+class Transport(NamedTuple):
+    """What travels between the ranks of a group in one call: merged sums or gathered rows (`transport`).
+
+    ``rows`` are those of all ranks; ``bytes`` each rank sends at the least, ``other_bytes`` with the other transport.
+    """
+
+    name: TransportName
+    world: int
+    rows: int
+    bytes: int
+    other_bytes: int
 
 
 @dataclass(frozen=True)
@@ -72,12 +138,14 @@ class Plan:
     why: str
     floor: str
     rejected: dict[str, str] = field(default_factory=dict)
+    transport: Transport | None = None
 
     def __str__(self) -> str:
         p = self.problem
         sides = " and ".join(side for side, wanted in (("x", p.x_grad), ("y", p.y_grad)) if wanted)
         lines = [
-            f"{p.statistic} ({p.estimator}, linear) of x [{p.n}, {p.p}] and y [{p.n}, {p.q}], "
+            f"{p.statistic} ({p.estimator}, {p.kernel or 'linear'}{'' if p.center else ', not centred'}) "
+            f"of x [{p.n}, {p.p}] and y [{p.n}, {p.q}], "
             f"{str(p.dtype).removeprefix('torch.')} on {p.device}{', masked' if p.masked else ''}",
             f"  gradient   {sides or 'none'}",
             f"  route      {self.route}: {self.why}",
@@ -86,6 +154,14 @@ class Plan:
             f"  workspace  {_si(self.workspace)}B beyond inputs and gradients",
             f"  floor      {self.floor}",
         ]
+        if self.transport is not None:
+            t = self.transport
+            other = "merged" if t.name == "gathered" else "gathered"
+            lines.insert(
+                1,
+                f"  group      {t.world} ranks, {t.rows} rows: {t.name}, {_si(t.bytes)}B sent by each rank, "
+                f"{other} would need {_si(t.other_bytes)}B",
+            )
         lines += [f"  not {name:<8} {reason}" for name, reason in self.rejected.items()]
         return "\n".join(lines)
 

@@ -1,4 +1,5 @@
-// The native backend as PyTorch and Python see it: memory, streams, autograd. All checks of what users pass are in functional.py.
+// The native backend as PyTorch and Python see it: memory, streams, autograd. What users pass is checked in bird_kernels/inputs.py,
+// or here for the ordinary call (at_once.h).
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/extension.h>
 
@@ -7,6 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include "at_once.h"
 #include "kernels.h"
 
 namespace bird {
@@ -133,8 +135,9 @@ std::pair<Tensor, Tensor> backward(
   return gradients;
 }
 
-// What answers a backward that will itself be differentiated, or that a dispatch mode looks on: a function (grad, x, y, mask, coefficients, k, l, statistic,
-// unbiased, exact, x_grad, y_grad) -> (dx, dy) of Python's. Never destroyed: the interpreter may end first.
+// What answers a backward that will itself be differentiated, that a dispatch mode looks on, or whose gradient is a lazy negative:
+// a function (grad, x, y, mask, coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad) -> (dx, dy) of Python's. Never
+// destroyed: the interpreter may end first.
 py::object& differentiable_backward() {
   static py::object* const function = new py::object();
   return *function;
@@ -161,7 +164,7 @@ class Alignment : public torch::autograd::Function<Alignment> {
     const bool unbiased = context->saved_data["unbiased"].toBool(), exact = context->saved_data["exact"].toBool();
     const bool x_grad = context->needs_input_grad(0), y_grad = context->needs_input_grad(1);
     std::pair<Tensor, Tensor> gradients;
-    if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set()) {
+    if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || grads[0].is_neg()) {
       const py::gil_scoped_acquire python;
       const py::object mask_object = mask.defined() ? py::cast(mask) : py::none();
       const py::object result = differentiable_backward()(
@@ -195,6 +198,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return bird::Alignment::apply(x, y, mask, statistic, unbiased, exact);
       },
       py::call_guard<py::gil_scoped_release>());
+  // A whole call of the public functions: a function of functional._evaluate's arguments that gives None for one that is Python's.
+  m.def("at_once_where", [](py::function always) {
+    return py::cpp_function(
+        [checked = bird::AtOnce(std::move(always))](
+            py::handle statistic, py::handle x, py::handle y, py::handle kernel, py::handle estimator, py::handle mask,
+            py::handle row_dims, py::handle backend, py::handle precision) mutable -> MaybeTensor {
+          const auto call = checked(statistic, x, y, kernel, estimator, mask, row_dims, backend, precision);
+          if (!call) return std::nullopt;
+          const py::gil_scoped_release others_may_run;
+          return bird::Alignment::apply(call->x, call->y, call->mask, static_cast<int64_t>(call->statistic), call->unbiased, call->exact);
+        });
+  });
   m.def(
       "forward",
       [](const at::Tensor& x, const at::Tensor& y, const MaybeTensor& mask, int64_t statistic, bool unbiased, bool exact) {

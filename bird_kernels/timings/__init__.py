@@ -55,6 +55,11 @@ def nearest(device: str, dtype: str, precision: str, estimator: str, shape: Shap
     return best if best is not None and shape.distance(best.shape) <= math.log(REACH) else None
 
 
+def are_known(device: str) -> bool:
+    """Whether anything has been measured on this device."""
+    return bool(_findings(device))
+
+
 def fastest(finding: Finding | None, candidates: Sequence[str]) -> str | None:
     """The quickest of the candidates, if all of them were measured."""
     if finding is None or not all(name in finding.seconds for name in candidates):

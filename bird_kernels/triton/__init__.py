@@ -7,17 +7,18 @@ gradient). The unbiased estimator adds the row norms and column sums on the cros
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from triton import knobs
 
 from ..types import Problem, Route, Stash
-from .launch import capability, precision_of
+from .group import GroupStash, group_of
+from .launch import capability, device_of, precision_of
 from .routes import launches_of, stash_shapes
 
-__all__ = ["backward", "forward", "stash_shapes", "why_not"]
+__all__ = ["GroupStash", "backward", "backward_together", "forward", "forward_together", "stash_shapes", "why_not"]
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -35,7 +36,7 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
-    with _device_of(x):
+    with device_of(x):
         return launches_of(problem, route, precision_of(problem)).forward(x, y, mask)
 
 
@@ -43,10 +44,24 @@ def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
-    with _device_of(x):
+    with device_of(x):
         return launches_of(problem, route, precision_of(problem)).backward(grad, x, y, mask, stash)
 
 
-def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+def forward_together(
+    tensors: Sequence[Tensor], mask: Tensor | None, problems: tuple[Problem, ...]
+) -> tuple[Tensor, GroupStash]:
+    """Values [pairs] (fp32) and stash of pairs that `plan.together` accepts, in two launches.
+
+    ``tensors`` are x and y of the first pair, of the second, ..., all dense.
+    """
+    with device_of(tensors[0]):
+        return group_of(problems, precision_of(problems[0])).forward(tensors, mask)
+
+
+def backward_together(
+    grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: GroupStash, problems: tuple[Problem, ...]
+) -> list[Tensor | None]:
+    """The gradients of the tensors times the upstream ``grad`` [pairs], in one launch; None where unwanted."""
+    with device_of(tensors[0]):
+        return group_of(problems, precision_of(problems[0])).backward(grad, tensors, mask, stash)

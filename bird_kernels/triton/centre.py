@@ -19,15 +19,55 @@ def centred_tile(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """(x[rows, columns] - mean[columns]) * scale in fp32; zero outside and in rows masked out. ``mean`` is [2, d]."""
+    inside = _inside(mask, rows, columns, n, d, MASKED)
+    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    return _centre(tl.load(x + offsets, mask=inside, other=0.0), mean, scale, columns, d, inside)
+
+
+@triton.jit
+def centred_block(
+    x, mean, scale, mask, row, column, n, d, stride_n, stride_d,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`centred_tile`, HEIGHT x WIDTH from (row, column) on.
+
+    ``x`` is a pointer or, if DESCRIBED, a descriptor of such blocks: then the copy unit finds the addresses.
+    """
+    rows, columns = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
+    if DESCRIBED:
+        inside = _inside(mask, rows, columns, n, d, MASKED)
+        return _centre(x.load([row, column]), mean, scale, columns, d, inside)
+    else:
+        return centred_tile(x, mean, scale, mask, rows, columns, n, d, stride_n, stride_d, MASKED)
+
+
+@triton.jit
+def block_of(
+    x, row, column, n, d,
+    DESCRIBED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """HEIGHT x WIDTH entries of the dense x [n, d] from (row, column) on, zero outside; ``x`` as above."""
+    if DESCRIBED:
+        return x.load([row, column])
+    else:
+        rows, columns = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
+        offsets = rows.to(tl.int64)[:, None] * d + columns[None, :]
+        return tl.load(x + offsets, mask=(rows < n)[:, None] & (columns < d)[None, :], other=0.0)
+
+
+@triton.jit
+def _inside(mask, rows, columns, n, d, MASKED: tl.constexpr):
     keep = rows < n
     if MASKED:
         keep = keep & (tl.load(mask + rows, mask=keep, other=0) != 0)
-    inside = keep[:, None] & (columns < d)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
-    tile = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    return keep[:, None] & (columns < d)[None, :]
+
+
+@triton.jit
+def _centre(tile, mean, scale, columns, d, inside):
     high = tl.load(mean + columns, mask=columns < d, other=0.0)
     low = tl.load(mean + d + columns, mask=columns < d, other=0.0)
-    return tl.where(inside, ((tile - high[None, :]) - low[None, :]) * scale, 0.0)
+    return tl.where(inside, ((tile.to(tl.float32) - high[None, :]) - low[None, :]) * scale, 0.0)
 
 
 @triton.jit

@@ -13,9 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .centre import centred_tile, power_of_two, row_count
+from .centre import block_of, centred_block, centred_tile, power_of_two
 from .gram import store_symmetric, weighted_sum
-from .reduce import WIDTH, arrive, finish, store_norm_sums, upper_tile
+from .reduce import WIDTH, finish, store_norm_sums, upper_tile
 
 
 @triton.jit
@@ -84,17 +84,19 @@ def column_sums_kernel(
 def _cross_tile(
     a, mean_a, scale_a, d_a, stride_an, stride_ad, b, mean_b, scale_b, d_b, stride_bn, stride_bd,
     mask, row_tile, column_tile, begin, end, n,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Centred a[:, row_tile].T @ b[:, column_tile] over the rows begin..end, fp32 [BLOCK, BLOCK]."""
-    left_columns = row_tile * BLOCK + tl.arange(0, BLOCK)
-    right_columns = column_tile * BLOCK + tl.arange(0, BLOCK)
-    dtype = a.dtype.element_ty
+    row, column = row_tile * BLOCK, column_tile * BLOCK
+    dtype = a.dtype if DESCRIBED else a.dtype.element_ty
     tile = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(begin, end, STEP):
-        rows = start + tl.arange(0, STEP)
-        left = centred_tile(a, mean_a, scale_a, mask, rows, left_columns, n, d_a, stride_an, stride_ad, MASKED)
-        right = centred_tile(b, mean_b, scale_b, mask, rows, right_columns, n, d_b, stride_bn, stride_bd, MASKED)
+        left = centred_block(
+            a, mean_a, scale_a, mask, start, row, n, d_a, stride_an, stride_ad, MASKED, DESCRIBED, STEP, BLOCK
+        )
+        right = centred_block(
+            b, mean_b, scale_b, mask, start, column, n, d_b, stride_bn, stride_bd, MASKED, DESCRIBED, STEP, BLOCK
+        )
         tile = tl.dot(tl.trans(left.to(dtype)), right.to(dtype), tile, input_precision=PRECISION)
     return tile
 
@@ -139,10 +141,10 @@ def _cross_epilogue(
 def cross_moments_kernel(
     x, y, mask, mean_x, mean_y, peaks, count, a, b, c, partials, slots, norm_slots, counter, value, coefficients,
     stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, n_peaks_x, n_peaks_y, tiles_p, tiles_q, norm_programs, splits,
-    MASKED: tl.constexpr, SPLIT: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, STORE_B: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, SPLIT: tl.constexpr, STATISTIC: tl.constexpr,
+    UNBIASED: tl.constexpr, STORE_B: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of A, C and Y^T Y; row splits)."""
+    """Grid (tiles of A, C and Y^T Y; row splits). If DESCRIBED, x and y are descriptors of [STEP, BLOCK]."""
     program, split = tl.program_id(0), tl.program_id(1)
     programs = tl.num_programs(0)
     kind, row_tile, column_tile = _place(program, tiles_p, tiles_q)
@@ -153,17 +155,17 @@ def cross_moments_kernel(
     if kind == 0:
         tile = _cross_tile(
             x, mean_x, scale_x, p, stride_xn, stride_xp, x, mean_x, scale_x, p, stride_xn, stride_xp,
-            mask, row_tile, column_tile, begin, end, n, MASKED, PRECISION, BLOCK, STEP,
+            mask, row_tile, column_tile, begin, end, n, MASKED, DESCRIBED, PRECISION, BLOCK, STEP,
         )  # fmt: skip
     elif kind == 1:
         tile = _cross_tile(
             y, mean_y, scale_y, q, stride_yn, stride_yq, x, mean_x, scale_x, p, stride_xn, stride_xp,
-            mask, row_tile, column_tile, begin, end, n, MASKED, PRECISION, BLOCK, STEP,
+            mask, row_tile, column_tile, begin, end, n, MASKED, DESCRIBED, PRECISION, BLOCK, STEP,
         )  # fmt: skip
     else:
         tile = _cross_tile(
             y, mean_y, scale_y, q, stride_yn, stride_yq, y, mean_y, scale_y, q, stride_yn, stride_yq,
-            mask, row_tile, column_tile, begin, end, n, MASKED, PRECISION, BLOCK, STEP,
+            mask, row_tile, column_tile, begin, end, n, MASKED, DESCRIBED, PRECISION, BLOCK, STEP,
         )  # fmt: skip
     if SPLIT:
         inner = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -174,11 +176,10 @@ def cross_moments_kernel(
         _cross_epilogue(
             tile, kind, row_tile, column_tile, rows, columns, a, b, c, slots, program, programs, p, q, STORE_B
         )
-        if arrive(counter, programs):
-            finish(
-                slots, programs, norm_slots, norm_programs, value, coefficients, row_count(count, n, MASKED),
-                scale_x, scale_y, STATISTIC, UNBIASED, True,
-            )  # fmt: skip
+        finish(
+            counter, programs, slots, norm_slots, norm_programs, scale_x, scale_y, count, n, value,
+            coefficients, MASKED, STATISTIC, UNBIASED, True,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -203,29 +204,30 @@ def cross_reduce_kernel(
         tile, kind, row_tile, column_tile, row_tile * BLOCK + local, columns, a, b, c, slots, program, programs, p, q,
         STORE_B,
     )  # fmt: skip
-    if arrive(counter, programs):
-        scale_x = power_of_two(peaks, n_peaks_x, WIDTH)
-        scale_y = power_of_two(peaks + n_peaks_x, n_peaks_y, WIDTH)
-        finish(
-            slots, programs, norm_slots, norm_programs, value, coefficients, row_count(count, n, MASKED),
-            scale_x, scale_y, STATISTIC, UNBIASED, True,
-        )  # fmt: skip
+    scale_x = power_of_two(peaks, n_peaks_x, WIDTH)
+    scale_y = power_of_two(peaks + n_peaks_x, n_peaks_y, WIDTH)
+    finish(
+        counter, programs, slots, norm_slots, norm_programs, scale_x, scale_y, count, n, value,
+        coefficients, MASKED, STATISTIC, UNBIASED, True,
+    )  # fmt: skip
 
 
 @triton.jit
 def cross_backward_kernel(
-    own, other, mask, mean_own, mean_other, own_product, cross, norms, coefficients, grad, d_x,
-    stride_on, stride_od, stride_tn, stride_td, n, p, q, stride_cq, stride_cp, splits,
-    SIDE: tl.constexpr, MASKED: tl.constexpr, UNBIASED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    own_features, own, other, mask, mean_own, mean_other, own_product, cross, norms, coefficients, grad, d_x,
+    stride_on, stride_od, stride_tn, stride_td, n, p, q, splits,
+    SIDE: tl.constexpr, MASKED: tl.constexpr, DESCRIBED: tl.constexpr, UNBIASED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles, feature tiles) of dX [n, p] (SIDE 0) or dY (SIDE 1: own is y, ``cross`` is read transposed).
 
-    The products are brought near unit size before they are rounded to the features' dtype.
+    If DESCRIBED, ``own``, ``other`` and the transposed ``cross`` are descriptors of [BLOCK, STEP], ``own_product`` and
+    ``cross`` as it stands of [STEP, BLOCK]; ``own_features`` is a pointer always. The products are
+    brought near unit size before they are rounded to the features' dtype.
     """
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    features = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    dtype = own.dtype.element_ty
+    row, feature = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
+    rows, features = row + tl.arange(0, BLOCK), feature + tl.arange(0, BLOCK)
+    dtype = d_x.dtype.element_ty
     d_cross = 2.0 * tl.load(coefficients + 0)
     d_own = 4.0 * tl.load(coefficients + 1 + SIDE)
     count = tl.load(coefficients + 10)
@@ -240,22 +242,24 @@ def cross_backward_kernel(
     scale_other = tl.load(coefficients + 9 - SIDE).to(tl.float32)
 
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    # Rounded as soon as loaded: later, fp16 spills 16 bytes on sm_100.
     for start in range(0, q, STEP):
-        inner = start + tl.arange(0, STEP)
-        left = centred_tile(other, mean_other, scale_other, mask, rows, inner, n, q, stride_tn, stride_td, MASKED)
-        offsets = inner.to(tl.int64)[:, None] * stride_cq + features[None, :] * stride_cp
-        right = tl.load(cross + offsets, mask=(inner < q)[:, None] & (features < p)[None, :], other=0.0) * inner_cross
-        acc = tl.dot(left.to(dtype), right.to(dtype), acc, input_precision=PRECISION)
+        left = centred_block(
+            other, mean_other, scale_other, mask, row, start, n, q, stride_tn, stride_td,
+            MASKED, DESCRIBED, BLOCK, STEP,
+        ).to(dtype)  # fmt: skip
+        if SIDE == 0:
+            right = block_of(cross, start, feature, q, p, DESCRIBED, STEP, BLOCK)
+        else:
+            right = tl.trans(block_of(cross, feature, start, p, q, DESCRIBED, BLOCK, STEP))
+        acc = tl.dot(left, (right * inner_cross).to(dtype), acc, input_precision=PRECISION)
     for start in range(0, p, STEP):
-        inner = start + tl.arange(0, STEP)
-        left = centred_tile(
-            own, mean_own, scale_own.to(tl.float32), mask, rows, inner, n, p, stride_on, stride_od, MASKED
-        )
-        offsets = inner.to(tl.int64)[:, None] * p + features[None, :]
-        right = (
-            tl.load(own_product + offsets, mask=(inner < p)[:, None] & (features < p)[None, :], other=0.0) * inner_own
-        )
-        acc = tl.dot(left.to(dtype), right.to(dtype), acc, input_precision=PRECISION)
+        left = centred_block(
+            own, mean_own, scale_own.to(tl.float32), mask, row, start, n, p, stride_on, stride_od,
+            MASKED, DESCRIBED, BLOCK, STEP,
+        ).to(dtype)  # fmt: skip
+        right = block_of(own_product, start, feature, p, p, DESCRIBED, STEP, BLOCK)
+        acc = tl.dot(left, (right * inner_own).to(dtype), acc, input_precision=PRECISION)
 
     if UNBIASED:
         totals = tl.load(coefficients + 7 - SIDE) * inner_cross + tl.load(coefficients + 6 + SIDE) * inner_own
@@ -265,7 +269,7 @@ def cross_backward_kernel(
         other_norms = tl.load(norms + (1 - SIDE) * n + rows, mask=rows < n, other=0.0)
         weights = constant - (count.to(tl.float32) * share) * (other_norms * inner_cross + own_norms * inner_own)
         tile = centred_tile(
-            own, mean_own, scale_own.to(tl.float32), mask, rows, features, n, p, stride_on, stride_od, MASKED
+            own_features, mean_own, scale_own.to(tl.float32), mask, rows, features, n, p, stride_on, stride_od, MASKED
         )
         column = tl.zeros([BLOCK], tl.float32)
         for split in range(0, splits):

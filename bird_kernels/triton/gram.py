@@ -10,24 +10,26 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .centre import centred_tile, count_rows, power_of_two, row_count, scale_of, share_stats
-from .reduce import WIDTH, arrive, finish, store_norm_sums, upper_tile
+from .centre import centred_block, count_rows, power_of_two, scale_of, share_stats
+from .reduce import WIDTH, finish, store_norm_sums, upper_tile
 
 UNROLL = tl.constexpr(8)  # parts of a tile that are under way at once
 
 
 @triton.jit
-def _gram_tile(
-    x, mean, scale, mask, rows, columns, begin, end, n, d, stride_n, stride_d,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+def gram_tile(
+    x, mean, scale, mask, row_tile, column_tile, begin, end, n, d, stride_n, stride_d,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Centred x[rows] @ x[columns].T over the features begin..end, fp32 [BLOCK, BLOCK]."""
+    """Centred x[row_tile] @ x[column_tile].T over the features begin..end, fp32 [BLOCK, BLOCK]."""
+    row, column = row_tile * BLOCK, column_tile * BLOCK
+    dtype = x.dtype if DESCRIBED else x.dtype.element_ty
     tile = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(begin, end, STEP):
-        features = start + tl.arange(0, STEP)
-        left = centred_tile(x, mean, scale, mask, rows, features, n, d, stride_n, stride_d, MASKED)
-        right = centred_tile(x, mean, scale, mask, columns, features, n, d, stride_n, stride_d, MASKED)
-        dtype = x.dtype.element_ty
+        left = centred_block(x, mean, scale, mask, row, start, n, d, stride_n, stride_d, MASKED, DESCRIBED, BLOCK, STEP)
+        right = centred_block(
+            x, mean, scale, mask, column, start, n, d, stride_n, stride_d, MASKED, DESCRIBED, BLOCK, STEP
+        )
         tile = tl.dot(left.to(dtype), tl.trans(right.to(dtype)), tile, input_precision=PRECISION)
     return tile
 
@@ -76,35 +78,36 @@ def _gram_epilogue(
 def gram_moments_kernel(
     x, y, mask, mean_x, mean_y, peaks, count, k, l, norms, slots, counter, value, coefficients,
     stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, tiles, n_peaks_x, n_peaks_y,
-    MASKED: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (upper tiles): a tile of K and of L, whole."""
+    """Grid (upper tiles): a tile of K and of L, whole. If DESCRIBED, x and y are descriptors of [BLOCK, STEP]."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     row_tile, column_tile = upper_tile(program, tiles)
     rows = row_tile * BLOCK + tl.arange(0, BLOCK)
     columns = column_tile * BLOCK + tl.arange(0, BLOCK)
     scale_x = power_of_two(peaks, n_peaks_x, WIDTH)
     scale_y = power_of_two(peaks + n_peaks_x, n_peaks_y, WIDTH)
-    k_tile = _gram_tile(
-        x, mean_x, scale_x, mask, rows, columns, 0, p, n, p, stride_xn, stride_xp, MASKED, PRECISION, BLOCK, STEP
-    )
-    l_tile = _gram_tile(
-        y, mean_y, scale_y, mask, rows, columns, 0, q, n, q, stride_yn, stride_yq, MASKED, PRECISION, BLOCK, STEP
-    )
+    k_tile = gram_tile(
+        x, mean_x, scale_x, mask, row_tile, column_tile, 0, p, n, p, stride_xn, stride_xp,
+        MASKED, DESCRIBED, PRECISION, BLOCK, STEP,
+    )  # fmt: skip
+    l_tile = gram_tile(
+        y, mean_y, scale_y, mask, row_tile, column_tile, 0, q, n, q, stride_yn, stride_yq,
+        MASKED, DESCRIBED, PRECISION, BLOCK, STEP,
+    )  # fmt: skip
     _gram_epilogue(
         k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, program, programs, n, UNBIASED
     )
-    if arrive(counter, programs):
-        finish(
-            slots, programs, slots + 3 * programs, programs, value, coefficients, row_count(count, n, MASKED), scale_x,
-            scale_y, STATISTIC, UNBIASED, False,
-        )  # fmt: skip
+    finish(
+        counter, programs, slots, slots + 3 * programs, programs, scale_x, scale_y, count, n, value,
+        coefficients, MASKED, STATISTIC, UNBIASED, False,
+    )  # fmt: skip
 
 
 @triton.jit
 def _partial_tile(
-    x, mask, mean, peaks, n_peaks, kept, split, chunk, rows, columns, n, d, stride_n, stride_d,
+    x, mask, mean, peaks, n_peaks, kept, split, chunk, row_tile, column_tile, n, d, stride_n, stride_d,
     MASKED: tl.constexpr, CENTRES: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The ``split``-th ``chunk`` of features' part of a tile; if it CENTRES, in the scale of ``peaks[split]``."""
@@ -117,9 +120,10 @@ def _partial_tile(
         scale = scale_of(peak)
     else:
         scale = power_of_two(peaks, n_peaks, WIDTH)
-    return _gram_tile(
-        x, mean, scale, mask, rows, columns, begin, end, n, d, stride_n, stride_d, MASKED, PRECISION, BLOCK, STEP
-    )
+    return gram_tile(
+        x, mean, scale, mask, row_tile, column_tile, begin, end, n, d, stride_n, stride_d,
+        MASKED, False, PRECISION, BLOCK, STEP,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -134,8 +138,6 @@ def gram_partials_kernel(
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     row_tile, column_tile = upper_tile(tile, tiles)
-    rows = row_tile * BLOCK + tl.arange(0, BLOCK)
-    columns = column_tile * BLOCK + tl.arange(0, BLOCK)
     kept = 0.0
     if CENTRES:
         kept = count_rows(mask, n, MASKED, WIDTH)
@@ -145,12 +147,12 @@ def gram_partials_kernel(
                 tl.store(count, kept)
     if split < splits_x:
         part = _partial_tile(
-            x, mask, mean_x, peaks, n_peaks_x, kept, split, chunk, rows, columns, n, p, stride_xn, stride_xp,
+            x, mask, mean_x, peaks, n_peaks_x, kept, split, chunk, row_tile, column_tile, n, p, stride_xn, stride_xp,
             MASKED, CENTRES, PRECISION, BLOCK, STEP,
         )  # fmt: skip
     else:
         part = _partial_tile(
-            y, mask, mean_y, peaks + n_peaks_x, n_peaks_y, kept, split - splits_x, chunk, rows, columns, n, q,
+            y, mask, mean_y, peaks + n_peaks_x, n_peaks_y, kept, split - splits_x, chunk, row_tile, column_tile, n, q,
             stride_yn, stride_yq, MASKED, CENTRES, PRECISION, BLOCK, STEP,
         )  # fmt: skip
     inner = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -197,44 +199,46 @@ def gram_reduce_kernel(
     _gram_epilogue(
         k_tile, l_tile, row_tile, column_tile, rows, columns, k, l, norms, slots, program, programs, n, UNBIASED
     )
-    if arrive(counter, programs):
-        finish(
-            slots, programs, slots + 3 * programs, programs, value, coefficients, row_count(count, n, MASKED), scale_x,
-            scale_y, STATISTIC, UNBIASED, False,
-        )  # fmt: skip
+    finish(
+        counter, programs, slots, slots + 3 * programs, programs, scale_x, scale_y, count, n, value,
+        coefficients, MASKED, STATISTIC, UNBIASED, False,
+    )  # fmt: skip
 
 
 @triton.jit
 def gram_backward_kernel(
     x, y, mask, mean_x, mean_y, k, l, norms, coefficients, grad, dx, dy,
     stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, blocks_x,
-    X_GRAD: tl.constexpr, Y_GRAD: tl.constexpr, MASKED: tl.constexpr, UNBIASED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, STEP: tl.constexpr,
+    X_GRAD: tl.constexpr, Y_GRAD: tl.constexpr, MASKED: tl.constexpr, DESCRIBED: tl.constexpr, UNBIASED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles; feature tiles of dX [n, p], then of dY [n, q], of those that are wanted)."""
+    """Grid (row tiles; feature tiles of dX [n, p], then of dY [n, q], of those that are wanted).
+
+    If DESCRIBED, x and y are descriptors of [STEP, BLOCK], k and l of [BLOCK, STEP].
+    """
     block = tl.program_id(1)
     # A constant of the compiler and a number of the program: one after the other.
     if X_GRAD:  # noqa: SIM102
         if block < blocks_x:
             _gram_backward(
                 x, mean_x, mask, k, l, norms, coefficients, grad, dx, block, n, p, stride_xn, stride_xp,
-                0, MASKED, UNBIASED, PRECISION, BLOCK, STEP,
+                0, MASKED, DESCRIBED, UNBIASED, PRECISION, BLOCK, STEP,
             )  # fmt: skip
     if Y_GRAD:  # noqa: SIM102
         if block >= blocks_x:
             _gram_backward(
                 y, mean_y, mask, l, k, norms, coefficients, grad, dy, block - blocks_x, n, q, stride_yn, stride_yq,
-                1, MASKED, UNBIASED, PRECISION, BLOCK, STEP,
+                1, MASKED, DESCRIBED, UNBIASED, PRECISION, BLOCK, STEP,
             )  # fmt: skip
 
 
 @triton.jit
 def _gram_backward(
-    x, mean, mask, own, other, norms, coefficients, grad, dx, block, n, p, stride_n, stride_d,
-    SIDE: tl.constexpr, MASKED: tl.constexpr, UNBIASED: tl.constexpr, PRECISION: tl.constexpr,
+    x, mean, mask, own, other, norms, coefficients, grad, dx, block, n, p, stride_n, stride_d, side,
+    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, UNBIASED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of dX [n, p] (SIDE 0) or dY (SIDE 1, all roles exchanged).
+    """A tile of dX [n, p] (``side`` 0) or dY (1, all roles exchanged).
 
     M = a L + b K is formed in fp32, where it cancels as CKA -> 1, and brought to the size of sqrt(n) L/|L| before it is
     rounded: its entries lie below fp16's normal range at n = 128 already. The unbiased estimator's diagonal and the
@@ -242,35 +246,43 @@ def _gram_backward(
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     features = block * BLOCK + tl.arange(0, BLOCK)
-    dtype = x.dtype.element_ty
+    dtype = dx.dtype.element_ty
     d_cross = 2.0 * tl.load(coefficients + 0)
-    d_own = 4.0 * tl.load(coefficients + 1 + SIDE)
+    d_own = 4.0 * tl.load(coefficients + 1 + side)
     count = tl.load(coefficients + 10)
     root = tl.sqrt(count)
-    norm = tl.sqrt(tl.load(coefficients + 5 - SIDE))
+    norm = tl.sqrt(tl.load(coefficients + 5 - side))
     outer = d_cross * norm / root
     dead = outer == 0.0
     inner_other = tl.where(dead, 0.0, root / norm).to(tl.float32)
     inner_own = tl.where(dead, 0.0, d_own / outer).to(tl.float32)
-    scale = tl.load(coefficients + 8 + SIDE)
+    scale = tl.load(coefficients + 8 + side)
 
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     if UNBIASED:
-        sums = tl.load(coefficients + 7 - SIDE) * inner_other + tl.load(coefficients + 6 + SIDE) * inner_own
+        sums = tl.load(coefficients + 7 - side) * inner_other + tl.load(coefficients + 6 + side) * inner_own
         constant = (sums / ((count - 1.0) * (count - 2.0))).to(tl.float32)
         share = (1.0 / (count - 2.0)).to(tl.float32)
-        weights = _row_weights(norms, rows, n, inner_other, inner_own, SIDE)
+        weights = _row_weights(norms, rows, n, inner_other, inner_own, side)
     for start in range(0, n, STEP):
         inner = start + tl.arange(0, STEP)
-        inside = (rows < n)[:, None] & (inner < n)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * n + inner[None, :]
-        m = tl.load(other + offsets, mask=inside, other=0.0) * inner_other
-        m += tl.load(own + offsets, mask=inside, other=0.0) * inner_own
+        if DESCRIBED:
+            first = tl.program_id(0) * BLOCK
+            m = other.load([first, start]) * inner_other
+            m += own.load([first, start]) * inner_own
+        else:
+            inside = (rows < n)[:, None] & (inner < n)[None, :]
+            offsets = rows.to(tl.int64)[:, None] * n + inner[None, :]
+            m = tl.load(other + offsets, mask=inside, other=0.0) * inner_other
+            m += tl.load(own + offsets, mask=inside, other=0.0) * inner_own
         if UNBIASED:
             diagonal = rows[:, None] == inner[None, :]
             m += tl.where(diagonal, (constant - 2.0 * share * weights)[:, None], 0.0)
-            m += (_row_weights(norms, inner, n, inner_other, inner_own, SIDE) * share)[None, :]
-        tile = centred_tile(x, mean, scale.to(tl.float32), mask, inner, features, n, p, stride_n, stride_d, MASKED)
+            m += (_row_weights(norms, inner, n, inner_other, inner_own, side) * share)[None, :]
+        tile = centred_block(
+            x, mean, scale.to(tl.float32), mask, start, block * BLOCK, n, p, stride_n, stride_d,
+            MASKED, DESCRIBED, STEP, BLOCK,
+        )  # fmt: skip
         acc = tl.dot(m.to(dtype), tile.to(dtype), acc, input_precision=PRECISION)
 
     acc *= (outer * scale * tl.load(grad)).to(tl.float32)
@@ -282,8 +294,8 @@ def _gram_backward(
 
 
 @triton.jit
-def _row_weights(norms, rows, n, inner_other, inner_own, SIDE: tl.constexpr):
+def _row_weights(norms, rows, n, inner_other, inner_own, side):
     """inner_other * (the other side's squared row norms) + inner_own * (one's own)."""
-    own = tl.load(norms + SIDE * n + rows, mask=rows < n, other=0.0)
-    other = tl.load(norms + (1 - SIDE) * n + rows, mask=rows < n, other=0.0)
+    own = tl.load(norms + side * n + rows, mask=rows < n, other=0.0)
+    other = tl.load(norms + (1 - side) * n + rows, mask=rows < n, other=0.0)
     return other * inner_other + own * inner_own

@@ -7,13 +7,16 @@ nothing). All of that is decided by the problem and by a few facts of the tensor
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..plan import CROWD, PROGRAMS, tile_count, tiling
 from ..types import Problem, Route
 
 Known: TypeAlias = Hashable  # None: nothing is known
@@ -23,10 +26,10 @@ class Launch:
     """A kernel with what a problem decides of its launch: grid, last arguments, constants, warps and stages."""
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int], sizes: tuple[int, ...], constants: dict[str, Any], **options: int
+        self, kernel: Any, grid: tuple[int, ...], sizes: tuple[int, ...], constants: dict[str, Any], **options: int
     ) -> None:
         self._kernel = kernel
-        self._grid = (*grid, 1)
+        self._grid = (*grid, 1, 1)[:3]
         self._sizes = sizes
         self._named = constants | options
         self._values = (*sizes, *(constants[name] for name in kernel.arg_names[-len(constants) :]))
@@ -47,12 +50,45 @@ class Launch:
             self._compiled[known] = compiled[self._grid]
 
 
+def both(
+    kernel: Any, grid: tuple[int, int], sizes: tuple[int, ...], constants: dict[str, Any], **options: int
+) -> tuple[Launch, Launch]:
+    """The launch of a kernel that loads by pointers, and of the same kernel that loads by descriptors."""
+    plain, described = (
+        Launch(kernel, grid, sizes, constants | dict(DESCRIBED=flag), **options) for flag in (False, True)
+    )
+    return plain, described
+
+
 def aligned(*tensors: Tensor) -> bool:
     """Whether all of them begin at a multiple of 16 bytes, as Triton asks."""
     addresses = 0
     for tensor in tensors:
         addresses |= tensor.data_ptr()
     return addresses % 16 == 0
+
+
+def describes(problem: Problem, route: Route) -> bool:
+    """Whether the kernels that multiply read by tensor descriptors, if the tensors allow it (`describable`).
+
+    From sm_90 on, which has the unit that copies by them. A descriptor is 128 bytes that the host fills at every
+    launch, 2 us of Python each: so only where whole tiles give every multiprocessor several programs. Not yet measured.
+    """
+    t = tiling(problem, route)
+    many = not t.splits and tile_count(problem, route, t.block) >= CROWD * PROGRAMS
+    return many and capability(problem.device) >= (9, 0)
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether all of these matrices begin, and their rows too, at multiples of 16 bytes; dense rows, apart."""
+    return aligned(*tensors) and all(
+        t.stride(1) == 1 and t.stride(0) >= t.shape[1] and t.stride(0) * t.itemsize % 16 == 0 for t in tensors
+    )
+
+
+def describe(block: tuple[int, int], *tensors: Tensor) -> tuple[TensorDescriptor, ...]:
+    """What a kernel loads blocks of these matrices by; zero outside of them."""
+    return tuple(TensorDescriptor(t, list(t.shape), list(t.stride()), list(block)) for t in tensors)
 
 
 def precision_of(problem: Problem) -> str:
@@ -77,6 +113,12 @@ def products(problem: Problem, route: Route, precision: str) -> dict[str, int]:
     return dict(num_warps=8 if many else 4, num_stages=2 if few else 3)
 
 
+def distances(problem: Problem, precision: str) -> dict[str, int]:
+    """`products` for distances: with 4 warps exact ones spill 16 to 32 bytes on sm_90 and sm_100."""
+    exact = problem.dtype == torch.float32 and precision == "ieee"
+    return dict(num_warps=8, num_stages=2) if exact else products(problem, "gram", precision)
+
+
 def few_steps(problem: Problem) -> dict[str, int]:
     """The same for programs that multiply few steps of features, which are not worth pipelining.
 
@@ -87,6 +129,19 @@ def few_steps(problem: Problem) -> dict[str, int]:
     return dict(num_warps=4, num_stages=2 if half and capability(problem.device) < (9, 0) else 1)
 
 
+def any_side(problem: Problem, precision: str) -> dict[str, int]:
+    """`products` for a program that learns its side as it runs: with 3 stages halves spill 8 bytes on sm_80."""
+    options = products(problem, "gram", precision)
+    if problem.dtype.itemsize == 2 and capability(problem.device) < (9, 0):
+        options["num_stages"] = 2
+    return options
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU; (0, 0) in the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()

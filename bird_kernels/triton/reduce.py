@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .centre import row_count
+
 WIDTH = tl.constexpr(256)
 
 
@@ -50,6 +52,11 @@ def combine(
         d_ll = -0.5 * cka / hll
         if STATISTIC == "cka":
             return cka, d_kl, d_kk, d_ll
+        elif STATISTIC == "sqrt_cka_loss":
+            none = cka <= 0.0
+            root = tl.sqrt(tl.where(none, 1.0, cka))
+            slope = tl.where(none, 0.0, -0.5) / root
+            return 1.0 - tl.where(none, 0.0, root), slope * d_kl, slope * d_kk, slope * d_ll
         else:
             return 1.0 - cka, -d_kl, -d_kk, -d_ll
 
@@ -86,6 +93,19 @@ def arrive(counter, programs):
 
 @triton.jit
 def finish(
+    counter, programs, slots, norm_slots, norm_programs, scale_x, scale_y, count, n, value, coefficients,
+    MASKED: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, SUBTRACT: tl.constexpr,
+):  # fmt: skip
+    """Counts this program in; the one that comes last does what `_finish` says."""
+    if arrive(counter, programs):
+        _finish(
+            slots, programs, norm_slots, norm_programs, value, coefficients, row_count(count, n, MASKED), scale_x,
+            scale_y, STATISTIC, UNBIASED, SUBTRACT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish(
     slots, programs, norm_slots, norm_programs, value, coefficients, n, scale_x, scale_y,
     STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, SUBTRACT: tl.constexpr,
 ):  # fmt: skip

@@ -11,9 +11,10 @@ from ..estimators import Coefficients
 from ..plan import row_splits, tile_count, tiling
 from ..types import Problem, Route, Shapes, Stash
 from . import centre, cross, gram
-from .launch import Known, Launch, aligned, few_steps, products
+from .launch import Known, Launch, aligned, both, describable, describe, describes, few_steps, products
 
 STATS_ROWS, STATS_COLUMNS = 64, 64  # a program's block in the column statistics; 64 x 32 spills in one variant on sm_90
+NORMS = dict(num_warps=8)  # of the row norms; with 4, exact fp32 spills 8 bytes on sm_100
 REDUCE_ROWS = 8  # rows of a tile that one program of a split reduction adds up: 16 bytes of a part for each thread
 
 
@@ -91,11 +92,11 @@ class Gram:
         statistic = dict(STATISTIC=problem.statistic, **unbiased)
         multiply = dict(PRECISION=precision, BLOCK=t.block, STEP=t.step)
         options = products(problem, "gram", precision)
-        self.reduce: Launch | None = None
-        if t.splits:
+        self.split = bool(t.splits)
+        if self.split:
             centres = dict(CENTRES=t.centres)
             sizes = n, p, q, tiles, t.splits[0], t.chunk, *peaks
-            self.moments = Launch(
+            self.partials = Launch(
                 gram.gram_partials_kernel, (upper, sum(t.splits)), sizes, masked | centres | multiply,
                 **(few_steps(problem) if t.centres else options),
             )  # fmt: skip
@@ -106,16 +107,19 @@ class Gram:
             )  # fmt: skip
         else:
             sizes = n, p, q, tiles, *peaks
-            self.moments = Launch(gram.gram_moments_kernel, (upper, 1), sizes, masked | statistic | multiply, **options)
+            self.moments = both(gram.gram_moments_kernel, (upper, 1), sizes, masked | statistic | multiply, **options)
         self.workspace = sum(peaks), sum(t.splits) * upper * t.block**2, (8 if unbiased["UNBIASED"] else 3) * programs
         blocks = tuple(wanted * ceil_div(d, t.block) for wanted, d in zip(self.wanted, (p, q), strict=True))
         sides = dict(X_GRAD=problem.x_grad, Y_GRAD=problem.y_grad)
         if all(self.wanted) and precision == "tf32":
             options["num_stages"] = 2  # both sides in one kernel spill 8 bytes with 3 on sm_100
-        self.gradients = Launch(
+        self.gradients = both(
             gram.gram_backward_kernel, (tiles, sum(blocks)), (n, p, q, blocks[0]),
             sides | masked | unbiased | multiply, **options,
         )  # fmt: skip
+        self.describes, self.wide, self.high = describes(problem, "gram"), (t.step, t.block), (t.block, t.step)
+        # Unbiased, the gradient's kernel spills up to 32 bytes with descriptors on sm_100.
+        self.describes_gradients = self.describes and not unbiased["UNBIASED"]
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Stash]:
         """Value (0-d, fp32) and stash."""
@@ -125,13 +129,15 @@ class Gram:
         if not self.centres:
             self.statistics.launch(known, x, y, stash, ws)
         results = stash.xx, stash.yy, stash.rows, ws.slots, ws.counter, ws.value, stash.coefficients
-        inputs = x, y, ws.mask, stash.xs, stash.ys, ws.peaks, ws.count
+        shared = ws.mask, stash.xs, stash.ys, ws.peaks, ws.count
         strides = *x.stride(), *y.stride()
-        if self.reduce is None:
-            self.moments(known, *inputs, *results, *strides)
-        else:
-            self.moments(known, *inputs, ws.partials, ws.counter, *strides)
+        if self.split:
+            self.partials(known, x, y, *shared, ws.partials, ws.counter, *strides)
             self.reduce(known, ws.peaks, ws.count, ws.partials, *results)
+        else:
+            described = self.describes and describable(x, y)
+            sides = describe(self.high, x, y) if described else (x, y)
+            self.moments[described](known, *sides, *shared, *results, *strides)
         return ws.value, stash
 
     def backward(self, grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash) -> tuple[Tensor, Tensor]:
@@ -139,8 +145,11 @@ class Gram:
         dx, dy = empty_gradients(x, y, self.wanted)
         if any(self.wanted):
             bytes_ = x if mask is None else as_bytes(mask)
-            self.gradients(
-                known_of(x, y, grad, bytes_, *stash), x, y, bytes_, stash.xs, stash.ys, stash.xx, stash.yy, stash.rows,
+            described = self.describes_gradients and describable(x, y, stash.xx, stash.yy)
+            sides = describe(self.wide, x, y) if described else (x, y)
+            grams = describe(self.high, stash.xx, stash.yy) if described else (stash.xx, stash.yy)
+            self.gradients[described](
+                known_of(x, y, grad, bytes_, *stash), *sides, bytes_, stash.xs, stash.ys, *grams, stash.rows,
                 stash.coefficients, grad, dx, dy, *x.stride(), *y.stride(),
             )  # fmt: skip
         return dx, dy
@@ -164,7 +173,7 @@ class Cross:
         unbiased = dict(UNBIASED=problem.estimator == "unbiased")
         self.norm_blocks = ceil_div(n, STATS_ROWS) if unbiased["UNBIASED"] else 0
         block = masked | dict(BLOCK_N=STATS_ROWS, BLOCK_D=STATS_COLUMNS)
-        self.norms = Launch(cross.row_norms_kernel, (self.norm_blocks, 1), (n, p, q, *peaks), block)
+        self.norms = Launch(cross.row_norms_kernel, (self.norm_blocks, 1), (n, p, q, *peaks), block, **NORMS)
         self.sums = tuple(
             Launch(
                 cross.column_sums_kernel, (ceil_div(d, STATS_COLUMNS), row_splits(n)),
@@ -177,7 +186,7 @@ class Cross:
         multiply = dict(PRECISION=precision, BLOCK=t.block, STEP=t.step)
         options = products(problem, "cross", precision)
         sizes = n, p, q, *peaks, ceil_div(p, t.block), ceil_div(q, t.block), self.norm_blocks, max(splits, 1)
-        self.moments = Launch(
+        self.moments = both(
             cross.cross_moments_kernel, (tiles, max(splits, 1)), sizes,
             masked | dict(SPLIT=splits > 0) | statistic | multiply, **options,
         )  # fmt: skip
@@ -188,12 +197,13 @@ class Cross:
         self.split = splits > 0
         self.workspace = sum(peaks), splits * tiles * t.block**2, 3 * programs
         self.gradients = tuple(
-            Launch(
+            both(
                 cross.cross_backward_kernel, (ceil_div(n, t.block), ceil_div(own, t.block)),
-                (n, own, other, *strides, row_splits(n)), dict(SIDE=side) | masked | unbiased | multiply, **options,
+                (n, own, other, row_splits(n)), dict(SIDE=side) | masked | unbiased | multiply, **options,
             )
-            for side, own, other, strides in ((0, p, q, (p, 1)), (1, q, p, (1, p)))  # y reads C = Y^T X transposed
+            for side, own, other in ((0, p, q), (1, q, p))
         )  # fmt: skip
+        self.describes, self.wide, self.high = describes(problem, "cross"), (t.step, t.block), (t.block, t.step)
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Stash]:
         """Value (0-d, fp32) and stash."""
@@ -213,7 +223,9 @@ class Cross:
             ws.count, stash.xx, stash.yy, stash.xy, ws.partials, ws.slots, norm_slots, ws.counter, ws.value,
             stash.coefficients,
         )  # fmt: skip
-        self.moments(known, x, y, ws.mask, *means, *shared, *strides)
+        described = self.describes and describable(x, y)
+        sides = describe(self.wide, x, y) if described else (x, y)
+        self.moments[described](known, *sides, ws.mask, *means, *shared, *strides)
         if self.split:
             self.reduce(known, ws.peaks, *shared)
         return ws.value, stash
@@ -224,14 +236,18 @@ class Cross:
         bytes_ = x if mask is None else as_bytes(mask)
         known = known_of(x, y, grad, bytes_, *stash)
         sides = (x, y, stash.xs, stash.ys, stash.xx), (y, x, stash.ys, stash.xs, stash.yy)
-        for launch, wanted, out, (own, other, own_stats, other_stats, product) in zip(
-            self.gradients, self.wanted, gradients, sides, strict=True
-        ):
-            if wanted:
-                launch(
-                    known, own, other, bytes_, own_stats, other_stats, product, stash.xy, stash.rows,
-                    stash.coefficients, grad, out, *own.stride(), *other.stride(),
-                )  # fmt: skip
+        for side, (own, other, own_stats, other_stats, product) in enumerate(sides):
+            if not self.wanted[side]:
+                continue
+            blocks, matrices = (own, other), (product, stash.xy)
+            described = self.describes and describable(*blocks, *matrices)
+            if described:
+                blocks = describe(self.high, own, other)
+                matrices = *describe(self.wide, product), *describe(self.high if side else self.wide, stash.xy)
+            self.gradients[side][described](
+                known, own, *blocks, bytes_, own_stats, other_stats, *matrices, stash.rows, stash.coefficients, grad,
+                gradients[side], *own.stride(), *other.stride(),
+            )  # fmt: skip
         return gradients
 
 

@@ -109,6 +109,22 @@ def test_half_precision_features(teacher: dict[str, Tensor], student: dict[str, 
     torch.testing.assert_close(total, truth, rtol=1e-2, atol=1e-2)
 
 
+def test_tokens_are_rows_and_the_mask_counts_them() -> None:
+    """Two pairs of [B, T, D] features under one attention mask, whose padding holds NaN."""
+    mask = torch.arange(4) < torch.tensor([4, 1, 3, 2])[:, None]
+    teacher, student = (
+        {name: rows.reshape(4, 4, -1).masked_fill(~mask[..., None], torch.nan) for name, rows in side.items()}
+        for side in (features(0, WIDTHS[0]), features(1, WIDTHS[1]))
+    )
+    loss = BirdLoss(0.1, 0.9, PAIRS, row_dims=2)
+    total = loss(TASK, teacher, student, mask)
+    truth = 0.1 * TASK.double() + 0.9 * sum(1 - cka(teacher[t][mask], student[s][mask]) for t, s in PAIRS)
+    torch.testing.assert_close(total.double(), truth, rtol=1e-5, atol=1e-6)
+    rows = torch.tensor([True] * 15 + [False])
+    teacher, student = features(0, WIDTHS[0]), features(1, WIDTHS[1])
+    assert BirdLoss(pairs=PAIRS)(TASK, teacher, student, rows) != BirdLoss(pairs=PAIRS)(TASK, teacher, student)
+
+
 # Hints
 
 
@@ -241,8 +257,28 @@ def test_only_hints_have_parameters() -> None:
 
 
 def test_bird_offers_its_own_names_and_all_operators() -> None:
-    assert set(bird_kernels.__all__) | {"BirdLoss", "Hints", "Taps", "Teacher"} == set(bird.__all__)
+    own = {"BirdLoss", "Hints", "Similarity", "Taps", "Teacher", "chunked_backward", "compare"}
+    assert set(bird_kernels.__all__) | own == set(bird.__all__)
     assert all(getattr(bird, name) is getattr(bird_kernels, name) for name in bird_kernels.__all__)
+
+
+def test_tokens_reach_a_loss_unpooled() -> None:
+    """Student and teacher of other widths, their features as they are: ``pool="none"`` on both sides."""
+    torch.manual_seed(0)
+    student, guide = (nn.Sequential(nn.Embedding(11, d), nn.Linear(d, d), nn.ReLU(inplace=True)) for d in (6, 4))
+    ids = torch.randint(11, (3, 5))
+    mask = torch.arange(5) < torch.tensor([5, 2, 4])[:, None]
+    truth = [model[1](model[0](ids)).detach() for model in (student, guide)]
+    teacher = bird.Teacher(guide, "1", pool="none")
+    with bird.Taps(student, "1", pool="none") as taps:
+        task = student(ids).sum()
+        x, y = taps.pop()["1"], teacher(ids)["1"]
+        assert x.equal(truth[0])  # and not what the ReLU has made of it in place
+        assert y.equal(truth[1])
+        loss = bird.BirdLoss(0.0, 1.0, [("1", "1")], row_dims=2)
+        loss(task, {"1": y}, {"1": x}, mask).backward()
+    torch.testing.assert_close(loss.last["cka/1/1"], bird.cka(truth[0][mask], truth[1][mask]))
+    assert student[1].weight.grad.norm() > 0
 
 
 def test_a_training_step_end_to_end() -> None:

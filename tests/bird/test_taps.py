@@ -622,7 +622,7 @@ def test_mean_pooling_of_bf16_accumulates_in_fp32() -> None:
     assert pool_rows(features).equal(torch.ones(2, 3, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("pool", ["mean", "flatten", lambda t: t.amax((2, 3))])
+@pytest.mark.parametrize("pool", ["mean", "flatten", "none", lambda t: t.amax((2, 3))])
 def test_pooling_is_differentiable(pool: Any) -> None:
     x = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(lambda t: pool_rows(t, pool), x.requires_grad_())
@@ -636,7 +636,7 @@ def test_flatten_and_callables() -> None:
     assert pool_rows(tokens, lambda t: t[:, 0]).equal(torch.stack([x[0, 0].flatten(), x[1, 0].flatten()]))
 
 
-@pytest.mark.parametrize("pool", ["mean", "flatten", lambda t: t])
+@pytest.mark.parametrize("pool", ["mean", "flatten", "none", lambda t: t])
 def test_pooled_rows_are_no_view(pool: Any) -> None:
     x = torch.zeros(2, 3)
     rows = pool_rows(x, pool)
@@ -664,7 +664,7 @@ def test_what_is_not_rows_of_features_is_refused(shape: tuple[int, ...], pool: A
 
 
 def test_an_unknown_pool_is_refused() -> None:
-    with pytest.raises(ValueError, match="'mean', 'flatten' or a callable"):
+    with pytest.raises(ValueError, match="'mean', 'flatten', 'none' or a callable"):
         pool_rows(torch.zeros(2, 3), "max")  # type: ignore[arg-type]
 
 

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from bird_kernels import RBF, plan
+from bird_kernels.rbf import median
+from tests.kernels.gaussian import RULES
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_multiplies_bfloat16() -> Iterator[None]:
@@ -30,3 +34,19 @@ def interpreter_multiplies_bfloat16() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
         yield
+
+
+@pytest.fixture(params=RULES)
+def rule(request: pytest.FixtureRequest) -> RBF:
+    return RULES[request.param]
+
+
+@pytest.fixture(params=["kept", "kept in parts", "streamed"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One strip, several, and several that nobody keeps; the CPU's median of few rows, and that of any device."""
+    if request.param != "kept":
+        monkeypatch.setattr(plan, "STRIP", {"cpu": 16, "cuda": 16})
+        monkeypatch.setattr(median, "FEW", 0)
+    if request.param == "streamed":
+        monkeypatch.setattr(plan, "KEPT", 0)
+    return request.param

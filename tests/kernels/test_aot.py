@@ -11,11 +11,13 @@ from tests.kernels import resources
 SHARED = {80: 99, 90: 227, 100: 227}
 PRODUCTS = {
     "gram_moments_kernel", "gram_partials_kernel", "gram_backward_kernel", "cross_moments_kernel",
-    "cross_backward_kernel",
+    "cross_backward_kernel", "group_partials_kernel", "group_backward_kernel", "rbf_distances_kernel",
+    "rbf_backward_kernel",
 }  # fmt: skip
+DESCRIBED = {"gram_moments_kernel", "gram_backward_kernel", "cross_moments_kernel", "cross_backward_kernel"}
 KERNELS = PRODUCTS | {
     "column_stats_kernel", "finish_stats_kernel", "gram_reduce_kernel", "cross_reduce_kernel", "row_norms_kernel",
-    "column_sums_kernel",
+    "column_sums_kernel", "group_reduce_kernel", "rbf_kernels_kernel", "rbf_moments_kernel",
 }  # fmt: skip
 
 
@@ -35,5 +37,8 @@ def test_compiled_kernels(capability: int) -> None:
     for row in products:
         on_matrix_units = not (row["dtype"] == "float32" and row["constants"]["PRECISION"] == "ieee")
         assert (row["matrix"] > 0) == on_matrix_units, row
+    described = {row["kernel"] for row in products if row["constants"].get("DESCRIBED")}
+    assert described == (DESCRIBED if capability >= 90 else set())
+    assert [row for row in rows if (row["copies"] > 0) != row["constants"].get("DESCRIBED", False)] == []
     summary = resources.summary("triton", triton.__version__, capability, map(resources.with_precision, rows))
     assert resources.differences(summary) == []

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bird_kernels import cka_loss
 from bird_kernels.testing import Result, assert_no_worse, errors, evaluate, features, operator, plain, truth
 
 pytestmark = [
@@ -64,6 +65,33 @@ def test_cuda_graph(
         y.copy_(new_y)
         graph.replay()
         torch.testing.assert_close(Result(*(a.clone() for a in captured)), true, rtol=0, atol=0)
+
+
+def test_lists_of_pairs(mask: Tensor | None, estimator: str, backend: str, device: torch.device) -> None:
+    """Nothing waits for the device, and a graph holds the call with its weights and its backward."""
+
+    def call(tensors: list[Tensor]) -> list[Tensor]:
+        xs, ys = [x.detach().requires_grad_() for x in tensors[::2]], tensors[1::2]
+        value = cka_loss(xs, ys, weights=[0.5, 2.0], mask=mask, estimator=estimator, backend=backend)
+        return [value.detach(), *torch.autograd.grad(value, xs)]
+
+    batches = [
+        [*features(N, P, Q, device=device, seed=seed), *features(N, 40, 700, device=device, seed=9 + seed)]
+        for seed in range(3)
+    ]
+    expected = [call(batch) for batch in batches]
+    torch.cuda.set_sync_debug_mode("error")
+    call(batches[0])
+    torch.cuda.set_sync_debug_mode("default")
+    tensors = [t.clone() for t in batches[0]]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(tensors)
+    for batch, true in list(zip(batches, expected, strict=True))[::-1]:
+        for tensor, new in zip(tensors, batch, strict=True):
+            tensor.copy_(new)
+        graph.replay()
+        torch.testing.assert_close([t.clone() for t in captured], true, rtol=0, atol=0)
 
 
 def test_streams_do_not_share(estimator: str, route: str, backend: str, device: torch.device) -> None:

@@ -78,6 +78,17 @@ def test_bad_input_is_refused_in_words(case: str, function) -> None:
     assert not missing, f"{missing} not in: {message}"
 
 
+@pytest.mark.parametrize("case", REFUSED)
+def test_native_refuses_in_the_same_words(case: str) -> None:
+    """Though it looks at ordinary calls itself, once it has run."""
+    pytest.importorskip("bird_kernels._native", reason="the native part is not built")
+    cka_loss(X, Y, backend="native")
+    arguments, options, error, words = REFUSED[case]
+    with pytest.raises(error) as caught:
+        cka_loss(*arguments, **{"backend": "native"} | options)
+    assert all(word in str(caught.value) for word in words)
+
+
 @pytest.mark.parametrize("case", ["not a tensor", "integers", "kernel", "no feature dimension"])
 def test_centered_gram_refuses_in_the_same_words(case: str) -> None:
     (x, _), options, error, words = REFUSED[case]

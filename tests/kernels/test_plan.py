@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bird_kernels import backends, eager, plan
+from bird_kernels import backends, eager, plan, products
 from bird_kernels.testing import features
 from bird_kernels.types import Problem
 
@@ -92,7 +92,7 @@ def test_products_never_exceed_the_features() -> None:
 def test_work_is_what_is_done(sides: tuple[bool, bool], route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations counted on the library products, with blocks so small that symmetric ones cost half."""
     n, p, q = 96, 80, 64
-    for limits in (eager.SMALLEST_BLOCK, eager.LARGEST_BLOCK):
+    for limits in (products.SMALLEST_BLOCK, products.LARGEST_BLOCK):
         monkeypatch.setitem(limits, "cpu", 1)
     problem = Problem(n, p, q, torch.float32, CPU, x_grad=sides[0], y_grad=sides[1])
     x, y = features(n, p, q)

@@ -87,6 +87,21 @@ def test_auto_follows_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     backends._prefer.cache_clear()
 
 
+@pytest.mark.usefixtures("planted")
+@pytest.mark.parametrize(("name", "auto"), [(DEVICE, False), ("NVIDIA Unknown", True)])
+def test_calls_go_through_the_measurements_of_their_device(
+    name: str, auto: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And past them where there are none, or a backend was asked for."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(backends, "why_not", lambda *call: None)
+    device = torch.device("cuda:61")
+    assert backends.is_always_native("auto", torch.float32, device) is auto
+    assert backends.is_always_native("native", torch.float32, device)
+    monkeypatch.setattr(backends, "why_not", lambda *call: "no")
+    assert not backends.is_always_native("native", torch.float32, device)
+
+
 def test_shipped_files_are_whole() -> None:
     for path in timings.FOLDER.glob("*.csv"):
         rows = list(csv.DictReader(path.open(newline="")))

@@ -50,7 +50,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("name", MOMENTS)
-@pytest.mark.parametrize("statistic", ["cka_loss", "cka", "hsic"])
+@pytest.mark.parametrize("statistic", ["cka_loss", "cka", "hsic", "sqrt_cka_loss"])
 def test_combine_is_estimators_combine(name: str, statistic: str, estimator: str, device: torch.device) -> None:
     least = MIN_ROWS[estimator]
     for n in (0, 1, least - 1, least, 8, 1000):

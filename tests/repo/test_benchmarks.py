@@ -73,6 +73,16 @@ def test_every_provider_that_takes_part_passes_the_gate(estimator: str, mode: st
     assert {name: entry.verdict.red for (name, _), entry in entries.items()} == {p.name: None for p in part}
 
 
+def test_gaussian_kernels_pass_the_gate() -> None:
+    case = replace(TINY, problem="rbf")
+    part = providers.taking_part(case, CPU)
+    assert {provider.name for provider in part} == {"naive", "gram", "eager", "auto"}
+    entries = Contest(case, CPU, FAST).run(part, timed=False)
+    assert [entry.verdict.red for entry in entries.values()] == [None] * 4
+    linear = providers.gram(*case.features(CPU))
+    assert abs(linear - measure.truth(case, *case.features(CPU)).value) > 1e-3
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_hand_written_forms_do_their_best_in_halves(dtype: str) -> None:
     """Sums of fp16 products overflow from 65504 on; a rival that is crippled proves nothing."""
@@ -172,7 +182,7 @@ def test_an_allocation_that_fails_is_a_row_and_no_failure() -> None:
 def test_cases_are_distinct_and_have_a_gate(chosen: tuple[Case, ...]) -> None:
     assert len(set(map(str, chosen))) == len(chosen) > 20
     assert {estimates.number(case) for case in chosen} <= set(measure.TOLERANCE)
-    assert {case.problem for case in chosen} == {"bird", "batch", "llm", "conv"}
+    assert {case.problem for case in chosen} == {"bird", "batch", "llm", "conv", "rbf"}
 
 
 def test_cases_are_chosen_by_part_or_glob() -> None:

@@ -27,7 +27,8 @@ HOUSE = {
         {"demo"},
         {"pictures"},
         {"report"},
-        {"training", "evaluation", "selection", "language"},
+        {"training", "evaluation", "selection", "similarity", "language"},
+        {"chunks"},
         {"losses"},
         {"taps", "teachers"},
         {"features", "checkpoints", "vision"},
@@ -35,19 +36,24 @@ HOUSE = {
     "bird_kernels": [
         {"__init__"},
         {"testing"},
-        {"modules", "statistics"},
+        {"modules", "statistics", "tokens"},
         {"functional"},
+        {"pairs", "matrix"},
+        {"global_batch"},
+        {"inputs"},
+        {"sums"},
         {"ops"},
         {"backends"},
-        {"eager", "triton", "native"},
-        {"plan"},
-        {"estimators", "distributed", "timings"},
+        {"rbf"},
+        {"eager", "triton", "native", "sequences"},
+        {"plan", "products"},
+        {"estimators", "distributed", "timings", "transport"},
         {"types", "reference"},
         {"_native"},  # csrc/, where it is built
     ],
 }
 # The rooms of `bird` that compute alignment; the front door re-exports the operators, `info` lists backends.
-CALLS_KERNELS = {"losses", "selection", "evaluation", "__init__", "cli"}
+CALLS_KERNELS = {"losses", "chunks", "selection", "evaluation", "similarity", "__init__", "cli"}
 # `reference` is the truth to test against: only double backward and backend="reference" may lean on it.
 CALLS_REFERENCE = {"testing", "functional", "ops"}
 

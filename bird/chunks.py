@@ -1,0 +1,292 @@
+"""Batches larger than memory: the exact gradient of BIRD's loss, chunk by chunk.
+
+CKA compares every sample with every other, so the losses of chunks do not add up to the batch's, as a task's do. But
+the gradient of a sample's features needs no other sample, only statistics of all of them. Hence two passes, the scheme
+of GradCache (Gao et al. 2021) for contrastive losses:
+
+1. student and teacher run chunk by chunk without graphs, and leave statistics, or their features where those are fewer;
+2. the student runs again, chunk by chunk with a graph, and its features get their part of the batch's gradient.
+
+At any time one chunk's graph is in memory. The price is a second forward of the student.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import compress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bird_kernels import Statistics, cka_loss, inputs
+from bird_kernels.plan import choose_route
+
+from .losses import BirdLoss
+
+Chunk = TypeVar("Chunk")
+Features = Mapping[str, Tensor]
+
+# A pair's teacher rows are kept for the second pass up to here, else the teacher runs again: 65,536 x 1,024 in fp32.
+TEACHER_BYTES = 1 << 28
+
+
+def chunked_backward(
+    student: Callable[[Chunk], tuple[Tensor, Features]],
+    teacher: Callable[[Chunk], Features],
+    chunks: Sequence[Chunk],
+    loss: BirdLoss,
+    *,
+    model: nn.Module,
+    gradient: Tensor | float = 1.0,
+) -> Tensor:
+    r"""Add to ``.grad`` the gradient of ``loss`` over a batch of which one chunk at a time is in memory.
+
+    ::
+
+        def forward(chunk):
+            x, y = chunk
+            return F.cross_entropy(model(x), y, reduction="sum") / len(images), taps.pop()
+
+        chunks = list(zip(images.split(512), labels.split(512)))
+        optimizer.zero_grad()
+        loss = chunked_backward(forward, lambda chunk: teacher(chunk[0]), chunks, criterion, model=model)
+        optimizer.step()
+
+    It is the gradient of ``loss(sum of the tasks, all teacher rows, all student rows)`` with the model run on each
+    chunk by itself: batch normalisation takes a chunk's statistics. A chunk that runs again finds PyTorch's random
+    generators (CPU and the model's devices) and the model's buffers as the first time, so dropout repeats its masks;
+    afterwards generators and running statistics have advanced as by one pass. Autocast is kept, around the call or
+    inside the functions.
+
+    In `DistributedDataParallel` the last chunk's backward alone communicates gradients. With the ``group`` of ``loss``
+    CKA is that of all ranks' samples, the gradient as DDP's *average* wants it (`bird_kernels.cka_loss`); each rank has
+    one chunk at least.
+
+    Args:
+        student: runs ``model`` on a chunk; gives its part of the task's loss (0-d, the batch's is their sum) and
+            ``{layer: [m, P]}``, as `bird.Taps.pop` does; rows that do not count, of padding say, are left out here and
+            by ``teacher``. Called twice for each chunk, first without a graph.
+        teacher: ``{layer: [m, Q]}`` of the same samples. Called again in the second pass for batches whose teacher
+            rows take more than `TEACHER_BYTES`.
+        chunks: whatever the functions take. Each item is fetched when its turn comes, once in either pass with the
+            same random state, so a sequence may load and augment on the way.
+        loss: its weights, pairs and options; ``loss.last`` is set. The "linear" kernel works from statistics where the
+            batch has more samples than both layers together have features, and in a group; all else keeps the features,
+            ``[n, P + Q]``.
+        model: the student, perhaps in DDP.
+        gradient: multiplies all gradients, as in `torch.Tensor.backward`: ``scaler.scale(torch.ones(()))`` with a
+            GradScaler, ``1 / k`` where k batches make a step.
+
+    Returns:
+        The loss, 0-d and detached, without the factor ``gradient``; the task in it is this rank's.
+
+    Raises:
+        ValueError: no chunks; also whatever ``loss`` raises.
+        RuntimeError: nothing that ``student`` returns requires grad.
+    """
+    if len(chunks) == 0:
+        raise ValueError("chunks is empty: a batch has at least one")
+    replay = _Replay(model)
+    pairs = _first_pass(student, teacher, chunks, loss, replay)
+    distances = [pair.settle(loss.beta * gradient) for pair in pairs]
+    task = _second_pass(student, teacher, chunks, loss, replay, pairs, loss.alpha * gradient)
+
+    total, loss.last = loss.alpha * task, {"task": task}
+    for (t, s), distance in zip(loss.pairs, distances, strict=True):
+        total = total + loss.beta * distance
+        loss.last[f"cka/{t}/{s}"] = 1 - distance
+    return total
+
+
+@torch.no_grad()
+def _first_pass(
+    student: Callable[[Chunk], tuple[Tensor, Features]],
+    teacher: Callable[[Chunk], Features],
+    chunks: Sequence[Chunk],
+    loss: BirdLoss,
+    replay: _Replay,
+) -> list[_Kept | _Merged]:
+    """What is left of the chunks' features, for each pair of layers."""
+    pairs: list[_Kept | _Merged] = []
+    for i in range(len(chunks)):
+        replay.record()
+        chunk = chunks[i]
+        _, ours = student(chunk)
+        rows = [(x, y) for _, y, x in loss._matched(teacher(chunk), ours)]
+        pairs = pairs or [_pair(loss.distance.options, x, y, len(chunks)) for x, y in rows]
+        for pair, (x, y) in zip(pairs, rows, strict=True):
+            pair.add(x, y)
+    return pairs
+
+
+@torch.enable_grad()
+def _second_pass(
+    student: Callable[[Chunk], tuple[Tensor, Features]],
+    teacher: Callable[[Chunk], Features],
+    chunks: Sequence[Chunk],
+    loss: BirdLoss,
+    replay: _Replay,
+    pairs: Sequence[_Kept | _Merged],
+    upstream: Tensor | float,
+) -> Tensor:
+    """Back-propagate chunk by chunk, and return the task's loss. ``upstream`` is the task's share of the gradient."""
+    tasks: list[Tensor] = []
+    for i in replay.rewound():
+        with replay.silence() if i + 1 < len(chunks) else contextlib.nullcontext():
+            chunk = chunks[i]
+            task, ours = student(chunk)
+            theirs = teacher(chunk) if any(pair.forgets for pair in pairs) else {}
+            roots, gradients = [task], [torch.ones_like(task).mul_(upstream)]
+            for (t, s), pair in zip(loss.pairs, pairs, strict=True):
+                roots.append(ours[s])
+                gradients.append(pair.gradient(i, ours[s].detach(), theirs.get(t)))
+            _backward(roots, gradients)
+        tasks.append(task.detach())
+    return torch.stack(tasks).sum()
+
+
+def _backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
+    """From several tensors at once, so that each layer runs backward once; but a part may need no gradient."""
+    chosen = [root.requires_grad for root in roots]
+    if not any(chosen):
+        raise RuntimeError("neither the task nor the features of a chunk have a graph: no parameter requires grad")
+    with torch.autocast(roots[0].device.type, enabled=False):
+        torch.autograd.backward([*compress(roots, chosen)], [*compress(gradients, chosen)])
+
+
+def keeps_features(
+    n: int, p: int, q: int, kernel: object = "linear", backend: str = "auto", group: object = None
+) -> bool:
+    """Whether a pair of layers of p and q features, and n samples, goes from pass to pass by its features.
+
+    Statistics are of the linear kernel, in plain PyTorch. Where they could serve too, the features are fewer operations
+    and less memory exactly where the Gram matrices are (`bird_kernels.plan`); but the ranks of a group, who may have
+    different n, must all do the same.
+    """
+    if kernel != "linear" or backend not in ("auto", "eager"):
+        return True
+    return group is None and choose_route(n, p, q) == "gram"
+
+
+def _pair(options: dict[str, Any], x: Tensor, y: Tensor, chunks: int) -> _Kept | _Merged:
+    """How a pair of layers goes from pass to pass, by the sizes of its first chunk."""
+    row_dims = options["row_dims"]
+    n = math.prod(x.shape[:row_dims]) * chunks
+    p, q = (math.prod(side.shape[row_dims:]) for side in (x, y))
+    if keeps_features(n, p, q, options["kernel"], options["backend"], options["group"]):
+        return _Kept(options)
+    return _Merged(options, n * q * y.element_size() > TEACHER_BYTES)
+
+
+class _Kept:
+    """A pair of layers by its features, all of them."""
+
+    forgets = False
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.options = options
+        self.x: list[Tensor] = []
+        self.y: list[Tensor] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x, y, _ = inputs.as_rows(x, y, None, self.options["row_dims"])
+        self.x.append(x)
+        self.y.append(y)
+
+    def settle(self, upstream: Tensor | float) -> Tensor:
+        """The distance; from here on there are gradients, times ``upstream``."""
+        with torch.enable_grad():
+            x = torch.cat(self.x).requires_grad_()
+            value = cka_loss(x, torch.cat(self.y), **self.options | {"row_dims": 1})
+        (dx,) = torch.autograd.grad(value, x, torch.ones_like(value).mul_(upstream))
+        self.dx = dx.split([len(part) for part in self.x])
+        return value.detach()
+
+    def gradient(self, i: int, x: Tensor, y: Tensor | None) -> Tensor:
+        """For chunk i, whose features are x and, unless they were kept, y."""
+        return self.dx[i].view_as(x)
+
+
+class _Merged:
+    """A pair of layers by its statistics; ``forgets`` the teacher's features, or keeps them for the gradients."""
+
+    def __init__(self, options: dict[str, Any], forgets: bool) -> None:
+        self.statistics, self.options = Statistics(precision=options["precision"]), options
+        self.forgets = forgets
+        self.y: list[Tensor] = []
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        self.statistics.update(x, y, row_dims=self.options["row_dims"])
+        self.dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        if not self.forgets:
+            self.y.append(y)
+
+    def settle(self, upstream: Tensor | float) -> Tensor:
+        """As `_Kept.settle`."""
+        group = self.options["group"]
+        if group is not None:
+            self.statistics.all_reduce(group)
+        self.upstream = upstream if group is None else upstream * distributed.get_world_size(group)
+        return (1 - self.statistics.cka(self.options["estimator"])).to(self.dtype)
+
+    def gradient(self, i: int, x: Tensor, y: Tensor | None) -> Tensor:
+        """As `_Kept.gradient`."""
+        y = self.y[i] if y is None else y
+        estimator, row_dims = self.options["estimator"], self.options["row_dims"]
+        return self.statistics.gradient(x, y, estimator, row_dims=row_dims, upstream=self.upstream)
+
+
+class _Replay:
+    """What a forward pass reads and changes beside its inputs: random generators, buffers, DDP's mind."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
+        self.states: list[list[Tensor]] = []
+        self.buffers = [
+            (module._buffers, name, buffer, None if buffer is None else buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+        ]
+        self.parallel = model if isinstance(model, DistributedDataParallel) else None
+        # Whether the next forward starts by taking rank 0's buffers.
+        self.takes_buffers = self.parallel is not None and self.parallel.require_forward_param_sync
+
+    def record(self) -> None:
+        """The next chunk's first run begins."""
+        self.states.append(self._random())
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        for owner, name, buffer, value in self.buffers:
+            if buffer is not None and value is not None:
+                buffer.copy_(value)
+            owner[name] = buffer
+        if self.parallel is not None:
+            self.parallel.require_forward_param_sync = self.takes_buffers
+        torch.clear_autocast_cache()  # older PyTorch keeps weights in it that were cast without a graph (#158232)
+
+    def rewound(self) -> Iterator[int]:
+        """The chunks again, each as it was found; in the end everything is as it was before."""
+        end = self._random()
+        self.rewind()
+        for i, state in enumerate(self.states):
+            self._restore(state)
+            yield i
+        self._restore(end)
+
+    def silence(self) -> contextlib.AbstractContextManager[None]:
+        """No communication of gradients inside."""
+        return contextlib.nullcontext() if self.parallel is None else self.parallel.no_sync()
+
+    def _random(self) -> list[Tensor]:
+        devices = [torch.get_device_module(device).get_rng_state(device) for device in self.devices]
+        return [torch.get_rng_state(), *devices]
+
+    def _restore(self, state: list[Tensor]) -> None:
+        torch.set_rng_state(state[0])
+        for device, own in zip(self.devices, state[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(own, device)

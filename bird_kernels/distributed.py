@@ -1,0 +1,125 @@
+"""Collectives between the ranks of a group that first make sure of each other. Knows nothing of what is computed.
+
+A collective that only some ranks enter, or enter with other shapes, waits for ever or returns garbage. So every rank
+sends a few numbers first (`agree`): whether it has failed already, and what it is about to do. If one has, or if they
+differ, every rank raises. A rank that never arrives is the group's own business: its timeout, or its broken connection,
+is an error on the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size(group: object) -> int:
+    """How many ranks ``group`` has.
+
+    Raises:
+        TypeError: it is no process group, or one that this rank is not in.
+    """
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a ProcessGroup that this rank belongs to (torch.distributed.group.WORLD after "
+            f"init_process_group(), or what new_group() and DeviceMesh.get_group() return) or None, got {group!r}"
+        )
+    return group.size()
+
+
+def require_device(device: torch.device, group: dist.ProcessGroup) -> None:
+    """Raises a ValueError unless the group carries tensors of this device."""
+    carried = _devices(group)
+    if device.type not in carried:
+        raise ValueError(
+            f"the group's backend ({dist.get_backend_config(group)}) carries tensors on {' and '.join(carried)}, "
+            f"the features are on {device.type}"
+        )
+
+
+def agree(
+    group: dist.ProcessGroup, error: Exception | None, terms: Mapping[str, object], numbers: Sequence[int]
+) -> list[list[int]]:
+    """Every rank's ``numbers``, once it is sure that no rank brought an ``error`` and that all ``terms`` are equal.
+
+    One all-gather of ``len(numbers) + 2`` 64-bit integers, over the CPU where the group has a backend for it (gloo);
+    with NCCL alone it waits for the GPU. Terms are compared by a 64-bit hash of their ``repr``.
+
+    Raises:
+        Exception: ``error``, on the rank that brought it.
+        RuntimeError: on the others, with the rank and its message; in a torch.func transform or a CUDA graph's capture.
+        ValueError: terms differ: on every rank, with the ranks and their values.
+    """
+    _require_plain_execution()
+    shown = {name: repr(value) for name, value in terms.items()}
+    digest = hashlib.blake2b(repr(shown).encode(), digest_size=8).digest()
+    mine = [int(error is not None), int.from_bytes(digest, "big", signed=True), *numbers]
+    header = torch.tensor(mine, dtype=torch.int64, device=_devices(group)[0])
+    everyone = header.new_empty(group.size() * len(mine))
+    dist.all_gather_into_tensor(everyone, header, group=group)
+    headers = everyone.view(-1, len(mine)).tolist()
+    if any(failed for failed, *_ in headers):
+        _raise_failure(group, error)
+    if len({header[1] for header in headers}) > 1:
+        _raise_difference(group, shown)
+    return [header[2:] for header in headers]
+
+
+def all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of all ranks' ``values``, the same bits on each rank; in the memory of ``values``."""
+    dist.all_reduce(values, group=group)
+    return values
+
+
+def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Every rank's rows [n_r, d] one under the other, [sum(counts), d]; ``counts`` are the n_r, known to each rank."""
+    longest = max(counts)
+    if len(rows) < longest:
+        rows = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
+    everyone = rows.new_empty(len(counts) * longest, rows.shape[1])
+    dist.all_gather_into_tensor(everyone, rows.contiguous(), group=group)
+    if min(counts) == longest:
+        return everyone
+    return torch.cat([part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)])
+
+
+def _require_plain_execution() -> None:
+    """Where the host cannot read numbers nobody can agree."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("group= does not work inside torch.func transforms: use autograd")
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "group= does not work in the capture of a CUDA graph, the ranks agree on the host: leave it out"
+        )
+
+
+def _devices(group: dist.ProcessGroup) -> list[str]:
+    """The kinds of device that the group has a backend for, the CPU first: "cpu:gloo,cuda:nccl"."""
+    named = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    return sorted(named, key=lambda kind: kind != "cpu")
+
+
+def _raise_failure(group: dist.ProcessGroup, error: Exception | None) -> None:
+    messages: list[str] = [""] * group.size()
+    mine = "" if error is None else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(messages, mine, group=group)
+    if error is not None:
+        raise error
+    failed = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message]
+    raise RuntimeError(f"no rank of the group went on, because this failed. {'; '.join(failed)}")
+
+
+def _raise_difference(group: dist.ProcessGroup, shown: dict[str, str]) -> None:
+    everyone: list[dict[str, str]] = [{}] * group.size()
+    dist.all_gather_object(everyone, shown, group=group)
+    parts = []
+    for name in shown:
+        ranks: dict[str, list[str]] = {}
+        for rank, theirs in enumerate(everyone):
+            ranks.setdefault(theirs.get(name, "missing"), []).append(str(rank))
+        if len(ranks) > 1:
+            parts.append(f"{name} is " + ", ".join(f"{value} on rank {' '.join(r)}" for value, r in ranks.items()))
+    raise ValueError(f"the ranks of the group must agree: {'; '.join(parts)}")

@@ -1,0 +1,173 @@
+r"""The statistic of the rows of all ranks of a group, and its gradient; see docs/scale.md.
+
+Either the sums of each rank's rows travel and are merged, or the rows do and every rank computes the whole
+(`transport`). The gradient of the value v with respect to a rank's own rows x_r needs what has travelled in the forward
+and nothing else. It is multiplied by the number of ranks R: where parameters theta are shared,
+
+.. math::  \frac{dv}{d\theta} = \sum_r \frac{dv}{dx_r} \frac{dx_r}{d\theta}
+           = \frac{1}{R} \sum_r \Big(R \frac{dv}{dx_r}\Big) \frac{dx_r}{d\theta}
+
+so the *average* over ranks that DDP and FSDP take is the gradient of the whole batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import backends, distributed, inputs, ops, plan, sums, transport
+from .estimators import MIN_ROWS
+from .products import scalar
+from .types import Problem, Transport
+
+Whole = Callable[[Tensor, Tensor, Tensor | None, Problem], Tensor]
+Result = TypeVar("Result")
+
+
+class Part(NamedTuple):
+    """A rank's rows x [n, p], y [n, q] and mask [n] or None; the ``problem`` of all rows; who has how many ``rows``."""
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor | None
+    problem: Problem
+    rows: list[int]
+    transport: Transport
+    group: Any
+
+
+def _uncompiled(function: Callable[..., Result]) -> Callable[..., Result]:
+    """torch.compile breaks its graph here and leaves alone what is called. torch.compiler.disable says the same, but
+    imports Dynamo (1.5 s) when a function is defined."""
+
+    disabled: list[Callable[..., Result]] = []
+
+    def run(*args: Any) -> Result:
+        if not disabled and "torch._dynamo" in sys.modules:
+            disabled.append(torch.compiler.disable(function))
+        return (disabled[0] if disabled else function)(*args)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    run._torchdynamo_disable_msg = "the ranks of a group agree on the host"  # type: ignore[attr-defined]
+    return run
+
+
+@_uncompiled
+def evaluate(group: Any, whole: Whole, *arguments: Any) -> Tensor:
+    """A statistic of the rows of all ranks; ``arguments`` as `inputs.prepare`, ``whole`` computes that of one batch."""
+    if distributed.world_size(group) == 1:
+        return whole(*inputs.prepare(*arguments))
+    return across(group, whole, *arguments)
+
+
+def across(group: Any, whole: Whole, *arguments: Any) -> Tensor:
+    """`evaluate` by what travels, also where there is one rank."""
+    part = meet(group, *arguments)
+    if part.transport.name == "merged":
+        with ops.without_autocast(part.x.device):
+            value: Tensor = _Merged.apply(part.x, part.y, part.mask, part.problem, group)
+        return value
+    return whole(*gathered(part), part.problem)
+
+
+def meet(group: Any, *arguments: Any) -> Part:
+    """This rank's checked part of a batch that all ranks agree about; ``arguments`` as `inputs.prepare`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: something is wrong with this rank's arguments, with another's, or with what
+            they amount to: on every rank.
+    """
+    statistic, _, _, kernel, estimator, _, _, backend, precision, center = arguments
+    error, terms, numbers = None, {}, [0, 0, 0, 0]
+    try:
+        x, y, mask, problem = inputs.prepare(*arguments, part=True)
+        distributed.require_device(x.device, group)
+        backends.choose(problem.dtype, problem.device, True, backend, plan.variant(problem))
+        terms = dict(
+            statistic=statistic, kernel=kernel, center=center, estimator=estimator, backend=backend,
+            precision=precision, dtype=problem.dtype, p=problem.p, q=problem.q,
+        )  # fmt: skip
+        numbers = [problem.n, problem.masked, problem.x_grad, problem.y_grad]
+    except Exception as raised:  # whatever it is, the others must hear of it
+        error = raised
+    rows, masked, x_grad, y_grad = zip(*distributed.agree(group, error, terms, numbers), strict=True)
+    n = sum(rows)
+    if n < MIN_ROWS[estimator]:
+        raise ValueError(
+            f'estimator="{estimator}" needs at least {MIN_ROWS[estimator]} rows, got {n} in all ({rows} by rank)'
+        )
+    # What only some ranks ask for is computed by all, or their values would differ in the last bit.
+    problem = problem._replace(n=n, masked=any(masked), x_grad=any(x_grad), y_grad=any(y_grad))
+    return Part(x, y, mask, problem, list(rows), transport.choose(problem, rows, backend), group)
+
+
+def gathered(part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [sum(rows), p], y [sum(rows), q] and mask of all ranks, rank by rank; differentiable."""
+    x, y, mask = _Gathered.apply(part.x, part.y, part.mask, part.problem.masked, part.rows, part.group)
+    return x, y, mask
+
+
+def _require_first_order() -> None:
+    if torch.is_grad_enabled():  # create_graph; the gradient of the gradient would need the other ranks
+        raise RuntimeError("group= has no double backward: call without create_graph=True")
+
+
+class _Merged(torch.autograd.Function):
+    """Sums of each rank's rows, all-reduced; the backward has everything."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, group: Any) -> Tensor:
+        total = sums.all_reduced(sums.sums_of(x, y, mask, problem), group)
+        value, coefficients, total = sums.evaluate(total, problem)
+        if not ctx.needs_input_grad[1]:
+            total = total._replace(yy=total.yy.new_empty(0))
+        norms = total.norms or ()
+        ctx.call = problem, group.size(), coefficients
+        ctx.save_for_backward(x, y, mask, *total[:-1], *norms)
+        return torch.as_tensor(value, dtype=ops.value_dtype(x.dtype), device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _require_first_order()
+        x, y, mask, *tensors = ctx.saved_tensors
+        problem, world, coefficients = ctx.call
+        n, mean_x, mean_y, xx, xy, yy, *norms = tensors
+        s = sums.Sums(n, mean_x, mean_y, xx, xy, yy, sums.Norms(*norms) if norms else None)
+        upstream = scalar(grad) * world
+        dx = dy = None
+        with ops.without_autocast(x.device):
+            if ctx.needs_input_grad[0]:
+                dx = sums.gradient(x, y, mask, s, coefficients, upstream, problem)
+            if ctx.needs_input_grad[1]:
+                dy = sums.gradient(y, x, mask, *sums.exchanged(s, coefficients), upstream, problem)
+        return dx, dy, None, None, None
+
+
+class _Gathered(torch.autograd.Function):
+    """All ranks' rows; backward, a rank's own rows of the gradient, times the number of ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, masked: bool, rows: list[int], group: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        columns = [x, y]
+        if masked:
+            columns.append(x.new_ones(len(x), 1) if mask is None else mask[:, None].to(x.dtype))
+        everyone = distributed.all_gather_rows(torch.cat(columns, 1), rows, group)
+        p, q = x.shape[1], y.shape[1]
+        all_x, all_y = everyone[:, :p].contiguous(), everyone[:, p : p + q].contiguous()
+        start = sum(rows[: group.rank()])
+        ctx.own, ctx.world = slice(start, start + len(x)), len(rows)
+        ctx.mark_non_differentiable(*(t for t, side in ((all_x, x), (all_y, y)) if not side.requires_grad))
+        return all_x, all_y, everyone[:, -1].bool() if masked else None
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        _require_first_order()
+        own, world = ctx.own, ctx.world
+        x_grad, y_grad, *_ = ctx.needs_input_grad
+        return (dx[own] * world if x_grad else None), (dy[own] * world if y_grad else None), None, None, None, None

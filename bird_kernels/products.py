@@ -1,0 +1,225 @@
+"""Library matrix products of centred features: what every computation in plain PyTorch is made of.
+
+Half precision is multiplied as it is and accumulated in fp32 where the library can (CUDA), else widened. On the CPU
+scalars are Python floats, on a GPU nothing leaves the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .estimators import Scalar
+from .types import Problem
+
+# Symmetric products of two blocks and more are formed block by block, the upper ones alone. Two cores of a Zen 5 CPU,
+# fp32: a product takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024. With fewer than 256 rows it pays where
+# they are long: 1.0 at 128 x 512, 0.86 at 128 x 2048. On CUDA not yet measured.
+SMALLEST_BLOCK, LARGEST_BLOCK = {"cpu": 128, "cuda": 2048}, {"cpu": 512, "cuda": 4096}
+LONG_ROWS, SMALLEST_BLOCK_OF_LONG_ROWS = 1024, 64
+# Up to here a dot product (MKL) and a sum (PyTorch) run on one thread. To wake a second one costs 80 us.
+ONE_THREAD_DOT, ONE_THREAD_SUM = 1 << 13, 1 << 15
+
+
+def to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), for nothing where there is nothing to do: the call alone takes 0.8 us."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def subtract_mean(x: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
+    """Columns minus their means, and their sums. sum(0) takes half as long as mean(0) where x is small."""
+    if not center:
+        return x, x.new_zeros(1)  # nothing was subtracted
+    total = x.sum(0)
+    return x.sub(total, alpha=1.0 / x.shape[0]), total
+
+
+def centre(
+    x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem
+) -> tuple[Tensor, Scalar, tuple[Tensor, Tensor]]:
+    """Columns minus their means, times a power of two that brings the largest entry near 1; that; the means' two parts.
+
+    The mean is taken twice: the second one is the rounding of the first. It makes a constant column exactly zero, where
+    one pass leaves eps * |mean| that looks like variance. Not subtracted if the problem says not to centre.
+    """
+    wide, operand = dtypes(problem)
+    x = x.to(wide)
+    if not problem.center:
+        x = x if mask is None else torch.where(mask[:, None], x, 0.0)
+        first = second = x.new_zeros(x.shape[1])
+    elif mask is None:
+        first = x.mean(0)
+        x = x - first
+        second = x.mean(0)
+        x -= second
+    else:
+        keep = mask[:, None]
+        rows = at_least(1.0, count)
+        x = torch.where(keep, x, 0.0)
+        first = x.sum(0) / rows
+        x = torch.where(keep, x - first, 0.0)
+        second = x.sum(0) / rows
+        x = torch.where(keep, x - second, 0.0)
+    scale = power_of_two(x)
+    return x.mul_(scale).to(operand), scale, (first, second)
+
+
+def power_of_two(x: Tensor) -> Scalar:
+    """2^k with 0.5 <= 2^k max|x| < 1; some finite number for zeros, NaN and Inf."""
+    limit = 250 if x.dtype == torch.float64 else 120
+    peak = torch.maximum(*(a.abs() for a in torch.aminmax(x)))
+    if x.device.type == "cpu":
+        value = peak.item()
+        return math.ldexp(1.0, -max(-limit, min(limit, math.frexp(value)[1]))) if math.isfinite(value) else 1.0
+    exponent = torch.frexp(peak).exponent.clamp(-limit, limit)
+    return torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), -exponent)
+
+
+def at_least(least: float, count: Scalar) -> Scalar:
+    """max(least, count)"""
+    return count.clamp(min=least) if isinstance(count, Tensor) else max(count, least)
+
+
+def lesser(a: Scalar, b: Scalar) -> Scalar:
+    """min(a, b)"""
+    return torch.minimum(a, b) if isinstance(a, Tensor) else min(a, b)
+
+
+def row_count(x: Tensor, mask: Tensor | None) -> Scalar:
+    """How many rows count."""
+    if mask is None:
+        return float(x.shape[0])
+    count = mask.sum(dtype=torch.float64)
+    return count.item() if x.is_cpu else count
+
+
+def dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype of products and statistics, dtype of the matrix operands)."""
+    wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    # Half-precision products with fp32 results exist on CUDA only; the CPU would round them to half.
+    return wide, problem.dtype if problem.device.type == "cuda" else wide
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in fp32 for half operands."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def scaled_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b where one side may be a wide matrix that has yet to be rounded to the other's half precision.
+
+    It is brought near 1 first: at n = 128 the entries of L - (a/b) K over sqrt(bc) are below fp16's normal range.
+    """
+    if a.dtype == b.dtype:
+        return a @ b
+    if a.dtype == torch.float32:
+        scale = power_of_two(a)
+        return mm((a * scale).to(b.dtype), b) / scale
+    scale = power_of_two(b)
+    return mm(a, (b * scale).to(a.dtype)) / scale
+
+
+def weighted_sum(a: Tensor, s: Scalar, b: Tensor, t: Scalar) -> Tensor:
+    """s a + t b"""
+    return a * s + b * t if isinstance(t, Tensor) else torch.mul(a, s).add_(b, alpha=t)
+
+
+def add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """d + a @ b, in the memory of ``d`` where the product needs no scaling."""
+    return torch.addmm(d, a, b, out=d) if a.dtype == b.dtype else d + scaled_mm(a, b)
+
+
+def _blocks(a: Tensor) -> list[tuple[int, int]]:
+    """Ranges of rows of ``a`` whose products are formed together; the last one takes what is left."""
+    m, k = a.shape
+    device = "cpu" if a.is_cpu else "cuda"
+    smallest = SMALLEST_BLOCK[device]
+    if a.is_cpu and k >= LONG_ROWS:
+        smallest = SMALLEST_BLOCK_OF_LONG_ROWS
+    if m < 2 * smallest:
+        return [(0, m)]
+    block = min(max(m // 4, smallest), LARGEST_BLOCK[device])
+    return [(i, i + block if i + 2 * block <= m else m) for i in range(0, m - block + 1, block)]
+
+
+def self_product(a: Tensor) -> Tensor:
+    """a @ a.T for a [m, k], upper blocks computed and mirrored."""
+    blocks = _blocks(a)
+    if len(blocks) < 2:
+        return mm(a, a.T)
+    out = torch.empty(a.shape[0], a.shape[0], dtype=_wide(a), device=a.device)
+    for i, j in blocks:
+        out[i:j, i:] = mm(a[i:j], a[i:].T)
+        out[j:, i:j] = out[i:j, j:].T
+    return out
+
+
+def self_product_norm(a: Tensor) -> Scalar:
+    """|a @ a.T|^2, one row of upper blocks in memory at a time."""
+    total: Scalar = 0.0
+    for i, j in _blocks(a):
+        strip = mm(a[i:j], a[i:].T)
+        diagonal = strip[:, : j - i]
+        total = total + 2.0 * inner(strip, strip) - inner(diagonal, diagonal)
+    return total
+
+
+def inner(a: Tensor, b: Tensor) -> Scalar:
+    """sum(a * b). Long sums go by rows in the dtype of ``a`` (pairwise) and from there on in fp64: no fp64 copy."""
+    if a.is_cpu and a.numel() < ONE_THREAD_SUM:
+        if a.numel() <= ONE_THREAD_DOT and a.is_contiguous() and b.is_contiguous():
+            return torch.dot(a.view(-1), b.view(-1)).item()
+        return (a * b).sum().item()
+    return scalar(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
+
+
+def inner_products(a: Tensor, b: Tensor) -> tuple[Scalar, Scalar, Scalar]:
+    """<a,b>, <a,a> and <b,b>"""
+    if a.is_cpu and a.numel() <= ONE_THREAD_DOT:
+        a, b = a.view(-1), b.view(-1)
+        return torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()
+    return inner(a, b), inner(a, a), inner(b, b)
+
+
+def take_diagonal(a: Tensor) -> Tensor:
+    """The diagonal of ``a``, which is set to zero: off-diagonal sums then need no subtraction."""
+    diagonal = a.diagonal().clone()
+    a.diagonal().zero_()
+    return diagonal
+
+
+def _wide(a: Tensor) -> torch.dtype:
+    return torch.float64 if a.dtype == torch.float64 else torch.float32
+
+
+_UNCHANGED = contextlib.nullcontext()
+
+
+def fp32_products(problem: Problem) -> contextlib.AbstractContextManager[None]:
+    """Run with the requested fp32 precision; None leaves PyTorch's own switch alone. tf32x3 is honoured by ieee."""
+    if problem.precision is None or problem.dtype != torch.float32:
+        return _UNCHANGED
+    switch: Any = torch.backends.cuda.matmul if problem.device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    return _switched(switch, "tf32" if problem.precision == "tf32" else "ieee")
+
+
+@contextlib.contextmanager
+def _switched(switch: Any, precision: str) -> Iterator[None]:
+    before = switch.fp32_precision
+    switch.fp32_precision = precision
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def scalar(value: Tensor) -> Scalar:
+    """A 0-d tensor as what the other scalars are: a float of the CPU, 0-d fp64 on a GPU."""
+    return value.item() if value.is_cpu else value.double()

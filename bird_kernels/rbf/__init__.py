@@ -1,0 +1,281 @@
+r"""The eager backend's Gaussian kernels: K_ij = exp(-f D_ij), D_ij = |x_i - x_j|^2, f = 1 / (2 sigma^2), by strips.
+
+Distances come from centred features, ``D = |x_i|^2 + |x_j|^2 - 2 <x_i, x_j>``: a large mean costs nothing. Centring the
+kernel matrix cancels most of it when sigma is large (K near 1) and when distances are much alike, so a strip holds
+``K - c = c expm1(t - f D)`` with c = exp(-t) a typical entry, t = f median(D) or f mean(D). K comes back from it with
+K's own accuracy. The diagonal, which is 1 and may be larger than all the rest, is not in it. Before any product it is
+centred::
+
+    biased    Kc = H K H                                                          (Gretton et al. 2005)
+    unbiased  Kc = K_ij - (r_i + r_j)/(n-2) + sum(r)/((n-1)(n-2)), diagonal 0     (Szekely and Rizzo 2014)
+
+with row sums r (of the hollow K when unbiased): HSIC(K, L) is <Kc, Lc> over the estimator's norm, and the other five
+moments are zero. Since V = d value/dK = d_kl Lc + 2 d_kk Kc is symmetric, with W = V o K, sigma constant::
+
+    dX = -(2 / sigma^2) (diag(W 1) - W) X                                         one product a side
+
+If the gradient flows through the median D_ab, then, K being a function of D/sigma^2, the value changes with sigma^2 by
+-<X, dX> / (2 sigma^2): dX loses ``<X, dX>/D_ab (x_a - x_b)`` in row a, and row b gains it.
+
+An upper strip are the columns from its diagonal block on. Strips are kept, or, above `plan.KEPT`, computed again by
+every pass: no n x n memory then.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import eager, plan, products
+from ..estimators import MIN_ROWS, ROUNDING, Moments, Scalar, combine
+from ..types import Problem, Route, Shapes, Stash
+from .median import lower_median, rows_of
+from .strips import Bandwidth, Strips
+
+__all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
+
+# Largest t. Beyond, squares of K underflow in the products' dtype.
+LIMIT = {torch.float32: 44.0, torch.float64: 350.0}
+
+
+class _Coefficients(NamedTuple):
+    """What the backward needs besides strips; derivatives are those of `estimators.Combined`, the rest is by side.
+
+    ``factor`` f of scaled features, ``typical`` t, ``level`` c (0: not centred), ``scale`` of the features, ``first``
+    and ``second`` the rows whose distance is the median (flow only).
+    """
+
+    d_kl: Scalar
+    d_kk: Scalar
+    d_ll: Scalar
+    factor_x: Scalar
+    typical_x: Scalar
+    level_x: Scalar
+    scale_x: Scalar
+    first_x: Scalar
+    second_x: Scalar
+    factor_y: Scalar
+    typical_y: Scalar
+    level_y: Scalar
+    scale_y: Scalar
+    first_y: Scalar
+    second_y: Scalar
+
+
+def stash_shapes(problem: Problem, route: Route) -> Shapes:
+    """Shape and dtype of every tensor of the stash: centred features, the kept strips of both sides, row shifts.
+
+    Kc is K - c - shift_i - shift_j, with ``rows`` [2, n] the shifts, in fp64: of V they cancel.
+    """
+    n, p, q = problem.n, problem.p, problem.q
+    wide, operand = products.dtypes(problem)
+    kept = plan.keeps_kernels(problem)
+    size = plan.strips_size(n, plan.strip_rows(problem)) if kept else 0
+    return dict(
+        coefficients=((len(_Coefficients._fields),), torch.float64),
+        xs=((n, p), operand),
+        ys=((n, q) if problem.y_grad or not kept else (0,), operand),
+        xx=((size,), wide),
+        yy=((size,), wide),
+        xy=((0,), wide),
+        rows=((2, n), torch.float64),
+    )
+
+
+def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
+    """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
+    wide, _ = products.dtypes(problem)
+    shapes = stash_shapes(problem, route)
+    count = products.row_count(x, mask)
+    features = problem._replace(center=True)  # whatever is done to the kernels
+    with products.fp32_products(problem):
+        xs, scale_x, _ = products.centre(x, mask, count, features)
+        ys, scale_y, _ = products.centre(y, mask, count, features)
+        xx, yy = (x.new_empty(shapes[name][0], dtype=wide) for name in ("xx", "yy"))
+        k, l = (Strips(a, mask, problem, flat) for a, flat in ((xs, xx), (ys, yy)))
+        ours, x_shift = _prepare(k, scale_x, count, 0)
+        theirs, y_shift = _prepare(l, scale_y, count, 1)
+        kl, kk, ll = _products(k, l, (ours, theirs), (x_shift, y_shift))
+    if problem.center:
+        kk, ll = _without_noise(kk, ours, count, wide), _without_noise(ll, theirs, count, wide)
+    result = combine(Moments(kl, kk, ll), count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
+    coefficients = _Coefficients(result.d_kl, result.d_kk, result.d_ll, *ours, *theirs)
+    stash = Stash(
+        eager._pack(coefficients, x.device), xs, ys if shapes["ys"][0] != (0,) else ys.new_empty(0), xx, yy,
+        x.new_empty(0, dtype=wide), torch.stack([x_shift, y_shift]),
+    )  # fmt: skip
+    return eager._write(result.value, wide), stash
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
+) -> tuple[Tensor, Tensor]:
+    """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
+    c = _Coefficients(*eager._read(stash.coefficients))
+    bandwidths = Bandwidth(*c[3:9]), Bandwidth(*c[9:])
+    upstream = products.scalar(grad)
+    with products.fp32_products(problem):
+        k, l = (
+            Strips(features, mask, problem, flat, filled=True)
+            for features, flat in ((stash.xs, stash.xx), (stash.ys, stash.yy))
+        )
+        if not k.kept:
+            k.become_kernel(bandwidths[0])
+            l.become_kernel(bandwidths[1])
+        dx = _Gradient(k, bandwidths[0]) if problem.x_grad else None
+        dy = _Gradient(l, bandwidths[1]) if problem.y_grad else None
+        shifts = [
+            (stash.rows[1 - side] * c.d_kl + stash.rows[side] * (2.0 * d)).to(k.wide)
+            for side, d in enumerate((c.d_kk, c.d_ll))
+        ]
+        for (i, j, own), (_, _, other) in zip(k, l, strict=True):
+            if dx is not None:
+                dx.add(i, j, own, products.weighted_sum(other, c.d_kl, own, 2.0 * c.d_kk), shifts[0])
+            if dy is not None:
+                dy.add(i, j, other, products.weighted_sum(own, c.d_kl, other, 2.0 * c.d_ll), shifts[1])
+        return (
+            x.new_empty(0) if dx is None else products.to(dx.finish(upstream), x.dtype),
+            y.new_empty(0) if dy is None else products.to(dy.finish(upstream), y.dtype),
+        )
+
+
+def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Bandwidth:
+    """What the rule of the problem's kernel makes of squared distances; on a GPU nothing waits for the device."""
+    kernel = strips.problem.kernel
+    assert kernel is not None
+    n = _as_tensor(count, strips.norms)
+    first = second = torch.zeros((), dtype=torch.int64, device=n.device)
+    typical = 2.0 * strips.norms.sum(dtype=torch.float64) / n.clamp(min=1.0)  # the mean of all distances
+    if kernel.sigmas is not None:
+        square = _as_tensor(scale, strips.norms).mul(kernel.sigmas[side]).square()
+    else:
+        median = lower_median(strips, n, kernel)
+        if kernel.flow:
+            first, second = rows_of(strips, median)
+        typical = median.double()
+        square = typical * (kernel.threshold or 1.0) ** 2
+    factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=torch.finfo(strips.wide).max / 16)
+    typical = (factor * typical).clamp(max=LIMIT[strips.wide]).to(strips.wide).double()  # what the strips see
+    level = (-typical).exp() if strips.problem.center else 0.0 * typical
+    scalar = products.scalar
+    return Bandwidth(scalar(factor), scalar(typical), scalar(level), scale, scalar(first), scalar(second))
+
+
+def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[Bandwidth, Tensor]:
+    """Takes strips from distances to the kernel; its bandwidth, and the shift [n] that centres it."""
+    bandwidth = bandwidth_of(strips, scale, count, side)
+    strips.become_kernel(bandwidth)
+    n = _as_tensor(count, strips.norms)
+    sums = strips.norms.new_zeros(strips.problem.n)
+    if not strips.problem.center:
+        return bandwidth, sums.double()
+    for i, j, strip in strips:
+        sums[i:j] += strip.sum(1)
+        sums[j:] += strip[:, j - i :].sum(0)
+    sums = sums.double()
+    if strips.problem.estimator == "biased":
+        sums = sums + _diagonal(strips, bandwidth)
+        share, rest = 1.0 / n, sums.sum() / (n * n)
+    else:
+        total = sums.sum()
+        n = torch.where(n >= MIN_ROWS["unbiased"], n, 4.0)
+        share, rest = 1.0 / (n - 2.0), total / ((n - 1.0) * (n - 2.0))
+    return bandwidth, sums * share - 0.5 * rest
+
+
+def _diagonal(strips: Strips, bandwidth: Bandwidth) -> Tensor:
+    """1 - c for the rows that count; [n], fp64."""
+    ones = torch.ones(strips.problem.n, dtype=torch.float64, device=strips.features.device)
+    ones = ones if strips.keep is None else strips.keep.double()
+    return ones * (1.0 - bandwidth.level)
+
+
+def _products(
+    k: Strips, l: Strips, bandwidths: tuple[Bandwidth, Bandwidth], shifts: tuple[Tensor, Tensor]
+) -> tuple[Scalar, Scalar, Scalar]:
+    """<K,L>, <K,K>, <L,L>, centred; of gram_mse 0, <K-L,K-L>, 0, which is exact where the two agree."""
+    problem = k.problem
+    kl: Scalar = 0.0
+    kk: Scalar = 0.0
+    ll: Scalar = 0.0
+    if problem.estimator == "biased":
+        ours, theirs = (
+            _diagonal(strips, bandwidth) - 2.0 * shift * (1.0 if strips.keep is None else strips.keep)
+            for strips, bandwidth, shift in zip((k, l), bandwidths, shifts, strict=True)
+        )
+        if problem.statistic == "gram_mse":
+            kk = products.scalar((ours - theirs).square().sum())
+        else:
+            kl, kk, ll = (products.scalar(a @ b) for a, b in ((ours, theirs), (ours, ours), (theirs, theirs)))
+    ours, theirs = (shift.to(k.wide) for shift in shifts)
+    for (i, j, own), (_, _, other) in zip(k, l, strict=True):
+        own, other = k.centred(own, i, j, ours), l.centred(other, i, j, theirs)
+        if problem.statistic == "gram_mse":
+            difference = own - other
+            kk = kk + _twice(difference, difference, j - i)
+        else:
+            kl, kk, ll = kl + _twice(own, other, j - i), kk + _twice(own, own, j - i), ll + _twice(other, other, j - i)
+    return kl, kk, ll
+
+
+def _twice(a: Tensor, b: Tensor, rows: int) -> Scalar:
+    """The share of an upper strip in <A, B>: what is not in the diagonal block counts for the lower half too."""
+    return 2.0 * products.inner(a, b) - products.inner(a[:, :rows], b[:, :rows])
+
+
+def _without_noise(kk: Scalar, bandwidth: Bandwidth, count: Scalar, wide: torch.dtype) -> Scalar:
+    """Zero for a kernel whose entries differ by no more than their rounding (rows at equal distances, unbiased)."""
+    noise = (ROUNDING * torch.finfo(wide).eps * bandwidth.level * bandwidth.typical * count) ** 2
+    if isinstance(kk, Tensor):
+        return torch.where(kk <= noise, 0.0, kk)
+    return 0.0 if kk <= noise else kk
+
+
+class _Gradient:
+    """The gradient of one side, summed over strips: W X and W 1."""
+
+    def __init__(self, strips: Strips, bandwidth: Bandwidth) -> None:
+        self.strips, self.features, self.bandwidth = strips, strips.features, bandwidth
+        self.kernel = strips.problem.kernel
+        self.product = torch.zeros_like(self.features, dtype=strips.wide)
+        self.sums = self.product.new_zeros(len(self.features))
+
+    def add(self, i: int, j: int, own: Tensor, v: Tensor, shift: Tensor) -> None:
+        """The part of rows i..j, from the strips of K - c and of V + shift_i + shift_j, which is overwritten."""
+        if self.strips.problem.center:
+            v.sub_(shift[i:j, None]).sub_(shift[i:])
+        w = self.strips.cleared(v.mul_(own + self.bandwidth.level), i, j)
+        below = w[:, j - i :]
+        self.sums[i:j] += w.sum(1)
+        self.sums[j:] += below.sum(0)
+        _accumulate(self.product[i:j], w, self.features[i:])
+        _accumulate(self.product[j:], below.T, self.features[i:j])
+
+    def finish(self, upstream: Scalar) -> Tensor:
+        """dX [n, p] in the products' dtype, times ``upstream``."""
+        b, kernel = self.bandwidth, self.kernel
+        features = self.features.to(self.product.dtype)
+        d = self.product.sub_(self.sums[:, None] * features).mul_(4.0 * b.factor * b.scale * upstream)
+        if kernel is not None and kernel.flow:
+            first, second = (torch.as_tensor(row, device=d.device).long().view(1) for row in (b.first, b.second))
+            apart = features.index_select(0, first) - features.index_select(0, second)
+            square = apart.square().sum(dtype=torch.float64)
+            change = torch.linalg.vecdot(features, d).sum(dtype=torch.float64)
+            slope = torch.where(square == 0, 0.0, change / square)
+            d.index_add_(0, torch.cat([first, second]), torch.cat([-slope * apart, slope * apart]).to(d.dtype))
+        return d
+
+
+def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == b.dtype:
+        out.addmm_(a, b)
+    elif a.numel():
+        out += products.scaled_mm(a, b)
+
+
+def _as_tensor(value: Scalar, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.double()
+    return torch.full((), value, dtype=torch.float64, device=like.device)

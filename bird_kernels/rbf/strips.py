@@ -1,0 +1,104 @@
+"""The upper strips of one side's kernel matrix: kept in memory, or computed whenever they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import plan, products
+from ..estimators import Scalar
+from ..types import Problem
+
+# Distances up to SAME * eps * (|x_i|^2 + |x_j|^2) are zero: rounding is all there is in them.
+SAME = 16.0
+
+
+class Bandwidth(NamedTuple):
+    """One side's part of `_Coefficients`."""
+
+    factor: Scalar
+    typical: Scalar
+    level: Scalar
+    scale: Scalar
+    first: Scalar
+    second: Scalar
+
+
+class Strips:
+    """The upper strips of one side: squared distances, and then K - c (K where it will not be centred), diagonal 0.
+
+    ``flat`` holds them if they are kept, else they are computed whenever they are asked for.
+    """
+
+    def __init__(
+        self, features: Tensor, mask: Tensor | None, problem: Problem, flat: Tensor, filled: bool = False
+    ) -> None:
+        self.features, self.mask, self.problem = features, mask, problem
+        self.wide, _ = products.dtypes(problem)
+        n, rows = problem.n, plan.strip_rows(problem)
+        self.blocks = [(i, min(i + rows, n)) for i in range(0, n, rows)]
+        self.kept: list[Tensor] = []
+        self.bandwidth: Bandwidth | None = None
+        self.keep = None if mask is None else mask.to(self.wide)
+        if flat.numel():
+            sizes = [(j - i) * (n - i) for i, j in self.blocks]
+            parts = flat[: sum(sizes)].split(sizes)
+            if not filled:
+                flat[sum(sizes) :].zero_()
+            self.kept = [part.view(j - i, n - i) for part, (i, j) in zip(parts, self.blocks, strict=True)]
+        if not (filled and self.kept):
+            wide = features.to(self.wide)
+            self.norms = torch.linalg.vecdot(wide, wide)
+        if self.kept and not filled:
+            for strip, (i, j) in zip(self.kept, self.blocks, strict=True):
+                self._distances(i, j, strip)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(i, j, rows i..j of the columns from i on)."""
+        if self.kept:
+            yield from ((i, j, strip) for strip, (i, j) in zip(self.kept, self.blocks, strict=True))
+            return
+        for i, j in self.blocks:
+            strip = self.features.new_empty(j - i, self.problem.n - i, dtype=self.wide)
+            self._distances(i, j, strip)
+            if self.bandwidth is not None:
+                self._kernel(strip, i, j, self.bandwidth)
+            yield i, j, strip
+
+    def become_kernel(self, bandwidth: Bandwidth) -> None:
+        """From squared distances to the kernel, in place where they are kept."""
+        for strip, (i, j) in zip(self.kept, self.blocks, strict=bool(self.kept)):
+            self._kernel(strip, i, j, bandwidth)
+        self.bandwidth = bandwidth
+
+    def centred(self, strip: Tensor, i: int, j: int, shift: Tensor) -> Tensor:
+        """The strip of Kc, as a new tensor, diagonal 0; of K, if it is not to be centred."""
+        if not self.problem.center:
+            return strip
+        strip = strip - shift[i:j, None]
+        strip -= shift[i:]
+        return self.cleared(strip, i, j)
+
+    def cleared(self, strip: Tensor, i: int, j: int) -> Tensor:
+        """Zero where it does not count, and on the diagonal; in place."""
+        if self.keep is not None:
+            strip.mul_(self.keep[i:j, None]).mul_(self.keep[i:])
+        strip[:, : j - i].diagonal().zero_()
+        return strip
+
+    def _distances(self, i: int, j: int, out: Tensor) -> None:
+        pairs = self.norms[i:j, None] + self.norms[i:]
+        torch.sub(pairs, products.mm(self.features[i:j], self.features[i:].T), alpha=2, out=out)
+        out.masked_fill_(out <= pairs.mul_(SAME * torch.finfo(self.wide).eps), 0.0)  # NaN stays
+        out[:, : j - i].diagonal().zero_()
+
+    def _kernel(self, strip: Tensor, i: int, j: int, bandwidth: Bandwidth) -> None:
+        strip.mul_(-bandwidth.factor)
+        if self.problem.center:
+            strip.add_(bandwidth.typical).expm1_().mul_(bandwidth.level)
+        else:
+            strip.exp_()
+        self.cleared(strip, i, j)

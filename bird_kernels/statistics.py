@@ -1,0 +1,234 @@
+"""CKA and HSIC of more rows than fit in memory: statistics that are updated, merged, reduced over ranks and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, distributed
+
+from . import inputs, ops, sums
+from .estimators import MIN_ROWS, Coefficients, Scalar
+from .sums import Norms, Sums
+from .types import Precision, Problem, Statistic
+
+
+class Statistics:
+    r"""What linear CKA and HSIC of two sets of features need of their rows, whatever the number of rows.
+
+    ::
+
+        statistics = Statistics()
+        for images in loader:
+            statistics.update(student(images), teacher(images))
+        statistics.cka(), statistics.cka("unbiased")     # of the whole data set at once
+
+    It holds means, products and squared row norms (`bird_kernels.sums`), :math:`p^2 + pq + q^2` numbers in fp64 and
+    little more. Parts are merged about their common mean (Chan, Golub and LeVeque 1979), so any split of the rows, over
+    batches, processes or files, gives the same value to rounding. The products of one update are taken in the features'
+    precision, fp32 at least. Nothing is read back from the device, and nothing is differentiated; but see `gradient`.
+
+    Args:
+        precision: of the fp32 products, as in `bird_kernels.cka_loss`.
+    """
+
+    def __init__(self, *, precision: str | None = None) -> None:
+        inputs.require_choice("precision", precision, inputs.PRECISIONS)
+        self.precision: Precision | None = precision  # type: ignore[assignment]
+        self._sums: Sums | None = None
+        self._products = torch.float64  # what the products were taken in: fp32 once any of them were
+        self._derivatives: dict[str, tuple[Coefficients, Sums]] = {}
+
+    def update(self, x: Tensor, y: Tensor, mask: Tensor | None = None, row_dims: int = 1) -> None:
+        """Add rows; any number of them, none too.
+
+        Args:
+            x, y: features [n, ...] of the same samples; fp64, fp32, bf16 or fp16.
+            mask: bool, shape of the leading ``row_dims`` dimensions; False leaves a row out, whatever it holds.
+            row_dims: how many leading dimensions index rows; 2 for tokens [batch, time, width].
+
+        Raises:
+            TypeError, ValueError: as `bird_kernels.cka_loss`; also widths or a device other than before.
+        """
+        x, y, mask = inputs.as_rows(x, y, mask, row_dims)
+        if self._sums is not None:
+            _require_same("x and y", (x.shape[1], y.shape[1], x.device), self._sums)
+        with torch.no_grad(), ops.without_autocast(x.device):
+            self._add(sums.sums_of(x, y, mask, self._problem(x, y, "cka", "unbiased")))
+
+    def merge(self, other: Statistics) -> None:
+        """Add the rows of other statistics, which stay as they are.
+
+        Raises:
+            ValueError: their features have other widths, or they are on another device.
+        """
+        if other._sums is None:
+            return
+        if self._sums is not None:
+            _require_same("the other statistics", (*_widths(other._sums), other._sums.n.device), self._sums)
+        self._add(other._sums, other._products)
+
+    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Merge those of all ranks, on all of them; a rank may have had no updates.
+
+        Args:
+            group: the ranks, all of which must call this; None for all there are.
+
+        Raises:
+            ValueError: the ranks' features have different widths, or no rank has had an update; on every rank.
+        """
+        mine = None if self._sums is None else (*_widths(self._sums), self._products)
+        found: list[tuple[int, int, torch.dtype] | None] = [None] * distributed.get_world_size(group)
+        distributed.all_gather_object(found, mine, group=group)
+        kinds = [kind for kind in found if kind is not None]
+        if len({kind[:2] for kind in kinds}) != 1:
+            raise ValueError(f"all ranks must have features of the same widths (x, y): they have {kinds or 'none'}")
+        p, q, _ = kinds[0]
+        own = self._sums if self._sums is not None else _no_sums(p, q, _device(group))
+        self._sums = sums.all_reduced(own, group)
+        self._products = min((kind[2] for kind in kinds), key=lambda dtype: dtype.itemsize)
+        self._derivatives = {}
+
+    @property
+    def n(self) -> int:
+        """How many rows count so far. Waits for the device."""
+        return 0 if self._sums is None else int(self._sums.n)
+
+    def cka(self, estimator: str = "biased") -> Tensor:
+        """CKA of all rows, as `bird_kernels.cka` defines it: 0-d, fp64; NaN for fewer rows than the estimator needs.
+
+        Raises:
+            ValueError: there was no update, or an unknown estimator.
+        """
+        return self._value("cka", estimator)
+
+    def hsic(self, estimator: str = "biased") -> Tensor:
+        """HSIC of all rows, as `bird_kernels.hsic` defines it: 0-d, fp64; otherwise as `cka`."""
+        return self._value("hsic", estimator)
+
+    def gradient(
+        self, x: Tensor, y: Tensor, estimator: str = "biased", *, row_dims: int = 1, upstream: Scalar = 1.0
+    ) -> Tensor:
+        r"""d (1 - CKA of all rows) / dx for some of the rows: what back-propagates a batch that was cut in parts.
+
+        .. math:: \frac{2}{\sqrt{bc}} \Big( \frac{a}{b} X X_*^\top X_* - Y Y_*^\top X_* \Big), \quad
+                  a = \|Y_*^\top X_*\|^2,\; b = \|X_*^\top X_*\|^2,\; c = \|Y_*^\top Y_*\|^2
+
+        for "biased", with X, Y the given rows and X_*, Y_* all of them, about the means of all; for "unbiased" see
+        `bird_kernels.sums`.
+
+        Args:
+            x, y, row_dims: rows that `update` has seen.
+            estimator: "biased" or "unbiased".
+            upstream: the factor that the result is multiplied by, before it is rounded to x's dtype.
+
+        Returns:
+            The shape of ``x``, in the dtype that ``x`` and ``y`` promote to.
+
+        Raises:
+            TypeError, ValueError: as `update` and `cka`.
+        """
+        shape = x.shape
+        x, y, _ = inputs.as_rows(x, y, None, row_dims)
+        _require_same("x and y", (x.shape[1], y.shape[1], x.device), self._known())
+        with torch.no_grad(), ops.without_autocast(x.device):
+            if estimator not in self._derivatives:
+                _, coefficients, scaled = self._evaluate("cka_loss", estimator)
+                self._derivatives[estimator] = coefficients, scaled.to(self._products)
+            coefficients, scaled = self._derivatives[estimator]
+            problem = self._problem(x, y, "cka_loss", estimator)
+            return sums.gradient(x, y, None, scaled, coefficients, upstream, problem).view(shape)
+
+    def to(self, device: torch.device | str) -> Statistics:
+        """The same on another device; a new object unless it is there already."""
+        if self._sums is None or self._sums.n.device == torch.device(device):
+            return self
+        moved = {name: value.to(device) for name, value in self.state_dict().items()}
+        return Statistics.from_state_dict(moved, precision=self.precision)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors, on the device where they are, for `torch.save` or safetensors; none before an update."""
+        if self._sums is None:
+            return {}
+        norms = self._sums.norms
+        assert norms is not None
+        plain = {name: value.clone() for name, value in self._sums._asdict().items() if name != "norms"}
+        eps = torch.full((), torch.finfo(self._products).eps, dtype=torch.float64, device=self._sums.n.device)
+        return plain | {f"norms.{name}": value for name, value in norms._asdict().items()} | {"eps": eps}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], *, precision: str | None = None) -> Statistics:
+        """What `state_dict` gave, as statistics again.
+
+        Raises:
+            ValueError: a name is missing.
+        """
+        new = cls(precision=precision)
+        if not state:
+            return new
+        try:
+            norms = Norms(**{name: state[f"norms.{name}"] for name in Norms._fields})
+            saved = Sums(norms=norms, **{name: state[name] for name in Sums._fields if name != "norms"})
+            new._products = torch.float64 if state["eps"] < 1e-12 else torch.float32
+        except KeyError as missing:
+            raise ValueError(f"no state of Statistics: {missing} is not among {sorted(state)}") from missing
+        new._sums = sums.merged([saved])  # a copy, to be added to
+        return new
+
+    def __repr__(self) -> str:
+        if self._sums is None:
+            return "Statistics(n=0)"
+        p, q = _widths(self._sums)
+        return f"Statistics(n={self.n}, x={p} features, y={q} features, device={self._sums.n.device})"
+
+    def _add(self, part: Sums, products: torch.dtype | None = None) -> None:
+        if (products or part.xx.dtype) == torch.float32:
+            self._products = torch.float32
+        if self._sums is None:
+            self._sums = sums.merged([part.to(torch.float64)])  # a copy, to be added to
+        else:
+            self._sums = sums.include(self._sums, part)
+        self._derivatives = {}
+
+    def _known(self) -> Sums:
+        if self._sums is None:
+            raise ValueError("there are no statistics yet: call update() first")
+        return self._sums
+
+    def _evaluate(self, statistic: Statistic, estimator: str) -> tuple[Scalar, Coefficients, Sums]:
+        inputs.require_choice("estimator", estimator, tuple(MIN_ROWS))
+        s = self._known()
+        problem = Problem(0, *_widths(s), self._products, s.n.device, statistic, estimator)  # type: ignore[arg-type]
+        return sums.evaluate(s, problem)
+
+    def _value(self, statistic: Statistic, estimator: str) -> Tensor:
+        value, _, _ = self._evaluate(statistic, estimator)
+        return torch.as_tensor(value, dtype=torch.float64, device=self._known().n.device)
+
+    def _problem(self, x: Tensor, y: Tensor, statistic: Statistic, estimator: str) -> Problem:
+        sizes = x.shape[0], x.shape[1], y.shape[1]
+        return Problem(*sizes, x.dtype, x.device, statistic, estimator, self.precision)  # type: ignore[arg-type]
+
+
+def _widths(s: Sums) -> tuple[int, int]:
+    return len(s.mean_x), len(s.mean_y)
+
+
+def _no_sums(p: int, q: int, device: torch.device) -> Sums:
+    x, y = (torch.empty(0, width, dtype=torch.float64, device=device) for width in (p, q))
+    return sums.sums_of(x, y, None, Problem(0, p, q, x.dtype, device, "cka", "unbiased"))
+
+
+def _device(group: distributed.ProcessGroup | None) -> torch.device:
+    """Where the group's collectives want their tensors."""
+    return torch.device("cuda") if distributed.get_backend(group) == "nccl" else torch.device("cpu")
+
+
+def _require_same(what: str, kind: tuple[int, int, torch.device], s: Sums) -> None:
+    """Raises a ValueError unless ``kind``, widths and device, is that of ``s``."""
+    p, q, device = kind
+    if (p, q) != _widths(s):
+        known = "{} and {}".format(*_widths(s))
+        raise ValueError(f"these statistics are of x and y with {known} features; {what} have {p} and {q}")
+    if device != s.n.device:
+        raise ValueError(f"these statistics are on {s.n.device}, {what} on {device}: move them with .to()")

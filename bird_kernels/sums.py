@@ -1,0 +1,318 @@
+r"""What a set of rows adds to the cross route: sums that merge exactly, and the gradient of rows from merged sums.
+
+For rows of X [n, p] and Y [n, q] about their means, with kappa_i = |x_i|^2 and lambda_i = |y_i|^2::
+
+    n, mean x, mean y,  A = X^T X,  C = Y^T X,  B = Y^T Y                              (biased)
+    sum(kappa x), sum(kappa y), sum(lambda x), sum(lambda y),
+    sum(kappa^2), sum(kappa lambda), sum(lambda^2)                                     (unbiased as well)
+
+Moved to another centre, x + u and y + v with u = old mean - new mean, they are (sum(x) = sum(y) = 0 before)::
+
+    A + n u u^T,   C + n v u^T,   B + n v v^T,   kappa -> kappa + 2 x.u + |u|^2,  and so on      (`moved`)
+
+and about one common centre the sums of two sets add. So any split of a batch, over chunks or over processes, gives the
+statistic of the whole; and the gradient of a row needs the merged sums and that row alone (`gradient`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import distributed
+from .estimators import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
+from .products import (
+    add_scaled_mm,
+    at_least,
+    centre,
+    dtypes,
+    fp32_products,
+    inner,
+    mm,
+    row_count,
+    scalar,
+    scaled_mm,
+    self_product,
+    to,
+)
+from .transport import upper_blocks, upper_size
+from .types import Problem
+
+
+class Norms(NamedTuple):
+    """Sums of the squared row norms kappa and lambda with the rows and with each other; fp64, [p], [q] or 0-d."""
+
+    kx: Tensor
+    ky: Tensor
+    lx: Tensor
+    ly: Tensor
+    kk: Tensor
+    kl: Tensor
+    ll: Tensor
+
+
+class Sums(NamedTuple):
+    """The module's sums about the rows' own means; ``norms`` None where only the biased estimator is wanted.
+
+    ``n`` (0-d), ``mean_x`` [p] and ``mean_y`` [q] are fp64; ``xx`` [p, p], ``xy`` [q, p] and ``yy`` [q, q] fp32 or
+    fp64.
+    """
+
+    n: Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+    norms: Norms | None
+
+    def to(self, dtype: torch.dtype) -> Sums:
+        """The same with products of another dtype."""
+        return self._replace(xx=self.xx.to(dtype), xy=self.xy.to(dtype), yy=self.yy.to(dtype))
+
+
+def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums:
+    """The sums of x [n, p] and y [n, q] of one dtype, mask bool [n] or None; norms if the estimator is "unbiased".
+
+    Products are fp32 (fp64 for fp64) and not scaled: features up to 1e12 times a size and down to 1e-12 fit.
+    """
+    wide, _ = dtypes(problem)
+    if len(x) == 0:
+        return _none(x, y, wide, problem.estimator == "unbiased")
+    count = row_count(x, mask)
+    with fp32_products(problem):
+        xs, scale_x, means_x = centre(x, mask, count, problem)
+        ys, scale_y, means_y = centre(y, mask, count, problem)
+        xx, xy, yy = self_product(xs.T), mm(ys.T, xs), self_product(ys.T)
+    norms = _norms(to(xs, wide), to(ys, wide)) if problem.estimator == "unbiased" else None
+    count = count if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float64, device=x.device)
+    return _scaled(Sums(count, _mean(means_x), _mean(means_y), xx, xy, yy, norms), 1.0 / scale_x, 1.0 / scale_y)
+
+
+def merged(parts: Sequence[Sums]) -> Sums:
+    """The sums of the union of disjoint sets of rows."""
+    first = parts[0]
+    total = first._replace(xx=first.xx.clone(), xy=first.xy.clone(), yy=first.yy.clone())
+    for part in parts[1:]:
+        total = include(total, part)
+    return total
+
+
+def include(total: Sums, part: Sums) -> Sums:
+    """The sums of two disjoint sets of rows, the products in the memory of ``total``: no copies of p x p numbers.
+
+    A set without rows changes nothing, and equal means stay what they are: a constant side stays constant.
+    """
+    n = total.n + part.n
+    rows = n.clamp(min=1.0)
+    dx, dy = part.mean_x - total.mean_x, part.mean_y - total.mean_y
+    share, rest = part.n / rows, total.n / rows
+    norms = None
+    if total.norms is not None and part.norms is not None:
+        theirs = moved_norms(total, -share * dx, -share * dy), moved_norms(part, rest * dx, rest * dy)
+        norms = Norms(*(i + j for i, j in zip(*theirs, strict=True)))
+    between = part.n * rest
+    for product, other, left, right in (
+        (total.xx, part.xx, dx, dx),
+        (total.xy, part.xy, dy, dx),
+        (total.yy, part.yy, dy, dy),
+    ):
+        product += other
+        product.addr_(to(left * between, product.dtype), to(right, product.dtype))
+    return Sums(n, total.mean_x + share * dx, total.mean_y + share * dy, total.xx, total.xy, total.yy, norms)
+
+
+def all_reduced(s: Sums, group: Any) -> Sums:
+    """The sums of the union of the rows of all ranks of a ProcessGroup, the same bits on each rank.
+
+    First n and the means, then everything else about the common mean: two all-reduces (three with norms) whose size
+    does not depend on the number of ranks. With a slot per rank for its means one would do, but at 4096 ranks of
+    512 + 512 features the slots weigh 34 MB and the products 2.4.
+    """
+    p, q = len(s.mean_x), len(s.mean_y)
+    totals = distributed.all_reduce(torch.cat([s.n[None], s.mean_x * s.n, s.mean_y * s.n]), group)
+    n, (sum_x, sum_y) = totals[0], totals[1:].split([p, q])
+    rows = n.clamp(min=1.0)
+    mean_x, mean_y = sum_x / rows, sum_y / rows
+    s = moved(s, _own_if_equal(s.mean_x, mean_x), _own_if_equal(s.mean_y, mean_y))
+    flat = torch.cat([*_upper(s.xx), s.xy.reshape(-1), *_upper(s.yy)])
+    sizes = upper_size(p), p * q, upper_size(q)
+    xx, xy, yy = distributed.all_reduce(flat, group).split(sizes)
+    norms = None
+    if s.norms is not None:
+        flat = distributed.all_reduce(torch.cat([value.reshape(-1) for value in s.norms]), group)
+        parts = flat.split([value.numel() for value in s.norms])
+        norms = Norms(*(part.view(value.shape) for part, value in zip(parts, s.norms, strict=True)))
+    return Sums(n, mean_x, mean_y, _symmetric(xx, p), xy.view(q, p), _symmetric(yy, q), norms)
+
+
+def moved(s: Sums, mean_x: Tensor, mean_y: Tensor) -> Sums:
+    """The same sums about another centre. About it, the rows' own sum is no longer zero; that of all sets may be."""
+    u, v, n = s.mean_x - mean_x, s.mean_y - mean_y, s.n
+    u_n, v_n, u_, v_ = (a.to(s.xx.dtype) for a in (u * n, v * n, u, v))  # rounded here: no fp64 copy of a product
+    xx, xy, yy = torch.addr(s.xx, u_n, u_), torch.addr(s.xy, v_n, u_), torch.addr(s.yy, v_n, v_)
+    norms = None if s.norms is None else moved_norms(s, u, v)
+    return Sums(n, mean_x, mean_y, xx, xy, yy, norms)
+
+
+def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
+    """The norms of the rows x + u and y + v; u [p], v [q], fp64."""
+    assert s.norms is not None
+    kx, ky, lx, ly, kk, kl, ll = s.norms
+    n, kappa, lam = s.n, _trace(s.xx), _trace(s.yy)
+    xx_u, xy_u = _times(s.xx, u), _times(s.xy, u)
+    yx_v, yy_v = _times(s.xy.T, v), _times(s.yy, v)
+    uu, vv = u @ u, v @ v
+    return Norms(
+        kx + 2.0 * xx_u + u * (kappa + n * uu),
+        ky + 2.0 * xy_u + v * (kappa + n * uu),
+        lx + 2.0 * yx_v + u * (lam + n * vv),
+        ly + 2.0 * yy_v + v * (lam + n * vv),
+        kk + 4.0 * (u @ xx_u) + 4.0 * (kx @ u) + 2.0 * uu * kappa + n * uu * uu,
+        kl + 4.0 * (v @ xy_u) + 2.0 * (ky @ v) + 2.0 * (lx @ u) + vv * kappa + uu * lam + n * uu * vv,
+        ll + 4.0 * (v @ yy_v) + 4.0 * (ly @ v) + 2.0 * vv * lam + n * vv * vv,
+    )
+
+
+def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
+    """The value of ``problem.statistic``, and what `gradient` needs: the coefficients, and the sums that they scale.
+
+    The features are brought to a root mean square near 1 by powers of two, so that the squares of the products fit in
+    fp32.
+    """
+    eps = torch.finfo(dtypes(problem)[0]).eps
+    n = scalar(s.n)
+    scale_x, scale_y = _unit(s.xx, s.n), _unit(s.yy, s.n)
+    s = _scaled(s, scale_x, scale_y)
+    kl, kk, ll = inner(s.xy, s.xy), inner(s.xx, s.xx), inner(s.yy, s.yy)
+    hollow, norms = (kl, kk, ll), None
+    if s.norms is not None and problem.estimator == "unbiased":
+        norms = tuple(
+            scalar(a) for a in (s.norms.kl, s.norms.kk, s.norms.ll, _trace(s.xx), _trace(s.yy))
+        )  # as `linear_moments` names them
+        hollow = kl - norms[0], kk - norms[1], ll - norms[2]
+    result = combine(linear_moments(hollow, norms), n, problem.statistic, problem.estimator, eps)
+    unscale = 1.0 / (scale_x * scale_y) ** 2 if problem.statistic == "hsic" else 1.0
+    sum_k, sum_l = (0.0, 0.0) if norms is None else norms[3:]
+    coefficients = Coefficients(
+        result.d_kl * unscale, result.d_kk, result.d_ll, kl, kk, ll, sum_k, sum_l, scale_x, scale_y,
+        at_least(MIN_ROWS[problem.estimator], n),
+    )  # fmt: skip
+    return result.value * unscale, coefficients, s
+
+
+def gradient(
+    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients, upstream: Scalar, problem: Problem
+) -> Tensor:
+    """dX [m, p] of some rows x [m, p], y [m, q] of those that ``s`` and ``c`` (of `evaluate`) were made from.
+
+    With X, Y about the merged means, alpha = c.d_kl and gamma = c.d_kk, it is Y (2 alpha C) + X (4 gamma A); unbiased,
+    plus diag(w) X (`bird_kernels.eager`) minus the column means that this would have over all rows, which are
+    -(2 alpha sum(lambda x) + 4 gamma sum(kappa x)) / (n - 2). In x's dtype. For dY exchange the sides, by `exchanged`.
+    """
+    wide, operand = dtypes(problem)
+    g = upstream * c.scale_x
+    d_cross, d_own, n = 2.0 * c.d_kl * g, 4.0 * c.d_kk * g, c.n
+    xs, ys = _about(x, s.mean_x, c.scale_x, mask, wide), _about(y, s.mean_y, c.scale_y, mask, wide)
+    with fp32_products(problem):
+        d = scaled_mm(to(ys, operand), to(s.xy * d_cross, wide))
+        d = add_scaled_mm(d, to(xs, operand), to(s.xx * d_own, wide))
+    if problem.estimator == "unbiased":
+        assert s.norms is not None
+        kappa, lam = torch.linalg.vecdot(xs, xs), torch.linalg.vecdot(ys, ys)
+        constant = (d_cross * c.sum_l + d_own * c.sum_k) / ((n - 1.0) * (n - 2.0))
+        weights = (lam * d_cross + kappa * d_own) * (-n / (n - 2.0)) + constant
+        d += to(weights, wide)[:, None] * xs
+        d += to((s.norms.lx * d_cross + s.norms.kx * d_own) / (n - 2.0), wide)
+    if mask is not None:
+        d = d.masked_fill(~mask[:, None], 0.0)
+    return to(d, x.dtype)
+
+
+def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
+    """The two sides change places."""
+    norms = None if s.norms is None else Norms(*(s.norms[i] for i in (3, 2, 1, 0, 6, 5, 4)))
+    return (
+        Sums(s.n, s.mean_y, s.mean_x, s.yy, s.xy.T, s.xx, norms),
+        Coefficients(c.d_kl, c.d_ll, c.d_kk, c.kl, c.ll, c.kk, c.sum_l, c.sum_k, c.scale_y, c.scale_x, c.n),
+    )
+
+
+def _own_if_equal(own: Tensor, common: Tensor) -> Tensor:
+    """The common mean, but a rank's own where they differ by the common one's rounding: of 100 fp64 constants, 25 do
+    not survive a weighted mean, and what is left of one has the look of variance."""
+    return torch.where((own - common).abs() <= 4.0 * torch.finfo(own.dtype).eps * common.abs(), own, common)
+
+
+def _upper(product: Tensor) -> list[Tensor]:
+    """The upper blocks of a symmetric matrix, flat."""
+    return [product[i:j, i:].reshape(-1) for i, j in upper_blocks(len(product))]
+
+
+def _symmetric(flat: Tensor, width: int) -> Tensor:
+    """The matrix [width, width] of its upper blocks."""
+    blocks = upper_blocks(width)
+    out = flat.new_empty(width, width)
+    for (i, j), part in zip(blocks, flat.split([(j - i) * (width - i) for i, j in blocks]), strict=True):
+        out[i:j, i:] = part.view(j - i, width - i)
+        out[j:, i:j] = out[i:j, j:].T
+    return out
+
+
+def _none(x: Tensor, y: Tensor, wide: torch.dtype, norms: bool) -> Sums:
+    """The sums of no rows."""
+    p, q = x.shape[1], y.shape[1]
+    zeros = partial(torch.zeros, dtype=torch.float64, device=x.device)
+    sizes = (p, q, p, q, (), (), ())
+    xx, xy, yy = (zeros(size, dtype=wide) for size in ((p, p), (q, p), (q, q)))
+    return Sums(zeros(()), zeros(p), zeros(q), xx, xy, yy, Norms(*map(zeros, sizes)) if norms else None)
+
+
+def _norms(xs: Tensor, ys: Tensor) -> Norms:
+    kappa, lam = torch.linalg.vecdot(xs, xs), torch.linalg.vecdot(ys, ys)
+    kx, ky, lx, ly = ((weights @ rows).double() for weights in (kappa, lam) for rows in (xs, ys))
+    k, l = kappa.double(), lam.double()
+    return Norms(kx, ky, lx, ly, k @ k, k @ l, l @ l)
+
+
+def _scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:
+    """The sums of a x and b y but for the means, which stay those of x and y."""
+    norms = s.norms
+    if norms is not None:
+        powers = (a**3, a * a * b, a * b * b, b**3, a**4, (a * b) ** 2, b**4)
+        norms = Norms(*(value * power for value, power in zip(norms, powers, strict=True)))
+    wide = s.xx.dtype
+    return s._replace(xx=to(s.xx * a**2, wide), xy=to(s.xy * (a * b), wide), yy=to(s.yy * b**2, wide), norms=norms)
+
+
+def _unit(product: Tensor, count: Tensor) -> Scalar:
+    """2^k that brings the largest feature's root mean square into [1/2, 1)."""
+    peak = (product.diagonal().amax().double() / count.clamp(min=1.0)).sqrt()
+    finite = torch.isfinite(peak) & (peak > 0.0)
+    exponent = torch.frexp(torch.where(finite, peak, 1.0)).exponent
+    return scalar(torch.ldexp(torch.ones_like(peak), -exponent))
+
+
+def _about(x: Tensor, mean: Tensor, scale: Scalar, mask: Tensor | None, wide: torch.dtype) -> Tensor:
+    """(x - mean) * scale in ``wide``; the mean in two parts, so that fp32 loses none of its fp64 digits that count."""
+    high = mean.to(wide)
+    x = (to(x, wide) - high - (mean - high).to(wide)) * scale
+    x = to(x, wide)
+    return x if mask is None else torch.where(mask[:, None], x, 0.0)
+
+
+def _mean(parts: tuple[Tensor, Tensor]) -> Tensor:
+    return parts[0].double() + parts[1].double()
+
+
+def _trace(product: Tensor) -> Tensor:
+    return product.diagonal().sum(dtype=torch.float64)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """matrix @ vector in fp64: features of 1e12 have sums of cubes. A few rows at a time, no fp64 copy of the whole."""
+    return torch.cat([rows.double() @ vector for rows in matrix.split(1024)])

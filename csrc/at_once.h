@@ -1,0 +1,111 @@
+// Which calls need nothing of Python: all that bird_kernels/inputs.py would check holds, in its simplest form, and the plan would
+// come here whatever the sizes. Every other call, wrong ones too, is Python's, which has the words for them.
+#pragma once
+
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/extension.h>
+
+#include <map>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace bird {
+namespace {
+
+// One call, checked.
+struct Call {
+  at::Tensor x, y;
+  std::optional<at::Tensor> mask;
+  Statistic statistic;
+  bool unbiased, exact;
+};
+
+// Empty for what is not exactly a str.
+std::string_view text(py::handle object) {
+  if (!PyUnicode_CheckExact(object.ptr())) return {};
+  Py_ssize_t size = 0;
+  const char* const data = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
+  if (data != nullptr) return {data, static_cast<size_t>(size)};
+  PyErr_Clear();  // a lone surrogate
+  return {};
+}
+
+// Numbers in memory and no more: not a subclass, a wrapper, a lazy negative; on a device that the kernels know.
+bool is_plain(py::handle object, int64_t dim) {
+  using c10::DispatchKey;
+  static const c10::DispatchKeySet PLAIN(
+      {DispatchKey::CPU, DispatchKey::CUDA, DispatchKey::AutogradCPU, DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView,
+       DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
+  if (!THPVariable_CheckExact(object.ptr())) return false;
+  const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
+  return PLAIN.isSupersetOf(tensor.key_set()) && tensor.dim() == dim;
+}
+
+// Somebody other than autograd looks on and must see operators, as ops._watched has it (torch.compile is asked after in Python).
+bool is_watched() {
+  using c10::DispatchKey;
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  const c10::DispatchKeySet transforms({DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode});
+  return included.has_any(transforms) || c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+class AtOnce {
+ public:
+  // A function (backend, dtype, device) -> bool of Python's: whether all problems of few rows that ask for that backend come here.
+  explicit AtOnce(py::function always) : always_(std::move(always)) {}
+
+  // The arguments of functional._evaluate, in its order; nothing if that call is not for us.
+  std::optional<Call> operator()(
+      py::handle statistic, py::handle x_object, py::handle y_object, py::handle kernel, py::handle estimator, py::handle mask_object,
+      py::handle row_dims, py::handle backend, py::handle precision) {
+    const std::string_view requested = text(backend), kind = text(estimator), quantity = text(statistic);
+    const bool automatic = requested == "auto", unbiased = kind == "unbiased", masked = !mask_object.is_none();
+    if (!automatic && requested != "native") return {};
+    if (text(kernel) != "linear" || (!unbiased && kind != "biased")) return {};
+    int overflow = 0;
+    if (!PyLong_CheckExact(row_dims.ptr()) || PyLong_AsLongAndOverflow(row_dims.ptr(), &overflow) != 1) return {};
+    if (!is_plain(x_object, 2) || !is_plain(y_object, 2) || (masked && !is_plain(mask_object, 1)) || is_watched()) return {};
+
+    const at::Tensor &x = THPVariable_Unpack(x_object.ptr()), &y = THPVariable_Unpack(y_object.ptr());
+    const int64_t n = x.size(0);
+    if (n != y.size(0) || n > MAX_ROWS || n < (unbiased ? 4 : 2) || x.size(1) == 0 || y.size(1) == 0) return {};
+    const at::ScalarType type = x.scalar_type();
+    if (type != at::kFloat && type != at::kHalf && type != at::kBFloat16) return {};
+    if (y.scalar_type() != type || y.device() != x.device()) return {};
+    std::optional<at::Tensor> mask;
+    if (masked) {
+      mask = THPVariable_Unpack(mask_object.ptr());
+      if (mask->scalar_type() != at::kBool || mask->size(0) != n || mask->device() != x.device()) return {};
+    }
+
+    bool tf32 = false;  // as native._options
+    if (precision.is_none()) {
+      tf32 = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) == at::Float32Precision::TF32;
+    } else {
+      const std::string_view name = text(precision);
+      tf32 = name == "tf32";
+      if (!tf32 && name != "ieee" && name != "tf32x3") return {};
+    }
+    if (!comes_here(automatic, backend, x_object, x)) return {};
+    const Statistic wanted = quantity == "cka_loss" ? Statistic::cka_loss : quantity == "cka" ? Statistic::cka : Statistic::hsic;
+    return Call{x, y, std::move(mask), wanted, unbiased, type == at::kFloat && !tf32};
+  }
+
+ private:
+  bool comes_here(bool automatic, py::handle backend, py::handle object, const at::Tensor& x) {
+    const auto [answer, is_new] =
+        answers_.try_emplace({automatic, x.device().type(), x.device().index(), x.scalar_type()}, false);
+    if (is_new) answer->second = always_(backend, object.attr("dtype"), object.attr("device")).cast<bool>();
+    return answer->second;
+  }
+
+  py::function always_;
+  std::map<std::tuple<bool, at::Device::Type, at::DeviceIndex, at::ScalarType>, bool> answers_;  // of always_
+};
+
+}  // namespace
+}  // namespace bird

@@ -1,0 +1,166 @@
+// Rows of features in shared memory, centred, and products of tiles of them by the threads of a block.
+//
+// The including file provides <cuda_runtime.h> and <mma.h>, or emulation/cuda.h, and defines BIRD_TARGET, the namespace of what
+// is made here.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <type_traits>
+
+#include "../kernels.h"
+
+namespace bird::BIRD_TARGET {
+
+constexpr int THREADS = 256, WARP = 32, WARPS = THREADS / WARP;
+static_assert(CHUNK == WARP, "a lane is a feature");
+constexpr int PITCH = CHUNK + 4;  // floats between rows in shared memory: aligned for the matrix units, few bank conflicts
+
+struct Rows {
+  const bool* mask;
+  int n;
+  float count;  // those that count
+
+  __device__ bool operator[](int i) const { return i < n && (mask == nullptr || mask[i]); }
+};
+
+__device__ inline Rows count_rows(const bool* mask, int n) {
+  int count = mask == nullptr ? n : 0;
+  if (mask != nullptr)
+    for (int start = 0; start < n; start += THREADS) {
+      const int i = start + static_cast<int>(threadIdx.x);
+      count += __syncthreads_count(i < n && mask[i]);
+    }
+  return {mask, n, static_cast<float>(count)};
+}
+
+// Rows 0..padded of CHUNK features in shared memory, minus the means of the rows that count; zero in all other places.
+//
+// The mean is taken twice: the second one is the rounding of the first, and makes a constant column exactly zero.
+template <class T, bool ROUND>
+__device__ void load_centred(float* slice, float* sums, const Features& features, int64_t first, const Rows& rows, int padded) {
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int64_t column = first + lane;
+  const bool inside = column < features.width;
+  const T* data = static_cast<const T*>(features.data) + column * features.column_stride;
+  float total = 0.f;
+  for (int i = warp; i < padded; i += WARPS) {
+    const float v = inside && rows[i] ? static_cast<float>(data[i * features.row_stride]) : 0.f;
+    slice[i * PITCH + lane] = v;
+    total += v;
+  }
+  for (int pass = 0; pass < 2; ++pass) {
+    sums[warp * WARP + lane] = total;
+    __syncthreads();
+    float mean = 0.f;
+    for (int w = 0; w < WARPS; ++w) mean += sums[w * WARP + lane];
+    mean /= rows.count;
+    __syncthreads();
+    total = 0.f;
+    for (int i = warp; i < padded; i += WARPS) {
+      if (!rows[i]) continue;
+      float v = slice[i * PITCH + lane] - mean;
+      total += v;
+      if (ROUND && pass == 1) v = nvcuda::wmma::__float_to_tf32(v);
+      slice[i * PITCH + lane] = v;
+    }
+  }
+  __syncthreads();
+}
+
+// A tile [ROWS, COLUMNS] of a product that the whole block accumulates: A from rows of shared memory, B from rows
+// (TRANSPOSED: A B^T) or columns (A B).
+template <int ROWS, int COLUMNS, bool TRANSPOSED, bool EXACT>
+class Product;
+
+template <int ROWS, int COLUMNS, bool TRANSPOSED>
+class Product<ROWS, COLUMNS, TRANSPOSED, true> {
+  static constexpr int M = ROWS / 16, N = COLUMNS / 16;
+  float tile_[M][N] = {};
+
+ public:
+  __device__ void add(const float* a, const float* b) {
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+    for (int k = 0; k < CHUNK; k += 4) {
+      float4 rows[M];
+#pragma unroll
+      for (int i = 0; i < M; ++i) rows[i] = *reinterpret_cast<const float4*>(a + (ty + 16 * i) * PITCH + k);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        float4 v;
+        if (TRANSPOSED) {
+          v = *reinterpret_cast<const float4*>(b + (tx + 16 * j) * PITCH + k);
+        } else {
+          const float* column = b + k * PITCH + tx + 16 * j;
+          v = make_float4(column[0], column[PITCH], column[2 * PITCH], column[3 * PITCH]);
+        }
+#pragma unroll
+        for (int i = 0; i < M; ++i) {
+          tile_[i][j] = fmaf(rows[i].x, v.x, tile_[i][j]);
+          tile_[i][j] = fmaf(rows[i].y, v.y, tile_[i][j]);
+          tile_[i][j] = fmaf(rows[i].z, v.z, tile_[i][j]);
+          tile_[i][j] = fmaf(rows[i].w, v.w, tile_[i][j]);
+        }
+      }
+    }
+  }
+
+  __device__ void store(float* out, int pitch) const {
+    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+      for (int j = 0; j < N; ++j) out[(ty + 16 * i) * pitch + tx + 16 * j] = tile_[i][j];
+  }
+};
+
+// On the matrix units; the operands in shared memory are rounded to tf32 already.
+template <int ROWS, int COLUMNS, bool TRANSPOSED>
+class Product<ROWS, COLUMNS, TRANSPOSED, false> {
+  // Eight warps, 2 x 4 over a tile of at least 64 columns, 4 x 2 over a narrow one.
+  static constexpr int ACROSS = COLUMNS >= 64 ? 4 : 2, DOWN = WARPS / ACROSS;
+  static constexpr int M = ROWS / DOWN / 16, N = COLUMNS / ACROSS / 16, K = 8;
+  using A = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, K, nvcuda::wmma::precision::tf32, nvcuda::wmma::row_major>;
+  using Layout = std::conditional_t<TRANSPOSED, nvcuda::wmma::col_major, nvcuda::wmma::row_major>;
+  using B = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, K, nvcuda::wmma::precision::tf32, Layout>;
+  using C = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, K, float>;
+  C tile_[M][N];
+
+ public:
+  __device__ Product() {
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+      for (int j = 0; j < N; ++j) nvcuda::wmma::fill_fragment(tile_[i][j], 0.f);
+  }
+
+  __device__ void add(const float* a, const float* b) {
+    const int warp = threadIdx.x / WARP, row = warp / ACROSS * M * 16, column = warp % ACROSS * N * 16;
+    for (int k = 0; k < CHUNK; k += K) {
+      A rows[M];
+#pragma unroll
+      for (int i = 0; i < M; ++i) nvcuda::wmma::load_matrix_sync(rows[i], a + (row + 16 * i) * PITCH + k, PITCH);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const int start = column + 16 * j;
+        B columns;
+        nvcuda::wmma::load_matrix_sync(columns, TRANSPOSED ? b + start * PITCH + k : b + k * PITCH + start, PITCH);
+#pragma unroll
+        for (int i = 0; i < M; ++i) nvcuda::wmma::mma_sync(tile_[i][j], rows[i], columns, tile_[i][j]);
+      }
+    }
+  }
+
+  __device__ void store(float* out, int pitch) const {
+    const int warp = threadIdx.x / WARP, row = warp / ACROSS * M * 16, column = warp % ACROSS * N * 16;
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        nvcuda::wmma::store_matrix_sync(
+            out + (row + 16 * i) * pitch + column + 16 * j, tile_[i][j], pitch, nvcuda::wmma::mem_row_major);
+  }
+};
+
+}  // namespace bird::BIRD_TARGET

@@ -1,0 +1,190 @@
+"""Layer by layer over a loader, against HSICs of the literal formula in fp64, batch by batch; files; modes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bird import Similarity, compare
+from bird_kernels import reference
+
+
+class Net(nn.Sequential):
+    """A convolution, a normalisation that has seen data, a map, dropout, a head; counts its calls."""
+
+    def __init__(self, channels: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        super().__init__(
+            nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, 6, 2),
+            nn.Dropout(0.5), nn.Flatten(), nn.Linear(54, 5),
+        )  # fmt: skip
+        self.calls = 0
+        self(torch.randn(20, 3, 6, 6) + 1)
+        self.calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(input)
+
+
+LAYERS_A, LAYERS_B = ("0", "1", "3", "6"), ("1", "6")
+
+
+@pytest.fixture
+def nets() -> tuple[Net, Net]:
+    return Net(4, 0), Net(7, 1)
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    """The last is too small for the unbiased estimator."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(n, 3, 6, 6, generator=generator) + 1 for n in (12, 9, 3)]
+
+
+def rows(net: Net, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+    """The layers' features, means over space, by running the layers one by one."""
+    net.eval()
+    found = {}
+    with torch.no_grad():
+        for name, layer in net.named_children():
+            x = layer(x)
+            found[name] = (x.mean((2, 3)) if x.ndim == 4 else x).clone()
+    return [found[name] for name in names]
+
+
+def direct(a: Net, b: Net, batches: list[Tensor], estimator: str) -> Tensor:
+    """Sums of HSICs over the batches, then CKA."""
+
+    def hsic(x: Tensor, y: Tensor) -> Tensor:
+        return reference.hsic(x, y, None, estimator)
+
+    sums = torch.zeros(3, len(LAYERS_A), len(LAYERS_B), dtype=torch.float64)
+    for batch in batches:
+        for i, x in enumerate(rows(a, LAYERS_A, batch)):
+            for j, y in enumerate(rows(b, LAYERS_B, batch)):
+                sums[:, i, j] += torch.stack([hsic(x, y), hsic(x, x), hsic(y, y)])
+    return sums[0] / (sums[1] * sums[2]).sqrt()
+
+
+@pytest.mark.parametrize(("estimator", "used"), [("unbiased", 2), ("biased", 3)])
+def test_is_the_ratio_of_summed_hsics(nets: tuple[Net, Net], batches: list[Tensor], estimator: str, used: int) -> None:
+    found = compare(*nets, batches, layers_a=LAYERS_A, layers_b=LAYERS_B, estimator=estimator, progress=False)
+    assert found.matrix.dtype == np.float64
+    np.testing.assert_allclose(found.matrix, direct(*nets, batches[:used], estimator), rtol=0, atol=2e-5)
+    assert (found.layers_a, found.layers_b, found.estimator) == (LAYERS_A, LAYERS_B, estimator)
+    assert (found.batches, found.samples) == (used, sum(map(len, batches[:used])))
+
+
+def test_a_network_beside_itself_runs_once(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
+    net, _ = nets
+    found = compare(net, net, batches, layers_a=LAYERS_A, layers_b=LAYERS_A, progress=False)
+    assert net.calls == len(batches)
+    np.testing.assert_allclose(found.matrix, found.matrix.T, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(found.matrix.diagonal(), 1, rtol=1e-12)
+    some = compare(net, net, batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
+    assert net.calls == 2 * len(batches)
+    np.testing.assert_allclose(some.matrix, found.matrix[:, [1, 3]], rtol=0, atol=1e-6)
+
+
+def test_batches_of_other_forms(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
+    options: dict[str, Any] = dict(layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
+    wanted = compare(*nets, batches, **options).matrix
+    for form in (lambda x: (x, torch.zeros(len(x))), lambda x: [x], lambda x: {"input": x}):
+        np.testing.assert_array_equal(compare(*nets, map(form, batches), **options).matrix, wanted)
+
+
+def test_leaves_the_networks_as_they_were(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
+    """Each module its own mode, no hooks, no gradients, the running statistics untouched; after an error too."""
+    a, b = nets
+    a.train()
+    a[1].eval()
+    before = {name: tensor.clone() for name, tensor in a.state_dict().items()}
+
+    def failing() -> Iterator[Tensor]:
+        yield batches[0]
+        raise KeyError("the loader fails")
+
+    options: dict[str, Any] = dict(layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
+    compare(a, b, batches, **options)
+    with pytest.raises(KeyError, match="the loader fails"):
+        compare(a, b, failing(), **options)
+    assert [m.training for m in a.modules()] == [True, True, False, True, True, True, True, True]
+    assert all(m.training for m in b.modules())
+    for module in (*a.modules(), *b.modules()):
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in a.parameters())
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_constant_layer_has_none(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
+    a, b = nets
+    nn.init.zeros_(a[6].weight)
+    found = compare(a, b, batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False).matrix
+    assert (found[3] == 0).all()
+    assert (found[:3] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"estimator": "?"}, "estimator must be one of"),
+        ({"layers_a": "9"}, "no layer is called"),
+        ({"loader": []}, "no batch of the loader has the 4 rows"),
+    ],
+)
+def test_what_is_refused(nets: tuple[Net, Net], batches: list[Tensor], change: dict[str, Any], words: str) -> None:
+    options = dict(loader=batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False) | change
+    with pytest.raises(ValueError, match=words):
+        compare(*nets, **options)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_shows_a_bar(
+    nets: tuple[Net, Net], batches: list[Tensor], progress: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare(*nets, batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=progress)
+    assert ("3/3" in capsys.readouterr().err) == progress
+
+
+FOUND = Similarity(
+    np.array([[0.25, -0.125, 1.0], [0.5, np.nan, 0.75]]), ("a, b", "c"), ("x", "y", "z"), "biased", 3, 40
+)
+
+
+def test_saves_data_and_a_picture(tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    folder = tmp_path / "new" / "folder"
+    FOUND.save(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["cka.csv", "cka.json", "cka.png"]
+    with (folder / "cka.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.reader(file))
+    assert table[0] == ["layer", "x", "y", "z"]
+    assert [row[0] for row in table[1:]] == ["a, b", "c"]
+    np.testing.assert_array_equal([[float(cell) for cell in row[1:]] for row in table[1:]], FOUND.matrix)
+    about = json.loads((folder / "cka.json").read_text(encoding="utf-8"))
+    assert about.pop("cka") == [[0.25, -0.125, 1.0], [0.5, None, 0.75]]  # there is no NaN in JSON
+    assert about == dict(
+        estimator="biased", batches=3, samples=40, layers_a=["a, b", "c"], layers_b=["x", "y", "z"]
+    )  # fmt: skip
+    picture = image.imread(folder / "cka.png")
+    assert min(picture.shape[:2]) > 300
+    assert picture[..., :3].reshape(-1, 3).std(0).max() > 0.1  # not blank
+
+
+def test_without_matplotlib_the_data_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        FOUND.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cka.csv", "cka.json"]

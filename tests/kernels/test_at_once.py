@@ -1,0 +1,272 @@
+"""The ordinary call goes to C++ at once, every other one through Python: the same numbers, errors and onlookers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bird_kernels
+from bird_kernels import backends, ops, reference
+from bird_kernels.plan import FEW_ROWS
+from bird_kernels.testing import evaluate, features
+
+native = pytest.importorskip("bird_kernels._native", reason="the native part is not built")
+N, P, Q = 9, 5, 7
+FUNCTIONS = {name: getattr(bird_kernels, name) for name in ("cka_loss", "cka", "hsic")}
+
+
+class Spy:
+    """`ops.at_once`, and for every call whether it was taken."""
+
+    def __init__(self, at_once: Callable[..., Tensor | None]) -> None:
+        self.at_once = at_once
+        self.taken: list[bool] = []
+
+    def __call__(self, *call: Any) -> Tensor | None:
+        value = self.at_once(*call)
+        self.taken.append(value is not None)
+        return value
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    ops._native()  # as the first native call does
+    assert ops.at_once is not None
+    spy = Spy(ops.at_once)
+    monkeypatch.setattr(ops, "at_once", spy)
+    return spy
+
+
+def by_python(function: Callable[[], Any]) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "at_once", None)
+        return function()
+
+
+@pytest.mark.parametrize("statistic", FUNCTIONS)
+@pytest.mark.parametrize("sides", ["x", "y", "xy", ""])
+@pytest.mark.parametrize("masked", [False, True])
+def test_same_bits(masked: bool, sides: str, statistic: str, estimator: str, spy: Spy, device: torch.device) -> None:
+    x, y = features(N, P, Q, device=device, mean=1.0)
+    mask = torch.arange(2 * N, device=device)[::2] % 3 != 1 if masked else None  # of any stride
+
+    def run() -> Any:
+        loss = FUNCTIONS[statistic]
+        return evaluate(lambda a, b: loss(a, b, mask=mask, estimator=estimator, backend="native"), x, y, sides, -0.3)
+
+    torch.testing.assert_close(run(), by_python(run), rtol=0, atol=0)
+    assert spy.taken == [True]
+
+
+@pytest.fixture(params=["ieee", "tf32"])
+def switch(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What PyTorch itself is told about fp32 products."""
+    own = torch.backends.cuda.matmul
+    before, own.fp32_precision = own.fp32_precision, request.param
+    yield request.param
+    own.fp32_precision = before
+
+
+@pytest.mark.parametrize("precision", [None, "ieee", "tf32", "tf32x3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_same_bits_in_any_precision(
+    dtype: torch.dtype, precision: str | None, switch: str, spy: Spy, device: torch.device
+) -> None:
+    x, y = features(N, P, Q, dtype, device)
+
+    def run(precision: str | None = precision) -> Any:
+        return evaluate(lambda a, b: bird_kernels.cka_loss(a, b, backend="native", precision=precision), x, y)
+
+    found = run()
+    assert spy.taken == [True]
+    torch.testing.assert_close(found, by_python(run), rtol=0, atol=0)
+    rounded = dtype != torch.float32 or (precision or switch) == "tf32"
+    assert found.value.equal(run("tf32").value) == rounded
+
+
+X, Y = features(N, P, Q)
+ROWS = torch.ones(N, dtype=torch.bool)
+
+
+class Own(Tensor):
+    """A subclass, which may mean something else by anything."""
+
+
+def negated(a: Tensor) -> Tensor:
+    return torch.complex(torch.zeros_like(a), -a).conj().imag
+
+
+ORDINARY = {
+    "plain": ((X, Y), {}),
+    "parameter": ((torch.nn.Parameter(X), Y), {}),
+    "any strides": ((X.T.contiguous().T, Y[:, ::2]), {}),
+    "an auto that means native": ((X, Y), {"backend": "auto"}),
+    "mask": ((X, Y), {"mask": ROWS}),
+    "most rows": ((torch.ones(FEW_ROWS, 1), torch.ones(FEW_ROWS, 1)), {}),
+    "fewest rows": ((X[:2], Y[:2]), {}),
+    "fewest rows, unbiased": ((X[:4], Y[:4]), {"estimator": "unbiased"}),
+}
+# Right or wrong, but not for C++: it must leave them alone.
+OTHERS = {
+    "another backend": ((X, Y), {"backend": "eager"}),
+    "another kernel": ((X, Y), {"kernel": "rbf"}),
+    "a kernel that is no string": ((X, Y), {"kernel": object()}),
+    "another estimator": ((X, Y), {"estimator": "debiased"}),
+    "another precision": ((X, Y), {"precision": "fp32"}),
+    "a precision that is no string": ((X, Y), {"precision": 1}),
+    "a lone surrogate": ((X, Y), {"precision": "\ud800"}),
+    "no row dimension": ((X, Y), {"row_dims": 0}),
+    "two row dimensions": ((X[:, None], Y[:, None]), {"row_dims": 2}),
+    "a float of row dimensions": ((X, Y), {"row_dims": 1.0}),
+    "too many row dimensions": ((X, Y), {"row_dims": 2**70}),
+    "not a tensor": ((X.tolist(), Y), {}),
+    "no teacher": ((X, None), {}),
+    "subclass": ((X.as_subclass(Own), Y), {}),
+    "subclass of teacher": ((X, Y.as_subclass(Own)), {}),
+    "meta": ((X.to("meta"), Y.to("meta")), {}),
+    "sparse": ((X.to_sparse(), Y), {}),
+    "lazy negative": ((negated(X), Y), {}),
+    "lazy negative teacher": ((X, negated(Y)), {}),
+    "one dimension": ((X[:, 0], Y), {}),
+    "three dimensions": ((X[:, :, None], Y), {}),
+    "other rows": ((X, Y[:-1]), {}),
+    "too many rows": ((torch.ones(FEW_ROWS + 1, 1), torch.ones(FEW_ROWS + 1, 1)), {}),
+    "too few rows": ((X[:1], Y[:1]), {}),
+    "too few rows, unbiased": ((X[:3], Y[:3]), {"estimator": "unbiased"}),
+    "no features": ((X[:, :0], Y), {}),
+    "no teacher's features": ((X, Y[:, :0]), {}),
+    "fp64": ((X.double(), Y.double()), {}),
+    "integers": ((X.long(), Y.long()), {}),
+    "other types": ((X, Y.half()), {}),
+    "other devices": ((X, Y.to("meta")), {}),
+    "mask not a tensor": ((X, Y), {"mask": ROWS.tolist()}),
+    "mask of a subclass": ((X, Y), {"mask": ROWS.as_subclass(Own)}),
+    "mask of bytes": ((X, Y), {"mask": ROWS.byte()}),
+    "mask too short": ((X, Y), {"mask": ROWS[:-1]}),
+    "mask of two dimensions": ((X, Y), {"mask": ROWS[:, None]}),
+    "mask elsewhere": ((X, Y), {"mask": ROWS.to("meta")}),
+}
+DEFAULTS = {
+    "kernel": "linear", "estimator": "biased", "mask": None, "row_dims": 1, "backend": "native", "precision": None
+}  # fmt: skip
+
+
+def call(case: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device) -> tuple[Any, ...]:
+    """The arguments as `functional._evaluate` has them, tensors on the CPU moved to the device."""
+    arguments, options = case
+    given = "cka_loss", *arguments, *(DEFAULTS | options).values()
+    return tuple(a.to(device) if isinstance(a, Tensor) and a.device.type == "cpu" else a for a in given)
+
+
+@pytest.mark.parametrize("case", ORDINARY)
+def test_ordinary(case: str, device: torch.device) -> None:
+    at_once = native.at_once_where(lambda *_: True)
+    assert isinstance(at_once(*call(ORDINARY[case], device)), Tensor)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_not_ordinary(case: str, device: torch.device) -> None:
+    at_once = native.at_once_where(lambda *_: True)
+    assert at_once(*call(OTHERS[case], device)) is None
+
+
+def test_python_is_asked_once(device: torch.device) -> None:
+    """Per backend, dtype and device; its no is obeyed, and an error of its own arrives."""
+    asked = []
+
+    def always(*question: Any) -> bool:
+        asked.append(question)
+        return question[0] == "native" and question[1] == torch.float32
+
+    at_once = native.at_once_where(always)
+    x = X.to(device)
+    half = x.half()
+    calls = {
+        ("native", x): True, ("native", half): False, ("auto", x): False,
+    }  # fmt: skip
+    for _ in range(2):
+        for (backend, a), taken in calls.items():
+            value = at_once("cka", a, a, "linear", "biased", None, 1, backend, None)
+            assert (value is not None) == taken
+    assert asked == [(backend, a.dtype, a.device) for backend, a in calls]
+
+    def broken(*_: Any) -> bool:
+        raise RuntimeError("no driver")
+
+    with pytest.raises(RuntimeError, match="no driver"):
+        native.at_once_where(broken)(*call(ORDINARY["plain"], device))
+
+
+def test_what_python_answers(device: torch.device) -> None:
+    asked = "native", "auto"
+    assert [backends.is_always_native(name, torch.float32, device) for name in asked] == [True, device.type == "cuda"]
+    assert [backends.is_always_native(name, torch.float64, device) for name in asked] == [False, False]
+
+
+@pytest.fixture
+def record() -> Iterator[list[str]]:
+    """The package's own operators, as they run."""
+    names: list[str] = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.namespace == "bird":
+                names.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with Record():
+        yield names
+
+
+def test_whoever_looks_on_sees_operators(spy: Spy, record: list[str], device: torch.device) -> None:
+    x, y = X.to(device), Y.to(device)
+    evaluate(lambda a, b: bird_kernels.cka_loss(a, b, backend="native"), x, y)
+    assert record == ["bird::alignment", "bird::alignment_backward"]
+    assert spy.taken == [False]
+
+
+def test_transforms_see_operators(spy: Spy, device: torch.device) -> None:
+    """Also where the features themselves are not transformed."""
+    x, y = X.to(device), Y.to(device)
+
+    def loss(weight: Tensor) -> Tensor:
+        return weight * bird_kernels.cka_loss(x, y, backend="native")
+
+    found = torch.func.grad(loss)(torch.tensor(2.0, device=device))
+    assert found.equal(by_python(lambda: bird_kernels.cka_loss(x, y, backend="native")))
+    assert spy.taken == [False]
+
+
+def test_double_backward(spy: Spy, device: torch.device) -> None:
+    def penalty(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (first,) = torch.autograd.grad(loss(x, y), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    x, y = X.to(device), Y.to(device)
+    found = penalty(lambda a, b: bird_kernels.cka_loss(a, b, backend="native"), x, y)
+    expected = penalty(reference.cka_loss, x.double(), y.double())
+    assert spy.taken == [True]
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("where", ["features", "teacher", "upstream"])
+def test_lazy_negatives(where: str, backend: str, device: torch.device) -> None:
+    """Views that PyTorch negates when somebody reads them, as ``z.conj().imag`` is."""
+    x, y = X.to(device), Y.to(device)
+    own, other = (negated(a) if name == where else a for name, a in (("features", x), ("teacher", y)))
+    assert own.is_neg() or other.is_neg() or where == "upstream"
+    leaves = own.detach().requires_grad_(), other.detach().requires_grad_()
+    value = bird_kernels.cka_loss(*leaves, backend=backend)
+    upstream = torch.tensor(2.0, device=device)
+    found = torch.autograd.grad(value, leaves, negated(upstream) if where == "upstream" else upstream)
+    expected = evaluate(reference.cka_loss, x.double(), y.double(), upstream=2.0)
+    for one, true in zip(found, expected[1:], strict=True):
+        assert (one - true).norm() < 1e-5 * true.norm()
+    assert math.isclose(value.item(), expected.value.item(), abs_tol=1e-6)

@@ -1,0 +1,301 @@
+"""group=: the statistic of the rows of all ranks and its gradient, against one process with the whole batch in fp64.
+
+Ranks are processes over gloo, started once for each world size (tests/kernels/ranks.py); here their results are judged.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+
+from bird_kernels import cka_loss, transport
+from bird_kernels.testing import features, truth
+from bird_kernels.types import Problem
+
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+from tests.kernels import ranks
+from tests.kernels.ranks import CASES, ROWS, SPLITS, WORLDS, Case
+
+Ask = Callable[..., list[Any]]
+BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3}  # of gradients; bf16 keeps eight bits
+
+
+@pytest.fixture(scope="session")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
+    """ask(world, case): what each rank returned."""
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.set_forkserver_preload(["tests.kernels.rank_training", "torch._dynamo", "torch.distributed.fsdp"])
+    results: dict[int, list[dict[str, Any]]] = {}
+
+    def asked(world: int, case: object) -> list[Any]:
+        if world not in results:
+            start_processes(ranks.work, (world, str(folder)), nprocs=world, start_method="forkserver")
+            results[world] = [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+        found = []
+        for rank, theirs in enumerate(results[world]):
+            assert str(case) in theirs, f"rank {rank} stopped at: {list(theirs.items())[-1]}"
+            found.append(theirs[str(case)])
+            assert not (isinstance(found[-1], str) and "Traceback" in found[-1]), f"rank {rank}: {found[-1]}"
+        return found
+
+    return asked
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_and_gradients_are_those_of_the_whole_batch(case: Case, world: int, ask: Ask) -> None:
+    found = ask(world, case)
+    x, y, mask = ranks.batch(case)
+    true = truth(x, y, case.estimator, case.statistic, mask, upstream=3.0)
+    assert all(torch.equal(theirs["value"], found[0]["value"]) for theirs in found)
+    bound = BOUNDS[case.dtype]
+    assert abs(found[0]["value"].double() - true.value) <= min(bound, 5e-6) * max(abs(true.value), 1.0)
+    for name in ("dx", "dy"):
+        parts, want = [theirs[name] for theirs in found], getattr(true, name)
+        assert [len(part) for part in parts] == SPLITS[case.split][world]
+        got = torch.cat(parts)
+        assert got.dtype == case.dtype
+        assert (got.double() / world - want).norm() <= bound * want.norm()
+        if mask is not None:
+            assert not got[~mask].any()
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_a_constant_side_stays_constant(world: int, ask: Ask) -> None:
+    assert ask(world, "constants") == [0.0] * world
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", ranks.OTHERS)
+def test_other_kernels_and_relatives(name: str, world: int, ask: Ask) -> None:
+    """They see all rows too, though their sums do not merge."""
+    found = [theirs[name] for theirs in ask(world, "others")]
+    x, y = features(30, 3, 2, torch.float64, mean=1.0)
+    x.requires_grad_()
+    value = cka_loss(x, y, backend="reference", **ranks.OTHERS[name])
+    (dx,) = torch.autograd.grad(value, x)
+    if name == "rbf":  # the reference lets no gradient through sigma either
+        assert value < 0.99
+    assert all(abs(theirs[0] - value) < 1e-12 for theirs in found)
+    assert (torch.cat([theirs[1] for theirs in found]) / world - dx).norm() < 1e-10 * dx.norm()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bytes_are_those_of_the_plan(case: Case, world: int, ask: Ask) -> None:
+    rows = SPLITS[case.split][world]
+    problem = Problem(ROWS, case.width, ranks.Q, case.dtype, torch.device("cpu"), case.statistic, case.estimator)
+    problem = problem._replace(masked=case.masked)
+    sizes = case.width, ranks.Q, case.dtype.itemsize
+    for theirs in ask(world, case):
+        (name, header), *data = theirs["forward"]
+        assert (name, header) == ("all_gather_into_tensor", transport.HEADER * world)
+        assert theirs["backward"] == []
+        moved = sum(size for _, size in data)
+        if case.transport == "merged":
+            assert {name for name, _ in data} == {"all_reduce"}
+            assert moved == transport.merged_size(*sizes, case.estimator == "unbiased")
+        else:
+            assert [name for name, _ in data] == ["all_gather_into_tensor"]
+            assert moved == transport.gathered_size(max(rows), *sizes, world, case.masked)
+        chosen = transport.choose(problem, rows, "auto")
+        said = chosen.bytes if chosen.name == case.transport else chosen.other_bytes
+        sent = {"all_reduce": 2, "all_gather_into_tensor": 1}[data[0][0]] * moved * (world - 1) / world
+        assert 0 <= sent - said < 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("training", ["ddp biased", "ddp unbiased", "ddp uneven", "accumulation", "fsdp"])
+def test_averaged_gradients_are_those_of_one_big_batch(training: str, world: int, ask: Ask) -> None:
+    assert max(ask(world, training)) < 1e-10
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_one_rank_is_a_call_without_a_group(world: int, ask: Ask) -> None:
+    assert ask(world, "one rank") == [dict(equal=True, seen=[])] * world
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize(
+    ("what", "shown"),
+    [
+        ("width", "p is 4 on rank {others}, 2 on rank {last}"),
+        ("dtype", "dtype is torch.float32 on rank {others}, torch.float64 on rank {last}"),
+        ("estimator", "estimator is 'biased' on rank {others}, 'unbiased' on rank {last}"),
+        ("statistic", "statistic is 'cka_loss' on rank {others}, 'hsic' on rank {last}"),
+    ],
+)
+def test_ranks_that_differ_are_named_on_every_rank(what: str, shown: str, world: int, ask: Ask) -> None:
+    others = " ".join(map(str, range(world - 1)))
+    for kind, message in ask(world, f"complaint {what}"):
+        assert kind == "ValueError"
+        assert shown.format(others=others, last=world - 1) in message
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize(
+    ("what", "kind", "shown"),
+    [
+        ("mask", "TypeError", "mask must be a bool tensor"),
+        ("not a tensor", "TypeError", "x must be a torch.Tensor, got str"),
+        ("rows", "ValueError", "x and y must have the same rows, got (6,) for x and (5,) for y"),
+    ],
+)
+def test_an_error_of_one_rank_is_an_error_on_every_rank(what: str, kind: str, shown: str, world: int, ask: Ask) -> None:
+    *others, own = ask(world, f"complaint {what}")
+    assert own[0] == kind
+    assert shown in own[1]
+    for theirs in others:
+        assert theirs[0] == "RuntimeError"
+        assert f"rank {world - 1}: {kind}: {own[1]}" in theirs[1]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_rows_are_counted_over_the_group(world: int, ask: Ask) -> None:
+    for kind, message in ask(world, "complaint few rows"):
+        assert kind == "ValueError"
+        assert "needs at least 4 rows, got 3 in all" in message
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_the_group_works_after_errors(world: int, ask: Ask) -> None:
+    x, y = (torch.cat([side] * world) for side in features(6, 4, 3))
+    true = truth(x, y).value.item()
+    assert ask(world, "whole again") == pytest.approx([true] * world, rel=1e-5)
+
+
+def test_a_rank_that_never_comes_is_a_timeout(ask: Ask) -> None:
+    waited, absent = ask(2, "silence")
+    assert absent is None
+    assert "timed out" in waited[1].lower() or "timeout" in waited[1].lower()
+
+
+def test_a_rank_that_dies_is_an_error(ask: Ask) -> None:
+    """A broken connection ends the waiting at once: the timeout is a minute."""
+    *others, dead = ask(3, "death")
+    assert dead is None
+    for kind, message, seconds in others:
+        assert kind != "none"
+        assert message
+        assert seconds < 30
+
+
+# ---------------------------------------------------------------------------------------------- the rest
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_explain_says_what_travels(world: int, ask: Ask) -> None:
+    for (merged, merged_route, merged_line), (gathered, _, gathered_line) in ask(world, "explained"):
+        assert (merged.name, merged_route, merged.rows) == ("merged", "cross", 200 * world + world * (world - 1) // 2)
+        assert (gathered.name, gathered.rows) == ("gathered", 4 * world + world * (world - 1) // 2)
+        for t, line in ((merged, merged_line), (gathered, gathered_line)):
+            assert t.bytes < t.other_bytes
+            assert f"{world} ranks, {t.rows} rows: {t.name}" in line
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_what_does_not_go_with_a_group_says_so(world: int, ask: Ask) -> None:
+    for found in ask(world, "refusals"):
+        for name in ("merged", "gathered"):
+            assert found[f"double backward, {name}"] == (
+                "RuntimeError", "group= has no double backward: call without create_graph=True",
+            )  # fmt: skip
+        assert found["torch.func"] == (
+            "RuntimeError",
+            "group= does not work inside torch.func transforms: use autograd",
+        )
+        assert found["no group"][0] == "TypeError"
+        assert "torch.distributed.group.WORLD" in found["no group"][1]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_ranks_that_want_other_gradients_and_autocast_get_the_same_bits(world: int, ask: Ask) -> None:
+    x, y = (torch.cat(sides) for sides in zip(*(features(12, 4, 3, seed=rank) for rank in range(world)), strict=True))
+    true = truth(x, y).value.item()
+    found = ask(world, "some gradients")
+    for rank, theirs in enumerate(found):
+        for (value, autocast, missing), (first, *_) in zip(theirs, found[0], strict=True):
+            assert value == autocast == first == pytest.approx(true, rel=2e-6)
+            assert missing == [rank != 0, rank == 0]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_what_one_rank_wants_all_compute(world: int, ask: Ask) -> None:
+    first, *others = ask(world, "last bits")
+    assert all(theirs == first for theirs in others)
+
+
+def test_compiled_code_breaks_its_graph_at_the_call(ask: Ask) -> None:
+    for found in ask(2, "compiled"):
+        assert (found["value"], found["gradient"]) == (0.0, 0.0)
+        assert "the ranks of a group agree on the host" in found["fullgraph"][1]
+
+
+@pytest.mark.skipif(not ranks.INTERPRETED, reason="needs Triton's interpreter: the ranks compute on the CPU")
+def test_a_backend_that_is_asked_for_gets_the_rows(ask: Ask) -> None:
+    assert max(ask(2, "triton")) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------- the formulas
+
+
+def test_fewer_bytes_are_chosen_and_counted_by_hand() -> None:
+    """fp32, 4 ranks: products 2 * 64 * 64 + 64 * 64, means 129; rows of 128 features."""
+    problem = Problem(0, 64, 64, torch.float32, torch.device("cpu"))
+    merged = 2 * (4 * 3 * 64 * 64 + 8 * 129) * 3 // 4
+    few, many = ([rows] * 4 for rows in (40, 200))
+    assert transport.choose(problem, few, "auto")[:4] == ("gathered", 4, 160, 3 * 40 * 128 * 4)
+    assert transport.choose(problem, many, "auto") == ("merged", 4, 800, merged, 3 * 200 * 128 * 4)
+    assert transport.choose(problem, many, "eager").name == "merged"
+    for backend in ("triton", "native", "reference"):
+        assert transport.choose(problem, many, backend).name == "gathered"
+    unbiased = transport.choose(problem._replace(estimator="unbiased"), many, "auto")
+    assert unbiased.bytes == merged + 2 * 8 * (2 * 128 + 3) * 3 // 4
+    assert transport.choose(problem._replace(dtype=torch.bfloat16), few, "auto").bytes == 3 * 40 * 128 * 2
+    assert transport.choose(problem._replace(dtype=torch.float64), many, "auto").bytes == merged + 2 * 3 * 64 * 64 * 3
+    masked = transport.choose(problem._replace(masked=True), [40, 10, 0, 40], "auto")
+    assert masked == ("gathered", 4, 90, 3 * 40 * 129 * 4, merged)
+
+
+@pytest.mark.parametrize("width", [1, 127, 128, 129, 300, 1024, 1500, 4096])
+def test_upper_blocks_cover_each_pair_once(width: int) -> None:
+    blocks = transport.upper_blocks(width)
+    assert [i for i, _ in blocks] == [0, *(j for _, j in blocks[:-1])]
+    assert blocks[-1][1] == width
+    assert len(blocks) <= transport.BLOCKS
+    inside = sum((j - i) * (j - i - 1) // 2 for i, j in blocks)  # below the diagonal of its own block
+    assert transport.upper_size(width) == width * (width + 1) // 2 + inside
+    assert width < 1024 or transport.upper_size(width) < 0.57 * width * width
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("travels", ["merged", "gathered"])
+def test_one_rank_of_nccl(travels: str, estimator: str, device: torch.device) -> None:
+    """The collectives' calls, dtypes and devices: one GPU can host one rank."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x, y = features(40, 9, 7, device=device, mean=3.0)
+        x.requires_grad_()
+        y.requires_grad_()
+        mask = torch.arange(40, device=device) % 3 != 1
+        case = Case(travels, estimator)
+        with ranks.forced(travels):
+            value = ranks.grouped(x, y, mask, case, dist.group.WORLD)
+        true = truth(x.detach(), y.detach(), estimator, mask=mask)
+        assert value.item() == pytest.approx(true.value.item(), rel=1e-5)
+        for got, want in zip(torch.autograd.grad(value, (x, y)), (true.dx, true.dy), strict=True):
+            assert (got - want).norm() <= 1e-5 * want.norm()
+    finally:
+        dist.destroy_process_group()
