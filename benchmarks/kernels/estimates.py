@@ -13,6 +13,7 @@ import torch
 from benchmarks.kernels.problems import Case
 from benchmarks.kernels.providers import OURS, better_form
 from bird_kernels import plan
+from bird_kernels.types import Route
 
 GIB = 2**30
 
@@ -44,10 +45,14 @@ def number(case: Case) -> str:
 
 def floor(case: Case, ceilings: Ceilings, device: torch.device) -> float:
     """Seconds below which no call can be: the cheaper route's products, or the bytes that must move."""
-    route = plan.choose_route(case.n, case.p, case.q)
+    route = _route(case)
     flops = plan.route_flops(route, case.n, case.p, case.q, case.backward, False)
     moved = plan.minimum_bytes(case.spec(device))
     return max(flops / ceilings.rate(case), moved / ceilings.copy(moved))
+
+
+def _route(case: Case) -> Route:
+    return "gram" if case.problem == "rbf" else plan.choose_route(case.n, case.p, case.q)
 
 
 def _form(provider: str, case: Case) -> str:
@@ -63,7 +68,7 @@ def flops(provider: str, case: Case) -> float:
     n, p, q = case.n, case.p, case.q
     form = _form(provider, case)
     if form == "ours":
-        return plan.route_flops(plan.choose_route(n, p, q), n, p, q, case.backward, False)
+        return plan.route_flops(_route(case), n, p, q, case.backward, False)
     forward, backward = {
         "naive": (24 * n**3 + 6 * n * n * (p + q), 12 * n**3 + 12 * n * n * p),
         "gram": (2 * n * n * (p + q), 4 * n * n * p),
@@ -81,12 +86,14 @@ def memory(provider: str, case: Case) -> int:
     gradient = n * p * size * case.backward
     copies = n * (p + q) * (wide + (size if size < wide else 0))  # centred, and rounded again
     if form == "naive":
-        return n * n * size * (11 if case.backward else 5) + gradient
+        matrices = 19 if case.problem == "rbf" else 11
+        return n * n * size * (matrices if case.backward else 5) + gradient
     if form == "gram":
-        return n * n * 4 * (4 if case.backward else 3) + copies + gradient
+        matrices = 9 if case.problem == "rbf" else 4
+        return n * n * 4 * (matrices if case.backward else 3) + copies + gradient
     if form == "feature":
         return (p * p + q * q + p * q) * wide * (2 if case.backward else 1) + copies + gradient
-    route = plan.choose_route(n, p, q)
+    route = _route(case)
     square = 2 * n * n if route == "gram" else p * p + q * q + p * q
     return square * 8 + copies + gradient
 

@@ -67,7 +67,7 @@ def call(loss: Loss, x: Tensor, y: Tensor, backward: bool) -> Callable[[], Resul
 
 def truth(case: Case, x: Tensor, y: Tensor) -> Result:
     """The loss and its gradient from the same features in float64: a hand-written form under autograd."""
-    loss = partial(better_form(case), estimator=case.estimator)
+    loss = partial(better_form(case), **case.options)
     result = call(loss, x.double(), y.double(), backward=True)()
     return Result(result.value.detach(), result.gradient)
 

@@ -21,8 +21,9 @@ BOTH = FORWARD + BACKWARD
 class Case:
     """One question: student ``x [n, p]``, which needs a gradient unless the mode is "forward", and frozen ``y [n, q]``.
 
-    ``problem`` names a family of sizes. ``precision`` is that of fp32 products, and empty for other dtypes.
-    ``compiled``: torch.compile is asked too, which takes up to a minute on a GPU; no part of the case's identity.
+    ``problem`` names a family of sizes; that of "rbf" has Gaussian kernels, their bandwidths the median, constant.
+    ``precision`` is that of fp32 products, and empty for other dtypes. ``compiled``: torch.compile is asked too, which
+    takes up to a minute on a GPU; no part of the case's identity.
     """
 
     problem: str
@@ -45,6 +46,11 @@ class Case:
         return self.mode != "forward"
 
     @property
+    def options(self) -> dict[str, str]:
+        """What `bird_kernels.cka_loss` and the hand-written forms are told of the question."""
+        return {"estimator": self.estimator} | ({"kernel": "rbf"} if self.problem == "rbf" else {})
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the features."""
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -55,6 +61,7 @@ class Case:
         return types.Problem(
             self.n, self.p, self.q, self.torch_dtype, device,
             estimator=self.estimator, precision=self.precision or None, x_grad=self.backward,  # type: ignore[arg-type]
+            kernel=types.RBF() if "kernel" in self.options else None,
         )  # fmt: skip
 
     def features(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -131,6 +138,7 @@ CUDA = tuple(
         + _cases("conv", ((128, 25_088), (128, 100_352), (512, 25_088), (1024, 100_352)), BF16)
         + _cases("conv", ((128, 25_088), *LARGEST_MAP), FP32)
         + _cases("bird", WIDTHS, FP32, modes=FORWARD)
+        + _cases("rbf", ((128, 512), (1024, 512), (4096, 1024)), FP32, BF16)
     )
 )
 
@@ -146,6 +154,7 @@ CPU = tuple(
         + _cases("bird", PAPER[:1], BF16)
         + _cases("llm", ((1024, 1024),), BF16)
         + _cases("conv", ((128, 100_352),), FP32)
+        + _cases("rbf", ((128, 512), (512, 512), (1024, 512)), FP32)
     )
 )
 

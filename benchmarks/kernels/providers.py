@@ -1,8 +1,8 @@
 """What computes the loss: the package, and the best that its users could write or find instead.
 
-Each provider is a function of ``x [n, p]`` and ``y [n, q]`` that returns ``1 - CKA``, linear, as a scalar with autograd
-behind it. The rivals are written here from the published formulas; pytorch-cka is the package of that name. Half
-precision is given its due: means and sums in fp32, products of halves.
+Each provider is a function of ``x [n, p]`` and ``y [n, q]`` that returns ``1 - CKA`` as a scalar with autograd behind
+it, linear or, in the problem "rbf", of Gaussian kernels. The rivals are written here from the published formulas;
+pytorch-cka is the package of that name. Half precision is given its due: means and sums in fp32, products of halves.
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ from torch import Tensor
 
 import bird_kernels
 from benchmarks.kernels.problems import Case
-from bird_kernels import backends
+from bird_kernels import backends, plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def naive(x: Tensor, y: Tensor) -> Tensor:
+def naive(x: Tensor, y: Tensor, kernel: str = "linear", estimator: str = "biased") -> Tensor:
     """The formula as it is usually written: three HSICs, each of two Grams that are centred as ``H K H``; biased."""
+
+    def gaussian(features: Tensor) -> Tensor:
+        products = features @ features.T
+        distances = products.diagonal() - products + (products.diagonal() - products).T
+        square = torch.median(distances[distances != 0]).item()
+        return torch.exp(-0.5 / square * distances)
 
     def centred_gram(features: Tensor) -> Tensor:
         n = features.shape[0]
         identity = torch.eye(n, dtype=features.dtype, device=features.device)
         centring = identity - torch.ones_like(identity) / n
-        return centring @ (features @ features.T) @ centring
+        return centring @ (gaussian(features) if kernel == "rbf" else features @ features.T) @ centring
 
     def hsic(one: Tensor, other: Tensor) -> Tensor:
         return (centred_gram(one) * centred_gram(other)).sum()
@@ -38,10 +44,15 @@ def naive(x: Tensor, y: Tensor) -> Tensor:
     return 1 - hsic(x, y) / (hsic(x, x).sqrt() * hsic(y, y).sqrt())
 
 
-def gram(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
+def gram(x: Tensor, y: Tensor, estimator: str = "biased", kernel: str = "linear") -> Tensor:
     """Centre the columns, two Grams, three sums: ``n^2 (p + q)`` products, the best plain form at small n."""
     x, y = _centred(x), _centred(y)
-    k, l = _wide(x @ x.T), _wide(y @ y.T)
+    if kernel == "rbf":
+        k, l = _gaussian(x), _gaussian(y)
+        if estimator == "biased":
+            k, l = (a - a.mean(0) - a.mean(1, keepdim=True) + a.mean() for a in (k, l))
+    else:
+        k, l = _wide(x @ x.T), _wide(y @ y.T)
     if estimator == "biased":
         return 1 - (k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()
     n = k.shape[0]
@@ -79,6 +90,15 @@ def fp64(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
     return feature(x.double(), y.double(), estimator).to(torch.float32)
 
 
+def _gaussian(x: Tensor) -> Tensor:
+    """The published bandwidth, sigma^2 = the median of distances that are not zero, and a constant."""
+    products = _wide(x @ x.T)
+    norms = products.diagonal()
+    distances = (norms + norms[:, None] - 2 * products).clamp(min=0)
+    constant = distances.detach()
+    return torch.exp(distances * (-0.5 / constant[constant > 0].median()))
+
+
 def _centred(x: Tensor) -> Tensor:
     wide = _wide(x)
     return (wide - wide.mean(0)).to(x.dtype)
@@ -91,18 +111,18 @@ def _wide(x: Tensor) -> Tensor:
 def better_form(case: Case) -> Callable[..., Tensor]:
     """The hand-written form with fewer products for this case."""
     n, p, q = case.n, case.p, case.q
-    return gram if n * n * (p + q) <= n * (p * p + q * q + p * q) else feature
+    return gram if case.problem == "rbf" or n * n * (p + q) <= n * (p * p + q * q + p * q) else feature
 
 
 def _hand_written(form: Callable[..., Tensor], case: Case, capture: bool) -> Loss:
-    return partial(form, estimator=case.estimator)
+    return partial(form, **case.options)
 
 
 def _compiled(case: Case, capture: bool) -> Loss:
     """Tuned, and on CUDA in the compiler's own graphs, unless a graph is going to ``capture`` it."""
     torch.compiler.reset()  # one compilation per case: static shapes, no limit on recompilations
     mode = "max-autotune-no-cudagraphs" if capture else "max-autotune"
-    return torch.compile(partial(better_form(case), estimator=case.estimator), fullgraph=True, dynamic=False, mode=mode)
+    return torch.compile(partial(better_form(case), **case.options), fullgraph=True, dynamic=False, mode=mode)
 
 
 def _pytorch_cka(case: Case, capture: bool) -> Loss:
@@ -114,7 +134,7 @@ def _pytorch_cka(case: Case, capture: bool) -> Loss:
 def _ours(backend: str, case: Case, capture: bool) -> Loss:
     # What PyTorch's switch says needs no argument; that is how it is called.
     precision = "tf32x3" if case.precision == "tf32x3" else None
-    return partial(bird_kernels.cka_loss, estimator=case.estimator, backend=backend, precision=precision)
+    return partial(bird_kernels.cka_loss, backend=backend, precision=precision, **case.options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -137,7 +157,11 @@ class Provider:
             if self.name == "auto":
                 return None
             known = self.name in backends.NAMES
-            return backends.why_not(self.name, case.torch_dtype, device) if known else "not part of this version"
+            asked = plan.variant(case.spec(device))
+            few = plan.are_few(case.n)
+            return backends.why_not(self.name, case.torch_dtype, device, few, asked) if known else "not in this version"
+        if case.problem == "rbf" and self.name not in ("naive", "gram"):
+            return "it computes the linear kernel only"
         if case.precision == "tf32x3":
             return "PyTorch has no tf32x3 products"
         if self.name == "naive" and case.estimator != "biased":
@@ -153,7 +177,7 @@ class Provider:
 
 
 PROVIDERS = (
-    Provider("naive", lambda case, capture: naive),
+    Provider("naive", partial(_hand_written, naive)),
     Provider("fp64", partial(_hand_written, fp64)),
     Provider("gram", partial(_hand_written, gram)),
     Provider("feature", partial(_hand_written, feature)),

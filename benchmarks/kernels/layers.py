@@ -1,0 +1,240 @@
+"""Many layers at once, beside what users could do instead: `cka_matrix`, and `cka_loss` of a list of pairs.
+
+    python -m benchmarks.kernels.layers            measures and prints (four minutes on two CPU cores)
+    python -m benchmarks.kernels.layers --save     and keeps the rows in results/<device>-layers.csv and .md
+
+Two ResNets' pooled activations: a layer is as wide as a convolution has channels, the last one as there are classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from cka import cka_from_features
+from torch import Tensor
+
+import bird_kernels
+from benchmarks.kernels import measure, providers, results, timers
+from benchmarks.kernels.results import Origin
+
+NETWORKS = {
+    "ResNet18": [64] * 5 + [128] * 4 + [256] * 4 + [512] * 4 + [1000],
+    "ResNet50": [64]
+    + [width for base, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)) for width in blocks * [base, base, 4 * base]]
+    + [1000],
+}
+TOLERANCE = 1e-3  # of a value, and of the gradients relative to their norm: a heat map is read to three digits
+SHARE, PATIENCE = 3.0, 12.0  # seconds of measuring for one provider, and the most that few rounds may take
+
+Layers = list[Tensor]
+Answer = tuple[Tensor, ...]  # what is compared with the truth: a matrix, or a loss and its gradients
+Call = Callable[[Layers, Layers], Answer]
+
+
+@dataclass(frozen=True)
+class Question:
+    """``what`` of a network's layers on ``n`` samples; ``mean``: of the features, in units of their spread, added."""
+
+    what: str
+    network: str
+    n: int
+    mean: float = 0.0
+
+    def layers(self, seed: int, device: torch.device) -> Layers:
+        """ReLU activations that share 32 directions with those of any other seed, the more the deeper they lie."""
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device)
+
+        signal, widths = normal(self.n, 32), NETWORKS[self.network]
+        generator.manual_seed(seed)
+        layers = []
+        for depth, width in enumerate(widths, start=1):
+            entries = normal(self.n, width).addmm_(signal, normal(32, width), alpha=(depth / len(widths) / 32) ** 0.5)
+            layer = entries.add_(0.5).relu_()
+            layers.append(layer.add_(self.mean * layer.std()))
+        return layers
+
+
+@dataclass(frozen=True)
+class Row(Origin):
+    """One measurement: seconds, bytes beyond the inputs, largest error; a ``red`` one has no time."""
+
+    what: str
+    network: str
+    n: int
+    mean: float
+    provider: str
+    red: str
+    error: float
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    rounds: int | None
+    peak_memory: int
+
+
+def ours(xs: Layers, ys: Layers) -> Answer:
+    return (bird_kernels.cka_matrix(xs, None if ys is xs else ys, estimator="unbiased"),)
+
+
+def pytorch_cka(xs: Layers, ys: Layers) -> Answer:
+    return (cka_from_features(xs, ys),)
+
+
+def loop_of_cka(xs: Layers, ys: Layers) -> Answer:
+    with torch.no_grad():
+        return (torch.stack([torch.stack([bird_kernels.cka(x, y, estimator="unbiased") for y in ys]) for x in xs]),)
+
+
+def literal_matrix(xs: Layers, ys: Layers) -> Answer:
+    """The truth: Gram matrices of centred features in fp64, hollow, all of them at once."""
+
+    def grams(side: Layers) -> tuple[Tensor, Tensor]:
+        centred = [x.double() - x.double().mean(0) for x in side]
+        hollow = torch.stack([x @ x.T for x in centred])
+        hollow.diagonal(dim1=1, dim2=2).zero_()
+        return hollow, hollow.sum(1)
+
+    (k, k_rows), (l, l_rows) = grams(xs), grams(ys)
+    n = k.shape[1]
+
+    def hsic(trace: Tensor, rows: Tensor, totals: Tensor) -> Tensor:  # up to the factor that cancels
+        return trace + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
+
+    own = [hsic(a.square().sum((1, 2)), r.square().sum(1), r.sum(1).square()) for a, r in ((k, k_rows), (l, l_rows))]
+    totals = torch.outer(k_rows.sum(1), l_rows.sum(1))
+    return (hsic(k.flatten(1) @ l.flatten(1).T, k_rows @ l_rows.T, totals) / torch.outer(*own).sqrt(),)
+
+
+def _summed(loss: Callable[[Layers, Layers], Tensor]) -> Call:
+    def call(xs: Layers, ys: Layers) -> Answer:
+        students = [x.detach().requires_grad_() for x in xs]
+        value = loss(students, ys)
+        return value.detach(), *torch.autograd.grad(value, students)
+
+    return call
+
+
+def _each(loss: Callable[[Tensor, Tensor], Tensor]) -> Call:
+    return _summed(lambda xs, ys: torch.stack([loss(x, y) for x, y in zip(xs, ys, strict=True)]).sum())
+
+
+MATRIX: dict[str, Call] = {"cka_matrix": ours, "pytorch-cka": pytorch_cka, "loop of cka": loop_of_cka}
+PAIRS: dict[str, Call] = {
+    "cka_loss of lists": _summed(bird_kernels.cka_loss),
+    "loop of cka_loss": _each(bird_kernels.cka_loss),
+    "hand-written Grams": _each(providers.gram),
+}
+QUESTIONS = [
+    *(Question(what, name, n) for name in NETWORKS for n in (512, 1000) for what in ("matrix, itself", "matrix")),
+    Question("matrix", "ResNet18", 512, mean=10.0),
+    *(Question("pairs", name, 128) for name in NETWORKS),
+]
+
+
+def ask(question: Question, device: torch.device, origin: Origin) -> list[Row]:
+    """Every provider past the gate, then timed in turns."""
+    xs = question.layers(1, device)
+    ys = xs if question.what == "matrix, itself" else question.layers(2, device)
+    calls = PAIRS if question.what == "pairs" else MATRIX
+    if question.network == "ResNet50":
+        calls = {name: call for name, call in calls.items() if name != "loop of cka"}  # 2500 calls
+    exact = [[x.double() for x in side] for side in (xs, ys)]
+    truth = _each(providers.gram)(*exact) if question.what == "pairs" else literal_matrix(xs, ys)
+    takes: dict[str, timers.Take] = {}
+    rounds: dict[str, int] = {}
+    gate: dict[str, tuple[float, int, str]] = {}
+    for name, call in calls.items():
+        start = measure.clock(device)
+        call(xs, ys)
+        once = measure.clock(device) - start
+        answer, memory = measure.watched(lambda call=call: call(xs, ys), device)  # type: ignore[misc,arg-type,return-value]
+        error = max(_distance(got, true) for got, true in zip(answer, truth, strict=True))
+        gate[name] = error, memory, "" if error <= TOLERANCE else f"off by {error:.1e}"
+        if not gate[name][2]:
+            kind = "wall" if device.type == "cpu" else "device"
+            takes[name] = timers.TIMERS[kind](lambda call=call: call(xs, ys), once)  # type: ignore[misc]
+            rounds[name] = timers.rounds(once, SHARE, PATIENCE)
+    times = timers.in_turns(takes, rounds)
+    rows = []
+    for name, (error, memory, red) in gate.items():
+        timing = timers.Timing.of(times[name]) if name in times else None
+        numbers = asdict(timing) if timing else dict(p20=None, p50=None, p80=None, rounds=None)
+        rows.append(
+            Row(
+                **asdict(origin), **asdict(question), provider=name, red=red, error=error, **numbers, peak_memory=memory
+            )
+        )
+    return rows
+
+
+def _distance(got: Tensor, true: Tensor) -> float:
+    """The largest difference of a matrix or a value; of gradients their distance relative to the norm; NaN is inf."""
+    difference = got.double() - true.double()
+    far = difference.norm() / true.norm() if true.ndim == 2 and true.shape[1] > 50 else difference.abs().max()
+    return float(far.nan_to_num(torch.inf))
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Markdown: the origin, then a line for each row."""
+    names = ("device", "torch", "commit", "date", "load", "omp_wait_policy")
+    text = "# Many layers at once\n\n"
+    text += "".join(f"- {name.replace('_', ' ')}: {getattr(rows[0], name)}\n" for name in names)
+    text += (
+        "\nMedian of a call, and in brackets how many times the first provider's; fp32, unbiased (pairs: biased, "
+        "forward and\nbackward). Errors against fp64; memory beyond the inputs, result included.\n\n"
+        "| question | network | layers | n | mean/std | provider | time | error | memory, MiB |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
+    )
+    first: Row | None = None
+    for row in rows:
+        if first is None or (first.what, first.network, first.n, first.mean) != (
+            row.what,
+            row.network,
+            row.n,
+            row.mean,
+        ):
+            first = row
+        time = row.red or f"{1e3 * (row.p50 or 0):.3g} ms ({(row.p50 or 0) / (first.p50 or 1):.2f}×)"
+        text += (
+            f"| {row.what} | {row.network} | {len(NETWORKS[row.network])} | {row.n} | {row.mean:g} | {row.provider} "
+            f"| {time} | {row.error:.1e} | {row.peak_memory / 2**20:.0f} |\n"
+        )
+    return text
+
+
+def main() -> None:
+    """Ask everything, print the page, and keep it if asked to."""
+    parser = argparse.ArgumentParser(description="cka_matrix and lists of pairs beside their rivals")
+    parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/kernels/results/")
+    parser.add_argument("--only", default="", help="questions whose name holds this: 'matrix', 'pairs', 'ResNet18'")
+    parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    origin = results.origin(device)
+    rows: list[Row] = []
+    for question in QUESTIONS:
+        if options.only in f"{question.what} {question.network}":
+            rows += ask(question, device, origin)
+    print(page(rows))
+    if options.save:
+        path = results.path_for(origin.device)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([column.name for column in fields(Row)])
+        writer.writerows([results._text(getattr(row, column.name)) for column in fields(Row)] for row in rows)
+        results.write_text(path.with_name(f"{path.stem}-layers.csv"), text.getvalue())
+        results.write_text(path.with_name(f"{path.stem}-layers.md"), page(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The cost model of docs/scale.md: its tables and its picture, from the formulas that choose what travels.
+
+python -m benchmarks.scale.model writes both anew; tests/repo/test_scale.py holds the page to what comes out here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.tables import markdown
+from bird_kernels import cka, plan, testing, transport
+from bird_kernels.types import Problem, Transport
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+PAGE, PICTURE = DOCS / "scale.md", DOCS / "scale.png"
+WORLDS = (8, 64, 512, 4096)
+LINKS = {"NVLink": 450e9, "InfiniBand": 50e9, "Ethernet": 12.5e9}  # bytes/s that a rank can send: assumed
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What each rank brings: rows, student's and teacher's width, and the dtype of both."""
+
+    name: str
+    n: int
+    p: int
+    q: int
+    dtype: torch.dtype = torch.bfloat16
+
+    def problem(self, rows: int) -> Problem:
+        """The problem of so many rows."""
+        return Problem(rows, self.p, self.q, self.dtype, torch.device("cuda"))
+
+    def transport(self, world: int) -> Transport:
+        """What travels between so many ranks."""
+        return transport.choose(self.problem(self.n * world), [self.n] * world, "auto")
+
+
+SHAPES = (
+    Shape("images, narrow", 128, 512, 512, torch.float32),
+    Shape("images, wide", 64, 2048, 2048),
+    Shape("sentences", 32, 768, 4096),
+    Shape("tokens", 16384, 4096, 4096),
+)
+
+
+def both(shape: Shape, world: int) -> tuple[int, int]:
+    """Bytes that each rank sends: merged, gathered."""
+    chosen = shape.transport(world)
+    sizes = chosen.bytes, chosen.other_bytes
+    return sizes if chosen.name == "merged" else (sizes[1], sizes[0])
+
+
+def memory(shape: Shape, world: int) -> int:
+    """Bytes on each rank beyond its inputs and gradient: what the local computation keeps, and what travels, twice."""
+    chosen = shape.transport(world)
+    rows, size = shape.n * world, shape.dtype.itemsize
+    if chosen.name == "merged":
+        travelling = transport.merged_size(shape.p, shape.q, size, False)
+        return plan.workspace(shape.problem(shape.n), "cross", "eager") + 2 * travelling
+    travelling = transport.gathered_size(shape.n, shape.p, shape.q, size, world, False)
+    return plan.workspace(shape.problem(rows), plan.choose_route(rows, shape.p, shape.q), "eager") + 2 * travelling
+
+
+def work(shape: Shape, world: int, name: str) -> int:
+    """Floating-point operations of each rank, forward and backward: its own rows' if merged, the whole if gathered."""
+    rows = shape.n if name == "merged" else shape.n * world
+    route = "cross" if name == "merged" else plan.choose_route(rows, shape.p, shape.q)
+    return plan.route_flops(route, rows, shape.p, shape.q, True, False)
+
+
+def crossover(shape: Shape) -> int:
+    """The fewest ranks from which on sums are fewer bytes than rows."""
+    return next(world for world in range(2, 1 << 20) if shape.transport(world).name == "merged")
+
+
+def costs() -> str:
+    """A line for each shape and number of GPUs."""
+    cells = [["each rank's rows", "GPUs", "rows in all", "merged", "gathered", *LINKS, "memory"]]
+    for shape in SHAPES:
+        for world in WORLDS:
+            chosen = shape.transport(world)
+            sent = dict(zip(("merged", "gathered"), map(size_of, both(shape, world)), strict=True))
+            sent[chosen.name] = f"**{sent[chosen.name]}**"
+            times = [time_of(chosen.bytes / rate) for rate in LINKS.values()]
+            counts = f"{world:,}", f"{shape.n * world:,}"
+            cells.append([label(shape), *counts, *sent.values(), *times, size_of(memory(shape, world))])
+    return markdown(cells)
+
+
+def turning_points() -> str:
+    """Where sums begin to win, and what rows would cost in arithmetic there."""
+    cells = [["each rank's rows", "sums are fewer bytes from", "work of each rank, merged", "gathered, there"]]
+    for shape in SHAPES:
+        world = crossover(shape)
+        amounts = [scaled(work(shape, world, name) / 1e9, ("Gflop", "Tflop")) for name in ("merged", "gathered")]
+        cells.append([label(shape), f"{world:,} ranks, {world * shape.n:,} rows", *amounts])
+    return markdown(cells)
+
+
+def objectives() -> str:
+    """CKA of the whole batch beside the average of the ranks' own: 512 rows on ever more ranks, mean of 20 draws."""
+    draws = [testing.features(512, 64, 64, torch.float64, seed=seed) for seed in range(20)]
+    cells = [["rows per rank", "ranks", "biased, average", "biased, whole", "unbiased, average", "unbiased, whole"]]
+    for rows in (512, 128, 32, 8):
+        values = [
+            mean([split_cka(x, y, part, estimator) for x, y in draws])
+            for estimator in ("biased", "unbiased")
+            for part in (rows, 512)
+        ]
+        cells.append([str(rows), str(512 // rows), *(f"{value:.3f}" for value in values)])
+    return markdown(cells)
+
+
+def split_cka(x: Tensor, y: Tensor, rows: int, estimator: str) -> float:
+    """The average of the CKA of parts of so many rows."""
+    parts = zip(x.split(rows), y.split(rows), strict=True)
+    return mean([cka(a, b, estimator=estimator).item() for a, b in parts])
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def label(shape: Shape) -> str:
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[shape.dtype]
+    return f"{shape.name}: {shape.n:,} x {shape.p:,} and {shape.q:,}, {dtype}"
+
+
+def size_of(size: float) -> str:
+    """Bytes for people, powers of 1000."""
+    return scaled(size, ("B", "kB", "MB", "GB", "TB"))
+
+
+def scaled(value: float, units: tuple[str, ...]) -> str:
+    """Three digits and a unit, each a thousand of the one before."""
+    for unit in units[:-1]:
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} {units[-1]}"
+
+
+def time_of(seconds: float) -> str:
+    return scaled(seconds * 1e6, ("us", "ms", "s"))
+
+
+def sections() -> Iterator[tuple[str, str]]:
+    """The names of the page's generated parts, and their text."""
+    for function in (costs, turning_points, objectives):
+        yield function.__name__, function()
+
+
+def written(page: str) -> str:
+    """The page with its generated parts anew."""
+    for name, text in sections():
+        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+        assert between.search(page), f"the page has no part {name}"
+        page = between.sub(lambda found, text=text: found[1] + text + found[2], page)
+    return page
+
+
+def draw(path: Path) -> None:
+    """Bytes that each rank sends against the number of ranks, both transports, for each shape."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    axes: Any = figure.subplots(1, len(SHAPES), sharey=True)
+    worlds = [2**k for k in range(1, 13)]
+    for ax, shape in zip(axes, SHAPES, strict=True):
+        merged, gathered = zip(*(both(shape, world) for world in worlds), strict=True)
+        ax.loglog(worlds, merged, "C0", label="merged sums")
+        ax.loglog(worlds, gathered, "C1", label="gathered rows")
+        ax.loglog(worlds, list(map(min, merged, gathered)), "k.", markersize=4, label="chosen")
+        ax.set_title(f"{shape.name}\n{shape.n:,} x ({shape.p:,} + {shape.q:,})", fontsize=9)
+        ax.set_xlabel("ranks")
+        ax.set_xticks([2, 16, 128, 1024], ["2", "16", "128", "1024"])
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("bytes sent by each rank")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(PICTURE)
