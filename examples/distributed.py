@@ -7,6 +7,8 @@ Any number of processes trains the same student: each takes its share of a batch
 
 from __future__ import annotations
 
+import gc
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,12 +19,8 @@ import bird
 BATCH, STEPS = 64, 20
 
 
-def main() -> None:
-    """Train a small student; the first process prints the loss."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(dist.get_node_local_rank())
-    dist.init_process_group()  # gloo for the CPU, and NCCL beside it where there are GPUs
+def train(device: str) -> None:
+    """Train a small student; the first process prints the CKA."""
     rank, world = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(0)  # the same networks and the same data everywhere
@@ -43,8 +41,13 @@ def main() -> None:
         if rank == 0 and step in (0, STEPS - 1):
             cka = criterion.last["cka/teacher/student"].item()
             print(f"step {step}: CKA {cka:.6f} of {BATCH} rows on {world} processes")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_node_local_rank())
+    dist.init_process_group()  # gloo for the CPU, and NCCL beside it where there are GPUs
+    train(device)
+    gc.collect()  # DDP keeps the group in a cycle, and one that outlives the interpreter may abort the process
+    dist.destroy_process_group()

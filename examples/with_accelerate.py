@@ -19,9 +19,8 @@ import bird
 BATCH, STEPS = 64, 20
 
 
-def main() -> None:
-    """Train a small student; the first process prints the loss."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+def train(accelerator: Accelerator) -> None:
+    """Train a small student; the first process prints the CKA."""
     torch.manual_seed(0)  # the same networks and the same data everywhere
     teacher = nn.Sequential(nn.Linear(10, 48), nn.Tanh()).to(accelerator.device).eval()
     student = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 16))
@@ -43,8 +42,10 @@ def main() -> None:
         if step in (0, STEPS - 1):
             cka = criterion.last["cka/teacher/student"].item()
             accelerator.print(f"step {step}: CKA {cka:.6f} of {BATCH} rows on {accelerator.num_processes} processes")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    train(accelerator)
+    accelerator.free_memory()  # what it prepared keeps the group: see distributed.py
+    accelerator.end_training()

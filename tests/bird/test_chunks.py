@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bird import BirdLoss, Taps, Teacher, chunked_backward, chunks
 from bird.chunks import keeps_features
+from tests.groups import run_ranks
 
 CUTS = [20, 5, 30, 6]
 PAIRS = [("0", "0"), ("3", "4"), ("3", "0")]  # one student layer in two pairs
@@ -304,14 +304,9 @@ def test_the_route_is_a_function_of_sizes() -> None:
     ]
 
 
-def _rank(rank: int, folder: Path) -> None:
-    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _rank(rank: int) -> None:
     for kernel in ("linear", "rbf"):  # by statistics, by gathered features
         _compare(rank, kernel)
-    gc.collect()  # DDP holds on to the group in a cycle, and a group that lives until exit may abort it
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 def _compare(rank: int, kernel: str) -> None:
@@ -364,4 +359,4 @@ def _compare(rank: int, kernel: str) -> None:
 
 
 def test_ranks_compare_all_their_samples(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
+    run_ranks(_rank, 2, tmp_path)

@@ -6,8 +6,6 @@ import copy
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -24,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bird.features import find_layers, pool_rows
 from bird.taps import Taps
+from tests.groups import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -480,10 +478,8 @@ def test_data_parallel_on_one_device_works_and_replicas_are_refused(net: Net, im
         replica(torch.randn(2, 6, 4, 4))
 
 
-def ddp_worker(rank: int, world: int, store: str) -> None:
+def ddp_worker(rank: int, world: int) -> None:
     """Task and guidance under DDP against the mean of what each process's batch gives by itself."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
 
     def loss_of(model: nn.Module, taps: Taps, shard: int) -> Tensor:
         x = torch.randn(6, 4, generator=torch.Generator().manual_seed(shard))
@@ -504,30 +500,11 @@ def ddp_worker(rank: int, world: int, store: str) -> None:
         taps = Taps(model, "2")
         for _ in range(2):
             torch.testing.assert_close(gradients(loss_of(model, taps, rank), net), truth, msg=wrap)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_ddp_averages_the_gradients_of_features(world: int, tmp_path: Path) -> None:
-    command = [sys.executable, __file__]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(tmp_path / "store")],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        for worker in workers:
-            output, _ = worker.communicate(timeout=120)
-            assert worker.returncode == 0, output
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_ranks(ddp_worker, world, tmp_path, world)
 
 
 # What layers return
@@ -666,7 +643,3 @@ def test_what_is_not_rows_of_features_is_refused(shape: tuple[int, ...], pool: A
 def test_an_unknown_pool_is_refused() -> None:
     with pytest.raises(ValueError, match="'mean', 'flatten', 'none' or a callable"):
         pool_rows(torch.zeros(2, 3), "max")  # type: ignore[arg-type]
-
-
-if __name__ == "__main__":
-    ddp_worker(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

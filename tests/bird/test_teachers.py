@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from bird.teachers import Teacher
+from tests.groups import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -258,10 +256,8 @@ def test_a_teacher_whose_model_is_compiled_in_place(net: Net, images: Tensor) ->
     torch.testing.assert_close(Teacher(net, "stem")(images)["stem"], by_hand(net, images)["stem"])
 
 
-def ddp_worker(rank: int, store: str) -> None:
+def ddp_worker(rank: int) -> None:
     """A student that holds its teacher, under DDP: in step with the other process, the teacher untouched."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     torch.manual_seed(0)
     net = Net()
     before = copy.deepcopy(net.state_dict())
@@ -278,29 +274,7 @@ def ddp_worker(rank: int, store: str) -> None:
     assert both[0].equal(both[1])
     assert len(mine) == 5 * 3 * 9 + 5 + 10
     assert all(value.equal(before[name]) for name, value in net.state_dict().items())
-    dist.destroy_process_group()
 
 
 def test_a_teacher_inside_a_ddp_student(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path / "store")],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            output, _ = worker.communicate(timeout=120)
-            assert worker.returncode == 0, output
-    finally:
-        for worker in workers:
-            worker.kill()
-
-
-if __name__ == "__main__":
-    ddp_worker(int(sys.argv[1]), sys.argv[2])
+    run_ranks(ddp_worker, 2, tmp_path)

@@ -372,5 +372,4 @@ def work(rank: int, world: int, folder: str) -> None:
         start = time.monotonic()
         results["death"] = *raised(whole_again), time.monotonic() - start
     torch.save(results, Path(folder) / f"{world}-{rank}.pt")
-    if world != 3:
-        dist.destroy_process_group()
+    os._exit(0)  # groups that cannot be let go of (one is broken, device meshes keep others) may abort: tests/groups.py

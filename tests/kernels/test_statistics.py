@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, multiprocessing
 
 from bird_kernels import Statistics, cka_loss, reference
 from bird_kernels.testing import features
+from tests.groups import run_ranks
 
 CUTS = [0, 11, 1, 30, 19]  # rows per update
 
@@ -228,8 +229,7 @@ def test_a_data_set_through_a_loader() -> None:
     assert abs(1 - statistics.cka() - cka_loss(x, y)) < 1e-6
 
 
-def _rank(rank: int, folder: Path, results: Any) -> None:
-    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _rank(rank: int, results: Any) -> None:
     x, y = features(61, 7, 5)
     share = slice(0, 50) if rank == 0 else slice(50, 61)
     statistics, late, wrong = Statistics(), Statistics(), Statistics()
@@ -248,13 +248,12 @@ def _rank(rank: int, folder: Path, results: Any) -> None:
         except ValueError as error:
             errors.append(str(error))
     results.put((rank, [value.item() for value in values], statistics.n, errors))
-    distributed.destroy_process_group()
 
 
 def test_all_ranks_get_the_statistics_of_all(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    torch.multiprocessing.spawn(_rank, (tmp_path, results), nprocs=2)
+    run_ranks(_rank, 2, tmp_path, results)
     whole = stream(*features(61, 7, 5))
     expected = 2 * [whole.cka("biased").item(), whole.cka("unbiased").item()]
     for _ in range(2):
