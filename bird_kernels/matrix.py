@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import inputs, ops
 from .estimators import MIN_ROWS, Moments, Scalar, combine, linear_moments
-from .products import centre, inner, mm, row_count, self_product_norm
+from .products import at_least, dtypes, inner, mm, row_count, self_product_norm
 from .types import Estimator, Problem
 
 # Rows of a strip; fewer where the strips of all layers would exceed so many numbers. One core of a Zen 5 CPU, fp32: the
@@ -137,30 +137,77 @@ def _measure(
     known: Estimator = "biased" if estimator == "biased" else "unbiased"
     dtype = reduce(torch.promote_types, (layer.dtype for layer in layers))
 
-    count = row_count(layers[0].reshape(n, -1), mask)
-    centred, scales = [], []
+    layers = [layer.reshape(n, -1) for layer in layers]
+    count = row_count(layers[0], mask)
     with ops.without_autocast(device):
-        for layer in layers:
-            x = layer.reshape(n, -1)
-            z, scale, _ = centre(x.to(dtype), mask, count, Problem(n, x.shape[1], x.shape[1], dtype, device))
-            centred.append(z)
-            scales.append(scale)
-        moments = _moments(centred[: len(xs)], None if ys is None else centred[len(xs) :], known == "unbiased")
-    scale_x = _vector(scales[: len(xs)], device)[:, None]
-    scale_y = scale_x.T if ys is None else _vector(scales[len(xs) :], device)[None, :]
+        x = _side(layers[: len(xs)], mask, count, dtype)
+        y = None if ys is None else _side(layers[len(xs) :], mask, count, dtype)
+        moments = _moments(x, y, known == "unbiased")
     wide = ops.value_dtype(dtype)
-    return _Measured(moments, count, known, wide, torch.finfo(wide).eps, scale_x, scale_y)
+    return _Measured(moments, count, known, wide, torch.finfo(wide).eps, x.scales[:, None], (y or x).scales[None, :])
 
 
-def _moments(xs: list[Tensor], ys: list[Tensor] | None, unbiased: bool) -> Moments:
-    """The moments of centred layers [n, p_i] and [n, q_j]; ys None is xs."""
-    n, p, q = xs[0].shape[0], sum(x.shape[1] for x in xs), sum(y.shape[1] for y in ys or ())
-    if ys is None:
-        gram, cross = n * n * (p + len(xs) ** 2), n * p * p
+class _Side(NamedTuple):
+    """One network's layers, centred, each scaled to entries near 1, those of equal width together."""
+
+    stacks: list[Tensor]  # [layers of this width, n, width]: their products are one call
+    place: Tensor  # where each layer, as it was given, stands among them
+    scales: Tensor  # of each layer, as it was given; fp64
+
+    def layers(self) -> list[Tensor]:
+        """Each [n, width], in the order of the stacks."""
+        return [layer for stack in self.stacks for layer in stack]
+
+    def widths(self) -> list[int]:
+        """Of `layers`."""
+        return [stack.shape[2] for stack in self.stacks for _ in stack]
+
+
+def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch.dtype) -> _Side:
+    """As `products.centre`, for layers of equal width at once: of 18 layers four calls where cores wait, not 18."""
+    wide, device = ops.value_dtype(dtype), layers[0].device
+    _, operand = dtypes(Problem(1, 1, 1, dtype, device))
+    groups: dict[int, list[int]] = {}
+    for number, layer in enumerate(layers):
+        groups.setdefault(layer.shape[1], []).append(number)
+    left_out = None if mask is None else ~mask[:, None]
+    stacks, scales = [], []
+    for group in groups.values():
+        x = torch.stack([layers[number].to(dtype).to(wide) for number in group])
+        if left_out is not None:
+            x.masked_fill_(left_out, 0.0)
+        for _ in range(2):  # the second means are the rounding of the first
+            x -= x.sum(1, keepdim=True) / at_least(1.0, count)
+            if left_out is not None:
+                x.masked_fill_(left_out, 0.0)
+        scale = _powers_of_two(
+            torch.maximum(x.amax((1, 2)), -x.amin((1, 2)))
+        )  # vector_norm(inf) takes 20 times as long
+        scales.append(scale)
+        stacks.append(x.mul_(scale.to(wide)[:, None, None]).to(operand))
+    place = torch.tensor([number for group in groups.values() for number in group], device=device).argsort()
+    return _Side(stacks, place, torch.cat(scales)[place])
+
+
+def _powers_of_two(peaks: Tensor) -> Tensor:
+    """2^k with 0.5 <= 2^k peak < 1, fp64; some finite number for zero, NaN and Inf."""
+    limit = 250 if peaks.dtype == torch.float64 else 120
+    exponent = torch.frexp(torch.where(peaks.isfinite(), peaks, 1.0)).exponent.clamp(-limit, limit)
+    return torch.ldexp(torch.ones_like(peaks, dtype=torch.float64), -exponent)
+
+
+def _moments(x: _Side, y: _Side | None, unbiased: bool) -> Moments:
+    """The moments of all pairs of layers, as they were given; y None is x."""
+    widths, others = x.widths(), y.widths() if y else []
+    n, p, q = x.stacks[0].shape[1], sum(widths), sum(others)
+    if y is None:
+        gram, cross = n * n * (p + len(widths) ** 2), n * p * p
     else:
-        gram = n * n * (p + q + len(xs) * len(ys))
-        cross = 2 * n * p * q + n * sum(z.shape[1] ** 2 for z in xs + ys)
-    kl, kk, ll, kappa, lam = (_by_strips if gram <= cross else _by_features)(xs, ys, unbiased)
+        gram = n * n * (p + q + len(widths) * len(others))
+        cross = 2 * n * p * q + n * sum(width**2 for width in widths + others)
+    kl, kk, ll, kappa, lam = (_by_strips if gram <= cross else _by_features)(x, y, unbiased)
+    here, there = x.place, (y or x).place
+    kl, kk, ll, kappa, lam = kl[here][:, there], kk[here], ll[there], kappa[here], lam[there]
     norms = None
     if unbiased:
         squares, other_squares = (kappa**2).sum(1), (lam**2).sum(1)
@@ -171,17 +218,16 @@ def _moments(xs: list[Tensor], ys: list[Tensor] | None, unbiased: bool) -> Momen
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # kl, kk, ll, and the squared row norms kappa, lambda; fp64
 
 
-def _by_strips(xs: list[Tensor], ys: list[Tensor] | None, unbiased: bool) -> Parts:
+def _by_strips(xs: _Side, ys: _Side | None, unbiased: bool) -> Parts:
     """From the Gram matrices, a block of their rows at a time; without their diagonals if unbiased."""
     sides = (xs,) if ys is None else (xs, ys)
-    n, like = xs[0].shape[0], xs[0]
-    wide = ops.value_dtype(like.dtype)
-    layers = sum(map(len, sides))
-    rows = max(min(ROWS, LARGEST_STRIPS // (layers * n)), 1)
-    room = [like.new_empty(len(side) * rows * n, dtype=wide) for side in sides]
+    like, counts = xs.stacks[0], [len(side.place) for side in sides]
+    n, wide = like.shape[1], ops.value_dtype(like.dtype)
+    rows = max(min(ROWS, LARGEST_STRIPS // (sum(counts) * n)), 1)
+    room = [like.new_empty(count * rows * n, dtype=wide) for count in counts]
     zeros = partial(torch.zeros, dtype=torch.float64, device=like.device)
-    kl, kk, ll = zeros(len(sides[0]), len(sides[-1])), zeros(len(sides[0])), zeros(len(sides[-1]))
-    norms = [zeros(len(side), n) for side in sides]
+    kl, kk, ll = zeros(counts[0], counts[-1]), zeros(counts[0]), zeros(counts[-1])
+    norms = [zeros(count, n) for count in counts]
     for begin in range(0, n, rows):
         strips = [_strips(side, begin, begin + rows, out) for side, out in zip(sides, room, strict=True)]
         for strip, norm in zip(strips, norms, strict=True):
@@ -207,20 +253,25 @@ def _squares(strips: Tensor) -> Tensor:
     return torch.linalg.vector_norm(strips, dim=2).double().square().sum(1)
 
 
-def _strips(side: list[Tensor], begin: int, end: int, room: Tensor) -> Tensor:
-    """Rows begin..end of the Gram matrices of a side from the diagonal on, [|side|, rows, n - begin]."""
-    rows, columns = side[0][begin:end].shape[0], side[0].shape[0] - begin
-    out = room[: len(side) * rows * columns].view(len(side), rows, columns)
-    for x, strip in zip(side, out, strict=True):
+def _strips(side: _Side, begin: int, end: int, room: Tensor) -> Tensor:
+    """Rows begin..end of the Gram matrices of a side from the diagonal on, [layers, rows, n - begin]."""
+    n, layers = side.stacks[0].shape[1], len(side.place)
+    end = min(end, n)
+    out = room[: layers * (end - begin) * (n - begin)].view(layers, end - begin, n - begin)
+    done = 0
+    for x in side.stacks:
+        strips = out[done : done + len(x)]
         if x.dtype == out.dtype:
-            torch.mm(x[begin:end], x[begin:].T, out=strip)
+            torch.bmm(x[:, begin:end], x[:, begin:].mT, out=strips)
         else:  # halves on CUDA
-            strip.copy_(mm(x[begin:end], x[begin:].T))
+            strips.copy_(torch.bmm(x[:, begin:end], x[:, begin:].mT, out_dtype=torch.float32))
+        done += len(x)
     return out
 
 
-def _by_features(xs: list[Tensor], ys: list[Tensor] | None, unbiased: bool) -> Parts:
+def _by_features(x_side: _Side, y_side: _Side | None, unbiased: bool) -> Parts:
     """From products of columns, a pair of layers at a time; without the Gram matrices' diagonals if unbiased."""
+    xs, ys = x_side.layers(), y_side.layers() if y_side else None
     device, wide = xs[0].device, ops.value_dtype(xs[0].dtype)
 
     def squared(x: Tensor, y: Tensor) -> Scalar:
