@@ -6,6 +6,7 @@ from it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -31,6 +32,12 @@ def atomic(path: Path) -> Iterator[Path]:
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write plain data as JSON, atomically."""
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def save(state: dict[str, Any], path: Path) -> None:

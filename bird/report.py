@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from .checkpoints import History, atomic
+from .checkpoints import History, write_json
 from .evaluation import Robustness, pgr
 
 
@@ -68,10 +67,15 @@ class Comparison:
         """The outcomes of a method, seed by seed."""
         return [outcome for outcome in self.outcomes if outcome.method == method]
 
-    def recovered(self, method: str) -> list[float]:
-        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed."""
+    def recovered(self, method: str, *, pooled: bool = False) -> list[float]:
+        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed.
+
+        Args:
+            method: its name.
+            pooled: whether clean images count as severity 0, as in the paper.
+        """
         three = zip(self.of(method), self.of(self.baseline), self.of(self.ceiling), strict=True)
-        return [pgr(*(outcome.held_out.robust for outcome in outcomes)) for outcomes in three]
+        return [pgr(*(o.held_out.pooled if pooled else o.held_out.robust for o in outcomes)) for outcomes in three]
 
 
 COLUMNS: dict[str, Callable[[Outcome], float]] = {
@@ -101,6 +105,11 @@ def table(comparison: Comparison) -> str:
         recovered = percent(comparison.recovered(method)) if method in comparison.contenders else ""
         cka = f"{fmean(outcome.cka for outcome in outcomes):.2f}"
         rows.append([method, *accuracies, recovered, cka])
+    return rows_to_markdown(rows)
+
+
+def rows_to_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head and whose first column is its names, aligned to be read as it is."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         f"| {row[0]:<{widths[0]}} | "
@@ -110,12 +119,6 @@ def table(comparison: Comparison) -> str:
     ]
     rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def write_json(data: Any, path: Path) -> None:
-    """Write plain data as JSON, atomically."""
-    with atomic(path) as partial:
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def write_results(comparison: Comparison, about: dict[str, Any], path: Path) -> None:
