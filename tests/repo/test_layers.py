@@ -27,10 +27,11 @@ HOUSE = {
         {"demo"},
         {"pictures"},
         {"report"},
-        {"training", "evaluation", "selection", "similarity", "language"},
+        {"training", "profiling", "evaluation", "selection", "similarity", "language"},
+        {"steps"},
         {"chunks"},
         {"losses"},
-        {"taps", "teachers"},
+        {"taps", "teachers", "freezing"},
         {"features", "checkpoints", "vision"},
     ],
     "bird_kernels": [

@@ -1,0 +1,104 @@
+"""Trains in processes that are killed at random moments, and says on stdout, as JSON, how it ended.
+
+A program of its own, which imports PyTorch once, forks, and computes nothing itself before it forks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bird import BirdLoss, Taps, Teacher
+from bird.checkpoints import Settings, load
+from bird.steps import Guide
+from bird.training import fit
+from bird.vision.data import Images
+
+KILLS = 12
+
+
+def network(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Dropout(0.3), nn.Flatten(), nn.Linear(width * 36, 3)
+    )
+
+
+def train(folder: Path) -> None:
+    torch.manual_seed(0)
+    student, teacher = network(6), Teacher(network(4), "0")
+    pixels = torch.randint(0, 256, (50, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    fit(
+        student,
+        Images(pixels, torch.arange(50) % 3),
+        Settings(steps=80, batch_size=16, lr=0.05, log_every=3, save_every=2),
+        guide=Guide(teacher, Taps(student, "0"), BirdLoss(pairs=[("0", "0")])),
+        validate=lambda model: model(pixels.float() / 255).std().item(),
+        folder=folder,
+        resume=True,
+        progress=False,
+    )
+
+
+def start(folder: Path) -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            train(folder)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def finish(pid: int) -> int:
+    """Minus the signal that ended a process, or its exit status."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    begin = time.monotonic()
+    assert finish(start(folder / "whole")) == 0
+    seconds = time.monotonic() - begin
+    moments, kills, halves = random.Random(0), 0, 0
+    while True:
+        pid = start(folder / "broken")
+        if kills < KILLS:
+            time.sleep(moments.uniform(0, seconds / 6))
+            os.kill(pid, signal.SIGKILL)
+        code = finish(pid)
+        if code != -signal.SIGKILL:
+            break
+        kills += 1
+        halves += any((folder / "broken").glob(".partial.*"))
+    whole, broken = (load(folder / name / "last.pt") for name in ("whole", "broken"))
+    best = [load(folder / name / "best.pt") for name in ("whole", "broken")]
+
+    def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    outcome = {
+        "code": code,
+        "kills": kills,
+        "halves": halves,
+        "weights": same(whole["modules"], broken["modules"]),
+        "best": best[0]["step"] == best[1]["step"] and same(best[0]["model"], best[1]["model"]),
+        "history": whole["history"] == broken["history"],
+        "step": broken["step"],
+        "files": sorted(p.name for p in (folder / "broken").iterdir() if not p.name.startswith("events")),
+    }
+    sys.stdout.write(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
