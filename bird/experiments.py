@@ -1,8 +1,8 @@
 """Recipes run: from a recipe to stages, from stages to the cells of a table.
 
-A cell (networks, variant, method, seed) needs two stages, which score a model and compare it with the teacher; these need
-the one that made the model, and that one a teacher, a student or both. What several cells or recipes need is made once.
-The test set is read by the last two kinds of stages alone.
+A cell (networks, variant, method, seed) needs two stages, which score a model and compare it with the teacher; these
+need the one that made the model, and that one a teacher, a student or both. What several cells or recipes need is made
+once. The test set is read by the last two kinds of stages alone.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Experiment:
 
     recipe: Recipe
     root: Path
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     data_root: Path | None = None
     progress: bool | None = None
 
@@ -136,7 +136,8 @@ class Experiment:
             save(model.state_dict(), folder / "model.pt")
             return {"histories": [asdict(history)]}
 
-        return Made(network, source, Stage("teacher" if corruptions else "student", about, make))
+        kind = "teacher" if corruptions else "student"
+        return Made(network, source, Stage(kind, about, make, title=f"{network} on {source.data}, seed {seed}"))
 
     def _moved(
         self, teacher: Made, student: Made, layers: tuple[str, str], change: Variant, method: str, seed: int
@@ -173,12 +174,13 @@ class Experiment:
                 progress=self.progress,
                 weights={name: value for name, value in weights.items() if value is not None},
             )
-            models = [m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student)]
-            model, histories = transfer.run(method, *models, data.train)
+            guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
+            model, histories = transfer.run(method, guide, start, data.train)
             save(model.state_dict(), folder / "model.pt")
             return {"histories": [asdict(history) for history in histories]}
 
-        return Made(starts.network, recipe.student, Stage(method, about, make, parents))
+        title = f"{student.network} on {recipe.student.data}, seed {seed}"
+        return Made(starts.network, recipe.student, Stage(method, about, make, parents, title))
 
     def _scored(self, made: Made, seed: int) -> Stage:
         source, scoring = self.recipe.student, self.recipe.scoring
@@ -191,7 +193,7 @@ class Experiment:
                 corrupted[name].append(accuracy(model, images))
             return {"clean": accuracy(model, test), "corrupted": corrupted}
 
-        return Stage("score", _about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,))
+        return Stage("score", _about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made))
 
     def _aligned(self, made: Made, layer: str, teacher: Made, teacher_layer: str, seed: int) -> Stage:
         source = self.recipe.student
@@ -202,7 +204,10 @@ class Experiment:
             return {"cka": alignment(Teacher(guide, [teacher_layer]), model, teacher_layer, layer, test)}
 
         about = _about(source, None) | {"images": self.recipe.scoring.images, "layers": (teacher_layer, layer)}
-        return Stage("alignment", about, make, (made.stage, teacher.stage))
+        return Stage("alignment", about, make, (made.stage, teacher.stage), self._of(made))
+
+    def _of(self, made: Made) -> str:
+        return f"{made.stage.kind}-{made.stage.key}: {made.stage.title}"
 
     def _data(self, source: Source, seed: int) -> Splits:
         return _splits(source, seed, self.data_root)

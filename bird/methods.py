@@ -138,9 +138,7 @@ class Transfer:
             replace_head(model, network, self.classes)
         histories = []
         for number, (head_alone, guidance) in enumerate(known.phases):
-            steps = self.settings.steps * (number + 1) // len(known.phases) - self.settings.steps * number // len(
-                known.phases
-            )
+            steps = len(range(number, self.settings.steps, len(known.phases)))  # the first may have one more
             guide = None if guidance is None else self._guide(guidance, known, teacher, model)
             history = fit(
                 model,
@@ -166,7 +164,7 @@ class Transfer:
             raise ValueError(f"{known.title} is guided by a teacher: give one")
         (network, guiding), (student, guided) = self.teacher, self.student
         if guidance == "lwf":
-            guiding = guided = MODELS[network].penultimate
+            guiding = guided = MODELS[network].guide
         pairs = [(guiding, guided)]
         loss: BirdLoss | Hints | LwF
         if guidance == "bird":

@@ -1,6 +1,6 @@
 """What a recipe has come to, beside what the paper reports: a page, a table of every accuracy, JSON, and pictures.
 
-Robust accuracy is the paper's: the held-out corruptions at severities 1 to 5 and the clean images, as severity 0, pooled.
+Robust accuracy is the paper's: the held-out corruptions at severities 1 to 5 and the clean images, as severity 0.
 """
 
 from __future__ import annotations

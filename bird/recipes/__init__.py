@@ -94,7 +94,7 @@ class Budget:
         self.settings(self.batch_size, 0)  # says what is wrong with the rest
 
     def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
-        """For a training set of so many samples. An epoch's steps are counted before ``changes``, batch size included."""
+        """For a training set of so many samples; ``changes`` of the batch size leave the number of steps as it is."""
         steps = self.steps if self.epochs is None else self.epochs * max(samples // self.batch_size, 1)
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("epochs", "steps")}
         assert steps is not None
