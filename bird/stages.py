@@ -33,12 +33,14 @@ class Stage:
         make: gets the stage's folder, which may hold what an earlier, killed attempt left; returns the result, plain
             data as well.
         parents: stages that must be complete before.
+        title: what people call it.
     """
 
     kind: str
     about: dict[str, Any]
     make: Callable[[Path], dict[str, Any]] = field(repr=False)
     parents: tuple[Stage, ...] = ()
+    title: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -107,10 +109,8 @@ def complete(
         made = next((stage for stage in ready if _made(stage, root)), None)
         left = [stage for stage in left if stage.result(root) is None]
         if made is not None:
-            share, seconds = f"{len(wanted) - len(left)} of {len(wanted)}", time.perf_counter() - start
-            tell(
-                f"[{share}] {made.kind}-{made.key}  {made.about.get('network', '')} seed {made.about['seed']} ({seconds:.0f} s)"
-            )
+            done, seconds = len(wanted) - len(left), time.perf_counter() - start
+            tell(f"[{done}/{len(wanted)}] {made.kind}-{made.key}  {made.title} ({seconds:.0f} s)")
         elif left:
             time.sleep(patience)
 
