@@ -284,8 +284,8 @@ class Run:
         return row
 
     def _finite(self) -> Tensor:
-        tensors = [value for value in self.modules.state_dict().values() if value.is_floating_point()]
-        return torch.stack([value.isfinite().all() for value in tensors]).all()
+        trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        return torch.stack([parameter.detach().isfinite().all() for parameter in trained]).all()
 
     def _advice(self) -> str:
         kept = "" if self._saved is None else f", and {self.folder}/last.pt is as it was after step {self._saved}"

@@ -56,9 +56,10 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert outcome.pop("code") == 0, done.stderr
-    assert outcome.pop("kills") >= 6
-    outcome.pop("halves")
-    expected = {"weights": True, "best": True, "history": True, "step": 80, "files": ["best.pt", "last.pt"]}
+    steps = outcome.pop("steps")
+    assert len({step for step in steps if 0 < step < 120}) >= 4, f"killed in training, after steps {steps}"
+    assert outcome.pop("halves") >= 1, "one of the kills fell into a write"
+    expected = {"weights": True, "best": True, "history": True, "end": 120, "files": ["best.pt", "last.pt"]}
     assert outcome == expected
 
 
@@ -293,6 +294,14 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
         assert (folder / "best.pt").exists() == (folder / "last.pt").exists() == (step is not None)
         if step is not None:
             assert load(folder / "last.pt")["step"] == load(folder / "best.pt")["step"] == step
+
+
+def test_an_infinite_loss_is_named() -> None:
+    student, teacher = network(), network()
+    nn.init.constant_(teacher[0].weight, 1e30)
+    loss = Hints(pairs=[("0", "0")], teacher_widths={"0": 4}, student_widths={"0": 4})
+    with pytest.raises(FloatingPointError, match="became inf at step 1;"):
+        train(student, guide=Guide(Teacher(teacher, "0"), Taps(student, "0"), loss), lr=0.0, log_every=1)
 
 
 def test_a_guides_loss_that_is_not_finite_stops_the_run_too() -> None:
