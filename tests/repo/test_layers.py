@@ -31,7 +31,8 @@ HOUSE = {
         {"chunks"},
         {"losses"},
         {"taps", "teachers"},
-        {"features", "checkpoints", "vision"},
+        {"features", "vision"},
+        {"checkpoints"},
     ],
     "bird_kernels": [
         {"__init__"},
