@@ -24,7 +24,7 @@ from skimage.color import hsv2rgb, rgb2hsv
 from skimage.filters import gaussian
 from skimage.util import random_noise
 
-from bird.vision.corruptions.frost import textures
+from bird.vision.corruptions.ice import textures
 
 Array = np.ndarray
 Random = np.random.Generator
@@ -188,7 +188,7 @@ def spatter(image: Array, severity: int, rng: Random) -> Array:
         cover = gaussian((field > bar).astype(np.float32), sigma=thick)
         cover[cover < 0.8] = 0
         return _clip(x * (1 - cover[..., None]) + cover[..., None] * np.array([63, 42, 20]) / 255)
-    drops = (np.where(field < bar, 0, field) * 255).astype(np.uint8)
+    drops = (np.where(field < bar, 0, field) * 255).clip(max=255).astype(np.uint8)  # published without clip: it wraps
     relief = _relief(drops)
     cover = (drops * relief)[..., None]
     highest = cover.max()

@@ -24,7 +24,7 @@ from .filters import Level
 from .jpeg import jpeg_compression
 from .noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
 from .random import Noise, keys
-from .spatter import spatter
+from .drops import spatter
 from .weather import fog, frost, snow
 
 Corruption = Callable[[Tensor, Level, Noise], Tensor]
@@ -62,7 +62,7 @@ def corrupt(x: Tensor, name: str, severity: int | Tensor, *, index: Tensor, seed
     """Corrupt a batch of images.
 
     Args:
-        x: float32 ``[n, channels, height, width]`` in 0-1, 1 or 3 channels, at least 8 x 8, any device.
+        x: float32 ``[n, channels, height, width]`` in 0-1, 1 or 3 channels, at least 4 x 4, any device.
         name: a key of `CORRUPTIONS`.
         severity: 1 (mild) to 5 (strong), 0 for none: one for all, or int64 ``[n]`` on the device of ``x``
             (what is outside 0-5 is then clamped, since looking at it would wait for the device).
@@ -78,9 +78,9 @@ def corrupt(x: Tensor, name: str, severity: int | Tensor, *, index: Tensor, seed
     """
     if name not in CORRUPTIONS:
         raise ValueError(f"unknown corruption {name!r}; known are {', '.join(CORRUPTIONS)}")
-    if x.ndim != 4 or x.dtype != torch.float32 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 8:
+    if x.ndim != 4 or x.dtype != torch.float32 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 4:
         raise ValueError(
-            "x must be float32 [n, 1 or 3 channels, height, width] in 0-1, at least 8 x 8, "
+            "x must be float32 [n, 1 or 3 channels, height, width] in 0-1, at least 4 x 4, "
             f"got {x.dtype} {tuple(x.shape)}"
         )
     if index.shape != x.shape[:1]:

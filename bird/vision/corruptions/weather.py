@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .blur import _ANGLES, streak
 from .filters import Level, separable, zoom_matrix
-from .frost import SIDE, textures
+from .ice import SIDE, textures
 from .random import Noise
 
 LUMA = (0.299, 0.587, 0.114)
@@ -62,7 +62,7 @@ def plasma(side: int, decay: Tensor, noise: Noise) -> Tensor:
 
 
 def frost(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Ice on the glass: a random part of one of five pictures of frost, which are ours (`bird.vision.corruptions.frost`)
+    """Ice on the glass: a random part of one of five pictures of frost, which are ours (`bird.vision.corruptions.ice`)
     where the original has photographs; the weights are published."""
     height, width = x.shape[-2:]
     which, top, left = noise.integers(5), noise.integers(SIDE), noise.integers(SIDE)

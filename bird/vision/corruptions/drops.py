@@ -1,8 +1,9 @@
 """Spatter: drops of water (severities 1-3) or mud (4-5) where a smooth random field is high.
 
 The published water takes five steps of OpenCV on bytes: Canny's edges of the drops, the distance to them, histogram
-equalisation, an emboss, a blur. They are written here for batches, in whole numbers, as OpenCV defines them, with one
-difference, which is ours: Canny's weak edges join a strong one over at most eight pixels.
+equalisation, an emboss, a blur. They are written here for batches, in whole numbers, as OpenCV defines them. Two
+differences are ours: Canny's weak edges join a strong one over at most eight pixels (over two, 3.6 % of 2,000 fields of
+severity 3 differ from OpenCV's; over eight, none), and a field above 1 is a full drop, where the published byte wraps.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ _MUD = (63 / 255, 42 / 255, 20 / 255)
 _LUMA = (0.299, 0.587, 0.114)
 _WEAK, _STRONG, _HOPS = 50.0, 150.0, 8
 _EMBOSS = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
-# Steps of the 5 x 5 distance mask, in OpenCV's 16 fractional bits: straight, diagonal, knight's move.
-_STRAIGHT, _DIAGONAL, _KNIGHT = 1.0, 91750 / 65536, 143976 / 65536
+# Lengths of a diagonal and a knight's move in the 5 x 5 distance mask, in OpenCV's 16 fractional bits.
+_DIAGONAL, _KNIGHT = 91750 / 65536, 143976 / 65536
 _FAR, _FARTHEST = 8192.0, 20.0
 
 
@@ -51,7 +52,7 @@ def _mud(x: Tensor, field: Tensor, bar: Tensor, level: Level) -> Tensor:
 
 def _water(x: Tensor, field: Tensor, bar: Tensor, level: Level) -> Tensor:
     drops = (field * (field >= bar).float()).mul_(255).floor_().clamp_(0, 255)
-    distance = distance_to(edges(drops)).clamp_(max=_FARTHEST)
+    distance = distance_to(edges(drops))
     relief = _convolved(equalised(_blurred(distance).floor_()), _EMBOSS).clamp_(0, 255)
     cover = drops * _blurred(relief).round_()
     highest = cover.amax(dim=(2, 3), keepdim=True)
@@ -104,39 +105,44 @@ def edges(x: Tensor) -> Tensor:
     weak = (thin & (norm > _WEAK)).float()
     edge = weak * (norm > _STRONG).float()
     for _ in range(_HOPS):
-        edge = F.max_pool2d(edge, 3, stride=1, padding=1) * weak
+        edge = _spread(_spread(edge, 2), 3) * weak
     return edge
 
 
-def distance_to(edge: Tensor) -> Tensor:
-    """Each pixel's distance to the nearest edge (1 in ``edge`` ``[n, 1, height, width]``), as OpenCV's with mask 5.
+def _spread(x: Tensor, dim: int) -> Tensor:
+    """The highest of a pixel and its two neighbours along an axis."""
+    size = x.shape[dim]
+    highest = x.clone()
+    after, before = highest.narrow(dim, 1, size - 1), highest.narrow(dim, 0, size - 1)
+    torch.maximum(after, x.narrow(dim, 0, size - 1), out=after)
+    torch.maximum(before, x.narrow(dim, 1, size - 1), out=before)
+    return highest
 
-    Two sweeps over the rows, down and up; within a row the nearest from one side is a running minimum.
+
+def distance_to(edge: Tensor) -> Tensor:
+    """Each pixel's distance, up to `_FARTHEST`, to the nearest edge (1 in ``edge`` ``[n, 1, height, width]``).
+
+    OpenCV's with mask 5 counts straight, diagonal and knight's moves, which makes a distance that is the greatest of
+    four linear functions of ``(across, down)``. It grows with ``across``: of every row only the nearest edge counts.
     """
     height, width = edge.shape[-2:]
-    ramp = torch.arange(width, device=edge.device, dtype=edge.dtype) * _STRAIGHT
-    distance = (1 - edge[:, 0]) * _FAR
-    for turn in range(2):
-        rows: list[Tensor] = []
-        for y in range(height):
-            row = distance[:, y]
-            if y > 0:
-                row = torch.minimum(row, _from_above(rows[y - 1], (_DIAGONAL, _KNIGHT)))
-                row = torch.minimum(row, rows[y - 1] + _STRAIGHT)
-            if y > 1:
-                row = torch.minimum(row, _from_above(rows[y - 2], (_KNIGHT,)))
-            rows.append((row - ramp).cummin(dim=1).values + ramp)
-        distance = torch.stack(rows, dim=1).flip(1, 2)
-    return distance[:, None]
-
-
-def _from_above(row: Tensor, steps: tuple[float, ...]) -> Tensor:
-    """The least of a row's pixels, 1, 2, ... to the side, plus the step."""
-    least = torch.full_like(row, _FAR)
-    for shift, step in enumerate(steps, start=1):
-        least[:, shift:] = torch.minimum(least[:, shift:], row[:, :-shift] + step)
-        least[:, :-shift] = torch.minimum(least[:, :-shift], row[:, shift:] + step)
-    return least
+    ramp = torch.arange(width, device=edge.device, dtype=edge.dtype)
+    far = (1 - edge) * _FAR
+    left = (far - ramp).cummin(dim=3).values + ramp
+    right = ((far + ramp).flip(3).cummin(dim=3).values.flip(3)) - ramp
+    across = torch.minimum(left, right)
+    # The norm's faces, for across >= down; those for across < down are the same with both exchanged.
+    faces = ((1.0, _KNIGHT - 2), (_KNIGHT - _DIAGONAL, 2 * _DIAGONAL - _KNIGHT))
+    parts = [(across * a, b) for a, b in (*faces, *(face[::-1] for face in faces))]
+    distance = across.clamp(max=_FARTHEST)
+    for down in range(1, min(height, int(_FARTHEST))):
+        step = parts[0][0] + parts[0][1] * down
+        for part, slope in parts[1:]:
+            torch.maximum(step, part + slope * down, out=step)
+        for target, source in ((slice(down, None), slice(None, -down)), (slice(None, -down), slice(down, None))):
+            rows = distance[:, :, target]
+            torch.minimum(rows, step[:, :, source], out=rows)
+    return distance
 
 
 def equalised(x: Tensor) -> Tensor:
@@ -149,6 +155,6 @@ def equalised(x: Tensor) -> Tensor:
     lowest = least.amin(1, keepdim=True)  # the pixels of the lowest value, which becomes 0
     rest = values.shape[1] - lowest
     scaled = ((upto - lowest).clamp(min=0) * (255 / rest.clamp(min=1))).round_()
-    lowest_value = values.amin(1, keepdim=True).float()
+    lowest_value = x.flatten(1).amin(1, keepdim=True)
     scaled = torch.where(rest == 0, lowest_value, scaled)  # one value only stays what it is
     return scaled.gather(1, values).view(x.shape)
