@@ -1,0 +1,68 @@
+"""Noise of sensors and wires: Gaussian, shot, impulse, speckle."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .filters import Level
+from .random import Noise, quantile
+
+_FEW = 4.0  # photons: below, the distribution is summed; above, its quantile is expanded
+
+
+def gaussian_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
+    """A weak or cold sensor: the same noise everywhere."""
+    return noise.normal(*x.shape[1:]).mul_(level.pick(0.04, 0.06, 0.08, 0.09, 0.10)).add_(x)
+
+
+def speckle_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
+    """Noise in proportion to the light."""
+    return noise.normal(*x.shape[1:]).mul_(level.pick(0.06, 0.1, 0.12, 0.16, 0.2)).mul_(x).add_(x)
+
+
+def impulse_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
+    """Salt and pepper: a share of the values becomes black or white, half of them each."""
+    share = level.pick(0.01, 0.02, 0.03, 0.05, 0.07)
+    uniform = noise.uniform(*x.shape[1:])
+    salted = torch.maximum(x, (uniform < share / 2).to(x.dtype))
+    return salted.mul_((uniform < share / 2).logical_or_(uniform >= share).to(x.dtype))
+
+
+def shot_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
+    """Photon counting: ``Poisson(photons * x) / photons``."""
+    photons = level.pick(500, 250, 100, 75, 50)
+    return poisson(x * photons, noise.poisson_bits(*x.shape[1:])) / photons
+
+
+def poisson(rate: Tensor, bits: Tensor) -> Tensor:
+    """Poisson numbers by inversion of the distribution function: one draw of 32 bits each, no rejection, no waiting.
+
+    Above `_FEW` the quantile is expanded around the normal one, ``w``, to order 1 / rate (Cornish and Fisher; Giles
+    2016, "Algorithm 955"), which misses the exact number by one in 0.2 % of draws at the seam, and less often above.
+    Below, probabilities are summed.
+
+    Args:
+        rate: float32, not negative.
+        bits: int32 of the same shape.
+
+    Returns:
+        float32 whole numbers.
+    """
+    uniform = ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+    low = rate.clamp(max=_FEW)
+    probability = torch.exp(-low)
+    below = probability.clone()
+    few = torch.zeros_like(rate)
+    for k in range(1, int(_FEW + 6 * math.sqrt(_FEW)) + 1):
+        few += (uniform - below).ceil_()  # 1 if greater, else 0
+        below += probability.mul_(low).mul_(1 / k)
+    w = quantile((bits >> 16) & 0xFFFF)
+    high = rate.clamp(min=_FEW)
+    root = high.sqrt()
+    square = w * w
+    many = high + root * w + square / 6 + 1 / 3 - w * (square + 2) / 72 / root
+    many += (square * square / 270 + square * (7 / 810) - 8 / 405) / high
+    return torch.where(rate < _FEW, few, many.floor_()).clamp_(min=0)  # u - 1 may round to -1, and count down
