@@ -25,7 +25,7 @@ from .checkpoints import atomic
 from .features import Pool, unwrap
 from .taps import Taps
 from .teachers import Teacher
-from .vision.corruptions import corrupt
+from .vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from .vision.data import Images, to_float
 
 Array = NDArray[np.float32]
@@ -105,6 +105,9 @@ class Extractor:
             is ever out of date; delete what you no longer want. Layers pooled by a callable are not kept, since it
             has no hash. None: keep nothing.
         progress: show a bar; None to show it on a terminal only.
+
+    Raises:
+        ValueError: an unknown corruption or severity.
     """
 
     corruptions: Sequence[str]
@@ -115,6 +118,12 @@ class Extractor:
     cache: Path | None = None
     progress: bool | None = None
 
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.corruptions if name not in CORRUPTIONS]:
+            raise ValueError(f"unknown corruptions {unknown}; known are {', '.join(CORRUPTIONS)}")
+        if not set(self.severities) <= set(SEVERITIES):
+            raise ValueError(f"severities must be of 1 to 5, got {list(self.severities)}")
+
     def clean(self, layer: Layer, images: Images, *, label: str) -> Array:
         """Features of the images as they are, float32 ``[n, d]``; `views` tells what it raises."""
         return self._get(layer, images, [], label)[0]
@@ -123,7 +132,7 @@ class Extractor:
         """Features of the images as they are, and over all versions.
 
         Raises:
-            ValueError: features that are not ``[n, d]`` or not finite, an unknown corruption, a damaged file.
+            ValueError: features that are not ``[n, d]`` or not finite, a damaged file.
         """
         versions = [(name, severity) for name in self.corruptions for severity in self.severities]
         found = self._get(layer, images, versions, label)

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .extraction import Array, Extractor, Views, student_layer, teacher_layer
+from .extraction import Array, Extractor, Layer, student_layer, teacher_layer
 from .regression import PREDICTORS, Fit, Properties, Regression, Row, regress
 from .teachers import Teacher
 from .vision.corruptions import SEVERITIES, TEACHER_CORRUPTIONS
@@ -117,10 +117,10 @@ def rank_teachers(
     if unknown := sorted(set(accuracies) - set(teachers)):
         raise ValueError(f"there are accuracies of {unknown}, but no such teachers")
     extractor = Extractor(corruptions, severities, seed, batch_size, device, cache, progress)
+    layers = {name: teacher_layer(teacher) for name, teacher in teachers.items()}
     right = _student_right(student, layer, data, extractor)
     rows = [
-        Row(name, _measure(name, teacher, right, data, extractor), accuracies.get(name))
-        for name, teacher in teachers.items()
+        Row(name, _measure(name, own, right, data, extractor), accuracies.get(name)) for name, own in layers.items()
     ]
     scores = {
         row.name: getattr(row.properties, by) if isinstance(by, str) else by.predict(row.properties) for row in rows
@@ -152,7 +152,8 @@ def properties(
     over many corruptions is below 0 even for good teachers, and with zeros the dead would look better than they.
     """
     extractor = Extractor(corruptions, severities, seed, batch_size, device, cache, progress)
-    return _measure("teacher", teacher, _student_right(student, layer, data, extractor), data, extractor)
+    own = teacher_layer(teacher)
+    return _measure("teacher", own, _student_right(student, layer, data, extractor), data, extractor)
 
 
 def probe(
@@ -213,8 +214,8 @@ def robust_usefulness(
         highest: the highest.
         labels: ``[n]``, at least two classes.
     """
-    varies = np.ptp(clean, axis=0) > 0
     mean, deviation = clean.mean(axis=0, dtype=np.float64), clean.std(axis=0, dtype=np.float64)
+    varies = deviation > 1e-6 * np.abs(clean).max(axis=0)  # by more than what fp32 rounds
     low, high = ((values - mean) / np.where(varies, deviation, 1) for values in (lowest, highest))
     best = np.full(clean.shape[1], -np.inf)
     for c in np.unique(labels):
@@ -241,18 +242,19 @@ def _right(train: Array, held_out: Array, data: Splits) -> NDArray[np.bool_]:
 
 
 def _measure(
-    name: str, teacher: Teacher, student_right: NDArray[np.bool_], data: Splits, extractor: Extractor
+    name: str, layer: Layer, student_right: NDArray[np.bool_], data: Splits, extractor: Extractor
 ) -> Properties:
-    own = teacher_layer(teacher)
-    train = extractor.clean(own, data.train, label=f"{name}: training images")
-    views: Views = extractor.views(own, data.validation, label=f"{name}: validation images")
-    if not np.ptp(views.clean, axis=0).any():
-        raise ValueError(f"{name}: no feature of layer {own.name!r} varies over the validation images")
-    right = _right(train, views.clean, data)
+    train = extractor.clean(layer, data.train, label=f"{name}: training images")
+    views = extractor.views(layer, data.validation, label=f"{name}: validation images")
     labels = data.validation.labels.cpu().numpy()
+    worst = robust_usefulness(views.clean, views.lowest, views.highest, labels)
+    mean = robust_usefulness(views.clean, views.mean, views.mean, labels)
+    if np.isnan(worst).all():
+        raise ValueError(f"{name}: no feature of layer {layer.name!r} varies over the validation images")
+    right = _right(train, views.clean, data)
     return Properties(
         probe_accuracy=float(right.mean()),
         complementary_knowledge=float((right & ~student_right).mean()),
-        usefulness_min=float(np.nanmean(robust_usefulness(views.clean, views.lowest, views.highest, labels))),
-        usefulness_mean=float(np.nanmean(robust_usefulness(views.clean, views.mean, views.mean, labels))),
+        usefulness_min=float(np.nanmean(worst)),
+        usefulness_mean=float(np.nanmean(mean)),
     )
