@@ -1,15 +1,17 @@
-"""What a comparison of methods has shown: figures, a table, a JSON file."""
+"""What a comparison of methods or of teachers has shown: figures, tables, a JSON file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from .checkpoints import History, write_json
 from .evaluation import Robustness, pgr
+from .selection import Ranking, Regression, Row
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ COLUMNS: dict[str, Callable[[Outcome], float]] = {
 }
 
 
+PROPERTY_NAMES = {
+    "probe_accuracy": "probe accuracy",
+    "complementary_knowledge": "complementary knowledge",
+    "usefulness_min": "usefulness, worst corruption",
+    "usefulness_mean": "usefulness, mean corruption",
+}
+
+
 def spread(values: Sequence[float]) -> float:
     """Standard deviation over the seeds, 0 for a single one."""
     return stdev(values) if len(values) > 1 else 0.0
@@ -105,11 +115,42 @@ def table(comparison: Comparison) -> str:
         recovered = percent(comparison.recovered(method)) if method in comparison.contenders else ""
         cka = f"{fmean(outcome.cka for outcome in outcomes):.2f}"
         rows.append([method, *accuracies, recovered, cka])
-    return rows_to_markdown(rows)
+    return markdown(rows)
 
 
-def rows_to_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head and whose first column is its names, aligned to be read as it is."""
+def ranking_table(ranking: Ranking) -> str:
+    """A Markdown table of teachers, the most promising first: shares in percent, usefulness in standard deviations.
+
+    Robust accuracies after the transfer stand at the end where any is known, predicted ones first if they decided.
+    """
+    columns: dict[str, Callable[[Row], str]] = {"teacher": lambda row: row.name}
+    if ranking.by == "prediction":
+        columns["predicted accuracy"] = lambda row: percent([ranking.scores[row.name]])
+    for name, title in PROPERTY_NAMES.items():
+        columns[title] = partial(_property, name)
+    if any(row.accuracy is not None for row in ranking.rows):
+        columns["accuracy after transfer"] = lambda row: "" if row.accuracy is None else percent([row.accuracy])
+    return markdown([list(columns), *([cell(row) for cell in columns.values()] for row in ranking.rows)])
+
+
+def _property(name: str, row: Row) -> str:
+    value: float = getattr(row.properties, name)
+    return f"{value:.2f}" if name.startswith("usefulness") else percent([value])
+
+
+def regression_table(regression: Regression) -> str:
+    """A Markdown table of how much of the accuracies' variance is explained, in percent: each property, then all."""
+    rows = [["property", "coefficient", "R² alone", "R² alone, left out"]]
+    for name, coefficient in regression.coefficients.items():
+        alone = regression.alone[name]
+        rows.append([PROPERTY_NAMES[name], f"{coefficient:+.2f}", percent([alone.r2]), percent([alone.r2_loo])])
+    fit = regression.fit
+    rows.append([f"all, {regression.n} rows", "", percent([fit.r2]), percent([fit.r2_loo])])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table from rows of cells, the header first; the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         f"| {row[0]:<{widths[0]}} | "

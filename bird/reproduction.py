@@ -19,7 +19,7 @@ from .evaluation import Robustness
 from .experiments import Cell, Experiment
 from .methods import METHODS
 from .recipes import Networks, Recipe
-from .report import Comparison, Outcome, percent, rows_to_markdown
+from .report import Comparison, Outcome, markdown, percent
 
 Group = tuple[str, str]  # networks, variant
 
@@ -109,7 +109,7 @@ def _table(recipe: Recipe, pair: Networks, comparison: Comparison) -> str:
                 f"{fmean(o.cka for o in outcomes):.2f}",
             ]
         )
-    return rows_to_markdown(rows) + "\n"
+    return markdown(rows) + "\n"
 
 
 def _differences(comparison: Comparison) -> str:
@@ -126,7 +126,7 @@ def _differences(comparison: Comparison) -> str:
             pairs = zip(comparison.of(title), comparison.of(other), strict=True)
             cells.append(difference([a.held_out.pooled - b.held_out.pooled for a, b in pairs]))
         rows.append([title, *cells])
-    return rows_to_markdown(rows) + "\n\nPoints, and p of a paired t-test, two-sided, uncorrected.\n"
+    return markdown(rows) + "\n\nPoints, and p of a paired t-test, two-sided, uncorrected.\n"
 
 
 def difference(values: Sequence[float]) -> str:

@@ -51,8 +51,12 @@ def test_the_papers_vision_tables() -> None:
     for row in rows:
         assert list(row) == ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird"]
         assert max(row, key=row.__getitem__) == "bird"
-    assert sum(row["bird"] for row in rows) == pytest.approx(54.77 + 24.11 + 25.03 + 23.38 + 23.68 + 59.04 + 27.46 + 25.25)
-    assert sum(row["lwf"] for row in rows) == pytest.approx(52.21 + 20.52 + 23.18 + 23.23 + 23.27 + 56.92 + 26.14 + 24.14)
+    assert sum(row["bird"] for row in rows) == pytest.approx(
+        54.77 + 24.11 + 25.03 + 23.38 + 23.68 + 59.04 + 27.46 + 25.25
+    )
+    assert sum(row["lwf"] for row in rows) == pytest.approx(
+        52.21 + 20.52 + 23.18 + 23.23 + 23.27 + 56.92 + 26.14 + 24.14
+    )
     assert sum(row["none"] for row in rows) == pytest.approx(51.31 + 2 * 20.74 + 2 * 22.59 + 54.51 + 2 * 22.59)
     shares = {name: dict(read(name).paper_pgr) for name in recipes.names() if read(name).paper_pgr}
     assert shares == {
@@ -78,7 +82,11 @@ def test_a_file_of_ones_own(minimal: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ('data = "digits"\naugment', 'data = "digit"\naugment', "teacher: data: there is no 'digit'; there is 'digits'"),
+        (
+            'data = "digits"\naugment',
+            'data = "digit"\naugment',
+            "teacher: data: there is no 'digit'; there is 'digits'",
+        ),
         ("steps = 5", "steps = 5\nepochs = 1", "pretraining: say epochs or steps"),
         ("steps = 5", "step = 5", "a key of pretraining: there is no 'step'; there is 'steps'"),
         ("steps = 5", "steps = 0", "pretraining: steps must be at least 1"),

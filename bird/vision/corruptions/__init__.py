@@ -20,11 +20,11 @@ from torch import Tensor
 
 from .blur import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
 from .digital import brightness, contrast, elastic_transform, pixelate, saturate
+from .drops import spatter
 from .filters import Level
 from .jpeg import jpeg_compression
 from .noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
 from .random import Noise, keys
-from .drops import spatter
 from .weather import fog, frost, snow
 
 Corruption = Callable[[Tensor, Level, Noise], Tensor]

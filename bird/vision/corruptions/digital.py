@@ -72,7 +72,9 @@ def elastic_transform(x: Tensor, level: Level, noise: Noise) -> Tensor:
     """
     height, width = x.shape[-2:]
     side = min(height, width)
-    jitter = noise.uniform(3, 2).mul_(2).sub_(1) * level.pick(0.08, 0.07, 0.06, 0.05, 0.03).flatten(1)[:, :, None] * side
+    jitter = (
+        noise.uniform(3, 2).mul_(2).sub_(1) * level.pick(0.08, 0.07, 0.06, 0.05, 0.03).flatten(1)[:, :, None] * side
+    )
     x = _sampled(x, *_affine_sources(jitter, height, width), mirror_last=True)
     if level.present == range(1):
         return x
