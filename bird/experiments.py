@@ -219,7 +219,9 @@ def _about(source: Source, seed: int | None) -> dict[str, Any]:
 
 
 def _classes(source: Source) -> int:
-    return DATASETS[source.data].classes if source.classes is None else len(source.classes)
+    known = DATASETS[source.data].classes if source.classes is None else len(source.classes)
+    assert known is not None  # a recipe's source has them
+    return known
 
 
 def _build(network: str, source: Source) -> nn.Module:

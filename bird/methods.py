@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -60,7 +60,7 @@ class Method:
     title: str
     start: Literal["student", "teacher"] = "student"
     phases: tuple[tuple[bool, Guidance | None], ...] = ((False, None),)
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     corrupted: bool = False
 
 
@@ -103,7 +103,7 @@ class Transfer:
     student: tuple[str, str]
     settings: Settings
     classes: int
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Any] = field(default_factory=dict)
     augment: Augment | None = None
     validate: Callable[[nn.Module], float] | None = None
     device: torch.device | str = "cpu"

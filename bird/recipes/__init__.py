@@ -53,6 +53,13 @@ T = TypeVar("T")
 AUGMENTS = ("none", "crop", "crop-flip")
 
 
+def _known(what: str, value: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known) or known
+        raise ValueError(f"{what}: there is no {value!r}; there is {', '.join(map(repr, near))}")
+
+
 @dataclass(frozen=True)
 class Source:
     """Images.
@@ -71,6 +78,8 @@ class Source:
 
     def __post_init__(self) -> None:
         _known("data", self.data, DATASETS)
+        if self.classes is None and DATASETS[self.data].classes is None:
+            raise ValueError(f"how many classes {self.data!r} has is not known: list them, classes = [0, 1, ...]")
         _known("augment", self.augment, AUGMENTS)
 
 
@@ -266,10 +275,3 @@ def _made(where: str, kind: type[T], table: Mapping[str, Any]) -> T:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _known(what: str, value: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known) or known
-        raise ValueError(f"{what}: there is no {value!r}; there is {', '.join(map(repr, near))}")

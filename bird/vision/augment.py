@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .corruptions import Noise, _keys
+from .corruptions.random import Noise, keys
 
 Augment = Callable[[Tensor, Tensor, int], Tensor]  # images [n, c, h, w] in 0-1, sample numbers int64 [n], epoch
 
@@ -31,12 +31,12 @@ class CropFlip:
     def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
         """Images ``[n, c, h, w]``, their numbers int64 ``[n]`` and the epoch to images of the same shape."""
         n, _, height, width = x.shape
-        noise = Noise(_keys(index.to(x.device), 1_000_003 * self.seed + epoch, 0xC209))
-        down, right = ((2 * PADDING + 1) * noise.uniform(2)).long().unbind(1)
+        noise = Noise(keys(index.to(x.device), 1_000_003 * self.seed + epoch, 0xC209))
+        down, right = noise.integers(2 * PADDING + 1, 2).unbind(1)
         rows = down[:, None] + torch.arange(height, device=x.device)
         columns = right[:, None] + torch.arange(width, device=x.device)
         if self.flip:
-            flipped = noise.uniform(1) < 0.5
+            flipped = noise.integers(2, 1) == 1
             columns = torch.where(flipped, columns.flip(1), columns)
         sample = torch.arange(n, device=x.device)[:, None, None]
         padded = F.pad(x, [PADDING] * 4).permute(0, 2, 3, 1)
