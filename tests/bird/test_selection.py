@@ -131,9 +131,6 @@ def rank(teachers: dict[str, Teacher], student: nn.Module, data: Splits, **optio
     )
 
 
-# The three properties
-
-
 @pytest.mark.parametrize("c", [1.0, 0.01])
 def test_the_probe_minimises_the_stated_objective(data: Splits, c: float) -> None:
     net = Net(6, 0).eval()
@@ -257,9 +254,6 @@ def test_the_students_own_features_add_nothing(data: Splits) -> None:
     assert found.rows[0].properties.probe_accuracy == found.student_probe_accuracy
 
 
-# Ranking
-
-
 @pytest.fixture(scope="module")
 def teachers() -> dict[str, Teacher]:
     return {f"net{seed}": Teacher(Net(5, seed), "body") for seed in range(3)}
@@ -336,9 +330,6 @@ def test_kept_features_give_the_same_numbers(
     assert {row.name for row in set(changed.rows) - set(bare.rows)} == {"net0"}
 
 
-# What is refused
-
-
 def test_bad_input_is_refused_before_anything_runs(data: Splits, passes: list[str]) -> None:
     student, teacher = Net(4, 9), Teacher(Net(4, 0), "body")
     with pytest.raises(ValueError, match="no teachers to rank"):
@@ -367,9 +358,6 @@ def test_without_scikit_learn_the_probe_says_what_to_do(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(ImportError, match=r"pip install 'bird-kernels\[vision\]'"):
         probe(np.zeros((2, 2)), np.array([0, 1]), np.zeros((2, 2)))
-
-
-# On real images
 
 
 @pytest.fixture
