@@ -68,6 +68,7 @@ def scatter(
             _draw_promise(axes, name, tried, baseline)
         else:
             _draw_property(axes, name, rows)
+        axes.locator_params(axis="x", nbins=5)
         if regression is not None and name in regression.alone:
             alone = regression.alone[name]
             text = f"R² alone {alone.r2:.2f}, left out {alone.r2_loo:.2f}"

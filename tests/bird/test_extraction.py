@@ -76,18 +76,29 @@ def test_without_corruptions_there_is_the_clean_version_alone() -> None:
 
 def test_a_student_runs_in_eval_mode_and_gets_its_modes_back() -> None:
     student = nn.Sequential(network(), nn.Flatten())
-    student[0][2].eval()
+    student[1].eval()
     truth = literal(student[0], IMAGES)[0]
     with student_layer(student, "0.2") as own:
         found = EXTRACTOR.clean(own, IMAGES, label="")
     np.testing.assert_allclose(found, truth.numpy(), atol=2e-6)
-    assert [module.training for module in (student, student[0], student[0][2])] == [True, True, False]
+    assert [module.training for module in (student, student[0][2], student[1])] == [True, True, False]
     assert not student[0][2]._forward_hooks
     assert all(parameter.requires_grad for parameter in student.parameters())
     with pytest.raises(ValueError, match=r"2 are tapped \(0.0, 0.1\)"), student_layer(student, "0.[01]"):
         pass
     with pytest.raises(ValueError, match="2 are tapped"):
         teacher_layer(Teacher(network(), ["0", "1"]))
+
+
+def test_networks_go_to_the_device_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[str] = []
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: moves.append(str(device)))
+    with bird.extraction._on(network(), "cuda:1") as device:
+        assert device == torch.device("cuda:1")
+        assert moves == ["cuda:1"]
+    assert moves == ["cuda:1", "cpu"]
+    with bird.extraction._on(network(), None) as device:
+        assert device == torch.device("cpu")
 
 
 def test_kept_features_are_read_and_not_made_again(tmp_path: Path, passes: list[int]) -> None:
@@ -150,6 +161,16 @@ def test_images_and_corruptions_make_other_features(
     keeping.clean(layer, IMAGES, label="")
     replace(keeping, seed=5, severities=(1,)).clean(layer, IMAGES, label="")  # clean features have neither
     assert passes == [4, 2, 4, 4, 4, 4, 0]
+
+
+def test_seeds_are_told_apart_even_where_the_first_image_is_black(tmp_path: Path, passes: list[int]) -> None:
+    """Noise that multiplies leaves it black under every seed."""
+    black = Images(IMAGES.images * (torch.arange(len(IMAGES)) > 0).view(-1, 1, 1, 1), IMAGES.labels)
+    keeping = replace(EXTRACTOR, corruptions=["speckle_noise"], severities=[5], cache=tmp_path)
+    found = [replace(keeping, seed=seed).views(tapped(network()), black, label="").mean for seed in (3, 4)]
+    assert passes == [1, 1]
+    np.testing.assert_array_equal(*(mean[0] for mean in found))
+    assert not np.array_equal(*found)
 
 
 @pytest.mark.parametrize("damage", ["garbage", "cut", "shape"])
