@@ -60,8 +60,18 @@ def _outcome(experiment: Experiment, cell: Cell) -> Outcome | None:
         held_out=Robustness(score["clean"], {name: accuracies[name] for name in held_out}),
         seen=Robustness(score["clean"], {n: a for n, a in accuracies.items() if n in experiment.recipe.corruptions}),
         cka=aligned["cka"],
-        history=History(**training["histories"][-1]),
+        history=_joined(training["histories"]),
     )
+
+
+def _joined(phases: Sequence[Mapping[str, Any]]) -> History:
+    """The histories of a method's phases as one, the steps counted on."""
+    history = History()
+    for phase in phases:
+        before = history.train[-1]["step"] if history.train else 0
+        history.train += [row | {"step": before + row["step"]} for row in phase["train"]]
+        history.validation += [row | {"step": before + row["step"]} for row in phase["validation"]]
+    return history
 
 
 def page(recipe: Recipe, comparisons: Mapping[Group, Comparison], missing: Sequence[Cell]) -> str:
@@ -90,8 +100,8 @@ def _table(recipe: Recipe, pair: Networks, comparison: Comparison) -> str:
     titles = {method.title: name for name, method in METHODS.items()}
     shares = {**recipe.paper_pgr, **pair.paper_pgr}
     head = [
-        "method", "robust: paper", "ours", "clean", "held-out corruptions", "teacher's corruptions",
-        "gap recovered: paper", "ours", "CKA to teacher",
+        "method", "robust (paper)", "robust", "clean", "held-out corruptions", "teacher's corruptions",
+        "gap recovered (paper)", "gap recovered", "CKA to teacher",
     ]  # fmt: skip
     rows = [head]
     for title in comparison.methods:
