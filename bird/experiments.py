@@ -134,7 +134,7 @@ class Experiment:
                 label=f"{network}, seed {seed}",
             )
             save(model.state_dict(), folder / "model.pt")
-            return {"histories": [asdict(history)]}
+            return {"histories": [asdict(history)], "steps_per_second": [history.steps_per_second]}
 
         kind = "teacher" if corruptions else "student"
         return Made(network, source, Stage(kind, about, make, title=f"{network} on {source.data}, seed {seed}"))
@@ -175,9 +175,13 @@ class Experiment:
                 weights={name: value for name, value in weights.items() if value is not None},
             )
             guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
-            model, histories = transfer.run(method, guide, start, data.train)
+            model, histories, times = transfer.run(method, guide, start, data.train)
             save(model.state_dict(), folder / "model.pt")
-            return {"histories": [asdict(history) for history in histories]}
+            return {
+                "histories": [asdict(history) for history in histories],
+                "steps_per_second": [history.steps_per_second for history in histories],
+                "times": times and asdict(times),
+            }
 
         title = f"{student.network} on {recipe.student.data}, seed {seed}"
         return Made(starts.network, recipe.student, Stage(method, about, make, parents, title))

@@ -29,13 +29,14 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from .checkpoints import History, Settings
 from .losses import BirdLoss, Hints, LwF
+from .profiling import StepTimes, step_times
 from .taps import Taps
 from .teachers import Teacher
 from .training import Augment, Guide, fit
@@ -86,6 +87,14 @@ METHODS = {
 }
 
 
+class Transferred(NamedTuple):
+    """A trained network, the history of each phase, and what guidance costs (None without)."""
+
+    model: nn.Module
+    histories: list[History]
+    times: StepTimes | None
+
+
 @dataclass(frozen=True)
 class Transfer:
     """What all methods have in common; arguments that are not described here are those of `bird.training.fit`.
@@ -110,9 +119,7 @@ class Transfer:
     folder: Path | None = None
     progress: bool | None = None
 
-    def run(
-        self, method: str, teacher: nn.Module | None, student: nn.Module | None, train: Images
-    ) -> tuple[nn.Module, list[History]]:
+    def run(self, method: str, teacher: nn.Module | None, student: nn.Module | None, train: Images) -> Transferred:
         """Train by a method; the networks it starts from are left as they are.
 
         Args:
@@ -120,9 +127,6 @@ class Transfer:
             teacher: not needed by what neither starts from it nor is guided by it.
             student: the same.
             train: the student's training images.
-
-        Returns:
-            The trained network, and the history of each phase.
 
         Raises:
             ValueError: a network that the method needs is missing; also whatever `fit` raises.
@@ -136,7 +140,7 @@ class Transfer:
         torch.manual_seed(self.settings.seed)
         if known.start == "teacher":
             replace_head(model, network, self.classes)
-        histories = []
+        histories, times = [], None
         for number, (head_alone, guidance) in enumerate(known.phases):
             steps = len(range(number, self.settings.steps, len(known.phases)))  # the first may have one more
             guide = None if guidance is None else self._guide(guidance, known, teacher, model)
@@ -156,8 +160,9 @@ class Transfer:
             )
             histories.append(history)
             if guide is not None:
+                times = step_times(model, train, self.settings, guide, augment=self.augment, device=self.device)
                 guide.taps.remove()
-        return model, histories
+        return Transferred(model, histories, times)
 
     def _guide(self, guidance: Guidance, known: Method, teacher: nn.Module | None, model: nn.Module) -> Guide:
         if teacher is None:

@@ -316,7 +316,7 @@ def test_a_guides_loss_that_is_not_finite_stops_the_run_too() -> None:
 # Devices and compilers
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves everything to a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", ["bird", "hints", "lwf"])
 def test_all_that_a_run_needs_moves_to_its_device(method: str) -> None:

@@ -48,10 +48,11 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 def moved(method: str, networks: tuple[nn.Module, nn.Module], train: Images, **options: object) -> nn.Module:
     before = [weights(network) for network in networks]
     transfer = Transfer(TEACHER, STUDENT, SETTINGS, 4, **options)  # type: ignore[arg-type]
-    model, histories = transfer.run(method, *networks, train)
+    model, histories, times = transfer.run(method, *networks, train)
     for network, old in zip(networks, before, strict=True):  # left as they were
         assert all(value.equal(old[name]) for name, value in network.state_dict().items())
     assert [history.train[-1]["step"] for history in histories] == {0: [], 1: [7], 2: [4, 3]}[len(histories)]
+    assert (times is not None) == (method == "lwf" or method in GUIDED)
     return model
 
 
