@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from . import figures
@@ -74,8 +74,16 @@ def _joined(phases: Sequence[Mapping[str, Any]]) -> History:
     return history
 
 
-def page(recipe: Recipe, comparisons: Mapping[Group, Comparison], missing: Sequence[Cell]) -> str:
-    """Markdown: a section for each group."""
+def page(experiment: Experiment, cells: Sequence[Cell]) -> str:
+    """Markdown: a section for each pair of networks and variant.
+
+    Raises:
+        ValueError: nothing is done yet.
+    """
+    recipe, root = experiment.recipe, experiment.root
+    comparisons, missing = collect(experiment, cells)
+    if not comparisons:
+        raise ValueError(f"no cell of {recipe.name} is done in {root}: bird run it first")
     parts = [f"# {recipe.title}\n"]
     for (networks, variant), comparison in comparisons.items():
         pair = recipe.networks[networks]
@@ -87,6 +95,7 @@ def page(recipe: Recipe, comparisons: Mapping[Group, Comparison], missing: Seque
         )
         parts.append(_table(recipe, pair, comparison))
         parts.append(_differences(comparison))
+        parts.append(_costs([cell for cell in cells if (cell.networks, cell.variant) == (networks, variant)], root))
     if missing:
         parts.append(f"{len(missing)} cells are not done, the first: {_label(missing[0])}.\n")
     return "\n".join(parts)
@@ -139,6 +148,19 @@ def _differences(comparison: Comparison) -> str:
     return markdown(rows) + "\n\nPoints, and p of a paired t-test, two-sided, uncorrected.\n"
 
 
+def _costs(cells: Sequence[Cell], root: Path) -> str:
+    """What guidance costs: medians over the seeds, of times taken after the training."""
+    rows = [["a step of", "ms", "teacher's forward, %", "loss, %"]]
+    for method in dict.fromkeys(cell.method for cell in cells):
+        results = [cell.training.result(root) for cell in cells if cell.method == method]
+        times = [result["times"] for result in results if result and result.get("times")]
+        if times:
+            step = median(t["step"] for t in times)
+            shares = [100 * median(t[part] / t["step"] for t in times) for part in ("teacher", "loss")]
+            rows.append([METHODS[method].title, f"{1e3 * step:.1f}", *(f"{share:.1f}" for share in shares)])
+    return markdown(rows) + "\n" if len(rows) > 1 else ""
+
+
 def difference(values: Sequence[float]) -> str:
     """``mean (p)`` of paired differences, in percentage points."""
     return f"{100 * fmean(values):+.1f} (p {paired_p(values):.2g})"
@@ -165,11 +187,9 @@ def write(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> str:
     Raises:
         ValueError: nothing is done yet.
     """
-    comparisons, missing = collect(experiment, cells)
-    if not comparisons:
-        raise ValueError(f"no cell of {experiment.recipe.name} is done in {experiment.root}: bird run it first")
+    text = page(experiment, cells)
+    comparisons, _ = collect(experiment, cells)
     folder.mkdir(parents=True, exist_ok=True)
-    text = page(experiment.recipe, comparisons, missing)
     with atomic(folder / "README.md") as path:
         path.write_text(text, encoding="utf-8")
     write_json({"recipe": asdict(experiment.recipe), "cells": list(_numbers(comparisons))}, folder / "results.json")
