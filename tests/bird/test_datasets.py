@@ -256,9 +256,9 @@ def test_splits(tmp_path: Path, expect: Callable[..., None]) -> None:
     assert torch.equal(first.train.images, again.train.images)
     assert not torch.equal(first.validation.images, other.validation.images)
 
-    few = load("cifar10", tmp_path, classes=[7, 2], limit_per_class=4)
-    for part, count in ((few.train, 4), (few.validation, 3), (few.test, 4)):
-        assert part.labels.tolist() == [0] * count + [1] * count
+    few = load("cifar10", tmp_path, classes=[7, 2], validation=0.5, limit_per_class=4)
+    for part in (few.train, few.validation, few.test):
+        assert part.labels.tolist() == [0] * 4 + [1] * 4
     assert prints(few.test)[:4] == [image.tobytes() for image in test[0][test[1] == 7][:4]]
     assert set(prints(few.train)[4:]) <= {image.tobytes() for image in train[0][train[1] == 2]}
     tiny = load("cifar10", tmp_path, validation=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,8 +33,9 @@ def expect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, expect: Callable[..., None]) -> Path:
-    """A small TinyImageNet; the path is the root's."""
+def tiny(tmp_path: Path, expect: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small TinyImageNet, decoded in several chunks; the path is the root's."""
+    monkeypatch.setattr(folders, "_CHUNK", 5)
     official.write_tiny_imagenet(tmp_path / "tiny-imagenet-200", WNIDS, EACH, EACH_TEST)
     expect("tiny-imagenet", classes=3, counts=(3 * EACH, 3 * EACH_TEST))
     return tmp_path
@@ -77,9 +79,13 @@ def test_tiny_imagenet_is_the_mean_of_blocks(tiny: Path) -> None:
 def test_images_are_decoded_once(tiny: Path, decodings: list[Path]) -> None:
     train, test = DATASETS["tiny-imagenet"].read(tiny)
     assert len(decodings) == 3 * (EACH + EACH_TEST)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # from_numpy warns of arrays that cannot be written
-        again, test_again = DATASETS["tiny-imagenet"].read(tiny)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # from_numpy warns of arrays that cannot be written
+            again, test_again = DATASETS["tiny-imagenet"].read(tiny)
+    finally:
+        torch.set_warn_always(False)
     assert len(decodings) == 3 * (EACH + EACH_TEST)
     assert torch.equal(train.images, again.images)
     assert torch.equal(test.images, test_again.images)
@@ -92,14 +98,15 @@ def test_a_changed_folder_is_decoded_again(tiny: Path, decodings: list[Path]) ->
     train, _ = DATASETS["tiny-imagenet"].read(tiny)
     folder = tiny / "tiny-imagenet-200" / "train"
     (old,) = folder.parent.glob("train.32x32-*.npy")
-    first, second = sorted((folder / sorted(WNIDS)[0] / "images").iterdir())[:2]
-    status = first.stat()
-    first.write_bytes(second.read_bytes())
-    os.utime(first, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    files = sorted((folder / sorted(WNIDS)[0] / "images").iterdir())
+    small, big = sorted(range(EACH), key=lambda i: files[i].stat().st_size)[::3]
+    status = files[big].stat()
+    files[big].write_bytes(files[small].read_bytes().ljust(status.st_size, b"\0"))  # only the time of change tells
+    os.utime(files[big], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     del decodings[:]
     changed, _ = DATASETS["tiny-imagenet"].read(tiny)
     assert len(decodings) == 3 * EACH
-    assert torch.equal(changed.images[0], train.images[1])
+    assert torch.equal(changed.images[big], train.images[small])
     (new,) = folder.parent.glob("train.32x32-*.npy")
     assert new != old
 
@@ -123,6 +130,13 @@ def test_a_cache_that_cannot_be_written_is_no_error(tiny: Path, monkeypatch: pyt
         splits = load("tiny-imagenet", tiny)
     assert len(splits.test) == 3 * EACH_TEST
     assert not [path for path in tiny.rglob("*") if "32x32" in path.name]
+
+
+def test_what_is_not_installed_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in (("tiny-imagenet", "PIL"), ("digits", "sklearn.datasets")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ImportError, match=r"pip install 'bird-kernels\[vision\]'"):
+            load(name, tiny)
 
 
 def test_a_broken_tiny_imagenet_is_refused(tiny: Path) -> None:

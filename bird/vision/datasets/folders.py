@@ -2,8 +2,9 @@
 
 Every image becomes RGB; the largest square in its middle is resized with Pillow's box filter, the mean of the
 pixels that a new one covers (rounded along rows, then along columns), which ImageNet-32 was made with too. For
-the 64x64 of TinyImageNet these are blocks of 2x2. What was decoded is kept beside the folder, as ``NAME.32x32-FINGERPRINT.npy``. The fingerprint
-is of all paths, sizes and times of change: a changed folder is decoded again.
+the 64x64 of TinyImageNet these are blocks of 2x2. What was decoded is kept beside the folder, as
+``NAME.32x32-FINGERPRINT.npy``. The fingerprint is of all paths, sizes and times of change: a changed folder is
+decoded again.
 """
 
 from __future__ import annotations
