@@ -157,7 +157,9 @@ def elastic_transform(image: Array, severity: int, rng: Random) -> Array:
     )
     rows, columns, channels = np.meshgrid(np.arange(height), np.arange(width), np.arange(3), indexing="ij")
     return _clip(
-        ndimage.map_coordinates(x, (rows + down[..., None], columns + right[..., None], channels), order=1, mode="reflect")
+        ndimage.map_coordinates(
+            x, (rows + down[..., None], columns + right[..., None], channels), order=1, mode="reflect"
+        )
     )
 
 
@@ -243,12 +245,8 @@ def _plasma(side: int, decay: float, rng: Random) -> Array:
         pairs = corners + np.roll(corners, -1, 0)
         centres = middle(pairs + np.roll(pairs, -1, 1))
         clouds[half::step, half::step] = centres
-        clouds[::step, half::step] = middle(
-            centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1)
-        )
-        clouds[half::step, ::step] = middle(
-            centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0)
-        )
+        clouds[::step, half::step] = middle(centres + np.roll(centres, 1, 0) + corners + np.roll(corners, -1, 1))
+        clouds[half::step, ::step] = middle(centres + np.roll(centres, 1, 1) + corners + np.roll(corners, -1, 0))
         step, wibble = half, wibble / decay
     clouds -= clouds.min()
     return clouds / clouds.max()

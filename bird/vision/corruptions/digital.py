@@ -72,7 +72,9 @@ def elastic_transform(x: Tensor, level: Level, noise: Noise) -> Tensor:
     """
     height, width = x.shape[-2:]
     side = min(height, width)
-    jitter = noise.uniform(3, 2).mul_(2).sub_(1) * level.pick(0.08, 0.07, 0.06, 0.05, 0.03).flatten(1)[:, :, None] * side
+    jitter = (
+        noise.uniform(3, 2).mul_(2).sub_(1) * level.pick(0.08, 0.07, 0.06, 0.05, 0.03).flatten(1)[:, :, None] * side
+    )
     x = _sampled(x, *_affine_sources(jitter, height, width), mirror_last=True)
     if level.present == range(1):
         return x
@@ -90,8 +92,9 @@ def _mirrored_gaussian(size: int, sigma: float) -> np.ndarray:
 
 
 def _affine_sources(jitter: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where each pixel comes from, rows and columns ``[n, height, width]``, under the affine map that moves three corners
-    of the middle third by ``jitter`` ``[n, 3, 2]`` (columns, then rows, in pixels).
+    """Where each pixel comes from, rows and columns ``[n, height, width]``, under an affine map.
+
+    It moves three corners of the picture's middle by ``jitter`` ``[n, 3, 2]`` (columns, then rows, in pixels).
 
     With the moved corners p, u = p0 - p1 and v = p2 - p1, a pixel p1 + a u + b v (a and b by Cramer's rule) comes from
     the same a and b between the corners at rest, where u points down and v to the left.
@@ -109,7 +112,7 @@ def _affine_sources(jitter: Tensor, height: int, width: int) -> tuple[Tensor, Te
 
 
 def _sampled(x: Tensor, rows: Tensor, columns: Tensor, *, mirror_last: bool) -> Tensor:
-    """Interpolate ``x`` at real positions ``[n, height, width]``, mirrored at the last pixel's middle or at its edge."""
+    """Interpolate at real positions ``[n, height, width]``, mirrored at the last pixel's middle or at its edge."""
     places = []
     for place, size in zip((columns, rows), (x.shape[3], x.shape[2]), strict=True):
         places.append(place * (2 / (size - 1)) - 1 if mirror_last else (place * 2 + 1) / size - 1)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .filters import Level
+from .filters import Level, above
 from .random import Noise, quantile
 
 _FEW = 4.0  # photons: below, the distribution is summed; above, its quantile is expanded
@@ -27,14 +27,14 @@ def impulse_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
     """Salt and pepper: a share of the values becomes black or white, half of them each."""
     share = level.pick(0.01, 0.02, 0.03, 0.05, 0.07)
     uniform = noise.uniform(*x.shape[1:])
-    salted = torch.maximum(x, (uniform < share / 2).to(x.dtype))
-    return salted.mul_((uniform < share / 2).logical_or_(uniform >= share).to(x.dtype))
+    salt, struck = above(share / 2, uniform), above(share, uniform)
+    return (1 - struck).mul_(x).add_(salt)
 
 
 def shot_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
     """Photon counting: ``Poisson(photons * x) / photons``."""
     photons = level.pick(500, 250, 100, 75, 50)
-    return poisson(x * photons, noise.poisson_bits(*x.shape[1:])) / photons
+    return poisson(x * photons, noise.bits(*x.shape[1:])) / photons
 
 
 def poisson(rate: Tensor, bits: Tensor) -> Tensor:
@@ -65,4 +65,5 @@ def poisson(rate: Tensor, bits: Tensor) -> Tensor:
     square = w * w
     many = high + root * w + square / 6 + 1 / 3 - w * (square + 2) / 72 / root
     many += (square * square / 270 + square * (7 / 810) - 8 / 405) / high
-    return torch.where(rate < _FEW, few, many.floor_()).clamp_(min=0)  # u - 1 may round to -1, and count down
+    few.clamp_(min=0)  # u - 1 may round to -1, and count down
+    return few + above(rate, _FEW) * (many.floor_() - few)
