@@ -77,24 +77,8 @@ def measure(batch: int, usual_images: int, rounds: int) -> list[Row]:
             times.append(_time(ours, case) / batch)
             if turn > 0:  # the first one fills the tables
                 seconds[case].append(tuple(times))
-    return [
-        Row(
-            **about,
-            corruption=name,
-            severity=severity,
-            batch=batch,
-            usual_images=usual_images,
-            rounds=rounds,
-            **dict(
-                zip(
-                    ("usual", "ours", "ours_two_threads"),
-                    map(median, zip(*seconds[name, severity], strict=True)),
-                    strict=True,
-                )
-            ),
-        )
-        for name, severity in cases
-    ]
+    middles = {case: [median(way) for way in zip(*times, strict=True)] for case, times in seconds.items()}
+    return [Row(*about.values(), *case, batch, usual_images, rounds, *middles[case]) for case in cases]
 
 
 def _time(function: Callable[[str, int], None], case: tuple[str, int]) -> float:

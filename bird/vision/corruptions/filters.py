@@ -70,7 +70,7 @@ def to_grid(x: Tensor) -> Tensor:
 def matrices(
     build: Callable[[int, float], np.ndarray], size: int, values: tuple[float, ...], device: torch.device
 ) -> Tensor:
-    """``build(size, value)`` for each value, ``[values, size, size]``, on the grid of `separable`; kept on the device."""
+    """``build(size, value)`` for each value, ``[values, size, size]``, on `separable`'s grid, kept on the device."""
     stack = torch.from_numpy(np.stack([build(size, value) for value in values]))
     scaled = (stack * 2.0**24).round_().mul_(2.0**-24)
     return scaled.to(device) if _exact(device) else scaled.float().to(device)
