@@ -113,11 +113,12 @@ def streak(
     down, right = _streak_lines(between, x.device)[:, angle]
     row = torch.arange(height, device=x.device).view(1, height, 1)
     column = torch.arange(width, device=x.device).view(1, 1, width)
+    place = row.new_empty(len(x), height, width)  # of one tap at a time
 
     def taps(i: int) -> tuple[Tensor, Tensor]:
         rows = (row + down[:, i].view(-1, 1, 1)).clamp_(0, height - 1).mul_(width)
         columns = (column + right[:, i].view(-1, 1, 1)).clamp_(0, width - 1)
-        return (rows + columns).flatten(1), weight[:, i].view(-1, 1, 1)
+        return torch.add(rows, columns, out=place).flatten(1), weight[:, i].view(-1, 1, 1)
 
     return weighted(x, (taps(i) for i in range(count)))
 

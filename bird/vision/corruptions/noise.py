@@ -51,19 +51,25 @@ def poisson(rate: Tensor, bits: Tensor) -> Tensor:
     Returns:
         float32 whole numbers.
     """
-    uniform = ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
-    low = rate.clamp(max=_FEW)
-    probability = torch.exp(-low)
-    below = probability.clone()
-    few = torch.zeros_like(rate)
+    few = _summed(rate.clamp(max=_FEW), ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24))
+    many = _expanded(rate.clamp(min=_FEW), quantile((bits >> 16) & 0xFFFF))
+    return many.sub_(few).mul_(above(rate, _FEW)).add_(few)
+
+
+def _summed(rate: Tensor, uniform: Tensor) -> Tensor:
+    """The first number whose probability and that of all below it exceed ``uniform``."""
+    probability = torch.exp(-rate)
+    below, count, step = probability.clone(), torch.zeros_like(rate), torch.empty_like(rate)
     for k in range(1, int(_FEW + 6 * math.sqrt(_FEW)) + 1):
-        few += (uniform - below).ceil_()  # 1 if greater, else 0
-        below += probability.mul_(low).mul_(1 / k)
-    w = quantile((bits >> 16) & 0xFFFF)
-    high = rate.clamp(min=_FEW)
-    root = high.sqrt()
-    square = w * w
-    many = high + root * w + square / 6 + 1 / 3 - w * (square + 2) / 72 / root
-    many += (square * square / 270 + square * (7 / 810) - 8 / 405) / high
-    few.clamp_(min=0)  # u - 1 may round to -1, and count down
-    return few + above(rate, _FEW) * (many.floor_() - few)
+        count += torch.sub(uniform, below, out=step).ceil_()  # 1 where uniform is greater, else 0
+        below += probability.mul_(rate).mul_(1 / k)
+    return count.clamp_(min=0)  # 0 - 1 may have been rounded to -1
+
+
+def _expanded(rate: Tensor, w: Tensor) -> Tensor:
+    """``rate + root w + (w^2 + 2) / 6 - (w^3 + 2 w) / 72 root + (3 w^4 + 7 w^2 - 16) / 810 rate``, rounded down."""
+    root, square = rate.sqrt(), w * w
+    many = square.mul(3).add_(7).mul_(square).sub_(16).mul_(1 / 810).div_(root)
+    square += 2
+    many.sub_((square * w).mul_(1 / 72)).div_(root)
+    return many.add_(square.mul_(1 / 6)).add_(w.mul_(root)).add_(rate).floor_().clamp_(min=0)
