@@ -24,8 +24,6 @@ def saturate(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
     As published, a grey pixel of a colour picture has hue 0, red, and takes on some of it where something is added.
     """
-    if x.shape[1] == 1:
-        return x.clone()
     value, least = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
     spread = value - least
     grey = (spread == 0).to(x.dtype)
