@@ -24,7 +24,7 @@ CELL = SIDE * SCALE + GAP
 
 
 def colour_picture() -> Tensor:
-    """A bird on a branch before a hazy sky, float32 ``[1, 3, 32, 32]``: drawn at eight times the size, then averaged."""
+    """A bird on a branch before a hazy sky, float32 ``[1, 3, 32, 32]``: drawn eight times as large, then averaged."""
     size = 8 * SIDE
     down = np.linspace(0, 1, size)[:, None, None]
     sky = (1 - down) * np.array([90, 150, 215]) + down * np.array([225, 215, 190])

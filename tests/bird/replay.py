@@ -28,11 +28,13 @@ class Recorder(Noise):
     def integers(self, choices: int, *shape: int) -> Tensor:
         return self._kept(super().integers, (choices, *shape), choices)
 
-    def poisson_bits(self, *shape: int) -> Tensor:
-        return self._kept(super().poisson_bits, shape)
+    def bits(self, *shape: int) -> Tensor:
+        return self._kept(super().bits, shape)
 
     def _kept(self, draw: Any, arguments: tuple[int, ...], choices: int | None = None) -> Tensor:
+        before = len(self.drawn)
         numbers = draw(*arguments)
+        del self.drawn[before:]  # what it was made of
         self.drawn.append((numbers.numpy().copy(), choices))
         return numbers
 

@@ -21,9 +21,9 @@ from bird.vision.corruptions.random import Noise, keys
 from tests.bird.replay import Recorder, Replay
 
 BYTE = 1 / 255
-# Largest mean and largest single difference that are allowed, in parts of 0-1. The usual way rounds to bytes in the middle of
-# pixelation, glass blur (where a whole number may fall to either side) and JPEG (whose transform is in whole numbers, so
-# that a coefficient half-way between two steps may take the other one).
+# Largest mean and largest single difference that are allowed, in parts of 0-1. The usual way rounds to bytes in the
+# middle of pixelation, glass blur (where a whole number may fall to either side) and JPEG (whose transform is in whole
+# numbers, so that a coefficient half-way between two steps may take the other one).
 EXACT = (1e-6, 1e-5)
 TOLERANCE = {
     "pixelate": (0.5 * BYTE, 1.01 * BYTE),
@@ -37,7 +37,9 @@ def pictures(n: int, height: int, width: int) -> np.ndarray:
     """Smooth pictures in colour with some grain, uint8 ``[n, height, width, 3]``."""
     rng = np.random.default_rng(0)
     smooth = [cv2.resize(p, (width, height), interpolation=cv2.INTER_CUBIC) for p in rng.random((n, 7, 7, 3))]
-    return np.clip(255 * np.stack(smooth) + rng.normal(0, 5, (n, height, width, 3)), 0, 255).astype(np.uint8)
+    images = np.clip(255 * np.stack(smooth) + rng.normal(0, 5, (n, height, width, 3)), 0, 255).astype(np.uint8)
+    images[:, :4, 4:20] = np.arange(0, 256, 17, dtype=np.uint8)[:, None]  # greys, from black to white
+    return images
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -93,8 +95,8 @@ def test_impulse_noise_has_scikit_images_shares(severity: int) -> None:
 
 
 GREY_IS_ONE_COLOUR = (
-    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "fog", "brightness", "contrast", "elastic_transform",
-    "pixelate", "gaussian_blur",
+    "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow", "fog", "brightness", "contrast",
+    "elastic_transform", "pixelate", "gaussian_blur",
 )  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def test_grey_jpeg_is_pillows(severity: int) -> None:
     for image, mine in zip(images, ours, strict=True):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=(80, 65, 58, 50, 40)[severity - 1])
-        assert np.abs(mine - np.asarray(Image.open(file)) / 255).mean() < 0.6 * BYTE
+        assert np.abs(mine - np.asarray(Image.open(file)) / 255).mean() < BYTE
 
 
 def test_saturation_leaves_grey_pictures_alone() -> None:
@@ -186,9 +188,14 @@ def test_pictures_of_frost_are_five_and_without_a_seam() -> None:
     assert ((pictures_.mean((1, 2)) > 0.35) & (pictures_.mean((1, 2)) < 0.65)).all()
     assert (pictures_.std((1, 2)) > 0.1).all()
     assert np.abs(np.corrcoef(pictures_.flatten(1)) - np.eye(5)).max() < 0.3
-    for axis in (1, 2):
-        steps = (pictures_ - pictures_.roll(1, axis)).abs().mean(3 - axis)  # of each line to the one before it
-        assert (steps[:, 0] < steps[:, 1:].max(1).values * 1.2).all()
+    inside, across = np.zeros((2, ice.SIDE, ice.SIDE))
+    ice._draw(inside, 50.0, 60.0, 0.7, 20.0, 1.0)
+    ice._draw(across, 50.0 + 64, 60.0 + 64, 0.7, 20.0, 1.0)
+    np.testing.assert_allclose(across, np.roll(inside, (64, 64), (0, 1)), atol=1e-12)
+    haze = ice._enlarged(ice._Dice(0).field(8))
+    for axis in (0, 1):
+        steps = np.abs(haze - np.roll(haze, 1, axis)).mean(1 - axis)  # of each line to the one before it
+        assert steps[0] <= steps[1:].max()
 
 
 def test_exact_products_have_no_order() -> None:

@@ -2,8 +2,8 @@
 
 Kinds, order and strengths are those of Hendrycks and Dietterich (2019), "Benchmarking Neural Network Robustness to
 Common Corruptions and Perturbations", with the parameters that made CIFAR-10-C (``make_cifar_c.py`` in
-hendrycks/robustness), for pictures around 32 x 32. Sizes that are parts of 32 there are parts of the picture's side here.
-Where it rounds to bytes at the end, nothing is rounded here. Frost's pictures are drawn by code.
+hendrycks/robustness), for pictures around 32 x 32. What is a part of 32 pixels there is a part of the picture's side
+here. It cuts its results down to bytes; here nothing is rounded at the end. Frost's pictures are drawn by code.
 
 A sample meets the same corruption, to the bit, in any batch and any order: random numbers are hashes (`random`), and no
 sum depends on how a batch is cut (`filters`). Nothing waits for the device. A corruption takes a batch
@@ -55,7 +55,7 @@ CORRUPTIONS: dict[str, Corruption] = {
 TEACHER_CORRUPTIONS = tuple(CORRUPTIONS)[:15]
 HELD_OUT_CORRUPTIONS = tuple(CORRUPTIONS)[15:]
 SEVERITIES = (1, 2, 3, 4, 5)
-_CHUNK = 64  # images at a time on a CPU: what is between two steps stays in its cache
+_CHUNK = 100  # images at a time on a CPU: what is between two steps stays in its cache
 
 
 def corrupt(x: Tensor, name: str, severity: int | Tensor, *, index: Tensor, seed: int = 0) -> Tensor:

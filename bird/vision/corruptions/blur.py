@@ -28,7 +28,7 @@ def defocus_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _disks(shape: tuple[int, int], device: torch.device) -> Taps:
-    """A disk of radius r, convolved with a 3 x 3 Gaussian; beyond the edge the picture is mirrored at its last pixel."""
+    """A disk, convolved with a 3 x 3 Gaussian; beyond the edge the picture is mirrored at its last pixel."""
     levels = []
     for radius, alias in ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)):
         reach = int(radius) + 1
@@ -95,8 +95,8 @@ def streak(
 ) -> Tensor:
     """Blur along a line that begins at the pixel, as ImageMagick's ``MotionBlurImage``.
 
-    Tap ``i`` of ``2 * radius + 1`` has weight ``exp(-i^2 / 2 sigma^2)`` and lies at ``(i cos, i sin)`` of the angle, to the
-    nearest pixel; beyond the edge the last pixel repeats. Light weights (1e-6) are left out.
+    Tap ``i`` of ``2 * radius + 1`` has weight ``exp(-i^2 / 2 sigma^2)`` and lies at ``(i cos, i sin)`` of the angle, to
+    the nearest pixel; beyond the edge the last pixel repeats. Light weights (1e-6) are left out.
 
     Args:
         x: float32 ``[n, channels, height, width]``.
@@ -113,11 +113,12 @@ def streak(
     down, right = _streak_lines(between, x.device)[:, angle]
     row = torch.arange(height, device=x.device).view(1, height, 1)
     column = torch.arange(width, device=x.device).view(1, 1, width)
+    place = row.new_empty(len(x), height, width)  # of one tap at a time
 
     def taps(i: int) -> tuple[Tensor, Tensor]:
         rows = (row + down[:, i].view(-1, 1, 1)).clamp_(0, height - 1).mul_(width)
         columns = (column + right[:, i].view(-1, 1, 1)).clamp_(0, width - 1)
-        return (rows + columns).flatten(1), weight[:, i].view(-1, 1, 1)
+        return torch.add(rows, columns, out=place).flatten(1), weight[:, i].view(-1, 1, 1)
 
     return weighted(x, (taps(i) for i in range(count)))
 

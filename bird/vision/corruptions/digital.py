@@ -24,8 +24,6 @@ def saturate(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
     As published, a grey pixel of a colour picture has hue 0, red, and takes on some of it where something is added.
     """
-    if x.shape[1] == 1:
-        return x.clone()
     value, least = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
     spread = value - least
     grey = (spread == 0).to(x.dtype)
@@ -92,8 +90,9 @@ def _mirrored_gaussian(size: int, sigma: float) -> np.ndarray:
 
 
 def _affine_sources(jitter: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where each pixel comes from, rows and columns ``[n, height, width]``, under the affine map that moves three corners
-    of the middle third by ``jitter`` ``[n, 3, 2]`` (columns, then rows, in pixels).
+    """Where each pixel comes from, rows and columns ``[n, height, width]``, under an affine map.
+
+    It moves three corners of the picture's middle by ``jitter`` ``[n, 3, 2]`` (columns, then rows, in pixels).
 
     With the moved corners p, u = p0 - p1 and v = p2 - p1, a pixel p1 + a u + b v (a and b by Cramer's rule) comes from
     the same a and b between the corners at rest, where u points down and v to the left.
@@ -111,7 +110,7 @@ def _affine_sources(jitter: Tensor, height: int, width: int) -> tuple[Tensor, Te
 
 
 def _sampled(x: Tensor, rows: Tensor, columns: Tensor, *, mirror_last: bool) -> Tensor:
-    """Interpolate ``x`` at real positions ``[n, height, width]``, mirrored at the last pixel's middle or at its edge."""
+    """Interpolate at real positions ``[n, height, width]``, mirrored at the last pixel's middle or at its edge."""
     places = []
     for place, size in zip((columns, rows), (x.shape[3], x.shape[2]), strict=True):
         places.append(place * (2 / (size - 1)) - 1 if mirror_last else (place * 2 + 1) / size - 1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .filters import Level, gaussian_matrix, separable
+from .filters import Level, above, gaussian_matrix, separable
 from .random import Noise
 
 _WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise
@@ -45,13 +45,13 @@ def _coloured(cover: Tensor, colour: tuple[float, float, float], channels: int) 
 
 
 def _mud(x: Tensor, field: Tensor, bar: Tensor, level: Level) -> Tensor:
-    cover = separable((field > bar).float(), level, gaussian_matrix, 0.5, 0.5, 0.5, 0.6, 0.6)
-    cover = cover * (cover >= 0.8).float()
+    cover = separable(above(field, bar), level, gaussian_matrix, 0.5, 0.5, 0.5, 0.6, 0.6)
+    cover = cover * (1 - above(-cover, -0.8))
     return x * (1 - cover) + _coloured(cover, _MUD, x.shape[1])
 
 
 def _water(x: Tensor, field: Tensor, bar: Tensor, level: Level) -> Tensor:
-    drops = (field * (field >= bar).float()).mul_(255).floor_().clamp_(0, 255)
+    drops = (field * (1 - above(bar, field))).mul_(255).floor_().clamp_(0, 255)
     distance = distance_to(edges(drops))
     relief = _convolved(equalised(_blurred(distance).floor_()), _EMBOSS).clamp_(0, 255)
     cover = drops * _blurred(relief).round_()
@@ -95,15 +95,17 @@ def edges(x: Tensor) -> Tensor:
     def at(down: int, right: int) -> Tensor:
         return around[..., 1 + down : 1 + down + height, 1 + right : 1 + right + width]
 
+    def highest(down: int, right: int) -> Tensor:  # of the pixels on both sides; the second may be as high
+        return above(norm, at(-down, -right)) * (1 - above(at(down, right), norm))
+
     across, steep = dx.abs() * 13573, dy.abs() * 32768  # tan 22.5 degrees in 15 bits
-    flat, upright = steep < across, steep > across + dx.abs() * 65536
-    diagonal = torch.where(
-        dx * dy < 0, (norm > at(-1, 1)) & (norm > at(1, -1)), (norm > at(-1, -1)) & (norm > at(1, 1))
-    )
-    thin = torch.where(upright, (norm > at(-1, 0)) & (norm >= at(1, 0)), diagonal)
-    thin = torch.where(flat, (norm > at(0, -1)) & (norm >= at(0, 1)), thin)
-    weak = (thin & (norm > _WEAK)).float()
-    edge = weak * (norm > _STRONG).float()
+    flat, upright = above(across, steep), above(steep, across + dx.abs() * 65536)
+    rising = above(0 * dx, dx * dy)
+    diagonal = rising * above(norm, at(-1, 1)) * above(norm, at(1, -1))
+    diagonal += (1 - rising) * above(norm, at(-1, -1)) * above(norm, at(1, 1))
+    thin = flat * highest(0, 1) + upright * highest(1, 0) + (1 - flat - upright) * diagonal
+    weak = thin * above(norm, _WEAK)
+    edge = weak * above(norm, _STRONG)
     for _ in range(_HOPS):
         edge = _spread(_spread(edge, 2), 3) * weak
     return edge

@@ -77,7 +77,7 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _coded(x: Tensor, level: Level, *, chroma: bool) -> Tensor:
-    """Bytes through the quantised transform and back, ``[n, channels, height, width]``; the last pixels fill up blocks."""
+    """Bytes ``[n, channels, height, width]`` through the quantised transform; the last pixels fill up blocks."""
     n, channels, height, width = x.shape
     padded = F.pad(x, [0, -width % 8, 0, -height % 8], mode="replicate")
     down, across = padded.shape[2] // 8, padded.shape[3] // 8

@@ -1,8 +1,8 @@
 """Random numbers that depend on the sample and on nothing else, with the same bits on every device.
 
 Every number is a hash of (seed, kind, severity, sample index, position), so that a sample meets the same noise in any
-batch, in any order. Only integer arithmetic and tables are used on the way: logarithms and cosines round by an element's
-place in a tensor, and differently from device to device.
+batch, in any order. Only integer arithmetic and tables are used on the way: logarithms and cosines would round
+differently from device to device, some even by an element's place in a tensor.
 """
 
 from __future__ import annotations
@@ -94,9 +94,6 @@ class Noise:
     def integers(self, choices: int, *shape: int) -> Tensor:
         """int64 ``[n, *shape]``, uniform on 0 to ``choices`` - 1 (to 1 / 65536 of a share per choice)."""
         return (((self.bits(*shape) >> 16) & 0xFFFF).long() * choices) >> 16
-
-    def poisson_bits(self, *shape: int) -> Tensor:
-        return self.bits(*shape)
 
     def normal(self, *shape: int) -> Tensor:
         """float32 ``[n, *shape]``, standard normal in 65,536 steps, at most 4.3: two numbers of each 32 bits."""
