@@ -23,17 +23,25 @@ from .stages import complete
 from .workers import side_by_side
 
 
+# What users can do something about; the rest is a bug, with its traceback.
+EXPECTED = OSError, ValueError, ImportError, FloatingPointError
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (FileExistsError, ValueError, ChildProcessError) as error:
-        print(f"bird: {error}", file=sys.stderr)
-        return 2
+    except EXPECTED as error:
+        return _complain(error)
     except KeyboardInterrupt:
         print("\nbird: interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130
+
+
+def _complain(error: Exception) -> int:
+    print(f"bird: {error}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,7 +127,7 @@ def _run(options: argparse.Namespace) -> int:
     cells = experiment.cells(**choice)
     _say(f"{experiment.recipe.title}: {len(cells)} cells, {jobs} at a time on {device}; all is kept in {options.out}/")
     if jobs > 1:
-        side_by_side(_share, [(experiment, choice)] * jobs)
+        side_by_side(_share_aside, [(experiment, choice)] * jobs)
     _share(experiment, choice)
     if rank in (None, "0"):
         _write(experiment, choice)
@@ -129,6 +137,14 @@ def _run(options: argparse.Namespace) -> int:
 def _share(experiment: Experiment, choice: dict[str, Any]) -> None:
     stages = [stage for cell in experiment.cells(**choice) for stage in (cell.score, cell.alignment)]
     complete(stages, experiment.root, tell=_say)
+
+
+def _share_aside(experiment: Experiment, choice: dict[str, Any]) -> None:
+    """The same in a process of its own, whose parent does not see what was raised."""
+    try:
+        _share(experiment, choice)
+    except EXPECTED as error:
+        sys.exit(_complain(error))
 
 
 def _report(options: argparse.Namespace) -> int:
