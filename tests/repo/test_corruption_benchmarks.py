@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.corruptions import throughput
 from benchmarks.corruptions.reference import REFERENCE
@@ -14,7 +15,11 @@ from bird.vision.corruptions import CORRUPTIONS
 
 def test_every_case_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "RESULTS", tmp_path)
-    rows = throughput.measure(batch=2, usual_images=1, rounds=1)
+    threads = torch.get_num_threads()
+    try:
+        rows = throughput.measure(batch=2, usual_images=1, rounds=1)
+    finally:
+        torch.set_num_threads(threads)
     assert [(row.corruption, row.severity) for row in rows] == [(n, s) for n in CORRUPTIONS for s in range(1, 6)]
     assert all(min(row.usual, row.ours, row.ours_two_threads) > 0 for row in rows)
     path = throughput.save(rows)

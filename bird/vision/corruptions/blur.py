@@ -12,7 +12,7 @@ from torch import Tensor
 from .filters import Level, Taps, gaussian_matrix, separable, weighted, zoom_lines
 from .random import Noise
 
-_ANGLES = 4096  # directions that a motion may take; their sines are tables, the same on every device
+ANGLES = 4096  # directions that a motion may take; their sines are tables, the same on every device
 _LEAST = 1e-6  # weights below are left out: 1/4000 of a grey level of 255
 
 
@@ -81,7 +81,7 @@ def _copy_neighbours(x: Tensor, step: Tensor) -> Tensor:
 
 def motion_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
     """A moved camera: half a Gaussian along a line, within 45 degrees of the horizontal."""
-    angle = noise.integers(_ANGLES)
+    angle = noise.integers(ANGLES)
     return streak(x, level, angle, (6, 6, 6, 8, 9), (1.0, 1.5, 2.0, 2.0, 2.5), (-45.0, 45.0))
 
 
@@ -145,7 +145,7 @@ def _streak_weights(radii: tuple[int, ...], sigmas: tuple[float, ...], device: t
 @lru_cache(maxsize=8)
 def _streak_lines(between: tuple[float, float], device: torch.device) -> Tensor:
     """int64 ``[2, angles, 32]``: how far down and to the right of the pixel a streak's taps lie."""
-    share = (np.arange(_ANGLES) + 0.5) / _ANGLES
+    share = (np.arange(ANGLES) + 0.5) / ANGLES
     angle = np.deg2rad(between[0] + (between[1] - between[0]) * share)[:, None]
     line = np.arange(32) * np.stack([np.sin(angle), np.cos(angle)])
     return torch.from_numpy(np.ceil(line - 0.5)).long().to(device)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from .filters import Level, above, gaussian_matrix, separable
 from .random import Noise
+from .weather import LUMA
 
 _WATER = (175 / 255, 238 / 255, 238 / 255)  # pale turquoise
 _MUD = (63 / 255, 42 / 255, 20 / 255)
-_LUMA = (0.299, 0.587, 0.114)
 _WEAK, _STRONG, _HOPS = 50.0, 150.0, 8
 _EMBOSS = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
 # Lengths of a diagonal and a knight's move in the 5 x 5 distance mask, in OpenCV's 16 fractional bits.
@@ -40,7 +40,7 @@ def spatter(x: Tensor, level: Level, noise: Noise) -> Tensor:
 def _coloured(cover: Tensor, colour: tuple[float, float, float], channels: int) -> Tensor:
     """``cover`` times the colour, ``[n, channels, height, width]``."""
     if channels == 1:
-        return cover * sum(share * light for share, light in zip(_LUMA, colour, strict=True))
+        return cover * sum(share * light for share, light in zip(LUMA, colour, strict=True))
     return torch.cat([cover * light for light in colour], dim=1)
 
 

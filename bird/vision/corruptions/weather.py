@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blur import _ANGLES, streak
+from .blur import ANGLES, streak
 from .filters import Level, separable, zoom_matrix
 from .ice import SIDE, textures
 from .random import Noise
@@ -83,7 +83,7 @@ def snow(x: Tensor, level: Level, noise: Noise) -> Tensor:
     layer = layer * (layer >= level.pick(0.6, 0.5, 0.55, 0.6, 0.65)).to(x.dtype)
     layer = layer.clamp_(0, 1).mul_(255).floor_()
     radii, sigmas = (8, 10, 10, 12, 14), (3.0, 4.0, 4.0, 6.0, 12.0)
-    layer = streak(layer, level, noise.integers(_ANGLES), radii, sigmas, (-135.0, -45.0))
+    layer = streak(layer, level, noise.integers(ANGLES), radii, sigmas, (-135.0, -45.0))
     layer = layer.round_().div_(255)
     kept = level.pick(0.95, 0.9, 0.9, 0.85, 0.8)
     pale = torch.maximum(x, luma(x) * 1.5 + 0.5)
