@@ -22,7 +22,6 @@ from .methods import METHODS
 from .stages import complete
 from .workers import side_by_side
 
-
 # What users can do something about; the rest is a bug, with its traceback.
 EXPECTED = OSError, ValueError, ImportError, FloatingPointError
 
