@@ -24,7 +24,7 @@ from bird_kernels import (
 )
 
 from .chunks import chunked_backward
-from .losses import BirdLoss, Hints
+from .losses import BirdLoss, Hints, LwF
 from .similarity import Similarity, compare
 from .taps import Taps
 from .teachers import Teacher
@@ -35,6 +35,7 @@ __all__ = [
     "CKALoss",
     "HSICLoss",
     "Hints",
+    "LwF",
     "Plan",
     "Similarity",
     "Statistics",

@@ -6,9 +6,11 @@ from it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,26 +24,63 @@ from torch import Tensor, nn
 # order.
 MIN_BATCH = 4
 
+_PARTIAL = ".partial."
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; it becomes ``path`` in one step if all goes well."""
-    partial = path.with_name(f".partial.{path.name}")
-    yield partial
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Yield a path beside ``path`` to write to; it becomes ``path`` in one step if all goes well, else it goes."""
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write plain data as JSON, atomically."""
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a dict of tensors, numbers, strings, lists and dicts to ``path``, atomically."""
+    """Write a dict of tensors, numbers, strings, lists and dicts to ``path``, atomically.
+
+    Raises:
+        OSError: it could not be written; what was there is as it was.
+    """
     with atomic(path) as partial:
-        torch.save(state, partial)
+        try:
+            torch.save(state, partial)
+        except RuntimeError as error:  # PyTorch's writer speaks of positions where the disk is full
+            raise OSError(f"{path} could not be written, as happens when the disk is full: {error}") from error
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote, onto the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read what `save` wrote, onto the CPU; whatever the file is, no code in it runs.
+
+    Raises:
+        OSError: there is no such file, or it may not be read.
+        ValueError: it is damaged, or something else.
+    """
+    with path.open("rb") as file:
+        try:
+            if zipfile.ZipFile(file).testzip() is not None:  # PyTorch writes checksums, but does not look at them
+                raise zipfile.BadZipFile("a checksum is wrong")
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many kinds, by what is wrong
+            raise ValueError(_UNREADABLE.format(path)) from error
+    if not isinstance(state, dict):
+        raise ValueError(_UNREADABLE.format(path))
+    return state
+
+
+_UNREADABLE = "{} is not a whole checkpoint of this package: delete it to start over, or choose another folder"
 
 
 @dataclass(frozen=True)
@@ -104,12 +143,26 @@ class History:
         validation: a row per validation: step and score.
         best_step: the step of the best score, the earlier of two equal ones; None without validation.
         best_score: that score.
+        seconds: that the steps took, without validation and checkpoints. Not a field: equal runs are equal, and are
+            written to the same bytes, however long they took.
     """
 
     train: list[dict[str, float]] = field(default_factory=list)
     validation: list[dict[str, float]] = field(default_factory=list)
     best_step: int | None = None
     best_score: float | None = None
+
+    def __post_init__(self) -> None:
+        self.seconds = 0.0
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Mean over the run, interruptions left out; None before the first report."""
+        return self.train[-1]["step"] / self.seconds if self.train and self.seconds else None
+
+
+# What a last.pt holds at least.
+_PARTS = {"identity", "step", "modules", "optimizer", "scaler", "history", "rng", "cuda_rng"}
 
 
 class Run:
@@ -121,6 +174,11 @@ class Run:
         samples: size of the training set; kept for the same reason.
         device: where the modules are.
         folder: where ``last.pt`` and ``best.pt`` go; None to keep nothing.
+        trained: paths of the parts that are trained, kept for the same reason; None for everything.
+        to_train: puts the model in training mode, or those parts; None for ``model.train``.
+
+    Raises:
+        ValueError: no parameter requires gradients.
     """
 
     def __init__(
@@ -130,14 +188,26 @@ class Run:
         samples: int,
         device: torch.device,
         folder: Path | None,
+        *,
+        trained: Sequence[str] | None = None,
+        to_train: Callable[[], object] | None = None,
     ) -> None:
         self.modules, self.folder = modules, folder
+        self.to_train = to_train or modules["model"].train
         self.history = History()
-        self.optimizer = _optimizer([p for p in modules.parameters() if p.requires_grad], settings)
+        parameters = [p for p in modules.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("nothing to train: no parameter of the model requires gradients")
+        self.optimizer = _optimizer(parameters, settings)
+        precision = torch.float32 if settings.amp is None else getattr(torch, settings.amp)
+        self.autocast = torch.autocast(device.type, dtype=precision, enabled=settings.amp is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
-        self._identity = asdict(settings) | {"samples": samples}
+        self._identity = asdict(settings) | {"samples": samples, "trained": None if trained is None else [*trained]}
+        self._saved: int | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            for name in ("last.pt", "best.pt"):  # of a run that was killed while it wrote
+                (folder / f"{_PARTIAL}{name}").unlink(missing_ok=True)
 
     def save(self, step: int) -> None:
         """Write ``last.pt``."""
@@ -150,10 +220,12 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "history": asdict(self.history),
+            "seconds": self.history.seconds,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
         save(state, self.folder / "last.pt")
+        self._saved = step
 
     def restore(self, resume: bool) -> int:
         """Load ``last.pt`` if there is one, and return the number of steps that it has behind it."""
@@ -163,28 +235,61 @@ class Run:
         if not resume:
             raise FileExistsError(f"{path} holds an earlier run: pass resume=True, or choose another folder")
         state = load(path)
+        if not state.keys() >= _PARTS:
+            raise ValueError(_UNREADABLE.format(path))
         old, new = state["identity"], self._identity
         changes = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
         if changes:
             raise ValueError(f"{path} comes from another run ({'; '.join(changes)}): choose another folder")
-        self.modules.load_state_dict(state["modules"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.modules.load_state_dict(state["modules"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} comes from another model: choose another folder ({error})") from error
         self.scaler.load_state_dict(state["scaler"])
         self.history = History(**state["history"])
+        self.history.seconds = state.get("seconds", 0.0)
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self._saved = state["step"]
         return state["step"]
 
-    def report(self, step: int, lr: float, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Add a row of means to the history. The one place where a run waits for its device."""
-        since = self.history.train[-1]["step"] if self.history.train else 0
-        sums = torch.stack([total.float() for total in totals.values()]).tolist()
-        row = {"step": step, "lr": lr} | {n: s / (step - since) for n, s in zip(totals, sums, strict=True)}
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(f"the loss is {row['loss']} by step {step}; a lower lr may help")
+    def report(
+        self, step: int, lr: float, losses: list[Tensor], totals: dict[str, Tensor], *, weights: bool
+    ) -> dict[str, float]:
+        """Add a row of means to the history. The one place where a run waits for its device.
+
+        Args:
+            step: how many steps are done.
+            lr: of the last one.
+            losses: of each step since the last report, 0-d.
+            totals: sums over the same steps, 0-d.
+            weights: look at the weights too, as it must be done before they are kept.
+
+        Raises:
+            FloatingPointError: a loss, or the weights, are not finite.
+        """
+        looks = [*losses, *totals.values(), *([self._finite()] if weights else [])]
+        numbers = torch.stack([look.float() for look in looks]).tolist()
+        count = len(losses)
+        for done, loss in enumerate(numbers[:count], start=step - count + 1):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss became {loss} at step {done}; {self._advice()}")
+        if weights and not numbers[-1]:
+            raise FloatingPointError(f"the weights became NaN or infinite by step {step}; {self._advice()}")
+        row = {"step": step, "lr": lr, "loss": sum(numbers[:count]) / count}
+        row |= {name: total / count for name, total in zip(totals, numbers[count:], strict=False)}
         self.history.train.append(row)
         return row
+
+    def _finite(self) -> Tensor:
+        trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        return torch.stack([parameter.detach().isfinite().all() for parameter in trained]).all()
+
+    def _advice(self) -> str:
+        kept = "" if self._saved is None else f", and {self.folder}/last.pt is as it was after step {self._saved}"
+        return f"a lower lr may help{kept}"
 
     def select(self, step: int, validate: Callable[[nn.Module], float]) -> float:
         """Score the model; write ``best.pt`` if it was never better."""
@@ -192,7 +297,7 @@ class Run:
         model.eval()
         with torch.no_grad():
             score = validate(model)
-        model.train()
+        self.to_train()
         history = self.history
         history.validation.append({"step": step, "score": score})
         if history.best_score is None or score > history.best_score:

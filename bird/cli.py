@@ -1,4 +1,4 @@
-"""The command line: ``bird demo`` and ``bird info``."""
+"""The command line: ``bird demo``, ``bird run``, ``bird report`` and ``bird info``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import bird_kernels
 
-from . import demo
+from . import demo, recipes, reproduction
+from .experiments import Experiment
+from .methods import METHODS
+from .stages import complete
+from .workers import side_by_side
+
+# What users can do something about; the rest is a bug, with its traceback.
+EXPECTED = OSError, ValueError, ImportError, FloatingPointError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,12 +31,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (FileExistsError, ValueError, ChildProcessError) as error:
-        print(f"bird: {error}", file=sys.stderr)
-        return 2
+    except EXPECTED as error:
+        return _complain(error)
     except KeyboardInterrupt:
         print("\nbird: interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130
+
+
+def _complain(error: Exception) -> int:
+    print(f"bird: {error}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +68,25 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="half a minute: shows that everything runs, not the effect"
     )
 
+    for name, does, run in (
+        ("run", "run a recipe: the experiments of the paper, and ours", _run),
+        ("report", "tables, files and pictures of what a recipe has come to, beside the paper's numbers", _report),
+    ):
+        command = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
+        command.set_defaults(run=run)
+        command.add_argument("recipe", help=f"a TOML file, or one of {', '.join(recipes.names())}")
+        command.add_argument("--arch", nargs="+", metavar="NAME", help="networks of the recipe (default: all)")
+        command.add_argument("--variant", nargs="+", metavar="NAME", help="variants of the recipe (default: all)")
+        command.add_argument("--method", nargs="+", metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
+        command.add_argument("--seeds", type=int, help="how many repetitions (default: the recipe's)")
+        command.add_argument(
+            "--out", type=Path, default=Path("runs"), help="folder of all that is trained (default: %(default)s)"
+        )
+        if name == "run":
+            command.add_argument("--data", type=Path, help="folder of the data sets (default: BIRD_DATA)")
+            command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
+            command.add_argument("--jobs", type=int, help="stages at a time (default: cores on a CPU, else 1)")
+
     command = commands.add_parser("info", help="versions, devices, backends, and why a missing one is missing")
     command.set_defaults(run=_info)
     return parser
@@ -78,6 +109,70 @@ def _demo(options: argparse.Namespace) -> int:
     if options.quick:
         _say("A quick run shows that everything works; it is far too short for an effect.")
     return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Several of these, by hand or by torchrun, share the work: each takes a stage that nobody is at."""
+    device = _device(options.device)
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is not None and device.type != "cpu" and options.device is None:
+        device = torch.device(device.type, int(rank))
+    jobs = options.jobs if options.jobs is not None else cores() if device.type == "cpu" and rank is None else 1
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {jobs}")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as for the demo
+    experiment, choice = _experiment(options, device, jobs)
+    cells = experiment.cells(**choice)
+    _say(f"{experiment.recipe.title}: {len(cells)} cells, {jobs} at a time on {device}; all is kept in {options.out}/")
+    if jobs > 1:
+        side_by_side(_share_aside, [(experiment, choice)] * jobs)
+    _share(experiment, choice)
+    if rank in (None, "0"):
+        _write(experiment, choice)
+    return 0
+
+
+def _share(experiment: Experiment, choice: dict[str, Any]) -> None:
+    stages = [stage for cell in experiment.cells(**choice) for stage in (cell.score, cell.alignment)]
+    complete(stages, experiment.root, tell=_say)
+
+
+def _share_aside(experiment: Experiment, choice: dict[str, Any]) -> None:
+    """The same in a process of its own, whose parent does not see what was raised."""
+    try:
+        _share(experiment, choice)
+    except EXPECTED as error:
+        sys.exit(_complain(error))
+
+
+def _report(options: argparse.Namespace) -> int:
+    _write(*_experiment(options, torch.device("cpu"), 1))
+    return 0
+
+
+def _write(experiment: Experiment, choice: dict[str, Any]) -> None:
+    folder = experiment.root / "reports" / experiment.recipe.name
+    _say(
+        f"\n{reproduction.write(experiment, experiment.cells(**choice), folder)}\nIn {folder}/ with files and pictures."
+    )
+
+
+def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) -> tuple[Experiment, dict[str, Any]]:
+    """The recipe, and which of its cells were asked for."""
+    recipe = recipes.read(options.recipe)
+    methods = None if options.method in (None, ["all"]) else options.method
+    choice = {"networks": options.arch, "variants": options.variant, "methods": methods}
+    known = {"networks": recipe.networks, "variants": recipe.variants, "methods": METHODS}
+    for what, names in choice.items():
+        for name in names or ():
+            if name not in known[what]:
+                raise ValueError(f"{recipe.name} has no {name!r} among its {what}: {', '.join(map(repr, known[what]))}")
+    if options.seeds is not None and options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
+    data = getattr(options, "data", None)
+    experiment = Experiment(recipe, options.out, device, data, progress=None if jobs == 1 else False)
+    return experiment, choice | {"seeds": options.seeds}
 
 
 def cores() -> int:

@@ -25,39 +25,37 @@ with ``resume``, and ends with the same numbers.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import nn
 
-from .checkpoints import History, Settings, atomic
+from .checkpoints import History, Settings, atomic, write_json
 from .evaluation import accuracy, alignment, robustness
 from .losses import BirdLoss, Hints
 from .pictures import picture
-from .report import Comparison, Outcome, table, write_json, write_results
+from .report import Comparison, Outcome, table, write_results
 from .taps import Taps
 from .teachers import Teacher
 from .training import Augment, Guide, fit
-from .vision.corruptions import HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS, Mixture
+from .vision.corruptions import Mixture
 from .vision.data import Splits, load_fashion
 from .vision.models import PlainNet, ResNet
+from .workers import side_by_side
 
 PAIRS = (("block2", "layer2"), ("block3", "layer3"))
 TEACHER_WIDTHS = {"block2": 64, "block3": 96}
 STUDENT_WIDTHS = {"layer2": 24, "layer3": 48}
 METHODS = ("FT", "Hints", "BIRD", "Ceiling")
 BASELINE, CEILING = "None", "Ceiling"
+SEEN = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "brightness", "contrast", "pixelate")
+HELD_OUT = ("speckle_noise", "gaussian_blur", "spatter", "fog")  # saturate, the paper's, does nothing to grey images
 TITLE = "Robustness moved from a teacher of classes 0-4 to a student of classes 5-9 (Fashion-MNIST)"
 
 
@@ -177,36 +175,13 @@ def _run_ahead(
     folder: Path, plan: Plan, seeds: int, device: torch.device | str, jobs: int, echo: Callable[[str], None]
 ) -> None:
     """Run all repetitions in ``jobs`` processes, which leave their outcomes in ``folder``."""
-    context = multiprocessing.get_context("spawn")
     shares = [range(first, seeds, jobs) for first in range(min(jobs, seeds))]
-    arguments = [(folder, plan, share, device, torch.get_num_threads(), echo) for share in shares]
-    workers = [context.Process(target=_run_share, args=a, daemon=True) for a in arguments]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode != 0 for worker in workers):
-        raise ChildProcessError(f"a repetition failed, for the reason above; what is done stays in {folder}")
+    side_by_side(_run_share, [(folder, plan, share, device, echo) for share in shares])
 
 
 def _run_share(
-    folder: Path,
-    plan: Plan,
-    share: Sequence[int],
-    device: torch.device | str,
-    threads: int,
-    echo: Callable[[str], None],
+    folder: Path, plan: Plan, share: Sequence[int], device: torch.device | str, echo: Callable[[str], None]
 ) -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:  # to death, at once: whoever resumes a killed demo must have the folder alone
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    torch.set_num_threads(threads)
     for seed in share:
         _Repetition(folder, plan, seed, device, echo, progress=False).run()
 
@@ -232,7 +207,7 @@ class _Repetition:
         """Teacher, student, then every method from that student."""
         torch.manual_seed(self.seed)
         network, student = PlainNet(5), ResNet(5)
-        self._fit("Teacher", network, self._load(range(5)), order=0, augment=Mixture(seed=self.seed))
+        self._fit("Teacher", network, self._load(range(5)), order=0, augment=Mixture(SEEN, seed=self.seed))
         teacher = Teacher(network, list(TEACHER_WIDTHS))
         history = self._fit(BASELINE, student, self.data, order=1)
         outcomes = [self._outcome(BASELINE, student, teacher, lambda: history)]
@@ -242,7 +217,7 @@ class _Repetition:
         return outcomes
 
     def _transfer(self, method: str, student: nn.Module, teacher: Teacher) -> History:
-        augment = Mixture(seed=self.seed) if method == CEILING else None
+        augment = Mixture(SEEN, seed=self.seed) if method == CEILING else None
         if method not in ("Hints", "BIRD"):
             return self._fit(method, student, self.data, order=2, augment=augment)
         torch.manual_seed(self.seed)
@@ -295,8 +270,8 @@ class _Repetition:
         outcome = Outcome(
             method=method,
             seed=self.seed,
-            held_out=robustness(model, test, HELD_OUT_CORRUPTIONS),
-            seen=robustness(model, test, TEACHER_CORRUPTIONS, severities=[3]),
+            held_out=robustness(model, test, HELD_OUT),
+            seen=robustness(model, test, SEEN, severities=[3]),
             cka=alignment(teacher, model, *PAIRS[-1], test),
             history=history,
         )

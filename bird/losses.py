@@ -167,6 +167,48 @@ class Hints(_Guided):
         return total
 
 
+class LwF(_Guided):
+    r"""Robust transfer after "learning without forgetting": the task, and features that stay near a frozen source's.
+
+    .. math:: L = \alpha \, L_{task} + \beta \sum_{(t, s)} \frac{1}{N} \sum_{i=1}^N \lVert S_{s,i} - T_{t,i} \rVert_1
+
+    (Shafahi et al., Adversarially robust transfer learning, ICLR 2020. Their text leaves the distance open; their code
+    takes this one: summed over features, averaged over samples.) The student starts as a copy of the source, with a
+    new head; the layer is the penultimate one. BIRD's authors weigh it with 0.005, the default here.
+
+    Args:
+        alpha: weight of the task's loss.
+        beta: weight of the distance.
+        pairs: ``(teacher layer, student layer)``, one or more, as wide as each other.
+
+    Attributes:
+        last: as in `BirdLoss`: ``"task"``, and for each pair ``"l1/<teacher layer>/<student layer>"``.
+    """
+
+    def __init__(self, alpha: float = 1.0, beta: float = 0.005, pairs: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(alpha, beta, pairs)
+
+    def forward(self, task_loss: Tensor, teacher_features: Features, student_features: Features) -> Tensor:
+        """The weighted sum, a 0-d tensor; arguments as in `BirdLoss.forward`.
+
+        Raises:
+            ValueError: a layer of ``pairs`` is not among the features, or the two are not ``[N, D]`` of one shape.
+        """
+        total, last = self.alpha * task_loss, {"task": task_loss.detach()}
+        for name, teacher, student in self._matched(teacher_features, student_features):
+            if teacher.ndim != 2 or teacher.shape != student.shape:
+                raise ValueError(
+                    f"lwf {name!r}: teacher and student features {list(teacher.shape)} and {list(student.shape)} came; "
+                    "they must be [N, D] of the same samples and as wide as each other, as of two networks of one kind"
+                )
+            wide = torch.promote_types(torch.promote_types(teacher.dtype, student.dtype), torch.float32)
+            distance = (student.to(wide) - teacher.to(wide)).abs().sum(1).mean()
+            total = total + self.beta * distance
+            last[f"l1/{name}"] = distance.detach()
+        self.last = last
+        return total
+
+
 def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Tensor) -> Tensor:
     """Mean of (r(student) - teacher)^2 in the map's own dtype: in bf16 the difference would be lost."""
     assert isinstance(regressor, nn.Linear)

@@ -1,4 +1,5 @@
-"""One picture of a comparison: accuracy per corruption and method, training curves, CKA before and after."""
+"""Pictures: of a comparison (accuracy per corruption and method, training curves, CKA before and after), and of
+teachers (what their features promise, against what came of it)."""
 
 from __future__ import annotations
 
@@ -9,10 +10,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from .checkpoints import atomic
-from .report import Comparison, Outcome, spread
+from .report import PROPERTY_NAMES, Comparison, Outcome, spread
+from .selection import PREDICTORS, Regression, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73")
@@ -25,13 +28,7 @@ def picture(comparison: Comparison, path: Path, *, title: str) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
-
-    figure = Figure(figsize=(13, 8.6), layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, x=0.012, ha="left")
+    figure = _figure(13, 8.6, title)
     mosaic = figure.subplot_mosaic(
         [["corruptions"] * 4, ["severities", "task", "batch", "cka"]], height_ratios=(1.25, 1)
     )
@@ -40,7 +37,83 @@ def picture(comparison: Comparison, path: Path, *, title: str) -> None:
     _draw_task_loss(mosaic["task"], comparison)
     _draw_batch_cka(mosaic["batch"], comparison)
     _draw_cka(mosaic["cka"], comparison)
-    for axes in mosaic.values():
+    _finish(figure, path)
+
+
+def scatter(
+    rows: Sequence[Row], path: Path, *, title: str, baseline: float | None = None, regression: Regression | None = None
+) -> None:
+    """Draw teachers into the PNG ``path``, written atomically, one panel for each of the three properties.
+
+    Robust accuracy after the transfer against the property, for the teachers whose accuracy is known; where none is,
+    the properties alone, as bars.
+
+    Args:
+        rows: at least one.
+        path: the file.
+        title: of the picture.
+        baseline: the untouched student's robust accuracy, a share of 1, as a line.
+        regression: of these rows: its R² go into the panels' titles.
+
+    Raises:
+        ValueError: no rows.
+        ImportError: matplotlib is missing.
+    """
+    if not rows:
+        raise ValueError("there are no teachers to draw")
+    tried = [row for row in rows if row.accuracy is not None]
+    figure = _figure(13, 4.4 if tried else 1.6 + 0.35 * len(rows), title)
+    for axes, name in zip(figure.subplots(1, len(PREDICTORS), sharey=True), PREDICTORS, strict=True):
+        if tried:
+            _draw_promise(axes, name, tried, baseline)
+        else:
+            _draw_property(axes, name, rows)
+        axes.locator_params(axis="x", nbins=5)
+        if regression is not None and name in regression.alone:
+            alone = regression.alone[name]
+            text = f"R² alone {alone.r2:.2f}, left out {alone.r2_loo:.2f}"
+            axes.set_title(f"{axes.get_title(loc='left')}\n{text}", fontsize=10.5, color=INK, loc="left")
+    if tried:
+        figure.axes[0].set_ylabel("robust accuracy after transfer, %", color=INK)
+    _finish(figure, path)
+
+
+def _draw_promise(axes: Axes, name: str, rows: Sequence[Row], baseline: float | None) -> None:
+    x = [getattr(row.properties, name) for row in rows]
+    accuracies = [100 * row.accuracy for row in rows if row.accuracy is not None]
+    axes.plot(x, accuracies, "o", color=PALETTE[0], markersize=7)
+    for row, point in zip(rows, zip(x, accuracies, strict=True), strict=True):
+        axes.annotate(row.name, point, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK)
+    if baseline is not None:
+        axes.axhline(100 * baseline, color=BASELINE, linewidth=1.6, linestyle="--", zorder=0)
+    axes.margins(0.15)
+    _label(axes, PROPERTY_NAMES[name], "")
+    axes.grid(color=GRID)
+
+
+def _draw_property(axes: Axes, name: str, rows: Sequence[Row]) -> None:
+    """Bars, the first teacher on top."""
+    axes.barh(range(len(rows)), [getattr(row.properties, name) for row in rows], color=PALETTE[0], height=0.6)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    _label(axes, PROPERTY_NAMES[name], "")
+    axes.grid(axis="x", color=GRID)
+    axes.grid(visible=False, axis="y")
+
+
+def _figure(width: float, height: float, title: str) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=14, fontweight="bold", color=INK, x=0.012, ha="left")
+    return figure
+
+
+def _finish(figure: Figure, path: Path) -> None:
+    """The house's look, and the file."""
+    for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(BASELINE)
         axes.tick_params(colors=INK, length=0)

@@ -1,16 +1,17 @@
-"""What a comparison of methods has shown: figures, a table, a JSON file."""
+"""What a comparison of methods or of teachers has shown: figures, tables, a JSON file."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from .checkpoints import History, atomic
+from .checkpoints import History, write_json
 from .evaluation import Robustness, pgr
+from .selection import Ranking, Regression, Row
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,29 @@ class Comparison:
         """The outcomes of a method, seed by seed."""
         return [outcome for outcome in self.outcomes if outcome.method == method]
 
-    def recovered(self, method: str) -> list[float]:
-        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed."""
+    def recovered(self, method: str, *, pooled: bool = False) -> list[float]:
+        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed.
+
+        Args:
+            method: its name.
+            pooled: whether clean images count as severity 0, as in the paper.
+        """
         three = zip(self.of(method), self.of(self.baseline), self.of(self.ceiling), strict=True)
-        return [pgr(*(outcome.held_out.robust for outcome in outcomes)) for outcomes in three]
+        return [pgr(*(o.held_out.pooled if pooled else o.held_out.robust for o in outcomes)) for outcomes in three]
 
 
 COLUMNS: dict[str, Callable[[Outcome], float]] = {
     "clean": lambda outcome: outcome.held_out.clean,
     "held-out corruptions": lambda outcome: outcome.held_out.robust,
     "teacher's corruptions": lambda outcome: outcome.seen.robust,
+}
+
+
+PROPERTY_NAMES = {
+    "probe_accuracy": "probe accuracy",
+    "complementary_knowledge": "complementary knowledge",
+    "usefulness_min": "usefulness, worst corruption",
+    "usefulness_mean": "usefulness, mean corruption",
 }
 
 
@@ -101,6 +115,42 @@ def table(comparison: Comparison) -> str:
         recovered = percent(comparison.recovered(method)) if method in comparison.contenders else ""
         cka = f"{fmean(outcome.cka for outcome in outcomes):.2f}"
         rows.append([method, *accuracies, recovered, cka])
+    return markdown(rows)
+
+
+def ranking_table(ranking: Ranking) -> str:
+    """A Markdown table of teachers, the most promising first: shares in percent, usefulness in standard deviations.
+
+    Robust accuracies after the transfer stand at the end where any is known, predicted ones first if they decided.
+    """
+    columns: dict[str, Callable[[Row], str]] = {"teacher": lambda row: row.name}
+    if ranking.by == "prediction":
+        columns["predicted accuracy"] = lambda row: percent([ranking.scores[row.name]])
+    for name, title in PROPERTY_NAMES.items():
+        columns[title] = partial(_property, name)
+    if any(row.accuracy is not None for row in ranking.rows):
+        columns["accuracy after transfer"] = lambda row: "" if row.accuracy is None else percent([row.accuracy])
+    return markdown([list(columns), *([cell(row) for cell in columns.values()] for row in ranking.rows)])
+
+
+def _property(name: str, row: Row) -> str:
+    value: float = getattr(row.properties, name)
+    return f"{value:.2f}" if name.startswith("usefulness") else percent([value])
+
+
+def regression_table(regression: Regression) -> str:
+    """A Markdown table of how much of the accuracies' variance is explained, in percent: each property, then all."""
+    rows = [["property", "coefficient", "R² alone", "R² alone, left out"]]
+    for name, coefficient in regression.coefficients.items():
+        alone = regression.alone[name]
+        rows.append([PROPERTY_NAMES[name], f"{coefficient:+.2f}", percent([alone.r2]), percent([alone.r2_loo])])
+    fit = regression.fit
+    rows.append([f"all, {regression.n} rows", "", percent([fit.r2]), percent([fit.r2_loo])])
+    return markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table from rows of cells, the header first; the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         f"| {row[0]:<{widths[0]}} | "
@@ -110,12 +160,6 @@ def table(comparison: Comparison) -> str:
     ]
     rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def write_json(data: Any, path: Path) -> None:
-    """Write plain data as JSON, atomically."""
-    with atomic(path) as partial:
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def write_results(comparison: Comparison, about: dict[str, Any], path: Path) -> None:

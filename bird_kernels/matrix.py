@@ -235,13 +235,13 @@ def _by_strips(xs: _Side, ys: _Side | None, unbiased: bool) -> Parts:
             norm[:, begin : begin + rows] = diagonal
             if unbiased:
                 diagonal.zero_()
-        # Right of the block on the diagonal every entry stands for two.
-        for parts, weight in ((strips, 2.0), ([strip[:, :, : strip.shape[1]].contiguous() for strip in strips], -1.0)):
-            x, y = parts[0], parts[-1]
-            kl += weight * (x.flatten(1) @ y.flatten(1).T).double()
-            if ys is not None:
-                kk += weight * _squares(x)
-                ll += weight * _squares(y)
+            # Right of the block on the diagonal every entry stands for two: in a product, the block's for half of that.
+            strip[:, :, : strip.shape[1]] *= 0.5**0.5
+        x, y = strips[0], strips[-1]
+        kl += 2.0 * (x.flatten(1) @ y.flatten(1).T).double()
+        if ys is not None:
+            kk += 2.0 * _squares(x)
+            ll += 2.0 * _squares(y)
     if ys is None:
         kl = 0.5 * (kl + kl.T)  # symmetric to the last bit
         kk = ll = kl.diagonal()

@@ -1,1 +1,1 @@
-"""Images: the shipped data, corruptions and small networks. Knows nothing of the rest of `bird`."""
+"""Images: data sets, corruptions and networks. They know nothing of the rest of `bird` but how a file is written."""

@@ -11,25 +11,16 @@ from the original training and test sets with a fixed seed; the choice is stored
 from __future__ import annotations
 
 import argparse
-import gzip
 from pathlib import Path
 
 import numpy as np
+
+from .datasets.grey import read_idx
 
 CLASSES = 10
 PER_CLASS = {"train": 1200, "test": 250}
 FILES = {"train": "train", "test": "t10k"}
 SEED = 0
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes (big-endian: two zeros, type 8, rank, sizes, data)."""
-    with gzip.open(path) as file:
-        raw = file.read()
-    if raw[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {raw[:4]!r}")
-    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
 def choose(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np.ndarray:

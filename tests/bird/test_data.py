@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bird.vision.data import CLASS_NAMES, Images, load_fashion, to_float
-from bird.vision.make_subset import choose, make_subset, read_idx
+from bird.vision.datasets.grey import read_idx
+from bird.vision.make_subset import choose, make_subset
 
 
 def prints(images: Tensor) -> list[bytes]:

@@ -113,7 +113,7 @@ def test_repetitions_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_repetition_that_fails_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ChildProcessError, match="what is done stays in"):
+    with pytest.raises(ChildProcessError, match="for the reason above; what is done stays"):
         demo.run(tmp_path, TINY, 2, jobs=2, device="cuda:99")
     assert "cuda" in capfd.readouterr().err.lower()
 

@@ -43,12 +43,12 @@ def test_accuracy_counts() -> None:
 
 
 def test_robustness_follows_the_severities() -> None:
-    scores = robustness(Bright(0.55), DATA, ["brightness", "contrast"])
-    # brightness adds 0.1 to 0.5: 0.4 passes 0.55 from severity 2 on, 0.2 from 4 on; grey has no contrast
-    assert scores == Robustness(1.0, {"brightness": [1.0, 0.75, 0.75, 0.5, 0.5], "contrast": [1.0] * 5})
-    assert scores.robust == pytest.approx((0.7 + 1) / 2)
-    assert scores.pooled == pytest.approx((1.0 + 5 * 0.85) / 6)
-    some = robustness(Bright(0.55), DATA, ["brightness"], severities=[4, 1])
+    scores = robustness(Bright(0.48), DATA, ["brightness", "contrast"])
+    # brightness adds 0.05 to 0.3: 0.4 passes 0.48 from severity 2 on, 0.2 at 5; grey has no contrast
+    assert scores == Robustness(1.0, {"brightness": [1.0, 0.75, 0.75, 0.75, 0.5], "contrast": [1.0] * 5})
+    assert scores.robust == pytest.approx((0.75 + 1) / 2)
+    assert scores.pooled == pytest.approx((1.0 + 5 * 0.875) / 6)
+    some = robustness(Bright(0.48), DATA, ["brightness"], severities=[5, 1])
     assert some.corrupted == {"brightness": [0.5, 1.0]}
     assert some.pooled == pytest.approx((1.0 + 2 * 0.75) / 3)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bird
 import bird_kernels
-from bird.losses import BirdLoss, Hints
+from bird.losses import BirdLoss, Hints, LwF
 
 PAIRS = [("layer4", "features.3"), ("layer3", "features.2")]
 WIDTHS = {"layer4": 5, "layer3": 7}, {"features.3": 6, "features.2": 4}
@@ -200,6 +200,56 @@ def test_hints_refuse_what_does_not_fit(teacher: dict[str, Tensor], student: dic
         loss(TASK, teacher, student | {"features.3": student["features.2"]})
 
 
+# LwF
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.005), (0.3, 2.0)])
+@pytest.mark.parametrize("pairs", [[("features.3", "features.3")], [("features.3",) * 2, ("features.2",) * 2]])
+def test_lwf_is_the_formula(student: dict[str, Tensor], pairs: Any, alpha: float, beta: float) -> None:
+    source, task = features(2, WIDTHS[1]), TASK.clone().requires_grad_()
+    loss = LwF(alpha, beta, pairs)
+    total = loss(task, source, student)
+    total.backward()
+    distances = {
+        name: sum(
+            abs(a - b) for x, y in zip(student[name], source[name], strict=True) for a, b in zip(x, y, strict=True)
+        )
+        / 16
+        for name, _ in pairs
+    }
+    torch.testing.assert_close(total, alpha * TASK + beta * sum(distances.values()))
+    torch.testing.assert_close(task.grad, torch.tensor(alpha))
+    for name, _ in pairs:
+        torch.testing.assert_close(student[name].grad, beta / 16 * (student[name] - source[name]).sign().detach())
+    assert list(loss.last) == ["task", *(f"l1/{name}/{name}" for name, _ in pairs)]
+    for name, distance in distances.items():
+        torch.testing.assert_close(loss.last[f"l1/{name}/{name}"], distance.detach())
+        assert not loss.last[f"l1/{name}/{name}"].requires_grad
+
+
+def test_lwf_has_the_published_weight_and_no_distance_at_the_start(student: dict[str, Tensor]) -> None:
+    loss, pairs = LwF(pairs=[("features.3", "features.3")]), [("features.3", "features.3")]
+    assert (loss.alpha, loss.beta) == (1.0, 0.005)
+    assert loss(TASK, {name: x.detach() for name, x in student.items()}, student) == TASK
+    half = {"features.3": torch.full((4, 3), 1.0, dtype=torch.bfloat16)}
+    near = {"features.3": torch.full((4, 3), 1.0 + 2**-12)}  # which bf16 would round to 1
+    torch.testing.assert_close(LwF(0.0, 1.0, pairs)(TASK, half, near), torch.tensor(3 * 2**-12))
+    assert not list(loss.parameters())
+
+
+def test_lwf_refuses_what_does_not_fit(student: dict[str, Tensor]) -> None:
+    loss = LwF(pairs=[("features.3", "features.3")])
+    for wrong in (torch.zeros(16, 1), torch.zeros(1, 6), torch.zeros(6)):  # all would broadcast
+        with pytest.raises(ValueError, match=r"lwf 'features.3/features.3'.*\[16, 6\] came; they must be \[N, D\]"):
+            loss(TASK, {"features.3": wrong}, student)
+    with pytest.raises(ValueError, match=r"teacher_features has no layer 'features.3'.*it has \['layer4'\]"):
+        loss(TASK, {"layer4": wrong}, student)
+    with pytest.raises(ValueError, match="beta must be finite and not negative"):
+        LwF(beta=-1.0, pairs=PAIRS)
+    with pytest.raises(ValueError, match="one or more"):
+        LwF()
+
+
 # Both
 
 
@@ -257,7 +307,7 @@ def test_only_hints_have_parameters() -> None:
 
 
 def test_bird_offers_its_own_names_and_all_operators() -> None:
-    own = {"BirdLoss", "Hints", "Similarity", "Taps", "Teacher", "chunked_backward", "compare"}
+    own = {"BirdLoss", "Hints", "LwF", "Similarity", "Taps", "Teacher", "chunked_backward", "compare"}
     assert set(bird_kernels.__all__) | own == set(bird.__all__)
     assert all(getattr(bird, name) is getattr(bird_kernels, name) for name in bird_kernels.__all__)
 

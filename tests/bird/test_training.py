@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bird.checkpoints import Settings, load, save
 from bird.losses import BirdLoss, Hints
+from bird.steps import Guide, epoch_order, learning_rate, steps_per_epoch
 from bird.taps import Taps
 from bird.teachers import Teacher
-from bird.training import Guide, epoch_order, fit, learning_rate, steps_per_epoch
+from bird.training import fit
 from bird.vision.data import Images
 
 
@@ -285,7 +286,7 @@ def test_nothing_is_read_from_the_device_between_reports(monkeypatch: pytest.Mon
     with _Waits() as waits:
         train(steps=20, log_every=10, save_every=20, optimizer="sgd")
     assert waits.count == 0
-    assert len(lists) == 2
+    assert len(lists) == 1 + 2  # the labels at the start, and two reports
 
 
 def test_a_write_cut_short_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +311,7 @@ def test_a_write_cut_short_leaves_the_last_checkpoint(tmp_path: Path, monkeypatc
 
 def test_loading_runs_no_code(tmp_path: Path) -> None:
     torch.save({"step": Cut()}, tmp_path / "last.pt")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(ValueError, match=r"last\.pt is not a whole checkpoint"):
         load(tmp_path / "last.pt")
 
 
@@ -325,7 +326,7 @@ def test_a_folder_is_not_used_for_two_runs(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run() -> None:
-    with pytest.raises(FloatingPointError, match="by step 3; a lower lr may help"):
+    with pytest.raises(FloatingPointError, match=r"became nan at step 1; a lower lr may help$"):
         train(augment=lambda x, index, epoch: x * float("nan"))
 
 

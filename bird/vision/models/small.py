@@ -1,16 +1,7 @@
-"""Two small networks of different families and widths for 28x28 grey images: quick on a CPU.
+"""Small networks of three families for a CPU: a step of 64 images in 10 to 20 ms on one core.
 
-Both take float32 ``[n, 1, height, width]`` in 0-1, normalise it themselves, and return logits ``[n,
-classes]``. Layers worth tapping, with the shape of what they give for a 28x28 image:
-
-| network    | layer    | shape          |
-|------------|----------|----------------|
-| `PlainNet` | ``block1`` | ``[n, 32, 14, 14]`` |
-|            | ``block2`` | ``[n, 64, 7, 7]``   |
-|            | ``block3`` | ``[n, 96, 7, 7]``   |
-| `ResNet`   | ``layer1`` | ``[n, 16, 14, 14]`` |
-|            | ``layer2`` | ``[n, 24, 7, 7]``   |
-|            | ``layer3`` | ``[n, 48, 4, 4]``   |
+All take float32 ``[n, channels, height, width]`` in 0-1, normalise it themselves, begin with a strided convolution, and
+return logits ``[n, classes]``. Of a 32x32 image the stages of `ResNet` see 16x16, 8x8 and 4x4 positions.
 """
 
 from __future__ import annotations
@@ -18,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FASHION_MEAN, FASHION_STD = 0.286, 0.353
+from .normalise import Normalise
 
 
 def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -32,17 +23,18 @@ def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> list[
 class PlainNet(nn.Module):
     """Four 3x3 convolutions, one after the other: 79,000 parameters, 96 features at the end."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, *, channels: int = 1) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*_conv(1, 16, stride=2), nn.ReLU())
+        self.normalise = Normalise(channels)
+        self.stem = nn.Sequential(*_conv(channels, 16, stride=2), nn.ReLU())
         self.block1 = nn.Sequential(*_conv(16, 32), nn.ReLU())
         self.block2 = nn.Sequential(*_conv(32, 64, stride=2), nn.ReLU())
         self.block3 = nn.Sequential(*_conv(64, 96), nn.ReLU())
         self.head = nn.Linear(96, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, 1, h, w]`` in 0-1 to logits ``[n, classes]``."""
-        x = self.stem((x - FASHION_MEAN) / FASHION_STD)
+        """``[n, channels, h, w]`` in 0-1 to logits ``[n, classes]``."""
+        x = self.stem(self.normalise(x))
         x = self.block3(self.block2(self.block1(x)))
         return self.head(x.mean(dim=(2, 3)))
 
@@ -62,18 +54,26 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three residual blocks: 47,000 parameters, 48 features at the end."""
+    """Three residual blocks, each with half the positions of the one before; the default has 47,000 parameters.
 
-    def __init__(self, classes: int) -> None:
+    Args:
+        classes: how many logits.
+        channels: of the images, 1 or 3.
+        widths: channels of the three blocks; the last are the features at the end.
+    """
+
+    def __init__(self, classes: int, *, channels: int = 1, widths: tuple[int, int, int] = (16, 24, 48)) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*_conv(1, 16, stride=2), nn.ReLU())
-        self.layer1 = ResidualBlock(16, 16, stride=1)
-        self.layer2 = ResidualBlock(16, 24, stride=2)
-        self.layer3 = ResidualBlock(24, 48, stride=2)
-        self.head = nn.Linear(48, classes)
+        first, second, third = widths
+        self.normalise = Normalise(channels)
+        self.stem = nn.Sequential(*_conv(channels, first, stride=2), nn.ReLU())
+        self.layer1 = ResidualBlock(first, first, stride=1)
+        self.layer2 = ResidualBlock(first, second, stride=2)
+        self.layer3 = ResidualBlock(second, third, stride=2)
+        self.head = nn.Linear(third, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, 1, h, w]`` in 0-1 to logits ``[n, classes]``."""
-        x = self.stem((x - FASHION_MEAN) / FASHION_STD)
+        """``[n, channels, h, w]`` in 0-1 to logits ``[n, classes]``."""
+        x = self.stem(self.normalise(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.head(x.mean(dim=(2, 3)))

@@ -1,0 +1,277 @@
+"""Experiments as TOML files: what is trained on what, for how long, by which methods, and what the paper reports.
+
+The package ships one for every table of the paper (`names`); `read` also takes a path of your own. A file says::
+
+    title = "CIFAR-10 to CIFAR-100"
+    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]    # keys of `bird.methods.METHODS`
+    seeds = 3
+
+    [teacher]                                                # a source of images, see `Source`
+    data = "cifar10"
+    [student]
+    data = "cifar100"
+
+    [pretraining]                                            # of both, see `Budget`
+    epochs = 200
+    lr = 0.01
+    final_lr = 1e-6
+    [transfer]
+    epochs = 200
+    lr = 0.005
+
+    [scoring]                                                # see `Scoring`
+
+    [networks.mobilenetv2]                                   # see `Networks`; a name of your own, or a network's
+    paper = { none = 51.31, bird = 54.77 }                   # robust accuracy in %, where published
+
+    [variants."batch 32"]                                    # what differs from the above, see `Variant`
+    batch_size = 32
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..checkpoints import Settings
+from ..methods import METHODS
+from ..vision.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
+from ..vision.datasets import DATASETS
+from ..vision.models import MODELS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+AUGMENTS = ("none", "crop", "crop-flip")
+
+
+def _known(what: str, value: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known) or known
+        raise ValueError(f"{what}: there is no {value!r}; there is {', '.join(map(repr, near))}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images.
+
+    Args:
+        data: a key of `bird.vision.datasets.DATASETS`.
+        classes: which ones, renumbered in this order; None for all.
+        limit_per_class: at most so many of each class in each of the three sets; None for all.
+        augment: "crop-flip", "crop" (for digits), or "none".
+    """
+
+    data: str
+    classes: tuple[int, ...] | None = None
+    limit_per_class: int | None = None
+    augment: str = "crop-flip"
+
+    def __post_init__(self) -> None:
+        _known("data", self.data, DATASETS)
+        if self.classes is None and DATASETS[self.data].classes is None:
+            raise ValueError(f"how many classes {self.data!r} has is not known: list them, classes = [0, 1, ...]")
+        _known("augment", self.augment, AUGMENTS)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train, and how: ``epochs`` or ``steps``; the rest as in `bird.checkpoints.Settings`."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.005
+    final_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    amp: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"say epochs or steps, one of them, got epochs={self.epochs}, steps={self.steps}")
+        self.settings(self.batch_size, 0)  # says what is wrong with the rest
+
+    def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
+        """For a training set of so many samples; ``changes`` of the batch size leave the number of steps as it is."""
+        steps = self.steps if self.epochs is None else self.epochs * max(samples // self.batch_size, 1)
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("epochs", "steps")}
+        assert steps is not None
+        return Settings(steps=steps, seed=seed, save_every=max(100, steps // 10), **(kept | changes))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What models are scored on: test images, clean and corrupted.
+
+    Args:
+        corruptions: all that are reported one by one.
+        images: at most so many test images, the first of a fixed order; None for all.
+    """
+
+    corruptions: tuple[str, ...] = tuple(CORRUPTIONS)
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.corruptions:
+            _known("corruptions", name, CORRUPTIONS)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A teacher's and a student's network.
+
+    Args:
+        teacher: a key of `bird.vision.models.MODELS`.
+        student: the same.
+        paper: method to the published robust accuracy in %.
+        paper_pgr: method to the published share of the gap recovered, in %.
+    """
+
+    teacher: str
+    student: str
+    paper: Mapping[str, float] = field(default_factory=dict)
+    paper_pgr: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _known("teacher", self.teacher, MODELS)
+        _known("student", self.student, MODELS)
+        for method in (*self.paper, *self.paper_pgr):
+            _known("paper", method, METHODS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a transfer does otherwise than the recipe: None for no change.
+
+    Args:
+        methods: which ones are run; None for the recipe's.
+        batch_size: with the same number of steps.
+        alpha: weight of the task in guided methods.
+        beta: weight of the guidance in guided methods.
+        teacher_layer: guiding layer, a path in the teacher; the default is the network's own.
+        student_layer: guided layer.
+    """
+
+    methods: tuple[str, ...] | None = None
+    batch_size: int | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    teacher_layer: str | None = None
+    student_layer: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment; the parts are described at their classes.
+
+    Args:
+        name: what it is called on the command line.
+        title: what tables and pictures are headed by.
+        teacher: what teachers are trained on, corrupted.
+        student: what students are trained on, clean.
+        pretraining: of teachers and students.
+        transfer: of every method.
+        networks: by name; each is run.
+        methods: keys of `bird.methods.METHODS`.
+        variants: by name; "" is the recipe as it is.
+        seeds: how many repetitions, with seeds 0, 1, ...
+        corruptions: the teacher's, at severities 0 to 5.
+        held_out: what robust accuracy is the mean over.
+        scoring: what else is scored.
+        paper_pgr: as in `Networks`, where the paper does not say of which.
+    """
+
+    name: str
+    title: str
+    teacher: Source
+    student: Source
+    pretraining: Budget
+    transfer: Budget
+    networks: Mapping[str, Networks]
+    methods: tuple[str, ...]
+    variants: Mapping[str, Variant] = field(default_factory=lambda: {"": Variant()})
+    seeds: int = 3
+    corruptions: tuple[str, ...] = TEACHER_CORRUPTIONS
+    held_out: tuple[str, ...] = HELD_OUT_CORRUPTIONS
+    scoring: Scoring = Scoring()
+    paper_pgr: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+        for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
+            _known("methods", method, METHODS)
+        for name in self.corruptions + self.held_out:
+            _known("corruptions", name, CORRUPTIONS)
+        if missing := set(self.held_out) - set(self.scoring.corruptions):
+            raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
+
+
+def names() -> list[str]:
+    """The recipes that come with the package, as ``folder/name``."""
+    folders = [folder for folder in resources.files(__package__).iterdir() if folder.is_dir()]
+    files = [(folder.name, file.name) for folder in folders for file in folder.iterdir()]
+    return sorted(f"{folder}/{file.removesuffix('.toml')}" for folder, file in files if file.endswith(".toml"))
+
+
+def read(recipe: str) -> Recipe:
+    """A recipe by its name (`names`), or from a TOML file by its path.
+
+    Raises:
+        ValueError: no such recipe, or one that says something it cannot: which key, and what is known.
+    """
+    if recipe.endswith(".toml"):
+        path, name = Path(recipe), Path(recipe).stem
+        if not path.is_file():
+            raise ValueError(f"there is no file {recipe}")
+        text = path.read_text(encoding="utf-8")
+    else:
+        _known("recipe", recipe, names())
+        name = recipe
+        text = resources.files(__package__).joinpath(f"{recipe}.toml").read_text(encoding="utf-8")
+    try:
+        return parse(name, tomllib.loads(text))
+    except (ValueError, TypeError) as error:  # tomllib's own is a ValueError
+        raise ValueError(f"recipe {recipe}: {error}") from error
+
+
+def parse(name: str, data: Mapping[str, Any]) -> Recipe:
+    """What a file says, checked."""
+    table = {"methods": list(METHODS)} | dict(data) | {"name": name}
+    parts: dict[str, Any] = {"teacher": Source, "student": Source, "pretraining": Budget, "transfer": Budget}
+    missing = [part for part in (*parts, "title", "networks") if part not in table]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be there")
+    if "scoring" in table:
+        parts["scoring"] = Scoring
+    for part, kind in parts.items():
+        table[part] = _made(part, kind, table[part])
+    table["networks"] = {
+        key: _made(f"networks.{key}", Networks, {"teacher": key, "student": key} | value)
+        for key, value in table["networks"].items()
+    }
+    if "variants" in table:
+        table["variants"] = {key: _made(f"variants.{key}", Variant, value) for key, value in table["variants"].items()}
+    return _made("the recipe", Recipe, table)
+
+
+def _made(where: str, kind: type[T], table: Mapping[str, Any]) -> T:
+    """The dataclass from a table; lists become tuples, unknown keys are refused."""
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    for key in table:
+        _known(f"a key of {where}", key, known)
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

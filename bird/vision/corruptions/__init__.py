@@ -1,0 +1,133 @@
+"""The 19 common corruptions of CIFAR-10-C in batched PyTorch: seeded per sample, on any device, nothing on disk.
+
+Kinds, order and strengths are those of Hendrycks and Dietterich (2019), "Benchmarking Neural Network Robustness to
+Common Corruptions and Perturbations", with the parameters that made CIFAR-10-C (``make_cifar_c.py`` in
+hendrycks/robustness), for pictures around 32 x 32. What is a part of 32 pixels there is a part of the picture's side
+here. It cuts its results down to bytes; here nothing is rounded at the end. Frost's pictures are drawn by code.
+
+A sample meets the same corruption, to the bit, in any batch and any order: random numbers are hashes (`random`), and no
+sum depends on how a batch is cut (`filters`). Nothing waits for the device. A corruption takes a batch
+``x`` ``[n, channels, height, width]``, every sample's `Level` and a source of noise.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .blur import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
+from .digital import brightness, contrast, elastic_transform, pixelate, saturate
+from .drops import spatter
+from .filters import Level
+from .jpeg import jpeg_compression
+from .noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
+from .random import Noise, keys
+from .weather import fog, frost, snow
+
+Corruption = Callable[[Tensor, Level, Noise], Tensor]
+CORRUPTIONS: dict[str, Corruption] = {
+    function.__name__: function
+    for function in (
+        gaussian_noise,
+        shot_noise,
+        impulse_noise,
+        defocus_blur,
+        glass_blur,
+        motion_blur,
+        zoom_blur,
+        snow,
+        frost,
+        fog,
+        brightness,
+        contrast,
+        elastic_transform,
+        pixelate,
+        jpeg_compression,
+        spatter,
+        saturate,
+        speckle_noise,
+        gaussian_blur,
+    )
+}
+TEACHER_CORRUPTIONS = tuple(CORRUPTIONS)[:15]
+HELD_OUT_CORRUPTIONS = tuple(CORRUPTIONS)[15:]
+SEVERITIES = (1, 2, 3, 4, 5)
+_CHUNK = 100  # images at a time on a CPU: what is between two steps stays in its cache
+
+
+def corrupt(x: Tensor, name: str, severity: int | Tensor, *, index: Tensor, seed: int = 0) -> Tensor:
+    """Corrupt a batch of images.
+
+    Args:
+        x: float32 ``[n, channels, height, width]`` in 0-1, 1 or 3 channels, at least 4 x 4, any device.
+        name: a key of `CORRUPTIONS`.
+        severity: 1 (mild) to 5 (strong), 0 for none: one for all, or int64 ``[n]`` on the device of ``x``
+            (what is outside 0-5 is then clamped, since looking at it would wait for the device).
+        index: int64 ``[n]``, which sample each image is. Equal seed, name, severity and index give equal
+            noise, in any batch.
+        seed: any whole number.
+
+    Returns:
+        float32 ``[n, channels, height, width]`` in 0-1, a new tensor.
+
+    Raises:
+        ValueError: unknown name, severity out of range, a shape or dtype other than the above.
+    """
+    if name not in CORRUPTIONS:
+        raise ValueError(f"unknown corruption {name!r}; known are {', '.join(CORRUPTIONS)}")
+    if x.ndim != 4 or x.dtype != torch.float32 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 4:
+        raise ValueError(
+            "x must be float32 [n, 1 or 3 channels, height, width] in 0-1, at least 4 x 4, "
+            f"got {x.dtype} {tuple(x.shape)}"
+        )
+    if index.shape != x.shape[:1]:
+        raise ValueError(f"index must hold one number per image, [{len(x)}], got {list(index.shape)}")
+    if isinstance(severity, int) and not 0 <= severity <= 5:
+        raise ValueError(f"severity must be 0 to 5, got {severity}")
+    if len(x) == 0 or (isinstance(severity, int) and severity == 0):
+        return x.clone()
+    return _corrupted(x.contiguous(), name, severity, index.to(x.device), seed)
+
+
+def _corrupted(x: Tensor, name: str, severity: int | Tensor, index: Tensor, seed: int) -> Tensor:
+    only = severity - 1 if isinstance(severity, int) else None
+    severity = index.new_full((len(x),), severity) if isinstance(severity, int) else severity.clamp(0, 5)
+    level = (severity - 1).clamp(min=0)
+    key = keys(index, seed, zlib.crc32(name.encode()), severity)
+    result = torch.empty_like(x)
+    chunk = _CHUNK if x.device.type == "cpu" else len(x)
+    for start in range(0, len(x), chunk):
+        part = slice(start, start + chunk)
+        corrupted = CORRUPTIONS[name](x[part], Level(level[part], only), Noise(key[part]))
+        torch.clamp(corrupted, 0, 1, out=result[part])
+    return result if only is not None else torch.where(severity.view(-1, 1, 1, 1) == 0, x, result)
+
+
+class Mixture:
+    """An augmentation: every sample meets one of several corruptions, at a random severity from 0 to 5.
+
+    The corruptions take turns along the batch, whose order is random already: each gets its equal share, and
+    nothing waits for the device.
+
+    Args:
+        names: keys of `CORRUPTIONS`.
+        seed: of severities and noise; the same sample meets something else in every epoch.
+    """
+
+    def __init__(self, names: Sequence[str] = TEACHER_CORRUPTIONS, *, seed: int = 0) -> None:
+        self.names, self.seed = tuple(names), seed
+
+    def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
+        """Corrupt a batch; ``x`` and ``index`` as in `corrupt`."""
+        index = index.to(x.device)
+        seed = 1_000_003 * self.seed + epoch
+        severity = (6 * Noise(keys(index, seed)).uniform()).long()
+        mixed = torch.empty_like(x)
+        for turn, name in enumerate(self.names):
+            mine = slice(turn, None, len(self.names))
+            if turn < len(x):
+                mixed[mine] = corrupt(x[mine], name, severity[mine], index=index[mine], seed=seed)
+        return mixed

@@ -1,0 +1,105 @@
+"""CIFAR and ImageNet-32: batches of rows of 3,072 bytes, the red plane first, then green, then blue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from ..data import Images
+from .layout import Counts
+from .unpickling import load_batch
+
+PIXELS = 3 * 32 * 32
+Batch: TypeAlias = tuple[Path, Any, np.ndarray]  # a file, its rows uint8 [n, 3072], and n labels
+
+
+def stack(batches: Iterable[Batch], count: int) -> Images:
+    """One array from many batches, filled in place: at no time is there a second copy of what was read before.
+
+    Args:
+        batches: what the files hold, in order.
+        count: images in all.
+
+    Raises:
+        ValueError: a batch of another shape or dtype, labels that do not fit it, or more than `count` images.
+    """
+    images = np.empty((count, 3, 32, 32), np.uint8)
+    labels = np.empty(count, np.int64)
+    done = 0
+    for path, rows, numbers in batches:
+        if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape != (len(numbers), PIXELS):
+            found = f"{getattr(rows, 'dtype', type(rows))} {list(np.shape(rows))}"
+            raise ValueError(f"{path}: {len(numbers)} labels need images uint8 [{len(numbers)}, 3072], found {found}")
+        end = done + len(rows)
+        if end > count:
+            raise ValueError(f"{path}: with it there are {end} images, more than {count}")
+        images[done:end] = rows.reshape(-1, 3, 32, 32)
+        labels[done:end] = numbers
+        done = end
+    return Images(torch.from_numpy(images[:done]), torch.from_numpy(labels[:done]))
+
+
+def _train_and_test(batches: Iterator[Batch], files: int, counts: Counts) -> tuple[Images, Images]:
+    """The last file is the test set."""
+    train = stack(islice(batches, files - 1), counts[0])
+    return train, stack(batches, counts[1])
+
+
+def _binary(paths: list[Path], label_bytes: int) -> Iterator[Batch]:
+    record = label_bytes + PIXELS
+    for path in paths:
+        raw = np.fromfile(path, np.uint8)
+        if raw.size % record:
+            raise ValueError(f"{path}: {raw.size} bytes are no whole number of records of {record}; it is cut short")
+        rows = raw.reshape(-1, record)
+        yield path, rows[:, label_bytes:], rows[:, label_bytes - 1]
+
+
+def read_cifar10_binary(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """Records of a label and an image."""
+    return _train_and_test(_binary(paths, 1), len(paths), counts)
+
+
+def read_cifar100_binary(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """Records of a coarse label, the fine one that counts, and an image."""
+    return _train_and_test(_binary(paths, 2), len(paths), counts)
+
+
+def _pickled(paths: list[Path], key: str) -> Iterator[Batch]:
+    for path in paths:
+        content = _arrays(path) if path.suffix == ".npz" else load_batch(path)
+        if "data" not in content or key not in content:
+            raise ValueError(f'{path}: needs "data" and "{key}", holds {sorted(content)}')
+        labels = np.asarray(content[key])
+        if labels.dtype.kind not in "iu" or labels.ndim != 1:
+            raise ValueError(f'{path}: "{key}" must be a list of integers, it is {labels.dtype} {list(labels.shape)}')
+        yield path, content["data"], labels.astype(np.int64)
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # of zipfile, of zlib, of NumPy
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_cifar10_python(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """Pickled dicts of ``data`` and ``labels``."""
+    return _train_and_test(_pickled(paths, "labels"), len(paths), counts)
+
+
+def read_cifar100_python(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """Pickled dicts of ``data`` and ``fine_labels``."""
+    return _train_and_test(_pickled(paths, "fine_labels"), len(paths), counts)
+
+
+def read_imagenet32(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """Dicts of ``data`` and ``labels`` 1 to 1000, pickled or ``.npz``; here the labels start at 0."""
+    shifted = ((path, rows, numbers - 1) for path, rows, numbers in _pickled(paths, "labels"))
+    return _train_and_test(shifted, len(paths), counts)

@@ -1,0 +1,114 @@
+"""The data sets by name: what they are, how they lie on disk, and where they come from."""
+
+from __future__ import annotations
+
+from .batches import (
+    read_cifar10_binary,
+    read_cifar10_python,
+    read_cifar100_binary,
+    read_cifar100_python,
+    read_imagenet32,
+)
+from .folders import read_image_folder, read_tiny_imagenet
+from .grey import read_digits, read_fashion
+from .layout import Dataset, Layout
+
+_CIFAR10 = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_IMAGENET32_TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
+_FASHION = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+
+DATASETS: dict[str, Dataset] = {
+    "cifar10": Dataset(
+        title="CIFAR-10",
+        classes=10,
+        channels=3,
+        counts=(50_000, 10_000),
+        layouts=(
+            Layout("cifar-10-batches-bin", tuple(f"{file}.bin" for file in _CIFAR10), read_cifar10_binary),
+            Layout("cifar-10-batches-py", _CIFAR10, read_cifar10_python),
+        ),
+        source="Get cifar-10-binary.tar.gz or cifar-10-python.tar.gz from "
+        "https://www.cs.toronto.edu/~kriz/cifar.html (no licence is stated; cite Krizhevsky, 2009), "
+        "or torchvision.datasets.CIFAR10(root, download=True).",
+    ),
+    "cifar100": Dataset(
+        title="CIFAR-100",
+        classes=100,
+        channels=3,
+        counts=(50_000, 10_000),
+        layouts=(
+            Layout("cifar-100-binary", ("train.bin", "test.bin"), read_cifar100_binary),
+            Layout("cifar-100-python", ("train", "test"), read_cifar100_python),
+        ),
+        source="Get cifar-100-binary.tar.gz or cifar-100-python.tar.gz from "
+        "https://www.cs.toronto.edu/~kriz/cifar.html (no licence is stated; cite Krizhevsky, 2009), "
+        "or torchvision.datasets.CIFAR100(root, download=True).",
+    ),
+    "tiny-imagenet": Dataset(
+        title="TinyImageNet",
+        classes=200,
+        channels=3,
+        counts=(100_000, 10_000),
+        layouts=(
+            Layout(
+                "tiny-imagenet-200",
+                ("wnids.txt", "train", "val/val_annotations.txt", "val/images"),
+                read_tiny_imagenet,
+            ),
+        ),
+        source="Get http://cs231n.stanford.edu/tiny-imagenet-200.zip (ImageNet's terms: research, not commercial).",
+    ),
+    "imagenet32": Dataset(
+        title="ImageNet-32",
+        classes=1000,
+        channels=3,
+        counts=(1_281_167, 50_000),
+        layouts=(
+            Layout("imagenet32", (*_IMAGENET32_TRAIN, "val_data"), read_imagenet32, ("", ".npz")),
+            Layout(
+                ".",  # as the official archives unpack
+                (*(f"Imagenet32_train/{file}" for file in _IMAGENET32_TRAIN), "Imagenet32_val/val_data"),
+                read_imagenet32,
+            ),
+            Layout(
+                ".",
+                (
+                    *(f"Imagenet32_train_npz/{file}.npz" for file in _IMAGENET32_TRAIN),
+                    "Imagenet32_val_npz/val_data.npz",
+                ),
+                read_imagenet32,
+            ),
+        ),
+        source="Get Imagenet32_train and Imagenet32_val, .zip or _npz.zip, from "
+        "https://image-net.org/download-images.php (after a login; ImageNet's terms: research, not commercial).",
+    ),
+    "image-folder": Dataset(
+        title="A folder of images",
+        classes=None,
+        channels=3,
+        counts=(0, 0),
+        layouts=(Layout(".", ("train", "test"), read_image_folder), Layout(".", ("train", "val"), read_image_folder)),
+        source="One folder a class: train/CLASS/*.png and test/CLASS/*.png, or val/ where there is no test/.",
+    ),
+    "fashion-mnist": Dataset(
+        title="Fashion-MNIST",
+        classes=10,
+        channels=1,
+        counts=(60_000, 10_000),
+        layouts=(
+            Layout("FashionMNIST/raw", _FASHION, read_fashion, ("", ".gz")),
+            Layout("/usr/share/datasets/fashion-mnist", _FASHION, read_fashion, ("", ".gz")),
+        ),
+        source="On Debian and Ubuntu: apt install dataset-fashion-mnist. Elsewhere: "
+        "https://github.com/zalandoresearch/fashion-mnist (MIT), or "
+        "torchvision.datasets.FashionMNIST(root, download=True).",
+    ),
+    "digits": Dataset(
+        title="scikit-learn's digits",
+        classes=10,
+        channels=1,
+        counts=(0, 0),  # 1,797 in all, split here
+        layouts=(Layout(".", (), read_digits),),
+        source="They come with scikit-learn (UCI's optical recognition of handwritten digits, CC BY 4.0).",
+    ),
+}

@@ -1,0 +1,66 @@
+"""Grey images: Fashion-MNIST's IDX files, and the digits that come with scikit-learn."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..data import Images
+from .layout import Counts
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Read an IDX file of unsigned bytes, gzipped if its name ends in ``.gz``.
+
+    The header is big-endian: two zeros, type 8, the rank, and one uint32 size for each dimension.
+
+    Raises:
+        ValueError: not such a file, or its data is cut short or longer than the header says.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
+    if raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {raw[:4]!r}")
+    shape = [int(size) for size in np.frombuffer(raw, ">u4", count=raw[3], offset=4)]
+    data = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
+    if len(data) != math.prod(shape):
+        raise ValueError(f"{path}: the header says {shape}, {math.prod(shape)} bytes, but {len(data)} follow")
+    return data.reshape(shape)
+
+
+def _padded(images: Path, labels: Path) -> Images:
+    pixels, numbers = read_idx(images), read_idx(labels)
+    if pixels.shape[1:] != (28, 28) or numbers.shape != pixels.shape[:1]:
+        raise ValueError(f"{images} holds {list(pixels.shape)}, {labels} {list(numbers.shape)}: not n 28x28 and n")
+    return Images(F.pad(torch.tensor(pixels).unsqueeze(1), (2, 2, 2, 2)), torch.tensor(numbers).long())
+
+
+def read_fashion(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """28x28, two rows and columns of zeros (the background) on every side."""
+    return _padded(*paths[:2]), _padded(*paths[2:])
+
+
+def read_digits(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """8x8, 0-16, scaled to 0-255 and, bilinearly, to 32x32. The last fifth of each class is the test set."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn: pip install 'bird-kernels[vision]'") from error
+    digits = load_digits()
+    small = torch.from_numpy(digits.images).unsqueeze(1) * (255 / 16)
+    images = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False).round().to(torch.uint8)
+    data = Images(images, torch.from_numpy(digits.target).long())
+    test = torch.zeros(len(data), dtype=torch.bool)
+    for c in range(10):
+        members = (data.labels == c).nonzero().squeeze(1)
+        test[members[-round(0.2 * len(members)) :]] = True
+    return data.select((~test).nonzero().squeeze(1)), data.select(test.nonzero().squeeze(1))

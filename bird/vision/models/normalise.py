@@ -1,0 +1,38 @@
+"""What every network does first: bring images in 0-1 to the mean and deviation of the data it was made for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Mean and standard deviation of all training pixels, by the number of channels: Fashion-MNIST's, CIFAR-10's.
+STATISTICS = {
+    1: ((0.286,), (0.353,)),
+    3: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+}
+
+
+class Normalise(nn.Module):
+    """``(x - mean) / std``, channel by channel: Fashion-MNIST's for grey images, CIFAR-10's for colour.
+
+    Args:
+        channels: 1 or 3.
+
+    Raises:
+        ValueError: another number of channels.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels not in STATISTICS:
+            raise ValueError(f"channels must be 1 (grey) or 3 (colour), not {channels}")
+        for name, values in zip(("mean", "std"), STATISTICS[channels], strict=True):
+            # Constants: they move with the network, but are not part of its state.
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[n, channels, h, w]`` to the same."""
+        return (x - self.mean) / self.std

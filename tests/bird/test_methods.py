@@ -1,0 +1,147 @@
+"""Each method against the same training written out by hand: equal weights, to the bit."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bird import BirdLoss, Hints, Taps, Teacher
+from bird.checkpoints import Settings
+from bird.losses import LwF
+from bird.methods import HINTS, METHODS, Transfer
+from bird.training import Guide, fit
+from bird.vision.corruptions import Mixture
+from bird.vision.data import Images
+from bird.vision.models import build, replace_head
+
+SETTINGS = Settings(steps=7, batch_size=8, lr=0.05, seed=3, save_every=100)
+TEACHER, STUDENT = ("plain", "block3"), ("resnet-tiny", "layer3")
+PAIRS = [("block3", "layer3")]
+
+
+@pytest.fixture(scope="module")
+def train() -> Images:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 1, 32, 32), generator=generator, dtype=torch.uint8)
+    return Images(images, torch.arange(40) % 4)
+
+
+@pytest.fixture(scope="module")
+def networks() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(1)
+    return build("plain", 3, channels=1).eval(), build("resnet-tiny", 4, channels=1)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    mine, other = a.state_dict(), b.state_dict()
+    return mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
+
+
+def moved(method: str, networks: tuple[nn.Module, nn.Module], train: Images, **options: object) -> nn.Module:
+    before = [weights(network) for network in networks]
+    transfer = Transfer(TEACHER, STUDENT, SETTINGS, 4, **options)  # type: ignore[arg-type]
+    model, histories, times = transfer.run(method, *networks, train)
+    for network, old in zip(networks, before, strict=True):  # left as they were
+        assert all(value.equal(old[name]) for name, value in network.state_dict().items())
+    assert [history.train[-1]["step"] for history in histories] == {0: [], 1: [7], 2: [4, 3]}[len(histories)]
+    assert (times is not None) == (method == "lwf" or method in GUIDED)
+    return model
+
+
+def test_none_is_the_student(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+    assert same(moved("none", networks, train), networks[1])
+
+
+def test_continued_and_ceiling_train_the_student(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+    by_hand = deepcopy(networks[1])
+    fit(by_hand, train, SETTINGS)
+    assert same(moved("continued", networks, train), by_hand)
+    by_hand = deepcopy(networks[1])
+    fit(by_hand, train, SETTINGS, augment=Mixture(seed=5))
+    assert same(moved("ceiling", networks, train, augment=Mixture(seed=5)), by_hand)
+
+
+def headed(teacher: nn.Module) -> nn.Module:
+    model = deepcopy(teacher).requires_grad_(True)
+    torch.manual_seed(SETTINGS.seed)
+    replace_head(model, "plain", 4)
+    return model
+
+
+def test_lp_trains_the_head_alone(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+    model = moved("lp", networks, train)
+    assert model.state_dict()["head.weight"].shape[0] == 4
+    teacher = networks[0].state_dict()
+    changed = {
+        name
+        for name, value in model.state_dict().items()
+        if not name.startswith("head") and not value.equal(teacher[name])
+    }
+    assert not changed  # batch normalisation's statistics among them
+    assert not model.state_dict()["head.weight"].equal(headed(networks[0]).state_dict()["head.weight"])
+
+
+@pytest.mark.parametrize("method", ["ft", "lp-ft", "lwf"])
+def test_what_starts_from_the_teacher(method: str, networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+    by_hand = headed(networks[0])
+    if method == "ft":
+        fit(by_hand, train, SETTINGS)
+    else:
+        fit(by_hand, train, replace(SETTINGS, steps=4), trained=["head"])
+        guide = None
+        if method == "lwf":
+            loss = LwF(1.0, 0.005, [("block3", "block3")])
+            guide = Guide(Teacher(deepcopy(networks[0]), "block3"), Taps(by_hand, "block3"), loss)
+        fit(by_hand, train, replace(SETTINGS, steps=3), guide=guide)
+    assert same(moved(method, networks, train), by_hand)
+
+
+GUIDED = {
+    "bird": BirdLoss(0.1, 0.9, PAIRS),
+    "bird-unbiased": BirdLoss(0.1, 0.9, PAIRS, estimator="unbiased"),
+    "bird-rbf": BirdLoss(0.1, 0.9, PAIRS, kernel="rbf"),
+    "bird-rbf-unbiased": BirdLoss(0.1, 0.9, PAIRS, kernel="rbf", estimator="unbiased"),
+    "hints": None,
+}
+
+
+@pytest.mark.parametrize("method", GUIDED)
+def test_what_is_guided(method: str, networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+    by_hand, loss = deepcopy(networks[1]), GUIDED[method]
+    torch.manual_seed(SETTINGS.seed)
+    if loss is None:
+        loss = Hints(*HINTS, PAIRS, teacher_widths={"block3": 96}, student_widths={"layer3": 48})
+    guide = Guide(Teacher(deepcopy(networks[0]), "block3"), Taps(by_hand, "layer3"), loss)
+    fit(by_hand, train, SETTINGS, guide=guide)
+    found = moved(method, networks, train)
+    assert same(found, by_hand)
+    assert not same(found, moved("continued", networks, train))
+
+
+def test_the_weights_of_bird(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+    with_none = moved("bird", networks, train, weights={"alpha": 1.0, "beta": 0.0})
+    assert same(with_none, moved("continued", networks, train))
+
+
+def test_a_network_that_is_needed_and_missing(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+    transfer = Transfer(TEACHER, STUDENT, SETTINGS, 4)
+    with pytest.raises(ValueError, match="BIRD is guided by a teacher"):
+        transfer.run("bird", None, networks[1], train)
+    with pytest.raises(ValueError, match="FT starts from a teacher"):
+        transfer.run("ft", None, networks[1], train)
+    with pytest.raises(ValueError, match="Hints starts from a student"):
+        transfer.run("hints", networks[0], None, train)
+
+
+def test_every_method_is_in_the_docstring() -> None:
+    import bird.methods
+
+    assert all(f"``{name}``" in (bird.methods.__doc__ or "") for name in METHODS)

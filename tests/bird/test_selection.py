@@ -1,0 +1,389 @@
+"""Properties of teachers and their ranking: against the literal formulas, another solver, and known answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+import bird.extraction
+from bird.checkpoints import Settings
+from bird.selection import (
+    Properties,
+    Ranking,
+    Row,
+    probe,
+    properties,
+    rank_teachers,
+    regress,
+    robust_usefulness,
+)
+from bird.teachers import Teacher
+from bird.training import fit
+from bird.vision.corruptions import Mixture, corrupt
+from bird.vision.data import Images, Splits, load_fashion, to_float
+from bird.vision.models import PlainNet
+
+linear_model = pytest.importorskip(
+    "sklearn.linear_model", reason="probes are an extra: pip install bird-kernels[vision]"
+)
+
+NAMES, SEVERITIES = ("gaussian_noise", "contrast"), (2, 5)
+
+
+class Net(nn.Module):
+    """One convolution to `width` channels, a ReLU-like bend, and a head that nobody asks."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Conv2d(1, width, 5, 3), nn.GELU(), nn.BatchNorm2d(width))
+        self.head = nn.Linear(width, 3)
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        return self.head(self.body(x).mean(dim=(2, 3)))
+
+
+class Pixels(nn.Module):
+    """The pixels of 1 x 2 pictures are the features."""
+
+    def __init__(self, *signs: float) -> None:
+        super().__init__()
+        self.signs = nn.Parameter(torch.tensor(signs, dtype=torch.float32))
+        self.flat = nn.Flatten()
+        self.body = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.flat(x) * self.signs)
+
+
+@pytest.fixture(scope="module")
+def data() -> Splits:
+    return load_fashion([2, 4, 6], limit_per_class=30)
+
+
+def sides(first: list[int], second: list[int], labels: list[int]) -> Splits:
+    """Pictures of two pixels; all three sets are the same."""
+    pixels = torch.tensor([first, second], dtype=torch.uint8).T.reshape(-1, 1, 1, 2)
+    images = Images(pixels, torch.tensor(labels))
+    return Splits(images, images, images)
+
+
+def versions(net: nn.Module, images: Images) -> list[np.ndarray]:
+    """Features of the clean images and of each corrupted version, one whole batch each, fp64."""
+    x = to_float(images.images)
+    index = torch.arange(len(x))
+    views = [x] + [corrupt(x, name, severity, index=index, seed=3) for name in NAMES for severity in SEVERITIES]
+    with torch.no_grad():
+        return [net.body(view).mean(dim=(2, 3)).double().numpy() for view in views]
+
+
+def literal_usefulness(views: list[np.ndarray], labels: np.ndarray, *, worst: bool) -> np.ndarray:
+    """The docstring's formula, sample by sample."""
+    clean, best = views[0], []
+    for j in range(clean.shape[1]):
+        f = [(view[:, j] - clean[:, j].mean()) / clean[:, j].std() for view in views]
+        gammas = []
+        for c in sorted(set(labels)):
+            y = [1 if label == c else -1 for label in labels]
+            for s in (1, -1):
+                gamma = 0.0
+                for i in range(len(labels)):
+                    values = [y[i] * s * g[i] for g in f]
+                    share = 0.5 / y.count(y[i])
+                    gamma += share * (min(values) if worst else sum(values) / len(values))
+                gammas.append(gamma)
+        best.append(max(gammas))
+    return np.array(best)
+
+
+def literal_probe(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray, c: float) -> np.ndarray:
+    """The docstring's objective, minimised by SciPy."""
+    classes, d = labels.max() + 1, train.shape[1]
+    deviation = np.where(train.std(axis=0) > 0, train.std(axis=0), 1)
+    x, new = ((part - train.mean(axis=0)) / deviation for part in (train, held_out))
+    target = np.eye(classes)[labels]
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        w, b = flat[: d * classes].reshape(d, classes), flat[d * classes :]
+        logits = x @ w + b
+        log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        error = c * (np.exp(log_p) - target)
+        value = (w**2).sum() / 2 - c * (target * log_p).sum()
+        return value, np.concatenate([(w + x.T @ error).ravel(), error.sum(axis=0)])
+
+    found = minimize(objective, np.zeros((d + 1) * classes), jac=True, method="BFGS", options={"gtol": 1e-5})
+    return (new @ found.x[: d * classes].reshape(d, classes) + found.x[d * classes :]).argmax(axis=1)
+
+
+def rank(teachers: dict[str, Teacher], student: nn.Module, data: Splits, **options) -> Ranking:
+    return rank_teachers(
+        teachers, student, "body", data, **{"corruptions": NAMES, "severities": SEVERITIES, "seed": 3, **options}
+    )
+
+
+@pytest.mark.parametrize("c", [1.0, 0.01])
+def test_the_probe_minimises_the_stated_objective(data: Splits, c: float) -> None:
+    net = Net(6, 0).eval()
+    train, held_out = (versions(net, part)[0] for part in (data.train, data.validation))
+    train[:, 2] = held_out[:, 2] = 0.25  # a feature that does not vary
+    labels = data.train.labels.numpy()
+    truth = literal_probe(train, labels, held_out, c)
+    assert len(set(truth.tolist())) == 3
+    np.testing.assert_array_equal(probe(train, labels, held_out, c=c), truth)
+
+
+def test_the_regularisation_matters(data: Splits) -> None:
+    net = Net(6, 0).eval()
+    train, held_out = (versions(net, part)[0] for part in (data.train, data.validation))
+    labels = data.train.labels.numpy()
+    assert (probe(train, labels, held_out, c=0.01) != probe(train, labels, held_out)).any()
+
+
+@pytest.mark.parametrize("batch_size", [500, 7])
+def test_properties_are_what_literal_computations_give(data: Splits, batch_size: int) -> None:
+    network, student = Net(6, 0).eval(), Net(2, 1)
+    student_copy = deepcopy(student).eval()
+    right = []
+    for net in (network, student_copy):
+        train, held_out = (versions(net, part)[0] for part in (data.train, data.validation))
+        guesses = literal_probe(train, data.train.labels.numpy(), held_out, 1.0)
+        right.append(guesses == data.validation.labels.numpy())
+    views, labels = versions(network, data.validation), data.validation.labels.numpy()
+    worst, mean = (literal_usefulness(views, labels, worst=worst).mean() for worst in (True, False))
+    assert right[0].mean() != right[1].mean()
+    found = properties(
+        Teacher(network, "body"),
+        student,
+        "body",
+        data,
+        corruptions=NAMES,
+        severities=SEVERITIES,
+        seed=3,
+        batch_size=batch_size,
+    )
+    assert found.probe_accuracy == right[0].mean()
+    assert found.complementary_knowledge == sum(a and not b for a, b in zip(*right, strict=True)) / len(labels) > 0
+    assert found.usefulness_min == pytest.approx(worst, abs=2e-5)
+    assert found.usefulness_mean == pytest.approx(mean, abs=2e-5)
+    assert worst < mean - 0.1
+
+
+def test_usefulness_of_every_feature_with_unequal_classes() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2, 3], [3, 17, 9, 1])
+    views = [3 + 2 * rng.normal(size=(30, 5)) + labels[:, None] * rng.normal(size=5) for _ in range(4)]
+    low, high, mean = np.min(views, axis=0), np.max(views, axis=0), np.mean(views, axis=0)
+    worst = robust_usefulness(views[0], low, high, labels)
+    np.testing.assert_allclose(worst, literal_usefulness(views, labels, worst=True), rtol=1e-12)
+    average = robust_usefulness(views[0], mean, mean, labels)
+    np.testing.assert_allclose(average, literal_usefulness(views, labels, worst=False), rtol=1e-12)
+
+
+def test_usefulness_of_known_features() -> None:
+    labels = np.array([0] * 4 + [1] * 4)
+    y = np.where(labels == 0, -1.0, 1.0)
+    blind = np.array([1.0, -1, 1, -1, 1, -1, 1, -1])
+    constant = np.full(8, 0.1)
+    clean = np.stack([5 + 3 * y, -y, blind, constant, constant + 1e-8 * y], axis=1).astype(np.float32)
+    assert np.ptp(clean[:, 4]) > 0
+    # the label itself, its negative, a feature that knows nothing, one that does not vary, and one that only rounds
+    truth = [1, 1, 0, np.nan, np.nan]
+    np.testing.assert_allclose(robust_usefulness(clean, clean, clean, labels), truth, rtol=1e-6)
+    # turned over by one of two versions: the worst is -1 for either sign, the mean 0
+    flipped = 10 - clean
+    low, high = np.minimum(clean, flipped), np.maximum(clean, flipped)
+    middle = (clean + flipped) / 2
+    assert robust_usefulness(clean, low, high, labels)[0] == pytest.approx(-1)
+    assert robust_usefulness(clean, middle, middle, labels)[0] == pytest.approx(0, abs=1e-12)
+    # turned over by all versions: as useful as before, with the other sign
+    assert robust_usefulness(clean, flipped, flipped, labels)[0] == pytest.approx(1)
+
+
+def test_rare_classes_count_half() -> None:
+    """One of ten: f is 3 inside and -1/3 outside, so half of 3 + 1/3; unbalanced, it would be 0.1 * 3 + 0.9 / 3."""
+    labels = np.array([0] + [1] * 9)
+    f = (labels == 0).astype(np.float64)[:, None]
+    assert robust_usefulness(f, f, f, labels) == pytest.approx([5 / 3])
+
+
+def test_perfect_and_blind_probes() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat([0, 1], 100))
+    useless = rng.integers(0, 256, 200)
+    teller = np.where(labels == 1, 200, 30)
+    data = sides(teller.tolist(), useless.tolist(), labels.tolist())
+    teacher, student = Teacher(Pixels(1, 1), "body"), Pixels(0, 1)
+    found = properties(teacher, student, "body", data, corruptions=[])
+    assert found.probe_accuracy == 1
+    assert found.usefulness_min == found.usefulness_mean > 0.5  # 1 for the first pixel, next to nothing for the other
+    blind = float((probe(useless[:, None], labels, useless[:, None]) == labels).mean())
+    assert 0.4 < blind < 0.6
+    assert found.complementary_knowledge == pytest.approx(1 - blind)
+    # the other way round the teacher knows nothing that the student does not
+    assert properties(Teacher(student, "body"), Pixels(1, 1), "body", data, corruptions=[]).complementary_knowledge == 0
+
+
+def test_a_feature_that_a_corruption_turns_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bird.extraction, "corrupt", lambda x, name, severity, *, index, seed: 1 - x)
+    labels = [0, 0, 1, 1]
+    data = sides([0, 0, 255, 255], [0, 255, 0, 255], labels)
+    net = Pixels(2, 0)  # the second feature is dead, and does not count
+    found = properties(Teacher(net, "body"), Pixels(1, 1), "body", data, corruptions=["fog"], severities=[1])
+    assert found.usefulness_min == pytest.approx(-1)
+    assert found.usefulness_mean == pytest.approx(0, abs=1e-6)
+    assert found.probe_accuracy == 1
+    dead = Teacher(Pixels(0, 0), "body")
+    with pytest.raises(ValueError, match="teacher: no feature of layer 'body' varies"):
+        properties(dead, Pixels(1, 1), "body", data, corruptions=[])
+
+
+def test_the_students_own_features_add_nothing(data: Splits) -> None:
+    student = Net(4, 0)
+    found = rank({"itself": Teacher(deepcopy(student), "body")}, student, data)
+    assert found.rows[0].properties.complementary_knowledge == 0
+    assert found.rows[0].properties.probe_accuracy == found.student_probe_accuracy
+
+
+@pytest.fixture(scope="module")
+def teachers() -> dict[str, Teacher]:
+    return {f"net{seed}": Teacher(Net(5, seed), "body") for seed in range(3)}
+
+
+@pytest.mark.parametrize("by", ["usefulness_min", "complementary_knowledge"])
+def test_teachers_are_ordered_by_a_property(data: Splits, teachers: dict[str, Teacher], by: str) -> None:
+    ranking = rank(teachers, Net(4, 9), data, by=by, accuracies={"net1": 0.5})
+    values = [getattr(row.properties, by) for row in ranking.rows]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == 3
+    assert ranking.scores == {row.name: value for row, value in zip(ranking.rows, values, strict=True)}
+    assert ranking.by == by
+    assert {row.name: row.accuracy for row in ranking.rows} == {"net0": None, "net1": 0.5, "net2": None}
+    options = {"corruptions": NAMES, "severities": SEVERITIES, "seed": 3}
+    last = ranking.rows[-1]
+    assert properties(teachers[last.name], Net(4, 9), "body", data, **options) == last.properties
+
+
+def test_the_order_follows_what_a_regression_predicts(data: Splits, teachers: dict[str, Teacher]) -> None:
+    rng = np.random.default_rng(1)
+    past = [Row(str(i), Properties(*rng.random(4)), rng.random()) for i in range(9)]
+    model = regress(past)
+    ranking = rank(teachers, Net(4, 9), data, by=model)
+    assert ranking.by == "prediction"
+    predictions = [model.predict(row.properties) for row in ranking.rows]
+    assert predictions == sorted(predictions, reverse=True)
+    assert [ranking.scores[row.name] for row in ranking.rows] == predictions
+
+
+def test_each_image_is_seen_once_per_version(data: Splits) -> None:
+    network, student = Net(4, 0), Net(4, 1)
+    rank({"a": Teacher(network, "body")}, student, data)
+    assert network.seen == len(data.train) + len(data.validation) * (1 + len(NAMES) * len(SEVERITIES))
+    assert student.seen == len(data.train) + len(data.validation)
+
+
+def test_the_student_is_given_back_as_it_was(data: Splits, teachers: dict[str, Teacher], device: torch.device) -> None:
+    student = Net(4, 9).train()
+    student.head.eval()
+    before = deepcopy(student.state_dict())
+    rank(teachers, student, data, device=device)
+    assert [module.training for module in (student, student.body[2], student.head)] == [True, True, False]
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in student.parameters())
+    assert not student.body._forward_hooks
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What there was a pass over images for."""
+    labels, real = [], bird.extraction.Extractor._extract
+
+    def extract(self, layer, images, versions, label):
+        labels.append(label)
+        return real(self, layer, images, versions, label)
+
+    monkeypatch.setattr(bird.extraction.Extractor, "_extract", extract)
+    return labels
+
+
+def test_kept_features_give_the_same_numbers(
+    data: Splits, teachers: dict[str, Teacher], tmp_path: Path, passes: list[str]
+) -> None:
+    bare = rank(teachers, Net(4, 9), data)
+    first = rank(teachers, Net(4, 9), data, cache=tmp_path)
+    passes.clear()
+    assert rank(teachers, Net(4, 9), data, cache=tmp_path, batch_size=11) == first == bare
+    assert passes == []
+    other = Net(5, 0)
+    other.state_dict()["body.0.weight"].view(-1)[0] += 0.1
+    changed = rank({**teachers, "net0": Teacher(other, "body")}, Net(4, 9), data, cache=tmp_path)
+    assert passes == ["net0: training images", "net0: validation images"]
+    assert {row.name for row in set(changed.rows) - set(bare.rows)} == {"net0"}
+
+
+def test_bad_input_is_refused_before_anything_runs(data: Splits, passes: list[str]) -> None:
+    student, teacher = Net(4, 9), Teacher(Net(4, 0), "body")
+    with pytest.raises(ValueError, match="no teachers to rank"):
+        rank({}, student, data)
+    with pytest.raises(ValueError, match=r"2 are tapped \(body.0, body\)"):
+        rank({"a": teacher, "b": Teacher(Net(4, 0), ["body.0", "body"])}, student, data)
+    with pytest.raises(ValueError, match=r"by must be one of probe_accuracy, .* not 'charm'"):
+        rank({"a": teacher}, student, data, by="charm")
+    with pytest.raises(ValueError, match=r"accuracies of \['b'\], but no such teachers"):
+        rank({"a": teacher}, student, data, accuracies={"b": 0.5})
+    with pytest.raises(ValueError, match=r"unknown corruptions \['rain'\]; known are "):
+        rank({"a": teacher}, student, data, corruptions=["rain"])
+    with pytest.raises(ValueError, match=r"severities must be of 1 to 5, got \[0\]"):
+        rank({"a": teacher}, student, data, severities=[0])
+    for part in ("train", "validation"):
+        few = getattr(data, part).select((getattr(data, part).labels == 1).nonzero().squeeze(1))
+        one_class = Splits(**{**vars(data), part: few})
+        with pytest.raises(ValueError, match="at least two classes are needed, got 1 in 30 images"):
+            rank({"a": teacher}, student, one_class)
+    with pytest.raises(ValueError, match="no layer is called"):
+        rank_teachers({"a": teacher}, student, "nowhere", data)
+    assert passes == []
+
+
+def test_without_scikit_learn_the_probe_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(ImportError, match=r"pip install 'bird-kernels\[vision\]'"):
+        probe(np.zeros((2, 2)), np.array([0, 1]), np.zeros((2, 2)))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """So small a network gains nothing from more, and waits for them where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_robust_teacher_is_told_from_one_of_clean_images_and_from_an_untrained_one() -> None:
+    corruptions = ("gaussian_noise", "defocus_blur", "contrast")
+    own, data = (load_fashion(classes, limit_per_class=60) for classes in (range(5), range(5, 10)))
+    teachers = {}
+    for name, steps, augment in (("untrained", 0, None), ("clean", 80, None), ("robust", 80, Mixture(corruptions))):
+        torch.manual_seed(0)
+        network = PlainNet(5)
+        if steps:
+            fit(network, own.train, Settings(steps, 32, lr=0.05), augment=augment, progress=False)
+        teachers[name] = Teacher(network, "block3")
+    ranking = rank_teachers(
+        teachers, PlainNet(5), "block3", data, corruptions=corruptions, severities=[2, 4], progress=False
+    )
+    assert [row.name for row in ranking.rows] == ["robust", "clean", "untrained"]
+    assert ranking.scores["robust"] > ranking.scores["clean"] + 0.1
+    assert all(row.properties.probe_accuracy > 0.5 for row in ranking.rows)
