@@ -9,18 +9,18 @@ Two ResNets' pooled activations: a layer is as wide as a convolution has channel
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from cka import cka_from_features
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.kernels import measure, providers, results, timers
+from benchmarks.kernels import providers, results, versus
 from benchmarks.kernels.results import Origin
+from benchmarks.kernels.versus import Answer
 
 NETWORKS = {
     "ResNet18": [64] * 5 + [128] * 4 + [256] * 4 + [512] * 4 + [1000],
@@ -29,10 +29,8 @@ NETWORKS = {
     + [1000],
 }
 TOLERANCE = 1e-3  # of a value, and of the gradients relative to their norm: a heat map is read to three digits
-SHARE, PATIENCE = 3.0, 12.0  # seconds of measuring for one provider, and the most that few rounds may take
 
 Layers = list[Tensor]
-Answer = tuple[Tensor, ...]  # what is compared with the truth: a matrix, or a loss and its gradients
 Call = Callable[[Layers, Layers], Answer]
 
 
@@ -64,7 +62,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Row(Origin):
-    """One measurement: seconds, bytes beyond the inputs, largest error; a ``red`` one has no time."""
+    """One measurement, see `versus.Finish`."""
 
     what: str
     network: str
@@ -148,47 +146,15 @@ def ask(question: Question, device: torch.device, origin: Origin) -> list[Row]:
         calls = {name: call for name, call in calls.items() if name != "loop of cka"}  # 2500 calls
     exact = [[x.double() for x in side] for side in (xs, ys)]
     truth = _each(providers.gram)(*exact) if question.what == "pairs" else literal_matrix(xs, ys)
-    takes: dict[str, timers.Take] = {}
-    rounds: dict[str, int] = {}
-    gate: dict[str, tuple[float, int, str]] = {}
-    for name, call in calls.items():
-        start = measure.clock(device)
-        call(xs, ys)
-        once = measure.clock(device) - start
-        answer, memory = measure.watched(lambda call=call: call(xs, ys), device)  # type: ignore[misc,arg-type,return-value]
-        error = max(_distance(got, true) for got, true in zip(answer, truth, strict=True))
-        gate[name] = error, memory, "" if error <= TOLERANCE else f"off by {error:.1e}"
-        if not gate[name][2]:
-            kind = "wall" if device.type == "cpu" else "device"
-            takes[name] = timers.TIMERS[kind](lambda call=call: call(xs, ys), once)  # type: ignore[misc]
-            rounds[name] = timers.rounds(once, SHARE, PATIENCE)
-    times = timers.in_turns(takes, rounds)
-    rows = []
-    for name, (error, memory, red) in gate.items():
-        timing = timers.Timing.of(times[name]) if name in times else None
-        numbers = asdict(timing) if timing else dict(p20=None, p50=None, p80=None, rounds=None)
-        rows.append(
-            Row(
-                **asdict(origin), **asdict(question), provider=name, red=red, error=error, **numbers, peak_memory=memory
-            )
-        )
-    return rows
-
-
-def _distance(got: Tensor, true: Tensor) -> float:
-    """The largest difference of a matrix or a value; of gradients their distance relative to the norm; NaN is inf."""
-    difference = got.double() - true.double()
-    far = difference.norm() / true.norm() if true.ndim == 2 and true.shape[1] > 50 else difference.abs().max()
-    return float(far.nan_to_num(torch.inf))
+    finishes = versus.compete({name: partial(call, xs, ys) for name, call in calls.items()}, truth, device, TOLERANCE)
+    about = asdict(origin) | asdict(question)
+    return [Row(**about, provider=name, **asdict(finish)) for name, finish in finishes.items()]
 
 
 def page(rows: Sequence[Row]) -> str:
     """Markdown: the origin, then a line for each row."""
-    names = ("device", "torch", "commit", "date", "load", "omp_wait_policy")
-    text = "# Many layers at once\n\n"
-    text += "".join(f"- {name.replace('_', ' ')}: {getattr(rows[0], name)}\n" for name in names)
-    text += (
-        "\nMedian of a call, and in brackets how many times the first provider's; fp32, unbiased (pairs: biased, "
+    text = versus.heading("Many layers at once", rows[0]) + (
+        "Median of a call, and in brackets how many times the first provider's; fp32, unbiased (pairs: biased, "
         "forward and\nbackward). Errors against fp64; memory beyond the inputs, result included.\n\n"
         "| question | network | layers | n | mean/std | provider | time | error | memory, MiB |\n"
         "|---|---|---|---|---|---|---|---|---|\n"
@@ -202,7 +168,7 @@ def page(rows: Sequence[Row]) -> str:
             row.mean,
         ):
             first = row
-        time = row.red or f"{1e3 * (row.p50 or 0):.3g} ms ({(row.p50 or 0) / (first.p50 or 1):.2f}×)"
+        time = versus.time_beside(row.p50, row.red, first.p50)
         text += (
             f"| {row.what} | {row.network} | {len(NETWORKS[row.network])} | {row.n} | {row.mean:g} | {row.provider} "
             f"| {time} | {row.error:.1e} | {row.peak_memory / 2**20:.0f} |\n"
@@ -227,13 +193,7 @@ def main() -> None:
             rows += ask(question, device, origin)
     print(page(rows))
     if options.save:
-        path = results.path_for(origin.device)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([column.name for column in fields(Row)])
-        writer.writerows([results._text(getattr(row, column.name)) for column in fields(Row)] for row in rows)
-        results.write_text(path.with_name(f"{path.stem}-layers.csv"), text.getvalue())
-        results.write_text(path.with_name(f"{path.stem}-layers.md"), page(rows))
+        versus.save("layers", rows, page(rows))
 
 
 if __name__ == "__main__":

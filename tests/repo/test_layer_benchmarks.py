@@ -7,14 +7,14 @@ import torch
 
 pytest.importorskip("cka", reason="pytorch-cka is in the bench extra")
 
-from benchmarks.kernels import layers, results
+from benchmarks.kernels import layers, results, versus
 from benchmarks.kernels.layers import Question
 
 CPU = torch.device("cpu")
 
 
 def ask(question: Question, monkeypatch: pytest.MonkeyPatch) -> dict[str, layers.Row]:
-    monkeypatch.setattr(layers, "SHARE", 0.0)
+    monkeypatch.setattr(versus, "SHARE", 0.0)
     monkeypatch.setitem(layers.NETWORKS, "ResNet18", [8, 24, 40])
     return {row.provider: row for row in layers.ask(question, CPU, results.origin(CPU))}
 
@@ -32,7 +32,7 @@ def test_everybody_passes_the_gate(what: str, monkeypatch: pytest.MonkeyPatch) -
     for row in rows.values():
         assert row.red == ""
         assert row.error < 1e-5
-        assert row.rounds == layers.timers.FEWEST_ROUNDS
+        assert row.rounds == versus.timers.FEWEST_ROUNDS
 
 
 def test_who_is_wrong_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
