@@ -134,8 +134,8 @@ def ask(question: Question, device: torch.device, origin: Origin) -> list[Row]:
 def page(rows: Sequence[Row]) -> str:
     """Markdown: the origin, then a line for each row."""
     text = versus.heading("Tokens", rows[0]) + (
-        "Median of forward and backward, and in brackets how many times that of `token_cka_loss`; fp32, biased, half to\n"
-        "all of T tokens valid. Errors of value and gradient against fp64; memory beyond the inputs, result included.\n\n"
+        "Median of forward and backward, and in brackets how many times that of `token_cka_loss`; fp32, biased, half\n"
+        "to all of T tokens valid. Errors of value and gradient against fp64; memory beyond the inputs, result in.\n\n"
         "| tokens | B | T | p, q | provider | time | error | memory, MiB |\n|---|---|---|---|---|---|---|---|\n"
     )
     first = {(row.tokens, row.B, row.T): row for row in reversed(rows)}
