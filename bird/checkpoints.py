@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # A shorter last batch is left out of its epoch: unbiased CKA needs four rows, biased CKA two, batch
 # normalisation more than one value. All methods leave out the same batches, and every epoch has another
@@ -176,6 +180,11 @@ class Run:
         folder: where ``last.pt`` and ``best.pt`` go; None to keep nothing.
         trained: paths of the parts that are trained, kept for the same reason; None for everything.
         to_train: puts the model in training mode, or those parts; None for ``model.train``.
+        group: processes that share the work: their gradients are averaged (DDP), the first one writes.
+
+    Attributes:
+        model: what to call for a step, in DDP where there is a group; ``modules`` holds it bare.
+        guide_loss: the same for the guide's loss.
 
     Raises:
         ValueError: no parameter requires gradients.
@@ -191,6 +200,7 @@ class Run:
         *,
         trained: Sequence[str] | None = None,
         to_train: Callable[[], object] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.modules, self.folder = modules, folder
         self.to_train = to_train or modules["model"].train
@@ -204,14 +214,23 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         self._identity = asdict(settings) | {"samples": samples, "trained": None if trained is None else [*trained]}
         self._saved: int | None = None
-        if folder is not None:
+        self.group, self.writes = group, group is None or group.rank() == 0
+        self.model, self.guide_loss = (self._shared(name) for name in ("model", "guide"))
+        if folder is not None and self.writes:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("last.pt", "best.pt"):  # of a run that was killed while it wrote
                 (folder / f"{_PARTIAL}{name}").unlink(missing_ok=True)
 
+    def _shared(self, name: str) -> Any:
+        module = self.modules[name] if name in self.modules else None  # noqa: SIM401 - ModuleDict has no get
+        if self.group is None or module is None or not any(p.requires_grad for p in module.parameters()):
+            return module
+        return DistributedDataParallel(module, process_group=self.group)
+
     def save(self, step: int) -> None:
         """Write ``last.pt``."""
-        if self.folder is None:
+        self._saved = step
+        if self.folder is None or not self.writes:
             return
         state = {
             "identity": self._identity,
@@ -225,7 +244,6 @@ class Run:
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
         save(state, self.folder / "last.pt")
-        self._saved = step
 
     def restore(self, resume: bool) -> int:
         """Load ``last.pt`` if there is one, and return the number of steps that it has behind it."""
@@ -271,12 +289,15 @@ class Run:
             FloatingPointError: a loss, or the weights, are not finite.
         """
         looks = [*losses, *totals.values(), *([self._finite()] if weights else [])]
-        numbers = torch.stack([look.float() for look in looks]).tolist()
+        stacked = torch.stack([look.float() for look in looks])
+        if self.group is not None:  # means over the processes: what is NaN on one stops all of them
+            torch.distributed.all_reduce(stacked.div_(self.group.size()), group=self.group)
+        numbers = stacked.tolist()
         count = len(losses)
         for done, loss in enumerate(numbers[:count], start=step - count + 1):
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss became {loss} at step {done}; {self._advice()}")
-        if weights and not numbers[-1]:
+        if weights and numbers[-1] < 1:
             raise FloatingPointError(f"the weights became NaN or infinite by step {step}; {self._advice()}")
         row = {"step": step, "lr": lr, "loss": sum(numbers[:count]) / count}
         row |= {name: total / count for name, total in zip(totals, numbers[count:], strict=False)}
@@ -302,7 +323,7 @@ class Run:
         history.validation.append({"step": step, "score": score})
         if history.best_score is None or score > history.best_score:
             history.best_step, history.best_score = step, score
-            if self.folder is not None:
+            if self.folder is not None and self.writes:
                 save({"step": step, "score": score, "model": model.state_dict()}, self.folder / "best.pt")
         return score
 

@@ -58,19 +58,30 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 class Batches:
-    """The batches of a run, step by step; the data is on the device, whole.
+    """The batches of a run, step by step, or one process's equal share of them; the data is on the device, whole.
 
     Raises:
-        ValueError: fewer than `MIN_BATCH` samples, or a negative label.
+        ValueError: fewer than `MIN_BATCH` samples, a negative label, a batch that cannot be shared equally.
     """
 
-    def __init__(self, train: Images, settings: Settings, augment: Augment | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        train: Images,
+        settings: Settings,
+        augment: Augment | None,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         self.per_epoch = steps_per_epoch(len(train), settings.batch_size)
         lowest, highest = torch.stack(train.labels.aminmax()).tolist()
         if lowest < 0:
             raise ValueError(f"labels are numbers from 0, but the training set has {lowest}")
         self.classes = highest + 1  # as far as these data tell
         self.train, self.settings, self.augment = train.to(device), settings, augment
+        if settings.batch_size % world:
+            raise ValueError(f"batch_size {settings.batch_size} cannot be shared equally by {world} processes")
+        self.rank, self.world = rank, world
         self._order, self._epoch = torch.empty(0), -1
 
     def at(self, step: int) -> Chunks:
@@ -80,7 +91,9 @@ class Batches:
             order = epoch_order(len(self.train), self.settings.seed, epoch)
             self._order, self._epoch = order.to(self.train.images.device), epoch
         size = self.settings.batch_size
-        return Chunks(self, self._order[batch * size : (batch + 1) * size], epoch)
+        index = self._order[batch * size : (batch + 1) * size]
+        share = len(index) // self.world  # of the last batch of an epoch, what is left over is left out
+        return Chunks(self, index[self.rank : share * self.world : self.world], epoch)
 
 
 class Chunks(Sequence[tuple[Tensor, Tensor]]):
@@ -114,7 +127,7 @@ def take_step(run: Run, guide: Guide | None, chunks: Chunks, lr: float) -> dict[
 
 
 def _backward(run: Run, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor]:
-    model, means = run.modules["model"], dict[str, Tensor]()
+    model, means = run.model, dict[str, Tensor]()
 
     def note(share: float, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -152,7 +165,7 @@ def _backward(run: Run, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor
         with run.autocast:
             share, loss = forward(chunk)
             if guide is not None:
-                loss = guide.loss(loss, guide.teacher(chunk[0]), guide.taps.pop())
+                loss = run.guide_loss(loss, guide.teacher(chunk[0]), guide.taps.pop())
         run.scaler.scale(share * loss).backward()
         note(share, {"loss": loss.detach()} | (guide.loss.last if guide is not None else {}))
     return {"loss": means.pop("loss")} | means

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .checkpoints import History, Run, Settings
 from .freezing import train_only
 from .steps import Augment, Batches, Guide, learning_rate, place, take_step
 from .vision.data import Images
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Augment", "Guide", "fit"]
 
@@ -39,6 +42,7 @@ def fit(
     resume: bool = False,
     label: str = "training",
     progress: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> History:
     """Train ``model`` in place; at the end it is on the device and holds the weights of the last step.
 
@@ -64,25 +68,31 @@ def fit(
         resume: go on from ``last.pt`` if the folder has one.
         label: the progress bar's title.
         progress: show the bar; None to show it on a terminal only.
+        group: processes that call this together, ``torch.distributed.group.WORLD`` under torchrun: each takes an equal
+            share of every batch, gradients are averaged (DDP), and the first process writes the folder, which all of
+            them must see. For the loss of all rows at once give `BirdLoss` the same group. Batch normalisation takes
+            its statistics from each share; convert it to ``SyncBatchNorm`` before, if they are small.
 
     Raises:
         FileExistsError: the folder has a checkpoint, and ``resume`` is off.
         ValueError: the checkpoint cannot be read, or comes from other settings or data; fewer than `MIN_BATCH`
-            samples; labels that the model has no logits for; an unknown layer in ``trained``, or nothing to train.
+            samples; a batch size that ``group`` cannot share equally; labels that the model has no logits for; an
+            unknown layer in ``trained``, or nothing to train.
         FloatingPointError: the loss or the weights are no longer finite; ``last.pt`` is from before.
     """
     device = torch.device(device)
     torch.manual_seed(settings.seed)
-    batches = Batches(train, settings, augment, device)
+    rank, world = (0, 1) if group is None else (group.rank(), group.size())
+    batches = Batches(train, settings, augment, device, rank, world)
     modules = nn.ModuleDict({"model": place(model, device)})
     if guide is not None:
         place(guide.teacher, device)
         modules["guide"] = guide.loss.to(device)
     with train_only(model, trained) as to_train:
-        run = Run(modules, settings, len(train), device, folder, trained=trained, to_train=to_train)
+        run = Run(modules, settings, len(train), device, folder, trained=trained, to_train=to_train, group=group)
         done = run.restore(resume)
         to_train()
-        hidden = None if progress is None else not progress
+        hidden = True if rank else None if progress is None else not progress
         with tqdm(total=settings.steps, initial=done, desc=label, leave=False, disable=hidden) as bar:
             _loop(run, guide, batches, done, validate, bar)
     return run.history
@@ -96,7 +106,7 @@ def _loop(
     validate: Callable[[nn.Module], float] | None,
     bar: Any,
 ) -> None:
-    settings, writer = batches.settings, _tensorboard(run.folder, done)
+    settings, writer = batches.settings, _tensorboard(run.folder if run.writes else None, done)
     losses: list[Tensor] = []  # of each step since the last report: which one was the first that is not finite?
     totals: dict[str, Tensor] = {}
     clock = time.perf_counter()

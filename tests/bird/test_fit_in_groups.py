@@ -1,0 +1,108 @@
+"""`fit` by several processes against one with all of it: equal weights, one writer, errors on all of them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bird import BirdLoss, Hints, Taps, Teacher
+from bird.checkpoints import Settings, load
+from bird.training import Guide, fit
+from bird.vision.data import Images
+from tests.groups import run_ranks
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+SETTINGS = Settings(steps=9, batch_size=12, lr=0.1, seed=2, save_every=4, log_every=3)
+
+
+def data() -> Images:
+    generator = torch.Generator().manual_seed(0)
+    return Images(torch.randint(0, 256, (41, 1, 8, 8), generator=generator, dtype=torch.uint8), torch.arange(41) % 3)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+
+
+class Double(nn.Module):
+    """Images to fp64, in which one process and several differ by rounding alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.body(x.double())
+        return logits
+
+
+def train(kind: str, group: dist.ProcessGroup | None, folder: Path | None, settings: Settings = SETTINGS) -> nn.Module:
+    model = Double()
+    teacher = Teacher(copy.deepcopy(Double()), "body.1")
+    torch.manual_seed(3)
+    loss: BirdLoss | Hints = BirdLoss(pairs=[("body.1", "body.2")], group=group)
+    if kind == "hints":
+        loss = Hints(
+            pairs=[("body.1", "body.2")], teacher_widths={"body.1": 10}, student_widths={"body.2": 10}
+        ).double()
+    guide = None if kind == "task" else Guide(teacher, Taps(model, "body.2"), loss)
+
+    def validate(model: nn.Module) -> float:
+        return float(next(model.parameters()).sum())
+
+    history = fit(
+        model, data(), settings, guide=guide, validate=validate, folder=folder, resume=True, progress=False, group=group
+    )
+    assert [row["step"] for row in history.train] == [3, 4, 6, 8, 9]
+    return model
+
+
+def difference(a: nn.Module, b: nn.Module) -> float:
+    return max(float((x - y).detach().abs().max()) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def together(rank: int, folder: Path, kind: str, chunk_size: int | None) -> None:
+    """41 samples in batches of 12 leave 5, of which two processes take 4: one with all of it sees the same 40."""
+    settings = Settings(**{**vars(SETTINGS), "chunk_size": chunk_size})
+    group = dist.group.WORLD
+    whole = Images(*(part[:40] for part in (data().images, data().labels)))
+    globals()["data"] = lambda: whole  # in batches of 12, 12, 12 and 4
+    mine = train(kind, group, folder / "together", settings)
+    alone = train(kind, None, None)
+    # Chunks: the gradient is exact to 1e-10 (tests/bird/test_chunks.py), and nine steps add to that.
+    assert difference(mine, alone) < (1e-12 if chunk_size is None else 1e-7)
+    assert difference(mine, Double()) > 1e-3
+    dist.barrier()
+    again = train(kind, group, folder / "together", settings)  # nothing is left to do
+    assert difference(again, mine) == 0
+    kept = load(folder / "together" / "last.pt")
+    assert kept["step"] == 9
+    assert set(kept["modules"]) >= {"model.body.1.weight"}  # as of one process, which can go on with it
+
+
+@pytest.mark.parametrize(("kind", "chunk_size"), [("task", None), ("bird", None), ("bird", 4), ("hints", None)])
+def test_processes_train_as_one(kind: str, chunk_size: int | None, tmp_path: Path) -> None:
+    run_ranks(together, 2, tmp_path, tmp_path, kind, chunk_size)
+    files = {path.name for path in (tmp_path / "together").iterdir()}
+    assert {"last.pt", "best.pt"} <= files
+    assert not any(name.startswith(".") for name in files)
+
+
+def poisoned(rank: int, folder: Path) -> None:
+    model = Double()
+    if rank == 1:
+        model.register_forward_hook(lambda module, args, logits: logits * float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss became nan at step 1;"):
+        fit(model, data(), SETTINGS, progress=False, group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="batch_size 13 cannot be shared equally by 2"):
+        fit(Double(), data(), Settings(steps=1, batch_size=13), progress=False, group=dist.group.WORLD)
+
+
+def test_a_nan_of_one_stops_all(tmp_path: Path) -> None:
+    run_ranks(poisoned, 2, tmp_path, tmp_path)
