@@ -136,7 +136,7 @@ def _differences(comparison: Comparison) -> str:
     ours = [title for title in comparison.methods if title.startswith("BIRD")]
     others = [title for title in comparison.contenders if title not in ours]
     seeds = len(comparison.of(comparison.baseline))
-    if not ours or seeds < 2:
+    if not ours or not others or seeds < 2:
         return ""
     rows = [["robust accuracy", *(f"minus {other}" for other in others)]]
     for title in ours:

@@ -146,6 +146,7 @@ def test_the_page_and_its_files(experiment: Experiment, folder: Path, capsys: py
     both = [100 * number["plain", "BIRD", seed]["pooled"] for seed in (0, 1)]
     assert re.search(rf"\| BIRD +\| +54.77 \| +{fmean(both):.1f} ± {stdev(both):.1f} \|", page)
     assert "| BIRD " in page.split("loss, %")[1]  # what guidance costs
+    assert page.count("| robust accuracy ") == 1  # the other variants have nobody to compare BIRD with
 
 
 def test_what_is_missing_is_said(experiment: Experiment, tmp_path: Path) -> None:
