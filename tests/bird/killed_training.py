@@ -1,6 +1,7 @@
-"""Trains in processes that are killed at random moments, and says on stdout, as JSON, how it ended.
+"""Trains in processes that are killed, and says on stdout, as JSON, how it ended.
 
-A program of its own, which imports PyTorch once, forks, and computes nothing itself before it forks.
+A program of its own, which imports PyTorch once, forks, and computes nothing itself before it forks. First come kills
+at chosen moments, by the process itself, so that each kind is met on any machine; then some from outside, at any time.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch._dynamo  # by now, lest each process import it when it makes its optimizer
 from torch import Tensor, nn
 
-from bird import BirdLoss, Taps, Teacher
+from bird import BirdLoss, Taps, Teacher, checkpoints
 from bird.checkpoints import Settings, load
 from bird.steps import Guide
 from bird.training import fit
 from bird.vision.data import Images
 
-KILLS = 12
+# In a step, with half of a file written, with a whole file not yet in its place, with the file just put there.
+MOMENTS = ("step", "torn", "written", "placed") * 3
+FROM_OUTSIDE = 4
 
 
 def network(width: int) -> nn.Module:
@@ -33,16 +37,37 @@ def network(width: int) -> nn.Module:
     )
 
 
-def train(folder: Path, ready: int) -> None:
+def die_at(moment: str, count: int) -> Callable[[], None]:
+    """Arm this process to kill itself at the count-th such moment; returns what to call in every step."""
+    seen = 0
+
+    def met(file: int | None = None) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == count:
+            if file is not None:
+                os.truncate(file, os.fstat(file).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fsync, replace = os.fsync, Path.replace
+    if moment in ("torn", "written"):
+        checkpoints.os.fsync = lambda file: (fsync(file), met(file if moment == "torn" else None))[0]
+    elif moment == "placed":
+        Path.replace = lambda path, target: (replace(path, target), met())[0]  # type: ignore[method-assign]
+    return met if moment == "step" else lambda: None
+
+
+def train(folder: Path, ready: int, moment: str, count: int) -> None:
     """Says through a pipe when it takes its first step."""
     torch.manual_seed(0)
     student, teacher = network(6), Teacher(network(4), "0")
     pixels = torch.randint(0, 256, (50, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    first = [b"!"]
+    first, in_step = [b"!"], die_at(moment, count)
 
     def augment(x: Tensor, index: Tensor, epoch: int) -> Tensor:
         if first:
             os.write(ready, first.pop())
+        in_step()
         return x
 
     fit(
@@ -58,13 +83,13 @@ def train(folder: Path, ready: int) -> None:
     )
 
 
-def start(folder: Path) -> int:
+def start(folder: Path, moment: str = "", count: int = 0) -> int:
     """A process that trains, and has begun to (or has ended)."""
     begun, ready = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            train(folder, ready)
+            train(folder, ready, moment, count)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -85,18 +110,19 @@ def main(folder: Path) -> None:
     pid, begin = start(folder / "whole"), time.monotonic()
     assert finish(pid) == 0
     seconds = time.monotonic() - begin
-    moments, halves, steps = random.Random(0), 0, list[int]()
-    while True:
+    random_, last = random.Random(0), folder / "broken/last.pt"
+    killed, partial = list[int](), list[int]()
+    for moment in MOMENTS:  # of 108 moments at most, so that 120 steps never end before
+        code = finish(start(folder / "broken", moment, random_.randint(1, 9)))
+        assert code == -signal.SIGKILL, f"{moment}: {code}"
+        killed.append(load(last)["step"] if last.exists() else 0)
+        partial.append(sum(1 for _ in (folder / "broken").glob(".partial.*")))
+    for _ in range(FROM_OUTSIDE):
         pid = start(folder / "broken")
-        if len(steps) < KILLS:
-            time.sleep(moments.uniform(0, seconds / KILLS))
-            os.kill(pid, signal.SIGKILL)
-        code = finish(pid)
-        if code != -signal.SIGKILL:
-            break
-        last = folder / "broken/last.pt"
-        steps.append(load(last)["step"] if last.exists() else 0)
-        halves += any((folder / "broken").glob(".partial.*"))
+        time.sleep(random_.uniform(0, seconds / 2 / FROM_OUTSIDE))
+        os.kill(pid, signal.SIGKILL)
+        finish(pid)  # it may have ended before
+    code = finish(start(folder / "broken"))
     whole, broken = (load(folder / name / "last.pt") for name in ("whole", "broken"))
     best = [load(folder / name / "best.pt") for name in ("whole", "broken")]
 
@@ -105,8 +131,8 @@ def main(folder: Path) -> None:
 
     outcome = {
         "code": code,
-        "steps": steps,
-        "halves": halves,
+        "steps": killed,
+        "partial": partial,
         "weights": same(whole["modules"], broken["modules"]),
         "best": best[0]["step"] == best[1]["step"] and same(best[0]["model"], best[1]["model"]),
         "history": whole["history"] == broken["history"],
