@@ -1,4 +1,4 @@
-"""The command line: ``bird demo``, ``bird run``, ``bird report`` and ``bird info``."""
+"""The command line: ``bird demo``, ``bird run``, ``bird report``, ``bird select`` and ``bird info``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 
 import bird_kernels
 
-from . import demo, recipes, reproduction
-from .experiments import Experiment
+from . import candidates, demo, recipes, reproduction
+from .experiments import Candidate, Cell, Experiment
 from .methods import METHODS
 from .stages import complete
 from .workers import side_by_side
@@ -68,21 +68,23 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="half a minute: shows that everything runs, not the effect"
     )
 
-    for name, does, run in (
-        ("run", "run a recipe: the experiments of the paper, and ours", _run),
-        ("report", "tables, files and pictures of what a recipe has come to, beside the paper's numbers", _report),
+    for name, does in (
+        ("run", "run a recipe: the experiments of the paper, and ours"),
+        ("report", "tables, files and pictures of what a recipe has come to, beside the paper's numbers"),
+        ("select", "what the teachers of a recipe promise its students, before any transfer; and how far that held"),
     ):
         command = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
-        command.set_defaults(run=run)
+        command.set_defaults(run=_report if name == "report" else _run, command=name)
         command.add_argument("recipe", help=f"a TOML file, or one of {', '.join(recipes.names())}")
         command.add_argument("--arch", nargs="+", metavar="NAME", help="networks of the recipe (default: all)")
         command.add_argument("--variant", nargs="+", metavar="NAME", help="variants of the recipe (default: all)")
-        command.add_argument("--method", nargs="+", metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
+        if name != "select":
+            command.add_argument("--method", nargs="+", metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
         command.add_argument("--seeds", type=int, help="how many repetitions (default: the recipe's)")
         command.add_argument(
             "--out", type=Path, default=Path("runs"), help="folder of all that is trained (default: %(default)s)"
         )
-        if name == "run":
+        if name != "report":
             command.add_argument("--data", type=Path, help="folder of the data sets (default: BIRD_DATA)")
             command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
             command.add_argument("--jobs", type=int, help="stages at a time (default: cores on a CPU, else 1)")
@@ -123,46 +125,55 @@ def _run(options: argparse.Namespace) -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)  # as for the demo
     experiment, choice = _experiment(options, device, jobs)
-    cells = experiment.cells(**choice)
-    _say(f"{experiment.recipe.title}: {len(cells)} cells, {jobs} at a time on {device}; all is kept in {options.out}/")
+    asked = _asked(experiment, options.command, choice)
+    what = "candidates" if options.command == "select" else "cells"
+    _say(f"{experiment.recipe.title}: {len(asked)} {what}, {jobs} at a time on {device}; all is kept in {options.out}/")
     if jobs > 1:
-        side_by_side(_share_aside, [(experiment, choice)] * jobs)
-    _share(experiment, choice)
+        side_by_side(_share_aside, [(experiment, options.command, choice)] * jobs)
+    _share(experiment, options.command, choice)
     if rank in (None, "0"):
-        _write(experiment, choice)
+        _write(experiment, options.command, choice)
     return 0
 
 
-def _share(experiment: Experiment, choice: dict[str, Any]) -> None:
-    stages = [stage for cell in experiment.cells(**choice) for stage in (cell.score, cell.alignment)]
-    complete(stages, experiment.root, tell=_say)
+def _asked(experiment: Experiment, command: str, choice: dict[str, Any]) -> list[Cell] | list[Candidate]:
+    return experiment.candidates(**choice) if command == "select" else experiment.cells(**choice)
 
 
-def _share_aside(experiment: Experiment, choice: dict[str, Any]) -> None:
+def _share(experiment: Experiment, command: str, choice: dict[str, Any]) -> None:
+    complete([stage for one in _asked(experiment, command, choice) for stage in one.wanted], experiment.root, tell=_say)
+
+
+def _share_aside(experiment: Experiment, command: str, choice: dict[str, Any]) -> None:
     """The same in a process of its own, whose parent does not see what was raised."""
     try:
-        _share(experiment, choice)
+        _share(experiment, command, choice)
     except EXPECTED as error:
         sys.exit(_complain(error))
 
 
 def _report(options: argparse.Namespace) -> int:
-    _write(*_experiment(options, torch.device("cpu"), 1))
+    experiment, choice = _experiment(options, torch.device("cpu"), 1)
+    _write(experiment, options.command, choice)
     return 0
 
 
-def _write(experiment: Experiment, choice: dict[str, Any]) -> None:
-    folder = experiment.root / "reports" / experiment.recipe.name
-    _say(
-        f"\n{reproduction.write(experiment, experiment.cells(**choice), folder)}\nIn {folder}/ with files and pictures."
-    )
+def _write(experiment: Experiment, command: str, choice: dict[str, Any]) -> None:
+    if command == "select":
+        folder = experiment.root / "teachers" / experiment.recipe.name
+        text = candidates.write(experiment, experiment.candidates(**choice), folder)
+    else:
+        folder = experiment.root / "reports" / experiment.recipe.name
+        text = reproduction.write(experiment, experiment.cells(**choice), folder)
+    _say(f"\n{text}\nIn {folder}/ with files and pictures.")
 
 
 def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) -> tuple[Experiment, dict[str, Any]]:
     """The recipe, and which of its cells were asked for."""
     recipe = recipes.read(options.recipe)
-    methods = None if options.method in (None, ["all"]) else options.method
-    choice = {"networks": options.arch, "variants": options.variant, "methods": methods}
+    choice = {"networks": options.arch, "variants": options.variant}
+    if options.command != "select":
+        choice["methods"] = None if options.method in (None, ["all"]) else options.method
     known = {"networks": recipe.networks, "variants": recipe.variants, "methods": METHODS}
     for what, names in choice.items():
         for name in names or ():

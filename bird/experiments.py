@@ -2,13 +2,14 @@
 
 A cell (networks, variant, method, seed) needs two stages, which score a model and compare it with the teacher; these
 need the one that made the model, and that one a teacher, a student or both. What several cells or recipes need is made
-once. The test set is read by the last two kinds of stages alone.
+once. The test set is read by the last two kinds of stages alone. A candidate is a cell's teacher and student before any
+transfer, and needs one stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from .checkpoints import load, save
 from .evaluation import accuracy, alignment
 from .methods import METHODS, Transfer
-from .recipes import Recipe, Scoring, Source, Variant
+from .recipes import Budget, Recipe, Scoring, Source, Variant
+from .selection import rank_teachers
 from .stages import Stage
 from .teachers import Teacher
 from .training import Augment, fit
@@ -45,6 +47,26 @@ class Cell:
     score: Stage  # result: {"clean": accuracy, "corrupted": {name: [accuracy of each severity]}}
     alignment: Stage  # result: {"cka": to the teacher, unbiased, over clean test images}
     training: Stage  # that made the model
+
+    @property
+    def wanted(self) -> list[Stage]:
+        """What completes it."""
+        return [self.score, self.alignment]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A teacher for a student."""
+
+    networks: str
+    variant: str
+    seed: int
+    properties: Stage  # result: {"properties": `bird.selection.Properties`, "student_probe_accuracy": a share of 1}
+
+    @property
+    def wanted(self) -> list[Stage]:
+        """What completes it."""
+        return [self.properties]
 
 
 @dataclass(frozen=True)
@@ -99,22 +121,48 @@ class Experiment:
             for seed in range(recipe.seeds if seeds is None else seeds)
         ]
 
-    def _cell(self, name: str, variant: str, method: str, seed: int) -> Cell:
+    def candidates(
+        self,
+        *,
+        networks: Sequence[str] | None = None,
+        variants: Sequence[str] | None = None,
+        seeds: int | None = None,
+    ) -> list[Candidate]:
+        """The teacher and the student of every pair of networks, variant and seed, or of some."""
+        found = []
+        for name in self.recipe.networks if networks is None else networks:
+            for variant in self.recipe.variants if variants is None else variants:
+                for seed in range(self.recipe.seeds if seeds is None else seeds):
+                    stage = self._measured(*self._pair(name, variant, seed), seed)
+                    found.append(Candidate(name, variant, seed, stage))
+        return found
+
+    def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[str, str]]:
+        """Teacher, student, and the layers between which something moves."""
         recipe, pair, change = self.recipe, self.recipe.networks[name], self.recipe.variants[variant]
-        teacher = self._pretrained(recipe.teacher, pair.teacher, recipe.corruptions, seed)
-        student = self._pretrained(recipe.student, pair.student, (), seed)
+        corruptions = recipe.corruptions if change.teacher_corruptions is None else change.teacher_corruptions
+        budget = recipe.pretraining
+        if change.teacher_steps is not None:
+            budget = replace(budget, steps=change.teacher_steps, epochs=None)
+        teacher = self._pretrained(change.teacher or recipe.teacher, pair.teacher, corruptions, seed, budget)
+        student = self._pretrained(recipe.student, pair.student, (), seed, recipe.pretraining)
         layers = (
             change.teacher_layer or MODELS[pair.teacher].guide,
             change.student_layer or MODELS[pair.student].guide,
         )
-        made = self._moved(teacher, student, layers, change, method, seed)
+        return teacher, student, layers
+
+    def _cell(self, name: str, variant: str, method: str, seed: int) -> Cell:
+        teacher, student, layers = self._pair(name, variant, seed)
+        made = self._moved(teacher, student, layers, self.recipe.variants[variant], method, seed)
         layer = layers[METHODS[method].start == "student"]
         score, aligned = self._scored(made, seed), self._aligned(made, layer, teacher, layers[0], seed)
         return Cell(name, variant, method, seed, score, aligned, made.stage)
 
-    def _pretrained(self, source: Source, network: str, corruptions: tuple[str, ...], seed: int) -> Made:
+    def _pretrained(
+        self, source: Source, network: str, corruptions: tuple[str, ...], seed: int, budget: Budget
+    ) -> Made:
         """A teacher, which sees corruptions, or a student, which sees none."""
-        budget = self.recipe.pretraining
         about = _about(source, seed) | {"network": network, "corruptions": corruptions, "budget": asdict(budget)}
 
         def make(folder: Path) -> dict[str, Any]:
@@ -209,6 +257,36 @@ class Experiment:
 
         about = _about(source, None) | {"images": self.recipe.scoring.images, "layers": (teacher_layer, layer)}
         return Stage("alignment", about, make, (made.stage, teacher.stage), self._of(made))
+
+    def _measured(self, teacher: Made, student: Made, layers: tuple[str, str], seed: int) -> Stage:
+        """What the teacher promises: under the corruptions that the transfer is for, whatever it was trained under."""
+        recipe = self.recipe
+
+        def make(folder: Path) -> dict[str, Any]:
+            data = self._data(recipe.student, seed)
+            few = replace(data, validation=_first(data.validation, recipe.scoring.images))
+            guide, model = (m.model(self.root, self.device) for m in (teacher, student))
+            ranking = rank_teachers(
+                {"teacher": Teacher(guide, [layers[0]])},
+                model,
+                layers[1],
+                few,
+                corruptions=recipe.corruptions,
+                device=self.device,
+                cache=self.root / "features",
+                progress=self.progress,
+            )
+            return {
+                "properties": asdict(ranking.rows[0].properties),
+                "student_probe_accuracy": ranking.student_probe_accuracy,
+            }
+
+        about = _about(recipe.student, seed) | {
+            "images": recipe.scoring.images,
+            "layers": layers,
+            "corruptions": recipe.corruptions,
+        }
+        return Stage("properties", about, make, (teacher.stage, student.stage), self._of(teacher))
 
     def _of(self, made: Made) -> str:
         return f"{made.stage.kind}-{made.stage.key}: {made.stage.title}"

@@ -3,7 +3,7 @@ teachers (what their features promise, against what came of it)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -41,7 +41,13 @@ def picture(comparison: Comparison, path: Path, *, title: str) -> None:
 
 
 def scatter(
-    rows: Sequence[Row], path: Path, *, title: str, baseline: float | None = None, regression: Regression | None = None
+    rows: Sequence[Row],
+    path: Path,
+    *,
+    title: str,
+    baseline: float | None = None,
+    regression: Regression | None = None,
+    kinds: Sequence[str] | None = None,
 ) -> None:
     """Draw teachers into the PNG ``path``, written atomically, one panel for each of the three properties.
 
@@ -54,6 +60,7 @@ def scatter(
         title: of the picture.
         baseline: the untouched student's robust accuracy, a share of 1, as a line.
         regression: of these rows: its R² go into the panels' titles.
+        kinds: of each row: points are told apart by it, in a legend; None to write every row's name beside its point.
 
     Raises:
         ValueError: no rows.
@@ -62,10 +69,11 @@ def scatter(
     if not rows:
         raise ValueError("there are no teachers to draw")
     tried = [row for row in rows if row.accuracy is not None]
+    marked = None if kinds is None else {row.name: kind for row, kind in zip(rows, kinds, strict=True)}
     figure = _figure(13, 4.4 if tried else 1.6 + 0.35 * len(rows), title)
     for axes, name in zip(figure.subplots(1, len(PREDICTORS), sharey=True), PREDICTORS, strict=True):
         if tried:
-            _draw_promise(axes, name, tried, baseline)
+            _draw_promise(axes, name, tried, baseline, marked)
         else:
             _draw_property(axes, name, rows)
         axes.locator_params(axis="x", nbins=5)
@@ -75,15 +83,24 @@ def scatter(
             axes.set_title(f"{axes.get_title(loc='left')}\n{text}", fontsize=10.5, color=INK, loc="left")
     if tried:
         figure.axes[0].set_ylabel("robust accuracy after transfer, %", color=INK)
+        if marked is not None:
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     _finish(figure, path)
 
 
-def _draw_promise(axes: Axes, name: str, rows: Sequence[Row], baseline: float | None) -> None:
-    x = [getattr(row.properties, name) for row in rows]
-    accuracies = [100 * row.accuracy for row in rows if row.accuracy is not None]
-    axes.plot(x, accuracies, "o", color=PALETTE[0], markersize=7)
-    for row, point in zip(rows, zip(x, accuracies, strict=True), strict=True):
-        axes.annotate(row.name, point, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK)
+def _draw_promise(
+    axes: Axes, name: str, rows: Sequence[Row], baseline: float | None, kinds: Mapping[str, str] | None
+) -> None:
+    points = {row.name: (getattr(row.properties, name), 100 * row.accuracy) for row in rows if row.accuracy is not None}
+    if kinds is None:
+        axes.plot(*zip(*points.values(), strict=True), "o", color=PALETTE[0], markersize=7)
+        for label, point in points.items():
+            axes.annotate(label, point, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK)
+    else:
+        for number, kind in enumerate(dict.fromkeys(kinds.values())):
+            of = [point for label, point in points.items() if kinds[label] == kind]
+            marker, colour = "osD^v"[number // len(PALETTE) % 5], PALETTE[number % len(PALETTE)]
+            axes.plot(*zip(*of, strict=True), marker, color=colour, markersize=7, label=kind)
     if baseline is not None:
         axes.axhline(100 * baseline, color=BASELINE, linewidth=1.6, linestyle="--", zorder=0)
     axes.margins(0.15)

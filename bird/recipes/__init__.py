@@ -116,7 +116,8 @@ class Scoring:
 
     Args:
         corruptions: all that are reported one by one.
-        images: at most so many test images, the first of a fixed order; None for all.
+        images: at most so many test images, the first of a fixed order, and for the properties of teachers so many
+            validation images; None for all.
     """
 
     corruptions: tuple[str, ...] = tuple(CORRUPTIONS)
@@ -152,9 +153,13 @@ class Networks:
 
 @dataclass(frozen=True)
 class Variant:
-    """What a transfer does otherwise than the recipe: None for no change.
+    """What a transfer, or its teacher, does otherwise than the recipe: None for no change.
 
     Args:
+        teacher: what the teacher is trained on.
+        teacher_corruptions: under which corruptions it is; none at all for a teacher that sees clean images. Ceilings
+            still see the recipe's.
+        teacher_steps: for how many steps, of the same size.
         methods: which ones are run; None for the recipe's.
         batch_size: with the same number of steps.
         alpha: weight of the task in guided methods.
@@ -163,12 +168,19 @@ class Variant:
         student_layer: guided layer.
     """
 
+    teacher: Source | None = None
+    teacher_corruptions: tuple[str, ...] | None = None
+    teacher_steps: int | None = None
     methods: tuple[str, ...] | None = None
     batch_size: int | None = None
     alpha: float | None = None
     beta: float | None = None
     teacher_layer: str | None = None
     student_layer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.teacher_steps is not None and self.teacher_steps < 1:
+            raise ValueError(f"teacher_steps must be at least 1, not {self.teacher_steps}")
 
 
 @dataclass(frozen=True)
@@ -212,7 +224,8 @@ class Recipe:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
         for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
             _known("methods", method, METHODS)
-        for name in self.corruptions + self.held_out:
+        changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
+        for name in self.corruptions + self.held_out + changed:
             _known("corruptions", name, CORRUPTIONS)
         if missing := set(self.held_out) - set(self.scoring.corruptions):
             raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
@@ -262,8 +275,13 @@ def parse(name: str, data: Mapping[str, Any]) -> Recipe:
         for key, value in table["networks"].items()
     }
     if "variants" in table:
-        table["variants"] = {key: _made(f"variants.{key}", Variant, value) for key, value in table["variants"].items()}
+        table["variants"] = {key: _variant(f"variants.{key}", value) for key, value in table["variants"].items()}
     return _made("the recipe", Recipe, table)
+
+
+def _variant(where: str, table: Mapping[str, Any]) -> Variant:
+    parts = {"teacher": _made(f"{where}.teacher", Source, table["teacher"])} if "teacher" in table else {}
+    return _made(where, Variant, {**table, **parts})
 
 
 def _made(where: str, kind: type[T], table: Mapping[str, Any]) -> T:

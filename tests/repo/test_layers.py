@@ -24,7 +24,7 @@ HOUSE = {
         {"__init__"},
         {"__main__"},
         {"cli"},
-        {"demo", "reproduction"},
+        {"demo", "reproduction", "candidates"},
         {"figures"},
         {"pictures"},
         {"report", "experiments"},

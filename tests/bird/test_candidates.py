@@ -1,0 +1,195 @@
+"""`bird select` on a tiny recipe: properties and accuracies against their sources, the page, and its files."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+
+from bird import Teacher, candidates, cli, experiments, recipes
+from bird.candidates import MODELS
+from bird.experiments import Experiment, Made
+from bird.selection import properties
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which the vision extra brings")
+
+RECIPE = """
+title = "A try"
+methods = ["none", "bird", "ceiling"]
+corruptions = ["brightness", "fog"]
+held_out = ["contrast", "speckle_noise"]
+seeds = 1
+[teacher]
+data = "digits"
+classes = [0, 1, 2]
+augment = "none"
+[student]
+data = "digits"
+classes = [5, 6, 7, 8]
+limit_per_class = 15
+augment = "none"
+[pretraining]
+steps = 16
+batch_size = 16
+lr = 0.05
+[transfer]
+steps = 8
+batch_size = 16
+lr = 0.05
+[scoring]
+corruptions = ["contrast", "speckle_noise", "brightness"]
+images = 50
+[networks.a]
+teacher = "plain"
+student = "resnet-tiny"
+[networks.b]
+teacher = "plain"
+student = "plain"
+[variants.usual]
+[variants.short]
+teacher_steps = 4
+[variants.clean]
+teacher_corruptions = []
+[variants.own]
+teacher = { data = "digits", classes = [5, 6, 7, 8], augment = "none" }
+[variants.fog]
+teacher_corruptions = ["fog"]
+[variants.early]
+teacher_layer = "block1"
+"""
+
+
+def command(folder: Path, name: str, *more: str) -> int:
+    return cli.main([name, str(folder / "try.toml"), "--out", str(folder / "runs"), *more])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "try.toml").write_text(RECIPE)
+    assert command(folder, "select", "--device", "cpu", "--jobs", "1") == 0
+    return folder
+
+
+@pytest.fixture
+def experiment(folder: Path) -> Experiment:
+    return Experiment(recipes.read(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
+
+
+def made(experiment: Experiment) -> dict[str, int]:
+    kinds = [path.parent.name.split("-")[0] for path in experiment.root.glob("*/result.json")]
+    return {kind: kinds.count(kind) for kind in kinds}
+
+
+def test_no_transfer_is_needed_and_what_is_shared_is_made_once(experiment: Experiment) -> None:
+    # Teachers that saw corruptions, of one network: usual (and early), short, own, fog. The clean one is trained as the
+    # two students are.
+    assert made(experiment) == {"teacher": 4, "student": 3, "properties": 12}
+
+
+def test_a_teacher_is_what_its_variant_says(experiment: Experiment) -> None:
+    about = {c.variant: c.properties.parents[0].about for c in experiment.candidates(networks=["a"])}
+    assert about["usual"]["corruptions"] == about["short"]["corruptions"] == ("brightness", "fog")
+    assert about["clean"]["corruptions"] == ()
+    assert about["fog"]["corruptions"] == ("fog",)
+    assert (about["usual"]["budget"]["steps"], about["short"]["budget"]["steps"]) == (16, 4)
+    assert about["own"]["data"]["classes"] == (5, 6, 7, 8)
+    assert about["usual"]["data"]["classes"] == about["clean"]["data"]["classes"] == (0, 1, 2)
+
+
+def test_properties_are_those_of_the_networks(experiment: Experiment) -> None:
+    """Measured again from the stages' weights, on the first 50 validation images of the fixed order."""
+    candidate = next(c for c in experiment.candidates(networks=["a"]) if c.variant == "early")
+    guide, student = candidate.properties.parents
+    recipe, device = experiment.recipe, torch.device("cpu")
+    data = experiments._splits(recipe.student, 0, None)
+    assert len(data.validation) > 50
+    order = torch.randperm(len(data.validation), generator=torch.Generator().manual_seed(0))[:50]
+    expected = properties(
+        Teacher(Made("plain", recipe.teacher, guide).model(experiment.root, device), ["block1"]),
+        Made("resnet-tiny", recipe.student, student).model(experiment.root, device),
+        "layer3",
+        replace(data, validation=data.validation.select(order)),
+        corruptions=("brightness", "fog"),
+    )
+    result = candidate.properties.result(experiment.root)
+    assert result is not None
+    assert result["properties"] == asdict(expected)
+
+
+def test_accuracies_come_in_when_they_are_there(
+    experiment: Experiment, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = experiment.root / "teachers/try"
+    page = (report / "README.md").read_text()
+    assert "accuracy after transfer" not in page
+    assert "explained" not in page
+    assert {path.name for path in report.iterdir()} == {
+        "README.md", "teachers.csv", "results.json", "resnet-tiny.png", "plain.png",
+    }  # fmt: skip
+    before = (report / "plain.png").read_bytes()
+    assert command(folder, "run", "--device", "cpu", "--jobs", "1") == 0
+    capsys.readouterr()
+    assert command(folder, "select", "--device", "cpu", "--jobs", "1") == 0
+    page = capsys.readouterr().out
+    assert page.count("### ") == 3  # each student, and all
+    assert (report / "plain.png").read_bytes() != before
+    with (report / "teachers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    cells = {(c.networks, c.variant, c.method): c.score for c in experiment.cells()}
+    for row in rows:
+        for column, method in (("robust_accuracy", "bird"), ("untouched", "none")):
+            score = cells[row["networks"], row["variant"], method].result(experiment.root)
+            assert score is not None
+            held_out = [*score["corrupted"]["contrast"], *score["corrupted"]["speckle_noise"]]
+            assert float(row[column]) == pytest.approx(fmean([score["clean"], score["clean"], *held_out]))
+    check_regression(rows, json.loads((report / "results.json").read_text())["regressions"]["all students"])
+
+
+def check_regression(rows: list[dict[str, str]], found: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Least squares by the normal equations, from the file."""
+    y = np.array([float(row["robust_accuracy"]) for row in rows])
+    for kind, predictors in MODELS.items():
+        x = np.array([[1.0, *(float(row[name]) for name in predictors)] for row in rows])
+        errors = y - x @ np.linalg.solve(x.T @ x, x.T @ y)
+        assert found[kind]["fit"]["r2"] == pytest.approx(1 - errors @ errors / ((y - y.mean()) ** 2).sum(), abs=1e-6)
+
+
+def test_a_choice_of_teachers(folder: Path, experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(folder, "select", "--arch", "b", "--variant", "usual", "own", "--device", "cpu", "--jobs", "1") == 0
+    page = capsys.readouterr().out
+    assert "2 candidates" in page
+    assert "b, own" in page
+    assert "a, own" not in page
+    assert "b, clean" not in page
+
+
+def test_nothing_measured(tmp_path: Path, experiment: Experiment) -> None:
+    with pytest.raises(ValueError, match=r"no teacher of .* was measured in .*: bird select it first"):
+        candidates.write(replace(experiment, root=tmp_path), experiment.candidates(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('teacher_corruptions = ["fog"]', 'teacher_corruptions = ["fgo"]', "there is no 'fgo'; there is 'fog'"),
+        (
+            'teacher = { data = "digits"',
+            'teacher = { data = "digit"',
+            "variants.own.teacher: data: there is no 'digit'",
+        ),
+        ("teacher_steps = 4", "teacher_steps = 0", "variants.short: teacher_steps must be at least 1, not 0"),
+    ],
+)
+def test_what_is_wrong_in_a_variant(tmp_path: Path, old: str, new: str, complaint: str) -> None:
+    assert RECIPE.count(old) == 1
+    (tmp_path / "try.toml").write_text(RECIPE.replace(old, new))
+    with pytest.raises(ValueError, match=complaint):
+        recipes.read(str(tmp_path / "try.toml"))
