@@ -105,6 +105,9 @@ class Settings:
         save_every: steps between two validations and checkpoints.
         chunk_size: images in memory at a time, at most, for batches that do not fit: the batch's gradient from parts of
             equal size (`bird.chunks`), of which batch normalisation sees one at a time. None for whole batches.
+        channels_last: the layout of images and convolutions in memory; False for PyTorch's usual one.
+        compile: call the model compiled (``model.compile()``, which it stays): worth its minute in long runs; rounds
+            otherwise, and its dropout draws other numbers.
     """
 
     steps: int
@@ -119,6 +122,13 @@ class Settings:
     log_every: int = 20
     save_every: int = 200
     chunk_size: int | None = None
+    channels_last: bool = True
+    compile: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and convolutions."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("sgd", "adamw"):

@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         if name != "report":
             command.add_argument("--data", type=Path, help="folder of the data sets (default: BIRD_DATA)")
             command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
+            command.add_argument("--compile", action="store_true", help="train compiled models: worth it in long runs")
             command.add_argument("--jobs", type=int, help="stages at a time (default: cores on a CPU, else 1)")
 
     command = commands.add_parser("info", help="versions, devices, backends, and why a missing one is missing")
@@ -181,8 +182,14 @@ def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) ->
                 raise ValueError(f"{recipe.name} has no {name!r} among its {what}: {', '.join(map(repr, known[what]))}")
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
-    data = getattr(options, "data", None)
-    experiment = Experiment(recipe, options.out, device, data, progress=None if jobs == 1 else False)
+    experiment = Experiment(
+        recipe,
+        options.out,
+        device,
+        getattr(options, "data", None),
+        progress=None if jobs == 1 else False,
+        compile=getattr(options, "compile", False),
+    )
     return experiment, choice | {"seeds": options.seeds}
 
 

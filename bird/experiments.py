@@ -94,6 +94,7 @@ class Experiment:
         device: where networks are trained; like the rest from here on it is no part of a stage's name.
         data_root: the folder of the data sets, see `bird.vision.datasets.load`.
         progress: bars for training; None for on a terminal only.
+        compile: train compiled models, see `bird.checkpoints.Settings`.
     """
 
     recipe: Recipe
@@ -101,6 +102,7 @@ class Experiment:
     device: torch.device
     data_root: Path | None = None
     progress: bool | None = None
+    compile: bool = False
 
     def cells(
         self,
@@ -172,7 +174,7 @@ class Experiment:
             history = fit(
                 model,
                 data.train,
-                budget.settings(len(data.train), 3 * seed + (not corruptions)),
+                budget.settings(len(data.train), 3 * seed + (not corruptions), compile=self.compile),
                 augment=_augment(source, corruptions, seed),
                 validate=partial(accuracy, data=data.validation),
                 device=self.device,
@@ -209,7 +211,8 @@ class Experiment:
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(recipe.student, seed)
-            changes = {} if change.batch_size is None else {"batch_size": change.batch_size}
+            changes: dict[str, Any] = {"compile": self.compile}
+            changes |= {} if change.batch_size is None else {"batch_size": change.batch_size}
             transfer = Transfer(
                 teacher=(teacher.network, layers[0]),
                 student=(student.network, layers[1]),

@@ -98,7 +98,9 @@ def curves(comparison: Comparison, path: Path, *, title: str) -> None:
     """Over the steps: training loss of the task, and validation accuracy on clean images; means over the seeds."""
     with _figure(path, title, (10, 4)) as figure:
         left, right = figure.subplots(1, 2)
-        for method in (*comparison.contenders, comparison.ceiling):
+        for method in comparison.methods:
+            if method == comparison.baseline:
+                continue  # has not been trained on
             histories = [outcome.history for outcome in comparison.of(method)]
             for axes, rows, value in (
                 (left, [h.train for h in histories], lambda row: row.get("task", row["loss"])),

@@ -61,9 +61,9 @@ def step_times(
         raise ValueError(f"repeats must be at least 1, not {repeats}")
     device = torch.device(device)
     batches = Batches(train, settings, augment, device)
-    modules = nn.ModuleDict({"model": place(model, device)})
+    modules = nn.ModuleDict({"model": place(model, device, settings)})
     if guide is not None:
-        place(guide.teacher, device)
+        place(guide.teacher, device, settings)
         modules["guide"] = guide.loss.to(device)
     run = Run(modules, settings, len(train), device, None)
 

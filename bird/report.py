@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -65,17 +66,29 @@ class Comparison:
         """The methods between baseline and ceiling."""
         return [method for method in self.methods if method not in (self.baseline, self.ceiling)]
 
+    @property
+    def seeds(self) -> list[int]:
+        """Those of every method."""
+        return [outcome.seed for outcome in self.of(self.methods[0])]
+
+    @property
+    def gap(self) -> bool:
+        """Whether baseline and ceiling are among the methods: without them no share of a gap can be told."""
+        return {self.baseline, self.ceiling} <= {*self.methods}
+
     def of(self, method: str) -> list[Outcome]:
         """The outcomes of a method, seed by seed."""
         return [outcome for outcome in self.outcomes if outcome.method == method]
 
     def recovered(self, method: str, *, pooled: bool = False) -> list[float]:
-        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed.
+        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed; NaN where there is none.
 
         Args:
             method: its name.
             pooled: whether clean images count as severity 0, as in the paper.
         """
+        if not self.gap:
+            return [math.nan] * len(self.seeds)
         three = zip(self.of(method), self.of(self.baseline), self.of(self.ceiling), strict=True)
         return [pgr(*(o.held_out.pooled if pooled else o.held_out.robust for o in outcomes)) for outcomes in three]
 

@@ -27,7 +27,7 @@ Group = tuple[str, str]  # networks, variant
 def collect(experiment: Experiment, cells: Sequence[Cell]) -> tuple[dict[Group, Comparison], list[Cell]]:
     """The comparison of each pair of networks and variant, of seeds that all its methods have; and what is missing.
 
-    Without "none" and "ceiling" no share of a gap can be told; such groups, and those with no whole seed, are left out.
+    Those with no whole seed are left out.
     """
     done: dict[Group, dict[int, list[Outcome]]] = {}
     wanted: dict[Group, set[str]] = {}
@@ -43,7 +43,7 @@ def collect(experiment: Experiment, cells: Sequence[Cell]) -> tuple[dict[Group, 
     comparisons = {}
     for group, seeds in done.items():
         whole = [outcome for outcomes in seeds.values() if len(outcomes) == len(wanted[group]) for outcome in outcomes]
-        if whole and {METHODS["none"].title, METHODS["ceiling"].title} <= wanted[group]:
+        if whole:
             comparisons[group] = Comparison(whole, METHODS["none"].title, METHODS["ceiling"].title)
     return comparisons, missing
 
@@ -88,7 +88,7 @@ def page(experiment: Experiment, cells: Sequence[Cell]) -> str:
     for (networks, variant), comparison in comparisons.items():
         pair = recipe.networks[networks]
         parts.append(f"## {', '.join(filter(None, (networks, variant)))}\n")
-        seeds = len(comparison.of(comparison.baseline))
+        seeds = len(comparison.seeds)
         parts.append(
             f"{pair.teacher} on {recipe.teacher.data} teaches {pair.student} on {recipe.student.data}; {seeds} "
             f"seed{'s' if seeds > 1 else ''}, accuracies in %, mean ± standard deviation.\n"
@@ -113,6 +113,7 @@ def _table(recipe: Recipe, pair: Networks, comparison: Comparison) -> str:
         "gap recovered (paper)", "gap recovered", "CKA to teacher",
     ]  # fmt: skip
     rows = [head]
+    told = comparison.contenders if comparison.gap else []
     for title in comparison.methods:
         outcomes, name = comparison.of(title), titles[title]
         rows.append(
@@ -124,7 +125,7 @@ def _table(recipe: Recipe, pair: Networks, comparison: Comparison) -> str:
                 percent([o.held_out.robust for o in outcomes]),
                 percent([o.seen.robust for o in outcomes]),
                 f"{shares[name]:.1f}" if name in shares else "",
-                percent(comparison.recovered(title, pooled=True)) if title in comparison.contenders else "",
+                percent(comparison.recovered(title, pooled=True)) if title in told else "",
                 f"{fmean(o.cka for o in outcomes):.2f}",
             ]
         )
@@ -135,8 +136,7 @@ def _differences(comparison: Comparison) -> str:
     """Every form of BIRD against every other method: a paired t-test over the seeds."""
     ours = [title for title in comparison.methods if title.startswith("BIRD")]
     others = [title for title in comparison.contenders if title not in ours]
-    seeds = len(comparison.of(comparison.baseline))
-    if not ours or not others or seeds < 2:
+    if not ours or not others or len(comparison.seeds) < 2:
         return ""
     rows = [["robust accuracy", *(f"minus {other}" for other in others)]]
     for title in ours:
@@ -210,12 +210,14 @@ def write(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> str:
 def _draw(recipe: Recipe, comparisons: Mapping[Group, Comparison], folder: Path) -> None:
     labels = {group: ", ".join(filter(None, group)) for group in comparisons}
     shares = {METHODS[name].title: share for name, share in recipe.paper_pgr.items()}
-    groups = {labels[group]: comparison for group, comparison in comparisons.items()}
-    figures.recovered(groups, folder / "recovered.png", title=f"{recipe.title}: gap recovered", paper=shares)
+    groups = {labels[group]: comparison for group, comparison in comparisons.items() if comparison.gap}
+    if groups:
+        figures.recovered(groups, folder / "recovered.png", title=f"{recipe.title}: gap recovered", paper=shares)
     for group, comparison in comparisons.items():
         name, title = "-".join(filter(None, group)).replace(" ", "-"), f"{recipe.title} ({labels[group]})"
         figures.heat_map(comparison, folder / f"{name}-corruptions.png", title=title)
-        figures.curves(comparison, folder / f"{name}-training.png", title=title)
+        if comparison.methods != [comparison.baseline]:  # which was not trained on
+            figures.curves(comparison, folder / f"{name}-training.png", title=title)
 
 
 def _numbers(comparisons: Mapping[Group, Comparison]) -> list[dict[str, Any]]:
@@ -234,7 +236,7 @@ def _numbers(comparisons: Mapping[Group, Comparison]) -> list[dict[str, Any]]:
                         "held_out": outcome.held_out.robust,
                         "pooled": outcome.held_out.pooled,
                         "seen": outcome.seen.robust,
-                        "gap_recovered": recovered,
+                        "gap_recovered": None if math.isnan(recovered) else recovered,
                         "cka": outcome.cka,
                     }
                 )

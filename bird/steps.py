@@ -112,7 +112,7 @@ class Chunks(Sequence[tuple[Tensor, Tensor]]):
         x, labels = to_float(train.images[index]), train.labels[index]
         if augment is not None:
             x = augment(x, index, self.epoch)
-        return x.contiguous(memory_format=torch.channels_last), labels
+        return x.contiguous(memory_format=self.batches.settings.memory_format), labels
 
 
 def take_step(run: Run, guide: Guide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
@@ -180,6 +180,6 @@ def _enough(logits: Tensor, classes: int) -> None:
         )
 
 
-def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """Move a module to the device, in place, convolutions in channels-last layout."""
-    return module.to(device).to(memory_format=torch.channels_last)
+def place(module: nn.Module, device: torch.device, settings: Settings) -> nn.Module:
+    """Move a module to the device, in place, convolutions in the layout of the settings."""
+    return module.to(device).to(memory_format=settings.memory_format)

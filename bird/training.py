@@ -49,7 +49,7 @@ def fit(
     A run that is resumed ends with bitwise the weights of one that was never interrupted, on the same machine
     with the same number of threads (on a GPU: as far as PyTorch's own kernels are deterministic).
 
-    To compile the model, call ``model.compile()`` before; taps must be made before, too.
+    With ``settings.compile`` taps must have been made before; by then they are, in ``guide``.
 
     Args:
         model: images ``[n, c, h, w]`` in 0-1 to logits ``[n, classes]``.
@@ -84,10 +84,12 @@ def fit(
     torch.manual_seed(settings.seed)
     rank, world = (0, 1) if group is None else (group.rank(), group.size())
     batches = Batches(train, settings, augment, device, rank, world)
-    modules = nn.ModuleDict({"model": place(model, device)})
+    modules = nn.ModuleDict({"model": place(model, device, settings)})
     if guide is not None:
-        place(guide.teacher, device)
+        place(guide.teacher, device, settings)
         modules["guide"] = guide.loss.to(device)
+    if settings.compile:
+        model.compile()
     with train_only(model, trained) as to_train:
         run = Run(modules, settings, len(train), device, folder, trained=trained, to_train=to_train, group=group)
         done = run.restore(resume)

@@ -121,6 +121,20 @@ def test_a_second_run_makes_nothing(experiment: Experiment, folder: Path, capsys
     assert "[1/" not in capsys.readouterr().out
 
 
+def test_compiled_runs_make_the_same_stages(
+    experiment: Experiment, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That `fit` compiles is tested where `fit` is; here, who asks for it: teachers, students and methods."""
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    options = ["--out", str(tmp_path), "--device", "cpu", "--jobs", "1", "--seeds", "1", "--variant", "plain"]
+    assert cli.main(["run", str(folder / "try.toml"), *options, "--method", "none", "bird", "--compile"]) == 0
+    assert sorted(compiled) == ["PlainNet", "ResNet", "ResNet"]
+    cells = json.loads((tmp_path / "reports/try/results.json").read_text())["cells"]
+    assert [(cell["method"], cell["gap_recovered"]) for cell in cells] == [("None", None), ("BIRD", None)]
+    assert {path.name for path in tmp_path.iterdir()} - {"reports"} <= {path.name for path in experiment.root.iterdir()}
+
+
 def test_the_page_and_its_files(experiment: Experiment, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(folder / "try.toml"), "--out", str(experiment.root)]) == 0
     page = capsys.readouterr().out

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -335,6 +336,34 @@ def test_low_precision_runs_and_stays_near() -> None:
     _, low, _ = train("bird", steps=3, log_every=1, amp="bfloat16")
     assert low.train[0]["loss"] == pytest.approx(full.train[0]["loss"], rel=0.05)
     assert low.train[0]["loss"] != full.train[0]["loss"]
+
+
+@pytest.mark.parametrize("method", ["none", "bird"])
+def test_a_compiled_run_is_the_same_run(method: str) -> None:
+    _, plain, _ = train(method, steps=6)
+    torch.compiler.reset()
+    with torch._inductor.config.patch(fallback_random=True):  # the same dropout
+        student, compiled, _ = train(method, steps=6, compile=True, validate=margin)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.compiler.reset()
+    assert len(compiled.train) == 2
+    for ours, theirs in zip(compiled.train, plain.train, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert list(student.state_dict()) == list(network().state_dict())  # no wrapper's names
+
+
+@pytest.mark.parametrize(
+    ("options", "strides"), [({}, (64 * 4, 1, 4 * 8, 4)), ({"channels_last": False}, (256, 64, 8, 1))]
+)
+def test_the_layout_of_images_is_a_setting(options: dict[str, Any], strides: tuple[int, ...]) -> None:
+    seen = []
+    four = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+    four.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
+    data = images()
+    settings = Settings(steps=1, batch_size=8, **options)
+    fit(four, Images(data.images.expand(-1, 4, -1, -1), data.labels), settings, progress=False)
+    assert seen == [strides]
+    assert (four[0].weight.stride(1) == 1) == (not options)
 
 
 @pytest.mark.parametrize(
