@@ -135,12 +135,15 @@ def _prefer(problem: Problem, default: str, switch: str) -> tuple[str, str]:
 def is_always_native(requested: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether every problem of few rows that asks for ``requested`` goes to the native backend, whatever its sizes.
 
-    Not on a device with measurements: there ``auto`` compares.
+    Not where another was faster at some of them on this device: there ``auto`` compares.
     """
     if why_not("native", dtype, device) is not None:
         return False
-    if requested == "auto" and device.type == "cuda" and timings.are_known(torch.cuda.get_device_name(device)):
-        return False
+    if requested == "auto" and device.type == "cuda":
+        candidates = [name for name in _MODULES if why_not(name, dtype, device) is None]
+        kind = str(dtype).removeprefix("torch.")
+        if not timings.is_always_fastest("native", torch.cuda.get_device_name(device), kind, candidates):
+            return False
     return choose(dtype, device, True, requested)[0] == "native"
 
 

@@ -217,11 +217,15 @@ def strips_size(n: int, rows: int) -> int:
     return n * n if n <= rows else n * (n + rows) // 2
 
 
-def minimum_bytes(problem: Problem) -> int:
-    """Both inputs read once forward and once backward, each wanted gradient written once."""
+def minimum_bytes(problem: Problem, route: Route) -> int:
+    """Both inputs read once, each wanted gradient written once; and read again for the gradients what they are made of.
+
+    That is a side's own features by Gram matrices, which hold the other's, and both by products of features.
+    """
     n, p, q, size = problem.n, problem.p, problem.q, problem.dtype.itemsize
     wanted = problem.x_grad * p + problem.y_grad * q
-    return n * size * ((p + q) * (2 if wanted else 1) + wanted)
+    again = wanted if route == "gram" else (p + q) * bool(wanted)
+    return n * size * (p + q + again + wanted)
 
 
 def describe(
@@ -237,7 +241,7 @@ def describe(
     if problem.kernel is not None:
         flops += n * n * (p + q) * (kernel_passes(problem) - 1)
         why = f"{flops / 1e9:.3g} Gflop, an RBF kernel has no other"
-    traffic = minimum_bytes(problem)
+    traffic = minimum_bytes(problem, route)
     return Plan(
         problem=problem,
         route=route,

@@ -45,10 +45,14 @@ def number(case: Case) -> str:
 
 def floor(case: Case, ceilings: Ceilings, device: torch.device) -> float:
     """Seconds below which no call can be: the cheaper route's products, or the bytes that must move."""
-    route = _route(case)
-    flops = plan.route_flops(route, case.n, case.p, case.q, case.backward, False)
-    moved = plan.minimum_bytes(case.spec(device))
+    flops = plan.route_flops(_route(case), case.n, case.p, case.q, case.backward, False)
+    moved = traffic(case, device)
     return max(flops / ceilings.rate(case), moved / ceilings.copy(moved))
+
+
+def traffic(case: Case, device: torch.device) -> int:
+    """Bytes that the cheaper route must move."""
+    return plan.minimum_bytes(case.spec(device), _route(case))
 
 
 def _route(case: Case) -> Route:

@@ -22,7 +22,6 @@ from benchmarks.kernels.contest import Entry
 from benchmarks.kernels.estimates import Ceilings
 from benchmarks.kernels.problems import Case
 from benchmarks.kernels.timers import Timing
-from bird_kernels import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -117,7 +116,7 @@ def row(origin: Origin, case: Case, timer: str, entry: Entry, ceilings: Ceilings
         rounds=timing.rounds if timing else None,
         launches=verdict.launches, peak_memory=verdict.peak_memory,
         floor=estimates.floor(case, ceilings, device),
-        copy_ceiling=ceilings.copy(plan.minimum_bytes(case.spec(device))), product_ceiling=ceilings.rate(case),
+        copy_ceiling=ceilings.copy(estimates.traffic(case, device)), product_ceiling=ceilings.rate(case),
     )  # fmt: skip
 
 

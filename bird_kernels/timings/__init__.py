@@ -55,9 +55,10 @@ def nearest(device: str, dtype: str, precision: str, estimator: str, shape: Shap
     return best if best is not None and shape.distance(best.shape) <= math.log(REACH) else None
 
 
-def are_known(device: str) -> bool:
-    """Whether anything has been measured on this device."""
-    return bool(_findings(device))
+def is_always_fastest(name: str, device: str, dtype: str, candidates: Sequence[str]) -> bool:
+    """Whether no measurement of all candidates on this device was won by another; so where there is none."""
+    of_dtype = (found for key, found in _findings(device).items() if key[0] == dtype)
+    return all(fastest(finding, candidates) in (None, name) for found in of_dtype for finding in found)
 
 
 def fastest(finding: Finding | None, candidates: Sequence[str]) -> str | None:

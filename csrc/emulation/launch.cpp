@@ -12,11 +12,12 @@
 
 namespace bird::emulation {
 
-// One launch at a time: a block's state is global, as it is to a block.
+// One launch at a time, of whichever kernel: a block's state is global, as it is to a block.
+static std::mutex one_at_a_time;
+
 template <class Call>
 void launch(void (*kernel)(Call), dim3 grid, size_t shared, void*, const std::remove_const_t<Call>& call) {
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> alone(mutex);
+  const std::lock_guard<std::mutex> alone(one_at_a_time);
   const size_t bytes = (shared + 127) / 128 * 128;
   const std::unique_ptr<float, decltype(&std::free)> memory(static_cast<float*>(std::aligned_alloc(128, bytes + 128)), &std::free);
   emulated::dynamic_shared = memory.get();

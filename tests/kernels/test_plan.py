@@ -122,10 +122,12 @@ def test_workspace_is_what_is_kept(
 
 def test_least_traffic() -> None:
     """By hand, n = 10, p = 3, q = 4: inputs of 70 numbers; read again for gradients, which are written."""
-    for sides, numbers in zip(SIDES, (70 * 2 + 30, 70 * 2 + 40, 70 * 2 + 70, 70), strict=True):
+    cross, gram = (70 * 2 + 30, 70 * 2 + 40, 70 * 2 + 70, 70), (70 + 30 * 2, 70 + 40 * 2, 70 + 70 * 2, 70)
+    for sides, by_features, by_rows in zip(SIDES, cross, gram, strict=True):
         for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
             problem = Problem(10, 3, 4, dtype, CPU, x_grad=sides[0], y_grad=sides[1])
-            assert plan.minimum_bytes(problem) == numbers * size
+            assert plan.minimum_bytes(problem, "cross") == by_features * size
+            assert plan.minimum_bytes(problem, "gram") == by_rows * size
 
 
 @pytest.mark.parametrize(("n", "p", "q"), [(1, 1, 1), (64, 64, 64), (65, 64, 129), (130, 1, 200), (700, 300, 64)])

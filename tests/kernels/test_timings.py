@@ -23,6 +23,7 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (DEVICE, "float32", "ieee", 128, 512, 512, {"native": 9e-6, "triton": 3e-5, "eager": 2e-4}),
         (DEVICE, "float32", "ieee", 4096, 1024, 1024, {"triton": 9e-4, "eager": 7e-4}),
         (DEVICE, "float32", "tf32", 4096, 1024, 1024, {"triton": 3e-4, "eager": 4e-4}),
+        (DEVICE, "float16", "", 16, 16, 16, {"native": 2e-5, "triton": 1e-5, "eager": 3e-5}),
         ("NVIDIA Test 80GB PCIe", "bfloat16", "", 128, 512, 512, {"native": 1.0, "triton": 1.0, "eager": 1e-9}),
     ]
     with timings.file_of(DEVICE).open("w", newline="") as file:
@@ -88,18 +89,26 @@ def test_auto_follows_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("planted")
-@pytest.mark.parametrize(("name", "auto"), [(DEVICE, False), ("NVIDIA Unknown", True)])
+@pytest.mark.parametrize(
+    ("name", "dtype", "auto"),
+    [
+        (DEVICE, torch.float32, True),  # native won wherever it was measured
+        (DEVICE, torch.float16, False),
+        (DEVICE, torch.bfloat16, True),  # another device's
+        ("NVIDIA Unknown", torch.float16, True),
+    ],
+)
 def test_calls_go_through_the_measurements_of_their_device(
-    name: str, auto: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, auto: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And past them where there are none, or a backend was asked for."""
+    """And past them where native lost nowhere, or a backend was asked for."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(backends, "why_not", lambda *call: None)
     device = torch.device("cuda:61")
-    assert backends.is_always_native("auto", torch.float32, device) is auto
-    assert backends.is_always_native("native", torch.float32, device)
+    assert backends.is_always_native("auto", dtype, device) is auto
+    assert backends.is_always_native("native", dtype, device)
     monkeypatch.setattr(backends, "why_not", lambda *call: "no")
-    assert not backends.is_always_native("native", torch.float32, device)
+    assert not backends.is_always_native("native", dtype, device)
 
 
 def test_shipped_files_are_whole() -> None:

@@ -104,7 +104,8 @@ def test_all_tokens_are_the_masked_call(estimator: str, backend: str, device: to
     mask = attention("strewn", device)
     x, y = padded(mask)
     found = token_cka_loss(x, y, mask=mask, estimator=estimator, backend=backend)
-    assert found == cka_loss(x, y, mask=mask, row_dims=2, estimator=estimator, backend=backend)
+    masked = cka_loss(x, y, mask=mask, row_dims=2, estimator=estimator, backend=backend)
+    torch.testing.assert_close(found, masked, rtol=0, atol=1e-6)  # on a CPU rows are taken out: sums in another order
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
