@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         return _complain(error)
     except KeyboardInterrupt:
-        print("\nbird: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        how = "the same command with --resume" if options.run is _demo else "the same command"
+        print(f"\nbird: interrupted; {how} goes on from here", file=sys.stderr)
         return 130
 
 
@@ -84,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--out", type=Path, default=Path("runs"), help="folder of all that is trained (default: %(default)s)"
         )
+        command.add_argument("--data", type=Path, help="folder of the data sets (default: BIRD_DATA)")
         if name != "report":
-            command.add_argument("--data", type=Path, help="folder of the data sets (default: BIRD_DATA)")
             command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
             command.add_argument("--compile", action="store_true", help="train compiled models: worth it in long runs")
             command.add_argument("--jobs", type=int, help="stages at a time (default: cores on a CPU, else 1)")
@@ -126,6 +127,7 @@ def _run(options: argparse.Namespace) -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)  # as for the demo
     experiment, choice = _experiment(options, device, jobs)
+    experiment.check()
     asked = _asked(experiment, options.command, choice)
     what = "candidates" if options.command == "select" else "cells"
     _say(f"{experiment.recipe.title}: {len(asked)} {what}, {jobs} at a time on {device}; all is kept in {options.out}/")
@@ -161,12 +163,19 @@ def _report(options: argparse.Namespace) -> int:
 
 def _write(experiment: Experiment, command: str, choice: dict[str, Any]) -> None:
     if command == "select":
-        folder = experiment.root / "teachers" / experiment.recipe.name
+        folder = experiment.root / "teachers" / _named(experiment.recipe.name, choice)
         text = candidates.write(experiment, experiment.candidates(**choice), folder)
     else:
-        folder = experiment.root / "reports" / experiment.recipe.name
+        folder = experiment.root / "reports" / _named(experiment.recipe.name, choice)
         text = reproduction.write(experiment, experiment.cells(**choice), folder)
     _say(f"\n{text}\nIn {folder}/ with files and pictures.")
+
+
+def _named(recipe: str, choice: dict[str, Any]) -> str:
+    """A part of a recipe is reported beside the whole, not over it."""
+    parts = [name for names in choice.values() if isinstance(names, list) for name in names]
+    seeds = [] if choice["seeds"] is None else [f"seeds {choice['seeds']}"]
+    return "-".join([recipe, *parts, *seeds]).replace(" ", "-").replace(",", "")
 
 
 def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) -> tuple[Experiment, dict[str, Any]]:
@@ -174,8 +183,9 @@ def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) ->
     recipe = recipes.read(options.recipe)
     choice = {"networks": options.arch, "variants": options.variant}
     if options.command != "select":
-        choice["methods"] = None if options.method in (None, ["all"]) else options.method
-    known = {"networks": recipe.networks, "variants": recipe.variants, "methods": METHODS}
+        choice["methods"] = None if options.method is None or "all" in options.method else options.method
+    has = dict.fromkeys([*recipe.methods, *(m for v in recipe.variants.values() for m in v.methods or ())])
+    known = {"networks": recipe.networks, "variants": recipe.variants, "methods": has}
     for what, names in choice.items():
         for name in names or ():
             if name not in known[what]:
@@ -186,7 +196,7 @@ def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) ->
         recipe,
         options.out,
         device,
-        getattr(options, "data", None),
+        options.data,
         progress=None if jobs == 1 else False,
         compile=getattr(options, "compile", False),
     )

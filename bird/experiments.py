@@ -8,32 +8,33 @@ transfer, and needs one stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoints import load, save
 from .evaluation import accuracy, alignment
+from .features import find_layers
 from .methods import METHODS, Transfer
-from .recipes import Budget, Recipe, Scoring, Source, Variant
+from .recipes import Budget, Recipe, Source, Variant
+from .scoring import corrupted, first
 from .selection import rank_teachers
 from .stages import Stage
 from .teachers import Teacher
 from .training import Augment, fit
 from .vision.augment import CropFlip
-from .vision.corruptions import SEVERITIES, Mixture, corrupt
-from .vision.data import Images, Splits, to_float
-from .vision.datasets import DATASETS
+from .vision.corruptions import Mixture
+from .vision.data import Splits
+from .vision.datasets import DATASETS, data_root
 from .vision.datasets import load as load_data
 from .vision.models import MODELS, build
 
-PROTOCOL = 1  # part of every stage's name: raised when the same settings no longer mean the same
-KEPT = 4 << 30  # bytes of corrupted test images that a process keeps; more are made anew for each model
+PROTOCOL = 2  # part of every stage's name: raised when the same settings no longer mean the same
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,16 @@ class Made:
     stage: Stage
 
     def model(self, root: Path, device: torch.device) -> nn.Module:
-        """With its weights."""
-        model = _build(self.network, self.source)
-        model.load_state_dict(load(self.stage.folder(root) / "model.pt"))
+        """With its weights.
+
+        Raises:
+            ValueError: they are gone or damaged.
+        """
+        model, folder = _build(self.network, self.source), self.stage.folder(root)
+        try:
+            model.load_state_dict(load(folder / "model.pt"))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{error}\nDelete the whole folder {folder}, and it is made again") from error
         return model.to(device).to(memory_format=torch.channels_last)
 
 
@@ -123,6 +131,27 @@ class Experiment:
             for seed in range(recipe.seeds if seeds is None else seeds)
         ]
 
+    def check(self) -> None:
+        """Look before hours of work: is all the data there, and has every network the layers that are asked of it?
+
+        Raises:
+            FileNotFoundError: a data set is missing: which files are expected where.
+            ValueError: an unknown layer (the nearest are listed).
+            ImportError: a network's, or the pictures', library is missing.
+        """
+        from matplotlib.figure import Figure  # noqa: F401 - what a report needs in the end
+
+        recipe = self.recipe
+        changes = recipe.variants.values()
+        for source in dict.fromkeys([recipe.student, recipe.teacher, *(v.teacher for v in changes if v.teacher)]):
+            DATASETS[source.data].locate(data_root(self.data_root))
+        with torch.device("meta"):
+            for pair in recipe.networks.values():
+                teacher, student = _build(pair.teacher, recipe.teacher), _build(pair.student, recipe.student)
+                for change in changes:
+                    find_layers(teacher, change.teacher_layer or MODELS[pair.teacher].guide)
+                    find_layers(student, change.student_layer or MODELS[pair.student].guide)
+
     def candidates(
         self,
         *,
@@ -146,8 +175,9 @@ class Experiment:
         budget = recipe.pretraining
         if change.teacher_steps is not None:
             budget = replace(budget, steps=change.teacher_steps, epochs=None)
-        teacher = self._pretrained(change.teacher or recipe.teacher, pair.teacher, corruptions, seed, budget)
-        student = self._pretrained(recipe.student, pair.student, (), seed, recipe.pretraining)
+        source = change.teacher or recipe.teacher
+        teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget)
+        student = self._pretrained("student", recipe.student, pair.student, (), seed, recipe.pretraining)
         layers = (
             change.teacher_layer or MODELS[pair.teacher].guide,
             change.student_layer or MODELS[pair.student].guide,
@@ -162,19 +192,26 @@ class Experiment:
         return Cell(name, variant, method, seed, score, aligned, made.stage)
 
     def _pretrained(
-        self, source: Source, network: str, corruptions: tuple[str, ...], seed: int, budget: Budget
+        self,
+        role: Literal["teacher", "student"],
+        source: Source,
+        network: str,
+        corruptions: tuple[str, ...],
+        seed: int,
+        budget: Budget,
     ) -> Made:
-        """A teacher, which sees corruptions, or a student, which sees none."""
-        about = _about(source, seed) | {"network": network, "corruptions": corruptions, "budget": asdict(budget)}
+        """A teacher or a student; with one seed and network they begin with different weights."""
+        about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": asdict(budget)}
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(source, seed)
-            torch.manual_seed(seed)
+            own = 3 * seed + (role == "student")  # 3 * seed + 2 is the transfer's
+            torch.manual_seed(own)
             model = _build(network, source)
             history = fit(
                 model,
                 data.train,
-                budget.settings(len(data.train), 3 * seed + (not corruptions), compile=self.compile),
+                budget.settings(len(data.train), own, compile=self.compile),
                 augment=_augment(source, corruptions, seed),
                 validate=partial(accuracy, data=data.validation),
                 device=self.device,
@@ -186,8 +223,7 @@ class Experiment:
             save(model.state_dict(), folder / "model.pt")
             return {"histories": [asdict(history)], "steps_per_second": [history.steps_per_second]}
 
-        kind = "teacher" if corruptions else "student"
-        return Made(network, source, Stage(kind, about, make, title=f"{network} on {source.data}, seed {seed}"))
+        return Made(network, source, Stage(role, about, make, title=f"{network} on {source.data}, seed {seed}"))
 
     def _moved(
         self, teacher: Made, student: Made, layers: tuple[str, str], change: Variant, method: str, seed: int
@@ -199,7 +235,7 @@ class Experiment:
         starts = {"teacher": teacher, "student": student}[known.start]
         guided = any(guidance in ("bird", "hints") for _, guidance in known.phases)
         parents = (teacher.stage, student.stage) if guided else (starts.stage,)
-        about = _about(recipe.student, seed) | {
+        about = self._about(recipe.student, seed) | {
             "method": method,
             "budget": asdict(recipe.transfer),
             "batch_size": change.batch_size,
@@ -241,24 +277,26 @@ class Experiment:
         source, scoring = self.recipe.student, self.recipe.scoring
 
         def make(folder: Path) -> dict[str, Any]:
-            test = _first(self._data(source, seed).test, scoring.images).to(self.device)
+            test = first(self._data(source, seed).test, scoring.images).to(self.device)
             model = made.model(self.root, self.device)
-            corrupted: dict[str, list[float]] = {name: [] for name in scoring.corruptions}
-            for name, images in _corrupted(test, scoring, (source, scoring, self.data_root, self.device)):
-                corrupted[name].append(accuracy(model, images))
-            return {"clean": accuracy(model, test), "corrupted": corrupted}
+            accuracies: dict[str, list[float]] = {name: [] for name in scoring.corruptions}
+            for name, images in corrupted(test, scoring, (source, scoring, self.data_root, self.device)):
+                accuracies[name].append(accuracy(model, images))
+            return {"clean": accuracy(model, test), "corrupted": accuracies}
 
-        return Stage("score", _about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made))
+        return Stage(
+            "score", self._about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made)
+        )
 
     def _aligned(self, made: Made, layer: str, teacher: Made, teacher_layer: str, seed: int) -> Stage:
         source = self.recipe.student
 
         def make(folder: Path) -> dict[str, Any]:
-            test = _first(self._data(source, seed).test, self.recipe.scoring.images)
+            test = first(self._data(source, seed).test, self.recipe.scoring.images)
             model, guide = (m.model(self.root, self.device) for m in (made, teacher))
             return {"cka": alignment(Teacher(guide, [teacher_layer]), model, teacher_layer, layer, test)}
 
-        about = _about(source, None) | {"images": self.recipe.scoring.images, "layers": (teacher_layer, layer)}
+        about = self._about(source, None) | {"images": self.recipe.scoring.images, "layers": (teacher_layer, layer)}
         return Stage("alignment", about, make, (made.stage, teacher.stage), self._of(made))
 
     def _measured(self, teacher: Made, student: Made, layers: tuple[str, str], seed: int) -> Stage:
@@ -267,7 +305,7 @@ class Experiment:
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(recipe.student, seed)
-            few = replace(data, validation=_first(data.validation, recipe.scoring.images))
+            few = replace(data, validation=first(data.validation, recipe.scoring.images))
             guide, model = (m.model(self.root, self.device) for m in (teacher, student))
             ranking = rank_teachers(
                 {"teacher": Teacher(guide, [layers[0]])},
@@ -284,7 +322,7 @@ class Experiment:
                 "student_probe_accuracy": ranking.student_probe_accuracy,
             }
 
-        about = _about(recipe.student, seed) | {
+        about = self._about(recipe.student, seed) | {
             "images": recipe.scoring.images,
             "layers": layers,
             "corruptions": recipe.corruptions,
@@ -297,10 +335,17 @@ class Experiment:
     def _data(self, source: Source, seed: int) -> Splits:
         return _splits(source, seed, self.data_root)
 
+    def _about(self, source: Source, seed: int | None) -> dict[str, Any]:
+        """What every stage depends on; of the test set, which has no seed, None."""
+        files = _fingerprint(source.data, self.data_root)
+        return {"protocol": PROTOCOL, "data": asdict(source) | {"files": files}, "seed": seed}
 
-def _about(source: Source, seed: int | None) -> dict[str, Any]:
-    """What every stage depends on; of the test set, which has no seed, None."""
-    return {"protocol": PROTOCOL, "data": asdict(source), "seed": seed}
+
+@lru_cache(maxsize=16)
+def _fingerprint(data: str, root: Path | None) -> str | None:
+    """What tells a folder of images from others; nothing need tell the official data sets, which may be elsewhere."""
+    known = DATASETS[data]
+    return None if any(known.counts) else known.fingerprint(data_root(root))
 
 
 def _classes(source: Source) -> int:
@@ -330,37 +375,3 @@ def _augment(source: Source, corruptions: tuple[str, ...], seed: int) -> Augment
         return x
 
     return augment if parts else None
-
-
-def _first(data: Images, count: int | None) -> Images:
-    """A fixed choice of so many images."""
-    if count is None or count >= len(data):
-        return data
-    return data.select(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
-
-
-_kept: dict[tuple[Any, ...], list[tuple[str, Images]]] = {}
-
-
-def _corrupted(data: Images, scoring: Scoring, key: tuple[Any, ...]) -> Iterator[tuple[str, Images]]:
-    """Each corruption at each severity, in 8 bits as published ones are. What ``key`` names is kept if it fits."""
-    if key in _kept:
-        yield from _kept[key]
-        return
-    _kept.clear()
-    views: list[tuple[str, Images]] = []
-    for name in scoring.corruptions:
-        for severity in SEVERITIES:
-            view = name, _quantised(data, name, severity)
-            views.append(view)
-            yield view
-    if data.images.numel() * len(views) <= KEPT:
-        _kept[key] = views
-
-
-def _quantised(data: Images, name: str, severity: int) -> Images:
-    parts = []
-    for index in torch.arange(len(data), device=data.images.device).split(500):
-        view = corrupt(to_float(data.images[index]), name, severity, index=index)
-        parts.append(view.mul_(255).round_().to(torch.uint8))
-    return Images(torch.cat(parts), data.labels)

@@ -69,23 +69,27 @@ def _by_severity(outcomes: list[Outcome], name: str) -> list[float]:
     return [100 * fmean(values) for values in zip(*seeds, strict=True)]
 
 
-def recovered(comparisons: Mapping[str, Comparison], path: Path, *, title: str, paper: Mapping[str, float]) -> None:
+def recovered(
+    comparisons: Mapping[str, Comparison], path: Path, *, title: str, paper: Mapping[str, Mapping[str, float]]
+) -> None:
     """Bars of the share of the gap recovered, a group for each comparison; seeds as dots, the paper's as diamonds."""
+    labelled: set[str] = set()
     methods = list(dict.fromkeys(m for comparison in comparisons.values() for m in comparison.contenders))
     with _figure(path, title, (3.0 + 0.32 * len(methods) * len(comparisons), 4.2)) as figure:
         axes: Any = figure.subplots()
         for turn, method in enumerate(methods):
-            for group, comparison in enumerate(comparisons.values()):
+            for group, (name, comparison) in enumerate(comparisons.items()):
                 if method not in comparison.contenders:
                     continue
                 values = [100 * share for share in comparison.recovered(method, pooled=True)]
                 x = group + 0.85 * ((turn + 0.5) / len(methods) - 0.5)
                 width = 0.8 / len(methods)
-                label = method if group == 0 else None
+                label = None if method in labelled else method
+                labelled.add(method)
                 axes.bar(x, fmean(values), width, yerr=spread(values), color=COLOURS.get(method), label=label)
                 axes.plot([x] * len(values), values, ".", color=INK, markersize=4, zorder=3)
-                if method in paper:
-                    axes.plot(x, paper[method], "D", color="white", markeredgecolor=INK, markersize=6, zorder=4)
+                if method in paper.get(name, {}):
+                    axes.plot(x, paper[name][method], "D", color="white", markeredgecolor=INK, markersize=6, zorder=4)
         axes.axhline(0, color=INK, linewidth=1)
         axes.set_xticks(range(len(comparisons)), list(comparisons))
         axes.set_ylabel("gap recovered, %", color=INK)

@@ -40,7 +40,7 @@ from .profiling import StepTimes, step_times
 from .taps import Taps
 from .teachers import Teacher
 from .training import Augment, Guide, fit
-from .vision.data import Images
+from .vision.data import Images, to_float
 from .vision.models import MODELS, replace_head
 
 Guidance = Literal["bird", "hints", "lwf"]
@@ -143,7 +143,7 @@ class Transfer:
         histories, times = [], None
         for number, (head_alone, guidance) in enumerate(known.phases):
             steps = len(range(number, self.settings.steps, len(known.phases)))  # the first may have one more
-            guide = None if guidance is None else self._guide(guidance, known, teacher, model)
+            guide = None if guidance is None else self._guide(guidance, known, teacher, model, train)
             history = fit(
                 model,
                 train,
@@ -164,10 +164,12 @@ class Transfer:
                 guide.taps.remove()
         return Transferred(model, histories, times)
 
-    def _guide(self, guidance: Guidance, known: Method, teacher: nn.Module | None, model: nn.Module) -> Guide:
+    def _guide(
+        self, guidance: Guidance, known: Method, teacher: nn.Module | None, model: nn.Module, train: Images
+    ) -> Guide:
         if teacher is None:
             raise ValueError(f"{known.title} is guided by a teacher: give one")
-        (network, guiding), (student, guided) = self.teacher, self.student
+        (network, guiding), (_, guided) = self.teacher, self.student
         if guidance == "lwf":
             guiding = guided = MODELS[network].guide
         pairs = [(guiding, guided)]
@@ -175,8 +177,14 @@ class Transfer:
         if guidance == "bird":
             loss = BirdLoss(pairs=pairs, **known.options, **self.weights)
         elif guidance == "hints":
-            widths = {guiding: MODELS[network].layers[guiding]}, {guided: MODELS[student].layers[guided]}
-            loss = Hints(*HINTS, pairs, teacher_widths=widths[0], student_widths=widths[1])
+            theirs, ours = _width(teacher, guiding, train), _width(model, guided, train)
+            loss = Hints(*HINTS, pairs, teacher_widths={guiding: theirs}, student_widths={guided: ours})
         else:
             loss = LwF(pairs=pairs)
         return Guide(Teacher(deepcopy(teacher), [guiding]), Taps(model, [guided]), loss)
+
+
+def _width(network: nn.Module, layer: str, images: Images) -> int:
+    """How many features a layer has once it is pooled."""
+    look = Teacher(deepcopy(network).cpu(), [layer])
+    return look(to_float(images.images[:1].cpu()))[layer].shape[1]

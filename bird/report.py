@@ -35,6 +35,12 @@ class Outcome:
     cka: float
     history: History
 
+    @property
+    def all_corruptions(self) -> float:
+        """Mean accuracy over the held-out corruptions and the teacher's, each once."""
+        accuracies = {**self.seen.corrupted, **self.held_out.corrupted}
+        return fmean(fmean(severities) for severities in accuracies.values())
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Outcome:
         """Undo `dataclasses.asdict`."""

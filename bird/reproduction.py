@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
+
+import torch
 
 from . import figures
 from .checkpoints import History, atomic, write_json
@@ -83,7 +88,8 @@ def page(experiment: Experiment, cells: Sequence[Cell]) -> str:
     recipe, root = experiment.recipe, experiment.root
     comparisons, missing = collect(experiment, cells)
     if not comparisons:
-        raise ValueError(f"no cell of {recipe.name} is done in {root}: bird run it first")
+        done = f"{len(cells) - len(missing)} of {len(cells)} cells of {recipe.name} are done in {root}"
+        raise ValueError(f"{done}, and no seed of all methods: bird run it, or choose --method")
     parts = [f"# {recipe.title}\n"]
     for (networks, variant), comparison in comparisons.items():
         pair = recipe.networks[networks]
@@ -96,6 +102,9 @@ def page(experiment: Experiment, cells: Sequence[Cell]) -> str:
         parts.append(_table(recipe, pair, comparison))
         parts.append(_differences(comparison))
         parts.append(_costs([cell for cell in cells if (cell.networks, cell.variant) == (networks, variant)], root))
+    if recipe.paper_pgr:
+        told = ", ".join(f"{METHODS[name].title} {share:.1f} %" for name, share in recipe.paper_pgr.items())
+        parts.append(f"Gap recovered in the paper, which does not say by which networks: {told}.\n")
     if missing:
         parts.append(f"{len(missing)} cells are not done, the first: {_label(missing[0])}.\n")
     return "\n".join(parts)
@@ -107,10 +116,10 @@ def _label(cell: Cell) -> str:
 
 def _table(recipe: Recipe, pair: Networks, comparison: Comparison) -> str:
     titles = {method.title: name for name, method in METHODS.items()}
-    shares = {**recipe.paper_pgr, **pair.paper_pgr}
+    shares = pair.paper_pgr
     head = [
         "method", "robust (paper)", "robust", "clean", "held-out corruptions", "teacher's corruptions",
-        "gap recovered (paper)", "gap recovered", "CKA to teacher",
+        "all corruptions", "gap recovered (paper)", "gap recovered", "CKA to teacher",
     ]  # fmt: skip
     rows = [head]
     told = comparison.contenders if comparison.gap else []
@@ -124,6 +133,7 @@ def _table(recipe: Recipe, pair: Networks, comparison: Comparison) -> str:
                 percent([o.held_out.clean for o in outcomes]),
                 percent([o.held_out.robust for o in outcomes]),
                 percent([o.seen.robust for o in outcomes]),
+                percent([o.all_corruptions for o in outcomes]),
                 f"{shares[name]:.1f}" if name in shares else "",
                 percent(comparison.recovered(title, pooled=True)) if title in told else "",
                 f"{fmean(o.cka for o in outcomes):.2f}",
@@ -149,16 +159,26 @@ def _differences(comparison: Comparison) -> str:
 
 
 def _costs(cells: Sequence[Cell], root: Path) -> str:
-    """What guidance costs: medians over the seeds, of times taken after the training."""
-    rows = [["a step of", "ms", "teacher's forward, %", "loss, %"]]
+    """How fast methods train, and what guidance costs of a step, timed after the training: medians over the seeds."""
+    rows = [["method", "steps per second", "teacher's forward, % of a step", "loss, %"]]
     for method in dict.fromkeys(cell.method for cell in cells):
-        results = [cell.training.result(root) for cell in cells if cell.method == method]
-        times = [result["times"] for result in results if result and result.get("times")]
-        if times:
-            step = median(t["step"] for t in times)
-            shares = [100 * median(t[part] / t["step"] for t in times) for part in ("teacher", "loss")]
-            rows.append([METHODS[method].title, f"{1e3 * step:.1f}", *(f"{share:.1f}" for share in shares)])
+        costs = [cost for cell in cells if cell.method == method and (cost := _cost(cell, root))]
+        if costs:
+            times = [cost["times"] for cost in costs if cost["times"]]
+            parts = [[t[part] / t["step"] for t in times] for part in ("teacher", "loss")]
+            shares = [f"{100 * median(part):.1f}" if part else "" for part in parts]
+            speed = median(cost["steps_per_second"] for cost in costs)
+            rows.append([METHODS[method].title, f"{speed:.0f}", *shares])
     return markdown(rows) + "\n" if len(rows) > 1 else ""
+
+
+def _cost(cell: Cell, root: Path) -> dict[str, Any] | None:
+    """Steps per second, and seconds of a guided step and of its parts; None where nothing was trained."""
+    result = cell.training.result(root)
+    if cell.method == "none" or result is None:
+        return None
+    speeds = [speed for speed in result["steps_per_second"] if speed]
+    return {"steps_per_second": fmean(speeds), "times": result.get("times")} if speeds else None
 
 
 def difference(values: Sequence[float]) -> str:
@@ -192,25 +212,46 @@ def write(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "README.md") as path:
         path.write_text(text, encoding="utf-8")
-    write_json({"recipe": asdict(experiment.recipe), "cells": list(_numbers(comparisons))}, folder / "results.json")
+    costs = [
+        {"networks": cell.networks, "variant": cell.variant, "method": cell.method, "seed": cell.seed} | cost
+        for cell in cells
+        if (cost := _cost(cell, experiment.root))
+    ]
+    about = {"recipe": asdict(experiment.recipe), "origin": origin()}
+    write_json(about | {"cells": list(_numbers(comparisons)), "costs": costs}, folder / "results.json")
     with atomic(folder / "accuracies.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["networks", "variant", "method", "seed", "corruption", "severity", "accuracy"])
         for cell in cells:
             score = cell.score.result(experiment.root)
             if score is not None:
-                about = cell.networks, cell.variant, cell.method, cell.seed
-                writer.writerow([*about, "none", 0, score["clean"]])
+                key = cell.networks, cell.variant, cell.method, cell.seed
+                writer.writerow([*key, "none", 0, score["clean"]])
                 for name, accuracies in score["corrupted"].items():
-                    writer.writerows([*about, name, s, a] for s, a in enumerate(accuracies, start=1))
+                    writer.writerows([*key, name, s, a] for s, a in enumerate(accuracies, start=1))
     _draw(experiment.recipe, comparisons, folder)
     return text
 
 
+def origin() -> dict[str, Any]:
+    """Versions, and the machine that a report is made on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "bird-kernels": metadata.version("bird-kernels"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "gpu": gpu,
+    }
+
+
 def _draw(recipe: Recipe, comparisons: Mapping[Group, Comparison], folder: Path) -> None:
     labels = {group: ", ".join(filter(None, group)) for group in comparisons}
-    shares = {METHODS[name].title: share for name, share in recipe.paper_pgr.items()}
     groups = {labels[group]: comparison for group, comparison in comparisons.items() if comparison.gap}
+    shares = {
+        labels[group]: {METHODS[m].title: share for m, share in recipe.networks[group[0]].paper_pgr.items()}
+        for group in comparisons
+    }
     if groups:
         figures.recovered(groups, folder / "recovered.png", title=f"{recipe.title}: gap recovered", paper=shares)
     for group, comparison in comparisons.items():

@@ -55,10 +55,13 @@ class Stage:
 
     def result(self, root: Path) -> dict[str, Any] | None:
         """What `make` returned; None while that has not happened."""
+        path = self.folder(root) / "result.json"
         try:
-            return json.loads((self.folder(root) / "result.json").read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and it is made again") from error
 
     def _complete(self, root: Path) -> None:
         folder = self.folder(root)
@@ -123,7 +126,10 @@ def _made(stage: Stage, root: Path) -> bool:
         with FileLock(folder / ".lock", timeout=0):
             if stage.result(root) is not None:
                 return False
-            stage._complete(root)
+            try:
+                stage._complete(root)
+            except (FloatingPointError, ValueError) as error:  # which of many it was
+                raise type(error)(f"{folder.name} ({stage.title}): {error}") from error
             return True
     except Timeout:
         return False

@@ -31,6 +31,7 @@ The package ships one for every table of the paper (`names`); `read` also takes 
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -38,8 +39,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..checkpoints import Settings
+from ..checkpoints import MIN_BATCH, Settings
 from ..methods import METHODS
+from ..steps import steps_per_epoch
 from ..vision.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
 from ..vision.datasets import DATASETS
 from ..vision.models import MODELS
@@ -104,7 +106,7 @@ class Budget:
 
     def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
         """For a training set of so many samples; ``changes`` of the batch size leave the number of steps as it is."""
-        steps = self.steps if self.epochs is None else self.epochs * max(samples // self.batch_size, 1)
+        steps = self.steps if self.epochs is None else self.epochs * steps_per_epoch(samples, self.batch_size)
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("epochs", "steps")}
         assert steps is not None
         return Settings(steps=steps, seed=seed, save_every=max(100, steps // 10), **(kept | changes))
@@ -179,8 +181,10 @@ class Variant:
     student_layer: str | None = None
 
     def __post_init__(self) -> None:
-        if self.teacher_steps is not None and self.teacher_steps < 1:
-            raise ValueError(f"teacher_steps must be at least 1, not {self.teacher_steps}")
+        for name, least in (("teacher_steps", 1), ("batch_size", MIN_BATCH), ("alpha", 0), ("beta", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name} must be at least {least}, and finite, not {value}")
 
 
 @dataclass(frozen=True)
@@ -227,6 +231,10 @@ class Recipe:
         changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
         for name in self.corruptions + self.held_out + changed:
             _known("corruptions", name, CORRUPTIONS)
+        for source in (self.teacher, *(v.teacher for v in self.variants.values() if v.teacher)):
+            theirs, ours = (DATASETS[s.data].channels for s in (source, self.student))
+            if theirs != ours:  # teachers see the student's images
+                raise ValueError(f"{source.data} has {theirs} channels, {self.student.data} {ours}: they must agree")
         if missing := set(self.held_out) - set(self.scoring.corruptions):
             raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
 

@@ -339,6 +339,9 @@ def test_broken_files_are_named(tmp_path: Path, expect: Callable[..., None]) -> 
     cut = "data_batch_2.bin: 30729 bytes are no whole number of records of 3073; it is cut short"
     refuses(cut, folder, lambda path: (path / "data_batch_2.bin").write_bytes(raw[:-1]))
 
+    (tmp_path / folder / "data_batch_2.bin").unlink()
+    refuses("Is a directory", folder, lambda path: (path / "data_batch_2.bin").mkdir())
+
     official.write_imagenet32(tmp_path / "imagenet32", train, test, npz=True)
     np.savez(tmp_path / "imagenet32" / "val_data.npz", data=np.array([{}]), labels=np.array([1]))
     expect("imagenet32", counts=(50, 10))

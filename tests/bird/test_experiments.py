@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
 
-from bird import Taps, Teacher, cka, cli, experiments, recipes, reproduction, stages
+from bird import Taps, Teacher, cka, cli, experiments, recipes, reproduction, scoring, stages
 from bird.evaluation import accuracy, robustness
 from bird.experiments import Experiment
 from bird.vision.data import Images, to_float
+from tests.bird.official_files import write_image
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which the vision extra brings")
 
@@ -85,7 +88,7 @@ def test_what_is_shared_is_made_once(experiment: Experiment) -> None:
 
 def test_scores_are_those_of_an_independent_evaluation(experiment: Experiment) -> None:
     data = experiments._splits(experiment.recipe.student, 1, None)
-    test = experiments._first(data.test, 60)
+    test = scoring.first(data.test, 60)
     assert len(test) == 60
     assert len(data.test) == 143  # a fifth of each class
     cells = {c.method: c for c in experiment.cells(variants=["plain"]) if c.seed == 1}
@@ -130,7 +133,13 @@ def test_compiled_runs_make_the_same_stages(
     options = ["--out", str(tmp_path), "--device", "cpu", "--jobs", "1", "--seeds", "1", "--variant", "plain"]
     assert cli.main(["run", str(folder / "try.toml"), *options, "--method", "none", "bird", "--compile"]) == 0
     assert sorted(compiled) == ["PlainNet", "ResNet", "ResNet"]
-    cells = json.loads((tmp_path / "reports/try/results.json").read_text())["cells"]
+    assert [path.name for path in (tmp_path / "reports").iterdir()] == ["try-plain-none-bird-seeds-1"]  # not the whole
+    about = json.loads((tmp_path / "reports/try-plain-none-bird-seeds-1/results.json").read_text())
+    cells = about["cells"]
+    assert [(cost["method"], cost["steps_per_second"] > 0, cost["times"]["step"] > 0) for cost in about["costs"]] == [
+        ("bird", True, True)
+    ]
+    assert about["origin"]["torch"] == torch.__version__
     assert [(cell["method"], cell["gap_recovered"]) for cell in cells] == [("None", None), ("BIRD", None)]
     assert {path.name for path in tmp_path.iterdir()} - {"reports"} <= {path.name for path in experiment.root.iterdir()}
 
@@ -180,7 +189,7 @@ def test_what_is_missing_is_said(experiment: Experiment, tmp_path: Path) -> None
     assert {o.seed for o in comparisons["pair", "plain"].outcomes} == {0}
     assert len(missing) == 7
     empty = Experiment(experiment.recipe, tmp_path, experiment.device)
-    with pytest.raises(ValueError, match="no cell of try is done"):
+    with pytest.raises(ValueError, match=r"0 of 24 cells of try are done in .*, and no seed of all methods"):
         reproduction.write(empty, empty.cells(), tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
@@ -221,10 +230,135 @@ def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_kept_pictures_are_those_of_the_data_asked_for() -> None:
     data = Images(torch.arange(256, dtype=torch.uint8).repeat(4, 1, 1, 4).view(4, 1, 32, 32), torch.arange(4))
-    scoring = recipes.Scoring(("contrast",))
-    first = list(experiments._corrupted(data, scoring, ("a",)))
+    what = recipes.Scoring(("contrast",))
+    first = list(scoring.corrupted(data, what, ("a",)))
     assert [name for name, _ in first] == ["contrast"] * 5
-    again = list(experiments._corrupted(data.select(torch.arange(2)), scoring, ("a",)))
+    again = list(scoring.corrupted(data.select(torch.arange(2)), what, ("a",)))
     assert len(again[0][1]) == 4  # kept
-    other = list(experiments._corrupted(data.select(torch.arange(2)), scoring, ("b",)))
+    other = list(scoring.corrupted(data.select(torch.arange(2)), what, ("b",)))
     assert len(other[0][1]) == 2
+
+
+def test_pictures_that_are_too_many_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Images(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.arange(4))
+    what = recipes.Scoring(("contrast",))
+    for kept, count in ((4 * 1024 * 5, 1), (4 * 1024 * 5 - 1, 0)):  # bytes of five severities
+        monkeypatch.setattr(scoring, "KEPT", kept)
+        list(scoring.corrupted(data, what, ("c", kept)))
+        assert len(scoring._kept) == count
+
+
+def changed(folder: Path, old: str, new: str) -> str:
+    assert RECIPE.count(old) == 1
+    (folder / "try.toml").write_text(RECIPE.replace(old, new))
+    return str(folder / "try.toml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('student_layer = "layer2"', 'student_layer = "layr2"', "layr2.*layer2"),
+        ('student_layer = "layer2"', 'teacher_layer = "blok3"', "blok3.*block3"),
+        ('data = "digits"\nclasses = [0, 1, 2]', 'data = "cifar100"\nclasses = [0, 1, 2]', "3 channels, digits 1"),
+        ('held_out = ["contrast", "speckle_noise"]', 'held_out = ["contrast"]\nx = 1', "there is no 'x'"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, complaint: str
+) -> None:
+    recipe = changed(tmp_path, old, new)
+    assert cli.main(["run", recipe, "--out", str(tmp_path / "runs"), "--device", "cpu", "--jobs", "2"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(complaint, said, re.DOTALL)
+    assert said.count("bird: ") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_method_that_the_recipe_lacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("ft", "nonsense"):
+        assert cli.main(["run", str(folder / "try.toml"), "--out", str(folder / "x"), "--method", method]) == 2
+        assert f"try has no '{method}' among its methods: 'none', 'continued'" in capsys.readouterr().err
+
+
+def test_guidance_of_a_layer_between_the_listed_ones(tmp_path: Path) -> None:
+    text = RECIPE.replace('methods = ["none", "bird", "ceiling"]\nstudent_layer = "layer2"', 'methods = ["hints"]\nXXX')
+    (tmp_path / "try.toml").write_text(text.replace("XXX", 'student_layer = "layer2.body.0"'))
+    options = ["--out", str(tmp_path / "runs"), "--device", "cpu", "--jobs", "1", "--variant", "layer", "--seeds", "1"]
+    assert cli.main(["run", str(tmp_path / "try.toml"), *options]) == 0
+
+
+def test_damaged_results_name_what_to_delete(
+    experiment: Experiment, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And deleting that is enough."""
+    root = tmp_path / "runs"
+    shutil.copytree(experiment.root, root)
+    command = ["run", str(folder / "try.toml"), "--out", str(root), "--device", "cpu", "--jobs", "1"]
+    command += ["--variant", "plain", "--method", "none", "bird"]
+    teacher = min(root.glob("teacher-*"))
+    (teacher / "model.pt").write_bytes(b"PK\x03\x04 nothing")
+    for path in root.glob("bird-*"):
+        shutil.rmtree(path)
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert f"Delete the whole folder {teacher}, and it is made again" in said
+    assert re.search(r"bird-[0-9a-f]{16} \(resnet-tiny on digits, seed \d\): ", said)  # which of many
+    shutil.rmtree(teacher)
+    assert cli.main(command) == 0
+    cell = experiment.cells(variants=["plain"], methods=["bird"])[0]
+    score = cell.score.folder(root) / "result.json"
+    whole = score.read_bytes()
+    score.write_bytes(b"")
+    assert cli.main(command) == 2
+    assert f"{score} is damaged" in capsys.readouterr().err
+    score.unlink()
+    assert cli.main(command) == 0
+    assert score.read_bytes() == whole
+
+
+def test_teachers_and_students_begin_with_different_weights(tmp_path: Path) -> None:
+    """Of one network, seed and number of classes, and before the first step, as good as."""
+    text = RECIPE.replace("classes = [5, 6, 7, 8]", "classes = [5, 6, 7]")
+    text = text.replace('student = "resnet-tiny"', 'student = "plain"').replace("steps = 12", "steps = 1")
+    (tmp_path / "try.toml").write_text(text.replace("lr = 0.05", "lr = 1e-12"))
+    recipe = recipes.read(str(tmp_path / "try.toml"))
+    tried = Experiment(recipe, tmp_path / "runs", torch.device("cpu"), progress=False)
+    teacher, student, _ = tried._pair("pair", "plain", 0)
+    stages.complete([teacher.stage, student.stage], tried.root)
+    weights = [
+        made.model(tried.root, torch.device("cpu")).state_dict()["block1.0.weight"] for made in (student, teacher)
+    ]
+    assert (weights[0] - weights[1]).abs().mean() > 0.01
+
+
+def test_a_folder_of_images_is_told_from_another(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for place in ("one", "two"):
+        for path in (f"{place}/{part}/{name}/{i}.png" for part in ("train", "val") for name in "ab" for i in range(2)):
+            write_image(tmp_path / path, rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    text = re.sub(r'data = "digits"\nclasses = \[[^]]*\]', 'data = "image-folder"\nclasses = [0, 1]', RECIPE)
+    (tmp_path / "try.toml").write_text(text)
+    recipe = recipes.read(str(tmp_path / "try.toml"))
+
+    def keys(place: str) -> set[str]:
+        experiments._fingerprint.cache_clear()
+        cells = Experiment(recipe, tmp_path / "runs", torch.device("cpu"), tmp_path / place).cells()
+        return {stage.key for cell in cells for stage in stages.lineage(cell.wanted)}
+
+    before = keys("one")
+    assert not before & keys("two")
+    assert keys("one") == before
+    write_image(tmp_path / "one/val/b/0.png", rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    assert not before & keys("one")
+
+
+def test_interrupted_commands_say_how_to_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "complete", interrupt)
+    options = ["--out", str(folder / "y"), "--device", "cpu", "--jobs", "1"]
+    assert cli.main(["run", str(folder / "try.toml"), *options]) == 130
+    assert "interrupted; the same command goes on from here" in capsys.readouterr().err

@@ -160,7 +160,11 @@ def test_a_broken_tiny_imagenet_is_refused(tiny: Path) -> None:
     refuses(r"val_annotations.txt: \['val_0.JPEG', 'n00000000'\] is not a file name and a class of wnids.txt")
     annotations.write_text("".join(text.splitlines(keepends=True)[:-1]))
     refuses(r"12 \+ 8 images instead of 12 \+ 9")
+    annotations.write_text("\n")
+    refuses("val_annotations.txt names no images")
     annotations.write_text(text)
+    (folder / "train" / ".cache").mkdir()  # hidden: nobody's class
+    assert len(load("tiny-imagenet", tiny, validation=0).train) == 12
     (folder / "train" / "n99999999").mkdir()
     refuses("train has folders that are no class: n99999999")
     (folder / "train" / "n99999999").rmdir()
@@ -169,7 +173,7 @@ def test_a_broken_tiny_imagenet_is_refused(tiny: Path) -> None:
     refuses(f"{WNIDS[1]}/images has no images")
 
 
-def test_an_image_folder_reads_like_torchvision(tmp_path: Path) -> None:
+def test_an_image_folder_reads_like_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     for part, count in (("train", 5), ("val", 2)):
         for name in ("zebra", "ant"):
@@ -181,6 +185,11 @@ def test_an_image_folder_reads_like_torchvision(tmp_path: Path) -> None:
         theirs = ImageFolder(str(tmp_path / part))
         assert data.labels.tolist() == theirs.targets
         assert np.array_equal(data.images.numpy(), [np.asarray(image).transpose(2, 0, 1) for image, _ in theirs])
+    monkeypatch.setitem(DATASETS, "imagenet32", replace(DATASETS["imagenet32"], classes=2, counts=(10, 4)))
+    (tmp_path / "imagenet").mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "imagenet" / part).symlink_to(tmp_path / part)
+    assert torch.equal(load("imagenet32", tmp_path).test.images, load("image-folder", tmp_path).test.images)
     splits = load("image-folder", tmp_path, classes=[1], validation=0.2)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [4, 1, 2]
 

@@ -72,8 +72,9 @@ def test_a_file_of_ones_own(minimal: Path) -> None:
     assert recipe.methods == tuple(METHODS)
     assert recipe.variants == {"": Variant()}
     settings = recipe.transfer.settings(100, seed=7)
-    assert (settings.steps, settings.batch_size, settings.seed) == (12, 16, 7)  # 2 epochs of 6 whole batches
-    assert recipe.transfer.settings(100, 7, batch_size=4).steps == 12
+    assert (settings.steps, settings.batch_size, settings.seed) == (14, 16, 7)  # 2 epochs: 6 whole batches, 4 images
+    assert recipe.transfer.settings(99, 7).steps == 12  # of three, which are too few
+    assert recipe.transfer.settings(100, 7, batch_size=4).steps == 14
     assert recipe.pretraining.settings(10**6, 0).steps == 5
 
 
@@ -93,6 +94,18 @@ def test_a_file_of_ones_own(minimal: Path) -> None:
         ('title = "a try"', 'title = "a try"\ncorruptions = ["fgo"]', "there is no 'fgo'; there is 'fog'"),
         ('title = "a try"', 'title = "a try"\nseeds = 0', "seeds must be at least 1"),
         ('title = "a try"', "", "title must be there"),
+        ("limit_per_class = 20", 'data2 = ""', "a key of student: there is no 'data2'"),
+        (
+            "[networks.small]",
+            "[variants.x]\nbatch_size = 3\n[networks.small]",
+            "variants.x: batch_size must be at least 4",
+        ),
+        (
+            "[networks.small]",
+            "[variants.x]\nbeta = nan\n[networks.small]",
+            "variants.x: beta must be .* finite, not nan",
+        ),
+        ("[networks.small]", "[variants.x]\nalpha = -1.0\n[networks.small]", "variants.x: alpha must be at least 0"),
         ('title = "a try"', 'title = "a try', "recipe .*try.toml"),
         ("[teacher]", '[scoring]\ncorruptions = ["fog"]\n[teacher]', "must hold all that are held out"),
     ],

@@ -28,6 +28,7 @@ HOUSE = {
         {"figures"},
         {"pictures"},
         {"report", "experiments"},
+        {"scoring"},
         {"recipes"},
         {"methods"},
         {"training", "profiling", "evaluation", "selection", "similarity", "language"},

@@ -78,6 +78,7 @@ DATASETS: dict[str, Dataset] = {
                 ),
                 read_imagenet32,
             ),
+            Layout("imagenet", ("train", "val"), read_image_folder),  # ImageNet itself, a folder a class
         ),
         source="Get Imagenet32_train and Imagenet32_val, .zip or _npz.zip, from "
         "https://image-net.org/download-images.php (after a login; ImageNet's terms: research, not commercial).",

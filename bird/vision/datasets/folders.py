@@ -111,8 +111,8 @@ def _fingerprint(folder: Path, files: Sequence[Path]) -> str:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted."""
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    """The names of the folders in a folder, sorted; not of hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def read_classes(folder: Path, names: Sequence[str], inner: str = "") -> Images:
@@ -150,6 +150,8 @@ def read_tiny_imagenet(paths: list[Path], counts: Counts) -> tuple[Images, Image
     names = sorted(wnids.read_text(encoding="utf-8").split())
     number = {name: k for k, name in enumerate(names)}
     rows = [line.split("\t")[:2] for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows:
+        raise ValueError(f"{annotations} names no images")
     if wrong := [row for row in rows if len(row) < 2 or row[1] not in number]:
         raise ValueError(f"{annotations}: {wrong[0]} is not a file name and a class of {wnids.name}, tab-separated")
     if missing := {name for name, _ in rows} - {path.name for path in val.iterdir()}:
