@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import os
 import random
 import re
@@ -164,7 +165,7 @@ def work(rank: int, world: int, shapes: list[tuple[int, int, int]], folder: str)
     origin = results.origin(torch.device("cpu"))
     rows = [row for shape in shapes for row in compete(shape, origin)]
     if rank == 0:
-        torch.save(rows, Path(folder) / "rows.pt")
+        (Path(folder) / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
     dist.destroy_process_group()
 
 
@@ -172,8 +173,7 @@ def measured(world: int, shapes: list[tuple[int, int, int]]) -> list[Row]:
     """The contest on so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, (world, shapes, folder), nprocs=world)
-        rows: list[Row] = torch.load(Path(folder) / "rows.pt", weights_only=False)
-    return rows
+        return [Row(**row) for row in json.loads((Path(folder) / "rows.json").read_text())]
 
 
 def page(rows: list[Row]) -> str:

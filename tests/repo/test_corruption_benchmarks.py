@@ -17,7 +17,7 @@ def test_every_case_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(throughput, "RESULTS", tmp_path)
     threads = torch.get_num_threads()
     try:
-        rows = throughput.measure(batch=2, usual_images=1, rounds=1)
+        rows = throughput.measure(batch=2, usual_images=1, rounds=1, device=torch.device("cpu"))
     finally:
         torch.set_num_threads(threads)
     assert [(row.corruption, row.severity) for row in rows] == [(n, s) for n in CORRUPTIONS for s in range(1, 6)]

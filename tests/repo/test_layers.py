@@ -178,3 +178,15 @@ def test_importing_is_light(package: str) -> None:
     loaded = set(run.stdout.split())
     assert package in loaded
     assert loaded & {"triton", "torchvision", "sklearn", "matplotlib"} == set()
+
+
+def test_no_pickle_is_loaded() -> None:
+    """Of what runs for users; a pickled batch of images goes through an unpickler that admits arrays only."""
+    paths = [
+        path for folder in ("bird", "bird_kernels", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+    ]
+    loads = re.compile(
+        r"weights_only=False|allow_pickle=True|pickle\.loads?\(|joblib|\bUnpickler\b|torch\.load\((?!.*weights_only=True)"
+    )
+    found = {path.relative_to(ROOT).as_posix() for path in paths if loads.search(path.read_text(encoding="utf-8"))}
+    assert found == {"bird/vision/datasets/unpickling.py"}
