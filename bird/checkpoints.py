@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# A shorter last batch is left out of its epoch: unbiased CKA needs four rows, biased CKA two, batch
-# normalisation more than one value. All methods leave out the same batches, and every epoch has another
-# order.
+# A shorter last batch is left out of its epoch, of several processes one whose shares are shorter: unbiased CKA needs
+# four rows, biased CKA two, batch normalisation more than one value. All methods leave out the same batches, and every
+# epoch has another order.
 MIN_BATCH = 4
 
 _PARTIAL = ".partial."
@@ -93,7 +93,7 @@ class Settings:
 
     Args:
         steps: optimiser steps in all.
-        batch_size: images per step; the last batch of an epoch may be smaller, down to `MIN_BATCH`.
+        batch_size: images per step; the last batch of an epoch may be smaller, down to `MIN_BATCH` a process.
         optimizer: ``"sgd"`` or ``"adamw"``.
         lr: learning rate of the first step; falls to ``final_lr`` along half a cosine, step by step.
         final_lr: where it ends.
