@@ -47,7 +47,8 @@ def fit(
     """Train ``model`` in place; at the end it is on the device and holds the weights of the last step.
 
     A run that is resumed ends with bitwise the weights of one that was never interrupted, on the same machine
-    with the same number of threads (on a GPU: as far as PyTorch's own kernels are deterministic).
+    with the same number of threads (on a GPU: as far as PyTorch's own kernels are deterministic), and by as many
+    processes.
 
     With ``settings.compile`` taps must have been made before; by then they are, in ``guide``.
 
@@ -82,8 +83,8 @@ def fit(
         FloatingPointError: the loss or the weights are no longer finite; ``last.pt`` is from before.
     """
     device = torch.device(device)
-    torch.manual_seed(settings.seed)
     rank, world = (0, 1) if group is None else (group.rank(), group.size())
+    torch.manual_seed(settings.seed + 1_000_003 * rank)  # or the dropout masks of all processes would be alike
     batches = Batches(train, settings, augment, device, rank, world)
     modules = nn.ModuleDict({"model": place(model, device, settings)})
     if guide is not None:

@@ -94,6 +94,61 @@ def test_processes_train_as_one(kind: str, chunk_size: int | None, tmp_path: Pat
     assert not any(name.startswith(".") for name in files)
 
 
+class Cut(Exception):
+    """The power goes off."""
+
+
+def drop(folder: Path, group: dist.ProcessGroup | None, cut: int = 99) -> tuple[nn.Module, list[Tensor]]:
+    """A run with dropout until step ``cut``; the model, the masks, and the state of the generator at the end."""
+    model, masks, left = Double(), list[Tensor](), iter(range(cut))
+    dropout = nn.Dropout(0.5)
+    dropout.register_forward_hook(lambda module, args, out: masks.append((out != 0).double()))
+    model.body.insert(3, dropout)
+
+    def augment(x: Tensor, index: Tensor, epoch: int) -> Tensor:
+        if next(left, None) is None:
+            raise Cut
+        return x
+
+    try:
+        fit(model, data(), SETTINGS, augment=augment, folder=folder, resume=True, progress=False, group=group)
+    except Cut:
+        assert len(masks) == cut
+    return model, [*masks, torch.get_rng_state().double()]
+
+
+def alike(mine: Tensor) -> bool:
+    """Whether it is the same on both ranks."""
+    both = [torch.empty_like(mine), torch.empty_like(mine)]
+    dist.all_gather(both, mine)
+    return torch.equal(*both)
+
+
+def dropping(rank: int, folder: Path) -> None:
+    group = dist.group.WORLD
+    whole, masks = drop(folder / "whole", group)
+    assert len(masks) == 9 + 1
+    assert not any(map(alike, masks))
+    assert all(map(alike, whole.parameters()))
+
+    _, before = drop(folder / "cut", group, 6)  # save_every is 4
+    resumed, after = drop(folder / "cut", group)
+    assert len(after) == 5 + 1
+    assert all(map(torch.equal, before[:4] + after, masks))
+    assert difference(resumed, whole) == 0
+
+    if rank == 0:  # a run that was begun by one process, which had rank 0's stream and all rows
+        drop(folder / "alone", None, 6)
+    dist.barrier()
+    _, more = drop(folder / "alone", group)
+    assert len(more) == 5 + 1
+    assert not any(map(alike, more))
+
+
+def test_each_process_has_its_own_dropout_and_goes_on_with_it(tmp_path: Path) -> None:
+    run_ranks(dropping, 2, tmp_path, tmp_path)
+
+
 def poisoned(rank: int, folder: Path) -> None:
     model = Double()
     if rank == 1:
