@@ -154,7 +154,9 @@ def _backward(run: Run, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor
             share, task = forward(chunk)
             return share * task, taps.pop()
 
-        one = torch.ones((), device=chunks.parts[0].device)
+        factor: Tensor | float = 1.0  # a tensor only where there is a scale: in fp32 it would round an fp64 model's
+        if run.scaler.is_enabled():
+            factor = run.scaler.scale(torch.ones((), device=chunks.parts[0].device))
         with run.autocast:
             loss = chunked_backward(
                 student,
@@ -162,7 +164,7 @@ def _backward(run: Run, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor
                 chunks,
                 guide.loss,
                 model=model,
-                gradient=run.scaler.scale(one),
+                gradient=factor,
             )
         return {"loss": loss} | means | guide.loss.last
 

@@ -75,8 +75,7 @@ def together(rank: int, folder: Path, kind: str, chunk_size: int | None) -> None
     globals()["data"] = lambda: whole  # in batches of 12, 12, 12 and 8
     mine = train(kind, group, folder / "together", settings)
     alone = train(kind, None, None)
-    # Chunks: the gradient is exact to 1e-10 (tests/bird/test_chunks.py), and nine steps add to that.
-    assert difference(mine, alone) < (1e-12 if chunk_size is None else 1e-7)
+    assert difference(mine, alone) < 1e-12
     assert difference(mine, Double()) > 1e-3
     dist.barrier()
     again = train(kind, group, folder / "together", settings)  # nothing is left to do
