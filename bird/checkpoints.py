@@ -23,9 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# A shorter last batch is left out of its epoch: unbiased CKA needs four rows, biased CKA two, batch
-# normalisation more than one value. All methods leave out the same batches, and every epoch has another
-# order.
+# A shorter last batch is left out of its epoch, of several processes one whose shares are shorter: unbiased CKA needs
+# four rows, biased CKA two, batch normalisation more than one value. All methods leave out the same batches, and every
+# epoch has another order.
 MIN_BATCH = 4
 
 _PARTIAL = ".partial."
@@ -93,14 +93,15 @@ class Settings:
 
     Args:
         steps: optimiser steps in all.
-        batch_size: images per step; the last batch of an epoch may be smaller, down to `MIN_BATCH`.
+        batch_size: images per step; the last batch of an epoch may be smaller, down to `MIN_BATCH` a process.
         optimizer: ``"sgd"`` or ``"adamw"``.
         lr: learning rate of the first step; falls to ``final_lr`` along half a cosine, step by step.
         final_lr: where it ends.
         momentum: of SGD; AdamW keeps PyTorch's betas.
         weight_decay: L2 for SGD, decoupled for AdamW.
         amp: None for full precision; ``"bfloat16"``, or ``"float16"`` with loss scaling, for autocast.
-        seed: decides the order of the data; PyTorch's global generators (dropout) start from it too.
+        seed: decides the order of the data; PyTorch's global generators (dropout) start from it too, elsewhere in each
+            process of a group.
         log_every: steps between two looks at loss, accuracy and CKA.
         save_every: steps between two validations and checkpoints.
         chunk_size: images in memory at a time, at most, for batches that do not fit: the batch's gradient from parts of
@@ -212,7 +213,7 @@ class Run:
         to_train: Callable[[], object] | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
-        self.modules, self.folder = modules, folder
+        self.modules, self.folder, self.device = modules, folder, device
         self.to_train = to_train or modules["model"].train
         self.history = History()
         parameters = [p for p in modules.parameters() if p.requires_grad]
@@ -240,6 +241,7 @@ class Run:
     def save(self, step: int) -> None:
         """Write ``last.pt``."""
         self._saved = step
+        streams = self._streams()
         if self.folder is None or not self.writes:
             return
         state = {
@@ -252,6 +254,7 @@ class Run:
             "seconds": self.history.seconds,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "streams": streams,
         }
         save(state, self.folder / "last.pt")
 
@@ -277,11 +280,34 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.history = History(**state["history"])
         self.history.seconds = state.get("seconds", 0.0)
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self._restore_random(state)
         self._saved = state["step"]
         return state["step"]
+
+    def _streams(self) -> list[Tensor]:
+        """The random generators of each process of the group, as bytes: the CPU's, then its device's."""
+        if self.group is None:
+            return []
+        own = [torch.get_rng_state()]
+        if self.device.type != "cpu":
+            own.append(torch.get_device_module(self.device).get_rng_state(self.device))
+        mine = torch.cat(own).to(self.device)
+        streams = [torch.empty_like(mine) for _ in range(self.group.size())]
+        torch.distributed.all_gather(streams, mine, group=self.group)
+        return [stream.cpu() for stream in streams]
+
+    def _restore_random(self, state: dict[str, Any]) -> None:
+        """Of a process that the checkpoint does not know, as when there were fewer, the generators stay as they are."""
+        rank, streams = 0 if self.group is None else self.group.rank(), state.get("streams", [])
+        if self.group is not None and rank < len(streams):
+            host = torch.get_rng_state().numel()
+            torch.set_rng_state(streams[rank][:host])
+            if len(streams[rank]) > host and self.device.type != "cpu":
+                torch.get_device_module(self.device).set_rng_state(streams[rank][host:], self.device)
+        elif rank == 0:
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
 
     def report(
         self, step: int, lr: float, losses: list[Tensor], totals: dict[str, Tensor], *, weights: bool

@@ -92,12 +92,13 @@ def chunked_backward(
         raise ValueError("chunks is empty: a batch has at least one")
     replay = _Replay(model)
     pairs = _first_pass(student, teacher, chunks, loss, replay)
-    distances = [pair.settle(loss.beta * gradient) for pair in pairs]
+    shares = [loss.beta * weight for weight in loss.weights or [1.0] * len(pairs)]
+    distances = [pair.settle(share * gradient) for pair, share in zip(pairs, shares, strict=True)]
     task = _second_pass(student, teacher, chunks, loss, replay, pairs, loss.alpha * gradient)
 
     total, loss.last = loss.alpha * task, {"task": task}
-    for (t, s), distance in zip(loss.pairs, distances, strict=True):
-        total = total + loss.beta * distance
+    for (t, s), distance, share in zip(loss.pairs, distances, shares, strict=True):
+        total = total + share * distance
         loss.last[f"cka/{t}/{s}"] = 1 - distance
     return total
 

@@ -58,6 +58,11 @@ def find_layers(model: nn.Module, names: str | Sequence[str]) -> dict[str, nn.Mo
     return found
 
 
+def top_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's outermost layers by name: its children, and instead of a ModuleList what is in it."""
+    return dict(_walk(model, deep=False))
+
+
 def first_tensor(output: Any) -> Tensor:
     """The first tensor, depth first, of what a module returned.
 
@@ -116,14 +121,19 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
     return rows
 
 
-def _walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(bare path, layer) of all that has a forward below a module; a shared one under each of its names."""
+def _walk(module: nn.Module, path: str = "", *, deep: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """(bare path, layer) of all that has a forward below a module, or of the outermost of these alone.
+
+    A shared one comes under each of its names.
+    """
     inner = unwrap(module)
     if path and type(inner).forward is not nn.Module.forward:
         yield path, module
+        if not deep:
+            return
     for name, child in inner._modules.items():
         if child is not None:
-            yield from _walk(child, f"{path}.{name}" if path else name)
+            yield from _walk(child, f"{path}.{name}" if path else name, deep=deep)
 
 
 def _matches(name: str, pattern: str) -> bool:

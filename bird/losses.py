@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bird_kernels import RBF, CKALoss
+from bird_kernels.pairs import weighted_sum
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -47,7 +48,7 @@ class _Guided(nn.Module):
 class BirdLoss(_Guided):
     r"""BIRD's loss: the task, and the geometry of a student's layer pulled towards a frozen teacher's.
 
-    .. math:: L = \alpha \, L_{task} + \beta \sum_{(t, s)} (1 - \mathrm{CKA}(S_s, T_t))
+    .. math:: L = \alpha \, L_{task} + \beta \sum_{(t, s)} w_{ts} (1 - \mathrm{CKA}(S_s, T_t))
 
     With one pair, the linear kernel, the biased estimator and the default weights it is the published loss
     (Pogoncheff and Beyeler, ICLR 2026). Under DDP or FSDP give ``group=torch.distributed.group.WORLD``: the samples of
@@ -57,6 +58,7 @@ class BirdLoss(_Guided):
         alpha: weight of the task's loss.
         beta: weight of the guidance.
         pairs: ``(teacher layer, student layer)``, one or more.
+        weights: one number for each pair, finite and not negative; None: 1 each.
         kernel, estimator, row_dims, group, backend, precision: as in `bird_kernels.cka_loss`; ``row_dims=2`` takes
             the tokens of ``pool="none"``, ``[N, T, D]``, as rows.
 
@@ -71,6 +73,7 @@ class BirdLoss(_Guided):
         beta: float = 0.9,
         pairs: Sequence[tuple[str, str]] = (),
         *,
+        weights: Sequence[float] | None = None,
         kernel: str | RBF = "linear",
         estimator: str = "biased",
         row_dims: int = 1,
@@ -79,6 +82,7 @@ class BirdLoss(_Guided):
         precision: str | None = None,
     ) -> None:
         super().__init__(alpha, beta, pairs)
+        self.weights = None if weights is None else _one_for_each(weights, self.pairs)
         self.distance = CKALoss(
             kernel=kernel, estimator=estimator, row_dims=row_dims, group=group, backend=backend, precision=precision
         )
@@ -105,11 +109,20 @@ class BirdLoss(_Guided):
         total, last = self.alpha * task_loss, {"task": task_loss.detach()}
         names, teachers, students = zip(*self._matched(teacher_features, student_features), strict=True)
         misaligned = self.distance.each(students, teachers, mask)
-        # Of one pair without a kernel more than the loss itself has.
-        total = total + self.beta * (misaligned.sum() if len(names) > 1 else misaligned.squeeze(0))
+        total = total + self.beta * self._weighted(misaligned)
         last |= {f"cka/{name}": value for name, value in zip(names, (1 - misaligned.detach()).unbind(), strict=True)}
         self.last = last
         return total
+
+    def extra_repr(self) -> str:
+        """What ``repr`` shows."""
+        return super().extra_repr() + ("" if self.weights is None else f", weights={self.weights}")
+
+    def _weighted(self, misaligned: Tensor) -> Tensor:
+        if self.weights is None:
+            return weighted_sum(misaligned, None)
+        with torch.autocast(misaligned.device.type, enabled=False):  # it would round the products to bf16
+            return weighted_sum(misaligned, self.weights)
 
 
 class Hints(_Guided):
@@ -221,6 +234,15 @@ def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Ten
         )
     with torch.autocast(teacher.device.type, enabled=False):
         return F.mse_loss(regressor(student.to(wide)), teacher.to(wide))
+
+
+def _one_for_each(weights: Sequence[float], pairs: Sequence[tuple[str, str]]) -> list[float]:
+    listed = [float(weight) for weight in weights]
+    if len(listed) != len(pairs):
+        raise ValueError(f"weights must have one number for each pair, got {len(listed)} for {len(pairs)}")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in listed):
+        raise ValueError(f"weights must be finite and not negative, not {listed}")
+    return listed
 
 
 def _named(what: str, mapping: Mapping[str, T], layer: str) -> T:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from bird_kernels.inputs import require_choice
 from bird_kernels.matrix import Hsics, hsic_matrix
 
 from .checkpoints import atomic
-from .features import Pool, find_layers, unwrap
+from .features import Pool, find_layers, first_tensor, pool_rows, top_layers, unwrap
 from .taps import Taps
 
 INK, MOST_NUMBERED = "#333333", 14  # with more layers than that on a side, cells are too small for numbers
@@ -106,8 +110,8 @@ def compare(
     model_b: nn.Module,
     loader: Iterable[Any],
     *,
-    layers_a: str | Sequence[str],
-    layers_b: str | Sequence[str],
+    layers_a: str | Sequence[str] | None = None,
+    layers_b: str | Sequence[str] | None = None,
     estimator: str = "unbiased",
     pool: Pool = "mean",
     progress: bool = True,
@@ -129,7 +133,9 @@ def compare(
         model_b: another one, or the same, which then runs once.
         loader: batches of inputs: a tensor; a tuple or list, whose first element counts; or a mapping of the models'
             arguments. Each batch goes to both models.
-        layers_a: module paths or globs, see `bird.features.find_layers`.
+        layers_a: module paths or globs, see `bird.features.find_layers`. None: the outermost layers (the model's
+            children; of a ModuleList, what is in it) that run once and whose output ``pool`` makes a row a sample of.
+            Which they are the first batch tells, which runs once more for it.
         layers_b: the same for ``model_b``.
         estimator: "unbiased" (HSIC_1, Song et al. 2012) or "biased". A batch with fewer rows than it needs, 4 or 2, is
             left out.
@@ -141,20 +147,24 @@ def compare(
         not positive has CKA 0.
 
     Raises:
-        ValueError: no batch is large enough; a layer that is not there; also whatever `bird.Taps` and
-            `bird_kernels.cka_matrix` raise.
+        ValueError: no batch is large enough; a layer that is not there, or no outermost one with features; also
+            whatever `bird.Taps` and `bird_kernels.cka_matrix` raise.
     """
     require_choice("estimator", estimator, tuple(MIN_ROWS))
-    names_a, names_b = tuple(find_layers(model_a, layers_a)), tuple(find_layers(model_b, layers_b))
+    same = unwrap(model_a) is unwrap(model_b)
+    total, left = length_hint(loader) or None, iter(loader)
+    first = [*islice(left, layers_a is None or layers_b is None)]
+    names_a = _names(model_a, layers_a, first, pool)
+    names_b = names_a if same and layers_a is layers_b else _names(model_b, layers_b, first, pool)
     runs = [(model_a, names_a), (model_b, names_b)]
-    if unwrap(model_a) is unwrap(model_b):
+    if same:
         runs = [(model_a, tuple(dict.fromkeys(names_a + names_b)))]
     itself = len(runs) == 1 and names_a == names_b
     sums: Hsics | None = None
     batches = samples = 0
     with ExitStack() as stack:
         feature_functions = [stack.enter_context(_tapped(model, names, pool)) for model, names in runs]
-        for batch in tqdm(loader, desc="compare", unit="batch", disable=not progress):
+        for batch in tqdm(chain(first, left), total=total, desc="compare", unit="batch", disable=not progress):
             features = [function(batch) for function in feature_functions]
             xs = [features[0][name] for name in names_a]
             ys = [features[-1][name].to(xs[0].device) for name in names_b]
@@ -170,6 +180,33 @@ def compare(
     return Similarity(_cka(sums).cpu().numpy(), names_a, names_b, estimator, batches, samples)
 
 
+def _names(model: nn.Module, layers: str | Sequence[str] | None, first: list[Any], pool: Pool) -> tuple[str, ...]:
+    """The layers that were asked for, or the outermost ones of which the first batch has features, if there is one."""
+    if layers is not None:
+        return tuple(find_layers(model, layers))
+    outermost = top_layers(model)
+    rows: dict[str, list[int]] = {name: [] for name in outermost}
+
+    def look(name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
+        try:
+            rows[name].append(len(pool_rows(first_tensor(output), pool)))
+        except (IndexError, RuntimeError, TypeError, ValueError):  # no features: a loss, a mask, one number a sample
+            rows[name].append(-1)
+
+    with ExitStack() as stack:
+        for name, layer in outermost.items():
+            stack.callback(layer.register_forward_hook(partial(look, name)).remove)
+        if "torch._dynamo" in sys.modules:  # what was compiled without hooks sees none; for one batch nothing is
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        run = stack.enter_context(_evaluating(model))
+        for batch in first:
+            run(batch)
+    names = tuple(name for name in rows if rows[name] == [len(first_tensor(batch)) for batch in first])
+    if first and not names:
+        raise ValueError(f"no outermost layer of {type(model).__name__} gives rows of features: name layers inside")
+    return names
+
+
 def _cka(sums: Hsics) -> Tensor:
     """0 where the HSIC of a layer with itself is not positive; NaN stays."""
     own = sums.xx[:, None].sqrt() * sums.yy[None, :].sqrt()
@@ -179,23 +216,32 @@ def _cka(sums: Hsics) -> Tensor:
 
 @contextmanager
 def _tapped(model: nn.Module, names: Sequence[str], pool: Pool) -> Iterator[Callable[[Any], dict[str, Tensor]]]:
-    """From a batch to the features of the layers, in eval mode; every module has its own mode back at the end."""
+    """From a batch to the features of the layers."""
+    with _evaluating(model) as run, Taps(model, names, pool=pool) as taps:
+
+        def features(batch: Any) -> dict[str, Tensor]:
+            run(batch)
+            return taps.pop()
+
+        yield features
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[Callable[[Any], object]]:
+    """To run a batch through the model, in eval mode; every module has its own mode back at the end."""
     modes = [(module, module.training) for module in model.modules()]
     device = next((parameter.device for parameter in model.parameters()), None)
     model.eval()
+
+    def run(batch: Any) -> object:
+        if isinstance(batch, (tuple, list)):
+            batch = batch[0]
+        if isinstance(batch, Mapping):
+            return model(**{name: _moved(value, device) for name, value in batch.items()})
+        return model(_moved(batch, device))
+
     try:
-        with Taps(model, names, pool=pool) as taps:
-
-            def features(batch: Any) -> dict[str, Tensor]:
-                if isinstance(batch, (tuple, list)):
-                    batch = batch[0]
-                if isinstance(batch, Mapping):
-                    model(**{name: _moved(value, device) for name, value in batch.items()})
-                else:
-                    model(_moved(batch, device))
-                return taps.pop()
-
-            yield features
+        yield run
     finally:
         for module, mode in modes:
             module.training = mode

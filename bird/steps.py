@@ -38,11 +38,16 @@ class Guide:
     loss: BirdLoss | Hints | LwF
 
 
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Batches in one pass over the data; a last one of fewer than `MIN_BATCH` samples does not count."""
-    steps = samples // batch_size + (samples % batch_size >= MIN_BATCH)
+def steps_per_epoch(samples: int, batch_size: int, world: int = 1) -> int:
+    """Batches in one pass over the data; a last one of fewer than `MIN_BATCH` samples a process does not count.
+
+    Raises:
+        ValueError: there are none.
+    """
+    steps = samples // batch_size + (samples % batch_size // world >= MIN_BATCH)
     if steps == 0:
-        raise ValueError(f"training needs at least {MIN_BATCH} samples, not {samples}")
+        needed, sharers = min(batch_size, MIN_BATCH * world), "" if world == 1 else f" for {world} processes"
+        raise ValueError(f"training needs at least {needed} samples{sharers}, not {samples}")
     return steps
 
 
@@ -61,7 +66,7 @@ class Batches:
     """The batches of a run, step by step, or one process's equal share of them; the data is on the device, whole.
 
     Raises:
-        ValueError: fewer than `MIN_BATCH` samples, a negative label, a batch that cannot be shared equally.
+        ValueError: fewer than `MIN_BATCH` samples a process, a negative label, a batch that cannot be shared equally.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.per_epoch = steps_per_epoch(len(train), settings.batch_size)
+        self.per_epoch = steps_per_epoch(len(train), settings.batch_size, world)
         lowest, highest = torch.stack(train.labels.aminmax()).tolist()
         if lowest < 0:
             raise ValueError(f"labels are numbers from 0, but the training set has {lowest}")
@@ -149,7 +154,9 @@ def _backward(run: Run, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor
             share, task = forward(chunk)
             return share * task, taps.pop()
 
-        one = torch.ones((), device=chunks.parts[0].device)
+        factor: Tensor | float = 1.0  # a tensor only where there is a scale: in fp32 it would round an fp64 model's
+        if run.scaler.is_enabled():
+            factor = run.scaler.scale(torch.ones((), device=chunks.parts[0].device))
         with run.autocast:
             loss = chunked_backward(
                 student,
@@ -157,7 +164,7 @@ def _backward(run: Run, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor
                 chunks,
                 guide.loss,
                 model=model,
-                gradient=run.scaler.scale(one),
+                gradient=factor,
             )
         return {"loss": loss} | means | guide.loss.last
 

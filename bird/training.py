@@ -47,7 +47,8 @@ def fit(
     """Train ``model`` in place; at the end it is on the device and holds the weights of the last step.
 
     A run that is resumed ends with bitwise the weights of one that was never interrupted, on the same machine
-    with the same number of threads (on a GPU: as far as PyTorch's own kernels are deterministic).
+    with the same number of threads (on a GPU: as far as PyTorch's own kernels are deterministic), and by as many
+    processes.
 
     With ``settings.compile`` taps must have been made before; by then they are, in ``guide``.
 
@@ -70,19 +71,20 @@ def fit(
         progress: show the bar; None to show it on a terminal only.
         group: processes that call this together, ``torch.distributed.group.WORLD`` under torchrun: each takes an equal
             share of every batch, gradients are averaged (DDP), and the first process writes the folder, which all of
-            them must see. For the loss of all rows at once give `BirdLoss` the same group. Batch normalisation takes
-            its statistics from each share; convert it to ``SyncBatchNorm`` before, if they are small.
+            them must see. A last batch whose shares would have fewer than `MIN_BATCH` samples is left out of its epoch.
+            For the loss of all rows at once give `BirdLoss` the same group. Batch normalisation takes its statistics
+            from each share; convert it to ``SyncBatchNorm`` before, if they are small.
 
     Raises:
         FileExistsError: the folder has a checkpoint, and ``resume`` is off.
         ValueError: the checkpoint cannot be read, or comes from other settings or data; fewer than `MIN_BATCH`
-            samples; a batch size that ``group`` cannot share equally; labels that the model has no logits for; an
-            unknown layer in ``trained``, or nothing to train.
+            samples a process; a batch size that ``group`` cannot share equally; labels that the model has no logits
+            for; an unknown layer in ``trained``, or nothing to train.
         FloatingPointError: the loss or the weights are no longer finite; ``last.pt`` is from before.
     """
     device = torch.device(device)
-    torch.manual_seed(settings.seed)
     rank, world = (0, 1) if group is None else (group.rank(), group.size())
+    torch.manual_seed(settings.seed + 1_000_003 * rank)  # or the dropout masks of all processes would be alike
     batches = Batches(train, settings, augment, device, rank, world)
     modules = nn.ModuleDict({"model": place(model, device, settings)})
     if guide is not None:

@@ -20,6 +20,7 @@ from tests.groups import run_ranks
 
 CUTS = [20, 5, 30, 6]
 PAIRS = [("0", "0"), ("3", "4"), ("3", "0")]  # one student layer in two pairs
+WEIGHTS = [0.5, 2.0, 0.25]
 
 
 class Drift(nn.Module):
@@ -124,6 +125,19 @@ def test_it_is_the_gradient_of_the_whole_batch(
     assert abs(got - value) < bound
     assert two.loss.last.keys() == one.loss.last.keys()
     assert all(abs(two.loss.last[name] - term) < bound for name, term in one.loss.last.items())
+
+
+@pytest.mark.parametrize("width", [6, 80], ids=["merged", "kept"])
+def test_pairs_may_weigh_differently(width: int) -> None:
+    one, two, equal = (Setup(width, weights=weights) for weights in (WEIGHTS, WEIGHTS, None))
+    values = []
+    for run in (one.whole, two.chunked, equal.chunked):
+        torch.manual_seed(7)
+        values.append(run())
+    assert distance(two.gradients(), one.gradients()) < 1e-10
+    assert abs(values[1] - values[0]) < 1e-10
+    assert distance(equal.gradients(), one.gradients()) > 0.01
+    assert abs(values[2] - values[0]) > 1e-3
 
 
 class _Noisy(Sequence[tuple[Tensor, Tensor]]):
@@ -310,7 +324,7 @@ def _rank(rank: int) -> None:
 
 
 def _compare(rank: int, kernel: str) -> None:
-    truth = Setup(kernel=kernel)
+    truth = Setup(kernel=kernel, weights=WEIGHTS)
     mine = slice(0, 3) if rank == 0 else slice(3, 4)
     # Each rank has the dropout of its own seed; both start from rank 0's buffers, by which DDP begins.
     tasks, ours, theirs = [], [], []
@@ -327,7 +341,7 @@ def _compare(rank: int, kernel: str) -> None:
     rows = [{k: torch.cat([a[k] for a in side]) for k in side[0]} for side in (theirs, ours)]
     truth.loss(torch.stack(tasks).sum() / 2, *rows).backward()  # DDP averages the ranks' tasks
 
-    setup = Setup(kernel=kernel, group=distributed.group.WORLD)
+    setup = Setup(kernel=kernel, weights=WEIGHTS, group=distributed.group.WORLD)
     setup.chunks = setup.chunks[mine]
     if rank == 1:
         setup.model[1][1].state.fill_(5.0)

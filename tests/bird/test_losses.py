@@ -84,6 +84,49 @@ def test_bird_is_the_formula(
     assert all(value.shape == () and not value.requires_grad for value in loss.last.values())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pairs_may_weigh_differently(teacher: dict[str, Tensor], student: dict[str, Tensor], compiled: bool) -> None:
+    loss = BirdLoss(0.2, 3.0, PAIRS, weights=[0.25, 1.5])
+    call = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+    total = call(TASK, teacher, student)
+    total.backward()
+    truth_student = wide(student)
+    values = [cka(teacher[t], truth_student[s]) for t, s in PAIRS]
+    truth = 0.2 * TASK.double() + 3.0 * (0.25 * (1 - values[0]) + 1.5 * (1 - values[1]))
+    truth.backward()
+    torch.testing.assert_close(total.double(), truth, rtol=1e-5, atol=1e-6)
+    for _, name in PAIRS:
+        torch.testing.assert_close(student[name].grad.double(), truth_student[name].grad, rtol=1e-4, atol=1e-7)
+    for (t, s), value in zip(PAIRS, values, strict=True):  # what is logged is CKA, whatever its weight
+        torch.testing.assert_close(loss.last[f"cka/{t}/{s}"].double(), value.detach(), rtol=1e-5, atol=1e-6)
+    assert repr(loss).splitlines()[1].endswith("weights=[0.25, 1.5]")
+
+
+def test_weights_of_pairs_are_not_rounded_under_autocast(
+    teacher: dict[str, Tensor], student: dict[str, Tensor]
+) -> None:
+    loss = BirdLoss(0.0, 1.0, PAIRS, weights=[0.3, 0.7])
+    truth = loss(TASK, teacher, student)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = loss(TASK, teacher, student)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ([1.0], "one number for each pair, got 1 for 2"),
+        ([], "one number for each pair, got 0 for 2"),
+        ([1.0, -0.5], r"finite and not negative, not \[1.0, -0.5\]"),
+        ([1.0, float("nan")], "finite and not negative"),
+    ],
+)
+def test_weights_of_pairs_are_checked(weights: list[float], words: str) -> None:
+    with pytest.raises(ValueError, match=f"weights must .*{words}"):
+        BirdLoss(pairs=PAIRS, weights=weights)
+
+
 def test_the_default_weights_are_the_published_ones(teacher: dict[str, Tensor], student: dict[str, Tensor]) -> None:
     total = BirdLoss(pairs=PAIRS[:1])(TASK, teacher, student)
     truth = 0.1 * TASK + 0.9 * (1 - cka(teacher["layer4"], student["features.3"]).float())

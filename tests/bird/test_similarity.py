@@ -96,11 +96,89 @@ def test_a_network_beside_itself_runs_once(nets: tuple[Net, Net], batches: list[
     np.testing.assert_allclose(some.matrix, found.matrix[:, [1, 3]], rtol=0, atol=1e-6)
 
 
+class Odd(nn.Module):
+    """A network whose children are not all layers with features of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), nn.Tanh()])
+        self.twice = nn.Sigmoid()
+        self.score = nn.Linear(4, 1)  # one number a sample
+        self.parts = nn.Flatten(0, 1)  # as many rows as samples and channels
+        self.head = nn.Linear(4, 5)
+        self.largest = nn.Softmax(1)
+        self.largest.forward = lambda x: x.argmax(1)  # type: ignore[method-assign]
+        self.auxiliary = nn.Linear(4, 5)  # in training only
+        self.criterion = nn.CrossEntropyLoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        x = self.twice(self.twice(x))
+        self.parts(x)
+        x = x.mean((2, 3))
+        logits = self.head(x)
+        self.score(x)
+        self.largest(logits)
+        return self.criterion(logits, self.auxiliary(x)) if self.training else logits
+
+
+class Small(nn.Module):
+    """Nothing that would make the compiler look again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x).sum((2, 3))
+
+
+def test_without_names_it_takes_the_outermost_layers(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
+    net, odd, names = nets[0], Odd(), ("stem", "blocks.0", "blocks.1", "head")
+    found = compare(net, odd, iter(batches), progress=False)
+    assert (found.layers_a, found.layers_b) == (tuple("0123456"), names)
+    assert (found.batches, found.samples, net.calls) == (2, 21, len(batches) + 1)
+    named = compare(net, odd, batches, layers_a=tuple("0123456"), layers_b=names, progress=False)
+    np.testing.assert_array_equal(found.matrix, named.matrix)
+    assert all(module.training and not module._forward_hooks for model in (net, odd) for module in model.modules())
+    half = compare(net, odd, batches, layers_b="head", progress=False)
+    np.testing.assert_allclose(half.matrix, found.matrix[:, 3:], rtol=0, atol=1e-6)
+
+    net.calls = 0
+    itself = compare(net, net, batches, progress=False)
+    assert net.calls == len(batches) + 1
+    np.testing.assert_allclose(itself.matrix.diagonal(), 1, rtol=1e-12)
+    flat = compare(net, net, batches, pool="flatten", progress=False)
+    assert flat.layers_a == tuple("0123456")
+    assert flat.matrix[1, 0] != itself.matrix[1, 0]
+
+
+def test_a_compiled_network_shows_its_outermost_layers(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
+    wanted = compare(*nets, batches, progress=False)
+    nets[1].compile(backend="eager")
+    found = compare(torch.compile(nets[0], backend="eager"), nets[1], batches, progress=False)  # type: ignore[arg-type]
+    torch.compiler.reset()
+    used = torch.compile(Small().eval(), backend="eager")
+    with torch.no_grad():
+        used(batches[0])
+    with pytest.raises(RuntimeError, match=r"no features from .*compiled and called before"):
+        compare(used, nets[1], batches[:1], progress=False)  # type: ignore[arg-type]
+    torch.compiler.reset()
+    assert (found.layers_a, found.layers_b) == (tuple("0123456"), tuple("0123456"))
+    np.testing.assert_allclose(found.matrix, wanted.matrix, rtol=0, atol=1e-6)
+
+
 def test_batches_of_other_forms(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
     options: dict[str, Any] = dict(layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
     wanted = compare(*nets, batches, **options).matrix
     for form in (lambda x: (x, torch.zeros(len(x))), lambda x: [x], lambda x: {"input": x}):
         np.testing.assert_array_equal(compare(*nets, map(form, batches), **options).matrix, wanted)
+        few = compare(*nets, map(form, batches), progress=False)
+        np.testing.assert_allclose(few.matrix[np.ix_([0, 1, 3, 6], [1, 6])], wanted, rtol=0, atol=1e-6)
 
 
 def test_leaves_the_networks_as_they_were(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
@@ -142,20 +220,23 @@ def test_a_constant_layer_has_none(nets: tuple[Net, Net], batches: list[Tensor])
         ({"estimator": "?"}, "estimator must be one of"),
         ({"layers_a": "9"}, "no layer is called"),
         ({"loader": []}, "no batch of the loader has the 4 rows"),
+        ({"loader": [], "layers_a": None}, "no batch of the loader has the 4 rows"),
+        ({"model_a": nn.Flatten(), "layers_a": None}, "no outermost layer of Flatten gives rows"),
     ],
 )
 def test_what_is_refused(nets: tuple[Net, Net], batches: list[Tensor], change: dict[str, Any], words: str) -> None:
-    options = dict(loader=batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False) | change
+    options = dict(loader=batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
     with pytest.raises(ValueError, match=words):
-        compare(*nets, **options)
+        compare(**dict(zip(("model_a", "model_b"), nets, strict=True)) | options | change)
 
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_shows_a_bar(
     nets: tuple[Net, Net], batches: list[Tensor], progress: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compare(*nets, batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=progress)
-    assert ("3/3" in capsys.readouterr().err) == progress
+    for layers in (LAYERS_A, None):
+        compare(*nets, batches, layers_a=layers, layers_b=LAYERS_B, progress=progress)
+        assert ("3/3" in capsys.readouterr().err) == progress
 
 
 FOUND = Similarity(
