@@ -1,26 +1,30 @@
 """The methods that are compared, by name: whose weights each starts from, what it trains, and what pulls it.
 
-========================= ======== ===================================================================================
-name                      start    what happens with the transfer's steps
-========================= ======== ===================================================================================
-``none``                  student  nothing: the pre-trained student as it is
-``continued``             student  its own task goes on: what the additional steps do by themselves (ours, a control)
-``lp``                    teacher  a new head is trained, the frozen body stays in eval mode (linear probe)
-``ft``                    teacher  a new head, and everything is trained (fine-tuning)
-``lp-ft``                 teacher  ``lp`` for the first half, ``ft`` for the second (Kumar et al. 2022)
-``hints``                 student  the task, and learned linear maps to the teacher's layer (Romero et al. 2015)
-``lwf``                   teacher  ``lp`` for the first half; then all is trained, and the penultimate features stay
-                                   near the teacher's (Shafahi et al. 2019)
-``bird``                  student  the task, and CKA with the teacher's layer, biased as published
-``bird-unbiased``         student  the same with the unbiased estimator
-``bird-rbf``              student  the same with Gaussian kernels, sigma from the median
-``bird-rbf-unbiased``     student  both
-``ceiling``               student  the task, under the teacher's corruptions: what a student reaches that may see them
-========================= ======== ===================================================================================
+======================= ======= ============ ====================================================================
+name                    start   batch norm   what happens with the transfer's steps
+======================= ======= ============ ====================================================================
+``none``                student              nothing: the pre-trained student as it is
+``continued``           student learns       its own task goes on: what more steps do by themselves (ours, a control)
+``lp``                  teacher frozen       a new head is trained, the frozen body stays in eval mode (linear probe)
+``ft``                  teacher learns       a new head, and everything is trained (fine-tuning)
+``lp-ft``               teacher frozen, then ``lp`` for the first half, ``ft`` for the second (Kumar et al. 2022)
+                                learns
+``hints``               student learns       the task, and learned linear maps to the teacher's layer (Romero et al.
+                                             2015)
+``lwf``                 teacher frozen, then ``lp`` for the first half; then all is trained, and the penultimate
+                                learns       features stay near the teacher's (Shafahi et al. 2019)
+``bird``                student learns       the task, and CKA with the teacher's layer, biased as published
+``bird-unbiased``       student learns       the same with the unbiased estimator
+``bird-rbf``            student learns       the same with Gaussian kernels, sigma from the median
+``bird-rbf-unbiased``   student learns       both
+``ceiling``             student learns       the task, under the teacher's corruptions: what a student reaches that
+                                             may see them
+======================= ======= ============ ====================================================================
 
 All have the same number of steps, batches and learning rates; two halves have a cosine each. What starts from the
-teacher has the teacher's network. Batch normalisation learns and takes its statistics from batches in whatever is
-trained, and keeps the teacher's statistics in what is frozen. No method chooses a step: the last one counts.
+teacher has the teacher's network. Batch normalisation that "learns" is in train mode: its weights are trained, batches are
+normalised by their own statistics, and the running ones move; "frozen" is in eval mode with the teacher's statistics,
+like the guiding teacher of every method. No method chooses a step: the last one counts.
 """
 
 from __future__ import annotations
