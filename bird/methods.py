@@ -22,9 +22,9 @@ name                    start   batch norm   what happens with the transfer's st
 ======================= ======= ============ ====================================================================
 
 All have the same number of steps, batches and learning rates; two halves have a cosine each. What starts from the
-teacher has the teacher's network. Batch normalisation that "learns" is in train mode: its weights are trained, batches are
-normalised by their own statistics, and the running ones move; "frozen" is in eval mode with the teacher's statistics,
-like the guiding teacher of every method. No method chooses a step: the last one counts.
+teacher has the teacher's network. Batch normalisation that "learns" is in train mode: its weights are trained, batches
+are normalised by their own statistics, and the running ones move; "frozen" is in eval mode with the teacher's
+statistics, like the guiding teacher of every method. No method chooses a step: the last one counts.
 """
 
 from __future__ import annotations
