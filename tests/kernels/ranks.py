@@ -327,6 +327,7 @@ COMPLAINTS = ("width", "dtype", "estimator", "statistic", "mask", "not a tensor"
 
 def cases(world: int) -> dict[str, Callable[[], Any]]:
     """Every case of a world size, in order."""
+    from tests.kernels import rank_errors as errors
     from tests.kernels import rank_training as training
 
     found: dict[str, Callable[[], Any]] = {str(case): lambda case=case: statistic(case) for case in CASES}
@@ -340,6 +341,7 @@ def cases(world: int) -> dict[str, Callable[[], Any]]:
     }
     if world > 1:
         found |= {f"complaint {what}": lambda what=what: complaint(what) for what in COMPLAINTS}
+        found |= {f"complaint {what}": lambda what=what: errors.complaint(what) for what in errors.COMPLAINTS}
         found |= {
             "whole again": whole_again, "explained": explained, "refusals": refusals,
             "some gradients": some_gradients, "last bits": last_bits, "constants": constants, "others": others,

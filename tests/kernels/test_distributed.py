@@ -21,7 +21,7 @@ from bird_kernels.types import Problem
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-from tests.kernels import ranks
+from tests.kernels import rank_errors, ranks
 from tests.kernels.ranks import CASES, ROWS, SPLITS, WORLDS, Case
 
 Ask = Callable[..., list[Any]]
@@ -156,6 +156,25 @@ def test_an_error_of_one_rank_is_an_error_on_every_rank(what: str, kind: str, sh
     *others, own = ask(world, f"complaint {what}")
     assert own[0] == kind
     assert shown in own[1]
+    for theirs in others:
+        assert theirs[0] == "RuntimeError"
+        assert f"rank {world - 1}: {kind}: {own[1]}" in theirs[1]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("what", rank_errors.COMPLAINTS)
+def test_nobody_waits_for_a_rank_that_fails_early(what: str, world: int, ask: Ask) -> None:
+    """What is checked before the ranks agree, of lists, tokens, layers and chunks; and what only some would do."""
+    _, kind, shown = rank_errors.COMPLAINTS[what]
+    between = "".join(f"4 and 3 on cpu (rank {rank}), " for rank in range(1, world - 1))
+    shown = shown.format(others=" ".join(map(str, range(world - 1))), last=world - 1, between=between)
+    *others, own = ask(world, f"complaint {what}")
+    assert shown in own[1]
+    if kind == "differ":
+        assert own[0] == "ValueError"
+        assert others == [own] * (world - 1)
+        return
+    assert own[0] == kind
     for theirs in others:
         assert theirs[0] == "RuntimeError"
         assert f"rank {world - 1}: {kind}: {own[1]}" in theirs[1]
