@@ -268,6 +268,8 @@ def _padded(x: Tensor, side: _Layout) -> tuple[Tensor, Tensor | None]:
 
 def _last(x: Tensor, side: _Layout) -> Tensor:
     if side.cu_seqlens is not None:
+        if len(x) == 0:  # a rank without tokens: a row to point at, in the same graph
+            x = torch.cat([x, x.new_zeros(1, x.shape[1])])
         rows = x[side.cu_seqlens[1:] - 1]
     elif side.mask is not None:
         places = torch.arange(x.shape[1], device=x.device)
