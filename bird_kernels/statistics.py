@@ -219,7 +219,7 @@ class Statistics:
         inputs.require_choice("estimator", estimator, tuple(MIN_ROWS))
         s = self._known()
         problem = Problem(0, *_widths(s), self._products, s.n.device, statistic, estimator)  # type: ignore[arg-type]
-        return sums.evaluate(s, problem)
+        return sums.evaluate(sums.merged([s]), problem)  # in the memory of a copy
 
     def _value(self, statistic: Statistic, estimator: str) -> Tensor:
         value, _, _ = self._evaluate(statistic, estimator)
