@@ -19,10 +19,10 @@ from itertools import compress
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bird_kernels import Statistics, cka_loss, inputs
+from bird_kernels import Statistics, cka_loss, distributed, inputs
 from bird_kernels.plan import choose_route
 
 from .losses import BirdLoss
@@ -85,13 +85,14 @@ def chunked_backward(
         The loss, 0-d and detached, without the factor ``gradient``; the task in it is this rank's.
 
     Raises:
-        ValueError: no chunks; also whatever ``loss`` raises.
+        ValueError: no chunks; also whatever ``loss`` raises. With ``group``, on every rank, as is an error of the first
+            pass; DDP, if it broadcasts buffers, must have got through the first chunk.
         RuntimeError: nothing that ``student`` returns requires grad.
     """
-    if len(chunks) == 0:
-        raise ValueError("chunks is empty: a batch has at least one")
+    _start(chunks, loss)
     replay = _Replay(model)
-    pairs = _first_pass(student, teacher, chunks, loss, replay)
+    with distributed.Reported(loss.distance.options["group"]):
+        pairs = _first_pass(student, teacher, chunks, loss, replay)
     shares = [loss.beta * weight for weight in loss.weights or [1.0] * len(pairs)]
     distances = [pair.settle(share * gradient) for pair, share in zip(pairs, shares, strict=True)]
     task = _second_pass(student, teacher, chunks, loss, replay, pairs, loss.alpha * gradient)
@@ -101,6 +102,17 @@ def chunked_backward(
         total = total + share * distance
         loss.last[f"cka/{t}/{s}"] = 1 - distance
     return total
+
+
+def _start(chunks: Sequence[object], loss: BirdLoss) -> None:
+    """Raises a ValueError if there are no chunks, or ranks differ: before a forward, in which DDP may communicate."""
+    options: dict[str, Any] = dict(loss.distance.options)
+    group = options.pop("group")
+    with distributed.Reported(group):
+        if len(chunks) == 0:
+            raise ValueError("chunks is empty: a batch has at least one")
+    if group is not None and distributed.world_size(group) > 1:
+        distributed.agree(group, None, {"statistic": "chunked_backward", "pairs": len(loss.pairs)} | options, ())
 
 
 @torch.no_grad()
@@ -201,8 +213,9 @@ class _Kept:
     def settle(self, upstream: Tensor | float) -> Tensor:
         """The distance; from here on there are gradients, times ``upstream``."""
         with torch.enable_grad():
-            x = torch.cat(self.x).requires_grad_()
-            value = cka_loss(x, torch.cat(self.y), **self.options | {"row_dims": 1})
+            with distributed.Reported(self.options["group"]):
+                x, y = torch.cat(self.x).requires_grad_(), torch.cat(self.y)
+            value = cka_loss(x, y, **self.options | {"row_dims": 1})
         (dx,) = torch.autograd.grad(value, x, torch.ones_like(value).mul_(upstream))
         self.dx = dx.split([len(part) for part in self.x])
         return value.detach()
@@ -231,7 +244,7 @@ class _Merged:
         group = self.options["group"]
         if group is not None:
             self.statistics.all_reduce(group)
-        self.upstream = upstream if group is None else upstream * distributed.get_world_size(group)
+        self.upstream = upstream if group is None else upstream * distributed.world_size(group)
         return (1 - self.statistics.cka(self.options["estimator"])).to(self.dtype)
 
     def gradient(self, i: int, x: Tensor, y: Tensor | None) -> Tensor:

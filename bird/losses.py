@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bird_kernels import RBF, CKALoss
+from bird_kernels import RBF, CKALoss, distributed
 from bird_kernels.pairs import weighted_sum
 
 if TYPE_CHECKING:
@@ -104,10 +104,11 @@ class BirdLoss(_Guided):
 
         Raises:
             ValueError: a layer of ``pairs`` is not among the features; also whatever
-                `bird_kernels.cka_loss` raises.
+                `bird_kernels.cka_loss` raises. With ``group``, on every rank.
         """
-        total, last = self.alpha * task_loss, {"task": task_loss.detach()}
-        names, teachers, students = zip(*self._matched(teacher_features, student_features), strict=True)
+        with distributed.Reported(self.distance.options["group"]):
+            total, last = self.alpha * task_loss, {"task": task_loss.detach()}
+            names, teachers, students = zip(*self._matched(teacher_features, student_features), strict=True)
         misaligned = self.distance.each(students, teachers, mask)
         total = total + self.beta * self._weighted(misaligned)
         last |= {f"cka/{name}": value for name, value in zip(names, (1 - misaligned.detach()).unbind(), strict=True)}

@@ -2,18 +2,40 @@
 
 A collective that only some ranks enter, or enter with other shapes, waits for ever or returns garbage. So every rank
 sends a few numbers first (`agree`): whether it has failed already, and what it is about to do. If one has, or if they
-differ, every rank raises. A rank that never arrives is the group's own business: its timeout, or its broken connection,
-is an error on the others.
+differ, every rank raises. These numbers are as many whatever they are about, so a rank that fails earlier (`Reported`)
+sends its own to wherever the others are. A rank that never arrives is the group's own business: its timeout, or its
+broken connection, is an error on the others.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+NUMBERS = 4  # at most, that a rank adds to whether it has failed and to what
+Result = TypeVar("Result")
+
+
+def uncompiled(function: Callable[..., Result]) -> Callable[..., Result]:
+    """torch.compile breaks its graph here and leaves alone what is called. torch.compiler.disable says the same, but
+    imports Dynamo (1.5 s) when a function is defined."""
+
+    disabled: list[Callable[..., Result]] = []
+
+    def run(*args: Any, **options: Any) -> Result:
+        if not disabled and "torch._dynamo" in sys.modules:
+            disabled.append(torch.compiler.disable(function))
+        return (disabled[0] if disabled else function)(*args, **options)
+
+    run._torchdynamo_disable = True  # type: ignore[attr-defined]
+    run._torchdynamo_disable_msg = "the ranks of a group agree on the host"  # type: ignore[attr-defined]
+    return run
 
 
 def world_size(group: object) -> int:
@@ -30,9 +52,15 @@ def world_size(group: object) -> int:
     return group.size()
 
 
+def devices(group: dist.ProcessGroup) -> list[str]:
+    """The kinds of device that the group has a backend for, the CPU first: "cpu:gloo,cuda:nccl"."""
+    named = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    return sorted(named, key=lambda kind: kind != "cpu")
+
+
 def require_device(device: torch.device, group: dist.ProcessGroup) -> None:
     """Raises a ValueError unless the group carries tensors of this device."""
-    carried = _devices(group)
+    carried = devices(group)
     if device.type not in carried:
         raise ValueError(
             f"the group's backend ({dist.get_backend_config(group)}) carries tensors on {' and '.join(carried)}, "
@@ -45,8 +73,8 @@ def agree(
 ) -> list[list[int]]:
     """Every rank's ``numbers``, once it is sure that no rank brought an ``error`` and that all ``terms`` are equal.
 
-    One all-gather of ``len(numbers) + 2`` 64-bit integers, over the CPU where the group has a backend for it (gloo);
-    with NCCL alone it waits for the GPU. Terms are compared by a 64-bit hash of their ``repr``.
+    One all-gather of six 64-bit integers, over the CPU where the group has a backend for it (gloo); with NCCL alone it
+    waits for the GPU. There are up to `NUMBERS` numbers. Terms are compared by a 64-bit hash of their ``repr``.
 
     Raises:
         Exception: ``error``, on the rank that brought it.
@@ -56,8 +84,9 @@ def agree(
     _require_plain_execution()
     shown = {name: repr(value) for name, value in terms.items()}
     digest = hashlib.blake2b(repr(shown).encode(), digest_size=8).digest()
-    mine = [int(error is not None), int.from_bytes(digest, "big", signed=True), *numbers]
-    header = torch.tensor(mine, dtype=torch.int64, device=_devices(group)[0])
+    unused = [0] * (NUMBERS - len(numbers))
+    mine = [int(error is not None), int.from_bytes(digest, "big", signed=True), *numbers, *unused]
+    header = torch.tensor(mine, dtype=torch.int64, device=devices(group)[0])
     everyone = header.new_empty(group.size() * len(mine))
     dist.all_gather_into_tensor(everyone, header, group=group)
     headers = everyone.view(-1, len(mine)).tolist()
@@ -65,7 +94,31 @@ def agree(
         _raise_failure(group, error)
     if len({header[1] for header in headers}) > 1:
         _raise_difference(group, shown)
-    return [header[2:] for header in headers]
+    return [header[2 : 2 + len(numbers)] for header in headers]
+
+
+class Reported:
+    """Around checks of a rank's own: their error becomes one of every rank, from wherever the others agree next.
+
+    Nothing is sent if all goes well, nor for a ``group`` of one rank or None. What communicates has no place inside.
+    (A class, because torch.compile reads it through where there is no group.)
+    """
+
+    def __init__(self, group: object) -> None:
+        self.group = group
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self.group is not None and isinstance(error, Exception):
+            _report(self.group, error)
+
+
+@uncompiled
+def _report(group: Any, error: Exception) -> None:
+    if world_size(group) > 1:
+        agree(group, error, {}, ())
 
 
 def all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -94,12 +147,6 @@ def _require_plain_execution() -> None:
         raise RuntimeError(
             "group= does not work in the capture of a CUDA graph, the ranks agree on the host: leave it out"
         )
-
-
-def _devices(group: dist.ProcessGroup) -> list[str]:
-    """The kinds of device that the group has a backend for, the CPU first: "cpu:gloo,cuda:nccl"."""
-    named = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
-    return sorted(named, key=lambda kind: kind != "cpu")
 
 
 def _raise_failure(group: dist.ProcessGroup, error: Exception | None) -> None:

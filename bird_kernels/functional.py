@@ -98,9 +98,12 @@ def cka_loss(
             kernel=kernel, estimator=estimator, mask=mask, row_dims=row_dims, group=group, sqrt=sqrt, center=center,
             backend=backend, precision=precision,
         )  # fmt: skip
+        with distributed.Reported(group):
+            weights = pairs.numbers(weights, x)
         return pairs.weighted_sum(cka_losses(x, y, **options), weights)  # type: ignore[arg-type]
     if weights is not None:
-        raise ValueError("weights are for lists of pairs: cka_loss([x1, ...], [y1, ...], weights=[w1, ...])")
+        with distributed.Reported(group):
+            raise ValueError("weights are for lists of pairs: cka_loss([x1, ...], [y1, ...], weights=[w1, ...])")
     return _evaluate(
         "sqrt_cka_loss" if sqrt else "cka_loss", x, y, kernel, estimator, mask, row_dims, group, backend, precision,  # type: ignore[arg-type]
         center,
@@ -109,7 +112,28 @@ def cka_loss(
 
 def cka_losses(x: Sequence[Tensor], y: Sequence[Tensor], **options: Any) -> Tensor:
     """The losses of the pairs of two lists, [pairs], not summed; ``options`` are `cka_loss`'s, without weights."""
-    return pairs.losses(x, y, partial(cka_loss, **options), options)
+    return pairs.losses(x, y, _one_of, options)
+
+
+def _one_of(
+    many: int,
+    x: Tensor,
+    y: Tensor,
+    kernel: str | RBF,
+    estimator: str,
+    mask: Tensor | None,
+    row_dims: int,
+    group: ProcessGroup | None,
+    sqrt: bool,
+    center: bool,
+    backend: str,
+    precision: str | None,
+) -> Tensor:
+    """`cka_loss` of one of ``many`` pairs."""
+    return _evaluate(
+        "sqrt_cka_loss" if sqrt else "cka_loss", x, y, kernel, estimator, mask, row_dims, group, backend, precision,
+        center, many,
+    )  # fmt: skip
 
 
 def cka(
@@ -259,11 +283,13 @@ def _evaluate(
     backend: str,
     precision: str | None,
     center: bool = True,
+    many: int = 1,
 ) -> Tensor:
+    """One ``statistic``, of one of ``many`` pairs."""
     if group is not None:
         return global_batch.evaluate(
             group, partial(_whole, backend=backend), statistic, x, y, kernel, estimator, mask, row_dims, backend,
-            precision, center,
+            precision, center, pairs=many,
         )  # fmt: skip
     known = center and statistic in ("cka_loss", "cka", "hsic")
     if known and not torch.compiler.is_compiling() and ops.at_once is not None:

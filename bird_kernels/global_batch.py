@@ -12,9 +12,8 @@ so the *average* over ranks that DDP and FSDP take is the gradient of the whole 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +24,6 @@ from .products import scalar
 from .types import Problem, Transport
 
 Whole = Callable[[Tensor, Tensor, Tensor | None, Problem], Tensor]
-Result = TypeVar("Result")
 
 
 class Part(NamedTuple):
@@ -40,33 +38,20 @@ class Part(NamedTuple):
     group: Any
 
 
-def _uncompiled(function: Callable[..., Result]) -> Callable[..., Result]:
-    """torch.compile breaks its graph here and leaves alone what is called. torch.compiler.disable says the same, but
-    imports Dynamo (1.5 s) when a function is defined."""
+@distributed.uncompiled
+def evaluate(group: Any, whole: Whole, *arguments: Any, pairs: int = 1) -> Tensor:
+    """A statistic of the rows of all ranks; ``arguments`` as `inputs.prepare`, ``whole`` computes that of one batch.
 
-    disabled: list[Callable[..., Result]] = []
-
-    def run(*args: Any) -> Result:
-        if not disabled and "torch._dynamo" in sys.modules:
-            disabled.append(torch.compiler.disable(function))
-        return (disabled[0] if disabled else function)(*args)
-
-    run._torchdynamo_disable = True  # type: ignore[attr-defined]
-    run._torchdynamo_disable_msg = "the ranks of a group agree on the host"  # type: ignore[attr-defined]
-    return run
-
-
-@_uncompiled
-def evaluate(group: Any, whole: Whole, *arguments: Any) -> Tensor:
-    """A statistic of the rows of all ranks; ``arguments`` as `inputs.prepare`, ``whole`` computes that of one batch."""
+    It is that of one of so many ``pairs`` in a call, of which each is agreed about by itself.
+    """
     if distributed.world_size(group) == 1:
         return whole(*inputs.prepare(*arguments))
-    return across(group, whole, *arguments)
+    return across(group, whole, *arguments, pairs=pairs)
 
 
-def across(group: Any, whole: Whole, *arguments: Any) -> Tensor:
+def across(group: Any, whole: Whole, *arguments: Any, pairs: int = 1) -> Tensor:
     """`evaluate` by what travels, also where there is one rank."""
-    part = meet(group, *arguments)
+    part = meet(group, *arguments, pairs=pairs)
     if part.transport.name == "merged":
         with ops.without_autocast(part.x.device):
             value: Tensor = _Merged.apply(part.x, part.y, part.mask, part.problem, group)
@@ -74,8 +59,8 @@ def across(group: Any, whole: Whole, *arguments: Any) -> Tensor:
     return whole(*gathered(part), part.problem)
 
 
-def meet(group: Any, *arguments: Any) -> Part:
-    """This rank's checked part of a batch that all ranks agree about; ``arguments`` as `inputs.prepare`.
+def meet(group: Any, *arguments: Any, pairs: int = 1) -> Part:
+    """This rank's checked part of a batch that all ranks agree about; arguments as `evaluate`.
 
     Raises:
         TypeError, ValueError, RuntimeError: something is wrong with this rank's arguments, with another's, or with what
@@ -89,7 +74,7 @@ def meet(group: Any, *arguments: Any) -> Part:
         backends.choose(problem.dtype, problem.device, True, backend, plan.variant(problem))
         terms = dict(
             statistic=statistic, kernel=kernel, center=center, estimator=estimator, backend=backend,
-            precision=precision, dtype=problem.dtype, p=problem.p, q=problem.q,
+            precision=precision, dtype=problem.dtype, p=problem.p, q=problem.q, pairs=pairs,
         )  # fmt: skip
         numbers = [problem.n, problem.masked, problem.x_grad, problem.y_grad]
     except Exception as raised:  # whatever it is, the others must hear of it

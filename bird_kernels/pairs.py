@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, inputs, ops, plan
+from . import backends, distributed, inputs, ops, plan
 from .types import Problem, Route, Stash
 
 # What the common node computes; other values of these options go pair by pair.
@@ -27,19 +27,26 @@ class _Call(NamedTuple):
     backend: str
 
 
-def weighted_sum(losses: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """sum of weight * loss over the pairs, 0-d; every weight is 1 where there are none.
+def numbers(weights: Sequence[float] | None, x: object) -> Sequence[float] | None:
+    """The weights as `weighted_sum` takes them; ``x`` are the pairs' tensors of one side, if it is a list of them.
 
     Raises:
-        ValueError: not one weight for each pair.
+        TypeError, ValueError: not one number for each pair.
     """
+    if weights is None or not isinstance(x, (list, tuple)):
+        return weights  # `losses` says what is wrong with x
+    if len(weights) != len(x):
+        raise ValueError(f"weights must have one number for each pair, got {len(weights)} for {len(x)}")
+    return weights if torch.compiler.is_compiling() else tuple(map(float, weights))
+
+
+def weighted_sum(losses: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """sum of weight * loss over the pairs, 0-d, ``weights`` from `numbers`; every weight is 1 where there are none."""
     if weights is None:
         return losses.sum() if len(losses) > 1 else losses.squeeze(0)  # of one pair: no kernel
-    if len(weights) != len(losses):
-        raise ValueError(f"weights must have one number for each pair, got {len(weights)} for {len(losses)}")
     if torch.compiler.is_compiling():
         return sum((w * loss for w, loss in zip(weights, losses.unbind(), strict=True)), losses.new_zeros(()))
-    return losses @ _vector(tuple(map(float, weights)), losses.dtype, losses.device)
+    return losses @ _vector(tuple(weights), losses.dtype, losses.device)
 
 
 @lru_cache(maxsize=64)
@@ -49,21 +56,22 @@ def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
         return torch.tensor(values, dtype=dtype, device=device)
 
 
-def losses(x: object, y: object, single: Callable[[Tensor, Tensor], Tensor], options: dict[str, Any]) -> Tensor:
+def losses(x: object, y: object, single: Callable[..., Tensor], options: dict[str, Any]) -> Tensor:
     """1 - CKA of each pair, [L], fp32 (fp64 if any pair has it); x and y are lists of L tensors.
 
-    ``single`` is `cka_loss` with the same ``options``.
+    ``single`` takes L, two tensors and the ``options``, which are `cka_loss`'s.
 
     Raises:
         TypeError, ValueError: not two lists of one length, no pairs, a pair whose rows differ; what ``single`` raises.
     """
     options = _DEFAULTS | options
-    xs, ys = _require_lists(x, y, options["row_dims"])
+    with distributed.Reported(options["group"]):
+        xs, ys = _require_lists(x, y, options["row_dims"])
     if len(xs) == 1:
-        return single(xs[0], ys[0]).reshape(1)
+        return single(1, xs[0], ys[0], **options).reshape(1)
     apart = options["backend"] == "reference" or any(options[k] != v for k, v in _COMMON.items())
     if apart or any(ops._watched(*pair) for pair in zip(xs, ys, strict=True)):
-        return _stack([single(*pair) for pair in zip(xs, ys, strict=True)])
+        return _stack([single(len(xs), *pair, **options) for pair in zip(xs, ys, strict=True)])
 
     names = "kernel", "estimator", "mask", "row_dims", "backend", "precision"
     tensors: list[Tensor] = []

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from . import inputs, ops, sums
+from . import distributed, inputs, ops, sums
 from .estimators import MIN_ROWS, Coefficients, Scalar
 from .sums import Norms, Sums
 from .types import Precision, Problem, Statistic
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Statistics:
@@ -68,25 +72,41 @@ class Statistics:
             _require_same("the other statistics", (*_widths(other._sums), other._sums.n.device), self._sums)
         self._add(other._sums, other._products)
 
-    def all_reduce(self, group: distributed.ProcessGroup | None = None) -> None:
+    def all_reduce(self, group: ProcessGroup | None = None) -> None:
         """Merge those of all ranks, on all of them; a rank may have had no updates.
 
         Args:
             group: the ranks, all of which must call this; None for all there are.
 
         Raises:
-            ValueError: the ranks' features have different widths, or no rank has had an update; on every rank.
+            TypeError: ``group`` is none, or there are no processes.
+            ValueError: the ranks' features differ in widths or kind of device, or the group's backend does not carry
+                that, or no rank has had an update; on every rank.
+            RuntimeError: another rank has failed (with its message).
         """
-        mine = None if self._sums is None else (*_widths(self._sums), self._products)
-        found: list[tuple[int, int, torch.dtype] | None] = [None] * distributed.get_world_size(group)
-        distributed.all_gather_object(found, mine, group=group)
-        kinds = [kind for kind in found if kind is not None]
-        if len({kind[:2] for kind in kinds}) != 1:
-            raise ValueError(f"all ranks must have features of the same widths (x, y): they have {kinds or 'none'}")
-        p, q, _ = kinds[0]
-        own = self._sums if self._sums is not None else _no_sums(p, q, _device(group))
+        group = torch.distributed.group.WORLD if group is None else group
+        distributed.world_size(group)
+        assert group is not None
+        kinds = ["none", *distributed.devices(group)]  # as numbers that all ranks read alike
+        error, mine = None, [0, 0, 0, 0]
+        if self._sums is not None:
+            try:
+                distributed.require_device(self._sums.n.device, group)
+                mine = [*_widths(self._sums), self._products.itemsize, kinds.index(self._sums.n.device.type)]
+            except ValueError as raised:
+                error = raised
+        found = distributed.agree(group, error, {"statistic": "Statistics.all_reduce"}, mine)
+        updated = [numbers for numbers in found if any(numbers)]
+        if len({(p, q, kind) for p, q, _, kind in updated}) != 1:
+            theirs = [f"{p} and {q} on {kinds[kind]}" if kind else "none" for p, q, _, kind in found]
+            raise ValueError(
+                "all ranks must have features of the same widths (x and y) on the same kind of device: they have "
+                + ", ".join(f"{features} (rank {rank})" for rank, features in enumerate(theirs))
+            )
+        p, q, _, kind = updated[0]
+        own = self._sums if self._sums is not None else _no_sums(p, q, torch.device(kinds[kind]))
         self._sums = sums.all_reduced(own, group)
-        self._products = min((kind[2] for kind in kinds), key=lambda dtype: dtype.itemsize)
+        self._products = torch.float32 if min(itemsize for _, _, itemsize, _ in updated) == 4 else torch.float64
         self._derivatives = {}
 
     @property
@@ -199,7 +219,7 @@ class Statistics:
         inputs.require_choice("estimator", estimator, tuple(MIN_ROWS))
         s = self._known()
         problem = Problem(0, *_widths(s), self._products, s.n.device, statistic, estimator)  # type: ignore[arg-type]
-        return sums.evaluate(s, problem)
+        return sums.evaluate(sums.merged([s]), problem)  # in the memory of a copy
 
     def _value(self, statistic: Statistic, estimator: str) -> Tensor:
         value, _, _ = self._evaluate(statistic, estimator)
@@ -217,11 +237,6 @@ def _widths(s: Sums) -> tuple[int, int]:
 def _no_sums(p: int, q: int, device: torch.device) -> Sums:
     x, y = (torch.empty(0, width, dtype=torch.float64, device=device) for width in (p, q))
     return sums.sums_of(x, y, None, Problem(0, p, q, x.dtype, device, "cka", "unbiased"))
-
-
-def _device(group: distributed.ProcessGroup | None) -> torch.device:
-    """Where the group's collectives want their tensors."""
-    return torch.device("cuda") if distributed.get_backend(group) == "nccl" else torch.device("cpu")
 
 
 def _require_same(what: str, kind: tuple[int, int, torch.device], s: Sums) -> None:

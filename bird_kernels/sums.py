@@ -8,7 +8,7 @@ For rows of X [n, p] and Y [n, q] about their means, with kappa_i = |x_i|^2 and 
 
 Moved to another centre, x + u and y + v with u = old mean - new mean, they are (sum(x) = sum(y) = 0 before)::
 
-    A + n u u^T,   C + n v u^T,   B + n v v^T,   kappa -> kappa + 2 x.u + |u|^2,  and so on      (`moved`)
+    A + n u u^T,   C + n v u^T,   B + n v v^T,   kappa -> kappa + 2 x.u + |u|^2,  and so on
 
 and about one common centre the sums of two sets add. So any split of a batch, over chunks or over processes, gives the
 statistic of the whole; and the gradient of a row needs the merged sums and that row alone (`gradient`).
@@ -131,32 +131,44 @@ def all_reduced(s: Sums, group: Any) -> Sums:
 
     First n and the means, then everything else about the common mean: two all-reduces (three with norms) whose size
     does not depend on the number of ranks. With a slot per rank for its means one would do, but at 4096 ranks of
-    512 + 512 features the slots weigh 34 MB and the products 2.4.
+    512 + 512 features the slots weigh 34 MB and the products 2.4. Beside ``s`` there is what travels, and then the
+    result beside that: nothing is copied on the way.
     """
     p, q = len(s.mean_x), len(s.mean_y)
     totals = distributed.all_reduce(torch.cat([s.n[None], s.mean_x * s.n, s.mean_y * s.n]), group)
     n, (sum_x, sum_y) = totals[0], totals[1:].split([p, q])
     rows = n.clamp(min=1.0)
     mean_x, mean_y = sum_x / rows, sum_y / rows
-    s = moved(s, _own_if_equal(s.mean_x, mean_x), _own_if_equal(s.mean_y, mean_y))
-    flat = torch.cat([*_upper(s.xx), s.xy.reshape(-1), *_upper(s.yy)])
-    sizes = upper_size(p), p * q, upper_size(q)
-    xx, xy, yy = distributed.all_reduce(flat, group).split(sizes)
+    u, v = s.mean_x - _own_if_equal(s.mean_x, mean_x), s.mean_y - _own_if_equal(s.mean_y, mean_y)
     norms = None
     if s.norms is not None:
-        flat = distributed.all_reduce(torch.cat([value.reshape(-1) for value in s.norms]), group)
-        parts = flat.split([value.numel() for value in s.norms])
-        norms = Norms(*(part.view(value.shape) for part, value in zip(parts, s.norms, strict=True)))
-    return Sums(n, mean_x, mean_y, _symmetric(xx, p), xy.view(q, p), _symmetric(yy, q), norms)
+        own = moved_norms(s, u, v)
+        flat = distributed.all_reduce(torch.cat([value.reshape(-1) for value in own]), group)
+        parts = flat.split([value.numel() for value in own])
+        norms = Norms(*(part.view(value.shape) for part, value in zip(parts, own, strict=True)))
+    flat = _moved_flat(s, u, v)
+    del s
+    xx, xy, yy = distributed.all_reduce(flat, group).split([upper_size(p), p * q, upper_size(q)])
+    return Sums(n, mean_x, mean_y, _symmetric(xx, p), xy.view(q, p).clone(), _symmetric(yy, q), norms)
 
 
-def moved(s: Sums, mean_x: Tensor, mean_y: Tensor) -> Sums:
-    """The same sums about another centre. About it, the rows' own sum is no longer zero; that of all sets may be."""
-    u, v, n = s.mean_x - mean_x, s.mean_y - mean_y, s.n
-    u_n, v_n, u_, v_ = (a.to(s.xx.dtype) for a in (u * n, v * n, u, v))  # rounded here: no fp64 copy of a product
-    xx, xy, yy = torch.addr(s.xx, u_n, u_), torch.addr(s.xy, v_n, u_), torch.addr(s.yy, v_n, v_)
-    norms = None if s.norms is None else moved_norms(s, u, v)
-    return Sums(n, mean_x, mean_y, xx, xy, yy, norms)
+def _moved_flat(s: Sums, u: Tensor, v: Tensor) -> Tensor:
+    """The products of the rows x + u and y + v as they travel: upper blocks of ``xx``, ``xy``, those of ``yy``."""
+    p, q = len(u), len(v)
+    flat = s.xx.new_empty(upper_size(p) + p * q + upper_size(q))
+    u_n, v_n, u, v = (a.to(flat.dtype) for a in (u * s.n, v * s.n, u, v))  # rounded here: no fp64 copy of a product
+    start = 0
+    for product, left, right, blocks in (
+        (s.xx, u_n, u, upper_blocks(p)),
+        (s.xy, v_n, u, [(0, q)]),
+        (s.yy, v_n, v, upper_blocks(q)),
+    ):
+        for i, j in blocks:
+            first = 0 if product is s.xy else i
+            block = flat[start : start + (j - i) * (len(right) - first)].view(j - i, -1)
+            torch.addr(product[i:j, first:], left[i:j], right[first:], out=block)
+            start += block.numel()
+    return flat
 
 
 def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
@@ -179,7 +191,8 @@ def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
 
 
 def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
-    """The value of ``problem.statistic``, and what `gradient` needs: the coefficients, and the sums that they scale.
+    """The value of ``problem.statistic``, and what `gradient` needs: the coefficients, and the sums that they scale,
+    the products in the memory of ``s``.
 
     The features are brought to a root mean square near 1 by powers of two, so that the squares of the products fit in
     fp32.
@@ -248,11 +261,6 @@ def _own_if_equal(own: Tensor, common: Tensor) -> Tensor:
     return torch.where((own - common).abs() <= 4.0 * torch.finfo(own.dtype).eps * common.abs(), own, common)
 
 
-def _upper(product: Tensor) -> list[Tensor]:
-    """The upper blocks of a symmetric matrix, flat."""
-    return [product[i:j, i:].reshape(-1) for i, j in upper_blocks(len(product))]
-
-
 def _symmetric(flat: Tensor, width: int) -> Tensor:
     """The matrix [width, width] of its upper blocks."""
     blocks = upper_blocks(width)
@@ -280,13 +288,12 @@ def _norms(xs: Tensor, ys: Tensor) -> Norms:
 
 
 def _scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:
-    """The sums of a x and b y but for the means, which stay those of x and y."""
+    """The sums of a x and b y but for the means, which stay those of x and y; the products in the memory of ``s``."""
     norms = s.norms
     if norms is not None:
         powers = (a**3, a * a * b, a * b * b, b**3, a**4, (a * b) ** 2, b**4)
         norms = Norms(*(value * power for value, power in zip(norms, powers, strict=True)))
-    wide = s.xx.dtype
-    return s._replace(xx=to(s.xx * a**2, wide), xy=to(s.xy * (a * b), wide), yy=to(s.yy * b**2, wide), norms=norms)
+    return s._replace(xx=s.xx.mul_(a**2), xy=s.xy.mul_(a * b), yy=s.yy.mul_(b**2), norms=norms)
 
 
 def _unit(product: Tensor, count: Tensor) -> Scalar:
@@ -300,8 +307,7 @@ def _unit(product: Tensor, count: Tensor) -> Scalar:
 def _about(x: Tensor, mean: Tensor, scale: Scalar, mask: Tensor | None, wide: torch.dtype) -> Tensor:
     """(x - mean) * scale in ``wide``; the mean in two parts, so that fp32 loses none of its fp64 digits that count."""
     high = mean.to(wide)
-    x = (to(x, wide) - high - (mean - high).to(wide)) * scale
-    x = to(x, wide)
+    x = (to(x, wide) - high).sub_((mean - high).to(wide)).mul_(scale)
     return x if mask is None else torch.where(mask[:, None], x, 0.0)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from . import inputs, ops
+from . import distributed, inputs, ops
 from .estimators import MIN_ROWS
 from .functional import cka_loss
 from .sequences import mean_cka_loss
@@ -80,6 +80,25 @@ def token_cka_loss(
     2 c at most, [B, T, T] or [B, p, p], [B, p, q] and [B, q, q] by the fewer operations. Forward and backward held 2 c
     to 3.5 c at their peak, 5 c where T = p + q (8 c with gradients of both sides). Nothing has (B T)^2 elements.
     """
+    with distributed.Reported(options.get("group")):
+        ours, theirs = _layouts(x, y, tokens, mask, cu_seqlens, y_mask, y_cu_seqlens, max_seqlen)
+        if tokens == "sequence":
+            return _per_sequence(x, y, ours, theirs, estimator, options)
+        x, y, mask, row_dims = _rows(x, y, tokens, ours, theirs)
+    return _of_rows(x, y, mask, row_dims, estimator, options)
+
+
+def _layouts(
+    x: Tensor,
+    y: Tensor,
+    tokens: Tokens,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    y_mask: Tensor | None,
+    y_cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> tuple[_Layout, _Layout]:
+    """Checked: where the tokens of x and those of y are."""
     inputs.require_choice("tokens", tokens, get_args(Tokens))
     ours = _layout("x", x, mask, cu_seqlens, max_seqlen)
     own = y_mask is not None or y_cu_seqlens is not None
@@ -91,18 +110,21 @@ def token_cka_loss(
     if not own:
         _require_same_tokens(x, y, ours)
         y_mask, y_cu_seqlens = mask, cu_seqlens
-    theirs = _layout("y", y, y_mask, y_cu_seqlens, max_seqlen)
+    return ours, _layout("y", y, y_mask, y_cu_seqlens, max_seqlen)
+
+
+def _rows(
+    x: Tensor, y: Tensor, tokens: Tokens, ours: _Layout, theirs: _Layout
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """What `cka_loss` compares: rows of both sides, which of them count, and how many dimensions index them."""
     if tokens == "all":
-        packed = ours.cu_seqlens is not None
-        return _of_rows(x, y, ours.mask, 1 if packed else 2, estimator, options)
-    if tokens == "sequence":
-        return _per_sequence(x, y, ours, theirs, estimator, options)
+        return x, y, ours.mask, 2 if ours.cu_seqlens is None else 1
     pool = _last if tokens == "last" else _mean
     x, y = pool(x, ours), pool(y, theirs)
     if len(x) != len(y):
         raise ValueError(f"x and y must have the same sequences, got {len(x)} for x and {len(y)} for y")
     present = [rows for rows in (_present(ours), _present(theirs)) if rows is not None]
-    return _of_rows(x, y, present[0] & present[-1] if present else None, 1, estimator, options)
+    return x, y, present[0] & present[-1] if present else None, 1
 
 
 def _of_rows(
@@ -246,6 +268,8 @@ def _padded(x: Tensor, side: _Layout) -> tuple[Tensor, Tensor | None]:
 
 def _last(x: Tensor, side: _Layout) -> Tensor:
     if side.cu_seqlens is not None:
+        if len(x) == 0:  # a rank without tokens: a row to point at, in the same graph
+            x = torch.cat([x, x.new_zeros(1, x.shape[1])])
         rows = x[side.cu_seqlens[1:] - 1]
     elif side.mask is not None:
         places = torch.arange(x.shape[1], device=x.device)

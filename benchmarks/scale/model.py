@@ -59,14 +59,26 @@ def both(shape: Shape, world: int) -> tuple[int, int]:
 
 
 def memory(shape: Shape, world: int) -> int:
-    """Bytes on each rank beyond its inputs and gradient: what the local computation keeps, and what travels, twice."""
-    chosen = shape.transport(world)
+    """Bytes on each rank beyond its inputs and gradient, biased, gradient of the student.
+
+    Gathered: what the local computation keeps, and what travels, twice.
+    """
     rows, size = shape.n * world, shape.dtype.itemsize
-    if chosen.name == "merged":
-        travelling = transport.merged_size(shape.p, shape.q, size, False)
-        return plan.workspace(shape.problem(shape.n), "cross", "eager") + 2 * travelling
+    if shape.transport(world).name == "merged":
+        return merged_memory(shape)
     travelling = transport.gathered_size(shape.n, shape.p, shape.q, size, world, False)
     return plan.workspace(shape.problem(rows), plan.choose_route(rows, shape.p, shape.q), "eager") + 2 * travelling
+
+
+def merged_memory(shape: Shape) -> int:
+    """The peak of the merged way: products beside centred rows, products beside what travels, or the backward, in which
+    half precision has a wide copy of the teacher's rows first, and a wide gradient then."""
+    n, p, q, wide = shape.n, shape.p, shape.q, max(shape.dtype.itemsize, 4)
+    half = shape.dtype.itemsize < wide
+    rows, products = n * (p + q) * wide, (p * p + p * q + q * q) * wide
+    backward = rows + (p * p + p * q + max(max(p * p, p * q) + half * n * p, half * n * q)) * wide
+    travelling = transport.merged_size(p, q, shape.dtype.itemsize, False)
+    return max(rows + products, products + travelling, backward)
 
 
 def work(shape: Shape, world: int, name: str) -> int:

@@ -20,9 +20,10 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 SETTINGS = Settings(steps=9, batch_size=12, lr=0.1, seed=2, save_every=4, log_every=3)
 
 
-def data() -> Images:
+def data(samples: int = 41) -> Images:
     generator = torch.Generator().manual_seed(0)
-    return Images(torch.randint(0, 256, (45, 1, 8, 8), generator=generator, dtype=torch.uint8), torch.arange(45) % 3)
+    images = torch.randint(0, 256, (samples, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return Images(images, torch.arange(samples) % 3)
 
 
 def network() -> nn.Module:
@@ -67,14 +68,15 @@ def difference(a: nn.Module, b: nn.Module) -> float:
     return max(float((x - y).detach().abs().max()) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def together(rank: int, folder: Path, kind: str, chunk_size: int | None) -> None:
-    """45 samples in batches of 12 leave 9, of which two processes take 8: one with all of it sees the same 44."""
-    settings = Settings(**{**vars(SETTINGS), "chunk_size": chunk_size})
+def together(rank: int, folder: Path, kind: str, chunk_size: int | None, samples: int, batch_size: int) -> None:
+    """The last batch of an epoch can be shared equally too, so one process sees the same samples in each step."""
+    plain = Settings(**{**vars(SETTINGS), "batch_size": batch_size})
+    settings = Settings(**{**vars(plain), "chunk_size": chunk_size})
     group = dist.group.WORLD
-    whole = Images(*(part[:44] for part in (data().images, data().labels)))
-    globals()["data"] = lambda: whole  # in batches of 12, 12, 12 and 8
+    whole = data(samples)
+    globals()["data"] = lambda: whole
     mine = train(kind, group, folder / "together", settings)
-    alone = train(kind, None, None)
+    alone = train(kind, None, None, plain)
     assert difference(mine, alone) < 1e-12
     assert difference(mine, Double()) > 1e-3
     dist.barrier()
@@ -85,9 +87,21 @@ def together(rank: int, folder: Path, kind: str, chunk_size: int | None) -> None
     assert set(kept["modules"]) >= {"model.body.1.weight"}  # as of one process, which can go on with it
 
 
-@pytest.mark.parametrize(("kind", "chunk_size"), [("task", None), ("bird", None), ("bird", 4), ("hints", None)])
-def test_processes_train_as_one(kind: str, chunk_size: int | None, tmp_path: Path) -> None:
-    run_ranks(together, 2, tmp_path, tmp_path, kind, chunk_size)
+@pytest.mark.parametrize(
+    ("world", "kind", "chunk_size", "samples", "batch_size"),
+    [
+        (2, "task", None, 44, 12),
+        (2, "bird", None, 44, 12),
+        (2, "bird", 4, 44, 12),
+        (2, "hints", None, 44, 12),
+        (3, "bird", 4, 84, 24),  # two chunks a process, but of the last batch, of 12, one
+        (4, "bird", 4, 88, 24),
+    ],
+)
+def test_processes_train_as_one(
+    world: int, kind: str, chunk_size: int | None, samples: int, batch_size: int, tmp_path: Path
+) -> None:
+    run_ranks(together, world, tmp_path, tmp_path, kind, chunk_size, samples, batch_size)
     files = {path.name for path in (tmp_path / "together").iterdir()}
     assert {"last.pt", "best.pt"} <= files
     assert not any(name.startswith(".") for name in files)

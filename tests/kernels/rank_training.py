@@ -63,22 +63,27 @@ def ddp(estimator: str) -> float:
     return deviation(model, alone(lambda m: whole(m(inputs), teacher).backward()))
 
 
+def micro_batches() -> list[tuple[Tensor, Tensor]]:
+    inputs, teacher = samples()
+    return [(inputs[:12], teacher[:12]), (inputs[12:], teacher[12:])]
+
+
+def accumulated(model: nn.Module) -> None:
+    """Both micro-steps in one process."""
+    whole = criterion(None)
+    for a, t in micro_batches():
+        (whole(model(a), t) / 2).backward()
+
+
 def accumulation() -> float:
     """Two micro-steps, each its own global batch; gradients travel in the second."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    inputs, teacher = samples()
-    halves = [(inputs[:12], teacher[:12]), (inputs[12:], teacher[12:])]
     model = nn.parallel.DistributedDataParallel(network())
-    loss, whole = criterion(dist.group.WORLD), criterion(None)
-    for step, (a, t) in enumerate(halves):
+    loss = criterion(dist.group.WORLD)
+    for step, (a, t) in enumerate(micro_batches()):
         with model.no_sync() if step == 0 else contextlib.nullcontext():
             (loss(model(a[rank::world]), t[rank::world]) / 2).backward()
-
-    def both(m: nn.Module) -> None:
-        for a, t in halves:
-            (whole(m(a), t) / 2).backward()
-
-    return deviation(model, alone(both))
+    return deviation(model, alone(accumulated))
 
 
 def ddp_uneven() -> float:
@@ -92,16 +97,60 @@ def ddp_uneven() -> float:
     return deviation(model, alone(lambda m: bird_kernels.cka_loss(m(inputs), teacher).backward()))
 
 
-def fsdp() -> float:
+def sharded() -> tuple[Any, Any]:
+    """The network under FSDP2, and its group."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    rank, world = dist.get_rank(), dist.get_world_size()
-    inputs, teacher = samples()
     model = network()
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
-    criterion(mesh.get_group())(model(inputs[rank::world]), teacher[rank::world]).backward()
+    return model, mesh.get_group()
+
+
+def fsdp() -> float:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    inputs, teacher = samples()
+    model, group = sharded()
+    criterion(group)(model(inputs[rank::world]), teacher[rank::world]).backward()
     whole = criterion(None)
     return deviation(model, alone(lambda m: whole(m(inputs), teacher).backward()))
+
+
+def fsdp_accumulation(silent: bool) -> float:
+    """As `accumulation`; gradients travel in both micro-steps, or, ``silent``, in the second for both."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, group = sharded()
+    loss = criterion(group)
+    for step, (a, t) in enumerate(micro_batches()):
+        model.set_requires_gradient_sync(step == 1 or not silent)
+        (loss(model(a[rank::world]), t[rank::world]) / 2).backward()
+    return deviation(model, alone(accumulated))
+
+
+def chunked(kernel: str = "linear") -> float:
+    """Uneven ranks with uneven chunks in DDP, two pairs of layers: by statistics, or, of another kernel, by rows."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    inputs, teacher = samples(ROWS)
+    split = {1: [60], 2: [43, 17], 3: [1, 50, 9], 4: [20, 1, 32, 7]}[world]
+    mine = list(zip(own(inputs, split, rank).split(8), own(teacher, split, rank).split(8), strict=True))
+    options: dict[str, Any] = dict(kernel=kernel, estimator="unbiased")
+    pairs = [("t", "s"), ("t", "u")]
+
+    def rows(model: nn.Module, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        found = model(a)
+        return found.square().sum() / ROWS, {"s": found, "u": found.sin()}
+
+    def student(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        task, found = rows(model, chunk[0])
+        return task * world, found  # DDP averages
+
+    def at_once(m: nn.Module) -> None:
+        task, found = rows(m, inputs)
+        bird.BirdLoss(0.3, 0.7, pairs, **options)(task, {"t": teacher}, found).backward()
+
+    model = nn.parallel.DistributedDataParallel(network())
+    loss = bird.BirdLoss(0.3, 0.7, pairs, group=dist.group.WORLD, **options)
+    bird.chunked_backward(student, lambda chunk: {"t": chunk[1]}, mine, loss, model=model)
+    return deviation(model, alone(at_once))

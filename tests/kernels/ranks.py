@@ -291,21 +291,6 @@ def constants() -> float:
     return worst
 
 
-def others() -> dict[str, Any]:
-    """What is not linear CKA or HSIC: each rank's value and dX."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    found = {}
-    for name, options in OTHERS.items():
-        x, y = (side.tensor_split(world)[rank].clone() for side in features(30, 3, 2, torch.float64, mean=1.0))
-        x.requires_grad_()
-        value = bird_kernels.cka_loss(x, y, group=dist.group.WORLD, **options)  # type: ignore[arg-type]
-        found[name] = value.detach(), torch.autograd.grad(value, x)[0]
-    return found
-
-
-OTHERS: dict[str, dict[str, Any]] = {"rbf": dict(kernel="rbf"), "sqrt": dict(sqrt=True), "raw": dict(center=False)}
-
-
 def triton() -> float:
     """A backend that is asked for gets the rows, whatever is fewer bytes."""
     x, y = features(20, 3, 2, seed=dist.get_rank())
@@ -327,6 +312,8 @@ COMPLAINTS = ("width", "dtype", "estimator", "statistic", "mask", "not a tensor"
 
 def cases(world: int) -> dict[str, Callable[[], Any]]:
     """Every case of a world size, in order."""
+    from tests.kernels import rank_calls as calls
+    from tests.kernels import rank_errors as errors
     from tests.kernels import rank_training as training
 
     found: dict[str, Callable[[], Any]] = {str(case): lambda case=case: statistic(case) for case in CASES}
@@ -336,14 +323,21 @@ def cases(world: int) -> dict[str, Callable[[], Any]]:
         "accumulation": training.accumulation,
         "ddp uneven": training.ddp_uneven,
         "fsdp": training.fsdp,
+        "fsdp accumulation": lambda: training.fsdp_accumulation(False),
+        "fsdp accumulation, silent": lambda: training.fsdp_accumulation(True),
         "one rank": one_rank,
     }
     if world > 1:
         found |= {f"complaint {what}": lambda what=what: complaint(what) for what in COMPLAINTS}
+        found |= {f"complaint {what}": lambda what=what: errors.complaint(what) for what in errors.COMPLAINTS}
         found |= {
             "whole again": whole_again, "explained": explained, "refusals": refusals,
-            "some gradients": some_gradients, "last bits": last_bits, "constants": constants, "others": others,
+            "some gradients": some_gradients, "last bits": last_bits, "constants": constants, "others": calls.others,
+            "lists": calls.lists, "tokens": calls.tokens, "reduced": calls.reduced, "chunks": training.chunked,
+            "chunks rbf": lambda: training.chunked("rbf"),
         }  # fmt: skip
+    if world > 2:
+        found |= {"subgroup": calls.subgroup}
     if world == 2:
         found |= {"silence": silence, "compiled": compiled}
         if INTERPRETED:

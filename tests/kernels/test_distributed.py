@@ -21,7 +21,7 @@ from bird_kernels.types import Problem
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-from tests.kernels import ranks
+from tests.kernels import rank_calls, rank_errors, ranks
 from tests.kernels.ranks import CASES, ROWS, SPLITS, WORLDS, Case
 
 Ask = Callable[..., list[Any]]
@@ -74,18 +74,97 @@ def test_a_constant_side_stays_constant(world: int, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
-@pytest.mark.parametrize("name", ranks.OTHERS)
+@pytest.mark.parametrize("name", rank_calls.OTHERS)
 def test_other_kernels_and_relatives(name: str, world: int, ask: Ask) -> None:
     """They see all rows too, though their sums do not merge."""
     found = [theirs[name] for theirs in ask(world, "others")]
-    x, y = features(30, 3, 2, torch.float64, mean=1.0)
+    x, y, mask = rank_calls.OTHERS[name].batch()
     x.requires_grad_()
-    value = cka_loss(x, y, backend="reference", **ranks.OTHERS[name])
+    value = cka_loss(x, y, mask=mask, backend="reference", **rank_calls.OTHERS[name].options)
     (dx,) = torch.autograd.grad(value, x)
-    if name == "rbf":  # the reference lets no gradient through sigma either
+    if name.startswith("rbf"):  # the reference lets no gradient through sigma either
         assert value < 0.99
     assert all(abs(theirs[0] - value) < 1e-12 for theirs in found)
+    assert [len(theirs[1]) for theirs in found] == SPLITS[rank_calls.OTHERS[name].split][world]
     assert (torch.cat([theirs[1] for theirs in found]) / world - dx).norm() < 1e-10 * dx.norm()
+
+
+@pytest.mark.parametrize("world", WORLDS[2:])
+def test_a_group_is_its_own_ranks(world: int, ask: Ask) -> None:
+    """Two groups at once, each of every other rank."""
+    x, y, _ = ranks.batch(Case("merged"))
+    found, parts = ask(world, "subgroup"), [side.split(SPLITS["even"][world]) for side in (x, y)]
+    for rank, (members, *both) in enumerate(found):
+        assert members == list(range(rank % 2, world, 2))
+        true = truth(*(torch.cat([side[member] for member in members]) for side in parts), "unbiased")
+        for value, dx in both:
+            assert abs(value - true.value) < 1e-12
+            want = true.dx.split([len(parts[0][member]) for member in members])[members.index(rank)]
+            assert (dx / len(members) - want).norm() < 1e-12 * true.dx.norm()
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", rank_calls.PAIRS)
+def test_lists_of_pairs(name: str, world: int, ask: Ask) -> None:
+    """The weighted sum of each pair's loss of all rows; each agrees and travels by itself, with nothing beside."""
+    found = [theirs[name] for theirs in ask(world, "lists")]
+    mask = ranks.batch(Case("", masked=True))[2]
+    options = dict(rank_calls.PAIRS[name])
+    pairs = rank_calls.sides(name)
+    weights = options.pop("weights", [1.0] * len(pairs))
+    leaves = [side.requires_grad_() for pair in pairs for side in pair]
+    each = [cka_loss(x, y, mask=mask, backend="reference", **options) for x, y in pairs]
+    value = sum(w * loss for w, loss in zip(weights, each, strict=True))
+    wanted = torch.autograd.grad(value, leaves[::2] + leaves[1::2])
+    for theirs in found:
+        assert abs(theirs[0] - value) < 1e-12
+        assert theirs[2] == theirs[3]
+        assert len(theirs[2]) >= 2 * len(pairs)
+    for i, want in enumerate(wanted):
+        got = torch.cat([theirs[1][i] for theirs in found]) / world
+        assert (got - want).norm() < 1e-10 * want.norm()
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_tokens_of_all_ranks(world: int, ask: Ask) -> None:
+    """Padded and packed, ranks with other numbers of sequences: rows picked one by one, and the literal formula."""
+    x, y, mask = rank_calls.sequences()
+    there = mask.bool()
+    found = ask(world, "tokens")
+    present = [i for i in range(len(x)) if there[i].any()]
+    for i, (mode, _, estimator) in enumerate(rank_calls.TOKENS):
+        leaf = x.clone().requires_grad_()
+        pick = {
+            "all": lambda side: torch.cat([side[i][there[i]] for i in present]),
+            "last": lambda side: torch.stack([side[i][there[i]][-1] for i in present]),
+            "mean": lambda side: torch.stack([side[i][there[i]].mean(0) for i in present]),
+        }[mode]
+        value = cka_loss(pick(leaf), pick(y), estimator=estimator, backend="reference")
+        (dx,) = torch.autograd.grad(value, leaf)
+        assert all(abs(theirs[i][0] - value) < 1e-12 for theirs in found)
+        assert (torch.cat([theirs[i][1] for theirs in found]) / world - dx).norm() < 1e-10 * dx.norm()
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("split", ["uneven", "one has all"])
+def test_statistics_of_all_ranks(split: str, world: int, ask: Ask) -> None:
+    x, y, mask = ranks.batch(Case("", masked=True))
+    assert mask is not None
+    true = [
+        truth(x, y, estimator, statistic, mask).value.item()
+        for statistic, estimator in (("cka", "biased"), ("cka", "unbiased"), ("hsic", "unbiased"))
+    ]
+    for theirs in ask(world, "reduced"):
+        values, n, collectives = theirs[split]
+        assert [value.item() for value in values] == pytest.approx(true, rel=1e-12)
+        assert n == mask.sum()
+        assert collectives == ["all_gather_into_tensor", "all_reduce", "all_reduce", "all_reduce"]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("kernel", ["", " rbf"])
+def test_chunks_of_all_ranks(kernel: str, world: int, ask: Ask) -> None:
+    assert max(ask(world, f"chunks{kernel}")) < 1e-10
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -112,8 +191,14 @@ def test_bytes_are_those_of_the_plan(case: Case, world: int, ask: Ask) -> None:
         assert 0 <= sent - said < 1
 
 
+TRAININGS = (
+    "ddp biased", "ddp unbiased", "ddp uneven", "accumulation",
+    "fsdp", "fsdp accumulation", "fsdp accumulation, silent",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("training", ["ddp biased", "ddp unbiased", "ddp uneven", "accumulation", "fsdp"])
+@pytest.mark.parametrize("training", TRAININGS)
 def test_averaged_gradients_are_those_of_one_big_batch(training: str, world: int, ask: Ask) -> None:
     assert max(ask(world, training)) < 1e-10
 
@@ -156,6 +241,25 @@ def test_an_error_of_one_rank_is_an_error_on_every_rank(what: str, kind: str, sh
     *others, own = ask(world, f"complaint {what}")
     assert own[0] == kind
     assert shown in own[1]
+    for theirs in others:
+        assert theirs[0] == "RuntimeError"
+        assert f"rank {world - 1}: {kind}: {own[1]}" in theirs[1]
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("what", rank_errors.COMPLAINTS)
+def test_nobody_waits_for_a_rank_that_fails_early(what: str, world: int, ask: Ask) -> None:
+    """What is checked before the ranks agree, of lists, tokens, layers and chunks; and what only some would do."""
+    _, kind, shown = rank_errors.COMPLAINTS[what]
+    between = "".join(f"4 and 3 on cpu (rank {rank}), " for rank in range(1, world - 1))
+    shown = shown.format(others=" ".join(map(str, range(world - 1))), last=world - 1, between=between)
+    *others, own = ask(world, f"complaint {what}")
+    assert shown in own[1]
+    if kind == "differ":
+        assert own[0] == "ValueError"
+        assert others == [own] * (world - 1)
+        return
+    assert own[0] == kind
     for theirs in others:
         assert theirs[0] == "RuntimeError"
         assert f"rank {world - 1}: {kind}: {own[1]}" in theirs[1]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from bird_kernels import Statistics, cka_loss, reference
+from bird_kernels import Statistics, cka_loss, distributed, reference, sums
+from bird_kernels.sums import Sums
 from bird_kernels.testing import features
 from tests.groups import run_ranks
 
@@ -301,5 +302,26 @@ def test_all_ranks_get_the_statistics_of_all(tmp_path: Path) -> None:
         _, values, n, errors = results.get()
         assert values == pytest.approx(expected, rel=1e-6)
         assert n == 61
-        assert errors[0].startswith("all ranks must have features of the same widths (x, y): they have [(7, 4")
-        assert errors[1].endswith("they have none")
+        assert errors[0].endswith("they have 7 and 4 on cpu (rank 0), 7 and 5 on cpu (rank 1)")
+        assert errors[1].endswith("they have none (rank 0), none (rank 1)")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "meta"])
+def test_a_rank_without_updates_takes_its_device_from_the_others(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a group with a backend for each device: the name of its backend does not say where the others reduce."""
+    seen: list[tuple[Sums, object]] = []
+    devices = ["cpu", "meta"]
+    others = [7, 5, 4, 1 + devices.index(kind)]
+    monkeypatch.setattr(distributed, "world_size", lambda group: 2)
+    monkeypatch.setattr(distributed, "devices", lambda group: devices)
+    monkeypatch.setattr(distributed, "agree", lambda group, error, terms, mine: [list(mine), others])
+    monkeypatch.setattr(sums, "all_reduced", lambda own, group: seen.append((own, group)) or own)
+    statistics = Statistics()
+    group: Any = object()
+    statistics.all_reduce(group)
+    ((own, reduced_in),) = seen
+    assert reduced_in is group
+    assert {value.device.type for value in (*own[:-1], *own.norms)} == {kind}
+    assert (own.mean_x.shape, own.mean_y.shape, own.xx.dtype) == ((7,), (5,), torch.float64)
+    if kind == "cpu":
+        assert statistics.state_dict()["eps"] == torch.finfo(torch.float32).eps  # the others' products

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("pytest_benchmark", reason="the benchmarks need the bench extra")
 
 from benchmarks.kernels import results
 from benchmarks.scale import bench, model
+from bird_kernels import functional, global_batch, transport
 
 
 def test_the_page_is_what_the_formulas_give() -> None:
@@ -26,6 +31,64 @@ def test_crossover_by_hand() -> None:
     assert 9 * 128 * 1024 * 4 < merged <= 10 * 128 * 1024 * 4
     assert model.crossover(model.SHAPES[0]) == 10
     assert model.both(model.SHAPES[0], 8) == (merged * 7 // 8, 7 * 128 * 1024 * 4)
+
+
+class Allocations(TorchDispatchMode):
+    """Storages that operators make and that die, in order: (which, bytes, negative where it dies)."""
+
+    def __init__(self, *known: torch.Tensor) -> None:
+        super().__init__()
+        self.living = {tensor.untyped_storage()._cdata: -1 for tensor in known}
+        self.events: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(out)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.living:
+                self.living[storage._cdata] = which = len(self.events)
+                self.events.append((which, storage.nbytes()))
+                weakref.finalize(storage, self.dies, storage._cdata, which, storage.nbytes())
+        return out
+
+    def dies(self, key: int, which: int, size: int) -> None:
+        del self.living[key]
+        self.events.append((which, -size))
+
+    def peak(self, without: torch.Tensor) -> int:
+        excluded = self.living[without.untyped_storage()._cdata]
+        live = peak = 0
+        for which, size in self.events:
+            live += size * (which != excluded)
+            peak = max(peak, live)
+        return peak
+
+
+@pytest.mark.parametrize(
+    ("n", "p", "q", "dtype"),
+    [
+        (128, 512, 512, torch.float32),  # products and what travels
+        (64, 640, 1024, torch.bfloat16),
+        (4096, 64, 64, torch.float32),  # rows
+        (4096, 96, 64, torch.bfloat16),  # the backward
+        (2048, 32, 256, torch.bfloat16),  # the teacher's rows
+    ],
+)
+def test_merging_takes_the_memory_that_the_model_says(
+    n: int, p: int, q: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = transport.choose
+    monkeypatch.setattr(transport, "choose", lambda *args: choose(*args)._replace(name="merged"))
+    x, y = torch.randn(n, p).to(dtype).requires_grad_(), torch.randn(n, q).to(dtype)
+    arguments = "cka_loss", x, y, "linear", "biased", None, 1, "auto", None, True
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with Allocations(x, y) as allocations:
+            value = global_batch.across(dist.group.WORLD, functional._whole, *arguments)
+            (dx,) = torch.autograd.grad(value, x)
+    finally:
+        dist.destroy_process_group()
+    assert 1 <= allocations.peak(dx) / model.merged_memory(model.Shape("", n, p, q, dtype)) < 1.03
 
 
 def test_seconds_and_bytes_for_people() -> None:
