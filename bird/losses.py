@@ -42,7 +42,13 @@ class _Guided(nn.Module):
     def _matched(self, teacher: Features, student: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name for the log, teacher's rows, student's rows) of each pair."""
         for t, s in self.pairs:
-            yield f"{t}/{s}", _named("teacher_features", teacher, t), _named("student_features", student, s)
+            theirs, ours = _named("teacher_features", teacher, t), _named("student_features", student, s)
+            if theirs.device != ours.device:
+                raise ValueError(
+                    f"{t}/{s}: the teacher's features are on {theirs.device}, the student's on {ours.device}: move one "
+                    "of the two networks, and give both the same images"
+                )
+            yield f"{t}/{s}", theirs, ours
 
 
 class BirdLoss(_Guided):
@@ -110,7 +116,7 @@ class BirdLoss(_Guided):
             total, last = self.alpha * task_loss, {"task": task_loss.detach()}
             names, teachers, students = zip(*self._matched(teacher_features, student_features), strict=True)
         misaligned = self.distance.each(students, teachers, mask)
-        total = total + self.beta * self._weighted(misaligned)
+        total = total + self.beta * weighted_sum(misaligned, self.weights)
         last |= {f"cka/{name}": value for name, value in zip(names, (1 - misaligned.detach()).unbind(), strict=True)}
         self.last = last
         return total
@@ -118,12 +124,6 @@ class BirdLoss(_Guided):
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
         return super().extra_repr() + ("" if self.weights is None else f", weights={self.weights}")
-
-    def _weighted(self, misaligned: Tensor) -> Tensor:
-        if self.weights is None:
-            return weighted_sum(misaligned, None)
-        with torch.autocast(misaligned.device.type, enabled=False):  # it would round the products to bf16
-            return weighted_sum(misaligned, self.weights)
 
 
 class Hints(_Guided):

@@ -46,7 +46,8 @@ def weighted_sum(losses: Tensor, weights: Sequence[float] | None) -> Tensor:
         return losses.sum() if len(losses) > 1 else losses.squeeze(0)  # of one pair: no kernel
     if torch.compiler.is_compiling():
         return sum((w * loss for w, loss in zip(weights, losses.unbind(), strict=True)), losses.new_zeros(()))
-    return losses @ _vector(tuple(weights), losses.dtype, losses.device)
+    # Not losses @ vector: autocast would round that to bf16.
+    return torch.dot(losses, _vector(tuple(weights), losses.dtype, losses.device))
 
 
 @lru_cache(maxsize=64)

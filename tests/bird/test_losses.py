@@ -324,6 +324,21 @@ def test_compiled_losses_log_and_differentiate(
     torch.testing.assert_close(loss.last, truth_last)
 
 
+@pytest.mark.parametrize("kind", ["bird", "hints", "lwf"])
+def test_devices_must_agree(kind: str, teacher: dict[str, Tensor], student: dict[str, Tensor]) -> None:
+    pair = PAIRS[:1]
+    loss = {
+        "bird": lambda: BirdLoss(pairs=pair),
+        "hints": lambda: Hints(pairs=pair, teacher_widths=WIDTHS[0], student_widths=WIDTHS[1]),
+        "lwf": lambda: LwF(pairs=pair),
+    }[kind]()
+    elsewhere = {name: value.to("meta") for name, value in teacher.items()}
+    with pytest.raises(
+        ValueError, match=r"layer4/features\.3: the teacher's features are on meta, the student's on cpu"
+    ):
+        loss(TASK, elsewhere, student)
+
+
 @pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
 def test_weights_are_checked(weight: float) -> None:
     with pytest.raises(ValueError, match="alpha must be finite and not negative"):

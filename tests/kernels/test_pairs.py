@@ -177,6 +177,13 @@ def test_gradcheck(estimator: str) -> None:
     assert torch.autograd.gradcheck(function, (*xs, *(y.requires_grad_() for y in ys)))
 
 
+def test_weights_are_not_rounded_under_autocast(device: torch.device) -> None:
+    xs, ys = lists(12, device)
+    plain = bird_kernels.cka_loss(xs, ys, weights=WEIGHTS)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert bird_kernels.cka_loss(xs, ys, weights=WEIGHTS).item() == plain.item()
+
+
 def test_compiles_without_a_break(device: torch.device) -> None:
     xs, ys = lists(12, device)
     compiled = torch.compile(lambda a, b: bird_kernels.cka_loss(a, b, weights=WEIGHTS), fullgraph=True)
