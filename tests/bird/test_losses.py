@@ -333,9 +333,7 @@ def test_devices_must_agree(kind: str, teacher: dict[str, Tensor], student: dict
         "lwf": lambda: LwF(pairs=pair),
     }[kind]()
     elsewhere = {name: value.to("meta") for name, value in teacher.items()}
-    with pytest.raises(
-        ValueError, match=r"layer4/features\.3: the teacher's features are on meta, the student's on cpu"
-    ):
+    with pytest.raises(ValueError, match="the teacher's features are on meta, the student's on cpu"):
         loss(TASK, elsewhere, student)
 
 
