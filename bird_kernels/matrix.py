@@ -151,7 +151,7 @@ class _Side(NamedTuple):
     """One network's layers, centred, each scaled to entries near 1, those of equal width together."""
 
     stacks: list[Tensor]  # [layers of this width, n, width]: their products are one call
-    place: Tensor  # where each layer, as it was given, stands among them
+    place: list[int]  # where each layer, as it was given, stands among them
     scales: Tensor  # of each layer, as it was given; fp64
 
     def layers(self) -> list[Tensor]:
@@ -185,8 +185,17 @@ def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch
         )  # vector_norm(inf) takes 20 times as long
         scales.append(scale)
         stacks.append(x.mul_(scale.to(wide)[:, None, None]).to(operand))
-    place = torch.tensor([number for group in groups.values() for number in group], device=device).argsort()
-    return _Side(stacks, place, torch.cat(scales)[place])
+    order = [number for group in groups.values() for number in group]
+    place = [order.index(number) for number in range(len(layers))]
+    return _Side(stacks, place, _take(torch.cat(scales), place))
+
+
+def _take(values: Tensor, place: list[int], dim: int = 0) -> Tensor:
+    """The entries of ``values`` in these places: by views, because an index would be copied from the host, which waits
+    for a GPU."""
+    if place == sorted(place):
+        return values
+    return torch.stack([values.select(dim, i) for i in place], dim)
 
 
 def _powers_of_two(peaks: Tensor) -> Tensor:
@@ -207,7 +216,8 @@ def _moments(x: _Side, y: _Side | None, unbiased: bool) -> Moments:
         cross = 2 * n * p * q + n * sum(width**2 for width in widths + others)
     kl, kk, ll, kappa, lam = (_by_strips if gram <= cross else _by_features)(x, y, unbiased)
     here, there = x.place, (y or x).place
-    kl, kk, ll, kappa, lam = kl[here][:, there], kk[here], ll[there], kappa[here], lam[there]
+    kl, kk, kappa = _take(_take(kl, here), there, 1), _take(kk, here), _take(kappa, here)
+    ll, lam = _take(ll, there), _take(lam, there)
     norms = None
     if unbiased:
         squares, other_squares = (kappa**2).sum(1), (lam**2).sum(1)

@@ -226,5 +226,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return std::make_pair(none(dx), none(dy));
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def("emulated_launches", &bird::emulation::launches);
   m.def("set_differentiable_backward", [](py::object function) { bird::differentiable_backward() = std::move(function); });
 }

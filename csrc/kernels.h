@@ -89,6 +89,7 @@ int multiprocessors(int device);
 namespace emulation {
 void forward(Type type, bool exact, const Forward& call, void* stream);
 void backward(Type type, bool exact, const Backward& call, int multiprocessors, void* stream);
+int64_t launches();  // so far, of all threads
 }  // namespace emulation
 
 }  // namespace bird

@@ -228,8 +228,8 @@ def _twice(a: Tensor, b: Tensor, rows: int) -> Scalar:
 def _without_noise(kk: Scalar, bandwidth: Bandwidth, count: Scalar, wide: torch.dtype) -> Scalar:
     """Zero for a kernel whose entries differ by no more than their rounding (rows at equal distances, unbiased)."""
     noise = (ROUNDING * torch.finfo(wide).eps * bandwidth.level * bandwidth.typical * count) ** 2
-    if isinstance(kk, Tensor):
-        return torch.where(kk <= noise, 0.0, kk)
+    if isinstance(noise, Tensor):  # kk may be a float even then, the zero of gram_mse
+        return torch.where(noise >= kk, 0.0, kk)
     return 0.0 if kk <= noise else kk
 
 

@@ -2,6 +2,7 @@
 #include "cuda.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -14,10 +15,14 @@ namespace bird::emulation {
 
 // One launch at a time, of whichever kernel: a block's state is global, as it is to a block.
 static std::mutex one_at_a_time;
+static std::atomic<int64_t> launched{0};
+
+int64_t launches() { return launched; }
 
 template <class Call>
 void launch(void (*kernel)(Call), dim3 grid, size_t shared, void*, const std::remove_const_t<Call>& call) {
   const std::lock_guard<std::mutex> alone(one_at_a_time);
+  ++launched;
   const size_t bytes = (shared + 127) / 128 * 128;
   const std::unique_ptr<float, decltype(&std::free)> memory(static_cast<float*>(std::aligned_alloc(128, bytes + 128)), &std::free);
   emulated::dynamic_shared = memory.get();

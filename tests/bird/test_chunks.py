@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bird import BirdLoss, Taps, Teacher, chunked_backward, chunks
+from bird import RBF, BirdLoss, Taps, Teacher, chunked_backward, chunks
 from bird.chunks import keeps_features
 from tests.groups import run_ranks
 
@@ -138,6 +140,34 @@ def test_pairs_may_weigh_differently(width: int) -> None:
     assert abs(values[1] - values[0]) < 1e-10
     assert distance(equal.gradients(), one.gradients()) > 0.01
     assert abs(values[2] - values[0]) > 1e-3
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=40)
+@given(
+    cuts=st.lists(st.integers(0, 5), min_size=2, max_size=12).filter(lambda cuts: sum(cuts) >= 8),
+    width=st.sampled_from([2, 40]),
+    seed=st.integers(0, 2**16),
+    estimator=st.sampled_from(["biased", "unbiased"]),
+    kernel=st.sampled_from(["linear", RBF(), RBF(flow=True)]),
+)
+def test_any_cuts(cuts: list[int], width: int, seed: int, estimator: str, kernel: str | RBF) -> None:
+    """However the batch is cut, with chunks of one row and of none: value and gradient of the whole, in fp64."""
+    torch.manual_seed(seed)
+    x, y, labels = (torch.randn(sum(cuts), d, dtype=torch.float64) for d in (5, width + 1, 3))
+    model = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3)).double()
+    loss = BirdLoss(0.3, 0.7, [("t", "0")], estimator=estimator, kernel=kernel)
+
+    def student(chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = model[0](chunk[0])
+        return (model[1:](rows) - chunk[2]).square().sum() / len(x), {"0": rows}
+
+    task, ours = student((x, y, labels))
+    whole = loss(task, {"t": y}, ours)
+    expected = torch.autograd.grad(whole, [*model.parameters()])
+    parts = list(zip(x.split(cuts), y.split(cuts), labels.split(cuts), strict=True))
+    value = chunked_backward(student, lambda chunk: {"t": chunk[1]}, parts, loss, model=model)
+    assert abs(value - whole) < 1e-10
+    assert distance([p.grad for p in model.parameters() if p.grad is not None], [*expected]) < 1e-10
 
 
 class _Noisy(Sequence[tuple[Tensor, Tensor]]):

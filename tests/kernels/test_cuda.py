@@ -140,18 +140,9 @@ def test_memory_is_given_back(estimator: str, route: str, backend: str, device: 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
 def test_sanitizer(tool: str, backend: str) -> None:
     """Small, odd shapes under NVIDIA's own checker; in a process of its own."""
-    code = f"""
-import torch
-from bird_kernels.testing import evaluate, features, operator
-for n, p, q in ((5, 3, 70), (37, 61, 29), (130, 65, 33)):
-    for dtype in (torch.float32, torch.bfloat16):
-        for estimator in ("biased", "unbiased"):
-            x, y = features(n, p, q, dtype, torch.device("cuda"))
-            evaluate(operator("gram", {backend!r}, estimator, mask=torch.arange(n, device="cuda") % 5 != 1), x, y)
-torch.cuda.synchronize()
-"""
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    program = [sys.executable, "-m", "tests.kernels.sanitize", backend]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 

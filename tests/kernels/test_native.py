@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from bird_kernels import backends
+from bird_kernels import backends, cka_loss
 from bird_kernels.estimators import MIN_ROWS, Coefficients, combine, linear_moments
 from bird_kernels.plan import FEW_ROWS
-from bird_kernels.testing import evaluate, features, operator, truth
+from bird_kernels.testing import Result, evaluate, features, operator, truth
 from bird_kernels.types import Problem
 
 native = pytest.importorskip("bird_kernels._native", reason="the native part is not built")
@@ -66,6 +67,46 @@ def test_closed_form_is_python_s(kind: str, statistic: str, estimator: str, devi
         tolerance = 1e-7 if name == "value" else 1e-13
         same = math.isnan(ours) and math.isnan(theirs)
         assert same or ours == pytest.approx(theirs, rel=tolerance, abs=tolerance), name
+
+
+emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation")
+
+
+@emulated
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(N, P, Q), (70, 40, 500)], ids=str)
+def test_three_launches(shape: tuple[int, int, int], masked: bool, estimator: str) -> None:
+    """Two forward, and one backward whatever sides it is of; none for a side that wants no gradient."""
+    x, y = features(*shape)
+    mask = torch.arange(len(x)) % 3 != 1 if masked else None
+    for sides in ("x", "y", "xy", ""):
+        leaves = [t.clone().requires_grad_(name in sides) for name, t in (("x", x), ("y", y))]
+        before = native.emulated_launches()
+        value = cka_loss(*leaves, mask=mask, estimator=estimator, backend="native")
+        assert native.emulated_launches() - before == 2
+        if sides:
+            value.backward()
+            assert native.emulated_launches() - before == 3
+
+
+@emulated
+def test_threads_do_not_share(estimator: str) -> None:
+    """Forwards in one thread while another runs backwards: to the bit what they give one after the other."""
+    pairs = [features(N + i, P, Q, seed=i) for i in range(12)]
+    function = operator("gram", "native", estimator)
+    alone = [evaluate(function, *pair) for pair in pairs]
+
+    def forwards() -> list[tuple[Tensor, Tensor, Tensor]]:
+        leaves = [[t.clone().requires_grad_() for t in pair] for pair in pairs]
+        return [(function(x, y), x, y) for x, y in leaves]
+
+    graphs = forwards()
+    with ThreadPoolExecutor(2) as threads:
+        again = threads.submit(forwards)
+        gradients = threads.submit(lambda: [torch.autograd.grad(value, (x, y)) for value, x, y in graphs])
+        values, found = [value.detach() for value, _, _ in again.result()], gradients.result()
+    for value, (dx, dy), expected in zip(values, found, alone, strict=True):
+        torch.testing.assert_close(Result(value, dx, dy), expected, rtol=0, atol=0)
 
 
 @pytest.mark.compiled
