@@ -163,17 +163,20 @@ class Statistics:
         """The same on another device; a new object unless it is there already."""
         if self._sums is None or self._sums.n.device == torch.device(device):
             return self
-        moved = {name: value.to(device) for name, value in self.state_dict().items()}
+        moved = {name: value if name == "eps" else value.to(device) for name, value in self.state_dict().items()}
         return Statistics.from_state_dict(moved, precision=self.precision)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors, on the device where they are, for `torch.save` or safetensors; none before an update."""
+        """Plain tensors, on the device where they are, for `torch.save` or safetensors; none before an update.
+
+        But "eps", by which products were rounded, is on the CPU: so that nobody waits for a device to read it.
+        """
         if self._sums is None:
             return {}
         norms = self._sums.norms
         assert norms is not None
         plain = {name: value.clone() for name, value in self._sums._asdict().items() if name != "norms"}
-        eps = torch.full((), torch.finfo(self._products).eps, dtype=torch.float64, device=self._sums.n.device)
+        eps = torch.full((), torch.finfo(self._products).eps, dtype=torch.float64)
         return plain | {f"norms.{name}": value for name, value in norms._asdict().items()} | {"eps": eps}
 
     @classmethod

@@ -208,6 +208,17 @@ def test_features_with_a_graph_leave_none_behind() -> None:
     assert not any(value.requires_grad for value in stream(x, y).state_dict().values())
 
 
+def test_loading_a_state_reads_no_device() -> None:
+    """Meta tensors have no numbers to read."""
+    statistics = Statistics()
+    statistics.update(*features(9, 3, 4))
+    state = statistics.state_dict()
+    assert state["eps"].item() == torch.finfo(torch.float32).eps
+    again = Statistics.from_state_dict({k: v if k == "eps" else v.to("meta") for k, v in state.items()})
+    assert again._products == torch.float32
+    assert again.state_dict()["xx"].device.type == "meta"
+
+
 def test_a_saved_state_goes_on_to_the_same_bits(tmp_path: Path, estimator: str) -> None:
     x, y = features(61, 7, 5)
     statistics = stream(x[:30], y[:30], [11, 19])
