@@ -179,11 +179,14 @@ def probe(
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
+        from threadpoolctl import threadpool_limits  # scikit-learn's own
     except ImportError as error:
         raise ImportError("linear probes need scikit-learn: pip install 'bird-kernels[vision]'") from error
     model = make_pipeline(StandardScaler(), LogisticRegression(C=c, solver="lbfgs", max_iter=1000))
-    model.fit(train.astype(np.float64), train_labels)
-    return model.predict(held_out.astype(np.float64))
+    # NumPy's threads spin while they wait: with two processes on two cores a probe took 50 to 310 s that takes a few.
+    with threadpool_limits(torch.get_num_threads()):
+        model.fit(train.astype(np.float64), train_labels)
+        return model.predict(held_out.astype(np.float64))
 
 
 def robust_usefulness(
