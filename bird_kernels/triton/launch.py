@@ -68,15 +68,18 @@ def aligned(*tensors: Tensor) -> bool:
     return addresses % 16 == 0
 
 
-def describes(problem: Problem, route: Route) -> bool:
+def describes(problem: Problem, route: Route, precision: str) -> bool:
     """Whether the kernels that multiply read by tensor descriptors, if the tensors allow it (`describable`).
 
     From sm_90 on, which has the unit that copies by them. A descriptor is 128 bytes that the host fills at every
-    launch, 2 us of Python each: so only where whole tiles give every multiprocessor several programs. Not yet measured.
+    launch, 2 us of Python each: so only where whole tiles give every multiprocessor several programs. And only for the
+    matrix units: exact fp32 waits for its own products, and with Triton 3.8 spills up to 400 bytes by descriptors on
+    sm_90. Not yet measured.
     """
     t = tiling(problem, route)
     many = not t.splits and tile_count(problem, route, t.block) >= CROWD * PROGRAMS
-    return many and capability(problem.device) >= (9, 0)
+    exact = problem.dtype == torch.float32 and precision == "ieee"
+    return many and not exact and capability(problem.device) >= (9, 0)
 
 
 def describable(*tensors: Tensor) -> bool:

@@ -117,7 +117,11 @@ class Gram:
             gram.gram_backward_kernel, (tiles, sum(blocks)), (n, p, q, blocks[0]),
             sides | masked | unbiased | multiply, **options,
         )  # fmt: skip
-        self.describes, self.wide, self.high = describes(problem, "gram"), (t.step, t.block), (t.block, t.step)
+        self.describes, self.wide, self.high = (
+            describes(problem, "gram", precision),
+            (t.step, t.block),
+            (t.block, t.step),
+        )
         # Unbiased, the gradient's kernel spills up to 32 bytes with descriptors on sm_100.
         self.describes_gradients = self.describes and not unbiased["UNBIASED"]
 
@@ -203,7 +207,11 @@ class Cross:
             )
             for side, own, other in ((0, p, q), (1, q, p))
         )  # fmt: skip
-        self.describes, self.wide, self.high = describes(problem, "cross"), (t.step, t.block), (t.block, t.step)
+        self.describes, self.wide, self.high = (
+            describes(problem, "cross", precision),
+            (t.step, t.block),
+            (t.block, t.step),
+        )
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Stash]:
         """Value (0-d, fp32) and stash."""

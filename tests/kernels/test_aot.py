@@ -26,9 +26,10 @@ def test_compiled_kernels(capability: int) -> None:
     rows = resources.triton_report(capability)
 
     assert {row["kernel"] for row in rows} == KERNELS
-    # With the Triton of docs/resources.csv nothing spills. With 3.6 three of 127 variants do, on sm_90 up to 136 bytes.
+    # With the Triton of docs/resources.csv nothing spills. With 3.8 two variants do on sm_90, 8 bytes each; with 3.6
+    # three, up to 136 bytes.
     known = {row["compiler"] for row in resources.committed() if row["source"] == "triton"}
-    spills = 0 if triton.__version__ in known else 256
+    spills = 0 if triton.__version__ in known else 136
     assert [row for row in rows if row["spilled"] > spills] == []
     assert [row for row in rows if row["shared"] > SHARED[capability] * 1024] == []
     products = [row for row in rows if row["kernel"] in PRODUCTS]

@@ -17,6 +17,7 @@ launch = pytest.importorskip("bird_kernels.triton.launch")
 routes = pytest.importorskip("bird_kernels.triton.routes")
 
 ALLOWED = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
+MATRIX_UNITS = {torch.float32: "tf32x3", torch.bfloat16: None}  # exact fp32 is never described
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_what_lies_around_the_features_counts_for_nothing(
     """Last blocks stand over every edge; a zero from outside, centred, would be minus the mean of 3."""
     x, y = (within_nan(side, 80) for side in features(n, p, q, dtype, device, mean=3.0))
     mask = torch.arange(n, device=device) % 5 != 3 if masked else None
-    found = evaluate(operator(route, "triton", estimator, mask=mask), x, y)
+    found = evaluate(operator(route, "triton", estimator, mask=mask, precision=MATRIX_UNITS[dtype]), x, y)
     if route == "gram":
         backward = [(n, p), (n, q), (n, n), (n, n)] if estimator == "biased" else []
         assert described == [(n, p), (n, q), *backward]
@@ -83,7 +84,7 @@ def test_what_cannot_be_described_is_loaded_by_pointers(
     described: list[tuple[int, int]],
 ) -> None:  # fmt: skip
     x, y = (within_nan(s, width) for s, width in zip(features(n, p, 12, device=device), widths, strict=True))
-    found = evaluate(operator(route, "triton"), x, y)
+    found = evaluate(operator(route, "triton", precision="tf32x3"), x, y)
     assert len(described) == count
     assert max(errors(found, truth(x, y)).values()) < 3e-6
 
@@ -107,13 +108,20 @@ def test_describable() -> None:
 def test_large_problems_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
     """528 tiles: four programs for each of 132 multiprocessors."""
 
-    def chosen(route: str, n: int, p: int, q: int) -> bool:
-        found: bool = launch.describes(Problem(n, p, q, torch.bfloat16, torch.device("cpu")), route)
+    def chosen(
+        route: str, n: int, p: int, q: int, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee"
+    ) -> bool:
+        found: bool = launch.describes(Problem(n, p, q, dtype, torch.device("cpu")), route, precision)
         return found
 
     large, small = [("gram", 2048, 64, 64), ("cross", 65536, 1024, 1024)], [("gram", 1984, 4096, 4096)]
     small += [("cross", 65536, 960, 1024), ("gram", 128, 2048, 2048), ("cross", 65536, 64, 64)]
     monkeypatch.setattr(launch, "capability", lambda _: (9, 0))
     assert [chosen(*sizes) for sizes in large + small] == [True, True, False, False, False, False]
+    assert [chosen(*large[1], torch.float32, precision) for precision in ("tf32", "tf32x3", "ieee")] == [
+        True,
+        True,
+        False,
+    ]
     monkeypatch.setattr(launch, "capability", lambda _: (8, 9))
     assert [chosen(*sizes) for sizes in large] == [False, False]
