@@ -44,7 +44,7 @@ def _store_distances(products, norms, matrix, rows, columns, n, row_tile, column
     right = tl.load(norms + columns, mask=columns < n, other=0.0)
     pairs = left[:, None] + right[None, :]
     squares = pairs - 2.0 * products
-    none = (squares <= SAME * EPS * pairs) | (rows[:, None] == columns[None, :])  # NaN stays
+    none = (squares <= pairs * (SAME * EPS)) | (rows[:, None] == columns[None, :])  # NaN stays
     store_symmetric(matrix, tl.where(none, 0.0, squares), rows, columns, n, row_tile, column_tile)
 
 
