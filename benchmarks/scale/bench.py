@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import io
 import json
 import os
@@ -166,6 +167,7 @@ def work(rank: int, world: int, shapes: list[tuple[int, int, int]], folder: str)
     rows = [row for shape in shapes for row in compete(shape, origin)]
     if rank == 0:
         (Path(folder) / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
+    gc.collect()  # whoever holds on to the group keeps gloo's threads alive, which may abort the process at its end
     dist.destroy_process_group()
 
 
