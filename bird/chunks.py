@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any, TypeVar
 
@@ -259,7 +259,7 @@ class _Replay:
 
     def __init__(self, model: nn.Module) -> None:
         self.devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
-        self.states: list[list[Tensor]] = []
+        self.states: list[dict[torch.device | None, Tensor]] = []
         self.buffers = [
             (module._buffers, name, buffer, None if buffer is None else buffer.clone())
             for module in model.modules()
@@ -271,7 +271,7 @@ class _Replay:
 
     def record(self) -> None:
         """The next chunk's first run begins."""
-        self.states.append(self._random())
+        self.states.append(random_state(self.devices))
 
     @torch.no_grad()
     def rewind(self) -> None:
@@ -285,22 +285,27 @@ class _Replay:
 
     def rewound(self) -> Iterator[int]:
         """The chunks again, each as it was found; in the end everything is as it was before."""
-        end = self._random()
+        end = random_state(self.devices)
         self.rewind()
         for i, state in enumerate(self.states):
-            self._restore(state)
+            set_random_state(state)
             yield i
-        self._restore(end)
+        set_random_state(end)
 
     def silence(self) -> contextlib.AbstractContextManager[None]:
         """No communication of gradients inside."""
         return contextlib.nullcontext() if self.parallel is None else self.parallel.no_sync()
 
-    def _random(self) -> list[Tensor]:
-        devices = [torch.get_device_module(device).get_rng_state(device) for device in self.devices]
-        return [torch.get_rng_state(), *devices]
 
-    def _restore(self, state: list[Tensor]) -> None:
-        torch.set_rng_state(state[0])
-        for device, own in zip(self.devices, state[1:], strict=True):
+def random_state(devices: Iterable[torch.device]) -> dict[torch.device | None, Tensor]:
+    """Where PyTorch's generators stand: the CPU's (None), and those of other devices."""
+    return {None: torch.get_rng_state()} | {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+
+
+def set_random_state(state: Mapping[torch.device | None, Tensor]) -> None:
+    """Undo `random_state`."""
+    for device, own in state.items():
+        if device is None:
+            torch.set_rng_state(own)
+        else:
             torch.get_device_module(device).set_rng_state(own, device)

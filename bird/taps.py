@@ -124,6 +124,33 @@ class Taps:
         self._features[name] = rows
 
 
+class FirstPass(Taps):
+    """Taps for a step in which the model runs more than once, as trainers do for a reference: the first pass counts.
+
+    `listen` begins a step. What runs from then on is recorded once; later passes, and passes under `torch.no_grad` in
+    a step that has gradients, leave no trace. A wrapper may call the inner network's ``forward`` past its hooks, as
+    PEFT's does. Arguments as of `Taps`.
+    """
+
+    def listen(self) -> None:
+        """Forget; the features of the next forward count, with a graph if gradients are enabled now."""
+        self._features = {}
+        self._builds_graph = torch.is_grad_enabled()
+
+    def _begin(self, _model: nn.Module, _args: Any) -> None:
+        if torch.compiler.is_compiling() or not _in_backward():
+            self._running = True
+
+    def _record(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not _in_backward():
+            passed = self._builds_graph and not torch.is_grad_enabled()
+            if passed and not torch.compiler.is_compiling() and _called_from(CheckpointFunction.forward.__code__):
+                raise RuntimeError(_NO_GRAPH.format(name))
+            if passed or name in self._features:
+                return
+        super()._record(name, layer, args, output)
+
+
 _NO_GRAPH = (
     "layer {!r} ran without a graph in a training step, so its features would carry no gradient: use "
     "checkpoint(..., use_reentrant=False) if it is checkpointed, and no torch.no_grad() around it"

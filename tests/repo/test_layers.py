@@ -24,14 +24,14 @@ HOUSE = {
         {"__init__"},
         {"__main__"},
         {"cli"},
-        {"demo", "reproduction", "candidates"},
+        {"demo", "reproduction", "candidates", "language"},
         {"figures"},
         {"pictures"},
         {"report", "experiments"},
         {"scoring"},
         {"recipes"},
         {"methods"},
-        {"training", "profiling", "evaluation", "selection", "similarity", "language"},
+        {"training", "profiling", "evaluation", "selection", "similarity"},
         {"steps"},
         {"chunks"},
         {"losses", "extraction"},
@@ -58,8 +58,8 @@ HOUSE = {
         {"_native"},  # csrc/, where it is built
     ],
 }
-# The rooms of `bird` that compute alignment; the front door re-exports the operators, `info` lists backends.
-CALLS_KERNELS = {"losses", "chunks", "selection", "evaluation", "similarity", "__init__", "cli"}
+# The rooms of `bird` that compute alignment, or pool tokens; the front door re-exports the operators, `info` lists backends.
+CALLS_KERNELS = {"losses", "chunks", "selection", "evaluation", "similarity", "language", "__init__", "cli"}
 # `reference` is the truth to test against: only double backward and backend="reference" may lean on it.
 CALLS_REFERENCE = {"testing", "functional", "ops"}
 
@@ -177,7 +177,7 @@ def test_importing_is_light(package: str) -> None:
     assert run.returncode == 0, run.stderr
     loaded = set(run.stdout.split())
     assert package in loaded
-    assert loaded & {"triton", "torchvision", "sklearn", "matplotlib"} == set()
+    assert loaded & {"triton", "torchvision", "sklearn", "matplotlib", "transformers", "trl"} == set()
 
 
 def test_no_pickle_is_loaded() -> None:

@@ -1,0 +1,33 @@
+"""TRL's trainers with a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from trl import DPOTrainer, SFTTrainer
+
+from .guidance import Sequences
+from .mixin import BirdMixin, _ids_and_mask
+
+
+class BirdSFTTrainer(BirdMixin, SFTTrainer):
+    """`trl.SFTTrainer` with ``guidance=``, see `BirdMixin`. Tokens that are trained on are the completion."""
+
+
+class BirdDPOTrainer(BirdMixin, DPOTrainer):
+    """`trl.DPOTrainer` with ``guidance=``, see `BirdMixin`; whatever its loss and its reference.
+
+    A batch of B pairs has 2 B sequences, chosen ones and then rejected ones; ``Guidance(rows=)`` says which are rows.
+    """
+
+    def sequences(self, inputs: Mapping[str, Any]) -> Sequences:
+        """The rows that were asked for, of a preference batch."""
+        ids, mask = _ids_and_mask(inputs)
+        completion = inputs["completion_mask"]
+        half = len(ids) // 2
+        rows = self.guide.guidance.rows
+        if rows == "prompt":
+            mask, completion = mask * (1 - completion), completion * 0
+        part = {"both": slice(None), "rejected": slice(half, None)}.get(rows, slice(half))
+        return Sequences(ids[part], mask[part], completion[part], part)
