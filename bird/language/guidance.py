@@ -89,8 +89,9 @@ class Guidance:
         BirdLoss(self.alpha, self.beta, [("teacher", "student")])  # says what is wrong with the weights
         require_pooling("pooling", self.pooling)
         require_pooling("teacher_pooling", self.teacher_pooling or self.pooling)
-        if self.rows not in get_args(Rows):
-            raise ValueError(f"rows must be one of {', '.join(map(repr, get_args(Rows)))}, not {self.rows!r}")
+        for name, choices in (("rows", get_args(Rows)), ("estimator", tuple(MIN_ROWS))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {getattr(self, name)!r}")
         if "all" in (self.pooling, self.teacher_pooling) and (
             self.tokenizer is not None or self.teacher_pooling not in (None, self.pooling)
         ):
@@ -152,7 +153,7 @@ class Guide:
             group=group,
         )
         if guidance.tokenizer is None:
-            _require_same_vocabulary(core, guide)
+            _require_same_vocabulary(core, self.network)
         elif tokenizer is None:
             raise ValueError("the teacher has its own tokenizer, so the student's is needed: give processing_class")
 
@@ -199,13 +200,13 @@ class Guide:
 
     def _read(self, sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor, Tensor]:
         """Mask, ids and what is pooled, of the student's text in the teacher's tokens, padded on the right."""
-        mask = sequences.mask != 0
+        only, mask = self.guidance.completion_only, sequences.mask != 0
         completion = mask if sequences.completion is None else mask & (sequences.completion != 0)
+        completion = self._counted(sequences) != 0 if only else completion
         prompts, completions = (self._text(sequences.ids, part) for part in (mask & ~completion, completion))
         texts = [self.guidance.text(*both) for both in zip(prompts, completions, strict=True)]
         if empty := [number for number, text in enumerate(texts) if not text.strip()]:
             raise ValueError(f"sequences {empty} of the batch have no text for the teacher: an empty text or response")
-        only = self.guidance.completion_only
         read = tokenizer(texts, return_offsets_mapping=only, verbose=False)
         ids: list[list[int]] = read["input_ids"]
         longest, window = max(map(len, ids)), _window(self.network, tokenizer)
@@ -214,14 +215,8 @@ class Guide:
                 f"a text has {longest} tokens of the teacher's tokenizer, and the teacher takes {window}: shorten what "
                 "the student is trained on (max_length), or what the teacher reads of it (text=)"
             )
-        counted = [[1] * len(row) for row in ids]
-        if only:
-            for row, text, end in zip(range(len(ids)), texts, completions, strict=True):
-                if not text.endswith(end):
-                    raise ValueError(f"completion_only: text= must end with the completion, {text!r} does not")
-                start = len(text) - len(end)
-                counted[row] = [int(stop > start and stop > begin) for begin, stop in read["offset_mapping"][row]]
         ones = [[1] * len(row) for row in ids]
+        counted = [*map(_at_the_end, texts, completions, read["offset_mapping"])] if only else ones
         return _table(ones, longest), _table(ids, longest), _table(counted, longest)
 
     def _text(self, ids: Tensor, chosen: Tensor) -> list[str]:
@@ -277,6 +272,14 @@ def _window(teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens the teacher takes."""
     positions: Any = getattr(getattr(teacher, "config", None), "max_position_embeddings", None)
     return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+
+
+def _at_the_end(text: str, end: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
+    """Which tokens of a text, by where each begins and stops, reach into its end."""
+    if not text.endswith(end):
+        raise ValueError(f"completion_only: text= must end with the completion, {text!r} does not")
+    start = len(text) - len(end)
+    return [int(stop > start and stop > begin) for begin, stop in offsets]
 
 
 def _table(rows: Sequence[Sequence[int]], width: int) -> Tensor:

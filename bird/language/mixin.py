@@ -86,7 +86,7 @@ class BirdMixin:
         task = result[0] if return_outputs else result
         # The trainer divides what it gets by the number of accumulated batches, unless the loss is a share of the
         # whole already; then so must the guidance be.
-        batches = self.current_gradient_accumulation_steps if model.training else 1  # type: ignore[attr-defined]
+        batches = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
         later = batches if model.training and not self._is_share(num_items_in_batch) else 1
         rows = self.guide.student_rows(sequences)
         if step is not None:

@@ -58,7 +58,7 @@ HOUSE = {
         {"_native"},  # csrc/, where it is built
     ],
 }
-# The rooms of `bird` that compute alignment, or pool tokens; the front door re-exports the operators, `info` lists backends.
+# The rooms of `bird` that compute alignment or pool tokens; the front door re-exports operators, `info` lists backends.
 CALLS_KERNELS = {"losses", "chunks", "selection", "evaluation", "similarity", "language", "__init__", "cli"}
 # `reference` is the truth to test against: only double backward and backend="reference" may lean on it.
 CALLS_REFERENCE = {"testing", "functional", "ops"}
