@@ -33,7 +33,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -55,7 +55,8 @@ T = TypeVar("T")
 AUGMENTS = ("none", "crop", "crop-flip")
 
 
-def _known(what: str, value: str, known: Iterable[str]) -> None:
+def require_known(what: str, value: str, known: Iterable[str]) -> None:
+    """Raises a ValueError, with the nearest names, unless ``value`` is one of those known."""
     known = list(known)
     if value not in known:
         near = difflib.get_close_matches(str(value), known) or known
@@ -79,10 +80,10 @@ class Source:
     augment: str = "crop-flip"
 
     def __post_init__(self) -> None:
-        _known("data", self.data, DATASETS)
+        require_known("data", self.data, DATASETS)
         if self.classes is None and DATASETS[self.data].classes is None:
             raise ValueError(f"how many classes {self.data!r} has is not known: list them, classes = [0, 1, ...]")
-        _known("augment", self.augment, AUGMENTS)
+        require_known("augment", self.augment, AUGMENTS)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Scoring:
 
     def __post_init__(self) -> None:
         for name in self.corruptions:
-            _known("corruptions", name, CORRUPTIONS)
+            require_known("corruptions", name, CORRUPTIONS)
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,10 @@ class Networks:
     paper_pgr: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _known("teacher", self.teacher, MODELS)
-        _known("student", self.student, MODELS)
+        require_known("teacher", self.teacher, MODELS)
+        require_known("student", self.student, MODELS)
         for method in (*self.paper, *self.paper_pgr):
-            _known("paper", method, METHODS)
+            require_known("paper", method, METHODS)
 
 
 @dataclass(frozen=True)
@@ -227,10 +228,10 @@ class Recipe:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
         for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
-            _known("methods", method, METHODS)
+            require_known("methods", method, METHODS)
         changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
         for name in self.corruptions + self.held_out + changed:
-            _known("corruptions", name, CORRUPTIONS)
+            require_known("corruptions", name, CORRUPTIONS)
         for source in (self.teacher, *(v.teacher for v in self.variants.values() if v.teacher)):
             theirs, ours = (DATASETS[s.data].channels for s in (source, self.student))
             if theirs != ours:  # teachers see the student's images
@@ -252,13 +253,18 @@ def read(recipe: str) -> Recipe:
     Raises:
         ValueError: no such recipe, or one that says something it cannot: which key, and what is known.
     """
+    return parsed(recipe, parse)
+
+
+def parsed(recipe: str, parse: Callable[[str, Mapping[str, Any]], T]) -> T:
+    """What ``parse`` makes of a recipe's name and table; arguments and errors otherwise as of `read`."""
     if recipe.endswith(".toml"):
         path, name = Path(recipe), Path(recipe).stem
         if not path.is_file():
             raise ValueError(f"there is no file {recipe}")
         text = path.read_text(encoding="utf-8")
     else:
-        _known("recipe", recipe, names())
+        require_known("recipe", recipe, names())
         name = recipe
         text = resources.files(__package__).joinpath(f"{recipe}.toml").read_text(encoding="utf-8")
     try:
@@ -277,26 +283,26 @@ def parse(name: str, data: Mapping[str, Any]) -> Recipe:
     if "scoring" in table:
         parts["scoring"] = Scoring
     for part, kind in parts.items():
-        table[part] = _made(part, kind, table[part])
+        table[part] = made(part, kind, table[part])
     table["networks"] = {
-        key: _made(f"networks.{key}", Networks, {"teacher": key, "student": key} | value)
+        key: made(f"networks.{key}", Networks, {"teacher": key, "student": key} | value)
         for key, value in table["networks"].items()
     }
     if "variants" in table:
         table["variants"] = {key: _variant(f"variants.{key}", value) for key, value in table["variants"].items()}
-    return _made("the recipe", Recipe, table)
+    return made("the recipe", Recipe, table)
 
 
 def _variant(where: str, table: Mapping[str, Any]) -> Variant:
-    parts = {"teacher": _made(f"{where}.teacher", Source, table["teacher"])} if "teacher" in table else {}
-    return _made(where, Variant, {**table, **parts})
+    parts = {"teacher": made(f"{where}.teacher", Source, table["teacher"])} if "teacher" in table else {}
+    return made(where, Variant, {**table, **parts})
 
 
-def _made(where: str, kind: type[T], table: Mapping[str, Any]) -> T:
-    """The dataclass from a table; lists become tuples, unknown keys are refused."""
+def made(where: str, kind: type[T], table: Mapping[str, Any]) -> T:
+    """The dataclass from a table; lists become tuples, unknown keys are refused with a ValueError that says where."""
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for key in table:
-        _known(f"a key of {where}", key, known)
+        require_known(f"a key of {where}", key, known)
     try:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
     except ValueError as error:

@@ -1,0 +1,154 @@
+"""Students tuned on preferences: TRL's DPO, by itself or with a teacher's geometry, as one call that resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from ..checkpoints import atomic, write_json
+from .data import Preference, columns
+from .recipes import Training
+from .runs import QUIET, Watch, claim, forget_checkpoints, last_checkpoint
+from .trl_trainers import BirdDPOTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .guidance import Guidance
+
+
+def train_policy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Preference],
+    training: Training,
+    folder: Path,
+    *,
+    guidance: Guidance | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    save_every: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Train in place by DPO (Rafailov et al., 2023) as TRL has it; its reference is the model as it comes.
+
+    The folder gets ``policy.safetensors`` (whole weights, adapters merged) and, last of all, ``history.json``. Called
+    again with the model as it came, it goes on from its last whole checkpoint, and a complete one is only read. Nothing
+    is unpickled but what ``torch.load(weights_only=True)`` admits. The reference's log probabilities are computed once,
+    at the start, so no second model is held.
+
+    Args:
+        model: a causal language model; trained in place, in eval mode at the end.
+        tokenizer: the model's.
+        pairs: of responses to a prompt.
+        training: how long and how.
+        folder: of this run alone.
+        guidance: adds a teacher's geometry; the order of the pairs is the same with it.
+        seed: of the order of the pairs, and of dropout (which TRL turns off).
+        device: ``"cpu"`` or a kind of accelerator.
+        save_every: steps between checkpoints; None: one for each epoch.
+        progress: show bars.
+
+    Returns:
+        Plain data: ``train``, a row for each step with TRL's metrics (and ``cka``, ``cka_loss``, ``task_loss`` where
+        something guides).
+
+    Raises:
+        ValueError: a folder of another run; what `bird.language.BirdMixin` refuses.
+        FloatingPointError: the loss is no longer finite.
+    """
+    rows = columns(pairs)
+    claim(folder, _run(rows, training, guidance, seed))
+    finished = folder / "history.json"
+    if finished.exists():
+        restore(model.to(torch.device(device)), folder)
+        return json.loads(finished.read_text(encoding="utf-8"))
+    more: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
+    if training.adapters:
+        from peft import LoraConfig
+
+        more["peft_config"] = LoraConfig(r=training.adapters, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = (DPOTrainer if guidance is None else BirdDPOTrainer)(
+        model,
+        args=_arguments(training, folder, seed, torch.device(device), save_every),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        **more,
+    )
+    watch = Watch(progress)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(watch)
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    finally:
+        watch.close()
+        if isinstance(trainer, BirdDPOTrainer):
+            trainer.guide.taps.remove()
+    trained = trainer.model.merge_and_unload() if training.adapters else trainer.model
+    with atomic(folder / "policy.safetensors") as partial:
+        save_model(trained, str(partial))
+    trained.eval()
+    history = {"train": [{k: v for k, v in r.items() if k != "epoch"} for r in trainer.state.log_history if "loss" in r]}
+    write_json(history, finished)
+    forget_checkpoints(folder)
+    return history
+
+
+def restore(model: nn.Module, folder: Path) -> None:
+    """Give a model of the same architecture the weights that `train_policy` left; eval mode.
+
+    Raises:
+        OSError: there are none.
+        ValueError: they are damaged, or of another architecture.
+    """
+    path = folder / "policy.safetensors"
+    try:
+        load_model(model, str(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged, or of another architecture ({error}): delete its folder") from error
+    model.eval()
+
+
+def _arguments(
+    training: Training, folder: Path, seed: int, device: torch.device, save_every: int | None
+) -> DPOConfig:
+    micro = training.micro_batch or training.batch_size
+    return DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // micro,
+        num_train_epochs=training.epochs,
+        learning_rate=training.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=training.warmup,  # a share of the steps while it is below 1
+        beta=training.preference_beta,
+        max_length=training.max_length,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=micro,
+        gradient_checkpointing=False,
+        bf16=training.bf16,
+        seed=seed,
+        use_cpu=device.type == "cpu",
+        save_strategy="epoch" if save_every is None else "steps",
+        save_steps=save_every or 500,
+        **QUIET,
+    )
+
+
+def _run(rows: dict[str, Any], training: Training, guidance: Guidance | None, seed: int) -> dict[str, Any]:
+    networks = ("teacher", "tokenizer", "text")
+    choices = None if guidance is None else {k: str(v) for k, v in vars(guidance).items() if k not in networks}
+    data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return {"training": asdict(training), "data": data, "guidance": choices, "seed": seed}

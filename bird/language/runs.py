@@ -1,0 +1,81 @@
+"""What runs of transformers' trainers share here: whose folder it is, where they go on, what they show."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from ..checkpoints import write_json
+
+# Of every run: nothing is reported anywhere, each step is logged, and a loss that is not finite is not hidden.
+QUIET: dict[str, Any] = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "logging_nan_inf_filter": False,
+    "save_total_limit": 1,
+}
+
+
+def claim(folder: Path, run: dict[str, Any]) -> None:
+    """Write down whose folder it is, as far as that is plain data: the networks are for the caller to keep apart.
+
+    Raises:
+        ValueError: it is another run's: what changed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name in run if old.get(name) != run[name]]:
+            raise ValueError(f"{folder} is of another run ({', '.join(changed)} changed): choose another folder")
+    write_json(run, path)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The latest whole one; the trainer writes ``trainer_state.json`` last, so one without it is of a killed run."""
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            whole.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], path))
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(path)
+    return str(max(whole)[1]) if whole else None
+
+
+def forget_checkpoints(folder: Path) -> None:
+    """Of a run that is complete."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+class Watch(TrainerCallback):
+    """A bar, and an end to a run whose loss is not finite."""
+
+    def __init__(self, progress: bool) -> None:
+        self.bar: Any = tqdm(desc="training", unit="step", leave=False, disable=not progress)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The bar's length, and where a resumed run stands."""
+        self.bar.total, self.bar.n = state.max_steps, state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """One step on.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        loss = more["logs"].get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss} at step {state.global_step}; a lower lr may help")
+        self.bar.update(state.global_step - self.bar.n)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
