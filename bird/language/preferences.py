@@ -140,7 +140,8 @@ def _is_conversation(value: object) -> bool:
 
 def _is_empty(value: Any) -> bool:
     """No words at all, or a conversation that ends without any."""
-    return not (value if isinstance(value, str) else value and value[-1]["content"]).strip() if value else True
+    last = value[-1]["content"] if value and isinstance(value, list) else value
+    return not last or not last.strip()
 
 
 def _extract(row: Mapping[str, Any]) -> tuple[Preference | None, str]:
@@ -151,14 +152,13 @@ def _extract(row: Mapping[str, Any]) -> tuple[Preference | None, str]:
         raise ImportError("TRL is needed to read preferences: pip install 'bird-kernels[language]'") from error
 
     given = {field: row[field] for field in ("prompt", "chosen", "rejected") if row.get(field) is not None}
-    for field in ("chosen", "rejected"):
-        if _is_empty(given[field]):
+    for field, value in given.items():
+        if _is_empty(value):
             return None, f"{field} is empty"
     if given["chosen"] == given["rejected"]:
         return None, "chosen and rejected are equal"
     parts = maybe_extract_prompt(given)
     for field in ("prompt", "chosen", "rejected"):
         if _is_empty(parts[field]):
-            implicit = "prompt" not in given and field == "prompt"
-            return None, "chosen and rejected share no beginning" if implicit else f"{field} is empty"
+            return None, "chosen and rejected share no beginning" if field == "prompt" else f"{field} is empty"
     return Preference(parts["prompt"], parts["chosen"], parts["rejected"]), ""

@@ -91,7 +91,7 @@ def _ask_all(
 
 def _field(row: Row, name: str, kind: type) -> Any:
     value = row.get(name)
-    if type(value) is not kind or value == "":
+    if type(value) is not kind or not str(value).strip():
         raise ValueError(f"{name} must be of type {kind.__name__} and not empty, got {value!r}")
     return value.strip() if isinstance(value, str) else value
 
