@@ -1,0 +1,1 @@
+"""BIRD for language models: responses of students, and judges of them."""
