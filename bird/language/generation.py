@@ -168,12 +168,13 @@ def _continue(
     stops = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     takes = _takes(model)
+    memory = "cache" if "cache" in takes else "past_key_values"  # its name in transformers from 5.24 on, and before
     tokens: list[Tensor] = []
     past, over = None, torch.zeros(len(rows), dtype=torch.bool, device=device)
     for step in range(limit):
         options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": 1}
         options = {name: value for name, value in options.items() if name in takes}
-        output = model(input_ids=ids, attention_mask=mask, past_key_values=past, use_cache=True, **options)
+        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **options, **{memory: past})
         logits = output.logits[:, -1]
         if logits.isnan().any():
             raise FloatingPointError("the model's logits are NaN: its weights are broken, or its precision overflows")
@@ -182,7 +183,7 @@ def _continue(
         over |= torch.isin(chosen, stops)
         if over.all():
             break
-        past = output.past_key_values
+        past = getattr(output, memory)
         ids, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
     for row in torch.stack(tokens, dim=1).tolist():
