@@ -156,9 +156,9 @@ class Classifier:
         found: list[Verdict] = []
         with evaluating(self.model) as device:
             for start in range(0, len(texts), self.batch_size):
-                inputs = self.tokenizer(
-                    texts[start : start + self.batch_size], padding=True, truncation=True, return_tensors="pt"
-                )
+                batch = texts[start : start + self.batch_size]
+                # on the right, whatever the tokenizer is set to: encoders count positions from the left end
+                inputs = self.tokenizer(batch, padding=True, padding_side="right", truncation=True, return_tensors="pt")
                 logits = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
                 if logits.shape[1] < max(2, self.good + 1) or self.good < 0:
                     raise ValueError(f"class {self.good} of {logits.shape[1]} cannot be told from others")
