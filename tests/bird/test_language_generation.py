@@ -20,7 +20,7 @@ from bird.language.generation import generate, perplexity, sample
 from bird.language.lines import Lines
 from bird.language.networks import fingerprint
 from bird.language.texts import padded, plain
-from tests.bird.tiny_language import END, WORDS, causal, tokenizer
+from tests.bird.tiny_language import END, WORDS, absolute, causal, tokenizer
 
 PROMPTS = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w1", "w10 w11 w12 w13", "w4 w4 w4", "w20 w2 w19 w3 w18"]
 
@@ -91,6 +91,12 @@ def test_greedy_responses_are_those_of_transformers(model: Any, batch_size: int)
     assert len(set(found)) == len(found)
     lengths = {len(response.split()) for response in found}
     assert len(lengths) > 1, "none of these responses ends early, so ends were not tested"
+
+
+def test_positions_count_from_a_prompts_first_token(device: torch.device) -> None:
+    model, words = absolute().to(device).eval(), tokenizer()
+    found = generate(model, words, PROMPTS, max_new_tokens=8, greedy=True)
+    assert found == [literal(model, words, words(p)["input_ids"], 8) for p in PROMPTS]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.8}])
@@ -169,7 +175,7 @@ def test_the_nucleus_is_the_smallest_set_that_is_enough() -> None:
 
 
 def test_first_tokens_of_many_seeds_follow_the_model(model: Any) -> None:
-    words, n = tokenizer(), 400
+    words, n = tokenizer(), 200
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([words("w7 w7")["input_ids"]], device=model.device)).logits[0, -1]
     p = logits.double().softmax(dim=0).cpu().numpy()
@@ -351,6 +357,17 @@ def test_perplexity_is_that_of_a_token_by_token_loop(model: Any, batch_size: int
     model.eval()
     truth = literal_perplexity(model, [words(text)["input_ids"] for text in texts])
     assert found == pytest.approx(truth, rel=1e-5)
+
+
+def test_each_token_of_each_prompt_has_its_own_draw(device: torch.device) -> None:
+    """A model that knows nothing shows them."""
+    model = causal().to(device)
+    model.lm_head.weight.data.zero_()
+    found = [word for text in generate(model, tokenizer(), PROMPTS, max_new_tokens=50) for word in text.split()]
+    assert len(found) > 50
+    assert max(Counter(found).values()) < len(found) / 5
+    starts = [text.split()[:1] for text in generate(model, tokenizer(), PROMPTS, max_new_tokens=1)]
+    assert len({*map(tuple, starts)}) > 3
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(device: torch.device) -> None:

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -54,6 +56,20 @@ def causal(seed: int = 0, **options: Any) -> LlamaForCausalLM:
         **options,
     )
     return _random(LlamaForCausalLM, config, seed)
+
+
+def absolute(seed: int = 0) -> GPT2LMHeadModel:
+    """Positions are embedded: a shifted text is another one, as it is not with rotary embeddings."""
+    config = GPT2Config(
+        vocab_size=len(SPECIAL + WORDS),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        eos_token_id=END,
+        bos_token_id=0,
+    )
+    return _random(GPT2LMHeadModel, config, seed)
 
 
 def classifier(seed: int = 0, classes: int = 2) -> BertForSequenceClassification:
