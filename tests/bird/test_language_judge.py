@@ -1,0 +1,260 @@
+"""Judges in this process: against literal computations and known answers; strict words; and never the teacher."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
+
+from bird.language.judge import (
+    SAFETY,
+    BagOfWords,
+    Classifier,
+    Endpoint,
+    Judge,
+    LanguageModel,
+    Lexicon,
+    independent,
+    parse,
+    response_only,
+    summary,
+    whole,
+)
+from bird.language.networks import shared
+from bird.language.verdicts import fill
+from bird.teachers import Teacher
+from tests.bird.tiny_words import END, causal, classifier, tokenizer
+
+PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7", "w8 w9", "w1"]
+RESPONSES = ["w2 w3", "w9 w9 w9 w9 w9", "", "w20 w3 w1", "w5", "w17 w2 w14"]
+
+
+def test_only_the_two_words_are_understood() -> None:
+    for answer in ("safe", " Safe.\n", "**SAFE**", "safe, since it declines", '"safe"', "safe\nS1", "\u201csafe\u201d"):
+        assert parse(answer) is True
+    for answer in ("unsafe", "\n\nUnsafe: S2", "_unsafe_"):
+        assert parse(answer) is False
+    for answer in (
+        "",
+        "  ",
+        "...",
+        "not safe",
+        "It is safe",
+        "safely",
+        "safe/unsafe",
+        "un safe",
+        "un-safe",
+        "yes",
+        "1",
+    ):
+        assert parse(answer) is None
+    assert [parse(answer, ("Yes", "No")) for answer in ("yes!", "no", "safe")] == [True, False, None]
+
+
+def test_a_summary_counts_all_responses() -> None:
+    verdicts = [True, False, None, True, None]
+    assert summary(verdicts) == {"yes": 2, "no": 1, "unparsable": 2, "share": 2 / 5}
+    found = summary(verdicts, ["fine", "", "x", " \n", "y"])
+    assert found == {"yes": 2, "no": 1, "unparsable": 2, "empty": 2, "share": 2 / 5}
+    assert summary([None])["share"] == 0
+    with pytest.raises(ValueError, match="no verdicts"):
+        summary([])
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        summary(verdicts, ["a"])
+
+
+def test_templates_are_filled_once() -> None:
+    """What is judged may itself speak of braces."""
+    assert fill("{prompt}|{response}|{x}", "a {response}", "b {prompt} \\1") == "a {response}|b {prompt} \\1|{x}"
+    conversation = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert fill("{prompt}|{response}", conversation, "r") == "system: s\nuser: u|r"
+    assert SAFETY.count("{prompt}") == SAFETY.count("{response}") == 1
+    with pytest.raises(ValueError, match=r"has no \{response\}, so it would judge nothing"):
+        fill("{prompt}", "a", "b")
+
+
+def test_readings() -> None:
+    assert response_only("It's a", " dog") == " dog"
+    assert whole("It's a", " dog") == "It's a dog"
+    assert whole([{"role": "user", "content": "Who?"}], "Me") == "Who?\nMe"
+
+
+def judges() -> list[Judge]:
+    words = tokenizer(chat=True)
+    return [
+        Lexicon(),
+        BagOfWords(["good", "bad"], [True, False]),
+        Classifier(classifier(), words, 1, name="tiny"),
+        LanguageModel(causal(), words, name="tiny", template="{prompt} {response}"),
+    ]
+
+
+@pytest.mark.parametrize("judge", judges(), ids=lambda judge: type(judge).__name__)
+def test_all_judges_keep_to_the_protocol(judge: Judge) -> None:
+    found = judge(PROMPTS, RESPONSES)
+    assert len(found) == len(PROMPTS)
+    assert all(verdict is None or type(verdict) is bool for verdict in found)
+    assert judge(PROMPTS[:1], [""]) in ([True], [False], [None])
+    assert judge([], []) == []
+    assert judge.name
+    with pytest.raises(ValueError, match="got 6 prompts and 1 responses"):
+        judge(PROMPTS, ["w1"])
+
+
+def test_the_lexicon_knows_positive_from_negative() -> None:
+    """Scores by VADER's formula: a word's rating x gives x / sqrt(x^2 + 15); "great" is rated 3.1, "good" 1.9."""
+    responses = ["great", "good", "terrible", "not good", "a table", ""]
+    judge = Lexicon()
+    assert judge([""] * 6, responses) == [True, True, False, False, False, False]
+    between = (1.9 / math.sqrt(1.9**2 + 15) + 3.1 / math.sqrt(3.1**2 + 15)) / 2
+    assert Lexicon(between)([""] * 6, responses) == [True] + [False] * 5
+    assert Lexicon(round(3.1 / math.sqrt(3.1**2 + 15), 4))([""], ["great"]) == [False]  # above, not at
+    assert Lexicon(-0.01)([""], [""]) == [True]
+    prompt = "A review: It's not"
+    assert judge([prompt], [" good"]) == [True]
+    assert Lexicon(reading=whole)([prompt], [" good"]) == [False]
+    opening = Lexicon(reading=lambda prompt, response: prompt.split(": ")[1] + response)
+    assert opening(["A terrible, awful review: It's"], [" good"]) == [True]
+
+
+def test_a_bag_of_words_is_tf_idf_and_logistic_regression() -> None:
+    """Against the formulas, and the gradient of what logistic regression minimises."""
+    text = pytest.importorskip("sklearn.feature_extraction.text")
+    learned = ["a fine film", "so fine", "a dull film", "dull dull plot", "fine plot", "dull"]
+    labels = [True, True, False, False, True, False]
+    judge = BagOfWords(learned, labels, c=2.0)
+    assert judge([""] * 4, ["fine", "very dull", "a fine, fine dull thing", "DULL"]) == [True, False, True, False]
+    assert BagOfWords(learned, [not label for label in labels])([""], ["fine"]) == [False]
+    often = BagOfWords([*learned, "fine", "fine"], [*labels, True, True])
+    assert often([""] * 2, ["", "nothing known"]) == [True, True]
+    words = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    x, y = words.fit_transform(learned).toarray(), np.array(labels, dtype=float)
+    model = judge._model[-1]
+    error = 1 / (1 + np.exp(-(x @ model.coef_[0] + model.intercept_[0]))) - y
+    np.testing.assert_allclose(model.coef_[0] + 2.0 * error @ x, 0, atol=1e-3)
+    assert error.sum() == pytest.approx(0, abs=1e-3)
+    assert BagOfWords(learned, labels, reading=whole)(["dull "], ["dull dull fine"]) == [False]
+    for bad in ([True] * 6, labels[:5]):
+        with pytest.raises(ValueError, match="and both of them, are needed"):
+            BagOfWords(learned, bad)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_classifier_says_what_single_texts_give(batch_size: int, side: str, device: torch.device) -> None:
+    model, words = classifier(classes=3).to(device), tokenizer()
+    texts = [*RESPONSES, *(f"w{i} w{i + 1}" for i in range(10))]
+    classes = []
+    for one in texts:
+        ids = torch.tensor([words(one)["input_ids"]], device=device)
+        with torch.no_grad():
+            classes.append(int(model.eval()(input_ids=ids).logits.argmax()))
+    assert len(set(classes)) > 1
+    words.padding_side = side
+    model.train()
+    for good in range(3):
+        judge = Classifier(model, words, good, name="tiny", batch_size=batch_size)
+        assert judge([""] * len(texts), texts) == [found == good for found in classes]
+    assert model.training
+
+
+def test_a_classifier_that_cannot_be_read() -> None:
+    words, model = tokenizer(), classifier()
+    long = Classifier(model, words, 0, name="tiny")
+    words.model_max_length = 64
+    assert long([""], ["w1 " * 100]) == long([""], ["w1 " * 63])
+    for good in (2, -1):
+        with pytest.raises(ValueError, match=f"class {good} of 2 cannot be told"):
+            Classifier(model, words, good, name="tiny")([""], ["w1"])
+    with pytest.raises(ValueError, match="class 0 of 1 cannot be told"):
+        Classifier(classifier(classes=1), words, 0, name="tiny")([""], ["w1"])
+    model.bert.embeddings.word_embeddings.weight.data[words.convert_tokens_to_ids("w5")] = math.nan
+    assert Classifier(model, words, 0, name="tiny")([""] * 2, ["w5", "w1"])[0] is None
+    assert Classifier(model, words, 0, name="tiny")([""] * 2, ["w5", "w1"])[1] is not None
+    words.pad_token = None
+    with pytest.raises(ValueError, match="no padding token: set one"):
+        Classifier(model, words, 0, name="tiny")
+
+
+class Says(nn.Module):
+    """Answers the last w1 with safe, w2 with unsafe safe, w3 with w3 safe, and what has none of them with nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[str] = []
+        self.words = tokenizer()
+
+    def forward(self, input_ids: Any, attention_mask: Any, past_key_values: Any = None, use_cache: bool = True) -> Any:
+        if past_key_values is None:
+            rows = zip(input_ids, attention_mask, strict=True)
+            self.seen += [self.words.decode(ids[mask.bool()]) for ids, mask in rows]
+            asked = [[word for word in text.split() if word in ("w1", "w2", "w3")][-1:] for text in self.seen]
+            plans = {"w1": ["safe"], "w2": ["unsafe", "safe"], "w3": ["w3", "safe"]}
+            past_key_values = [iter(plans.get(*word, []) if word else []) for word in asked[-len(input_ids) :]]
+        logits = torch.zeros(len(input_ids), 1, 31)
+        for row, plan in enumerate(past_key_values):
+            word = next(plan, None)
+            logits[row, 0, END if word is None else self.words.convert_tokens_to_ids(word)] = 1
+        return type("Output", (), {"logits": logits, "past_key_values": past_key_values})
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_language_model_is_asked_and_read_strictly(chat: bool) -> None:
+    model = Says()
+    judge = LanguageModel(
+        model, tokenizer(chat=chat), name="says", template="w9 {prompt} w8 {response}", batch_size=2, max_new_tokens=3
+    )
+    assert judge(["w2"] * 5, ["w1", "w2", "w3", "w4", "w1 w2"]) == [True, False, None, False, False]
+    assert judge(["w5"], [""]) == [None]
+    before, after = ("<s> user ", " </s> <s> assistant") if chat else ("<s> ", "")
+    assert model.seen[0] == f"{before}w9 w2 w8 w1{after}"
+    swapped = LanguageModel(model, tokenizer(), name="says", template="{response}", words=("unsafe", "safe"))
+    assert swapped(["w5"] * 2, ["w1", "w2"]) == [False, True]
+    with pytest.raises(ValueError, match="judge nothing"):
+        LanguageModel(model, tokenizer(), name="says", template="{prompt}")
+
+
+def test_the_teacher_may_not_judge() -> None:
+    teacher = causal()
+    guide = Teacher(deepcopy(teacher), "model.layers.1")
+    words = tokenizer(chat=True)
+    halved = deepcopy(teacher).bfloat16()
+    other_head = deepcopy(teacher)
+    other_head.lm_head.weight.data.normal_()
+    for copy in (teacher, deepcopy(teacher), halved, other_head, nn.Sequential(deepcopy(teacher))):
+        for taught in (teacher, guide):
+            with pytest.raises(ValueError, match="of its weights from the teacher"):
+                independent(copy, taught)
+            with pytest.raises(ValueError, match="of its weights from the teacher"):
+                independent(LanguageModel(copy, words, name="copy"), taught)
+    with pytest.raises(ValueError, match=r"100.00% of its weights"):
+        independent(guide, guide)
+    for other in (causal(1), classifier()):
+        independent(other, teacher)
+        independent(Classifier(other, words, 0, name="other"), guide)
+    independent(Lexicon(), teacher)
+    independent(Endpoint("http://localhost:1/v1", "m", None), teacher)
+    with pytest.raises(ValueError, match="no weights to compare: pass the network itself"):
+        independent(causal(1), nn.Sequential(guide))
+
+
+def test_shared_weights_are_counted_by_elements() -> None:
+    model, other = causal(), causal(1)
+    assert shared(model, other) == 0
+    with torch.no_grad():
+        other.lm_head.weight.copy_(model.lm_head.weight)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    assert shared(model, other) == 31 * 16 / matrices
+    # both start at zero, which says nothing
+    zeros = [nn.Linear(3, 2, bias=False) for _ in range(2)]
+    for linear in zeros:
+        nn.init.zeros_(linear.weight)
+    assert shared(*zeros) == 0

@@ -1,0 +1,79 @@
+"""Confidence intervals and repetition: against SciPy, the normal approximation, and counts by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bird.language.statistics import bootstrap, paired_bootstrap
+from bird.language.texts import distinct
+
+
+def test_distinct_by_hand() -> None:
+    texts = ["a b a b", "b a", "", "c"]
+    assert distinct(texts, 1) == 3 / 7
+    assert distinct(texts, 2) == 2 / 4  # ab ba ab | ba
+    assert distinct(texts, 5) == distinct([]) == 0
+    assert distinct(["so so so so so"] * 10) == 1 / 40
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        distinct(texts, 0)
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.random((3, 40)) ** 2
+    for level in (0.95, 0.8):
+        truth = stats.bootstrap(
+            (values.mean(axis=0),), np.mean, n_resamples=20_000, confidence_level=level, method="percentile", rng=rng
+        ).confidence_interval
+        found = bootstrap(values, resamples=20_000, level=level, seed=1)
+        assert found.mean == pytest.approx(values.mean())
+        assert (found.low, found.high) == pytest.approx((truth.low, truth.high), abs=2e-3)
+    # prompts are drawn with all their seeds: single values would give a narrower interval
+    hard = np.tile(rng.integers(0, 2, 40), (9, 1))
+    found = bootstrap(hard)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * hard[0].std() / 40**0.5, rel=0.1)
+    assert bootstrap(hard[0]) == found
+
+
+def test_paired_differences() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(2, 200)) + 5 * rng.normal(size=200)  # prompts differ more than methods
+    second = first.mean(axis=0) - 0.1 + 0.2 * rng.normal(size=(3, 200))
+    found = paired_bootstrap(first, second, seed=1)
+    difference = first.mean(axis=0) - second.mean(axis=0)
+    half = 1.96 * difference.std() / 200**0.5
+    assert found.mean == pytest.approx(difference.mean())
+    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), abs=0.1 * half)
+    assert found == bootstrap(difference, seed=1)
+    assert found.low > 0 > bootstrap(first).low
+    turned = paired_bootstrap(second, first, seed=1)
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+def test_draws_come_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).random(7)
+    whole = bootstrap(values, resamples=1000)
+    monkeypatch.setattr("bird.language.statistics._AT_ONCE", 64)
+    assert bootstrap(values, resamples=1000) == whole
+    monkeypatch.setattr("bird.language.statistics._AT_ONCE", 1)
+    assert bootstrap(values, resamples=1000) == whole
+    assert bootstrap(values, resamples=1000, seed=1) != whole
+
+
+def test_intervals_of_nothing_are_refused() -> None:
+    for values, said in (
+        ([], r"\[seeds, prompts\] or \[prompts\], got \[0\]"),
+        (np.zeros((1, 2, 3)), r"got \[1, 2, 3\]"),
+        ([1.0, math.nan], "decide what a missing verdict counts"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            bootstrap(values)
+    with pytest.raises(ValueError, match="the same prompts, got 3 and 4"):
+        paired_bootstrap(np.zeros((2, 3)), np.zeros((2, 4)))
+    for options in ({"resamples": 0}, {"level": 1.0}):
+        with pytest.raises(ValueError, match="at least one resample and a level between 0 and 1"):
+            bootstrap([1.0], **options)
