@@ -119,3 +119,30 @@ def curves(comparison: Comparison, path: Path, *, title: str) -> None:
             axes.set_xlabel("step", color=INK)
             axes.grid(color=GRID)
         right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def shares(
+    groups: Mapping[str, Mapping[str, tuple[list[float], float, float]]], path: Path, *, title: str, label: str
+) -> None:
+    """Bars in %, a panel for each group: a method's mean over seeds, the seeds as dots, and an interval as a line.
+
+    Args:
+        groups: group to method to (a share of 1 for each seed, lower and upper end of the interval).
+        path: of the PNG.
+        title: above all.
+        label: of the axis.
+    """
+    widest = max(map(len, groups.values()))
+    with _figure(path, title, (1.5 + (0.6 + 0.9 * widest) * len(groups), 3.8)) as figure:
+        panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axes, (name, methods) in zip(panels, groups.items(), strict=True):
+            for x, (method, (seeds, low, high)) in enumerate(methods.items()):
+                guided = "BIRD" in method
+                axes.bar(x, 100 * fmean(seeds), 0.7, color=COLOURS["BIRD" if guided else "None"])
+                axes.vlines(x, 100 * low, 100 * high, color=INK, linewidth=1.5)
+                axes.plot([x + 0.18] * len(seeds), [100 * share for share in seeds], ".", color=INK, markersize=5)
+            axes.set_xticks(range(len(methods)), [m.replace(" + ", "\n+ ").replace(", ", ",\n") for m in methods])
+            axes.set_title(name, fontsize=10, color=INK, loc="left")
+            axes.grid(axis="y", color=GRID)
+            axes.set_axisbelow(True)
+        panels[0].set_ylabel(label, color=INK)

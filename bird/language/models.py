@@ -133,6 +133,7 @@ def load(
                 model = getattr(transformers, HEADS[head]).from_pretrained(
                     where, dtype=dtype, use_safetensors=True, **options, **labels
                 )
+                model = _plain(model, getattr(transformers, HEADS[head])) if options else model
         except OSError as error:
             raise FileNotFoundError(f"{where} cannot be loaded as {HEADS[head]}: {error}\n{_advice(name)}") from error
     if tokenizer.pad_token_id is None:
@@ -176,6 +177,18 @@ def _transformers() -> ModuleType:
     except ImportError as error:
         raise ImportError(f"language models need transformers: {EXTRA}") from error
     return transformers
+
+
+def _plain(model: PreTrainedModel, auto: Any) -> PreTrainedModel:
+    """The same network with the same weights, which came out of a GGUF file whole, but still count as quantized and are
+    refused by trainers."""
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    plain = auto.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def _in_package(known: Model) -> Path:

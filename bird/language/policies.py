@@ -73,7 +73,8 @@ def train_policy(
     claim(folder, _run(rows, training, guidance, seed))
     finished = folder / "history.json"
     if finished.exists():
-        restore(model.to(torch.device(device)), folder)
+        restore(model, folder)
+        nn.Module.to(model, device)
         return json.loads(finished.read_text(encoding="utf-8"))
     more: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
     if training.adapters:
@@ -96,11 +97,15 @@ def train_policy(
         watch.close()
         if isinstance(trainer, BirdDPOTrainer):
             trainer.guide.taps.remove()
-    trained = trainer.model.merge_and_unload() if training.adapters else trainer.model
+    trained: Any = trainer.model
+    if training.adapters:
+        trained = trained.merge_and_unload()
     with atomic(folder / "policy.safetensors") as partial:
         save_model(trained, str(partial))
     trained.eval()
-    history = {"train": [{k: v for k, v in r.items() if k != "epoch"} for r in trainer.state.log_history if "loss" in r]}
+    history = {
+        "train": [{k: v for k, v in r.items() if k != "epoch"} for r in trainer.state.log_history if "loss" in r]
+    }
     write_json(history, finished)
     forget_checkpoints(folder)
     return history
@@ -121,9 +126,7 @@ def restore(model: nn.Module, folder: Path) -> None:
     model.eval()
 
 
-def _arguments(
-    training: Training, folder: Path, seed: int, device: torch.device, save_every: int | None
-) -> DPOConfig:
+def _arguments(training: Training, folder: Path, seed: int, device: torch.device, save_every: int | None) -> DPOConfig:
     micro = training.micro_batch or training.batch_size
     return DPOConfig(
         output_dir=str(folder),

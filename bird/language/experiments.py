@@ -1,0 +1,204 @@
+"""Recipes of language models run: from a recipe to stages, and to the cells of a table.
+
+As in `bird.experiments`: a stage's folder is named after everything that decides it, so what cells share is made once
+and a killed run goes on where it was. The test prompts and rows are seen by the last stages alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..stages import Stage
+from .data import Labelled
+from .guidance import Guidance
+from .models import MODELS, load, locate
+from .recipes import Change, Pair, Recipe, Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .classifiers import Classifier
+
+PROTOCOL = 1  # part of every stage's name: raised when the same settings no longer mean the same
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a table.
+
+    Args:
+        networks: a key of the recipe's.
+        variant: the same.
+        method: the same.
+        seed: the repetition.
+        scores: by name, the stages whose results are the entry; `wanted` completes it.
+        training: that made the model; None where nothing was trained.
+    """
+
+    networks: str
+    variant: str
+    method: str
+    seed: int
+    scores: dict[str, Stage]
+    training: Stage | None
+
+    @property
+    def wanted(self) -> list[Stage]:
+        """What completes it."""
+        return [*self.scores.values()]
+
+    def results(self, root: Path) -> dict[str, dict[str, Any]] | None:
+        """Of every score; None unless all are there."""
+        found = {name: stage.result(root) for name, stage in self.scores.items()}
+        return {k: v for k, v in found.items() if v is not None} if all(found.values()) else None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What both kinds of recipes share; arguments as of `bird.experiments.Experiment`.
+
+    Args:
+        recipe: what to run.
+        root: the folder of the stages' folders.
+        device: where networks are trained; like the rest from here on it is no part of a stage's name.
+        data_root: the folder of the data sets; None: the environment's BIRD_DATA.
+        progress: bars for training.
+    """
+
+    recipe: Recipe
+    root: Path
+    device: torch.device
+    data_root: Path | None = None
+    progress: bool | None = None
+
+    def cells(
+        self,
+        *,
+        networks: Sequence[str] | None = None,
+        variants: Sequence[str] | None = None,
+        methods: Sequence[str] | None = None,
+        seeds: int | None = None,
+    ) -> list[Cell]:
+        """All cells, or those of some networks, variants, methods (as far as a variant has them) and seeds."""
+        recipe = self.recipe
+        return [
+            self._cell(name, variant, method, seed)
+            for name in (recipe.networks if networks is None else networks)
+            for variant in (recipe.variants if variants is None else variants)
+            for method in recipe.variants[variant].methods or recipe.methods
+            if methods is None or method in methods
+            for seed in range(recipe.seeds if seeds is None else seeds)
+        ]
+
+    def check(self) -> None:
+        """Look before hours of work: are the networks there, and the libraries?
+
+        Raises:
+            FileNotFoundError: a network is missing: what to install.
+            ImportError: a library is.
+        """
+        import datasets  # noqa: F401 - what training needs
+        import trl  # noqa: F401
+
+        for pair in self.recipe.networks.values():
+            locate(pair.teacher)
+            locate(pair.student)
+
+    def prompts(self, seed: int) -> list[str]:
+        """What is asked of students, as text; nothing where texts are classified."""
+        return []
+
+    def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
+        raise NotImplementedError
+
+    def _change(self, variant: str) -> tuple[Change, Training]:
+        """A variant, and how its students are trained."""
+        change = self.recipe.variants[variant]
+        own = {name: getattr(change, name) for name in ("epochs", "batch_size")}
+        return change, replace(
+            self.recipe.transfer, **{name: value for name, value in own.items() if value is not None}
+        )
+
+    def _limit(self, change: Change) -> int | None:
+        return self.recipe.data.limit if change.limit is None else change.limit
+
+    def _guiding(self, change: Change) -> dict[str, Any]:
+        """Options of `Guidance`, the variant's before the recipe's."""
+        own = {name: getattr(change, name) for name in ("alpha", "beta", "rows", "completion_only")}
+        return asdict(self.recipe.guidance) | {name: value for name, value in own.items() if value is not None}
+
+    def _about(self, seed: int | None, **more: Any) -> dict[str, Any]:
+        return {"protocol": PROTOCOL, "data": self.recipe.data.source, "seed": seed} | more
+
+    def _trained(
+        self,
+        model: Classifier,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Sequence[str],
+        targets: torch.Tensor,
+        training: Training,
+        folder: Path,
+        seed: int,
+        guidance: Guidance | None = None,
+    ) -> dict[str, Any]:
+        """A classifier trained in place; its history."""
+        from .weak_to_strong import Budget, train_classifier
+
+        budget = Budget(
+            training.epochs, training.batch_size, training.micro_batch, training.lr, training.max_length, seed
+        )
+        return train_classifier(
+            model,
+            tokenizer,
+            texts,
+            targets,
+            budget,
+            folder / "training",
+            guidance=guidance,
+            device=self.device,
+            progress=bool(self.progress),
+        )
+
+
+def classifier(network: str, pooling: str, seed: int) -> tuple[Classifier, PreTrainedTokenizerBase]:
+    """A pretrained backbone with a new head for two classes, and its tokenizer."""
+    from .classifiers import Classifier
+
+    backbone, tokenizer = load(network, "encoder")
+    return Classifier(backbone, pooling, seed=seed), tokenizer  # type: ignore[arg-type]
+
+
+def trained_classifier(
+    network: str, pooling: str, folder: Path, device: torch.device
+) -> tuple[Classifier, PreTrainedTokenizerBase]:
+    """The same with the weights that a stage left in its folder, in eval mode.
+
+    Raises:
+        ValueError: they are gone or damaged; which folder to delete.
+    """
+    model, tokenizer = classifier(network, pooling, 0)
+    try:
+        model.restore(folder / "training")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}\nDelete the whole folder {folder}, and it is made again") from error
+    return model.to(device).eval(), tokenizer
+
+
+def pooling_of(network: str) -> str:
+    """How a student is read: encoders by the mean of their tokens, decoders by the last one."""
+    return "mean" if network in MODELS and MODELS[network].encoder else "last"
+
+
+def texts_and_labels(rows: Sequence[Labelled]) -> tuple[list[str], list[int]]:
+    """Rows as two columns."""
+    return [row.text for row in rows], [row.label for row in rows]
+
+
+def pair_title(pair: Pair, seed: int) -> str:
+    """What a stage is called."""
+    return f"{pair.teacher}, {pair.student}, seed {seed}"
