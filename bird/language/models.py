@@ -235,19 +235,12 @@ def _ask_hub(name: str, hub: str) -> None:
 def _random(
     make: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerBase]], head: str, classes: int | None, seed: int
 ) -> tuple[Any, Any]:
-    """Random weights; those below the head are the same whatever the head, as if they came from one file."""
-    transformers = _transformers()
+    """Random weights. They are drawn from below upwards, so those below the head are the same whatever the head."""
     config, tokenizer = make()
-    with _seeded(seed):
-        body = transformers.AutoModel.from_config(config)
-    if head == "encoder":
-        return body, tokenizer
     if classes is not None:
         config.num_labels = classes
     with _seeded(seed):
-        model = getattr(transformers, HEADS[head]).from_config(config)
-    model.base_model.load_state_dict(body.state_dict())
-    return model, tokenizer
+        return getattr(_transformers(), HEADS[head]).from_config(config), tokenizer
 
 
 @contextmanager

@@ -438,6 +438,7 @@ def test_sciq_asks_each_question_once(tmp_path: Path) -> None:
         assert text == f"right{k}" if label else text in {f"wrong{k}.{j}" for j in (1, 2, 3)}
     assert sum(label for _, label in train.values()) == 30
     assert sum(label for _, label in test.values()) == 10
+    assert 0 < sum(train[k][1] for k in range(0, 60, 2)) < 30, "the place in the file gives the label away"
     assert len({text[-1] for text, label in train.values() if not label}) == 3, "always the same distractor"
 
 

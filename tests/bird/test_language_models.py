@@ -110,21 +110,42 @@ def save(name: str, head: str, folder: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_local_folder(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its weights, and a new head from the seed; quietly."""
+def test_a_local_folder(name: str, tmp_path: Path) -> None:
+    """Its weights, and a new head from the seed."""
     saved = save(name, "encoder", tmp_path / "net", seed=7)
-    capfd.readouterr()
     assert locate(str(tmp_path / "net")) == tmp_path / "net"
     state = torch.get_rng_state()
     first, again, other = (load(str(tmp_path / "net"), "classifier", classes=2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert capfd.readouterr() == ("", "")
     assert_equal(body(saved), body(first[0]))
     assert_equal(dict(first[0].state_dict()), dict(again[0].state_dict()))
     head = "score.weight" if name == "tiny-llama" else "classifier.weight"
     assert not torch.equal(first[0].state_dict()[head], other[0].state_dict()[head])
     assert first[1](TEXTS)["input_ids"] == load(name, "encoder")[1](TEXTS)["input_ids"]
     assert load(str(tmp_path / "net"), "encoder", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_local_weights_load_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    logging = transformers.utils.logging
+
+    def state() -> tuple[int, bool]:
+        return logging.get_verbosity(), logging.is_progress_bar_enabled()
+
+    seen = []
+
+    def from_pretrained(*_: object, **options: object) -> None:
+        seen.append(state())
+        raise OSError("stop")
+
+    save("tiny-bert", "encoder", tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    before = state()
+    with pytest.raises(FileNotFoundError, match="stop"):
+        load(str(tmp_path), "encoder")
+    assert seen == [(logging.ERROR, False)]
+    assert state() == before != seen[0]
 
 
 def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
