@@ -81,7 +81,9 @@ class Classifier(nn.Module):
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         rows = pool_tokens(hidden, attention_mask, self.pooling)
         with torch.autocast(rows.device.type, enabled=False):
-            logits = self.head(rows.float())
+            logits = self.head(rows.to(self.head.weight.dtype))
+        if labels is not None and labels.is_floating_point():
+            labels = labels.to(logits.dtype)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
@@ -161,7 +163,7 @@ def predict(
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
                 batch = {name: x.to(device) for name, x in padded([rows[number] for number in part]).items()}
-                result[part] = model(**batch).logits.softmax(1).cpu()
+                result[part] = model(**batch).logits.softmax(1).float().cpu()
     finally:
         model.train(was_training)
     return result

@@ -1,78 +1,40 @@
 r"""Weak-to-strong generalization (Burns et al., 2023) with a weak teacher's geometry: the parts of the protocol.
 
-Training rows are cut in two (`halves`). A weak model learns the first half from true labels; the second half gets its
-probabilities (`bird.language.classifiers.predict`). A strong student learns those, by itself or with BIRD, where the
-weak model guides as well as it labels, and, for the ceiling, the true ones. `recovered` says how much of the gap
-between the weak model and the ceiling a student has closed.
+Training rows are cut in two (`halves`). A weak model learns the first half from true labels (`train_classifier`, on
+`certain` targets); the second half gets its probabilities (`predict`). A strong student learns those, by itself or with
+BIRD, where the weak model guides as well as it labels, and, for the ceiling, the true ones. `recovered` says how much
+of the gap between the weak model and the ceiling a student has closed.
 
 The published runs have batches of 32, Adam, a cosine to zero, two epochs and a learning rate of 5e-5 (1e-5 for large
-models); so do the defaults here. Gradients are not clipped.
+models); so do the defaults of `Budget`. Gradients are not clipped.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Sampler
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ..checkpoints import write_json
 from ..evaluation import pgr
-from .classifiers import Classifier, padded, tokenize
-from .trainers import BirdTrainer
+from .classifier_training import Budget, train_classifier
+from .classifiers import Classifier, accuracy, agreement, predict
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from .guidance import Guidance
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long and how to train; the same for all arms of a comparison.
-
-    Args:
-        epochs: passes over the texts.
-        batch_size: texts of an optimizer step. CKA compares all of them (``Guidance(whole_batch=True)``).
-        micro_batch: texts in memory at a time, which divide the batch; gradients are summed up. None for all. Without
-            dropout it changes nothing but rounding.
-        lr: learning rate of the first step; it falls along a cosine to zero.
-        max_length: tokens of a text, see `bird.language.classifiers.tokenize`.
-        seed: of the order of the texts, and where PyTorch's, NumPy's and Python's generators (dropout) begin.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    epochs: int = 2
-    batch_size: int = 32
-    micro_batch: int | None = None
-    lr: float = 5e-5
-    max_length: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.micro_batch is not None and self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"micro_batch must divide batch_size, {self.micro_batch} does not divide {self.batch_size}"
-            )
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, not {self.lr}")
+__all__ = [
+    "Budget",
+    "Classifier",
+    "Recovered",
+    "accuracy",
+    "agreement",
+    "certain",
+    "halves",
+    "predict",
+    "recovered",
+    "train_classifier",
+]
 
 
 def halves(count: int, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -99,81 +61,6 @@ def certain(labels: Sequence[int] | Tensor) -> Tensor:
     return F.one_hot(labels.long(), 2).float()
 
 
-def train_classifier(
-    model: Classifier,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    targets: Tensor,
-    budget: Budget,
-    folder: Path,
-    *,
-    guidance: Guidance | None = None,
-    device: torch.device | str | None = None,
-    save_every: int | None = None,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Train in place on soft labels, by transformers' `Trainer`, or by `BirdTrainer` where something guides.
-
-    The folder gets ``classifier.safetensors`` and, last of all, ``history.json``. Called again, it goes on from its
-    last whole checkpoint, and a complete one is only read. It unpickles nothing: weights are safetensors, the trainer's
-    state is JSON, and for the states of optimizer, schedule and generators transformers calls ``torch.load`` with
-    ``weights_only=True``. (It also leaves a ``training_args.bin`` in its checkpoints, a pickle that nobody reads; they go
-    when the run is complete.)
-
-    Args:
-        model: is on the device at the end, in eval mode.
-        tokenizer: the model's.
-        texts: N of them.
-        targets: probabilities ``[N, 2]``: a weak model's, or those of `certain`.
-        budget: how long and how.
-        folder: of this run alone.
-        guidance: adds a teacher's geometry; None to train on the targets alone. The order of the texts and the start of
-            the generators are the same with it.
-        device: ``"cpu"``, or a kind of accelerator, of which the environment chooses which (CUDA_VISIBLE_DEVICES); None
-            for the kind that the model is on.
-        save_every: steps between checkpoints; None: one for each epoch.
-        progress: show a bar.
-
-    Returns:
-        Plain data: ``train``, a row for each step (``step``, ``loss``, ``learning_rate``, and with guidance
-        ``task_loss``, ``cka``, ``cka_loss``), and ``cut``, the numbers of the texts that were longer than
-        ``max_length``, of which there is also a warning.
-
-    Raises:
-        ValueError: texts and targets that do not fit together; targets that are no probabilities; an empty text; a
-            folder of another run; several processes or GPUs; what `bird.language.BirdMixin` refuses.
-        FloatingPointError: the loss is no longer finite.
-    """
-    _require_targets(texts, targets)
-    rows, cut = tokenize(model, tokenizer, texts, budget.max_length)
-    _claim(folder, budget, texts, targets, guidance)
-    finished = folder / "history.json"
-    place = torch.device(device) if device is not None else next(model.parameters()).device
-    if finished.exists():
-        model.to(place).restore(folder)
-        model.eval()
-        return json.loads(finished.read_text(encoding="utf-8"))
-    examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
-    trainer = _trainer(model, tokenizer, examples, budget, folder, guidance, place, save_every)
-    watch = _Watch(progress)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(watch)
-    try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    finally:
-        watch.close()
-        if isinstance(trainer, BirdTrainer):
-            trainer.guide.taps.remove()
-    model.eval()
-    kept = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss" in row]
-    history = {"train": kept, "cut": cut}
-    model.save(folder)
-    write_json(history, finished)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-    return history
-
-
 @dataclass(frozen=True)
 class Recovered:
     """Performance gap recovered, a share of 1.
@@ -197,145 +84,3 @@ def recovered(strong: float, *, weak: float, ceiling: float) -> Recovered:
     """
     raw = pgr(strong, weak, ceiling) if ceiling > weak else math.nan
     return Recovered(raw, raw if math.isnan(raw) else max(raw, 0.0))
-
-
-class _Order(Sampler[int]):
-    """Another order for each epoch, which follows from seed and epoch alone: no generator that dropout draws from."""
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        yield from torch.randperm(self.count, generator=generator).tolist()
-
-
-class _Ordered:
-    def _get_train_sampler(self, *_: Any) -> _Order:
-        trainer: Any = self
-        return _Order(len(trainer.train_dataset), trainer.args.seed)
-
-
-class _Plain(_Ordered, Trainer):
-    pass
-
-
-class _Guided(_Ordered, BirdTrainer):
-    pass
-
-
-class _Watch(TrainerCallback):
-    """A bar, and an end to a run whose loss is not finite."""
-
-    def __init__(self, progress: bool) -> None:
-        self.bar: Any = tqdm(desc="training", unit="step", leave=False, disable=not progress)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.total, self.bar.n = state.max_steps, state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        loss = more["logs"].get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss} at step {state.global_step}; a lower lr may help")
-        self.bar.update(state.global_step - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-def _trainer(
-    model: Classifier,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, Any]],
-    budget: Budget,
-    folder: Path,
-    guidance: Guidance | None,
-    device: torch.device,
-    save_every: int | None,
-) -> Trainer:
-    micro = budget.micro_batch or budget.batch_size
-    args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=budget.batch_size // micro,
-        num_train_epochs=budget.epochs,
-        learning_rate=budget.lr,
-        lr_scheduler_type="cosine",
-        optim="adamw_torch",  # without decay it is Adam
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        seed=budget.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
-        save_strategy="epoch" if save_every is None else "steps",
-        save_steps=save_every or 500,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        remove_unused_columns=False,
-    )
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ValueError("one process on one GPU: show one only (CUDA_VISIBLE_DEVICES)")
-    common: dict[str, Any] = dict(
-        model=model, args=args, train_dataset=examples, data_collator=_collate, compute_loss_func=_share_of_loss
-    )
-    if guidance is None:
-        return _Plain(**common)
-    return _Guided(**common, processing_class=tokenizer, guidance=guidance)
-
-
-def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return padded([each["ids"] for each in examples]) | {"labels": torch.stack([each["target"] for each in examples])}
-
-
-def _share_of_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Soft cross-entropy, this batch's share of the mean over the rows of an optimizer step.
-
-    The trainer counts labels, of which a row has one for each class. Means of batches would not do: the last one of an
-    epoch may be smaller.
-    """
-    rows = len(labels) if num_items_in_batch is None else num_items_in_batch / labels.shape[1]
-    return F.cross_entropy(outputs.logits, labels, reduction="sum") / rows
-
-
-def _require_targets(texts: Sequence[str], targets: Tensor) -> None:
-    if targets.shape != (len(texts), 2):
-        raise ValueError(f"{len(texts)} texts need targets [{len(texts)}, 2], got {list(targets.shape)}")
-    whole = targets.double()
-    wrong = ~((whole >= 0).all(1) & ((whole.sum(1) - 1).abs() <= 1e-4))  # NaN is wrong too
-    if wrong.any():
-        raise ValueError(f"targets {wrong.nonzero().flatten().tolist()[:5]} are no probabilities that sum to one")
-
-
-def _claim(folder: Path, budget: Budget, texts: Sequence[str], targets: Tensor, guidance: Guidance | None) -> None:
-    """Write down whose folder it is, as far as that is plain data: the networks are for the caller to keep apart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = json.dumps([list(texts), targets.tolist()]).encode()
-    run = {"budget": asdict(budget), "data": hashlib.sha256(data).hexdigest(), "guidance": None}
-    if guidance is not None:
-        networks = ("teacher", "tokenizer", "text")
-        run["guidance"] = {k: str(v) for k, v in vars(guidance).items() if k not in networks}
-    path = folder / "run.json"
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name in run if old.get(name) != run[name]]:
-            raise ValueError(f"{folder} is of another run ({', '.join(changed)} changed): choose another folder")
-    write_json(run, path)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The latest whole one; the trainer writes ``trainer_state.json`` last, so one without it is of a killed run."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path)
-    return str(max(whole)[1]) if whole else None
