@@ -6,7 +6,7 @@ import argparse
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ import bird_kernels
 
 from . import candidates, demo, recipes, reproduction
 from .experiments import Candidate, Cell, Experiment
+from .language import recipes as language_recipes
 from .methods import METHODS
 from .stages import complete
 from .workers import side_by_side
@@ -80,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--arch", nargs="+", metavar="NAME", help="networks of the recipe (default: all)")
         command.add_argument("--variant", nargs="+", metavar="NAME", help="variants of the recipe (default: all)")
         if name != "select":
-            command.add_argument("--method", nargs="+", metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
+            command.add_argument(
+                "--method", nargs="+", metavar="NAME", help=f"all, or of the recipe's: {', '.join(METHODS)}, ..."
+            )
         command.add_argument("--seeds", type=int, help="how many repetitions (default: the recipe's)")
         command.add_argument(
             "--out", type=Path, default=Path("runs"), help="folder of all that is trained (default: %(default)s)"
@@ -139,15 +142,15 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(experiment: Experiment, command: str, choice: dict[str, Any]) -> list[Cell] | list[Candidate]:
+def _asked(experiment: Any, command: str, choice: dict[str, Any]) -> list[Cell] | list[Candidate]:
     return experiment.candidates(**choice) if command == "select" else experiment.cells(**choice)
 
 
-def _share(experiment: Experiment, command: str, choice: dict[str, Any]) -> None:
+def _share(experiment: Any, command: str, choice: dict[str, Any]) -> None:
     complete([stage for one in _asked(experiment, command, choice) for stage in one.wanted], experiment.root, tell=_say)
 
 
-def _share_aside(experiment: Experiment, command: str, choice: dict[str, Any]) -> None:
+def _share_aside(experiment: Any, command: str, choice: dict[str, Any]) -> None:
     """The same in a process of its own, whose parent does not see what was raised."""
     try:
         _share(experiment, command, choice)
@@ -161,13 +164,18 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write(experiment: Experiment, command: str, choice: dict[str, Any]) -> None:
+def _write(experiment: Any, command: str, choice: dict[str, Any]) -> None:
     if command == "select":
         folder = experiment.root / "teachers" / _named(experiment.recipe.name, choice)
         text = candidates.write(experiment, experiment.candidates(**choice), folder)
     else:
         folder = experiment.root / "reports" / _named(experiment.recipe.name, choice)
-        text = reproduction.write(experiment, experiment.cells(**choice), folder)
+        if isinstance(experiment, Experiment):
+            text = reproduction.write(experiment, experiment.cells(**choice), folder)
+        else:
+            from .language import report
+
+            text = report.write(experiment, experiment.cells(**choice), folder)
     _say(f"\n{text}\nIn {folder}/ with files and pictures.")
 
 
@@ -178,9 +186,30 @@ def _named(recipe: str, choice: dict[str, Any]) -> str:
     return "-".join([recipe, *parts, *seeds]).replace(" ", "-").replace(",", "")
 
 
-def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) -> tuple[Experiment, dict[str, Any]]:
+def _parse(name: str, table: Mapping[str, Any]) -> recipes.Recipe | language_recipes.Recipe:
+    return language_recipes.parse(name, table) if "kind" in table else recipes.parse(name, table)
+
+
+def _language(recipe: language_recipes.Recipe, options: argparse.Namespace, device: torch.device, jobs: int) -> Any:
+    """An experiment with language models, whose libraries load here."""
+    if options.command == "select" or getattr(options, "compile", False):
+        what = "select" if options.command == "select" else "--compile"
+        raise ValueError(f"{what} is for the recipes of images")
+    if os.environ.get("LOCAL_RANK") is not None:
+        raise ValueError(
+            "transformers' trainers would take torchrun's processes for one run: start the command once for each GPU "
+            "(CUDA_VISIBLE_DEVICES), on one --out folder, and they share the work"
+        )
+    if recipe.kind == "preference":
+        from .language.preference_experiment import Preferences as Kind
+    else:
+        from .language.weak_experiment import WeakToStrong as Kind  # type: ignore[assignment]
+    return Kind(recipe, options.out, device, options.data, progress=None if jobs == 1 else False)
+
+
+def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) -> tuple[Any, dict[str, Any]]:
     """The recipe, and which of its cells were asked for."""
-    recipe = recipes.read(options.recipe)
+    recipe = recipes.parsed(options.recipe, _parse)
     choice = {"networks": options.arch, "variants": options.variant}
     if options.command != "select":
         choice["methods"] = None if options.method is None or "all" in options.method else options.method
@@ -192,6 +221,9 @@ def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) ->
                 raise ValueError(f"{recipe.name} has no {name!r} among its {what}: {', '.join(map(repr, known[what]))}")
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
+    choice |= {"seeds": options.seeds}
+    if isinstance(recipe, language_recipes.Recipe):
+        return _language(recipe, options, device, jobs), choice
     experiment = Experiment(
         recipe,
         options.out,
@@ -200,7 +232,7 @@ def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) ->
         progress=None if jobs == 1 else False,
         compile=getattr(options, "compile", False),
     )
-    return experiment, choice | {"seeds": options.seeds}
+    return experiment, choice
 
 
 def cores() -> int:

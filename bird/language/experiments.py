@@ -7,7 +7,9 @@ and a killed run goes on where it was. The test prompts and rows are seen by the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,8 @@ import torch
 from ..stages import Stage
 from .data import Labelled
 from .guidance import Guidance
-from .models import MODELS, load, locate
+from .models import MODELS, locate
+from .models import load as load_network
 from .recipes import Change, Pair, Recipe, Training
 
 if TYPE_CHECKING:
@@ -116,10 +119,10 @@ class Experiment:
     def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         raise NotImplementedError
 
-    def _change(self, variant: str) -> tuple[Change, Training]:
+    def _change(self, pair: Pair, variant: str) -> tuple[Change, Training]:
         """A variant, and how its students are trained."""
         change = self.recipe.variants[variant]
-        own = {name: getattr(change, name) for name in ("epochs", "batch_size")}
+        own = {"lr": pair.lr} | {name: getattr(change, name) for name in ("epochs", "batch_size")}
         return change, replace(
             self.recipe.transfer, **{name: value for name, value in own.items() if value is not None}
         )
@@ -163,6 +166,16 @@ class Experiment:
             device=self.device,
             progress=bool(self.progress),
         )
+
+
+def load(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A network of one's own, as it was published. Reading SmolLM2's file takes half a minute, so two are kept."""
+    return deepcopy(_kept(network, head))
+
+
+@lru_cache(maxsize=2)
+def _kept(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    return load_network(network, head)
 
 
 def classifier(network: str, pooling: str, seed: int) -> tuple[Classifier, PreTrainedTokenizerBase]:

@@ -20,7 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from ..checkpoints import atomic, write_json
 from .data import Preference, columns
 from .recipes import Training
-from .runs import QUIET, Watch, claim, forget_checkpoints, last_checkpoint
+from .runs import QUIET, Watch, claim, forget_checkpoints, last_checkpoint, quiet
 from .trl_trainers import BirdDPOTrainer
 
 if TYPE_CHECKING:
@@ -81,22 +81,23 @@ def train_policy(
         from peft import LoraConfig
 
         more["peft_config"] = LoraConfig(r=training.adapters, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = (DPOTrainer if guidance is None else BirdDPOTrainer)(
-        model,
-        args=_arguments(training, folder, seed, torch.device(device), save_every),
-        train_dataset=Dataset.from_dict(rows),
-        processing_class=tokenizer,
-        **more,
-    )
-    watch = Watch(progress)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(watch)
-    try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-    finally:
-        watch.close()
-        if isinstance(trainer, BirdDPOTrainer):
-            trainer.guide.taps.remove()
+    with quiet(progress):
+        trainer = (DPOTrainer if guidance is None else BirdDPOTrainer)(
+            model,
+            args=_arguments(training, folder, seed, torch.device(device), save_every),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+            **more,
+        )
+        watch = Watch(progress)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(watch)
+        try:
+            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        finally:
+            watch.close()
+            if isinstance(trainer, BirdDPOTrainer):
+                trainer.guide.taps.remove()
     trained: Any = trainer.model
     if training.adapters:
         trained = trained.merge_and_unload()

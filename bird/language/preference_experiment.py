@@ -16,10 +16,10 @@ from bird_kernels import cka
 
 from ..stages import Stage
 from .data import Labelled, Preference, Text
-from .experiments import Cell, Experiment, classifier, pair_title, texts_and_labels, trained_classifier
+from .experiments import Cell, Experiment, classifier, load, pair_title, texts_and_labels, trained_classifier
 from .guidance import Guidance, Guide, Sequences, concatenated
 from .judge import BagOfWords, Classifier, Judge, LanguageModel, Lexicon, independent
-from .models import load
+from .models import load as load_network
 from .positivity import LEAD, positivity
 from .preferences import PKU, pku_answers, pku_preferences, preferences
 from .recipes import Change, Judging, Pair, Training
@@ -70,7 +70,7 @@ class Preferences(Experiment):
 
     def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         pair = self.recipe.networks[networks]
-        change, training = self._change(variant)
+        change, training = self._change(pair, variant)
         teacher = self._teacher(pair, seed)
         policy = None if method == "none" else self._policy(pair, change, training, method, teacher, seed)
         responses = self._responses(pair, policy, seed)
@@ -128,7 +128,14 @@ class Preferences(Experiment):
     def _policy(self, pair: Pair, change: Change, training: Training, method: str, teacher: Stage, seed: int) -> Stage:
         """A student tuned on preferences."""
         limit = self._limit(change)
-        about = self._about(seed, limit=limit, network=pair.student, training=asdict(training), method=method)
+        about = self._about(
+            seed,
+            limit=limit,
+            words=self.recipe.data.words,
+            network=pair.student,
+            training=asdict(training),
+            method=method,
+        )
         guided = "bird" in method
         if guided:
             about |= {"guidance": self._guiding(change)}
@@ -138,7 +145,7 @@ class Preferences(Experiment):
 
             model, tokenizer = load(pair.student, "causal")
             guidance = self._guidance(pair, change, method, teacher) if guided else None
-            pairs = self._material(seed).pairs[:limit]
+            pairs = [pair for pair in self._material(seed).pairs if self._is_short(pair)][:limit]
             history = train_policy(
                 model, tokenizer, pairs, training, folder / "training", guidance=guidance, seed=seed,
                 device=self.device, progress=bool(self.progress),
@@ -146,6 +153,11 @@ class Preferences(Experiment):
             return {"history": history}
 
         return Stage(f"policy-{method}", about, make, (teacher,) if guided else (), pair_title(pair, seed))
+
+    def _is_short(self, pair: Preference) -> bool:
+        most = self.recipe.data.words
+        texts = [text for text in (pair.chosen, pair.rejected) if isinstance(text, str)]
+        return most is None or all(len(text.split()) <= most for text in texts)
 
     def _student(self, pair: Pair, policy: Stage | None) -> tuple[Any, PreTrainedTokenizerBase]:
         model, tokenizer = load(pair.student, "causal")
@@ -205,9 +217,9 @@ class Preferences(Experiment):
 
             return Endpoint(judging.url, judging.model, judging.key_variable, cache=folder / "answers.jsonl")
         if judging.kind == "classifier":
-            model, tokenizer = load(judging.model, "classifier", classes=2)
+            model, tokenizer = load_network(judging.model, "classifier", classes=2)
             return Classifier(nn.Module.to(model, self.device), tokenizer, good=1, name=judging.model)
-        model, tokenizer = load(judging.model, "causal")
+        model, tokenizer = load_network(judging.model, "causal")
         return LanguageModel(nn.Module.to(model, self.device), tokenizer, name=judging.model)
 
     def _aligned(self, pair: Pair, policy: Stage | None, teacher: Stage, seed: int) -> Stage:
@@ -264,12 +276,12 @@ def _material(source: str, seed: int, root: Path | None, held_out: int | None) -
     if source == "positivity":
         parts = positivity(snippets(root=root), seed)
         taught: list[tuple[Text, Text, int]] = [("", row.text, row.label) for row in parts.teacher]
-        return Material(parts.pairs, [*parts.prompts[:held_out]], parts.texts, taught, parts.judge)
+        return Material(parts.pairs, [*parts.prompts[:held_out]], parts.texts[:held_out], taught, parts.judge)
     if source in SAFETY_SETS:
         kept = root / source if root is not None and (root / source).is_dir() else PKU
         asked = dict.fromkeys(answer.prompt for answer in pku_answers(kept, "test"))
         prompts: list[Text] = [[{"role": "user", "content": prompt}] for prompt in [*asked][:held_out]]
-        texts = [a.response for a in pku_answers(kept, "test") if a.safe][:1000]
+        texts = [a.response for a in pku_answers(kept, "test") if a.safe][:held_out]
         taught = [
             ([{"role": "user", "content": a.prompt}], [{"role": "assistant", "content": a.response}], int(a.safe))
             for a in pku_answers(kept, "train")
@@ -277,4 +289,4 @@ def _material(source: str, seed: int, root: Path | None, held_out: int | None) -
         return Material(pku_preferences(kept, "train"), prompts, texts, taught, [])
     pairs, held = preferences(source, "train", drop=True), preferences(source, "test", drop=True)
     texts = [row.chosen for row in held if isinstance(row.chosen, str)]
-    return Material(pairs, [row.prompt for row in held][:held_out], texts, [], [])
+    return Material(pairs, [row.prompt for row in held][:held_out], texts[:held_out], [], [])

@@ -89,17 +89,19 @@ class Data:
 
     Args:
         source: of preferences: "positivity" (movie-review snippets), "pku-saferlhf", or a file or hub id in TRL's
-            format; of weak-to-strong: "sentiment", "sciq", "boolq", "cosmos-qa".
+            format; of weak-to-strong: "sentiment", "sciq", "boolq", "cosmos_qa".
         limit: at most so many pairs, or rows a half; None for all.
-        held_out: at most so many prompts, or test rows; None for all.
+        held_out: at most so many prompts and texts, or test rows; None for all.
+        words: of preferences that are strings, leave out those with a response of more words; None for none.
     """
 
     source: str
     limit: int | None = None
     held_out: int | None = None
+    words: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("limit", "held_out"):
+        for name in ("limit", "held_out", "words"):
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name} must be at least 2, not {value}")
@@ -148,12 +150,14 @@ class Pair:
         teacher: of preferences the network of a classifier; of weak-to-strong the weak model.
         student: what is trained.
         pooling: of the teacher's tokens, as classifier and as guide.
+        lr: of the student, where it is not the transfer's.
         paper: method to the published figure in %: of responses that are good, or of the gap recovered.
     """
 
     teacher: str
     student: str
     pooling: str = "mean"
+    lr: float | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
 
 

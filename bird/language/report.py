@@ -43,8 +43,8 @@ def write(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> str:
         seeds = len(next(iter(results.values())))
         parts.append(f"## {label}\n")
         parts.append(
-            f"{pair.teacher} teaches {pair.student}; {seeds} seed{'s' if seeds > 1 else ''}, shares in %, mean ± standard "
-            "deviation over seeds, and the 95 % bootstrap interval over what was asked.\n"
+            f"{pair.teacher} teaches {pair.student}; {seeds} seed{'s' if seeds > 1 else ''}, shares in %: mean ± "
+            "standard deviation over seeds, and the 95 % bootstrap interval over what was asked.\n"
         )
         text, numbers = of_kind(recipe, group, results)
         parts.append(text)

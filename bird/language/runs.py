@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,33 @@ QUIET: dict[str, Any] = {
     "logging_nan_inf_filter": False,
     "save_total_limit": 1,
 }
+
+
+@contextmanager
+def quiet(progress: bool) -> Iterator[None]:
+    """Without the bars of datasets, transformers and TRL, unless progress is shown."""
+    if progress:
+        yield
+        return
+    import datasets
+    from transformers.utils import logging
+
+    ours, theirs = datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    disabled = os.environ.get("TQDM_DISABLE")
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"  # which TRL asks
+    try:
+        yield
+    finally:
+        if disabled is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = disabled
+        if not ours:
+            datasets.enable_progress_bars()
+        if theirs:
+            logging.enable_progress_bar()
 
 
 def claim(folder: Path, run: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ class WeakToStrong(Experiment):
 
     def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         pair = self.recipe.networks[networks]
-        change, training = self._change(variant)
+        change, training = self._change(pair, variant)
         weak = self._weak(pair, change, seed)
         if method == "weak":
             return Cell(networks, variant, method, seed, {"test": weak}, weak)
