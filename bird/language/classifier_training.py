@@ -101,7 +101,7 @@ def train_classifier(
         progress: show a bar.
 
     Returns:
-        Plain data: ``train``, a row for each step (``step``, ``loss``, ``learning_rate``, and with guidance
+        Plain data: ``train``, a row for each step (``step``, ``loss``, ``grad_norm``, ``learning_rate``; with guidance
         ``task_loss``, ``cka``, ``cka_loss``), and ``cut``, the numbers of the texts that were longer than
         ``max_length``, of which there is also a warning.
 
