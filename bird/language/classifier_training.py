@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Sampler
-from tqdm import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from ..checkpoints import write_json
 from .classifiers import Classifier, padded, tokenize
+from .runs import QUIET, claim, forget_checkpoints, quiet, trained
 from .trainers import BirdTrainer
 
 if TYPE_CHECKING:
@@ -112,7 +110,7 @@ def train_classifier(
     """
     _require_targets(texts, targets)
     rows, cut = tokenize(model, tokenizer, texts, budget.max_length)
-    _claim(folder, budget, texts, targets, guidance)
+    claim(folder, [list(texts), targets.tolist()], guidance, budget=asdict(budget))
     finished = folder / "history.json"
     place = torch.device(device) if device is not None else next(model.parameters()).device
     if finished.exists():
@@ -120,23 +118,13 @@ def train_classifier(
         model.eval()
         return json.loads(finished.read_text(encoding="utf-8"))
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
-    trainer = _trainer(model, tokenizer, examples, budget, folder, guidance, place, save_every)
-    watch = _Watch(progress)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(watch)
-    try:
-        trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    finally:
-        watch.close()
-        if isinstance(trainer, BirdTrainer):
-            trainer.guide.taps.remove()
+    with quiet(progress):
+        trainer = _trainer(model, tokenizer, examples, budget, folder, guidance, place, save_every)
+        history = {"train": trained(trainer, folder, progress), "cut": cut}
     model.eval()
-    kept = [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss" in row]
-    history = {"train": kept, "cut": cut}
     model.save(folder)
     write_json(history, finished)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    forget_checkpoints(folder)
     return history
 
 
@@ -171,25 +159,6 @@ class _Guided(_Ordered, BirdTrainer):
     pass
 
 
-class _Watch(TrainerCallback):
-    """A bar, and an end to a run whose loss is not finite."""
-
-    def __init__(self, progress: bool) -> None:
-        self.bar: Any = tqdm(desc="training", unit="step", leave=False, disable=not progress)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.total, self.bar.n = state.max_steps, state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        loss = more["logs"].get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss} at step {state.global_step}; a lower lr may help")
-        self.bar.update(state.global_step - self.bar.n)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
 def _trainer(
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
@@ -212,15 +181,11 @@ def _trainer(
         weight_decay=0.0,
         max_grad_norm=0.0,
         seed=budget.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
         save_strategy="epoch" if save_every is None else "steps",
         save_steps=save_every or 500,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,
+        **QUIET,
     )
     if args.world_size > 1 or args.n_gpu > 1:
         raise ValueError("one process on one GPU: show one only (CUDA_VISIBLE_DEVICES)")
@@ -253,30 +218,3 @@ def _require_targets(texts: Sequence[str], targets: Tensor) -> None:
     wrong = ~((whole >= 0).all(1) & ((whole.sum(1) - 1).abs() <= 1e-4))  # NaN is wrong too
     if wrong.any():
         raise ValueError(f"targets {wrong.nonzero().flatten().tolist()[:5]} are no probabilities that sum to one")
-
-
-def _claim(folder: Path, budget: Budget, texts: Sequence[str], targets: Tensor, guidance: Guidance | None) -> None:
-    """Write down whose folder it is, as far as that is plain data: the networks are for the caller to keep apart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = json.dumps([list(texts), targets.tolist()]).encode()
-    run = {"budget": asdict(budget), "data": hashlib.sha256(data).hexdigest(), "guidance": None}
-    if guidance is not None:
-        networks = ("teacher", "tokenizer", "text")
-        run["guidance"] = {k: str(v) for k, v in vars(guidance).items() if k not in networks}
-    path = folder / "run.json"
-    if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name in run if old.get(name) != run[name]]:
-            raise ValueError(f"{folder} is of another run ({', '.join(changed)} changed): choose another folder")
-    write_json(run, path)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The latest whole one; the trainer writes ``trainer_state.json`` last, so one without it is of a killed run."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], path))
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path)
-    return str(max(whole)[1]) if whole else None

@@ -123,7 +123,7 @@ class BirdMixin:
             )
         ids, mask = _ids_and_mask(inputs)
         labels = inputs.get("labels")
-        if isinstance(labels, Tensor) and labels.shape == ids.shape:
+        if isinstance(labels, Tensor) and labels.shape == ids.shape and not labels.is_floating_point():
             return Sequences(ids, mask, labels != -100)
         return Sequences(ids, mask, None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,13 +13,12 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from ..checkpoints import atomic, write_json
 from .data import Preference, columns
 from .recipes import Training
-from .runs import QUIET, Watch, claim, forget_checkpoints, last_checkpoint, quiet
+from .runs import QUIET, claim, forget_checkpoints, quiet, trained
 from .trl_trainers import BirdDPOTrainer
 
 if TYPE_CHECKING:
@@ -69,8 +67,8 @@ def train_policy(
         ValueError: a folder of another run; what `bird.language.BirdMixin` refuses.
         FloatingPointError: the loss is no longer finite.
     """
-    rows = columns(pairs)
-    claim(folder, _run(rows, training, guidance, seed))
+    data = columns(pairs)
+    claim(folder, data, guidance, training=asdict(training), seed=seed)
     finished = folder / "history.json"
     if finished.exists():
         restore(model, folder)
@@ -85,28 +83,18 @@ def train_policy(
         trainer = (DPOTrainer if guidance is None else BirdDPOTrainer)(
             model,
             args=_arguments(training, folder, seed, torch.device(device), save_every),
-            train_dataset=Dataset.from_dict(rows),
+            train_dataset=Dataset.from_dict(data),
             processing_class=tokenizer,
             **more,
         )
-        watch = Watch(progress)
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(watch)
-        try:
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder))
-        finally:
-            watch.close()
-            if isinstance(trainer, BirdDPOTrainer):
-                trainer.guide.taps.remove()
-    trained: Any = trainer.model
+        rows = trained(trainer, folder, progress)
+    whole: Any = trainer.model
     if training.adapters:
-        trained = trained.merge_and_unload()
+        whole = whole.merge_and_unload()
     with atomic(folder / "policy.safetensors") as partial:
-        save_model(trained, str(partial))
-    trained.eval()
-    history = {
-        "train": [{k: v for k, v in r.items() if k != "epoch"} for r in trainer.state.log_history if "loss" in r]
-    }
+        save_model(whole, str(partial))
+    whole.eval()
+    history = {"train": rows}
     write_json(history, finished)
     forget_checkpoints(folder)
     return history
@@ -149,10 +137,3 @@ def _arguments(training: Training, folder: Path, seed: int, device: torch.device
         save_steps=save_every or 500,
         **QUIET,
     )
-
-
-def _run(rows: dict[str, Any], training: Training, guidance: Guidance | None, seed: int) -> dict[str, Any]:
-    networks = ("teacher", "tokenizer", "text")
-    choices = None if guidance is None else {k: str(v) for k, v in vars(guidance).items() if k not in networks}
-    data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return {"training": asdict(training), "data": data, "guidance": choices, "seed": seed}

@@ -20,7 +20,7 @@ from .experiments import Cell, Experiment, classifier, load, pair_title, texts_a
 from .guidance import Guidance, Guide, Sequences, concatenated
 from .judge import BagOfWords, Classifier, Judge, LanguageModel, Lexicon, independent
 from .models import load as load_network
-from .positivity import LEAD, positivity
+from .positivity import HELD_OUT, LEAD, positivity
 from .preferences import PKU, pku_answers, pku_preferences, preferences
 from .recipes import Change, Judging, Pair, Training
 from .snippets import snippets
@@ -274,9 +274,9 @@ def _read(tokenizer: Any, window: int, prompt: str, completion: str) -> str:
 @lru_cache(maxsize=4)
 def _material(source: str, seed: int, root: Path | None, held_out: int | None) -> Material:
     if source == "positivity":
-        parts = positivity(snippets(root=root), seed)
+        parts = positivity(snippets(root=root), seed, held_out=HELD_OUT if held_out is None else held_out)
         taught: list[tuple[Text, Text, int]] = [("", row.text, row.label) for row in parts.teacher]
-        return Material(parts.pairs, [*parts.prompts[:held_out]], parts.texts[:held_out], taught, parts.judge)
+        return Material(parts.pairs, [*parts.prompts], parts.texts[:held_out], taught, parts.judge)
     if source in SAFETY_SETS:
         kept = root / source if root is not None and (root / source).is_dir() else PKU
         asked = dict.fromkeys(answer.prompt for answer in pku_answers(kept, "test"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -210,8 +211,9 @@ def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str
                 for means in zip(*(right[m].mean(1).tolist() for m in (method, "weak", "ceiling")), strict=True)
             ]
             interval = _recovered_interval(values, right["weak"], right["ceiling"])
-            row += [percent([e.clipped for e in each]), percent([e.raw for e in each]), _interval_text(interval)]
-            numbers[method] |= {"gap_recovered": [e.raw for e in each], "interval": asdict(interval)}
+            row += [_of_seeds([e.clipped for e in each]), _of_seeds([e.raw for e in each]), _interval_text(interval)]
+            raw = [None if math.isnan(e.raw) else e.raw for e in each]
+            numbers[method] |= {"gap_recovered": raw, "interval": asdict(interval)}
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     parts = [markdown(rows) + "\n"]
     told = [["difference in accuracy", "points"]]
@@ -227,6 +229,14 @@ def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str
     return "\n".join(parts), numbers
 
 
+def _of_seeds(shares: Sequence[float]) -> str:
+    """In %, of the seeds that have a gap."""
+    known = [share for share in shares if not math.isnan(share)]
+    if not known:
+        return "no gap"
+    return percent(known) + ("" if len(known) == len(shares) else f" ({len(known)} of {len(shares)} seeds have a gap)")
+
+
 def _right(of: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
     """[seeds, test rows], 1 where the model is right."""
     return np.array([results["test"]["right"] for results in of.values()], dtype=float)
@@ -237,7 +247,10 @@ def _recovered_interval(strong: np.ndarray, weak: np.ndarray, ceiling: np.ndarra
     three = np.stack([values.mean(0) for values in (strong, weak, ceiling)])
     draws = np.random.default_rng(0).integers(0, three.shape[1], (2000, three.shape[1]))
     means = three[:, draws].mean(2)
-    low, high = np.nanquantile(_of_gap(means), [0.025, 0.975])
+    drawn = _of_gap(means)
+    if np.isnan(drawn).mean() > 0.05:
+        return Interval(float(_of_gap(three.mean(1))), -math.inf, math.inf)  # there may be no gap at all
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
     return Interval(float(_of_gap(three.mean(1))), float(low), float(high))
 
 
@@ -248,6 +261,8 @@ def _of_gap(means: np.ndarray) -> np.ndarray:
 
 
 def _interval_text(interval: Interval) -> str:
+    if math.isinf(interval.low):
+        return "none: there may be no gap"
     return f"{100 * interval.mean:.0f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -9,12 +10,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from ..checkpoints import write_json
+from .mixin import BirdMixin
+
+if TYPE_CHECKING:
+    from .guidance import Guidance
 
 # Of every run: nothing is reported anywhere, each step is logged, and a loss that is not finite is not hidden.
 QUIET: dict[str, Any] = {
@@ -53,19 +58,41 @@ def quiet(progress: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def claim(folder: Path, run: dict[str, Any]) -> None:
+def claim(folder: Path, data: Any, guidance: Guidance | None, **settings: Any) -> None:
     """Write down whose folder it is, as far as that is plain data: the networks are for the caller to keep apart.
 
     Raises:
         ValueError: it is another run's: what changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    networks = ("teacher", "tokenizer", "text")
+    choices = None if guidance is None else {k: str(v) for k, v in vars(guidance).items() if k not in networks}
+    digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()
+    run = settings | {"data": digest, "guidance": choices}
     path = folder / "run.json"
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
         if changed := [name for name in run if old.get(name) != run[name]]:
             raise ValueError(f"{folder} is of another run ({', '.join(changed)} changed): choose another folder")
     write_json(run, path)
+
+
+def trained(trainer: Any, folder: Path, progress: bool) -> list[dict[str, Any]]:
+    """Run a trainer from where its folder stands; what it logged of every step. What guided it lets go of the model.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    watch = Watch(progress)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(watch)
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    finally:
+        watch.close()
+        if isinstance(trainer, BirdMixin):
+            trainer.guide.taps.remove()
+    return [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss" in row]
 
 
 def last_checkpoint(folder: Path) -> str | None:

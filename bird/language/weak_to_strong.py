@@ -1,9 +1,9 @@
 r"""Weak-to-strong generalization (Burns et al., 2023) with a weak teacher's geometry: the parts of the protocol.
 
-Training rows are cut in two (`halves`). A weak model learns the first half from true labels (`train_classifier`, on
-`certain` targets); the second half gets its probabilities (`predict`). A strong student learns those, by itself or with
-BIRD, where the weak model guides as well as it labels, and, for the ceiling, the true ones. `recovered` says how much
-of the gap between the weak model and the ceiling a student has closed.
+Training rows are cut in two (`bird.language.data.halves`). A weak model learns the first half from true labels
+(`train_classifier`, on `certain` targets); the second half gets its probabilities (`predict`). A strong student learns
+those, by itself or with BIRD, where the weak model guides as well as it labels, and, for the ceiling, the true ones.
+`recovered` says how much of the gap between the weak model and the ceiling a student has closed.
 
 The published runs have batches of 32, Adam, a cosine to zero, two epochs and a learning rate of 5e-5 (1e-5 for large
 models); so do the defaults of `Budget`. Gradients are not clipped.
@@ -30,23 +30,10 @@ __all__ = [
     "accuracy",
     "agreement",
     "certain",
-    "halves",
     "predict",
     "recovered",
     "train_classifier",
 ]
-
-
-def halves(count: int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Numbers of the rows of both halves, at random; of an odd count the second one has a row more.
-
-    Raises:
-        ValueError: fewer than two rows.
-    """
-    if count < 2:
-        raise ValueError(f"{count} rows have no two halves")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[: count // 2]), sorted(order[count // 2 :])
 
 
 def certain(labels: Sequence[int] | Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from bird.language import Guidance, classifier_training
+from bird.language import Guidance, classifier_training, runs
 from bird.language.classifiers import padded, tokenize
 from bird.language.guidance import Guide, Sequences
 from bird.language.weak_to_strong import (
@@ -24,7 +24,6 @@ from bird.language.weak_to_strong import (
     accuracy,
     agreement,
     certain,
-    halves,
     predict,
     recovered,
     train_classifier,
@@ -153,21 +152,21 @@ def test_resumed_is_uninterrupted(guides: bool, tmp_path: Path, monkeypatch: pyt
         )
 
     whole, history = run("whole")
-    watch = classifier_training._Watch.on_log
+    watch = runs.Watch.on_log
 
     def killed(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
         if state.global_step == 7:
             raise KeyboardInterrupt
         watch(self, args, state, control, **more)
 
-    monkeypatch.setattr(classifier_training._Watch, "on_log", killed)
+    monkeypatch.setattr(runs.Watch, "on_log", killed)
     with pytest.raises(KeyboardInterrupt):
         run("killed")
     monkeypatch.undo()
     (tmp_path / "killed/checkpoint-7").mkdir()
     first: list[int] = []
     monkeypatch.setattr(
-        classifier_training._Watch,
+        runs.Watch,
         "on_log",
         lambda self, args, state, control, **more: first.append(state.global_step),
     )
@@ -368,7 +367,7 @@ def test_recovered() -> None:
         assert math.isnan(none.clipped)
 
 
-def test_scores_and_halves() -> None:
+def test_scores() -> None:
     chances = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
     assert accuracy(chances, [0, 1, 0, 1]) == 0.5
     assert accuracy(chances, torch.tensor([0, 1, 1, 1])) == 0.75
@@ -379,8 +378,3 @@ def test_scores_and_halves() -> None:
     assert certain([1, 0]).tolist() == [[0, 1], [1, 0]]
     with pytest.raises(ValueError, match="0 or 1"):
         certain([0, 2])
-    first, second = halves(101, seed=3)
-    assert (len(first), len(second), sorted(first + second)) == (50, 51, list(range(101)))
-    assert halves(101, seed=3) == (first, second) != halves(101, seed=4)
-    with pytest.raises(ValueError, match="halves"):
-        halves(1)

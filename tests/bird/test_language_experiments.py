@@ -1,0 +1,347 @@
+"""Recipes of language models: what files may say, and whole runs of tiny networks from the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomllib
+import torch
+
+pytest.importorskip("trl", reason="the experiments are run by its trainers")
+from trl import DPOConfig, DPOTrainer
+
+from bird import cli, recipes
+from bird.language import Guidance, runs
+from bird.language import recipes as language_recipes
+from bird.language.data import Preference
+from bird.language.models import load
+from bird.language.policies import restore, train_policy
+from bird.language.preference_experiment import spoken
+from bird.language.recipes import Training
+from tests.bird.test_language_data import write_snippets
+from tests.bird.tiny_language import bytes_tokenizer, guidance, student
+
+PAPER = {  # shared/paper/FACTS.md, from the paper's tables
+    "safety-dpo": {
+        "smollm2-135m": {"none": 43.88, "dpo": 65.48, "dpo-bird": 71.28},
+        "smollm2-360m": {"none": 47.63, "dpo": 86.57, "dpo-bird": 88.37},
+    },
+    "weak-to-strong-sciq": {
+        "gpt2-medium": {"naive": 7.79, "bird": 16.14},
+        "gpt2-large": {"naive": 17.70, "bird": 24.19},
+    },
+    "weak-to-strong-cosmos-qa": {"gpt2-medium": {}, "gpt2-large": {"naive": 65.51, "bird": 68.02}},
+    "weak-to-strong-boolq": {"gpt2-medium": {"naive": 0, "bird": 0}, "gpt2-large": {"naive": 0, "bird": 0}},
+    "positivity-dpo": {"smollm2-135m": {}},
+    "weak-to-strong-sentiment": {"minilm-smollm2": {}},
+}
+PREFERENCE = """
+kind = "preference"
+title = "Tiny preferences"
+seeds = 2
+methods = ["none", "dpo", "dpo-bird"]
+data = { source = "positivity", limit = 6, held_out = 5, words = 12 }
+teacher = { epochs = 1, batch_size = 32, max_length = 100 }
+transfer = { epochs = 1, batch_size = 4, micro_batch = 2, lr = 1e-3, max_length = 120 }
+generation = { max_new_tokens = 6 }
+networks.tiny = { teacher = "tiny-bert", student = "tiny-llama", paper = { dpo = 50.0 } }
+judges.bag = { kind = "bag-of-words" }
+judges.lexicon = { kind = "lexicon" }
+variants.plain = {}
+variants.heavy = { methods = ["none", "dpo-bird"], beta = 5.0, rows = "chosen" }
+"""
+WEAK = """
+kind = "weak-to-strong"
+title = "Tiny weak to strong"
+seeds = 2
+data = { source = "sentiment", limit = 24, held_out = 30 }
+teacher = { epochs = 1, batch_size = 16, lr = 1e-3, max_length = 100 }
+transfer = { epochs = 1, batch_size = 16, micro_batch = 8, lr = 1e-3, max_length = 100 }
+networks.tiny = { teacher = "tiny-bert", student = "tiny-llama", paper = { naive = 10.0, bird = 20.0 } }
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Sentences with an opening of their group's, scored by the word that they hold."""
+    draw = random.Random(0)
+    rows = []
+    for k in range(240):
+        good = k % 2 == 0
+        words = " ".join(draw.choices(["plot", "cast", "scene", "music", "end"], k=3))
+        opening = f"Kind{k // 2 % 30} of"
+        rows.append(f"{k}\t{2 if good else -2}\t{opening} {'good great' if good else 'bad awful'} {words} {k}.\n")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_snippets(folder, "".join(rows))
+    return folder
+
+
+def run(text: str, name: str, data: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, Path]:
+    recipe, out = data.parent / f"{name}.toml", data.parent / "out"
+    recipe.write_text(text, encoding="utf-8")
+    status = cli.main(["run", str(recipe), "--out", str(out), "--data", str(data), "--jobs", "1", *more])
+    said = capsys.readouterr()
+    return status, said.out + said.err, out / "reports" / name
+
+
+# ---------------------------------------------------------------------------------------------- what files may say
+
+
+def parse(text: str, **changes: Any) -> language_recipes.Recipe:
+    return language_recipes.parse("mine", tomllib.loads(text) | changes)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_hold_the_papers_figures(name: str) -> None:
+    recipe = recipes.parsed(f"language/{name}", language_recipes.parse)
+    assert {key: dict(pair.paper) for key, pair in recipe.networks.items()} == PAPER[name]
+    assert f"language/{name}" in recipes.names()
+
+
+def test_every_language_recipe_is_known_here() -> None:
+    assert {name.removeprefix("language/") for name in recipes.names() if name.startswith("language/")} == set(PAPER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"kind": "preferences"}, "kind: there is no 'preferences'; there is 'preference'"),
+        ({"methods": ["dpo-brid"]}, "methods: there is no 'dpo-brid'; there is 'dpo-bird'"),
+        ({"transfer": {"batch": 3}}, "a key of transfer: there is no 'batch'"),
+        ({"transfer": {"batch_size": 6, "micro_batch": 4}}, "transfer: micro_batch 4 must divide batch_size 6"),
+        ({"transfer": {"lr": 0.0}}, "transfer: lr must be positive"),
+        ({"transfer": {"warmup": 1.0}}, r"transfer: warmup must be in \[0, 1\)"),
+        ({"data": {"source": "positivity", "limit": 1}}, "data: limit must be at least 2"),
+        ({"judges": {}}, "who judges the responses"),
+        ({"judges": {"x": {"kind": "jury"}}}, "judges.x: kind: there is no 'jury'"),
+        ({"judges": {"x": {"kind": "endpoint", "model": "m"}}}, "judges.x: .*needs a url"),
+        ({"judges": {"x": {"kind": "classifier"}}}, "judges.x: .*needs a model"),
+        ({"seeds": 0}, "seeds must be at least 1"),
+    ],
+)
+def test_recipes_that_cannot_be(changes: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        parse(PREFERENCE, **changes)
+
+
+def test_what_must_be_there() -> None:
+    with pytest.raises(ValueError, match="data, transfer must be there"):
+        language_recipes.parse("x", {"kind": "preference", "title": "x", "networks": {}, "teacher": {}})
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["select", "language/positivity-dpo"], "select is for the recipes of images"),
+        (["run", "language/positivity-dpo", "--compile"], "--compile is for the recipes of images"),
+        (["run", "language/positivity-dpo", "--method", "bird"], "has no 'bird' among its methods: 'none', 'dpo'"),
+        (["run", "language/positivity"], "there is no 'language/positivity'; there is 'language/positivity-dpo'"),
+    ],
+)
+def test_commands_that_cannot_be(command: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command) == 2
+    assert why in capsys.readouterr().err
+
+
+def test_nothing_is_trained_where_data_or_a_key_is_missing(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    endpoint = 'judges.api = { kind = "endpoint", model = "m", url = "http://127.0.0.1:9", key_variable = "MY_KEY" }'
+    status, said, _ = run(PREFERENCE + endpoint, "keyless", data, capsys)
+    assert status == 2
+    assert "environment variable MY_KEY" in said
+    (data / "vaderSentiment-3.3.2.tar.gz").unlink()
+    status, said, _ = run(PREFERENCE.replace("held_out = 5", "held_out = 6"), "empty", data, capsys)
+    assert status == 2
+    assert "pip download" in said
+    status, said, _ = run(WEAK.replace("tiny-llama", "no/such folder"), "nowhere", data, capsys)
+    assert status == 2
+    assert "no/such folder" in said
+    assert not list((data.parent / "out").rglob("result.json"))
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_preference_recipe_from_the_command_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said, folder = run(PREFERENCE, "prefer", data, capsys)
+    assert status == 0, said
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert page in said
+    for part in ("## tiny, plain", "| DPO + BIRD ", "50.00", "good, bag", "DPO + BIRD minus DPO", "95 %"):
+        assert part in page, part
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    root = data.parent / "out"
+    cells = [cell for cell in found["cells"] if cell["variant"] == "plain"]
+    assert {(cell["method"], cell["seed"]) for cell in cells} == {
+        (m, s) for m in ("none", "dpo", "dpo-bird") for s in (0, 1)
+    }
+    # The page's share is the mean of the stages' verdicts.
+    verdicts = [read(path) for path in root.glob("verdicts-*/result.json")]
+    assert len(verdicts) == 2 * (2 + 2 + 2 + 2)  # judges; none of both variants, DPO, DPO + BIRD twice, two seeds
+    assert all(len(v["verdicts"]) == 5 and set(v["verdicts"]) <= {0, 1} for v in verdicts)
+    shares = [cell["judge bag"]["good"] for cell in cells if cell["method"] == "none"]
+    assert found["results"]["tiny, plain"]["none"]["bag"]["mean"] == pytest.approx(np.mean(shares))
+    guided = next(cell for cell in cells if cell["method"] == "dpo-bird")
+    step = guided["training"]["last_step"]
+    assert step["loss"] == pytest.approx(0.1 * step["task_loss"] + 0.9 * step["cka_loss"], rel=1e-5)
+    samples = (folder / "samples.md").read_text(encoding="utf-8")
+    assert samples.count("- DPO + BIRD (") == 10
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    # Once more: all is there, nothing is made again.
+    times = {path: path.stat().st_mtime_ns for path in root.rglob("result.json")}
+    status, said, _ = run(PREFERENCE, "prefer", data, capsys)
+    assert status == 0
+    assert "[" not in said.split("\n\n")[0].split("\n", 1)[-1]
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("result.json")} == times
+
+
+def test_a_weak_to_strong_recipe_from_the_command_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said, folder = run(WEAK, "weak", data, capsys)
+    assert status == 0, said
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    for part in ("| Weak model ", "| Soft labels + BIRD, unbiased ", "20.00", "Soft labels + BIRD minus Soft labels"):
+        assert part in page, part
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    numbers = found["results"]["tiny"]
+    accuracy = {m: [c["test"]["accuracy"] for c in found["cells"] if c["method"] == m] for m in numbers}
+    assert {m: numbers[m]["accuracy"] for m in numbers} == pytest.approx(accuracy)
+    for seed, recovered in enumerate(numbers["naive"]["gap_recovered"]):
+        strong, weak, ceiling = (accuracy[m][seed] for m in ("naive", "weak", "ceiling"))
+        wanted = (strong - weak) / (ceiling - weak) if ceiling > weak else float("nan")
+        assert (recovered if recovered is not None else float("nan")) == pytest.approx(wanted, nan_ok=True)
+    root = data.parent / "out"
+    weak = [read(path) for path in root.glob("weak-*/result.json")]
+    assert len(weak) == 2
+    assert all(len(each["soft"]) == 24 for each in weak)
+    labels = torch.tensor(weak[0]["soft"])
+    torch.testing.assert_close(labels.sum(1), torch.ones(24))
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_conversations_are_read_as_the_student_speaks_them() -> None:
+    _, tokenizer = load("tiny-llama", "causal")
+    prompt, response = [{"role": "user", "content": "how?"}], [{"role": "assistant", "content": "so."}]
+    asked, said = spoken(tokenizer, prompt, response)
+    assert "how?" in asked
+    assert "so." in said
+    ids = tokenizer.apply_chat_template([*prompt, *response], tokenize=True, return_dict=True)["input_ids"]
+    assert asked + said == tokenizer.decode(ids, skip_special_tokens=True)
+    assert spoken(tokenizer, "as it ", "stands") == ("as it ", "stands")
+
+
+# ---------------------------------------------------------------------------------------------- tuned students
+
+PAIRS = [Preference(f"film {i} is", " good" + "!" * (i % 3), " bad" + "?" * (i % 2)) for i in range(12)]
+TRAINING = Training(epochs=2, batch_size=4, micro_batch=2, lr=1e-3, max_length=60)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor], tolerance: float = 0) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=name)
+
+
+def test_a_policy_is_what_trls_trainer_makes(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    model, reference = student(), student()
+    history = train_policy(model, bytes_tokenizer(), PAIRS, TRAINING, tmp_path / "ours", seed=3)
+    arguments = DPOConfig(
+        str(tmp_path / "theirs"), per_device_train_batch_size=4, num_train_epochs=2, learning_rate=1e-3, beta=0.1,
+        lr_scheduler_type="cosine", max_length=60, seed=3, use_cpu=True, report_to="none", save_strategy="no",
+        bf16=False, disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    rows = Dataset.from_list([vars(pair) for pair in PAIRS])
+    plain = student()
+    trainer = DPOTrainer(plain, reference, args=arguments, train_dataset=rows, processing_class=bytes_tokenizer())
+    trainer.train()
+    assert_equal(weights(model), weights(plain), 2e-6)
+    assert [row["loss"] for row in history["train"]] == pytest.approx(
+        [row["loss"] for row in trainer.state.log_history if "loss" in row], rel=1e-4
+    )
+    assert len(history["train"]) == 6
+    again = student(seed=9)
+    restore(again, tmp_path / "ours")
+    assert_equal(weights(again), weights(model))
+    assert not list((tmp_path / "ours").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("adapters", [0, 4])
+def test_a_killed_policy_goes_on(adapters: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(epochs=2, batch_size=4, micro_batch=2, lr=1e-3, max_length=60, adapters=adapters)
+
+    def train(folder: str, **more: Any) -> torch.nn.Module:
+        model = student()
+        options: dict[str, Any] = {"guidance": guidance(), "seed": 1, "save_every": 2}
+        train_policy(model, bytes_tokenizer(), PAIRS, training, tmp_path / folder, **options | more)
+        found = student(seed=8)
+        restore(found, tmp_path / folder)
+        return found
+
+    whole = train("whole")
+    log = runs.Watch.on_log
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        log(self, args, state, control, **more)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Watch, "on_log", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train("parts")
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert_equal(weights(train("parts")), weights(whole))
+    if adapters:
+        before = dict(student().named_parameters())
+        assert any(not torch.equal(after, before[name]) for name, after in whole.named_parameters()), "merged"
+
+
+def test_folders_of_other_runs_and_damaged_weights_are_refused(tmp_path: Path) -> None:
+    train_policy(student(), bytes_tokenizer(), PAIRS[:4], TRAINING, tmp_path)
+    with pytest.raises(ValueError, match=r"of another run \(seed changed\)"):
+        train_policy(student(), bytes_tokenizer(), PAIRS[:4], TRAINING, tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"of another run \(guidance changed\)"):
+        train_policy(student(), bytes_tokenizer(), PAIRS[:4], TRAINING, tmp_path, guidance=guidance())
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"policy\.safetensors is damaged.*delete its folder"):
+        train_policy(student(), bytes_tokenizer(), PAIRS[:4], TRAINING, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    broken = student()
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="at step 1; a lower lr may help"):
+        train_policy(broken, bytes_tokenizer(), PAIRS[:4], TRAINING, tmp_path)
+
+
+def test_guidance_of_a_frozen_copy(tmp_path: Path) -> None:
+    """A student may be guided by what it was; the copy stays."""
+    model = student()
+    teacher = copy.deepcopy(model)
+    before = weights(teacher)
+    history = train_policy(
+        model, bytes_tokenizer(), PAIRS, TRAINING, tmp_path, guidance=Guidance(teacher, alpha=1.0, beta=1.0)
+    )
+    assert history["train"][0]["cka"] == pytest.approx(1, abs=1e-5)
+    assert history["train"][-1]["cka"] < 1
+    assert_equal(weights(teacher), before)
