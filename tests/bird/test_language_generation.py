@@ -38,6 +38,7 @@ def model(device: torch.device) -> Any:
 
 def literal(model: Any, words: Any, ids: list[int], count: int) -> str:
     """Greedy, one prompt, the whole text again for each token."""
+    model.eval()
     new: list[int] = []
     for _ in range(count):
         with torch.no_grad():

@@ -40,6 +40,7 @@ PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7", "w8 w9", "w1"]
 RESPONSES = ["w2 w3", "w9 w9 w9 w9 w9", "", "w20 w3 w1", "w5", "w17 w2 w14"]
 
 
+@pytest.mark.slow
 def test_importing_is_light() -> None:
     """Judges and generation load what they need when they are made, and take networks as they are."""
     script = "import sys, bird.language.judge, bird.language.statistics; print(*sys.modules)"
