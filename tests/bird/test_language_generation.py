@@ -151,6 +151,8 @@ def test_the_nucleus_is_the_smallest_set_that_is_enough() -> None:
     draws = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     for top_p, size in ((0.3, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.8, 3), (0.9, 4)):
         assert set(sample(logits.expand(64, -1), draws, 1.0, top_p).tolist()) == set(range(size))
+    for top_p, size in ((0.25, 1), (0.5, 2), (0.75, 3)):  # quarters are exact: just enough is enough
+        assert len(set(sample(torch.zeros(64, 4), draws, 1.0, top_p).tolist())) == size
 
 
 def test_first_tokens_of_many_seeds_follow_the_model(model: Any) -> None:
@@ -256,9 +258,9 @@ def test_each_token_of_each_prompt_has_its_own_draw(device: torch.device) -> Non
     """A model that knows nothing shows them."""
     model = causal().to(device)
     model.lm_head.weight.data.zero_()
-    found = [word for text in generate(model, tokenizer(), PROMPTS, max_new_tokens=50) for word in text.split()]
-    assert len(found) > 50
-    assert max(Counter(found).values()) < len(found) / 5
+    found = [text.split() for text in generate(model, tokenizer(), PROMPTS, max_new_tokens=50)]
+    assert max(map(len, found)) > 20
+    assert all(max(Counter(words).values()) < len(words) / 2 for words in found if len(words) > 20)
     starts = [text.split()[:1] for text in generate(model, tokenizer(), PROMPTS, max_new_tokens=1)]
     assert len({*map(tuple, starts)}) > 3
 
