@@ -86,6 +86,10 @@ def test_a_file_of_something_else_is_refused_and_stays(model: Any, tmp_path: Pat
         ("[1]\n", "line 1 is not a JSON object"),
         ('{"a": 1}\n', "does not hold responses"),
         (before.decode().splitlines()[0] + '\n{"index": 6}\n', "it answers a prompt that there is not"),
+        (
+            before.decode().splitlines()[0] + '\n{"index": 1, "prompt": "x", "response": ""}\n',
+            "it answers a prompt that there is not",
+        ),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
