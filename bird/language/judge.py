@@ -229,7 +229,7 @@ def independent(judge: Judge | nn.Module, teacher: nn.Module) -> None:
     if not isinstance(network, nn.Module):
         return
     network, taught = (unwrap(net.model if isinstance(net, Teacher) else net) for net in (network, teacher))
-    share = 1.0 if network is taught else shared(network, taught)
+    share = shared(network, taught)
     if share:
         raise ValueError(
             f"the judge has {share:.2%} of its weights from the teacher, so it would judge what it taught:"

@@ -49,7 +49,7 @@ def shared(model: nn.Module, other: nn.Module) -> float:
     if not ours or not theirs:
         raise ValueError("a network shows no weights to compare: pass the network itself, not what holds it")
     shapes = {p.shape for p in ours} & {p.shape for p in theirs}  # nothing else needs to be hashed
-    known = {_digest(p) for p in theirs if p.shape in shapes and _varies(p)}
+    known = {_digest(p) for p in theirs if p.shape in shapes}
     same = sum(p.numel() for p in ours if p.shape in shapes and _varies(p) and _digest(p) in known)
     return same / sum(p.numel() for p in ours)
 

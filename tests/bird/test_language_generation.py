@@ -1,12 +1,9 @@
-"""Responses and perplexity: against transformers, literal loops and closed forms; and files that survive a kill."""
+"""Responses and perplexity: against transformers, literal loops and closed forms."""
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +14,9 @@ pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[l
 
 from bird.language import generation
 from bird.language.generation import generate, perplexity, sample
-from bird.language.lines import Lines
 from bird.language.networks import fingerprint
 from bird.language.texts import padded, plain
-from tests.bird.tiny_words import END, WORDS, absolute, causal, tokenizer
+from tests.bird.tiny_words import END, WORDS, Calls, absolute, causal, tokenizer
 
 PROMPTS = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w1", "w10 w11 w12 w13", "w4 w4 w4", "w20 w2 w19 w3 w18"]
 
@@ -40,26 +36,9 @@ def model(device: torch.device) -> Any:
     return made
 
 
-class Calls:
-    """Counts the batches that a model starts on, and how many rows each has; fails on the way if asked to."""
-
-    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch, fail_after: float = math.inf) -> None:
-        self.prefills: list[int] = []
-        real = model.forward
-
-        @functools.wraps(real)
-        def forward(**options: Any) -> Any:
-            if options["input_ids"].shape[1] > 1:
-                if len(self.prefills) == fail_after:
-                    raise KeyboardInterrupt
-                self.prefills.append(len(options["input_ids"]))
-            return real(**options)
-
-        monkeypatch.setattr(model, "forward", forward)
-
-
 def literal(model: Any, words: Any, ids: list[int], count: int) -> str:
     """Greedy, one prompt, the whole text again for each token."""
+    model.eval()
     new: list[int] = []
     for _ in range(count):
         with torch.no_grad():
@@ -172,6 +151,8 @@ def test_the_nucleus_is_the_smallest_set_that_is_enough() -> None:
     draws = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     for top_p, size in ((0.3, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.8, 3), (0.9, 4)):
         assert set(sample(logits.expand(64, -1), draws, 1.0, top_p).tolist()) == set(range(size))
+    for top_p, size in ((0.25, 1), (0.5, 2), (0.75, 3)):  # quarters are exact: just enough is enough
+        assert len(set(sample(torch.zeros(64, 4), draws, 1.0, top_p).tolist())) == size
 
 
 def test_first_tokens_of_many_seeds_follow_the_model(model: Any) -> None:
@@ -189,92 +170,6 @@ def test_first_tokens_of_many_seeds_follow_the_model(model: Any) -> None:
     expected = [n * p[ids[word]] for word in likely]
     expected.append(n - sum(expected))
     assert stats.chisquare(observed, expected).pvalue > 0.01
-
-
-def test_an_interrupted_run_goes_on_and_repeats_nothing(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words, path = tokenizer(), tmp_path / "deep" / "responses.jsonl"
-    options: dict[str, Any] = {"max_new_tokens": 10, "batch_size": 2, "seed": 5}
-    truth = generate(model, words, PROMPTS, **options)
-    with monkeypatch.context() as patch:
-        calls = Calls(model, patch, fail_after=2)
-        with pytest.raises(KeyboardInterrupt):
-            generate(model, words, PROMPTS, path=path, **options)
-        assert calls.prefills == [2, 2]
-    whole = path.read_bytes()
-    assert whole.count(b"\n") == 5
-    for torn in (b"", b'{"index": 4, "prompt": "', whole.splitlines()[-1]):  # the last one lacks its newline only
-        path.write_bytes(whole + torn)
-        with monkeypatch.context() as patch:
-            calls = Calls(model, patch)
-            assert generate(model, words, PROMPTS, path=path, **options) == truth
-            assert calls.prefills == [2]
-            assert generate(model, words, PROMPTS, path=path, **options | {"batch_size": 6}) == truth
-            assert calls.prefills == [2], "what was kept is not generated again"
-        assert path.read_bytes().startswith(whole)
-        assert len(Lines(path).rows) == 7
-    rows = Lines(path).rows
-    rows[2]["response"] = "kept"  # what is there is taken, not made anew
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert generate(model, words, PROMPTS, path=path, **options) == [truth[0], "kept", *truth[2:]]
-
-
-def test_a_torn_first_line_starts_over(model: Any, tmp_path: Path) -> None:
-    path = tmp_path / "responses.jsonl"
-    path.write_text('{"respon')
-    found = generate(model, tokenizer(), PROMPTS, path=path, max_new_tokens=3)
-    assert generate(model, tokenizer(), PROMPTS, path=path, max_new_tokens=3) == found
-    assert len(Lines(path).rows) == 7
-
-
-def test_a_file_of_something_else_is_refused_and_stays(model: Any, tmp_path: Path) -> None:
-    words, path = tokenizer(), tmp_path / "responses.jsonl"
-    options: dict[str, Any] = {"max_new_tokens": 4, "path": path}
-    generate(model, words, PROMPTS, **options)
-    path.write_bytes(path.read_bytes() + b'{"torn')
-    before = path.read_bytes()
-    for change, said in (
-        ({"seed": 1}, r"holds other responses \(seed was 0, is 1\): delete it, or choose another path"),
-        ({"max_new_tokens": 5}, "max_new_tokens was 4, is 5"),
-        ({"temperature": 0.5, "top_p": 0.9}, r"temperature was 1.0, is 0.5; top_p was 1.0, is 0.9"),
-        ({"greedy": True}, "greedy was False, is True; seed was 0, is None; temperature was 1.0, is None"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            generate(model, words, PROMPTS, **options | change)
-    with pytest.raises(ValueError, match="of prompts was"):
-        generate(model, words, [*PROMPTS[:-1], "w1 w1"], **options)
-    with pytest.raises(ValueError, match="prompts was 6, is 5"):
-        generate(model, words, PROMPTS[:-1], **options)
-    with pytest.raises(ValueError, match="of weights was"):
-        generate(causal(1).to(model.device), words, PROMPTS, **options)
-    assert path.read_bytes() == before
-    for text, said in (
-        ("notes\n", "line 1 is not a JSON object"),
-        ("[1]\n", "line 1 is not a JSON object"),
-        ('{"a": 1}\n', "does not hold responses"),
-        (before.decode().splitlines()[0] + '\n{"index": 6}\n', "it answers a prompt that there is not"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=said):
-            generate(model, words, PROMPTS, **options)
-        assert path.read_text() == text
-
-
-def test_lines_that_a_full_disk_cut_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "lines.jsonl"
-    lines = Lines(path)
-    lines.append({"a": "\u2028\n"})
-
-    def full(descriptor: int) -> None:
-        raise OSError("the disk is full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="disk"):
-            lines.append({"b": 2}, {"c": 3})
-    lines.append({"d": 4})
-    assert Lines(path).rows == [{"a": "\u2028\n"}, {"d": 4}]
 
 
 def test_each_module_is_given_back_in_its_mode(model: Any) -> None:
@@ -363,9 +258,9 @@ def test_each_token_of_each_prompt_has_its_own_draw(device: torch.device) -> Non
     """A model that knows nothing shows them."""
     model = causal().to(device)
     model.lm_head.weight.data.zero_()
-    found = [word for text in generate(model, tokenizer(), PROMPTS, max_new_tokens=50) for word in text.split()]
-    assert len(found) > 50
-    assert max(Counter(found).values()) < len(found) / 5
+    found = [text.split() for text in generate(model, tokenizer(), PROMPTS, max_new_tokens=50)]
+    assert max(map(len, found)) > 20
+    assert all(max(Counter(words).values()) < len(words) / 2 for words in found if len(words) > 20)
     starts = [text.split()[:1] for text in generate(model, tokenizer(), PROMPTS, max_new_tokens=1)]
     assert len({*map(tuple, starts)}) > 3
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +35,31 @@ from bird.language.verdicts import fill
 from bird.teachers import Teacher
 from tests.bird.tiny_words import END, causal, classifier, tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7", "w8 w9", "w1"]
 RESPONSES = ["w2 w3", "w9 w9 w9 w9 w9", "", "w20 w3 w1", "w5", "w17 w2 w14"]
+
+
+@pytest.mark.slow
+def test_importing_is_light() -> None:
+    """Judges and generation load what they need when they are made, and take networks as they are."""
+    script = "import sys, bird.language.judge, bird.language.statistics; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert {"transformers", "sklearn", "vaderSentiment", "peft", "trl"} & set(run.stdout.split()) == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "make", "extra"),
+    [
+        ("vaderSentiment.vaderSentiment", Lexicon, "language"),
+        ("sklearn.pipeline", lambda: BagOfWords(["a", "b"], [True, False]), "vision"),
+    ],
+)
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, module: str, make: Any, extra: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"pip install 'bird-kernels\[{extra}\]'"):
+        make()
 
 
 def test_only_the_two_words_are_understood() -> None:
@@ -140,7 +166,8 @@ def test_a_bag_of_words_is_tf_idf_and_logistic_regression() -> None:
     error = 1 / (1 + np.exp(-(x @ model.coef_[0] + model.intercept_[0]))) - y
     np.testing.assert_allclose(model.coef_[0] + 2.0 * error @ x, 0, atol=1e-3)
     assert error.sum() == pytest.approx(0, abs=1e-3)
-    assert BagOfWords(learned, labels, reading=whole)(["dull "], ["dull dull fine"]) == [False]
+    assert judge(["dull dull plot, a dull "], ["fine"]) == [True]
+    assert BagOfWords(learned, labels, reading=whole)(["dull dull plot, a dull "], ["fine"]) == [False]
     for bad in ([True] * 6, labels[:5]):
         with pytest.raises(ValueError, match="and both of them, are needed"):
             BagOfWords(learned, bad)
@@ -242,6 +269,10 @@ def test_the_teacher_may_not_judge() -> None:
         independent(Classifier(other, words, 0, name="other"), guide)
     independent(Lexicon(), teacher)
     independent(Endpoint("http://localhost:1/v1", "m", None), teacher)
+    other = causal(1)
+    other.model.layers[0].mlp.up_proj.weight = nn.Parameter(teacher.model.layers[0].mlp.up_proj.weight.clone())
+    with pytest.raises(ValueError, match=r"has \d\.\d\d% of its weights"):  # a few are too many
+        independent(other, teacher)
     with pytest.raises(ValueError, match="no weights to compare: pass the network itself"):
         independent(causal(1), nn.Sequential(guide))
 

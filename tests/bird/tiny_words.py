@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
@@ -85,6 +88,25 @@ def classifier(seed: int = 0, classes: int = 2) -> BertForSequenceClassification
         pad_token_id=END,
     )
     return _random(BertForSequenceClassification, config, seed)
+
+
+class Calls:
+    """Counts the batches that a model starts on, and how many rows each has; fails on the way if asked to."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch, fail_after: float = math.inf) -> None:
+        self.prefills: list[int] = []
+        real = model.forward
+
+        @functools.wraps(real)
+        def forward(**options: Any) -> Any:
+            assert not torch.is_grad_enabled()
+            if options["input_ids"].shape[1] > 1:
+                if len(self.prefills) == fail_after:
+                    raise KeyboardInterrupt
+                self.prefills.append(len(options["input_ids"]))
+            return real(**options)
+
+        monkeypatch.setattr(model, "forward", forward)
 
 
 def _random(kind: Any, config: Any, seed: int) -> Any:

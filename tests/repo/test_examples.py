@@ -44,3 +44,15 @@ def test_torchrun(one_process: list[float]) -> None:
 def test_accelerate(one_process: list[float]) -> None:
     pytest.importorskip("accelerate", reason="needs the dev extra")
     assert ckas(ACCELERATE, 2, "with_accelerate.py") == pytest.approx(one_process, abs=1e-5)
+
+
+def test_dpo() -> None:
+    pytest.importorskip("trl", reason="the example is a run of TRL's")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "examples/dpo.py"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    rows = re.findall(r"loss (\S+)  DPO (\S+)  CKA to the teacher (\S+)", run.stdout)
+    assert len(rows) == 6
+    for loss, task, cka in (map(float, row) for row in rows):
+        assert loss == pytest.approx(0.1 * task + 0.9 * (1 - cka), abs=1e-4)
