@@ -146,9 +146,10 @@ class Preferences(Experiment):
             model, tokenizer = load(pair.student, "causal")
             guidance = self._guidance(pair, change, method, teacher) if guided else None
             pairs = [pair for pair in self._material(seed).pairs if self._is_short(pair)][:limit]
+            steps = training.epochs * -(-len(pairs) // training.batch_size)
             history = train_policy(
                 model, tokenizer, pairs, training, folder / "training", guidance=guidance, seed=seed,
-                device=self.device, progress=bool(self.progress),
+                device=self.device, save_every=max(5, steps // 5), progress=bool(self.progress),
             )  # fmt: skip
             return {"history": history}
 
