@@ -275,6 +275,8 @@ def parsed(recipe: str, parse: Callable[[str, Mapping[str, Any]], T]) -> T:
 
 def parse(name: str, data: Mapping[str, Any]) -> Recipe:
     """What a file says, checked."""
+    if "kind" in data:
+        raise ValueError("it is of language models: `bird.language.recipes.parse` reads it")
     table = {"methods": list(METHODS)} | dict(data) | {"name": name}
     parts: dict[str, Any] = {"teacher": Source, "student": Source, "pretraining": Budget, "transfer": Budget}
     missing = [part for part in (*parts, "title", "networks") if part not in table]

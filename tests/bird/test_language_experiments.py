@@ -18,7 +18,7 @@ pytest.importorskip("trl", reason="the experiments are run by its trainers")
 from trl import DPOConfig, DPOTrainer
 
 from bird import cli, recipes
-from bird.language import Guidance, runs
+from bird.language import Guidance, report, runs
 from bird.language import recipes as language_recipes
 from bird.language.data import Preference
 from bird.language.models import load
@@ -214,7 +214,8 @@ def test_a_weak_to_strong_recipe_from_the_command_line(data: Path, capsys: pytes
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     numbers = found["results"]["tiny"]
     accuracy = {m: [c["test"]["accuracy"] for c in found["cells"] if c["method"] == m] for m in numbers}
-    assert {m: numbers[m]["accuracy"] for m in numbers} == pytest.approx(accuracy)
+    for method in numbers:
+        assert numbers[method]["accuracy"] == pytest.approx(accuracy[method])
     for seed, recovered in enumerate(numbers["naive"]["gap_recovered"]):
         strong, weak, ceiling = (accuracy[m][seed] for m in ("naive", "weak", "ceiling"))
         wanted = (strong - weak) / (ceiling - weak) if ceiling > weak else float("nan")
@@ -225,6 +226,70 @@ def test_a_weak_to_strong_recipe_from_the_command_line(data: Path, capsys: pytes
     assert all(len(each["soft"]) == 24 for each in weak)
     labels = torch.tensor(weak[0]["soft"])
     torch.testing.assert_close(labels.sum(1), torch.ones(24))
+
+
+def test_the_gap_recovered_and_its_interval() -> None:
+    """Against the shares by hand, and the interval of a plain loop over resamples."""
+    draw = np.random.default_rng(1)
+    right = {
+        m: draw.random((3, 400)) < p for m, p in {"weak": 0.6, "naive": 0.68, "bird": 0.72, "ceiling": 0.8}.items()
+    }
+    results = {
+        method: {seed: {"test": {"right": row.astype(int).tolist()}} for seed, row in enumerate(rows)}
+        for method, rows in right.items()
+    }
+    recipe = parse(WEAK, methods=("weak", "naive", "bird", "ceiling"))
+    page, numbers = report._weak_to_strong(recipe, ("tiny", ""), results)
+    acc = {method: rows.mean(1) for method, rows in right.items()}
+    wanted = (acc["bird"] - acc["weak"]) / (acc["ceiling"] - acc["weak"])
+    assert numbers["bird"]["gap_recovered"] == pytest.approx(wanted.tolist())
+    assert f"{100 * wanted.mean():.1f} ± {100 * wanted.std(ddof=1):.1f}" in page
+    pooled = {method: rows.mean(0) for method, rows in right.items()}
+    shares = []
+    for _ in range(4000):
+        rows = draw.integers(0, 400, 400)
+        strong, weak, ceiling = (pooled[m][rows].mean() for m in ("bird", "weak", "ceiling"))
+        shares.append((strong - weak) / (ceiling - weak))
+    interval = numbers["bird"]["interval"]
+    assert [interval["low"], interval["high"]] == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.04)
+    gain = numbers["bird"]["minus naive"]
+    assert gain["mean"] == pytest.approx((acc["bird"] - acc["naive"]).mean())
+    assert gain["low"] < gain["mean"] < gain["high"]
+
+
+def test_without_a_gap_no_share_is_told() -> None:
+    one = {seed: {"test": {"right": [1, 0, 1, 1]}} for seed in range(2)}
+    page, numbers = report._weak_to_strong(
+        parse(WEAK, methods=("weak", "naive", "ceiling")), ("tiny", ""), {"weak": one, "naive": one, "ceiling": one}
+    )
+    assert "no gap" in page
+    assert numbers["naive"]["gap_recovered"] == [None, None]
+
+
+def test_what_bird_adds_to_preferences() -> None:
+    """Shares, the difference on the same prompts, and answers of the judge that nobody could read."""
+    draw = np.random.default_rng(0)
+    good = {method: draw.random((2, 50)) < p for method, p in {"none": 0.4, "dpo": 0.5, "dpo-bird": 0.7}.items()}
+
+    def of(row: Any) -> dict[str, Any]:
+        verdicts: list[int | None] = row.astype(int).tolist()
+        verdicts[3] = None
+        judged = {"verdicts": verdicts, "name": "x"}
+        health = {"responses": [], "perplexity": 20.0, "distinct": 0.5}
+        return {"responses": health, "alignment": {"cka": 0.25}, "judge bag": judged, "judge lexicon": judged}
+
+    results = {method: {seed: of(row) for seed, row in enumerate(rows)} for method, rows in good.items()}
+    page, numbers = report._preferences(parse(PREFERENCE), ("tiny", "plain"), results)
+    for rows in good.values():
+        rows[:, 3] = False  # not parsed is not good
+    for method, rows in good.items():
+        assert numbers[method]["bag"]["mean"] == pytest.approx(rows.mean())
+    gain = numbers["dpo-bird minus dpo"]["lexicon"]
+    assert gain["mean"] == pytest.approx(good["dpo-bird"].mean() - good["dpo"].mean())
+    assert gain["low"] < gain["mean"] < gain["high"]
+    assert "12 answers of judges could not be parsed" in page
+    assert "| DPO ".ljust(8) in page
+    assert "50.00" in page
 
 
 def read(path: Path) -> Mapping[str, Any]:
