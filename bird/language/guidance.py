@@ -173,7 +173,9 @@ class Guide:
         else:
             mask, ids, counted = self._read(sequences, self.guidance.tokenizer)
         device = next(self.network.parameters()).device
-        options = {"use_cache": False} if "use_cache" in inspect.signature(self.network.forward).parameters else {}
+        options = (
+            {"use_cache": False} if "use_cache" in inspect.signature(type(self.network).forward).parameters else {}
+        )
         features = self.teacher(input_ids=ids.to(device), attention_mask=mask.to(device, torch.long), **options)
         pooling = self.guidance.teacher_pooling or self.guidance.pooling
         return pool_tokens(features[self.teacher_layer], counted, pooling)

@@ -131,7 +131,7 @@ class BirdMixin:
         """Rows of student and teacher of every batch of the step, without graphs."""
         trainer: Any = self
         ours, theirs = [], []
-        forward = inspect.signature(without_adapters(model).forward).parameters
+        forward = inspect.signature(type(without_adapters(model)).forward).parameters  # a wrapper hides its own
         extra = {"use_cache": False, "logits_to_keep": 1}  # the head's output is not needed
         with torch.no_grad():
             for batch in step.batches:
