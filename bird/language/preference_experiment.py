@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from torch import nn
 from bird_kernels import cka
 
 from ..stages import Stage
-from .data import Labelled, Preference, Text
+from .data import Labelled, Preference, Text, halves
 from .experiments import Cell, Experiment, classifier, load, pair_title, texts_and_labels, trained_classifier
 from .guidance import Guidance, Guide, Sequences, concatenated
 from .judge import BagOfWords, Classifier, Judge, LanguageModel, Lexicon, independent
@@ -40,7 +40,7 @@ class Material:
         pairs: to train students on.
         prompts: held out, to be answered.
         texts: held out, for perplexity and alignment.
-        taught: (prompt, response) and whether it is good, to train the teacher on; none, and the teacher comes trained.
+        taught: (prompt, response) and whether it is good, to train the teacher on.
         judged: texts to train a bag of words on.
     """
 
@@ -229,7 +229,8 @@ class Preferences(Experiment):
 
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)
-            guide = Guide(self._guidance(pair, Change(), "unbiased", teacher), model, tokenizer)
+            guidance = replace(self._guidance(pair, Change(), "unbiased", teacher), completion_only=False)
+            guide = Guide(guidance, model, tokenizer)
             return {"cka": _alignment(guide, model, tokenizer, self._material(seed).texts)}
 
         parents = (teacher,) if policy is None else (policy, teacher)
@@ -288,6 +289,10 @@ def _material(source: str, seed: int, root: Path | None, held_out: int | None) -
             for a in pku_answers(kept, "train")
         ]
         return Material(pku_preferences(kept, "train"), prompts, texts, taught, [])
-    pairs, held = preferences(source, "train", drop=True), preferences(source, "test", drop=True)
-    texts = [row.chosen for row in held if isinstance(row.chosen, str)]
-    return Material(pairs, [row.prompt for row in held][:held_out], texts[:held_out], [], [])
+    # Nobody says which responses are good by themselves: the teacher learns what was chosen, from half of the pairs.
+    shown, pairs = halves(preferences(source, "train", drop=True), seed)
+    held = preferences(source, "test", drop=True)
+    taught = [(row.prompt, text, label) for row in shown for label, text in enumerate((row.rejected, row.chosen))]
+    texts = [plain(row.prompt) + plain(row.chosen) for row in held][:held_out]
+    judged = [Labelled(plain(text), label) for _, text, label in taught]
+    return Material(pairs, [row.prompt for row in held][:held_out], texts, taught, judged)

@@ -205,6 +205,29 @@ def test_a_preference_recipe_from_the_command_line(data: Path, capsys: pytest.Ca
     assert {path: path.stat().st_mtime_ns for path in root.rglob("result.json")} == times
 
 
+def test_any_preferences_in_trls_format(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of conversations: the teacher learns what was chosen, from pairs that the student does not get."""
+
+    def say(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {"prompt": say("user", f"and {i}?"), "chosen": say("assistant", f"yes {i}"), "rejected": say("assistant", "no")}
+        for i in range(24)
+    ]
+    for split, part in (("train", rows[:20]), ("test", rows[20:])):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    text = PREFERENCE.replace('source = "positivity", limit = 6, held_out = 5, words = 12', f'source = "{data}"')
+    text = text.replace("seeds = 2", "seeds = 1")
+    options = ("--variant", "plain", "--method", "none", "dpo-bird")
+    status, said, _ = run(text, "own", data, capsys, *options)
+    assert status == 0, said
+    root = data.parent / "out"
+    (policy,) = root.glob("policy-*/result.json")
+    assert len(read(policy)["history"]["train"]) == 3  # ten pairs by four
+    assert {len(read(path)["responses"]) for path in root.glob("responses-*/result.json")} == {4}
+
+
 def test_a_weak_to_strong_recipe_from_the_command_line(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, said, folder = run(WEAK, "weak", data, capsys)
     assert status == 0, said
