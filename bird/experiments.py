@@ -21,7 +21,7 @@ from .checkpoints import load, save
 from .evaluation import accuracy, alignment
 from .features import find_layers
 from .methods import METHODS, Transfer
-from .recipes import Budget, Recipe, Source, Variant
+from .recipes import Budget, Recipe, Source, Variant, grid
 from .scoring import corrupted, first
 from .selection import rank_teachers
 from .stages import Stage
@@ -112,24 +112,9 @@ class Experiment:
     progress: bool | None = None
     compile: bool = False
 
-    def cells(
-        self,
-        *,
-        networks: Sequence[str] | None = None,
-        variants: Sequence[str] | None = None,
-        methods: Sequence[str] | None = None,
-        seeds: int | None = None,
-    ) -> list[Cell]:
-        """All cells, or those of some networks, variants, methods (as far as a variant has them) and seeds."""
-        recipe = self.recipe
-        return [
-            self._cell(name, variant, method, seed)
-            for name in (recipe.networks if networks is None else networks)
-            for variant in (recipe.variants if variants is None else variants)
-            for method in recipe.variants[variant].methods or recipe.methods
-            if methods is None or method in methods
-            for seed in range(recipe.seeds if seeds is None else seeds)
-        ]
+    def cells(self, **choice: Any) -> list[Cell]:
+        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.recipes.grid`."""
+        return [self._cell(*entry) for entry in grid(self.recipe, **choice)]
 
     def check(self) -> None:
         """Look before hours of work: is all the data there, and has every network the layers that are asked of it?

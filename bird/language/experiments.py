@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..recipes import grid
 from ..stages import Stage
 from .data import Labelled
 from .guidance import Guidance
@@ -79,24 +80,9 @@ class Experiment:
     data_root: Path | None = None
     progress: bool | None = None
 
-    def cells(
-        self,
-        *,
-        networks: Sequence[str] | None = None,
-        variants: Sequence[str] | None = None,
-        methods: Sequence[str] | None = None,
-        seeds: int | None = None,
-    ) -> list[Cell]:
-        """All cells, or those of some networks, variants, methods (as far as a variant has them) and seeds."""
-        recipe = self.recipe
-        return [
-            self._cell(name, variant, method, seed)
-            for name in (recipe.networks if networks is None else networks)
-            for variant in (recipe.variants if variants is None else variants)
-            for method in recipe.variants[variant].methods or recipe.methods
-            if methods is None or method in methods
-            for seed in range(recipe.seeds if seeds is None else seeds)
-        ]
+    def cells(self, **choice: Any) -> list[Cell]:
+        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.recipes.grid`."""
+        return [self._cell(*entry) for entry in grid(self.recipe, **choice)]
 
     def check(self) -> None:
         """Look before hours of work: are the networks there, and the libraries?

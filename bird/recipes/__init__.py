@@ -33,7 +33,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -238,6 +238,33 @@ class Recipe:
                 raise ValueError(f"{source.data} has {theirs} channels, {self.student.data} {ours}: they must agree")
         if missing := set(self.held_out) - set(self.scoring.corruptions):
             raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
+
+
+def grid(
+    recipe: Any,
+    *,
+    networks: Sequence[str] | None = None,
+    variants: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    seeds: int | None = None,
+) -> list[tuple[str, str, str, int]]:
+    """Networks, variant, method and seed of every entry of a recipe's tables, or of some: None for all.
+
+    Args:
+        recipe: of images or of language models.
+        networks: keys of the recipe's.
+        variants: the same.
+        methods: as far as a variant has them.
+        seeds: how many; None for the recipe's.
+    """
+    return [
+        (name, variant, method, seed)
+        for name in (recipe.networks if networks is None else networks)
+        for variant in (recipe.variants if variants is None else variants)
+        for method in recipe.variants[variant].methods or recipe.methods
+        if methods is None or method in methods
+        for seed in range(recipe.seeds if seeds is None else seeds)
+    ]
 
 
 def names() -> list[str]:
