@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from ..checkpoints import write_json
 from .classifiers import Classifier, padded, tokenize
 from .runs import QUIET, claim, forget_checkpoints, quiet, trained
+from .settings import Training
 from .trainers import BirdTrainer
 
 if TYPE_CHECKING:
@@ -26,52 +26,16 @@ if TYPE_CHECKING:
     from .guidance import Guidance
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long and how to train; the same for all arms of a comparison.
-
-    Args:
-        epochs: passes over the texts.
-        batch_size: texts of an optimizer step. CKA compares all of them (``Guidance(whole_batch=True)``).
-        micro_batch: texts in memory at a time, which divide the batch; gradients are summed up. None for all. Without
-            dropout it changes nothing but rounding.
-        lr: learning rate of the first step; it falls along a cosine to zero.
-        max_length: tokens of a text, see `bird.language.classifiers.tokenize`.
-        seed: of the order of the texts, and where PyTorch's, NumPy's and Python's generators (dropout) begin.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    epochs: int = 2
-    batch_size: int = 32
-    micro_batch: int | None = None
-    lr: float = 5e-5
-    max_length: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if self.micro_batch is not None and self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"micro_batch must divide batch_size, {self.micro_batch} does not divide {self.batch_size}"
-            )
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, not {self.lr}")
-
-
 def train_classifier(
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     targets: Tensor,
-    budget: Budget,
+    training: Training,
     folder: Path,
     *,
     guidance: Guidance | None = None,
+    seed: int = 0,
     device: torch.device | str | None = None,
     save_every: int | None = None,
     progress: bool = False,
@@ -89,10 +53,11 @@ def train_classifier(
         tokenizer: the model's.
         texts: N of them.
         targets: probabilities ``[N, 2]``: a weak model's, or those of `bird.language.weak_to_strong.certain`.
-        budget: how long and how.
+        training: how long and how. Without dropout micro-batches change nothing but rounding.
         folder: of this run alone.
         guidance: adds a teacher's geometry; None to train on the targets alone. The order of the texts and the start of
             the generators are the same with it.
+        seed: of the order of the texts, and where PyTorch's, NumPy's and Python's generators (dropout) begin.
         device: ``"cpu"``, or a kind of accelerator, of which the environment chooses which (CUDA_VISIBLE_DEVICES); None
             for the kind that the model is on.
         save_every: steps between checkpoints; None: one for each epoch.
@@ -109,8 +74,10 @@ def train_classifier(
         FloatingPointError: the loss is no longer finite.
     """
     _require_targets(texts, targets)
-    rows, cut = tokenize(model, tokenizer, texts, budget.max_length)
-    claim(folder, [list(texts), targets.tolist()], guidance, budget=asdict(budget))
+    if training.adapters:
+        raise ValueError("adapters are for students that are tuned on preferences, not for classifiers")
+    rows, cut = tokenize(model, tokenizer, texts, training.max_length)
+    claim(folder, [list(texts), targets.tolist()], guidance, training=asdict(training), seed=seed)
     finished = folder / "history.json"
     place = torch.device(device) if device is not None else next(model.parameters()).device
     if finished.exists():
@@ -119,7 +86,7 @@ def train_classifier(
         return json.loads(finished.read_text(encoding="utf-8"))
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
     with quiet(progress):
-        trainer = _trainer(model, tokenizer, examples, budget, folder, guidance, place, save_every)
+        trainer = _trainer(model, tokenizer, examples, training, folder, guidance, seed, place, save_every)
         history = {"train": trained(trainer, folder, progress), "cut": cut}
     model.eval()
     model.save(folder)
@@ -163,24 +130,27 @@ def _trainer(
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     examples: list[dict[str, Any]],
-    budget: Budget,
+    training: Training,
     folder: Path,
     guidance: Guidance | None,
+    seed: int,
     device: torch.device,
     save_every: int | None,
 ) -> Trainer:
-    micro = budget.micro_batch or budget.batch_size
+    micro = training.micro_batch or training.batch_size
     args = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
-        gradient_accumulation_steps=budget.batch_size // micro,
-        num_train_epochs=budget.epochs,
-        learning_rate=budget.lr,
+        gradient_accumulation_steps=training.batch_size // micro,
+        num_train_epochs=training.epochs,
+        learning_rate=training.lr,
         lr_scheduler_type="cosine",
+        warmup_steps=training.warmup,  # a share of the steps while it is below 1
+        bf16=training.bf16,
         optim="adamw_torch",  # without decay it is Adam
         weight_decay=0.0,
         max_grad_norm=0.0,
-        seed=budget.seed,
+        seed=seed,
         save_strategy="epoch" if save_every is None else "steps",
         save_steps=save_every or 500,
         use_cpu=device.type == "cpu",

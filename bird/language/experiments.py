@@ -21,7 +21,8 @@ from .data import Labelled
 from .guidance import Guidance
 from .models import MODELS, locate
 from .models import load as load_network
-from .recipes import Change, Pair, Recipe, Training
+from .recipes import Change, Pair, Recipe
+from .settings import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,19 +137,17 @@ class Experiment:
         guidance: Guidance | None = None,
     ) -> dict[str, Any]:
         """A classifier trained in place; its history."""
-        from .weak_to_strong import Budget, train_classifier
+        from .weak_to_strong import train_classifier
 
-        budget = Budget(
-            training.epochs, training.batch_size, training.micro_batch, training.lr, training.max_length, seed
-        )
         return train_classifier(
             model,
             tokenizer,
             texts,
             targets,
-            budget,
+            training,
             folder / "training",
             guidance=guidance,
+            seed=seed,
             device=self.device,
             progress=bool(self.progress),
         )

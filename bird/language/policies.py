@@ -17,8 +17,8 @@ from trl import DPOConfig, DPOTrainer
 
 from ..checkpoints import atomic, write_json
 from .data import Preference, columns
-from .recipes import Training
 from .runs import QUIET, claim, forget_checkpoints, quiet, trained
+from .settings import Training
 from .trl_trainers import BirdDPOTrainer
 
 if TYPE_CHECKING:

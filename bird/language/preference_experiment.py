@@ -22,7 +22,8 @@ from .judge import BagOfWords, Classifier, Judge, LanguageModel, Lexicon, indepe
 from .models import load as load_network
 from .positivity import HELD_OUT, LEAD, positivity
 from .preferences import PKU, pku_answers, pku_preferences, preferences
-from .recipes import Change, Judging, Pair, Training
+from .recipes import Change, Judging, Pair
+from .settings import Training
 from .snippets import snippets
 from .texts import padded, plain, token_ids
 

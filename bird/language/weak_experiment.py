@@ -21,7 +21,8 @@ from .experiments import (
 )
 from .guidance import Guidance
 from .questions import Questions, questions
-from .recipes import Change, Pair, Training
+from .recipes import Change, Pair
+from .settings import Training
 
 
 @dataclass(frozen=True)

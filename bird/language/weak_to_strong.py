@@ -6,7 +6,7 @@ those, by itself or with BIRD, where the weak model guides as well as it labels,
 `recovered` says how much of the gap between the weak model and the ceiling a student has closed.
 
 The published runs have batches of 32, Adam, a cosine to zero, two epochs and a learning rate of 5e-5 (1e-5 for large
-models); so do the defaults of `Budget`. Gradients are not clipped.
+models). Gradients are not clipped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..evaluation import pgr
-from .classifier_training import Budget, train_classifier
+from .classifier_training import train_classifier
 from .classifiers import Classifier, accuracy, agreement, predict
 
 __all__ = [
-    "Budget",
     "Classifier",
     "Recovered",
     "accuracy",

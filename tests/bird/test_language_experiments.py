@@ -24,7 +24,7 @@ from bird.language.data import Preference
 from bird.language.models import load
 from bird.language.policies import restore, train_policy
 from bird.language.preference_experiment import spoken
-from bird.language.recipes import Training
+from bird.language.settings import Training
 from tests.bird.test_language_data import write_snippets
 from tests.bird.tiny_language import bytes_tokenizer, guidance, student
 

@@ -18,8 +18,8 @@ pytest.importorskip("accelerate")
 from bird.language import Guidance, classifier_training, runs
 from bird.language.classifiers import padded, tokenize
 from bird.language.guidance import Guide, Sequences
+from bird.language.settings import Training
 from bird.language.weak_to_strong import (
-    Budget,
     Classifier,
     accuracy,
     agreement,
@@ -56,22 +56,29 @@ def literal_distance(x: Tensor, y: Tensor) -> Tensor:
     return 1 - (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
+SEED = 7
+
+
 def plain_loop(
-    model: Classifier, texts: list[str], targets: Tensor, budget: Budget, distance: Callable[[list[str]], Any] | None
+    model: Classifier,
+    texts: list[str],
+    targets: Tensor,
+    training: Training,
+    distance: Callable[[list[str]], Any] | None,
 ) -> None:
     """Adam and a cosine, each text by itself, without padding."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=budget.lr)
-    steps, step = budget.epochs * math.ceil(len(texts) / budget.batch_size), 0
-    for epoch in range(budget.epochs):
-        generator = torch.Generator().manual_seed(budget.seed + 1_000_003 * epoch)
-        for batch in torch.randperm(len(texts), generator=generator).split(budget.batch_size):
+    optimizer = torch.optim.Adam(model.parameters(), lr=training.lr)
+    steps, step = training.epochs * math.ceil(len(texts) / training.batch_size), 0
+    for epoch in range(training.epochs):
+        generator = torch.Generator().manual_seed(SEED + 1_000_003 * epoch)
+        for batch in torch.randperm(len(texts), generator=generator).split(training.batch_size):
             hidden = [model.backbone(torch.tensor([BYTES(texts[i])["input_ids"]]))[0][0, -1] for i in batch]
             chances = [model.head(h).softmax(0) for h in hidden]
             loss = -sum((targets[i] * p.log()).sum() for i, p in zip(batch, chances, strict=True)) / len(batch)
             if distance is not None:
                 rows = distance([texts[i] for i in batch])
                 loss = 0.3 * loss + 0.7 * literal_distance(torch.stack(hidden), rows)
-            optimizer.param_groups[0]["lr"] = budget.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.param_groups[0]["lr"] = training.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -89,7 +96,7 @@ def gap(ours: nn.Module, theirs: nn.Module) -> float:
 def test_training_is_the_plain_loop(guides: bool, micro: int | None, tmp_path: Path) -> None:
     """Soft cross-entropy, the cosine, whole batches of CKA: whatever the last batch and the accumulation."""
     texts, targets = snippets(15 if guides else 13)  # a last batch of 3 rows (2 and 1, accumulated), or of 1
-    budget = Budget(epochs=2, batch_size=4, micro_batch=micro, lr=1e-3, seed=7)
+    training = Training(epochs=2, batch_size=4, micro_batch=micro, lr=1e-3)
     ours, teacher = Classifier(llama()).double(), weak()
     theirs, before, start = copy.deepcopy(ours), copy.deepcopy(teacher), copy.deepcopy(ours)
 
@@ -98,9 +105,9 @@ def test_training_is_the_plain_loop(guides: bool, micro: int | None, tmp_path: P
             return torch.stack([before.backbone.eval()(**LETTERS([t], return_tensors="pt"))[0][0].mean(0) for t in of])
 
     history = train_classifier(
-        ours, BYTES, texts, targets, budget, tmp_path, guidance=guided(teacher) if guides else None
+        ours, BYTES, texts, targets, training, tmp_path, guidance=guided(teacher) if guides else None, seed=SEED
     )
-    plain_loop(theirs, texts, targets.double(), budget, rows if guides else None)
+    plain_loop(theirs, texts, targets.double(), training, rows if guides else None)
     assert gap(ours, start) > 1e-3
     assert gap(ours, theirs) < 1e-7
     assert gap(teacher, before) == 0
@@ -116,9 +123,9 @@ def test_accumulation_changes_nothing(estimator: str, tmp_path: Path) -> None:
     ends = []
     for micro in (8, 2, 1):
         model = Classifier(llama()).double()
-        budget = Budget(epochs=1, batch_size=8, micro_batch=micro, lr=1e-3)
+        training = Training(epochs=1, batch_size=8, micro_batch=micro, lr=1e-3)
         guidance = guided(weak(), estimator=estimator)
-        train_classifier(model, BYTES, texts, targets, budget, tmp_path / str(micro), guidance=guidance)
+        train_classifier(model, BYTES, texts, targets, training, tmp_path / str(micro), guidance=guidance)
         ends.append(model)
     assert gap(ends[0], ends[1]) < 1e-8
     assert gap(ends[0], ends[2]) < 1e-8
@@ -127,13 +134,13 @@ def test_accumulation_changes_nothing(estimator: str, tmp_path: Path) -> None:
 def test_guidance_without_weight_is_none(tmp_path: Path) -> None:
     """The arms see the same texts in the same order, and the same dropout."""
     texts, targets = snippets(12)
-    budget = Budget(epochs=2, batch_size=4, lr=1e-3)
+    training = Training(epochs=2, batch_size=4, lr=1e-3)
     plain, same, other = (Classifier(llama(dropout=0.3)) for _ in range(3))
-    train_classifier(plain, BYTES, texts, targets, budget, tmp_path / "plain")
+    train_classifier(plain, BYTES, texts, targets, training, tmp_path / "plain")
     train_classifier(
-        same, BYTES, texts, targets, budget, tmp_path / "same", guidance=guided(weak().float(), alpha=1, beta=0)
+        same, BYTES, texts, targets, training, tmp_path / "same", guidance=guided(weak().float(), alpha=1, beta=0)
     )
-    train_classifier(other, BYTES, texts, targets, budget, tmp_path / "other", guidance=guided(weak().float()))
+    train_classifier(other, BYTES, texts, targets, training, tmp_path / "other", guidance=guided(weak().float()))
     assert gap(plain, same) == 0
     assert gap(plain, other) > 1e-4
 
@@ -142,13 +149,13 @@ def test_guidance_without_weight_is_none(tmp_path: Path) -> None:
 def test_resumed_is_uninterrupted(guides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed in the middle of the second epoch, with dropout, and with half a checkpoint left behind."""
     texts, targets = snippets(16)
-    budget = Budget(epochs=2, batch_size=4, micro_batch=2, lr=1e-3)
+    training = Training(epochs=2, batch_size=4, micro_batch=2, lr=1e-3)
 
     def run(folder: str) -> tuple[Classifier, dict[str, Any]]:
         model = Classifier(llama(dropout=0.3))
         guidance = guided(weak().float()) if guides else None
         return model, train_classifier(
-            model, BYTES, texts, targets, budget, tmp_path / folder, guidance=guidance, save_every=2
+            model, BYTES, texts, targets, training, tmp_path / folder, guidance=guidance, save_every=2
         )
 
     whole, history = run("whole")
@@ -185,12 +192,12 @@ def test_resumed_is_uninterrupted(guides: bool, tmp_path: Path, monkeypatch: pyt
 
 def test_folder_of_another_run(tmp_path: Path) -> None:
     texts, targets = snippets(4)
-    train_classifier(Classifier(llama()), BYTES, texts, targets, Budget(epochs=1), tmp_path)
+    train_classifier(Classifier(llama()), BYTES, texts, targets, Training(epochs=1), tmp_path)
     for changed in (
-        (texts, targets, Budget(epochs=2), None),
-        (texts, targets.flip(1), Budget(epochs=1), None),
-        ([*texts[:3], "other"], targets, Budget(epochs=1), None),
-        (texts, targets, Budget(epochs=1), guided(weak())),
+        (texts, targets, Training(epochs=2), None),
+        (texts, targets.flip(1), Training(epochs=1), None),
+        ([*texts[:3], "other"], targets, Training(epochs=1), None),
+        (texts, targets, Training(epochs=1), guided(weak())),
     ):
         *most, guidance = changed
         with pytest.raises(ValueError, match="another run"):
@@ -199,9 +206,9 @@ def test_folder_of_another_run(tmp_path: Path) -> None:
 
 def test_loss_that_is_not_finite(tmp_path: Path) -> None:
     texts, targets = snippets(16)
-    budget = Budget(epochs=4, batch_size=4, lr=1e30)
+    training = Training(epochs=4, batch_size=4, lr=1e30)
     with pytest.raises(FloatingPointError, match="step"):
-        train_classifier(Classifier(llama()), BYTES, texts, targets, budget, tmp_path)
+        train_classifier(Classifier(llama()), BYTES, texts, targets, training, tmp_path)
 
 
 @pytest.mark.parametrize("backbone", [llama, gpt2])
@@ -259,7 +266,7 @@ def test_long_texts_are_cut_and_named(tmp_path: Path) -> None:
     assert rows == [[2, 4, 5, 3]]  # [CLS] a b [SEP]
     with pytest.warns(UserWarning, match="cut"):
         history = train_classifier(
-            model, BYTES, ["ab", "abcd"], certain([0, 1]), Budget(epochs=1, max_length=3), tmp_path
+            model, BYTES, ["ab", "abcd"], certain([0, 1]), Training(epochs=1, max_length=3), tmp_path
         )
     assert history["cut"] == [1]
 
@@ -337,17 +344,26 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 )
 def test_bad_data_is_refused(texts: list[str], targets: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        train_classifier(Classifier(llama()), BYTES, texts, torch.tensor(targets), Budget(), tmp_path)
+        train_classifier(Classifier(llama()), BYTES, texts, torch.tensor(targets), Training(), tmp_path)
     assert not (tmp_path / "run.json").exists()
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": 0}, {"batch_size": 0}, {"micro_batch": 5}, {"micro_batch": 0}, {"lr": 0}, {"lr": math.nan}],
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"micro_batch": 5},
+        {"micro_batch": 0},
+        {"lr": 0},
+        {"lr": math.nan},
+        {"warmup": 1.0},
+        {"adapters": -1},
+    ],
 )
-def test_bad_budgets_are_refused(wrong: dict[str, Any]) -> None:
+def test_bad_trainings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Budget(**wrong)
+        Training(**wrong)
 
 
 def test_a_window_is_not_widened() -> None:
