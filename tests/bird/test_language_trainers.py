@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -289,6 +290,52 @@ def test_batches_by_themselves_are_another_objective(tmp_path: Path) -> None:
     whole.train()
     apart.train()
     assert logged(apart, "cka")[0] > logged(whole, "cka")[0] + 0.02, "fewer rows, more bias"
+
+
+@pytest.mark.parametrize("kind", [BirdSFTTrainer, BirdDPOTrainer])
+def test_batches_by_themselves_count_alike(kind: type, tmp_path: Path) -> None:
+    """Their distances' mean is trained, whether the trainer divides by their number afterwards (DPO) or not (SFT)."""
+    changes = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "max_steps": 1, "optim": "sgd"}
+    changes |= {"per_device_train_batch_size": 4, "learning_rate": 0.1}
+    apart = guidance(alpha=0.0, whole_batch=False)
+    make = sft(kind, tmp_path, **changes) if kind is BirdSFTTrainer else None
+    trainer = make(guidance=apart) if make else dpo(kind, tmp_path, more={"guidance": apart}, **changes)
+    before = weights(trainer)
+    batches = [dict(batch) for _, batch in zip(range(2), trainer.get_train_dataloader(), strict=False)]
+    trainer.model.train()
+    distances = [trainer._distance(*_rows(trainer, batch)) for batch in batches]
+    mean = 0.9 * sum(distances) / 2
+    gradients = torch.autograd.grad(mean, [*trainer.model.parameters()], allow_unused=True)
+    trainer.train()
+    for (name, old), gradient in zip(before.items(), gradients, strict=True):
+        moved = old if gradient is None else old - 0.1 * gradient
+        torch.testing.assert_close(trainer.model.get_parameter(name), moved, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def _rows(trainer: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+    trainer.guide.taps.listen()
+    trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    sequences = trainer.sequences(batch)
+    return trainer.guide.student_rows(sequences), sequences
+
+
+@pytest.mark.parametrize(
+    ("declared", "accepts", "items", "function", "share"),
+    [
+        (None, True, 8, None, True),
+        (None, True, None, None, False),
+        (None, False, 8, None, False),
+        (None, False, None, print, True),
+        (False, True, 8, None, False),
+        (True, False, None, None, True),
+    ],
+)
+def test_whose_loss_is_a_share(declared: Any, accepts: bool, items: Any, function: Any, share: bool) -> None:
+    """As transformers' `Trainer.training_step` asks before it divides."""
+    kind = SimpleNamespace(
+        loss_is_scaled_for_ga=declared, model_accepts_loss_kwargs=accepts, compute_loss_func=function
+    )
+    assert BirdMixin._is_share(kind, items) is share  # type: ignore[arg-type]
 
 
 def test_dropout_repeats_its_masks_in_accumulated_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
