@@ -244,7 +244,9 @@ def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], s
     ours, theirs = [], []
     device = next(model.parameters()).device
     for start in range(0, len(texts), size):
-        ids, mask = padded([token_ids(tokenizer, text) for text in texts[start : start + size]], left=False)
+        # With the end that TRL's trainer adds, since the last token is the one that is read.
+        rows = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in texts[start : start + size]]
+        ids, mask = padded(rows, left=False)
         guide.taps.listen()
         model(input_ids=ids.to(device), attention_mask=mask.to(device))
         sequences = Sequences(ids, mask, None)
