@@ -204,7 +204,7 @@ def _language(recipe: language_recipes.Recipe, options: argparse.Namespace, devi
         from .language.preference_experiment import Preferences as Kind
     else:
         from .language.weak_experiment import WeakToStrong as Kind  # type: ignore[assignment]
-    return Kind(recipe, options.out, device, options.data, progress=None if jobs == 1 else False)
+    return Kind(recipe, options.out, device, options.data, progress=jobs == 1 and sys.stderr.isatty())
 
 
 def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) -> tuple[Any, dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints import atomic
@@ -31,7 +32,7 @@ def _figure(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figur
     except ImportError as error:
         raise ImportError("pictures need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=12, fontweight="bold", color=INK, x=0.012, ha="left")
+    figure.suptitle(fill(title, int(10 * size[0])), fontsize=12, fontweight="bold", color=INK, x=0.012, ha="left")
     yield figure
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -75,7 +76,7 @@ def recovered(
     """Bars of the share of the gap recovered, a group for each comparison; seeds as dots, the paper's as diamonds."""
     labelled: set[str] = set()
     methods = list(dict.fromkeys(m for comparison in comparisons.values() for m in comparison.contenders))
-    with _figure(path, title, (3.0 + 0.32 * len(methods) * len(comparisons), 4.2)) as figure:
+    with _figure(path, title, (3.0 + max(0.32 * len(methods), 1.3) * len(comparisons), 4.2)) as figure:
         axes: Any = figure.subplots()
         for turn, method in enumerate(methods):
             for group, (name, comparison) in enumerate(comparisons.items()):
@@ -91,7 +92,7 @@ def recovered(
                 if method in paper.get(name, {}):
                     axes.plot(x, paper[name][method], "D", color="white", markeredgecolor=INK, markersize=6, zorder=4)
         axes.axhline(0, color=INK, linewidth=1)
-        axes.set_xticks(range(len(comparisons)), list(comparisons))
+        axes.set_xticks(range(len(comparisons)), [name.replace(", ", ",\n") for name in comparisons], fontsize=9)
         axes.set_ylabel("gap recovered, %", color=INK)
         axes.grid(axis="y", color=GRID)
         axes.set_axisbelow(True)

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..checkpoints import write_json
 from .classifiers import Classifier, padded, tokenize
-from .runs import QUIET, claim, forget_checkpoints, quiet, trained
+from .runs import arguments, claim, forget_checkpoints, quiet, trained
 from .settings import Training
 from .trainers import BirdTrainer
 
@@ -137,25 +137,12 @@ def _trainer(
     device: torch.device,
     save_every: int | None,
 ) -> Trainer:
-    micro = training.micro_batch or training.batch_size
     args = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // micro,
-        num_train_epochs=training.epochs,
-        learning_rate=training.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=training.warmup,  # a share of the steps while it is below 1
-        bf16=training.bf16,
+        **arguments(training, folder, seed, device, save_every),
         optim="adamw_torch",  # without decay it is Adam
         weight_decay=0.0,
         max_grad_norm=0.0,
-        seed=seed,
-        save_strategy="epoch" if save_every is None else "steps",
-        save_steps=save_every or 500,
-        use_cpu=device.type == "cpu",
         remove_unused_columns=False,
-        **QUIET,
     )
     if args.world_size > 1 or args.n_gpu > 1:
         raise ValueError("one process on one GPU: show one only (CUDA_VISIBLE_DEVICES)")

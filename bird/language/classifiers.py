@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..checkpoints import atomic, write_json
-from .guidance import _window
+from .guidance import window_of
 from .pooling import Pooling, pool_tokens, require_pooling
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def tokenize(
         raise ValueError("there are no texts")
     if empty := [number for number, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"texts {_few(empty)} are empty")
-    window = _window(model, tokenizer)
+    window = window_of(model, tokenizer)
     if max_length is not None and not 1 <= max_length <= window:
         raise ValueError(f"max_length must be 1 to {window}, the model's window, not {max_length}")
     limit = window if max_length is None else max_length

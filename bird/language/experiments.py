@@ -6,6 +6,8 @@ and a killed run goes on where it was. The test prompts and rows are seen by the
 
 from __future__ import annotations
 
+import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from .classifiers import Classifier
 
+LIBRARIES = "datasets", "matplotlib", "scipy", "sklearn", "trl"  # for training, judges, and the report in the end
 PROTOCOL = 1  # part of every stage's name: raised when the same settings no longer mean the same
 
 
@@ -64,7 +67,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(ABC):
     """What both kinds of recipes share; arguments as of `bird.experiments.Experiment`.
 
     Args:
@@ -72,14 +75,14 @@ class Experiment:
         root: the folder of the stages' folders.
         device: where networks are trained; like the rest from here on it is no part of a stage's name.
         data_root: the folder of the data sets; None: the environment's BIRD_DATA.
-        progress: bars for training.
+        progress: bars for training and generation.
     """
 
     recipe: Recipe
     root: Path
     device: torch.device
     data_root: Path | None = None
-    progress: bool | None = None
+    progress: bool = False
 
     def cells(self, **choice: Any) -> list[Cell]:
         """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.recipes.grid`."""
@@ -92,9 +95,9 @@ class Experiment:
             FileNotFoundError: a network is missing: what to install.
             ImportError: a library is.
         """
-        import datasets  # noqa: F401 - what training needs
-        import trl  # noqa: F401
-
+        for library in LIBRARIES:
+            if importlib.util.find_spec(library) is None:
+                raise ImportError(f"{library} is not installed: pip install 'bird-kernels[language]'")
         for pair in self.recipe.networks.values():
             locate(pair.teacher)
             locate(pair.student)
@@ -103,8 +106,9 @@ class Experiment:
         """What is asked of students, as text; nothing where texts are classified."""
         return []
 
+    @abstractmethod
     def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
-        raise NotImplementedError
+        """The stages of an entry."""
 
     def _change(self, pair: Pair, variant: str) -> tuple[Change, Training]:
         """A variant, and how its students are trained."""
@@ -149,7 +153,7 @@ class Experiment:
             guidance=guidance,
             seed=seed,
             device=self.device,
-            progress=bool(self.progress),
+            progress=self.progress,
         )
 
 

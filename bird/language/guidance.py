@@ -173,9 +173,8 @@ class Guide:
         else:
             mask, ids, counted = self._read(sequences, self.guidance.tokenizer)
         device = next(self.network.parameters()).device
-        options = (
-            {"use_cache": False} if "use_cache" in inspect.signature(type(self.network).forward).parameters else {}
-        )
+        takes = inspect.signature(type(self.network).forward).parameters
+        options = {"use_cache": False} if "use_cache" in takes else {}
         features = self.teacher(input_ids=ids.to(device), attention_mask=mask.to(device, torch.long), **options)
         pooling = self.guidance.teacher_pooling or self.guidance.pooling
         return pool_tokens(features[self.teacher_layer], counted, pooling)
@@ -194,24 +193,26 @@ class Guide:
 
     def _counted(self, sequences: Sequences) -> Tensor:
         """Which tokens are pooled."""
-        if not self.guidance.completion_only:
-            return sequences.mask
+        only = self.guidance.completion_only
+        return sequences.mask * self._after_prompt(sequences) if only else sequences.mask
+
+    def _after_prompt(self, sequences: Sequences) -> Tensor:
         if sequences.completion is None:
             raise ValueError("completion_only: these batches do not say where the completion begins")
-        return sequences.mask * sequences.completion
+        return sequences.completion
 
     def _read(self, sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor, Tensor]:
         """Mask, ids and what is pooled, of the student's text in the teacher's tokens, padded on the right."""
         only, mask = self.guidance.completion_only, sequences.mask != 0
-        completion = mask if sequences.completion is None else mask & (sequences.completion != 0)
-        completion = self._counted(sequences) != 0 if only else completion
+        known = only or sequences.completion is not None
+        completion = mask & (self._after_prompt(sequences) != 0) if known else mask
         prompts, completions = (self._text(sequences.ids, part) for part in (mask & ~completion, completion))
         texts = [self.guidance.text(*both) for both in zip(prompts, completions, strict=True)]
         if empty := [number for number, text in enumerate(texts) if not text.strip()]:
             raise ValueError(f"sequences {empty} of the batch have no text for the teacher: an empty text or response")
         read = tokenizer(texts, return_offsets_mapping=only, verbose=False)
         ids: list[list[int]] = read["input_ids"]
-        longest, window = max(map(len, ids)), _window(self.network, tokenizer)
+        longest, window = max(map(len, ids)), window_of(self.network, tokenizer)
         if longest > window:
             raise ValueError(
                 f"a text has {longest} tokens of the teacher's tokenizer, and the teacher takes {window}: shorten what "
@@ -270,7 +271,7 @@ def _require_same_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
         )
 
 
-def _window(teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+def window_of(teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens the teacher takes."""
     positions: Any = getattr(getattr(teacher, "config", None), "max_position_embeddings", None)
     return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)

@@ -28,7 +28,8 @@ class BirdMixin:
     that it runs anyway. It needs batches with ``input_ids`` and ``attention_mask``, so neither packing nor padding-free
     batches. With ``Guidance(whole_batch=True)`` CKA is that of all rows of an optimizer step:
 
-    - of several processes exactly, under DDP and FSDP2 (tensor, context and sequence parallelism are refused);
+    - of several processes exactly, under DDP (FSDP2 has not been tried; tensor, context and sequence parallelism are
+      refused);
     - of accumulated batches exactly, where the student computes a row alike both times: the batches run forward once
       more, first, with the same random states, so dropout repeats its masks (not in compiled models, whose generators
       the two runs do not share).
@@ -121,7 +122,7 @@ class BirdMixin:
             raise ValueError(
                 f"rows={self.guide.guidance.rows!r} is of preference batches; {type(self).__name__} has one kind"
             )
-        ids, mask = _ids_and_mask(inputs)
+        ids, mask = ids_and_mask(inputs)
         labels = inputs.get("labels")
         if isinstance(labels, Tensor) and labels.shape == ids.shape and not labels.is_floating_point():
             return Sequences(ids, mask, labels != -100)
@@ -200,7 +201,12 @@ class _Accumulated:
         return self.distance, pull - pull.detach()
 
 
-def _ids_and_mask(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def ids_and_mask(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of a padded batch.
+
+    Raises:
+        ValueError: it has none.
+    """
     missing = [name for name in ("input_ids", "attention_mask") if name not in inputs]
     if missing:
         raise ValueError(

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ..checkpoints import atomic, write_json
 from .data import Preference, columns
-from .runs import QUIET, claim, forget_checkpoints, quiet, trained
+from .runs import arguments, claim, forget_checkpoints, quiet, trained
 from .settings import Training
 from .trl_trainers import BirdDPOTrainer
 
@@ -82,7 +82,14 @@ def train_policy(
     with quiet(progress):
         trainer = (DPOTrainer if guidance is None else BirdDPOTrainer)(
             model,
-            args=_arguments(training, folder, seed, torch.device(device), save_every),
+            args=DPOConfig(
+                **arguments(training, folder, seed, torch.device(device), save_every),
+                beta=training.preference_beta,
+                max_length=training.max_length,
+                precompute_ref_log_probs=True,
+                precompute_ref_batch_size=training.micro_batch or training.batch_size,
+                gradient_checkpointing=False,
+            ),
             train_dataset=Dataset.from_dict(data),
             processing_class=tokenizer,
             **more,
@@ -113,27 +120,3 @@ def restore(model: nn.Module, folder: Path) -> None:
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged, or of another architecture ({error}): delete its folder") from error
     model.eval()
-
-
-def _arguments(training: Training, folder: Path, seed: int, device: torch.device, save_every: int | None) -> DPOConfig:
-    micro = training.micro_batch or training.batch_size
-    return DPOConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=training.batch_size // micro,
-        num_train_epochs=training.epochs,
-        learning_rate=training.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=training.warmup,  # a share of the steps while it is below 1
-        beta=training.preference_beta,
-        max_length=training.max_length,
-        precompute_ref_log_probs=True,
-        precompute_ref_batch_size=micro,
-        gradient_checkpointing=False,
-        bf16=training.bf16,
-        seed=seed,
-        use_cpu=device.type == "cpu",
-        save_strategy="epoch" if save_every is None else "steps",
-        save_steps=save_every or 500,
-        **QUIET,
-    )

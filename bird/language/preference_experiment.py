@@ -17,6 +17,7 @@ from bird_kernels import cka
 from ..stages import Stage
 from .data import Labelled, Preference, Text, halves
 from .experiments import Cell, Experiment, classifier, load, pair_title, texts_and_labels, trained_classifier
+from .files import local_or_hub
 from .guidance import Guidance, Guide, Sequences, concatenated
 from .judge import BagOfWords, Classifier, Judge, LanguageModel, Lexicon, independent
 from .models import load as load_network
@@ -30,7 +31,7 @@ from .texts import padded, plain, token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAFETY_SETS = ("pku-saferlhf",)
+SAFETY = "pku-saferlhf"
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,14 @@ class Preferences(Experiment):
 
     def _teacher(self, pair: Pair, seed: int) -> Stage:
         """Who tells good responses from bad ones; result: its accuracy on rows that it has not seen."""
-        about = self._about(seed, network=pair.teacher, pooling=pair.pooling, training=asdict(self.recipe.teacher))
-        if self.recipe.data.source in SAFETY_SETS:
-            about |= {"student": pair.student}  # whose chat template it reads
+        about = self._about(
+            seed,
+            held_out=self.recipe.data.held_out,  # what is held out leaves the rest
+            network=pair.teacher,
+            student=pair.student,  # whose chat template it reads
+            pooling=pair.pooling,
+            training=asdict(self.recipe.teacher),
+        )
 
         def make(folder: Path) -> dict[str, Any]:
             from .classifiers import accuracy, predict
@@ -132,6 +138,7 @@ class Preferences(Experiment):
         about = self._about(
             seed,
             limit=limit,
+            held_out=self.recipe.data.held_out,
             words=self.recipe.data.words,
             network=pair.student,
             training=asdict(training),
@@ -150,7 +157,7 @@ class Preferences(Experiment):
             steps = training.epochs * -(-len(pairs) // training.batch_size)
             history = train_policy(
                 model, tokenizer, pairs, training, folder / "training", guidance=guidance, seed=seed,
-                device=self.device, save_every=max(5, steps // 5), progress=bool(self.progress),
+                device=self.device, save_every=max(5, steps // 5), progress=self.progress,
             )  # fmt: skip
             return {"history": history}
 
@@ -182,7 +189,7 @@ class Preferences(Experiment):
             model, tokenizer = self._student(pair, policy)
             path = folder / "responses.jsonl"
             responses = generate(
-                model, tokenizer, material.prompts, path=path, seed=seed, progress=bool(self.progress), **options
+                model, tokenizer, material.prompts, path=path, seed=seed, progress=self.progress, **options
             )
             return {
                 "responses": responses,
@@ -199,7 +206,7 @@ class Preferences(Experiment):
         def make(folder: Path) -> dict[str, Any]:
             material = self._material(seed)
             judge = self._judge(judging, material, folder)
-            if getattr(judge, "model", None) is not None and not isinstance(judge.model, str):  # type: ignore[attr-defined]
+            if isinstance(getattr(judge, "model", None), nn.Module):
                 model, _ = trained_classifier(pair.teacher, pair.pooling, teacher.folder(self.root), self.device)
                 independent(judge, model)
             answers = (responses.result(self.root) or {})["responses"]
@@ -227,6 +234,7 @@ class Preferences(Experiment):
     def _aligned(self, pair: Pair, policy: Stage | None, teacher: Stage, seed: int) -> Stage:
         """How near a student's geometry is to the teacher's, on held-out texts, without bias."""
         about = self._about(seed, network=pair.student, held_out=self.recipe.data.held_out)
+        about |= {"guidance": self._guiding(Change())}
 
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)
@@ -282,8 +290,8 @@ def _material(source: str, seed: int, root: Path | None, held_out: int | None) -
         parts = positivity(snippets(root=root), seed, held_out=HELD_OUT if held_out is None else held_out)
         taught: list[tuple[Text, Text, int]] = [("", row.text, row.label) for row in parts.teacher]
         return Material(parts.pairs, [*parts.prompts], parts.texts[:held_out], taught, parts.judge)
-    if source in SAFETY_SETS:
-        kept = root / source if root is not None and (root / source).is_dir() else PKU
+    if source == SAFETY:
+        kept = local_or_hub(source, PKU, root)
         asked = dict.fromkeys(answer.prompt for answer in pku_answers(kept, "test"))
         prompts: list[Text] = [[{"role": "user", "content": prompt}] for prompt in [*asked][:held_out]]
         texts = [a.response for a in pku_answers(kept, "test") if a.safe][:held_out]

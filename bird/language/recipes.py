@@ -83,7 +83,7 @@ class Judging:
     """A judge, never the teacher: see `bird.language.judge`.
 
     Args:
-        kind: one of `JUDGES`.
+        kind: one of `JUDGES`; of a "classifier" with two classes, class 1 is good.
         model: of "classifier" and "language-model" a name as of `bird.language.models.load`; of "endpoint" its own.
         url: of an OpenAI-compatible endpoint.
         key_variable: the environment variable that holds its key.

@@ -12,23 +12,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from ..checkpoints import write_json
 from .mixin import BirdMixin
+from .settings import Training
 
 if TYPE_CHECKING:
     from .guidance import Guidance
 
-# Of every run: nothing is reported anywhere, each step is logged, and a loss that is not finite is not hidden.
-QUIET: dict[str, Any] = {
-    "report_to": "none",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "logging_nan_inf_filter": False,
-    "save_total_limit": 1,
-}
+
+def arguments(
+    training: Training, folder: Path, seed: int, device: torch.device, save_every: int | None
+) -> dict[str, Any]:
+    """What every run's `transformers.TrainingArguments` say; kinds of trainers add their own.
+
+    Nothing is reported anywhere, each step is logged, and a loss that is not finite is not hidden.
+    """
+    micro = training.micro_batch or training.batch_size
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": training.batch_size // micro,
+        "num_train_epochs": training.epochs,
+        "learning_rate": training.lr,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": training.warmup,  # a share of the steps while it is below 1
+        "bf16": training.bf16,
+        "seed": seed,
+        "use_cpu": device.type == "cpu",
+        "save_strategy": "epoch" if save_every is None else "steps",
+        "save_steps": save_every or 500,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+    }
 
 
 @contextmanager

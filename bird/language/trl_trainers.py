@@ -8,7 +8,7 @@ from typing import Any
 from trl import DPOTrainer, SFTTrainer
 
 from .guidance import Sequences
-from .mixin import BirdMixin, _ids_and_mask
+from .mixin import BirdMixin, ids_and_mask
 
 
 class BirdSFTTrainer(BirdMixin, SFTTrainer):
@@ -23,7 +23,7 @@ class BirdDPOTrainer(BirdMixin, DPOTrainer):
 
     def sequences(self, inputs: Mapping[str, Any]) -> Sequences:
         """The rows that were asked for, of a preference batch."""
-        ids, mask = _ids_and_mask(inputs)
+        ids, mask = ids_and_mask(inputs)
         completion = inputs["completion_mask"]
         half = len(ids) // 2
         rows = self.guide.guidance.rows

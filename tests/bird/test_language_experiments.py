@@ -23,7 +23,7 @@ from bird.language import recipes as language_recipes
 from bird.language.data import Preference
 from bird.language.models import load
 from bird.language.policies import restore, train_policy
-from bird.language.preference_experiment import spoken
+from bird.language.preference_experiment import Preferences, _material, spoken
 from bird.language.settings import Training
 from tests.bird.test_language_data import write_snippets
 from tests.bird.tiny_language import bytes_tokenizer, guidance, student
@@ -317,6 +317,59 @@ def test_what_bird_adds_to_preferences() -> None:
 
 def read(path: Path) -> Mapping[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "moved"),
+    [
+        # What is held out leaves the teacher's texts and the pairs, so nothing of another choice may be taken up.
+        (
+            {"data": {"source": "positivity", "limit": 6, "held_out": 4, "words": 12}},
+            {"teacher", "policy", "bird", "responses", "alignment"},
+        ),
+        ({"data": {"source": "positivity", "limit": 6, "held_out": 5, "words": 11}}, {"policy", "bird"}),
+        ({"teacher": {"epochs": 2, "batch_size": 32, "max_length": 100}}, {"teacher", "bird", "alignment"}),
+        ({"guidance": {"layer": "model.layers.0"}}, {"bird", "alignment"}),
+        ({"generation": {"max_new_tokens": 7}}, {"responses"}),
+        ({"title": "Another"}, set()),
+    ],
+)
+def test_what_decides_a_stage_names_it(changes: dict[str, Any], moved: set[str], tmp_path: Path) -> None:
+    def keys(**own: Any) -> dict[str, str]:
+        found = Preferences(parse(PREFERENCE, **own), tmp_path, torch.device("cpu"))
+        cells = {c.method: c for c in found.cells(variants=["plain"], seeds=1)}
+        teacher = cells["none"].scores["alignment"].parents[0]
+        return {
+            "teacher": teacher.key,
+            "policy": cells["dpo"].training.key,
+            "bird": cells["dpo-bird"].training.key,
+            "responses": cells["none"].scores["responses"].key,
+            "alignment": cells["none"].scores["alignment"].key,
+        }
+
+    before, after = keys(), keys(**changes)
+    assert {name for name in before if before[name] != after[name]} == moved
+
+
+def test_safety_reads_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PKU-SafeRLHF as local files, below BIRD_DATA."""
+    rows = [
+        {
+            "prompt": f"how {i}?", "response_0": f"so {i}", "response_1": f"never {i}", "is_response_0_safe": False,
+            "is_response_1_safe": True, "better_response_id": 0, "safer_response_id": 1,
+        }
+        for i in range(3)
+    ]  # fmt: skip
+    folder = tmp_path / "pku-saferlhf"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    monkeypatch.setenv("BIRD_DATA", str(tmp_path))
+    found = _material("pku-saferlhf", 0, None, 2)
+    assert [prompt[0]["content"] for prompt in found.prompts] == ["how 0?", "how 1?"]
+    assert found.pairs[0].chosen == [{"role": "assistant", "content": "never 0"}]
+    assert found.texts == ["never 0", "never 1"]
+    assert {label for *_, label in found.taught} == {0, 1}
 
 
 def test_conversations_are_read_as_the_student_speaks_them() -> None:

@@ -101,7 +101,7 @@ def test_padding_changes_nothing(kind: str, completion_only: bool) -> None:
     }[kind]
     model = student()
     guide = Guide(guide, model, bytes_tokenizer())
-    texts = ["a good film<|end|>", "bad<|end|>", "so so, but long enough."]
+    texts = ["a good film<end>", "bad<end>", "so so, but long enough."]
     alone = [batch([text]) for text in texts]
     for side in ("left", "right"):
         for more in (0, 5):
@@ -121,7 +121,7 @@ def test_the_teacher_reads_what_text_makes(monkeypatch: pytest.MonkeyPatch) -> N
         student(),
         bytes_tokenizer(),
     )
-    found = guide.teacher_rows(batch(["a good film<|end|>", "bad"], "left", prompt=3))
+    found = guide.teacher_rows(batch(["a good film<end>", "bad"], "left", prompt=3))
     assert read == ["a g|ood film", "bad|"]
     tokenizer, model = letters_tokenizer(), teacher()
     for row, text in zip(found, ["q a g a ood film", "q bad a "], strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("trl", reason="the trainers are TRL's")
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForSequenceClassification, Trainer, TrainingArguments
+from transformers import DataCollatorWithPadding, LlamaForSequenceClassification, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from bird.language import BirdDPOTrainer, BirdMixin, BirdSFTTrainer, BirdTrainer
@@ -86,13 +86,11 @@ def texts_of(rows: Any) -> list[str]:
 # ---------------------------------------------------------------------------------------------- the loss
 
 
-def of_classes(kind: type, folder: Path, labels: bool = True, **changes: Any) -> Any:
+def of_classes(kind: type, folder: Path, **changes: Any) -> Any:
     tokenizer = bytes_tokenizer()
     rows = [tokenizer(text) | {"labels": i % 2} for i, text in enumerate(texts_of(preferences()))]
     if kind in (BirdTrainer, Trainer):
         data, arguments = Dataset.from_list(rows), TrainingArguments(**settings(folder, **changes))
-        from transformers import DataCollatorWithPadding
-
         more = {"data_collator": DataCollatorWithPadding(tokenizer)}
     else:
         data, arguments, more = preferences(), RewardConfig(**settings(folder, **changes)), {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -18,17 +18,9 @@ from transformers import (
 )
 
 from bird.language import Guidance
+from tests.bird.tiny_networks import bytes_tokenizer
 
-END = "<|end|>"
-
-
-def bytes_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each byte; padding is the end token, as SmolLM2 has it."""
-    vocabulary = {END: 0} | {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=1)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token=END, model_max_length=128)
+__all__ = ["bytes_tokenizer", "guidance", "letters_tokenizer", "preferences", "settings", "student", "teacher"]
 
 
 def letters_tokenizer() -> PreTrainedTokenizerFast:
