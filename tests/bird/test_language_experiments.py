@@ -23,10 +23,11 @@ from bird.language import recipes as language_recipes
 from bird.language.data import Preference
 from bird.language.models import load
 from bird.language.policies import restore, train_policy
-from bird.language.preference_experiment import Preferences, _material, spoken
+from bird.language.positivity import LEAD
+from bird.language.preference_experiment import Preferences, _material, _read, spoken
 from bird.language.settings import Training
 from tests.bird.test_language_data import write_snippets
-from tests.bird.tiny_language import bytes_tokenizer, guidance, student
+from tests.bird.tiny_language import bytes_tokenizer, guidance, letters_tokenizer, student
 
 PAPER = {  # shared/paper/FACTS.md, from the paper's tables
     "safety-dpo": {
@@ -383,6 +384,13 @@ def test_conversations_are_read_as_the_student_speaks_them() -> None:
     assert spoken(tokenizer, "as it ", "stands") == ("as it ", "stands")
 
 
+def test_the_teacher_reads_the_end_without_the_lead() -> None:
+    tokenizer = letters_tokenizer()
+    assert _read(tokenizer, 100, f"{LEAD} it is", " so good") == "it is so good"
+    assert _read(tokenizer, 6, "it is", " so good") == "o good"
+    assert _read(tokenizer, 13, "it is", " so good") == "it is so good"
+
+
 # ---------------------------------------------------------------------------------------------- tuned students
 
 PAIRS = [Preference(f"film {i} is", " good" + "!" * (i % 3), " bad" + "?" * (i % 2)) for i in range(12)]
@@ -449,7 +457,11 @@ def test_a_killed_policy_goes_on(adapters: int, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(KeyboardInterrupt):
             train("parts")
     assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-4"]
-    assert_equal(weights(train("parts")), weights(whole))
+    steps: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Watch, "on_log", lambda self, args, state, *_, **more: steps.append(state.global_step))
+        assert_equal(weights(train("parts")), weights(whole))
+    assert steps[0] == 5, "it went on, and did not begin again"
     if adapters:
         before = dict(student().named_parameters())
         assert any(not torch.equal(after, before[name]) for name, after in whole.named_parameters()), "merged"
