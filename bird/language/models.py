@@ -187,7 +187,8 @@ def _plain(model: PreTrainedModel, auto: Any) -> PreTrainedModel:
     )
     plain = auto.from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
+    if plain.can_generate():
+        plain.generation_config = model.generation_config
     return plain
 
 

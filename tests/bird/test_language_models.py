@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bird.language import models
-from bird.language.models import MODELS, load, locate
+from bird.language.models import MODELS, _plain, load, locate
 
 TEXTS = [
     "The movie's thing, and  the\tfilm:\n\nis it?",
@@ -241,3 +241,18 @@ def test_transformers_waits_and_may_be_missing(monkeypatch: pytest.MonkeyPatch) 
     for check in (locate, lambda name: load(name, "encoder")):
         with pytest.raises(ImportError, match=r"need transformers: pip install 'bird-kernels\[language\]'"):
             check("tiny-llama")
+
+
+@pytest.mark.parametrize("head", models.HEADS)
+def test_weights_out_of_a_quantized_file_are_plain_ones(head: str) -> None:
+    """As GGUF leaves them: whole, but marked as quantized, which trainers refuse."""
+    import transformers
+
+    model, tokenizer = load("tiny-llama", head, seed=3, classes=2 if head == "classifier" else None)
+    model.is_quantized = True
+    model.config.quantization_config = {"quant_method": "gguf"}
+    plain = _plain(model, getattr(transformers, models.HEADS[head]))
+    assert not getattr(plain, "is_quantized", False)
+    assert not hasattr(plain.config, "quantization_config")
+    ids = tokenizer("as it was", return_tensors="pt")["input_ids"]
+    assert torch.equal(plain.eval()(input_ids=ids)[0], model(input_ids=ids)[0])
