@@ -1,7 +1,7 @@
 """Binary questions for weak-to-strong learning, made as Burns et al. (arXiv 2312.09390) describe theirs.
 
 A question and an answer to it are one text, and the label says whether the answer is right; both classes are equally
-frequent. ``"sentiment"`` needs no network: a sentence, and whether people found it positive.
+frequent. ``"sentiment"`` needs no network: a sentence of a movie review, and whether people found it positive.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Questions:
     test: list[Labelled]
 
 
-def questions(name: str, seed: int = 0, root: Path | str | None = None) -> Questions:
+def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words: int | None = None) -> Questions:
     """A set of binary questions, balanced; one row for each published question, less the surplus class.
 
     Args:
@@ -46,6 +46,7 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None) -> Quest
         root: the data folder (None: ``BIRD_DATA``, else ``data``). Its folder of that name, with ``train.jsonl`` and
             ``test.jsonl`` (``validation.jsonl`` for BoolQ and Cosmos QA, whose test labels are not public) of the
             published fields, is read if it is there, else the hub.
+        words: leave out texts of more words, before the classes are balanced; None for none.
 
     Raises:
         FileNotFoundError: not there, and the hub cannot be reached.
@@ -62,12 +63,16 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None) -> Quest
         )
     else:
         raise ValueError(f"there are no questions {name!r}; there are {', '.join([*SETS, 'sentiment'])}")
+    if words is not None:
+        train, test = ([row for row in rows if len(row.text.split()) <= words] for rows in (train, test))
     weak, strong = halves(balance(train, seed), seed)
     return Questions(weak, strong, balance(test, TEST_SEED))
 
 
 def _sentiment(root: Path | str | None) -> tuple[list[Labelled], list[Labelled]]:
-    rows = [Labelled(row.text, int(row.score > 0)) for row in snippets(root=root) if abs(row.score) > MARGIN]
+    # The last token of the question is where a decoder gives the answer. Logistic regression on that of SmolLM2-135M as it
+    # is, on 480 training rows: 86 % on 400 others, 84 % without the words around the sentence.
+    rows = [Labelled(f"Movie review: {row.text}\nSentiment:", int(row.score > 0)) for row in snippets(root=root) if abs(row.score) > MARGIN]
     count = round(SENTIMENT_TEST * len(rows))
     train, test = split(rows, (len(rows) - count, count), TEST_SEED)
     return train, test

@@ -52,7 +52,8 @@ class Data:
             format; of weak-to-strong: "sentiment", "sciq", "boolq", "cosmos_qa".
         limit: at most so many pairs, or rows a half; None for all.
         held_out: at most so many prompts and texts, or test rows; None for all.
-        words: of preferences that are strings, leave out those with a response of more words; None for none.
+        words: leave out texts of more words, and preferences, where they are strings, with such a response; None for
+            none.
     """
 
     source: str

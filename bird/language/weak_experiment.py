@@ -39,7 +39,8 @@ class WeakToStrong(Experiment):
         self._rows(0, None)
 
     def _rows(self, seed: int, limit: int | None) -> Questions:
-        return _rows(self.recipe.data.source, seed, self.data_root, limit, self.recipe.data.held_out)
+        data = self.recipe.data
+        return _rows(data.source, seed, self.data_root, limit, data.held_out, data.words)
 
     def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         pair = self.recipe.networks[networks]
@@ -53,7 +54,7 @@ class WeakToStrong(Experiment):
     def _weak(self, pair: Pair, change: Change, seed: int) -> Stage:
         """The weak model, on half 1; result: its test probabilities, and its labels of half 2."""
         limit = self._limit(change)
-        about = self._about(seed, limit=limit, held_out=self.recipe.data.held_out)
+        about = self._about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
         about |= {"network": pair.teacher, "pooling": pair.pooling, "training": asdict(self.recipe.teacher)}
 
         def make(folder: Path) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class WeakToStrong(Experiment):
     def _strong(self, pair: Pair, change: Change, training: Training, method: str, weak: Stage, seed: int) -> Stage:
         """A strong model, on half 2; result: its test probabilities."""
         limit, guiding = self._limit(change), self._guiding(change)
-        about = self._about(seed, limit=limit, held_out=self.recipe.data.held_out)
+        about = self._about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
         about |= {"network": pair.student, "training": asdict(training), "method": method}
         guided = method.startswith("bird")
         if guided:
@@ -110,6 +111,8 @@ class WeakToStrong(Experiment):
 
 
 @lru_cache(maxsize=4)
-def _rows(source: str, seed: int, root: Path | None, limit: int | None, held_out: int | None) -> Questions:
-    rows = questions(source, seed, root)
+def _rows(
+    source: str, seed: int, root: Path | None, limit: int | None, held_out: int | None, words: int | None
+) -> Questions:
+    rows = questions(source, seed, root, words=words)
     return Questions(rows.weak[:limit], rows.strong[:limit], rows.test[:held_out])

@@ -487,11 +487,26 @@ def test_sentiment_leaves_the_neutral_out(tmp_path: Path) -> None:
     rows = made.weak + made.strong + made.test
     assert len(rows) > 130
     for row in rows:
-        score = scores[int(row.text.split()[1]) % 5]
+        text = row.text.removeprefix("Movie review: ").removesuffix("\nSentiment:")
+        score = scores[int(text.removeprefix("review ")) % 5]
         assert abs(score) > 0.5
         assert row.label == (score > 0)
     for part in (made.weak + made.strong, made.test):
         assert sum(row.label for row in part) == len(part) / 2
+
+
+def test_long_questions_are_left_out_before_the_classes_are_balanced(tmp_path: Path) -> None:
+    # Negative sentences are longer, and half of them too long.
+    rows = [f"{k}\t{-2 + 4 * (k % 2)}\tword {'more ' * (k % 4 == 2)}{k}" for k in range(200)]
+    write_snippets(tmp_path, "\n".join(rows))
+    short = questions("sentiment", 0, tmp_path, words=5)
+    texts = [row.text for row in short.weak + short.strong + short.test]
+    assert len(texts) < 110
+    assert all(len(text.split()) == 5 for text in texts)
+    for part in (short.weak + short.strong, short.test):
+        assert sum(row.label for row in part) == len(part) / 2
+    everything = questions("sentiment", 0, tmp_path, words=6)
+    assert everything == questions("sentiment", 0, tmp_path)
 
 
 def test_questions_that_are_not_as_published_are_named(tmp_path: Path) -> None:
