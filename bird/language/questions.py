@@ -70,9 +70,13 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words
 
 
 def _sentiment(root: Path | str | None) -> tuple[list[Labelled], list[Labelled]]:
-    # The last token of the question is where a decoder gives the answer. Logistic regression on that of SmolLM2-135M as it
-    # is, on 480 training rows: 86 % on 400 others, 84 % without the words around the sentence.
-    rows = [Labelled(f"Movie review: {row.text}\nSentiment:", int(row.score > 0)) for row in snippets(root=root) if abs(row.score) > MARGIN]
+    # A decoder answers at the last token of the question. There SmolLM2-135M as it is, with logistic regression on 480
+    # training rows, is right on 86 % of 400 others; on 84 % without the words around the sentence.
+    rows = [
+        Labelled(f"Movie review: {row.text}\nSentiment:", int(row.score > 0))
+        for row in snippets(root=root)
+        if abs(row.score) > MARGIN
+    ]
     count = round(SENTIMENT_TEST * len(rows))
     train, test = split(rows, (len(rows) - count, count), TEST_SEED)
     return train, test
