@@ -73,6 +73,7 @@ class BagOfWords:
     """Words and pairs of words by TF-IDF, and logistic regression on them, both of scikit-learn.
 
     It has nothing in common with a language model but the texts it learns from: give it others than the student's.
+    ``pipeline`` is what it has learnt, scikit-learn's.
 
     Args:
         texts: to learn from.
@@ -101,22 +102,22 @@ class BagOfWords:
             from sklearn.pipeline import make_pipeline
             from threadpoolctl import threadpool_limits  # scikit-learn's own
         except ImportError as error:
-            raise ImportError("a bag of words needs scikit-learn: pip install 'bird-kernels[vision]'") from error
+            raise ImportError("a bag of words needs scikit-learn: pip install 'bird-kernels[language]'") from error
         if len(texts) != len(labels) or len({bool(label) for label in labels}) < 2:
             raise ValueError(f"a label for each text, and both of them, are needed; got {len(labels)} for {len(texts)}")
         self.reading, self.name = reading, name
-        self._model = make_pipeline(
+        self.pipeline = make_pipeline(
             TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=c, max_iter=1000)
         )
         with threadpool_limits(torch.get_num_threads()):
-            self._model.fit(list(texts), [bool(label) for label in labels])
+            self.pipeline.fit(list(texts), [bool(label) for label in labels])
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """Never None; of a text without a known word the more frequent label."""
         pairs = paired(prompts, responses)
         if not pairs:
             return []
-        return [bool(good) for good in self._model.predict([self.reading(*pair) for pair in pairs])]
+        return [bool(good) for good in self.pipeline.predict([self.reading(*pair) for pair in pairs])]
 
 
 class Classifier:

@@ -65,7 +65,7 @@ class Preferences(Experiment):
             ValueError: a key is not in the environment.
         """
         super().check()
-        self._material(0)
+        self.material(0)
         for judging in self.recipe.judges.values():
             if judging.key_variable is not None and not os.environ.get(judging.key_variable):
                 raise ValueError(f"the judge's key is expected in the environment variable {judging.key_variable}")
@@ -83,9 +83,10 @@ class Preferences(Experiment):
 
     def prompts(self, seed: int) -> list[str]:
         """What is asked, as text."""
-        return [plain(prompt) for prompt in self._material(seed).prompts]
+        return [plain(prompt) for prompt in self.material(seed).prompts]
 
-    def _material(self, seed: int) -> Material:
+    def material(self, seed: int) -> Material:
+        """The texts of a seed, as far as the recipe takes them."""
         return _material(self.recipe.data.source, seed, self.data_root, self.recipe.data.held_out)
 
     def _teacher(self, pair: Pair, seed: int) -> Stage:
@@ -103,7 +104,7 @@ class Preferences(Experiment):
             from .classifiers import accuracy, predict
             from .weak_to_strong import certain
 
-            rows = self._material(seed).taught
+            rows = self.material(seed).taught
             model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
             read = self._reader(pair, tokenizer)
             student = load(pair.student, "causal")[1]
@@ -153,7 +154,7 @@ class Preferences(Experiment):
 
             model, tokenizer = load(pair.student, "causal")
             guidance = self._guidance(pair, change, method, teacher) if guided else None
-            pairs = [pair for pair in self._material(seed).pairs if self._is_short(pair)][:limit]
+            pairs = [pair for pair in self.material(seed).pairs if self._is_short(pair)][:limit]
             steps = training.epochs * -(-len(pairs) // training.batch_size)
             history = train_policy(
                 model, tokenizer, pairs, training, folder / "training", guidance=guidance, seed=seed,
@@ -185,7 +186,7 @@ class Preferences(Experiment):
             from .generation import generate, perplexity
             from .texts import distinct
 
-            material = self._material(seed)
+            material = self.material(seed)
             model, tokenizer = self._student(pair, policy)
             path = folder / "responses.jsonl"
             responses = generate(
@@ -204,7 +205,7 @@ class Preferences(Experiment):
         about = self._about(seed, judge=asdict(judging))
 
         def make(folder: Path) -> dict[str, Any]:
-            material = self._material(seed)
+            material = self.material(seed)
             judge = self._judge(judging, material, folder)
             if isinstance(getattr(judge, "model", None), nn.Module):
                 model, _ = trained_classifier(pair.teacher, pair.pooling, teacher.folder(self.root), self.device)
@@ -240,7 +241,7 @@ class Preferences(Experiment):
             model, tokenizer = self._student(pair, policy)
             guidance = replace(self._guidance(pair, Change(), "unbiased", teacher), completion_only=False)
             guide = Guide(guidance, model, tokenizer)
-            return {"cka": _alignment(guide, model, tokenizer, self._material(seed).texts)}
+            return {"cka": _alignment(guide, model, tokenizer, self.material(seed).texts)}
 
         parents = (teacher,) if policy is None else (policy, teacher)
         return Stage("alignment", about, make, parents, pair_title(pair, seed))

@@ -53,7 +53,7 @@ def test_importing_is_light() -> None:
     ("module", "make", "extra"),
     [
         ("vaderSentiment.vaderSentiment", Lexicon, "language"),
-        ("sklearn.pipeline", lambda: BagOfWords(["a", "b"], [True, False]), "vision"),
+        ("sklearn.pipeline", lambda: BagOfWords(["a", "b"], [True, False]), "language"),
     ],
 )
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, module: str, make: Any, extra: str) -> None:
@@ -162,7 +162,7 @@ def test_a_bag_of_words_is_tf_idf_and_logistic_regression() -> None:
     assert often([""] * 2, ["", "nothing known"]) == [True, True]
     words = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     x, y = words.fit_transform(learned).toarray(), np.array(labels, dtype=float)
-    model = judge._model[-1]
+    model = judge.pipeline[-1]
     error = 1 / (1 + np.exp(-(x @ model.coef_[0] + model.intercept_[0]))) - y
     np.testing.assert_allclose(model.coef_[0] + 2.0 * error @ x, 0, atol=1e-3)
     assert error.sum() == pytest.approx(0, abs=1e-3)
