@@ -200,7 +200,8 @@ def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str
     paper = recipe.networks[group[0]].paper
     right = {method: _right(of) for method, of in results.items()}
     whole = {"weak", "ceiling"} <= right.keys()
-    rows = [["method", "accuracy", "gap recovered (paper)", "gap recovered", "gap recovered, raw", "95 % interval"]]
+    head = ["method", "accuracy", "gap recovered (paper)", "gap recovered", "gap recovered, raw", "95 % interval"]
+    rows = [[*head, "weak model's mistakes repeated", "its right answers kept"]]
     numbers: dict[str, Any] = {}
     for method, values in right.items():
         row = [recipe.titles[method], _share(values), f"{paper[method]:.2f}" if method in paper else ""]
@@ -214,6 +215,10 @@ def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str
             row += [_of_seeds([e.clipped for e in each]), _of_seeds([e.raw for e in each]), _interval_text(interval)]
             raw = [None if math.isnan(e.raw) else e.raw for e in each]
             numbers[method] |= {"gap_recovered": raw, "interval": asdict(interval)}
+        if "weak" in right and method != "weak":
+            repeated, kept = _heritage(values, right["weak"])
+            numbers[method] |= {"mistakes_repeated": repeated, "right_answers_kept": kept}
+            row += [""] * (len(head) - len(row)) + [percent(repeated), percent(kept)]
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     parts = [markdown(rows) + "\n"]
     told = [["difference in accuracy", "points"]]
@@ -227,6 +232,16 @@ def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str
             "Points with the 95 % interval, the same rows drawn of both, and p of a paired t-test over seeds.\n"
         )
     return "\n".join(parts), numbers
+
+
+def _heritage(strong: np.ndarray, weak: np.ndarray) -> tuple[list[float], list[float]]:
+    """Shares, by seed, of the weak model's mistakes that a student repeats, and of its right answers that it keeps.
+
+    So Burns et al. (2023) ask whether a student imitates its supervisor. 0 where there are none.
+    """
+    repeated = ((1 - strong) * (1 - weak)).sum(1) / np.maximum(1, (1 - weak).sum(1))
+    kept = (strong * weak).sum(1) / np.maximum(1, weak.sum(1))
+    return repeated.tolist(), kept.tolist()
 
 
 def _of_seeds(shares: Sequence[float]) -> str:

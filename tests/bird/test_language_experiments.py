@@ -276,6 +276,13 @@ def test_the_gap_recovered_and_its_interval() -> None:
         shares.append((strong - weak) / (ceiling - weak))
     interval = numbers["bird"]["interval"]
     assert [interval["low"], interval["high"]] == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.04)
+    wrong = ~right["weak"]
+    repeated = [(w & ~s).sum() / w.sum() for s, w in zip(right["bird"], wrong, strict=True)]
+    kept = [(~w & s).sum() / (~w).sum() for s, w in zip(right["bird"], wrong, strict=True)]
+    assert numbers["bird"]["mistakes_repeated"] == pytest.approx(repeated)
+    assert numbers["bird"]["right_answers_kept"] == pytest.approx(kept)
+    row = next(line for line in page.splitlines() if "Soft labels + BIRD" in line)
+    assert row.split("|")[-3].strip().startswith(f"{100 * np.mean(repeated):.1f} ±")
     gain = numbers["bird"]["minus naive"]
     assert gain["mean"] == pytest.approx((acc["bird"] - acc["naive"]).mean())
     assert gain["low"] < gain["mean"] < gain["high"]
