@@ -76,7 +76,7 @@ class Preferences(Experiment):
         teacher = self._teacher(pair, seed)
         policy = None if method == "none" else self._policy(pair, change, training, method, teacher, seed)
         responses = self._responses(pair, policy, seed)
-        scores = {"responses": responses, "alignment": self._aligned(pair, policy, teacher, seed)}
+        scores = {"teacher": teacher, "responses": responses, "alignment": self._aligned(pair, policy, teacher, seed)}
         for name, judging in self.recipe.judges.items():
             scores[f"judge {name}"] = self._verdicts(pair, judging, responses, teacher, seed)
         return Cell(networks, variant, method, seed, scores, policy)

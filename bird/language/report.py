@@ -53,12 +53,13 @@ def write(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> str:
     if missing:
         parts.append(f"{len(missing)} cells are not done.\n")
     text = "\n".join(parts)
+    samples = _samples(experiment, groups) if recipe.kind == "preference" else None  # needs the data: before any file
     folder.mkdir(parents=True, exist_ok=True)
     _keep(text, folder / "README.md")
     about = {"recipe": asdict(recipe), "origin": origin(), "results": found, "cells": _kept(groups)}
     write_json(about, folder / "results.json")
-    if recipe.kind == "preference":
-        _keep(_samples(experiment, groups), folder / "samples.md")
+    if samples is not None:
+        _keep(samples, folder / "samples.md")
     _draw(recipe, groups, folder / "results.png")
     return text
 
@@ -124,7 +125,11 @@ def _preferences(recipe: Recipe, group: Group, results: Results) -> tuple[str, d
                 f"{fmean(r['alignment']['cka'] for r in per_seed):.2f}",
             ]
         )
-    parts = [markdown(rows) + "\n"]
+    teachers = [100 * r["teacher"]["accuracy"] for r in next(iter(results.values())).values()]
+    parts = [
+        markdown(rows) + "\n",
+        f"The teacher is right on {min(teachers):.1f} to {max(teachers):.1f} % of rows that it has not seen.\n",
+    ]
     numbers: dict[str, Any] = {
         method: {judge: asdict(bootstrap(good[method][judge])) for judge in judges} for method in results
     }
@@ -302,7 +307,9 @@ def _plain(score: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
         own["good"] = fmean(verdict or 0 for verdict in score["verdicts"])
         own["unparsable"] = sum(verdict is None for verdict in score["verdicts"])
     if "history" in score and score["history"].get("train"):
-        own["last_step"] = score["history"]["train"][-1]
+        steps = score["history"]["train"]
+        late = steps[len(steps) // 2 :]
+        own["second_half"] = {key: fmean(row[key] for row in late) for key in late[0] if key != "step"}
     return own
 
 

@@ -193,8 +193,8 @@ def test_a_preference_recipe_from_the_command_line(data: Path, capsys: pytest.Ca
     shares = [cell["judge bag"]["good"] for cell in cells if cell["method"] == "none"]
     assert found["results"]["tiny, plain"]["none"]["bag"]["mean"] == pytest.approx(np.mean(shares))
     guided = next(cell for cell in cells if cell["method"] == "dpo-bird")
-    step = guided["training"]["last_step"]
-    assert step["loss"] == pytest.approx(0.1 * step["task_loss"] + 0.9 * step["cka_loss"], rel=1e-5)
+    late = guided["training"]["second_half"]
+    assert late["loss"] == pytest.approx(0.1 * late["task_loss"] + 0.9 * late["cka_loss"], rel=1e-5)
     samples = (folder / "samples.md").read_text(encoding="utf-8")
     assert samples.count("- DPO + BIRD (") == 10
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
@@ -307,7 +307,8 @@ def test_what_bird_adds_to_preferences() -> None:
         verdicts[3] = None
         judged = {"verdicts": verdicts, "name": "x"}
         health = {"responses": [], "perplexity": 20.0, "distinct": 0.5}
-        return {"responses": health, "alignment": {"cka": 0.25}, "judge bag": judged, "judge lexicon": judged}
+        judges = {"judge bag": judged, "judge lexicon": judged}
+        return {"teacher": {"accuracy": 0.875}, "responses": health, "alignment": {"cka": 0.25}} | judges
 
     results = {method: {seed: of(row) for seed, row in enumerate(rows)} for method, rows in good.items()}
     page, numbers = report._preferences(parse(PREFERENCE), ("tiny", "plain"), results)
@@ -319,6 +320,7 @@ def test_what_bird_adds_to_preferences() -> None:
     assert gain["mean"] == pytest.approx(good["dpo-bird"].mean() - good["dpo"].mean())
     assert gain["low"] < gain["mean"] < gain["high"]
     assert "12 answers of judges could not be parsed" in page
+    assert "right on 87.5 to 87.5 % of rows" in page
     assert "| DPO ".ljust(8) in page
     assert "50.00" in page
 
