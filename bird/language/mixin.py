@@ -28,8 +28,8 @@ class BirdMixin:
     that it runs anyway. It needs batches with ``input_ids`` and ``attention_mask``, so neither packing nor padding-free
     batches. With ``Guidance(whole_batch=True)`` CKA is that of all rows of an optimizer step:
 
-    - of several processes exactly, under DDP (FSDP2 has not been tried; tensor, context and sequence parallelism are
-      refused);
+    - of several processes exactly, under DDP (FSDP2, which Accelerate runs on accelerators only, has not been tried;
+      tensor, context and sequence parallelism are refused);
     - of accumulated batches exactly, where the student computes a row alike both times: the batches run forward once
       more, first, with the same random states, so dropout repeats its masks (not in compiled models, whose generators
       the two runs do not share).
