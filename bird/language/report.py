@@ -309,7 +309,8 @@ def _plain(score: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
     if "history" in score and score["history"].get("train"):
         steps = score["history"]["train"]
         late = steps[len(steps) // 2 :]
-        own["second_half"] = {key: fmean(row[key] for row in late) for key in late[0] if key != "step"}
+        # A small last batch trains on the task alone, and logs no CKA.
+        own["second_half"] = {key: fmean(r[key] for r in late if key in r) for key in late[0] if key != "step"}
     return own
 
 

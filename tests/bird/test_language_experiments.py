@@ -288,6 +288,12 @@ def test_the_gap_recovered_and_its_interval() -> None:
     assert gain["low"] < gain["mean"] < gain["high"]
 
 
+def test_the_second_half_of_training_may_end_without_cka() -> None:
+    steps = [{"step": i, "loss": float(i)} | ({"cka": i / 10} if i < 4 else {}) for i in range(1, 5)]
+    found = report._plain({"history": {"train": steps}, "accuracy": 0.5}, ("history",))
+    assert found == {"accuracy": 0.5, "second_half": {"loss": pytest.approx(3.5), "cka": pytest.approx(0.3)}}
+
+
 def test_without_a_gap_no_share_is_told() -> None:
     one = {seed: {"test": {"right": [1, 0, 1, 1]}} for seed in range(2)}
     page, numbers = report._weak_to_strong(
