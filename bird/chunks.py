@@ -180,7 +180,7 @@ def keeps_features(
     and less memory exactly where the Gram matrices are (`bird_kernels.plan`); but the ranks of a group, who may have
     different n, must all do the same.
     """
-    if kernel != "linear" or backend not in ("auto", "eager"):
+    if kernel != "linear" or backend not in ("auto", "library"):
         return True
     return group is None and choose_route(n, p, q) == "gram"
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bird_kernels.estimators import MIN_ROWS
 from bird_kernels.inputs import require_choice
 from bird_kernels.matrix import Hsics, hsic_matrix
+from bird_kernels.moments import MIN_ROWS
 
 from .checkpoints import atomic
 from .features import Pool, find_layers, first_tensor, pool_rows, top_layers, unwrap

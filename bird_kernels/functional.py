@@ -67,7 +67,7 @@ def cka_loss(
         sqrt: 1 - sqrt(CKA) instead, the hidden-state-matching loss of Dasgupta and Cohn 2025. Biased only.
         center: False leaves the features (of an RBF kernel, the Gram matrices) as they are: 1 - the cosine of K and L
             (kernel alignment, Cristianini et al. 2001). Then a common offset counts. Biased only.
-        backend: "auto" (the best that can run), "native", "triton", "eager" or "reference" (fp64, literal, slow).
+        backend: "auto" (the best that can run), "native", "triton", "library" or "reference" (fp64, literal, slow).
         precision: of fp32 products: None (PyTorch's own switch), "ieee", "tf32" or "tf32x3".
 
     Returns:
@@ -260,7 +260,7 @@ def explain(
         part = global_batch.meet(group, *arguments)
         problem, transport = part.problem, part.transport
         if transport.name == "merged":
-            return plan.describe(problem._replace(n=len(part.x)), "cross", "eager", {}, transport=transport)
+            return plan.describe(problem._replace(n=len(part.x)), "cross", "library", {}, transport=transport)
     few = plan.are_few(problem.n)
     name, rejected = backends.choose(problem.dtype, problem.device, few, backend, plan.variant(problem))
     measured = ""

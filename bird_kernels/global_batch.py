@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from . import backends, distributed, inputs, ops, plan, sums, transport
-from .estimators import MIN_ROWS
-from .products import scalar
+from .backends.linalg import scalar
+from .moments import MIN_ROWS
 from .types import Problem, Transport
 
 Whole = Callable[[Tensor, Tensor, Tensor | None, Problem], Tensor]

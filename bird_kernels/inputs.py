@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .estimators import MIN_ROWS
+from .moments import MIN_ROWS
 from .types import RBF, Precision, Problem, Statistic
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

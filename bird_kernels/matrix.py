@@ -1,7 +1,7 @@
 r"""Layer by layer: HSIC and CKA of every layer of one list with every layer of another, from resident features.
 
 With the Gram matrices K_i and L_j of the centred layers, all that is needed are the inner products ``<K_i, L_j>``
-(`estimators`). Two forms lead to them, the cheaper one by its operations is taken::
+(`moments`). Two forms lead to them, the cheaper one by its operations is taken::
 
     gram    strips of K_i and L_j, upper blocks alone    n^2 (sum p + sum q) + n^2 |xs| |ys|
     cross   |Y_j^T X_i|^2                                2n sum p sum q + n (sum p^2 + sum q^2)
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import inputs, ops
-from .estimators import MIN_ROWS, Moments, Scalar, combine, linear_moments
-from .products import at_least, dtypes, inner, mm, row_count, self_product_norm
+from .backends.linalg import at_least, dtypes, inner, mm, row_count, self_product_norm
+from .moments import MIN_ROWS, Moments, Scalar, combine, linear_moments
 from .types import Estimator, Problem
 
 # Rows of a strip; fewer where the strips of all layers would exceed so many numbers. One core of a Zen 5 CPU, fp32: the
@@ -164,7 +164,7 @@ class _Side(NamedTuple):
 
 
 def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch.dtype) -> _Side:
-    """As `products.centre`, for layers of equal width at once: of 18 layers four calls where cores wait, not 18."""
+    """As `linalg.centre`, for layers of equal width at once: of 18 layers four calls where cores wait, not 18."""
     wide, device = ops.value_dtype(dtype), layers[0].device
     _, operand = dtypes(Problem(1, 1, 1, dtype, device))
     groups: dict[int, list[int]] = {}

@@ -176,7 +176,7 @@ at_once: Callable[..., Tensor | None] | None = None
 def _native() -> Any:
     """The native backend: its autograd is its own, in C++, but for backwards that are differentiated or looked on."""
     global at_once
-    from . import native
+    from .backends import native
 
     def backward(
         grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, coefficients: Tensor, k: Tensor, l: Tensor,

@@ -160,7 +160,7 @@ def are_few(n: int) -> bool:
     return True if n <= FEW_ROWS else False  # noqa: SIM210 - for torch.compile a constant, where the comparison is not
 
 
-def choose_route(n: int, p: int, q: int, backend: str = "eager") -> Route:
+def choose_route(n: int, p: int, q: int, backend: str = "library") -> Route:
     """The route with fewer operations, whatever sides need gradients: ``gram`` exactly where n <= p + q.
 
     The native backend knows no other: its rows are so few that launches count, not operations.
@@ -269,7 +269,7 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
         return (kernels + n * (p + (problem.y_grad or not kept) * q)) * wide + 16 * n
     products = 2 * n * n if route == "gram" else p * q + p * p + problem.y_grad * q * q
     centred = 0
-    if backend == "eager":
+    if backend == "library":
         half = problem.device.type == "cuda" and problem.dtype.itemsize == 2
         keep_y = problem.y_grad or route == "cross"
         centred = n * (p + keep_y * q) * (2 if half else wide)

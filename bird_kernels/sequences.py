@@ -1,7 +1,7 @@
 r"""CKA of every sequence of a padded batch, averaged: batched library products under plain autograd.
 
-The numerics of `eager`: columns centred over the tokens of their own sequence before any product, twice; a power of two
-for every sequence that keeps squares of squares in range; moments combined in fp64 by `estimators.combine`, here with
+The numerics of `library`: columns centred over the tokens of their own sequence before any product, twice; a power of
+two for every sequence that keeps squares of squares in range; moments combined in fp64 by `moments.combine`, here with
 one entry for each sequence. Ordinary PyTorch operations and one product with a shorter backward: gradients of any
 order, torch.func and torch.compile work as for any of them.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import plan
-from .estimators import MIN_ROWS, Moments, combine, linear_moments
+from .moments import MIN_ROWS, Moments, combine, linear_moments
 from .types import Estimator
 
 
@@ -41,7 +41,7 @@ def mean_cka_loss(x: Tensor, y: Tensor, mask: Tensor | None, estimator: Estimato
 def _centred(x: Tensor, keep: Tensor | None, rows: Tensor) -> Tensor:
     """Columns minus the mean over their own sequence's ``rows`` [B, 1], times a power of two; zero where not kept.
 
-    Twice, as in `eager`: the second mean is the rounding of the first, and no gradient passes through it.
+    Twice, as in `library`: the second mean is the rounding of the first, and no gradient passes through it.
     """
     if keep is not None:
         x = torch.where(keep, x, 0.0)

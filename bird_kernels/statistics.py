@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, inputs, ops, sums
-from .estimators import MIN_ROWS, Coefficients, Scalar
+from .moments import MIN_ROWS, Coefficients, Scalar
 from .sums import Norms, Sums
 from .types import Precision, Problem, Statistic
 

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .estimators import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
-from .products import (
+from .backends.linalg import (
     add_scaled_mm,
     at_least,
     centre,
@@ -39,6 +38,7 @@ from .products import (
     self_product,
     to,
 )
+from .moments import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
 from .transport import upper_blocks, upper_size
 from .types import Problem
 
@@ -224,7 +224,7 @@ def gradient(
     """dX [m, p] of some rows x [m, p], y [m, q] of those that ``s`` and ``c`` (of `evaluate`) were made from.
 
     With X, Y about the merged means, alpha = c.d_kl and gamma = c.d_kk, it is Y (2 alpha C) + X (4 gamma A); unbiased,
-    plus diag(w) X (`bird_kernels.eager`) minus the column means that this would have over all rows, which are
+    plus diag(w) X (`library`) minus the column means that this would have over all rows, which are
     -(2 alpha sum(lambda x) + 4 gamma sum(kappa x)) / (n - 2). In x's dtype. For dY exchange the sides, by `exchanged`.
     """
     wide, operand = dtypes(problem)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from . import distributed, inputs, ops
-from .estimators import MIN_ROWS
 from .functional import cka_loss
+from .moments import MIN_ROWS
 from .sequences import mean_cka_loss
 
 Tokens = Literal["all", "last", "mean", "sequence"]
@@ -299,7 +299,7 @@ def _per_sequence(
     x: Tensor, y: Tensor, ours: _Layout, theirs: _Layout, estimator: str, options: dict[str, Any]
 ) -> Tensor:
     if options:
-        raise ValueError(f'tokens="sequence" takes an estimator and no {", ".join(options)}: it is linear CKA on eager')
+        raise ValueError(f'tokens="sequence" takes an estimator and no {", ".join(options)}: it is linear CKA')
     inputs.require_choice("estimator", estimator, tuple(MIN_ROWS))
     (x, mask), (y, _) = _padded(x, ours), _padded(y, theirs)
     if x.shape[:2] != y.shape[:2] or x.device != y.device:

@@ -73,6 +73,6 @@ def choose(problem: Problem, rows: Sequence[int], backend: str) -> Transport:
         gathered_size(max(rows), problem.p, problem.q, itemsize, world, problem.masked), world
     )  # fmt: skip
     linear = problem.kernel is None and problem.center and problem.statistic in ("cka_loss", "cka", "hsic")
-    if linear and backend in ("auto", "eager") and merged <= gathered:
+    if linear and backend in ("auto", "library") and merged <= gathered:
         return Transport("merged", world, sum(rows), merged, gathered)
     return Transport("gathered", world, sum(rows), gathered, merged)

@@ -88,7 +88,7 @@ class Problem(NamedTuple):
 class Stash(NamedTuple):
     """What a forward leaves for its backward; unused entries have no elements.
 
-    ``coefficients`` is an `estimators.Coefficients` as fp64 [11]. ``xs`` and ``ys`` are the backend's own view of the
+    ``coefficients`` is an `moments.Coefficients` as fp64 [11]. ``xs`` and ``ys`` are the backend's own view of the
     centred sides. ``xx``, ``yy``, ``xy`` are K, L and nothing on the gram route, A = X^T X, Y^T Y and C = Y^T X on the
     cross route. ``rows`` [2, n] holds the squared row norms kappa and lambda (unbiased only). Of an RBF kernel: see
     `rbf.stash_shapes`.

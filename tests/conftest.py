@@ -18,7 +18,7 @@ if INTERPRETED:
 
 
 # No Triton for this system, no native part built: no tests of its kernels.
-NEEDS = {"eager": "torch", "triton": "triton", "native": "bird_kernels._native"}
+NEEDS = {"library": "torch", "triton": "triton", "native": "bird_kernels._native"}
 BACKENDS = [name for name, module in NEEDS.items() if importlib.util.find_spec(module)]
 
 

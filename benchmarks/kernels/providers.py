@@ -183,7 +183,7 @@ PROVIDERS = (
     Provider("feature", partial(_hand_written, feature)),
     Provider("compiled", _compiled, own_graphs=True),
     Provider("pytorch-cka", _pytorch_cka),
-    *(Provider(name, partial(_ours, name), ours=True) for name in ("eager", "triton", "native", "auto")),
+    *(Provider(name, partial(_ours, name), ours=True) for name in ("library", "triton", "native", "auto")),
 )
 OURS = {provider.name for provider in PROVIDERS if provider.ours}
 HAND_WRITTEN = ("gram", "feature")  # the faster of the two is what a careful user would have

@@ -67,7 +67,7 @@ def memory(shape: Shape, world: int) -> int:
     if shape.transport(world).name == "merged":
         return merged_memory(shape)
     travelling = transport.gathered_size(shape.n, shape.p, shape.q, size, world, False)
-    return plan.workspace(shape.problem(rows), plan.choose_route(rows, shape.p, shape.q), "eager") + 2 * travelling
+    return plan.workspace(shape.problem(rows), plan.choose_route(rows, shape.p, shape.q), "library") + 2 * travelling
 
 
 def merged_memory(shape: Shape) -> int:

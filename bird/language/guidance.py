@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from bird_kernels.estimators import MIN_ROWS
+from bird_kernels.moments import MIN_ROWS
 
 from ..features import find_layers, unwrap
 from ..losses import BirdLoss

@@ -215,9 +215,9 @@ def test_the_command_line_sets_the_plan(tmp_path: Path, monkeypatch: pytest.Monk
 def test_info_names_every_backend_and_why_it_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli.bird_kernels, "backend_status", lambda: {"eager": None, "triton": "no GPU"})
+    monkeypatch.setattr(cli.bird_kernels, "backend_status", lambda: {"library": None, "triton": "no GPU"})
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"torch {torch.__version__}" in text
-    assert "backend eager: available\n" in text
+    assert "backend library: available\n" in text
     assert "backend triton: not available: no GPU\n" in text

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not here and prints what the assembler says of each, as JSON.
 
 Run as a program, in a process of its own: it needs Triton without the interpreter. The launchers of
-`bird_kernels.triton` run on CPU tensors as they would on a GPU; their launches are caught, turned into (kernel,
+`backends.triton` run on CPU tensors as they would on a GPU; their launches are caught, turned into (kernel,
 signature, constants), and compiled for the target. So what is inspected is exactly what a GPU would be given.
 
     PYTHONPATH=. python tests/kernels/aot.py 90
@@ -25,9 +25,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bird_kernels import triton as backend
-from bird_kernels.rbf import fused
-from bird_kernels.triton import launch
+from bird_kernels.backends import triton as backend
+from bird_kernels.backends.library_rbf import fused
+from bird_kernels.backends.triton import launch
 from bird_kernels.types import RBF, Problem
 
 TYPES = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bird_kernels import RBF, plan
-from bird_kernels.rbf import median
+from bird_kernels.backends.library_rbf import median
 from tests.kernels.gaussian import RULES
 
 

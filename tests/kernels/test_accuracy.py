@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from bird_kernels import eager, products
+from bird_kernels.backends import library, linalg
 from bird_kernels.testing import (
     Result,
     assert_no_worse,
@@ -237,9 +237,9 @@ def test_symmetric_products_in_blocks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Blocks as large products have them, of 16 to 31 rows here."""
-    for limits in (products.SMALLEST_BLOCK, products.LARGEST_BLOCK):
+    for limits in (linalg.SMALLEST_BLOCK, linalg.LARGEST_BLOCK):
         monkeypatch.setitem(limits, device.type, 16)
-    compare(shape, torch.float32, sides, estimator, route, "eager", device)
+    compare(shape, torch.float32, sides, estimator, route, "library", device)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
@@ -275,8 +275,8 @@ def test_library_products_run_under_the_precision_asked_for(
         seen.add(switch.fp32_precision)
         return a @ b
 
-    for module in (eager, products):
+    for module in (library, linalg):
         monkeypatch.setattr(module, "mm", product)
     x, y = features(5, 3, 4, device=device)
-    operator(route, "eager", precision=asked)(x, y)
+    operator(route, "library", precision=asked)(x, y)
     assert seen == {before if given == "switch" else given}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import bird_kernels
-from bird_kernels import backends, native
+from bird_kernels import backends
+from bird_kernels.backends import native
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -27,7 +28,7 @@ needs_triton = pytest.mark.skipif(
 @pytest.mark.parametrize("device", [CPU, GPU, torch.device("mps"), torch.device("meta")], ids=str)
 def test_eager_runs_everything(device: torch.device) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        assert backends.why_not("eager", dtype, device) is None
+        assert backends.why_not("library", dtype, device) is None
 
 
 @pytest.mark.parametrize(
@@ -104,13 +105,13 @@ def test_triton_on_the_cpu_is_for_the_interpreter(monkeypatch: pytest.MonkeyPatc
 
 def test_auto_takes_the_best_and_remembers_the_others() -> None:
     name, rejected = backends.choose(torch.float32, CPU, True, "auto")
-    assert name == "eager"
+    assert name == "library"
     assert set(rejected) == {"native", "triton"}
     assert all(rejected.values())
 
 
 def test_a_backend_that_was_asked_for_runs_or_raises() -> None:
-    assert backends.choose(torch.float64, CPU, True, "eager") == ("eager", {})
+    assert backends.choose(torch.float64, CPU, True, "library") == ("library", {})
     assert backends.choose(torch.float64, CPU, True, "reference") == ("reference", {})
     with pytest.raises(ValueError, match=r'backend="triton" cannot run here: .*backend="auto"'):
         backends.choose(torch.float64, CPU, True, "triton")
@@ -130,14 +131,14 @@ def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.why_not("triton", torch.float32, GPU) == reason
     nowhere_else_asked = torch.device("cuda:63")  # answers are remembered
     assert backends.choose(torch.float32, nowhere_else_asked, False, "auto") == (
-        "eager",
+        "library",
         {"native": "takes at most 512 rows", "triton": reason},
     )
 
 
 def test_names_are_those_of_the_public_option() -> None:
-    assert backends.NAMES == ("auto", "native", "triton", "eager", "reference")
+    assert backends.NAMES == ("auto", "native", "triton", "library", "reference")
     status = bird_kernels.backend_status()
-    assert set(status) == {"native", "triton", "eager", "reference"}
-    assert status["eager"] is None
+    assert set(status) == {"native", "triton", "library", "reference"}
+    assert status["library"] is None
     assert status["reference"] is None

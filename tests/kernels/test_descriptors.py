@@ -13,8 +13,8 @@ from bird_kernels.testing import errors, evaluate, features, operator, truth
 from bird_kernels.types import Problem
 
 pytest.importorskip("triton", reason="Triton does not exist for this system")
-launch = pytest.importorskip("bird_kernels.triton.launch")
-routes = pytest.importorskip("bird_kernels.triton.routes")
+launch = pytest.importorskip("bird_kernels.backends.triton.launch")
+routes = pytest.importorskip("bird_kernels.backends.triton.routes")
 
 ALLOWED = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 MATRIX_UNITS = {torch.float32: "tf32x3", torch.bfloat16: None}  # exact fp32 is never described

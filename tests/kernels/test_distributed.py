@@ -361,7 +361,7 @@ def test_fewer_bytes_are_chosen_and_counted_by_hand() -> None:
     few, many = ([rows] * 4 for rows in (40, 200))
     assert transport.choose(problem, few, "auto")[:4] == ("gathered", 4, 160, 3 * 40 * 128 * 4)
     assert transport.choose(problem, many, "auto") == ("merged", 4, 800, merged, 3 * 200 * 128 * 4)
-    assert transport.choose(problem, many, "eager").name == "merged"
+    assert transport.choose(problem, many, "library").name == "merged"
     for backend in ("triton", "native", "reference"):
         assert transport.choose(problem, many, backend).name == "gathered"
     unbiased = transport.choose(problem._replace(estimator="unbiased"), many, "auto")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bird_kernels import reference
-from bird_kernels.estimators import MIN_ROWS, Combined, Moments, combine, linear_moments
+from bird_kernels.moments import MIN_ROWS, Combined, Moments, combine, linear_moments
 from bird_kernels.testing import features
 
 STATISTICS = ["hsic", "cka", "cka_loss"]

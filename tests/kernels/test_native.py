@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bird_kernels import backends, cka_loss
-from bird_kernels.estimators import MIN_ROWS, Coefficients, combine, linear_moments
+from bird_kernels.moments import MIN_ROWS, Coefficients, combine, linear_moments
 from bird_kernels.plan import FEW_ROWS
 from bird_kernels.testing import Result, evaluate, features, operator, truth
 from bird_kernels.types import Problem

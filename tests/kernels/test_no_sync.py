@@ -142,7 +142,7 @@ def test_whoever_waits_is_found(name: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear(dtype: torch.dtype, mask: Tensor | None, estimator: str, route: str) -> None:
     x, y = features(N, P, dtype=dtype), features(N, Q, dtype=dtype)
-    function = operator(route, "eager", estimator, mask=mask)
+    function = operator(route, "library", estimator, mask=mask)
     assert_never_waits(lambda: function(x, y), x, y)
     assert_never_waits(lambda: function(x, y.detach()), x)
     assert_never_waits(lambda: function(x.detach(), y), y)
@@ -152,7 +152,7 @@ def test_linear(dtype: torch.dtype, mask: Tensor | None, estimator: str, route: 
 def test_rbf(rule: RBF, memory: str, mask: Tensor | None, estimator: str) -> None:
     """Bandwidths too, which a selection would read. Teachers are often half as precise."""
     x, y = features(N, P), features(N, Q, dtype=torch.bfloat16)
-    assert_never_waits(lambda: cka_loss(x, y, kernel=rule, mask=mask, estimator=estimator, backend="eager"), x, y)
+    assert_never_waits(lambda: cka_loss(x, y, kernel=rule, mask=mask, estimator=estimator, backend="library"), x, y)
 
 
 @pytest.mark.parametrize("name", ["sqrt", "uncentred", "gram_mse", "gram_mse, uncentred", "hsic", "cka"])
@@ -160,7 +160,7 @@ def test_rbf(rule: RBF, memory: str, mask: Tensor | None, estimator: str) -> Non
 def test_relatives(kernel: str, name: str, mask: Tensor | None) -> None:
     function, _, rest = name.partition(", ")
     options: dict[str, Any] = {"sqrt": {"sqrt": True}, "uncentred": {"center": False}}.get(rest or function, {})
-    options |= dict(mask=mask, kernel=kernel, backend="eager")
+    options |= dict(mask=mask, kernel=kernel, backend="library")
     call = getattr(bird_kernels, function, cka_loss)
     for width in (3, Q):  # of the linear kernel both routes
         x, y = features(N, width), features(N, width)
@@ -169,7 +169,7 @@ def test_relatives(kernel: str, name: str, mask: Tensor | None) -> None:
 
 def test_lists_of_pairs(mask: Tensor | None, estimator: str) -> None:
     xs, ys = [features(N, P), features(N, 3)], [features(N, Q), features(N, 2)]
-    options: dict[str, Any] = dict(mask=mask, estimator=estimator, backend="eager")
+    options: dict[str, Any] = dict(mask=mask, estimator=estimator, backend="library")
     cka_loss(xs, ys, weights=[0.3, 2.0], **options)  # the first call copies the weights, once for all
     assert_never_waits(lambda: cka_loss(xs, ys, weights=[0.3, 2.0], **options), *xs, *ys)
 
@@ -209,5 +209,5 @@ def test_tokens(tokens: Any, layout: str, estimator: str) -> None:
         "masked": dict(mask=torch.ones(batch, time, dtype=torch.int64, device=CUDA)),
         "packed": dict(cu_seqlens=torch.arange(0, batch * time + 1, time, device=CUDA), max_seqlen=time),
     }[layout]
-    options |= {} if tokens == "sequence" else {"backend": "eager"}
+    options |= {} if tokens == "sequence" else {"backend": "library"}
     assert_never_waits(lambda: token_cka_loss(x, y, tokens=tokens, estimator=estimator, **options), x, y)

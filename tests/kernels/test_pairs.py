@@ -238,7 +238,7 @@ def test_what_is_refused(case: str) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the Triton kernels that were launched, which run all the same."""
-    launch = pytest.importorskip("bird_kernels.triton.launch", reason="Triton does not exist for this system")
+    launch = pytest.importorskip("bird_kernels.backends.triton.launch", reason="Triton does not exist for this system")
     names: list[str] = []
     original = launch.Launch.__call__
 
@@ -262,7 +262,7 @@ def test_three_launches_for_all_pairs(launched: list[str], device: torch.device)
 
 
 @pytest.mark.parametrize(
-    "case", ["one pair", "other dtypes", "not dense", "too many rows for one", "too many pairs", "eager"]
+    "case", ["one pair", "other dtypes", "not dense", "too many rows for one", "too many pairs", "library"]
 )
 def test_pairs_that_do_not_share_launches(
     case: str, launched: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -280,7 +280,7 @@ def test_pairs_that_do_not_share_launches(
         monkeypatch.setattr(plan, "SMALL", 8)
     elif case == "too many pairs":
         monkeypatch.setattr(plan, "MOST_PAIRS", 1)
-    value = bird_kernels.cka_loss(xs, ys, backend="eager" if case == "eager" else "triton")
+    value = bird_kernels.cka_loss(xs, ys, backend="library" if case == "library" else "triton")
     assert abs(value.double() - sum(literal(xs, ys, "biased"))) < 1e-3
     assert not set(launched) & set(GROUP)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bird_kernels import backends, eager, plan, products
+from bird_kernels import backends, plan
+from bird_kernels.backends import library, linalg
 from bird_kernels.testing import features
 from bird_kernels.types import Problem
 
@@ -85,20 +86,20 @@ def test_products_never_exceed_the_features() -> None:
         route = plan.choose_route(n, p, q)
         assert plan.workspace(problem, route, "triton") <= 4 * 2 * n * min(n, p + q), problem
         centred = 4 * n * (p + q)
-        assert plan.workspace(problem, route, "eager") <= 4 * 2 * n * min(n, p + q) + centred, problem
+        assert plan.workspace(problem, route, "library") <= 4 * 2 * n * min(n, p + q) + centred, problem
 
 
 @pytest.mark.parametrize("sides", SIDES[:3])
 def test_work_is_what_is_done(sides: tuple[bool, bool], route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations counted on the library products, with blocks so small that symmetric ones cost half."""
     n, p, q = 96, 80, 64
-    for limits in (products.SMALLEST_BLOCK, products.LARGEST_BLOCK):
+    for limits in (linalg.SMALLEST_BLOCK, linalg.LARGEST_BLOCK):
         monkeypatch.setitem(limits, "cpu", 1)
     problem = Problem(n, p, q, torch.float32, CPU, x_grad=sides[0], y_grad=sides[1])
     x, y = features(n, p, q)
     with FlopCounterMode(display=False) as counter:
-        value, stash = eager.forward(x, y, None, problem, route)
-        eager.backward(torch.ones_like(value), x, y, None, stash, problem, route)
+        value, stash = library.forward(x, y, None, problem, route)
+        library.backward(torch.ones_like(value), x, y, None, stash, problem, route)
     counted = counter.get_total_flops()
     assert counted == pytest.approx(plan.route_flops(route, n, p, q, *sides), rel=0.02)
 
@@ -202,33 +203,33 @@ def test_launches(shape: tuple[int, int, int], route: str, expected: tuple[int, 
 @pytest.mark.parametrize(("dtype", "tflops"), [(torch.float32, 67.0), (torch.bfloat16, 989.0)], ids=str)
 def test_floor(dtype: torch.dtype, tflops: float) -> None:
     """Data-sheet figures: the larger of the times for arithmetic and memory, and which it is."""
-    large = plan.describe(Problem(8192, 4096, 4096, dtype, GPU), "gram", "eager", {}, "NVIDIA H100 80GB HBM3")
+    large = plan.describe(Problem(8192, 4096, 4096, dtype, GPU), "gram", "library", {}, "NVIDIA H100 80GB HBM3")
     assert (
         large.floor
         == f"{large.flops / tflops * 1e-6:.3g} us, bound by arithmetic (data-sheet peaks, NVIDIA H100 80GB HBM3)"
     )
-    small = plan.describe(Problem(16, 4096, 4096, dtype, GPU), "gram", "eager", {}, "NVIDIA H100 80GB HBM3")
+    small = plan.describe(Problem(16, 4096, 4096, dtype, GPU), "gram", "library", {}, "NVIDIA H100 80GB HBM3")
     assert small.floor.startswith(f"{small.bytes / 3.35 * 1e-6:.3g} us, bound by memory")
-    assert plan.describe(large.problem, "gram", "eager", {}).floor == "unknown for this device"
+    assert plan.describe(large.problem, "gram", "library", {}).floor == "unknown for this device"
 
 
 def test_a_plan_is_worth_reading() -> None:
     problem = Problem(128, 512, 300, torch.bfloat16, GPU, "cka", "unbiased", None, True, True, True)
-    made = plan.describe(problem, "gram", "eager", {"triton": "has a reason"})
+    made = plan.describe(problem, "gram", "library", {"triton": "has a reason"})
     text = str(made)
     for part in (
         "cka (unbiased, linear) of x [128, 512] and y [128, 300], bfloat16 on cuda:0, masked",
         "gradient   x and y",
         "route      gram: ",
-        "backend    eager, library products",
+        "backend    library, library products",
         "kflop" if made.flops < 1e6 else "Mflop",
         "B beyond inputs and gradients",
         "not triton   has a reason",
     ):
         assert part in text
     assert made.flops == plan.route_flops("gram", 128, 512, 300, True, True)
-    chosen = str(plan.describe(problem, "gram", "eager", {}, measured="fastest at 128 x 512 x 512: eager 9 us"))
-    assert "backend    eager, library products; fastest at 128 x 512 x 512: eager 9 us\n" in chosen
+    chosen = str(plan.describe(problem, "gram", "library", {}, measured="fastest at 128 x 512 x 512: library 9 us"))
+    assert "backend    library, library products; fastest at 128 x 512 x 512: library 9 us\n" in chosen
     assert "shared memory at a time, 3 launches" in str(plan.describe(problem, "gram", "native", {}))
     forward = problem._replace(x_grad=False, y_grad=False)
     assert "shared memory at a time, 2 launches" in str(plan.describe(forward, "gram", "native", {}))

@@ -61,7 +61,7 @@ def test_values_and_gradients(
     x, y = features(N, P, Q, dtype, device, mean=1.0)
     mask = torch.arange(N, device=device) % 3 != 1 if masked else None
     options = dict(estimator=estimator, statistic=statistic, mask=mask, kernel=rule)
-    found = evaluate(operator("gram", "eager", **options), x, y, upstream=3.0)
+    found = evaluate(operator("gram", "library", **options), x, y, upstream=3.0)
     true = truth(x, y, **options, upstream=3.0)
     assert max(errors(found, true).values()) < (1e-12 if dtype == torch.float64 else 4e-6)
     if mask is not None:
@@ -83,7 +83,7 @@ def test_no_worse_than_plain(
         true = truth(x, y, estimator, upstream=1024.0, kernel=kernel)
         if min(true.dx.abs().max(), true.dy.abs().max()) < 1e-9:
             return  # the identity: no gradient
-        ours.append(evaluate(operator("gram", "eager", estimator, kernel=kernel), x, y, upstream=1024.0))
+        ours.append(evaluate(operator("gram", "library", estimator, kernel=kernel), x, y, upstream=1024.0))
         theirs.append(evaluate(plain_rbf(kernel, estimator), x, y, upstream=1024.0))
         truths.append(true)
     floor = {torch.float64: 1e-10, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps / 4)
@@ -98,7 +98,7 @@ def test_no_worse_than_plain(
 def test_large_means(mean: float, rule: RBF, estimator: str, device: torch.device) -> None:
     x, y = features(N, P, Q, device=device, mean=mean)
     found = errors(
-        evaluate(operator("gram", "eager", estimator, kernel=rule), x, y), truth(x, y, estimator, kernel=rule)
+        evaluate(operator("gram", "library", estimator, kernel=rule), x, y), truth(x, y, estimator, kernel=rule)
     )
     assert found["value"] < 1e-6
     assert max(found["dx"], found["dy"]) < 1e-5
@@ -109,7 +109,7 @@ def test_large_means(mean: float, rule: RBF, estimator: str, device: torch.devic
 def test_scale_does_not_matter(kernel: RBF, scales: tuple[float, float], estimator: str, device: torch.device) -> None:
     x, y = (scale * a for scale, a in zip(scales, features(N, P, Q, device=device), strict=True))
     found = errors(
-        evaluate(operator("gram", "eager", estimator, kernel=kernel), x, y), truth(x, y, estimator, kernel=kernel)
+        evaluate(operator("gram", "library", estimator, kernel=kernel), x, y), truth(x, y, estimator, kernel=kernel)
     )
     assert max(found.values()) < 2e-6
 
@@ -118,7 +118,7 @@ def test_an_outlier_among_the_rows(rule: RBF, estimator: str, device: torch.devi
     """Its distance to all others is a thousand times theirs."""
     x, y = features(N, P, Q, device=device)
     x[3] *= 1000
-    function, plain = operator("gram", "eager", estimator, kernel=rule), plain_rbf(rule, estimator)
+    function, plain = operator("gram", "library", estimator, kernel=rule), plain_rbf(rule, estimator)
     if rule.flow:
         assert max(errors(evaluate(function, x, y), truth(x, y, estimator, kernel=rule)).values()) < 1e-3
         return
@@ -165,7 +165,7 @@ def test_rows_that_are_all_equal(value: float, side: str, rule: RBF, estimator: 
     """No distance, no median: CKA 0, loss 1, gradient 0."""
     flat, varied = torch.full((N, P), value, device=device), features(N, P, Q, device=device)[1]
     x, y = {"student": (flat, varied), "teacher": (varied, flat), "both": (flat, flat)}[side]
-    for backend in ("eager", "reference"):
+    for backend in ("library", "reference"):
         found = evaluate(
             lambda a, b, name=backend: cka_loss(a, b, kernel=rule, estimator=estimator, backend=name), x, y
         )
@@ -178,7 +178,7 @@ def test_rows_at_equal_distances(rule: RBF, device: torch.device) -> None:
     """One-hot rows: the hollow kernel is constant, its unbiased HSIC rounding; the biased one is the identity's."""
     n = 8
     x, y = torch.eye(n, device=device), features(n, P, Q, device=device)[1]
-    options = dict(kernel=rule, backend="eager")
+    options = dict(kernel=rule, backend="library")
     found = evaluate(lambda a, b: cka_loss(a, b, estimator="unbiased", **options), x, y)
     assert found.value == 1.0
     assert found.dx.eq(0).all()
@@ -202,7 +202,7 @@ def test_equal_rows_are_no_distance(estimator: str, memory: str, device: torch.d
     x, y = features(40, 300, Q, device=device, mean=5.0)
     x[20:] = x[:20]
     kernel = RBF()
-    found = evaluate(operator("gram", "eager", estimator, kernel=kernel), x, y)
+    found = evaluate(operator("gram", "library", estimator, kernel=kernel), x, y)
     k, l = ((-distances(a) / (2 * bandwidth(a, kernel))).exp() for a in (x, y))
     literal = reference.HSIC[estimator]
     n = torch.tensor(40.0, dtype=torch.float64)
@@ -233,7 +233,7 @@ def test_too_few_rows_selected(missing: int, rule: RBF, estimator: str, device: 
 def test_what_is_masked_out_does_not_matter(rule: RBF, estimator: str, memory: str, device: torch.device) -> None:
     mask = torch.arange(N, device=device) % 3 != 1
     x, y = features(N, P, Q, device=device)
-    function = operator("gram", "eager", estimator, mask=mask, kernel=rule)
+    function = operator("gram", "library", estimator, mask=mask, kernel=rule)
     clean, dirty = (
         evaluate(function, *(torch.where(mask[:, None], a, fill) for a in (x, y))) for fill in (0.0, float("nan"))
     )

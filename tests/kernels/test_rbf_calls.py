@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bird_kernels
 from bird_kernels import RBF, backends, cka_loss, plan, reference
-from bird_kernels.rbf import median
+from bird_kernels.backends.library_rbf import median
 from bird_kernels.testing import evaluate, features, operator, poison
 from bird_kernels.types import Problem
 from tests.kernels.gaussian import RULES, N, P, Q, centred
@@ -32,7 +32,7 @@ def test_derivatives(masked: bool, statistic: str, rule: RBF, estimator: str, de
     """Of both orders against finite differences, where sigma is not a constant that these would see moving."""
     x, y = (a.requires_grad_() for a in features(5, 2, 2, torch.float64, device, mean=1.0))
     mask = torch.arange(5, device=device) != 2 if masked else None
-    function = operator("gram", "eager", estimator, statistic, mask=mask, kernel=rule)
+    function = operator("gram", "library", estimator, statistic, mask=mask, kernel=rule)
     if rule.flow or rule.sigma is not None:
         assert torch.autograd.gradcheck(function, (x, y))
         assert torch.autograd.gradgradcheck(function, (x, y))
@@ -77,16 +77,16 @@ def test_operator_is_registered_right(sides: str, rule: RBF, memory: str, device
     """What the fake operators promise is what comes out, kept or streamed."""
     x, y = features(N, P, Q, device=device)
     options = dict(sigma=rule.sigmas or (), threshold=rule.threshold, flow=rule.flow, center=True)
-    spec = ("cka_loss", "biased", "gram", "eager", None, sides == "x", sides == "y", "rbf", *options.values())
+    spec = ("cka_loss", "biased", "gram", "library", None, sides == "x", sides == "y", "rbf", *options.values())
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.bird.alignment.default, (x, y, None, *spec), test_utils=tests)
 
 
 def test_repeated_backwards_and_one_side(rule: RBF, estimator: str, memory: str, device: torch.device) -> None:
     x, y = features(N, P, Q, device=device)
-    both = evaluate(operator("gram", "eager", estimator, kernel=rule), x, y)
+    both = evaluate(operator("gram", "library", estimator, kernel=rule), x, y)
     for sides in ("x", "y"):
-        found = evaluate(operator("gram", "eager", estimator, kernel=rule), x, y, sides)
+        found = evaluate(operator("gram", "library", estimator, kernel=rule), x, y, sides)
         gradient, expected = (found.dx, both.dx) if sides == "x" else (found.dy, both.dy)
         assert gradient.equal(expected)
     leaf = x.clone().requires_grad_()
@@ -104,9 +104,9 @@ def test_workspace_is_what_is_kept(sides: tuple[bool, bool], streamed: bool, mon
     if streamed:
         monkeypatch.setattr(plan, "KEPT", 0)
     problem = Problem(700, 300, 200, torch.float32, CPU, x_grad=sides[0], y_grad=sides[1], kernel=RBF())
-    shapes = backends.load("eager", "rbf").stash_shapes(problem, "gram")
+    shapes = backends.load("library", "rbf").stash_shapes(problem, "gram")
     kept = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
-    assert plan.workspace(problem, "gram", "eager") == pytest.approx(kept, rel=0.02)
+    assert plan.workspace(problem, "gram", "library") == pytest.approx(kept, rel=0.02)
     assert (kept < 700 * 700 * 4) == streamed
 
 
@@ -128,8 +128,8 @@ def test_streaming_holds_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x, y = features(256, 3, 4)
     with Largest():
-        value, stash = backends.load("eager", "rbf").forward(x, y, None, _problem(256), "gram")
-        backends.load("eager", "rbf").backward(torch.ones(()), x, y, None, stash, _problem(256), "gram")
+        value, stash = backends.load("library", "rbf").forward(x, y, None, _problem(256), "gram")
+        backends.load("library", "rbf").backward(torch.ones(()), x, y, None, stash, _problem(256), "gram")
     assert 16 * 256 <= largest <= 2 * 16 * 256
     assert value.isfinite()
 
@@ -141,7 +141,7 @@ def _problem(n: int) -> Problem:
 def test_explain(device: torch.device) -> None:
     x, y = torch.zeros(2000, 30, device=device), torch.zeros(2000, 40, device=device)
     found = bird_kernels.explain(x.requires_grad_(), y, kernel=RBF(threshold=0.5))
-    assert (found.route, found.backend) == ("gram", "eager")
+    assert (found.route, found.backend) == ("gram", "library")
     assert "RBF(sigma=None, threshold=0.5, flow=False)" in str(found)
     assert "kept" in found.tile
     assert found.flops == 2000**2 * (70 + 2 * 30)

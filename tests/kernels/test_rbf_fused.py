@@ -1,4 +1,4 @@
-"""The Triton backend's Gaussian kernels: values and gradients against fp64, what breaks them, what is left to eager."""
+"""The Triton backend's Gaussian kernels: values and gradients against fp64, what breaks them, what the library does."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.kernels.gaussian import N, P, Q
 
 triton = pytest.importorskip("triton", reason="Triton does not exist for this system")
 tl = pytest.importorskip("triton.language", reason="Triton does not exist for this system")
-kernels = pytest.importorskip("bird_kernels.triton.rbf")
-fused = pytest.importorskip("bird_kernels.rbf.fused")
-launch = pytest.importorskip("bird_kernels.triton.launch")
+kernels = pytest.importorskip("bird_kernels.backends.triton.rbf")
+fused = pytest.importorskip("bird_kernels.backends.triton.gaussian")
+launch = pytest.importorskip("bird_kernels.backends.triton.launch")
 
 # Large sigma: K is constant but for 1e-7 of it.
 RULES = {
@@ -262,7 +262,7 @@ def test_workspace_is_what_is_kept() -> None:
 def test_the_public_call_takes_it(device: torch.device) -> None:
     x, y = features(N, P, Q, device=device)
     for function in (cka_loss, hsic):
-        ours, theirs = (function(x, y, kernel="rbf", backend=name) for name in ("triton", "eager"))
+        ours, theirs = (function(x, y, kernel="rbf", backend=name) for name in ("triton", "library"))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     found = explain(x, y, kernel="rbf", backend="triton")
     assert found.backend == "triton"
@@ -282,7 +282,7 @@ def test_what_is_left_to_eager(options: dict[str, Any], words: str) -> None:
     x = torch.zeros(1, 1).expand(options.pop("n", 8), 4)
     with pytest.raises(ValueError, match=f'backend="triton" cannot run here: has no kernels for {words}'):
         explain(x, x, backend="triton", **options)
-    assert explain(x, x, **options).backend == "eager"
+    assert explain(x, x, **options).backend == "library"
     kept = torch.zeros(1, 1).expand(8192, 4)
     assert explain(kept, kept, kernel="rbf", backend="triton").backend == "triton"
 
@@ -291,8 +291,8 @@ def test_a_gpu_s_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     gpu = torch.device("cuda:62")  # answers are remembered
     assert backends.choose(torch.float32, gpu, False, "auto", 'kernel="rbf"')[0] == "triton"
-    assert backends.choose(torch.float32, gpu, False, "auto", "RBF(flow=True)")[0] == "eager"
-    assert backends.choose(torch.float64, gpu, False, "auto", 'kernel="rbf"')[0] == "eager"
+    assert backends.choose(torch.float32, gpu, False, "auto", "RBF(flow=True)")[0] == "library"
+    assert backends.choose(torch.float64, gpu, False, "auto", 'kernel="rbf"')[0] == "library"
 
 
 def test_half_the_tensors_are_unaligned(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from tests.kernels import sanitize
 
 def test_the_checked_problems(device: torch.device) -> None:
     seen = set()
-    for call in sanitize.calls("eager", device):
+    for call in sanitize.calls("library", device):
         found = evaluate(call.function, call.x, call.y)
         true = truth(call.x, call.y, call.estimator, mask=call.mask, kernel=call.kernel)
         true = true._replace(**{name: call.pairs * value for name, value in true._asdict().items()})

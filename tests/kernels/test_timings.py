@@ -20,11 +20,11 @@ DEVICE = "NVIDIA Test 80GB (PCIe)"
 def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timings, "FOLDER", tmp_path)
     rows = [
-        (DEVICE, "float32", "ieee", 128, 512, 512, {"native": 9e-6, "triton": 3e-5, "eager": 2e-4}),
-        (DEVICE, "float32", "ieee", 4096, 1024, 1024, {"triton": 9e-4, "eager": 7e-4}),
-        (DEVICE, "float32", "tf32", 4096, 1024, 1024, {"triton": 3e-4, "eager": 4e-4}),
-        (DEVICE, "float16", "", 16, 16, 16, {"native": 2e-5, "triton": 1e-5, "eager": 3e-5}),
-        ("NVIDIA Test 80GB PCIe", "bfloat16", "", 128, 512, 512, {"native": 1.0, "triton": 1.0, "eager": 1e-9}),
+        (DEVICE, "float32", "ieee", 128, 512, 512, {"native": 9e-6, "triton": 3e-5, "library": 2e-4}),
+        (DEVICE, "float32", "ieee", 4096, 1024, 1024, {"triton": 9e-4, "library": 7e-4}),
+        (DEVICE, "float32", "tf32", 4096, 1024, 1024, {"triton": 3e-4, "library": 4e-4}),
+        (DEVICE, "float16", "", 16, 16, 16, {"native": 2e-5, "triton": 1e-5, "library": 3e-5}),
+        ("NVIDIA Test 80GB PCIe", "bfloat16", "", 128, 512, 512, {"native": 1.0, "triton": 1.0, "library": 1e-9}),
     ]
     with timings.file_of(DEVICE).open("w", newline="") as file:
         writer = csv.writer(file)
@@ -65,11 +65,11 @@ def test_nearest(dtype: str, precision: str, shape: tuple[int, ...], found: tupl
 @pytest.mark.usefixtures("planted")
 def test_fastest_of_those_that_can_run() -> None:
     small, large = (timings.nearest(DEVICE, "float32", "ieee", "biased", Shape(n, 512, 512)) for n in (128, 4096))
-    assert timings.fastest(small, ["native", "triton", "eager"]) == "native"
-    assert timings.fastest(small, ["triton", "eager"]) == "triton"
-    assert timings.fastest(large, ["triton", "eager"]) == "eager"
-    assert timings.fastest(large, ["native", "triton", "eager"]) is None  # not measured: no verdict
-    assert timings.fastest(None, ["triton", "eager"]) is None
+    assert timings.fastest(small, ["native", "triton", "library"]) == "native"
+    assert timings.fastest(small, ["triton", "library"]) == "triton"
+    assert timings.fastest(large, ["triton", "library"]) == "library"
+    assert timings.fastest(large, ["native", "triton", "library"]) is None  # not measured: no verdict
+    assert timings.fastest(None, ["triton", "library"]) is None
 
 
 @pytest.mark.usefixtures("planted")
@@ -80,11 +80,11 @@ def test_auto_follows_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda:62")
     large = Problem(4096, 1024, 1024, torch.float32, device, precision="ieee")
     assert backends.prefer(large, "triton") == (
-        "eager", "fastest at 4096 x 1024 x 1024: triton 900 us, eager 700 us"
+        "library", "fastest at 4096 x 1024 x 1024: triton 900 us, library 700 us"
     )  # fmt: skip
     assert backends.prefer(large._replace(precision="tf32"), "triton")[0] == "triton"
     assert backends.prefer(large._replace(n=40_000), "triton") == ("triton", "")
-    assert backends.prefer(large._replace(device=torch.device("cpu")), "eager") == ("eager", "")
+    assert backends.prefer(large._replace(device=torch.device("cpu")), "library") == ("library", "")
     backends._prefer.cache_clear()
 
 
@@ -131,8 +131,8 @@ def test_a_result_file_becomes_a_shipped_one(planted: None, tmp_path: Path) -> N
         return results.Row(**{name: known.get(name, "" if kind == "str" else None) for name, kind in kinds.items()})
 
     rows = [
-        row("triton", "host", 4e-5), row("triton", "device", 1e-5), row("eager", "host", 9e-5),
-        row("eager", "device", 2e-4), row("native", "host", 1e-5), row("native", "device", None),
+        row("triton", "host", 4e-5), row("triton", "device", 1e-5), row("library", "host", 9e-5),
+        row("library", "device", 2e-4), row("native", "host", 1e-5), row("native", "device", None),
         row("naive", "host", 1e-9), row("naive", "device", 1e-9), row("triton", "device", 7.0, mode="forward"),
     ]  # fmt: skip
     results.write(tmp_path / "measured.csv", rows)
@@ -140,7 +140,7 @@ def test_a_result_file_becomes_a_shipped_one(planted: None, tmp_path: Path) -> N
     assert target == timings.file_of(DEVICE)
     timings._findings.cache_clear()
     finding = timings.nearest(DEVICE, "bfloat16", "", "unbiased", Shape(100, 200, 300))
-    assert finding == (Shape(100, 200, 300), {"triton": 4e-5, "eager": 2e-4})
+    assert finding == (Shape(100, 200, 300), {"triton": 4e-5, "library": 2e-4})
     results.write(tmp_path / "none.csv", rows[4:6])
     with pytest.raises(ValueError, match="must hold measurements of one GPU with host and device time"):
         ship.ship(tmp_path / "none.csv")

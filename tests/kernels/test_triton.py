@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from bird_kernels import plan
-from bird_kernels.estimators import MIN_ROWS, Moments, combine
+from bird_kernels.moments import MIN_ROWS, Moments, combine
 from bird_kernels.testing import assert_no_worse, errors, evaluate, features, operator, plain, truth
 from bird_kernels.types import Problem
 
 triton = pytest.importorskip("triton", reason="Triton does not exist for this system")
 tl = pytest.importorskip("triton.language", reason="Triton does not exist for this system")
-reduce = pytest.importorskip("bird_kernels.triton.reduce")
-launch = pytest.importorskip("bird_kernels.triton.launch")
-routes = pytest.importorskip("bird_kernels.triton.routes")
+reduce = pytest.importorskip("bird_kernels.backends.triton.reduce")
+launch = pytest.importorskip("bird_kernels.backends.triton.launch")
+routes = pytest.importorskip("bird_kernels.backends.triton.routes")
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -68,7 +68,7 @@ def row(provider: str = "auto", p50: float | None = 1e-3, **changes: Any) -> Row
 def test_every_provider_that_takes_part_passes_the_gate(estimator: str, mode: str) -> None:
     case = replace(TINY, estimator=estimator, mode=mode)
     part = providers.taking_part(case, CPU)
-    assert {"fp64", "gram", "feature", "eager", "auto"} <= {provider.name for provider in part}
+    assert {"fp64", "gram", "feature", "library", "auto"} <= {provider.name for provider in part}
     entries = Contest(case, CPU, FAST).run(part, timed=False)
     assert {name: entry.verdict.red for (name, _), entry in entries.items()} == {p.name: None for p in part}
 
@@ -76,7 +76,7 @@ def test_every_provider_that_takes_part_passes_the_gate(estimator: str, mode: st
 def test_gaussian_kernels_pass_the_gate() -> None:
     case = replace(TINY, problem="rbf")
     part = providers.taking_part(case, CPU)
-    assert {provider.name for provider in part} == {"naive", "gram", "eager", "auto"}
+    assert {provider.name for provider in part} == {"naive", "gram", "library", "auto"}
     entries = Contest(case, CPU, FAST).run(part, timed=False)
     assert [entry.verdict.red for entry in entries.values()] == [None] * 4
     linear = providers.gram(*case.features(CPU))
@@ -331,7 +331,7 @@ def test_csv_round_trip(tmp_path: Path) -> None:
     rows = [
         row(),
         row("naive", None, red='wrong: "value", off\nby 1', value_error=float("inf"), gradient_error=None, floor=None),
-        row("eager", 1.5e-5, launches=3, peak_memory=0, mode="forward", driver="580.1"),
+        row("library", 1.5e-5, launches=3, peak_memory=0, mode="forward", driver="580.1"),
     ]
     path = tmp_path / "new" / "device.csv"
     results.write(path, rows)
@@ -343,7 +343,7 @@ def test_csv_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_later_part_replaces_its_own_rows_only() -> None:
-    old, other, new = row(p50=1.0), row("eager", 2.0), row(p50=3.0)
+    old, other, new = row(p50=1.0), row("library", 2.0), row(p50=3.0)
     assert results.merged([old, other], [new]) == [new, other]
 
 
@@ -356,7 +356,7 @@ def test_a_run_from_case_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run.entries(TINY, timed=True) is run.entries(TINY, timed=True)
     part = results.read(run.path)  # there before the run is over
     assert {kept.n for kept in part} == {12}
-    assert {kept.provider for kept in part} >= {"naive", "fp64", "gram", "feature", "eager", "auto"}
+    assert {kept.provider for kept in part} >= {"naive", "fp64", "gram", "feature", "library", "auto"}
     assert all(kept.p50 and kept.peak_memory and kept.floor and kept.launches is None for kept in part)
 
     results.write(run.path, [*part, row("of a provider that is no more")])
@@ -382,10 +382,10 @@ def test_a_run_from_case_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_compare_finds_the_planted_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = [row(), row("eager"), row("native"), row("triton"), row("gram"), row("feature")]
+    before = [row(), row("library"), row("native"), row("triton"), row("gram"), row("feature")]
     after = [
         row(p50=1.5e-3),  # slower beyond doubt
-        row("eager", 1.15e-3),  # slower, but its fastest fifth is within the noise of before
+        row("library", 1.15e-3),  # slower, but its fastest fifth is within the noise of before
         row("native", None, red="value off"),  # lost
         row("triton", 0.5e-3),
         row("gram", 2e-3),  # a rival's time is the machine's business

@@ -51,10 +51,11 @@ HOUSE = {
         {"sums"},
         {"ops"},
         {"backends"},
-        {"rbf"},
-        {"eager", "triton", "native", "sequences"},
-        {"plan", "products"},
-        {"estimators", "distributed", "timings", "transport"},
+        {"backends.triton"},
+        {"backends.library_rbf"},
+        {"backends.library", "backends.native", "sequences"},
+        {"plan", "backends.linalg"},
+        {"moments", "distributed", "timings", "transport"},
         {"types", "reference"},
         {"_native"},  # csrc/, where it is built
     ],
@@ -70,8 +71,16 @@ def sources(package: str) -> list[Path]:
 
 
 def room_of(path: Path) -> str:
-    """The first name below the package: ``bird_kernels/triton/gram.py`` stands in the room ``triton``."""
-    return path.relative_to(ROOT).with_suffix("").parts[1]
+    """The first name below the package, of a backend the first two: ``bird_kernels/backends/triton/gram.py`` stands in
+    the room ``backends.triton``."""
+    package, *names = path.relative_to(ROOT).with_suffix("").parts
+    return longest_room(names, package)
+
+
+def longest_room(names: list[str], package: str) -> str:
+    """The room that the longest beginning of ``names`` is; the first name where there is none."""
+    known = {room for row in HOUSE[package] for room in row}
+    return next((room for i in (2, 1) if (room := ".".join(names[:i])) in known), names[0])
 
 
 def modules_named(path: Path) -> Iterator[str]:
@@ -105,7 +114,7 @@ def target_room(name: str, package: str) -> str | None:
     head, _, rest = name.partition(".")
     if head != package:
         return None
-    room = rest.split(".")[0]
+    room = longest_room(rest.split("."), package)
     return room if room in rooms(package) else "__init__"
 
 

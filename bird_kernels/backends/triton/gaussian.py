@@ -1,7 +1,7 @@
 """The Triton backend's Gaussian kernels: five launches (six above 2048 rows), the library's bandwidth between them.
 
 The backward is one. Up to `plan.KEPT` only: K and L stay in memory, both halves of both. The linear part's column
-statistics, row norms and product tiles are used as they are; `bird_kernels.triton.rbf` has the rest. Triton computes
+statistics, row norms and product tiles are used as they are; `rbf` has the rest. Triton computes
 the distances, PyTorch's operations find sigma in them (`median`), Triton goes on.
 """
 
@@ -12,10 +12,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .. import eager, plan
-from ..triton import cross, rbf
-from ..triton.launch import Launch, device_of, distances, precision_of, products
-from ..triton.routes import (
+from ... import plan
+from ...types import Problem, Route, Shapes, Stash
+from .. import library
+from ..library_rbf import bandwidth_of
+from ..library_rbf.strips import SAME, Strips
+from . import cross, rbf
+from .launch import Launch, device_of, distances, precision_of, products
+from .routes import (
     NORMS,
     STATS_COLUMNS,
     STATS_ROWS,
@@ -26,9 +30,6 @@ from ..triton.routes import (
     empty_gradients,
     known_of,
 )
-from ..types import Problem, Route, Shapes, Stash
-from . import bandwidth_of
-from .strips import SAME, Strips
 
 __all__ = ["backward", "forward", "stash_shapes"]
 
@@ -121,7 +122,7 @@ class _Gaussian:
             bandwidth_of(_Whole(side, own, mask, self.problem), stash.coefficients[8 + 4 * i], count, i)
             for i, (side, own) in enumerate(zip(stash.xx, norms, strict=True))
         ]
-        bandwidths = eager._pack(tuple(number for b in found for number in (b.factor, b.typical, b.level)), x.device)
+        bandwidths = library._pack(tuple(number for b in found for number in (b.factor, b.typical, b.level)), x.device)
         self.kernels(
             known, stash.xx, bandwidths, ws.mask, ws.count, sums, tops, stash.rows, stash.coefficients, ws.counter
         )

@@ -9,18 +9,18 @@ from typing import get_args
 
 import torch
 
-from . import timings
-from .plan import FEW_ROWS, are_few, variant
-from .types import Problem, Variant
+from .. import timings
+from ..plan import FEW_ROWS, are_few, variant
+from ..types import Problem, Variant
 
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
-_MODULES = {"native": "bird_kernels.native", "triton": "bird_kernels.triton", "eager": "bird_kernels.eager"}
+_MODULES = {name: f"bird_kernels.backends.{name}" for name in ("native", "triton", "library")}
 
 _ALL: tuple[Variant, ...] = get_args(Variant)
-_VARIANTS = {"native": ("linear",), "triton": ("linear", "sqrt=True", 'kernel="rbf"'), "eager": _ALL}
+_VARIANTS = {"native": ("linear",), "triton": ("linear", "sqrt=True", 'kernel="rbf"'), "library": _ALL}
 
 # Those that compute Gaussian kernels, by the backend they belong to.
-_RBF = {"triton": "bird_kernels.rbf.fused", "eager": "bird_kernels.rbf"}
+_RBF = {"triton": "bird_kernels.backends.triton.gaussian", "library": "bird_kernels.backends.library_rbf"}
 
 # "reference" is plain PyTorch under autograd, not an operator: `functional` calls it directly.
 NAMES = ("auto", *_MODULES, "reference")
@@ -89,12 +89,12 @@ def _choose(
     rejected: dict[str, str] = {}
     for name in _MODULES:
         reason = why_not(name, dtype, device, few_rows, variant)
-        if reason is None and name != "eager" and device.type == "cpu":
+        if reason is None and name != "library" and device.type == "cpu":
             reason = "is emulated here, for tests only"
         if reason is None:
             return name, rejected
         rejected[name] = reason
-    raise AssertionError("the eager backend runs everywhere")
+    raise AssertionError("the library backend runs everywhere")
 
 
 def resolve(problem: Problem, requested: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..types import RBF
+from ...types import RBF
 from .strips import Strips
 
 DIGIT = 16  # bits of a distance that one pass settles

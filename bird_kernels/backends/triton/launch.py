@@ -16,8 +16,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..plan import CROWD, PROGRAMS, tile_count, tiling
-from ..types import Problem, Route
+from ...plan import CROWD, PROGRAMS, tile_count, tiling
+from ...types import Problem, Route
 
 Known: TypeAlias = Hashable  # None: nothing is known
 

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..estimators import Coefficients
-from ..plan import tile_count, together
-from ..types import Problem, Stash
+from ...moments import Coefficients
+from ...plan import tile_count, together
+from ...types import Problem, Stash
 from .centre import count_rows, power_of_two
 from .gram import _gram_backward, _gram_epilogue, _partial_tile, _sum_parts
 from .launch import Launch, aligned, any_side, few_steps

@@ -1,6 +1,6 @@
 r"""Gaussian kernels: distances by tiles, K and L, their moments, and dX = (2 / sigma^2) (W - diag(W 1)) X.
 
-The mathematics is that of `bird_kernels.rbf`; K and L stay in memory, both halves of both. A matrix holds squared
+The mathematics is that of `library_rbf`; K and L stay in memory, both halves of both. A matrix holds squared
 distances first and then, in the same place, K - c with c = exp(-t) a typical entry, diagonal 0. The bandwidth, between
 the two, is found by library operations. A side's numbers: f, t, c as the library leaves them, fp64 [2, 3]; f, c, scale
 and the largest K off the diagonal as the backward reads them, behind the first six of the coefficients.

@@ -1,4 +1,4 @@
-r"""The eager backend's Gaussian kernels: K_ij = exp(-f D_ij), D_ij = |x_i - x_j|^2, f = 1 / (2 sigma^2), by strips.
+r"""The library backend's Gaussian kernels: K_ij = exp(-f D_ij), D_ij = |x_i - x_j|^2, f = 1 / (2 sigma^2), by strips.
 
 Distances come from centred features, ``D = |x_i|^2 + |x_j|^2 - 2 <x_i, x_j>``: a large mean costs nothing. Centring the
 kernel matrix cancels most of it when sigma is large (K near 1) and when distances are much alike, so a strip holds
@@ -28,9 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import eager, plan, products
-from ..estimators import MIN_ROWS, ROUNDING, Moments, Scalar, combine
-from ..types import Problem, Route, Shapes, Stash
+from ... import plan
+from ...moments import MIN_ROWS, ROUNDING, Moments, Scalar, combine
+from ...types import Problem, Route, Shapes, Stash
+from .. import library, linalg
 from .median import lower_median, rows_of
 from .strips import Bandwidth, Strips
 
@@ -41,7 +42,7 @@ LIMIT = {torch.float32: 44.0, torch.float64: 350.0}
 
 
 class _Coefficients(NamedTuple):
-    """What the backward needs besides strips; derivatives are those of `estimators.Combined`, the rest is by side.
+    """What the backward needs besides strips; derivatives are those of `moments.Combined`, the rest is by side.
 
     ``factor`` f of scaled features, ``typical`` t, ``level`` c (0: not centred), ``scale`` of the features, ``first``
     and ``second`` the rows whose distance is the median (flow only).
@@ -70,7 +71,7 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     Kc is K - c - shift_i - shift_j, with ``rows`` [2, n] the shifts, in fp64: of V they cancel.
     """
     n, p, q = problem.n, problem.p, problem.q
-    wide, operand = products.dtypes(problem)
+    wide, operand = linalg.dtypes(problem)
     kept = plan.keeps_kernels(problem)
     size = plan.strips_size(n, plan.strip_rows(problem)) if kept else 0
     return dict(
@@ -86,13 +87,13 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
 
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
-    wide, _ = products.dtypes(problem)
+    wide, _ = linalg.dtypes(problem)
     shapes = stash_shapes(problem, route)
-    count = products.row_count(x, mask)
+    count = linalg.row_count(x, mask)
     features = problem._replace(center=True)  # whatever is done to the kernels
-    with products.fp32_products(problem):
-        xs, scale_x, _ = products.centre(x, mask, count, features)
-        ys, scale_y, _ = products.centre(y, mask, count, features)
+    with linalg.fp32_products(problem):
+        xs, scale_x, _ = linalg.centre(x, mask, count, features)
+        ys, scale_y, _ = linalg.centre(y, mask, count, features)
         xx, yy = (x.new_empty(shapes[name][0], dtype=wide) for name in ("xx", "yy"))
         k, l = (Strips(a, mask, problem, flat) for a, flat in ((xs, xx), (ys, yy)))
         ours, x_shift = _prepare(k, scale_x, count, 0)
@@ -103,20 +104,20 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     result = combine(Moments(kl, kk, ll), count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
     coefficients = _Coefficients(result.d_kl, result.d_kk, result.d_ll, *ours, *theirs)
     stash = Stash(
-        eager._pack(coefficients, x.device), xs, ys if shapes["ys"][0] != (0,) else ys.new_empty(0), xx, yy,
+        library._pack(coefficients, x.device), xs, ys if shapes["ys"][0] != (0,) else ys.new_empty(0), xx, yy,
         x.new_empty(0, dtype=wide), torch.stack([x_shift, y_shift]),
     )  # fmt: skip
-    return eager._write(result.value, wide), stash
+    return library._write(result.value, wide), stash
 
 
 def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
-    c = _Coefficients(*eager._read(stash.coefficients))
+    c = _Coefficients(*library._read(stash.coefficients))
     bandwidths = Bandwidth(*c[3:9]), Bandwidth(*c[9:])
-    upstream = products.scalar(grad)
-    with products.fp32_products(problem):
+    upstream = linalg.scalar(grad)
+    with linalg.fp32_products(problem):
         k, l = (
             Strips(features, mask, problem, flat, filled=True)
             for features, flat in ((stash.xs, stash.xx), (stash.ys, stash.yy))
@@ -132,12 +133,12 @@ def backward(
         ]
         for (i, j, own), (_, _, other) in zip(k, l, strict=True):
             if dx is not None:
-                dx.add(i, j, own, products.weighted_sum(other, c.d_kl, own, 2.0 * c.d_kk), shifts[0])
+                dx.add(i, j, own, linalg.weighted_sum(other, c.d_kl, own, 2.0 * c.d_kk), shifts[0])
             if dy is not None:
-                dy.add(i, j, other, products.weighted_sum(own, c.d_kl, other, 2.0 * c.d_ll), shifts[1])
+                dy.add(i, j, other, linalg.weighted_sum(own, c.d_kl, other, 2.0 * c.d_ll), shifts[1])
         return (
-            x.new_empty(0) if dx is None else products.to(dx.finish(upstream), x.dtype),
-            y.new_empty(0) if dy is None else products.to(dy.finish(upstream), y.dtype),
+            x.new_empty(0) if dx is None else linalg.to(dx.finish(upstream), x.dtype),
+            y.new_empty(0) if dy is None else linalg.to(dy.finish(upstream), y.dtype),
         )
 
 
@@ -159,7 +160,7 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
     factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=torch.finfo(strips.wide).max / 16)
     typical = (factor * typical).clamp(max=LIMIT[strips.wide]).to(strips.wide).double()  # what the strips see
     level = (-typical).exp() if strips.problem.center else 0.0 * typical
-    scalar = products.scalar
+    scalar = linalg.scalar
     return Bandwidth(scalar(factor), scalar(typical), scalar(level), scale, scalar(first), scalar(second))
 
 
@@ -206,9 +207,9 @@ def _products(
             for strips, bandwidth, shift in zip((k, l), bandwidths, shifts, strict=True)
         )
         if problem.statistic == "gram_mse":
-            kk = products.scalar((ours - theirs).square().sum())
+            kk = linalg.scalar((ours - theirs).square().sum())
         else:
-            kl, kk, ll = (products.scalar(a @ b) for a, b in ((ours, theirs), (ours, ours), (theirs, theirs)))
+            kl, kk, ll = (linalg.scalar(a @ b) for a, b in ((ours, theirs), (ours, ours), (theirs, theirs)))
     ours, theirs = (shift.to(k.wide) for shift in shifts)
     for (i, j, own), (_, _, other) in zip(k, l, strict=True):
         own, other = k.centred(own, i, j, ours), l.centred(other, i, j, theirs)
@@ -222,7 +223,7 @@ def _products(
 
 def _twice(a: Tensor, b: Tensor, rows: int) -> Scalar:
     """The share of an upper strip in <A, B>: what is not in the diagonal block counts for the lower half too."""
-    return 2.0 * products.inner(a, b) - products.inner(a[:, :rows], b[:, :rows])
+    return 2.0 * linalg.inner(a, b) - linalg.inner(a[:, :rows], b[:, :rows])
 
 
 def _without_noise(kk: Scalar, bandwidth: Bandwidth, count: Scalar, wide: torch.dtype) -> Scalar:
@@ -272,7 +273,7 @@ def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
     if a.dtype == b.dtype:
         out.addmm_(a, b)
     elif a.numel():
-        out += products.scaled_mm(a, b)
+        out += linalg.scaled_mm(a, b)
 
 
 def _as_tensor(value: Scalar, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""The end of a forward: fixed-order sums of the programs' slots, and `estimators.combine` as a device function.
+r"""The end of a forward: fixed-order sums of the programs' slots, and `moments.combine` as a device function.
 
 Every program writes its share of the moments to its own fp64 slot and then counts itself in. The one that arrives last
 sums all slots in their order (bitwise repeatable, no float atomics), combines them and stores the value and the
@@ -20,7 +20,7 @@ def combine(
     kl, kk, ll, r_kl, r_kk, r_ll, t_k, t_l, n,
     STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
-    """`estimators.combine` in fp64; the two are held equal by a test. Returns value, d_kl, d_kk, d_ll."""
+    """`moments.combine` in fp64; the two are held equal by a test. Returns value, d_kl, d_kk, d_ll."""
     least = 4.0 if UNBIASED else 2.0
     enough = n >= least
     n = tl.where(enough, n, 4.0)

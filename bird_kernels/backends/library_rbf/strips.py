@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import plan, products
-from ..estimators import Scalar
-from ..types import Problem
+from ... import plan
+from ...moments import Scalar
+from ...types import Problem
+from .. import linalg
 
 # Distances up to SAME * eps * (|x_i|^2 + |x_j|^2) are zero: rounding is all there is in them.
 SAME = 16.0
@@ -37,7 +38,7 @@ class Strips:
         self, features: Tensor, mask: Tensor | None, problem: Problem, flat: Tensor, filled: bool = False
     ) -> None:
         self.features, self.mask, self.problem = features, mask, problem
-        self.wide, _ = products.dtypes(problem)
+        self.wide, _ = linalg.dtypes(problem)
         n, rows = problem.n, plan.strip_rows(problem)
         self.blocks = [(i, min(i + rows, n)) for i in range(0, n, rows)]
         self.kept: list[Tensor] = []
@@ -91,7 +92,7 @@ class Strips:
 
     def _distances(self, i: int, j: int, out: Tensor) -> None:
         pairs = self.norms[i:j, None] + self.norms[i:]
-        torch.sub(pairs, products.mm(self.features[i:j], self.features[i:].T), alpha=2, out=out)
+        torch.sub(pairs, linalg.mm(self.features[i:j], self.features[i:].T), alpha=2, out=out)
         out.masked_fill_(out <= pairs.mul_(SAME * torch.finfo(self.wide).eps), 0.0)  # NaN stays
         out[:, : j - i].diagonal().zero_()
 

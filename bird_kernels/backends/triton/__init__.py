@@ -1,4 +1,4 @@
-"""Backend 2: fused Triton kernels, in the files beside this one. Same interface as `bird_kernels.eager`.
+"""Backend 2: fused Triton kernels, in the files beside this one. Same interface as `bird_kernels.backends.library`.
 
 Launches: up to 512 rows on the Gram route two forward and one backward; else column statistics (one; two above 2048
 rows), moments (one; two where tiles are few), and backward (one; on the cross route one for each side that needs a
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from ..types import Problem, Route, Stash
+from ...types import Problem, Route, Stash
 from .group import GroupStash, group_of
 from .launch import capability, device_of, precision_of
 from .routes import launches_of, stash_shapes

@@ -1,6 +1,6 @@
 r"""Backend 1: library matrix products and closed-form gradients. Any device, any dtype, both routes.
 
-With X, Y centred, alpha = d value/d<K,L> and gamma = d value/d<K,K> (`estimators.combine`), the gradient is::
+With X, Y centred, alpha = d value/d<K,L> and gamma = d value/d<K,K> (`moments.combine`), the gradient is::
 
     gram    dX = (2 alpha L + 4 gamma K) X             one product instead of autograd's four
     cross   dX = Y (2 alpha C) + X (4 gamma A)
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .estimators import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
-from .products import (
+from ..moments import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
+from ..types import Problem, Route, Shapes, Stash
+from .linalg import (
     add_scaled_mm,
     at_least,
     centre,
@@ -43,11 +44,10 @@ from .products import (
     to,
     weighted_sum,
 )
-from .types import Problem, Route, Shapes, Stash
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
-    """The eager backend runs everywhere."""
+    """The library backend runs everywhere."""
     return None
 
 

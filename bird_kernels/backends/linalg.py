@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .estimators import Scalar
-from .types import Problem
+from ..moments import Scalar
+from ..types import Problem
 
 # Symmetric products of two blocks and more are formed block by block, the upper ones alone. Two cores of a Zen 5 CPU,
 # fp32: a product takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024. With fewer than 256 rows it pays where

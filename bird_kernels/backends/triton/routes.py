@@ -7,9 +7,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..estimators import Coefficients
-from ..plan import row_splits, tile_count, tiling
-from ..types import Problem, Route, Shapes, Stash
+from ...moments import Coefficients
+from ...plan import row_splits, tile_count, tiling
+from ...types import Problem, Route, Shapes, Stash
 from . import centre, cross, gram
 from .launch import Known, Launch, aligned, both, describable, describe, describes, few_steps, products
 

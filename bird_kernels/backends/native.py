@@ -18,9 +18,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .estimators import Coefficients
-from .plan import FEW_ROWS
-from .types import Problem, Route, Shapes, Stash, Statistic
+from ..moments import Coefficients
+from ..plan import FEW_ROWS
+from ..types import Problem, Route, Shapes, Stash, Statistic
 
 _STATISTICS = get_args(Statistic)  # csrc/kernels.h numbers them in this order
 
