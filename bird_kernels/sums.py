@@ -312,11 +312,11 @@ def _unbiased(
     about = (origins[0] - s.mean_x) * c.scale_x, (origins[1] - s.mean_y) * c.scale_y
     xs, ys = _about(x, origins[0], c.scale_x, mask, wide), _about(y, origins[1], c.scale_y, mask, wide)
     d = _rows(xs, ys, s, about, factors, c, operand)
-    heavy = (
+    xs, ys = (
         _about(side[few], origin, scale, None, torch.float64)
         for side, origin, scale in zip((x, y), origins, (c.scale_x, c.scale_y), strict=True)
     )
-    return d.index_copy_(0, few, _rows(*heavy, exact, about, factors, c, torch.float64).to(d.dtype))
+    return d.index_copy_(0, few, _rows(xs, ys, exact, about, factors, c, torch.float64).to(d.dtype))
 
 
 def _rows(

@@ -68,8 +68,8 @@ def dominated(norms: Tensor) -> bool:
 
 def without(keep: Tensor | None, index: Tensor, n: int) -> Tensor:
     """``keep`` bool [..., n], or all rows, without those of ``index`` [..., k]."""
-    if keep is None:
-        keep = torch.ones(*index.shape[:-1], n, dtype=torch.bool, device=index.device)
+    shape = (*index.shape[:-1], n)
+    keep = torch.ones(shape, dtype=torch.bool, device=index.device) if keep is None else keep.expand(shape)
     return keep.scatter(-1, index, False)
 
 
@@ -102,7 +102,7 @@ def u_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
     gram -= shift
     gram -= shift.mT
     diagonal.zero_()
-    return gram if keep is None else gram.mul_((keep[..., :, None] & keep[..., None, :]).to(gram.dtype))
+    return gram if keep is None else gram.masked_fill_(~(keep[..., :, None] & keep[..., None, :]), 0.0)
 
 
 def noise(norms: Tensor, eps: float) -> Tensor:

@@ -146,7 +146,7 @@ def backward(
             dx = _gradient(own, 2.0 * c.d_kl * upstream, 4.0 * c.d_kk * upstream, mask, route)
         if problem.y_grad:
             products = (stash.xx, stash.yy) if gram else (stash.xy.T, stash.yy)
-            rows = stash.rows[[1, 0, 2]] if len(stash.rows) else stash.rows
+            rows = torch.stack([stash.rows[i] for i in (1, 0, 2)]) if len(stash.rows) else stash.rows
             own = _Side(stash.ys, stash.xs, *products, rows, c.scale_y, c.n)
             dy = _gradient(own, 2.0 * c.d_kl * upstream, 4.0 * c.d_ll * upstream, mask, route)
     return x.new_empty(0) if dx is None else to(dx, x.dtype), y.new_empty(0) if dy is None else to(dy, y.dtype)
