@@ -95,7 +95,8 @@ def backward(value: Tensor) -> dict[Tensor, Tensor]:
 
 
 def assert_never_waits(function: Callable[[], Tensor], *leaves: Tensor) -> None:
-    """Not the function, nor its backward to ``leaves``."""
+    """Not the function, nor its backward to ``leaves``; and neither writes to one."""
+    versions = [leaf._version for leaf in leaves]
     with NoCopies():
         value = function()
         assert value.device == CUDA
@@ -103,6 +104,7 @@ def assert_never_waits(function: Callable[[], Tensor], *leaves: Tensor) -> None:
             found = backward(value)
             assert {(g.shape, g.dtype, g.device) for g in found.values()} <= {(x.shape, x.dtype, CUDA) for x in leaves}
             assert [leaf for leaf in leaves if leaf not in found] == []
+    assert [leaf._version for leaf in leaves] == versions
 
 
 READS: dict[str, Callable[[Tensor], Any]] = {
