@@ -1,4 +1,4 @@
-"""That an operator leaves its inputs as they are: their numbers, the memory around them, and autograd's count of writes."""
+"""That a call leaves its inputs as they are: their numbers, the memory around them, autograd's count of writes."""
 
 from __future__ import annotations
 
