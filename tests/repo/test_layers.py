@@ -54,6 +54,7 @@ HOUSE = {
         {"backends.triton"},
         {"backends.library_rbf"},
         {"backends.library", "backends.native", "sequences"},
+        {"backends.dominating"},
         {"plan", "backends.linalg"},
         {"moments", "distributed", "timings", "transport"},
         {"types", "reference"},

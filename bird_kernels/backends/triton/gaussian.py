@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import plan
 from ...types import Problem, Route, Shapes, Stash
-from .. import library
+from .. import linalg
 from ..library_rbf import bandwidth_of
 from ..library_rbf.strips import SAME, Strips
 from . import cross, rbf
@@ -122,7 +122,7 @@ class _Gaussian:
             bandwidth_of(_Whole(side, own, mask, self.problem), stash.coefficients[8 + 4 * i], count, i)
             for i, (side, own) in enumerate(zip(stash.xx, norms, strict=True))
         ]
-        bandwidths = library._pack(tuple(number for b in found for number in (b.factor, b.typical, b.level)), x.device)
+        bandwidths = linalg.pack(tuple(number for b in found for number in (b.factor, b.typical, b.level)), x.device)
         self.kernels(
             known, stash.xx, bandwidths, ws.mask, ws.count, sums, tops, stash.rows, stash.coefficients, ws.counter
         )
