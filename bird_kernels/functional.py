@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, distributed, global_batch, inputs, ops, pairs, plan, reference
+from .backends.linalg import require_fp64
 from .types import RBF, Plan
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ def centered_gram(x: Tensor, *, kernel: str | RBF = "linear") -> Tensor:
     rbf = inputs.parse_kernel(kernel)
     inputs.require_features("x", x, 1)
     if rbf is not None:
+        require_fp64("a Gaussian kernel", x.device)
         k = reference.rbf_gram(x.flatten(1), None, rbf, 0)
         return (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()).to(ops.value_dtype(x.dtype))
     with ops.without_autocast(x.device):
@@ -303,6 +305,7 @@ def _evaluate(
 def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend: str) -> Tensor:
     """The statistic of one batch: by the best backend, or by the literal formula."""
     if backend == "reference":
+        require_fp64('backend="reference"', x.device)
         literal = getattr(reference, problem.statistic)
         with ops.without_autocast(x.device):
             value: Tensor = literal(x, y, mask, problem.estimator, problem.kernel, problem.center)

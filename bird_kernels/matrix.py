@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import inputs, ops
 from .backends.dominating import bulk_mean, largest, squared_norms, without
-from .backends.linalg import at_least, dtypes, inner, mm, row_count, self_product_norm
+from .backends.linalg import at_least, dtypes, inner, mm, require_fp64, row_count, self_product_norm
 from .moments import MIN_ROWS, Moments, Scalar, combine
 from .types import Estimator, Problem
 
@@ -129,6 +129,7 @@ def _measure(
                 f"all layers must have the same rows and device, got {tuple(rows)} on {device} and "
                 f"{tuple(layer.shape[:row_dims])} on {layer.device} (row_dims={row_dims})"
             )
+    require_fp64("a matrix of layers", device)
     n = rows.numel()
     if n < MIN_ROWS[estimator]:
         raise ValueError(f'estimator="{estimator}" needs at least {MIN_ROWS[estimator]} rows, got {n}')

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .backends.linalg import has_fp64
 from .types import RBF, Estimator, Precision, Problem, Route, Stash, Statistic
 
 
@@ -123,7 +124,7 @@ def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> t
     shapes = backends.load(spec.backend, spec.kernel).stash_shapes(_problem(x, y, mask, spec), spec.route)
     value = x.new_empty((), dtype=value_dtype(x.dtype))
     # The one fp64 tensor of a stash stays on the host where a device has no fp64.
-    places = {"coefficients": x.device if x.device.type in ("cpu", "cuda", "meta") else torch.device("cpu")}
+    places = {"coefficients": x.device if has_fp64(x.device) else torch.device("cpu")}
     stash = ((*shapes[name], places.get(name, x.device)) for name in Stash._fields)
     return value, *(x.new_empty(shape, dtype=dtype, device=device) for shape, dtype, device in stash)
 

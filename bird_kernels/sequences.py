@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import plan
 from .backends.dominating import alive, bulk_mean, largest, noise, squared_norms, u_centred_, without
-from .backends.linalg import LIMIT
+from .backends.linalg import LIMIT, require_fp64
 from .moments import MIN_ROWS, Moments, combine
 from .types import Estimator
 
@@ -25,6 +25,7 @@ def mean_cka_loss(x: Tensor, y: Tensor, mask: Tensor | None, estimator: Estimato
 
     ``x`` [B, T, p], ``y`` [B, T, q], ``mask`` bool [B, T] or None.
     """
+    require_fp64('tokens="sequence"', x.device)
     wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     counted = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
     count = counted.sum(1, dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, inputs, ops, sums
+from .backends.linalg import require_fp64
 from .moments import MIN_ROWS, Coefficients, Scalar
 from .sums import Norms, Sums
 from .types import Precision, Problem, Statistic
@@ -55,6 +56,7 @@ class Statistics:
             TypeError, ValueError: as `bird_kernels.cka_loss`; also widths or a device other than before.
         """
         x, y, mask = inputs.as_rows(x, y, mask, row_dims)
+        require_fp64("Statistics", x.device)
         if self._sums is not None:
             _require_same("x and y", (x.shape[1], y.shape[1], x.device), self._sums)
         with torch.no_grad(), ops.without_autocast(x.device):

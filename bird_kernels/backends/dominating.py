@@ -54,16 +54,17 @@ def marked(apart: Tensor) -> Tensor:
 
 
 def _few(n: int) -> int:
-    return max(1, min(APART, n // 2))
+    return min(APART, n)
 
 
 def dominated(norms: Tensor) -> bool:
     """Whether there are rows so much larger than the others that fp32 loses these beside them: a CPU looks.
 
-    ``norms`` [n] are squared, about any point near the others; 10^3 is 30 times the median row. (Of normal features the
+    ``norms`` [n] are squared, about any point near the others; 10^2 is 10 times the median row. (Of normal features the
     largest of 10,000 is 35 times the median if they have one dimension, and less if they have more.)
     """
-    return not bool(norms.amax() <= 1e3 * norms.median())  # so NaN too
+    limit = min(1e2, 0.25 * (norms.shape[-1] - 1) ** 2)  # about the mean of n rows no ratio exceeds (n-1)^2
+    return not bool(norms.amax() <= limit * norms.median())  # so NaN too
 
 
 def without(keep: Tensor | None, index: Tensor, n: int) -> Tensor:

@@ -48,6 +48,7 @@ from .linalg import (
     dtypes,
     exact,
     fp32_products,
+    halves,
     inner,
     inner_products,
     lesser,
@@ -116,7 +117,10 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     with fp32_products(problem):
         sides = _looked(x, y, count, problem, route) if mask is None and x.is_cpu else None
         if sides is None:
-            sides = (_careful if problem.estimator == "biased" else _amid)(x, y, mask, count, problem, route)
+            (near_x, x_unit), (near_y, y_unit) = _near_one(x, y, mask, problem)
+            careful = _careful if problem.estimator == "biased" else _amid
+            sides = careful(near_x, near_y, mask, count, problem, route)
+            sides = sides._replace(scale_x=sides.scale_x * x_unit, scale_y=sides.scale_y * y_unit)
     products = Moments(sides.kl, sides.kk, sides.ll)
     result = combine(products, count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
     value, d_kl, d_kk, d_ll = result
@@ -143,12 +147,12 @@ def backward(
         if problem.x_grad:
             products = (stash.yy, stash.xx) if gram else (stash.xy, stash.xx)
             own = _Side(stash.xs, stash.ys, *products, stash.rows, c.scale_x, c.n)
-            dx = _gradient(own, 2.0 * c.d_kl * upstream, 4.0 * c.d_kk * upstream, mask, route)
+            dx = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_kk, upstream, mask, route)
         if problem.y_grad:
             products = (stash.xx, stash.yy) if gram else (stash.xy.T, stash.yy)
             rows = torch.stack([stash.rows[i] for i in (1, 0, 2)]) if len(stash.rows) else stash.rows
             own = _Side(stash.ys, stash.xs, *products, rows, c.scale_y, c.n)
-            dy = _gradient(own, 2.0 * c.d_kl * upstream, 4.0 * c.d_ll * upstream, mask, route)
+            dy = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_ll, upstream, mask, route)
     return x.new_empty(0) if dx is None else to(dx, x.dtype), y.new_empty(0) if dy is None else to(dy, y.dtype)
 
 
@@ -164,21 +168,36 @@ class _Side(NamedTuple):
     n: Scalar
 
 
-def _gradient(side: _Side, d_cross: Scalar, d_own: Scalar, mask: Tensor | None, route: Route) -> Tensor:
+def _gradient(
+    side: _Side, d_cross: Scalar, d_own: Scalar, upstream: Scalar, mask: Tensor | None, route: Route
+) -> Tensor:
     """Gradient of one side, by the formulas of the module."""
-    # A scale is up to 2^1000: folded into the products' factors only where these stay in fp32's range.
-    small = isinstance(side.scale, float) and side.scale < 1e18
-    if small:
-        d_cross, d_own = d_cross * side.scale, d_own * side.scale
+    d_cross, d_own, factors = _folded(d_cross, d_own, upstream, side.scale)
     if route == "gram":
         d = scaled_mm(weighted_sum(side.cross, d_cross, side.product, d_own), side.own)
     else:
         d = add_scaled_mm(scaled_mm(side.other, side.cross * d_cross), side.own, side.product * d_own)
         if len(side.rows):
             d = _add_rows(d, side, d_cross, d_own)
-    if not small:
-        d = d * side.scale
+    for factor in factors:
+        d = d * factor
     return d if mask is None else d.masked_fill_(~mask[:, None], 0.0)
+
+
+def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> tuple[Scalar, Scalar, list[Scalar]]:
+    """The products' factors, and those that are left for the gradient: what would leave fp32's range is not folded in.
+
+    A scale is up to 2^240 (fp64: 2^1000), a loss scale anything, and derivatives in units are fourth powers of scales.
+    """
+    unit: Scalar = 1.0
+    if isinstance(d_own, float):
+        peak, factor = max(abs(d_cross), abs(d_own)), upstream * scale
+        if 1e-18 < abs(peak * factor) < 1e18:
+            return d_cross * factor, d_own * factor, []
+        unit = math.ldexp(1.0, math.frexp(peak)[1]) if 0.0 < peak < math.inf else 1.0
+        d_cross, d_own = d_cross / unit, d_own / unit
+    parts = halves(unit), halves(upstream), halves(scale)
+    return d_cross, d_own, [part[i] for i in (0, 1) for part in parts]
 
 
 def _add_rows(d: Tensor, side: _Side, d_cross: Scalar, d_own: Scalar) -> Tensor:
@@ -240,6 +259,20 @@ def _sound(kk: float, total: Tensor, n: float) -> bool:
     return 1e-25 < kk < 1e25 and 256.0 * n * math.sqrt(kk) > torch.dot(total, total).item()
 
 
+def _near_one(
+    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem
+) -> tuple[tuple[Tensor, Scalar], tuple[Tensor, Scalar]]:
+    """Both sides times powers of two, and these: the sums and squares of what is far from 1 leave the range of fp32."""
+    wide, _ = dtypes(problem)
+    x, y = (_kept(to(a, wide), mask) for a in (x, y))
+    units = power_of_two(x), power_of_two(y)
+    if problem.statistic == "gram_mse":  # K - L needs one for both
+        units = (lesser(*units),) * 2
+    if all(isinstance(u, float) and 1e-12 < u < 1e12 for u in units):
+        return (x, 1.0), (y, 1.0)
+    return (x * units[0], units[0]), (y * units[1], units[1])
+
+
 def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> _Sides:
     """Columns minus their means, with care, brought near 1; biased."""
     xs, scale_x, _ = centre(x, mask, count, problem)
@@ -295,12 +328,14 @@ def _amid(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Pro
         assert sides is not None
         return sides._replace(scale_x=scale_x, scale_y=scale_y)
     wide, operand = dtypes(problem)
-    x, y = to(x, wide), to(y, wide)
-    norms = [squared_norms(_kept(a - location(a, mask), mask)) for a in (x, y)]
+    # About a location first: there may be no rows but those that are apart.
+    x, y = (_kept(to(a, wide) - location(to(a, wide), mask), mask) for a in (x, y))
+    norms = [squared_norms(a) for a in (x, y)]
     few = largest(*norms)
     rest = without(mask, few, len(x))
     apart = torch.zeros_like(norms[0]).scatter_(0, few, 1.0)
-    zs, scales = zip(*(_about_rest(a, mask, rest, count - float(len(few)), problem) for a in (x, y)), strict=True)
+    left = row_count(x, rest)  # of those that are apart some may not count
+    zs, scales = zip(*(_about_rest(a, mask, rest, left, problem) for a in (x, y)), strict=True)
     bulk = [torch.where(rest[:, None], z, 0.0).to(operand) for z in zs]
     xx, xy, yy, kl, kk, ll = _by_columns(bulk[0], bulk[1], problem)
     kappa, lam = (squared_norms(to(z, wide)) for z in bulk)

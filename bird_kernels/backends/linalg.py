@@ -89,6 +89,16 @@ def power_of_two(x: Tensor) -> Scalar:
     return torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), -exponent)
 
 
+def halves(scale: Scalar) -> tuple[Scalar, Scalar]:
+    """Two numbers, the first a power of two, whose product is ``scale``, which may leave the range of fp32."""
+    half: Scalar
+    if isinstance(scale, Tensor):
+        half = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent // 2)
+    else:
+        half = math.ldexp(1.0, math.frexp(scale)[1] // 2)
+    return half, scale / half
+
+
 def is_host(device: torch.device) -> bool:
     """Whether scalars are Python floats: everywhere but on CUDA, where nothing may wait for the device."""
     return device.type != "cuda"
@@ -157,7 +167,9 @@ def scaled_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def weighted_sum(a: Tensor, s: Scalar, b: Tensor, t: Scalar) -> Tensor:
     """s a + t b"""
-    return a * s + b * t if isinstance(t, Tensor) else torch.mul(a, s).add_(b, alpha=t)
+    if isinstance(t, Tensor) or abs(t) > 1e38:  # PyTorch takes an alpha beyond fp32 for a mistake
+        return a * s + b * t
+    return torch.mul(a, s).add_(b, alpha=t)
 
 
 def add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -262,7 +274,11 @@ def read(values: Tensor) -> tuple[Scalar, ...]:
 
 def write(value: Scalar, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A scalar as a 0-d tensor."""
-    return value.to(dtype) if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=dtype, device=device)
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if dtype == torch.float32 and abs(value) > torch.finfo(dtype).max:
+        value = math.copysign(math.inf, value)  # which PyTorch takes for a mistake
+    return torch.scalar_tensor(value, dtype=dtype, device=device)
 
 
 def pack(scalars: tuple[Scalar, ...], device: torch.device) -> Tensor:

@@ -87,6 +87,7 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
 
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
+    linalg.require_fp64("a Gaussian kernel", x.device)
     wide, _ = linalg.dtypes(problem)
     shapes = stash_shapes(problem, route)
     count = linalg.row_count(x, mask)
