@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .centre import counts
-from .reduce import ROWS, SCALE_X, SCALE_Y, WIDTH, arrive, finish
+from .reduce import WIDTH, arrive, finish, sizes_of
 
 ROW_BLOCK, COLUMN_BLOCK = 8, 256  # of the two matrices, that a program reads at a time where there is no product
 
@@ -102,8 +102,8 @@ def moments_kernel(
     tl.store(slots + 2 * blocks + block, 2.0 * tl.sum(ll, 0))
     if arrive(counters + pair, blocks):
         coefficients += pair * NUMBERS
+        scale_x, scale_y, count = sizes_of(coefficients)
+        floor_k, floor_l = tl.load(floors + 2 * pair), tl.load(floors + 2 * pair + 1)
         finish(
-            slots, blocks, tl.load(floors + 2 * pair), tl.load(floors + 2 * pair + 1),
-            tl.load(coefficients + SCALE_X), tl.load(coefficients + SCALE_Y), tl.load(coefficients + ROWS),
-            values + pair, coefficients, STATISTIC, UNBIASED,
-        )  # fmt: skip
+            slots, blocks, floor_k, floor_l, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, UNBIASED
+        )

@@ -23,7 +23,7 @@ from ..library_rbf.strips import SAME, Strips
 from .centre import counts, locate, row_count, scale_of_all, shifted_tile
 from .double import COLUMN_BLOCK, ROW_BLOCK, both_shifts, moments_kernel, store_shifts
 from .launch import Launch, aligned, as_bytes, ceil_div, device_of, precision_of, products
-from .reduce import COEFFICIENTS, D_KK, D_KL, KK, ROWS, SCALE_X, SCALE_Y, WIDTH, arrive, upper_tile
+from .reduce import COEFFICIENTS, WIDTH, arrive, store_sizes, upper_tile, weights_of
 
 __all__ = ["backward", "forward", "stash_shapes"]
 
@@ -203,9 +203,7 @@ def kernels_kernel(
     if arrive(counter, 2 * blocks):
         tl.store(counter, 0)
         count = row_count(mask, n, MASKED, WIDTH)
-        tl.store(coefficients + SCALE_X, 0.0 * count + 1.0)  # a kernel has no scale
-        tl.store(coefficients + SCALE_Y, 0.0 * count + 1.0)
-        tl.store(coefficients + ROWS, count)
+        store_sizes(coefficients, 1.0, 1.0, count)  # a kernel has no scale
         for each in tl.static_range(2):
             store_shifts(sums + each * n, 1, shifts + each * n, count, n, UNBIASED)
             f, t = tl.load(bandwidths + each * 3 + 0), tl.load(bandwidths + each * 3 + 1)
@@ -248,12 +246,8 @@ def rbf_backward_kernel(
     columns = tl.where(of_x, block, block - blocks_x) * BLOCK + tl.arange(0, BLOCK)
     dtype = z.dtype.element_ty
     side = coefficients + COEFFICIENTS + one * SIDE
-    size = tl.sqrt(tl.load(coefficients + KK + 1 - one)) / tl.load(coefficients + ROWS)
+    d_cross, inner_other, inner_own = weights_of(coefficients, one, False)
     peak = tl.maximum(tl.load(side + PEAK), 1e-37)
-    d_cross = tl.load(coefficients + D_KL) * size
-    dead = d_cross == 0.0
-    inner_other = tl.where(dead, 0.0, 1.0 / size).to(tl.float32)
-    inner_own = tl.where(dead, 0.0, 2.0 * tl.load(coefficients + D_KK + one) / d_cross).to(tl.float32)
     inner_kernel = (1.0 / peak).to(tl.float32)
     level = tl.load(side + LEVEL).to(tl.float32)
     own = matrices + one.to(tl.int64) * n * n

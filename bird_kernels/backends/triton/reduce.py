@@ -98,9 +98,36 @@ def finish(
     tl.store(coefficients + KL, kl)
     tl.store(coefficients + KK, kk)
     tl.store(coefficients + LL, ll)
+    store_sizes(coefficients, scale_x, scale_y, n)
+
+
+@triton.jit
+def store_sizes(coefficients, scale_x, scale_y, n):
+    """What is known before the moments are: the features' scales, and the number of rows."""
     tl.store(coefficients + SCALE_X, scale_x)
     tl.store(coefficients + SCALE_Y, scale_y)
     tl.store(coefficients + ROWS, n)
+
+
+@triton.jit
+def sizes_of(coefficients):
+    """Scales of x and of y and the number of rows, fp64."""
+    return tl.load(coefficients + SCALE_X), tl.load(coefficients + SCALE_Y), tl.load(coefficients + ROWS)
+
+
+@triton.jit
+def weights_of(coefficients, side, ROOT: tl.constexpr):
+    """d, a and b of the matrix d (a Lc + b Kc), half the derivative of the value with respect to K (``side`` 1: to L).
+
+    a Lc is of the size of r Lc/|L|, r the number of rows or its ROOT, so that its entries can be rounded to a dtype of
+    short range. d is fp64, a and b are fp32.
+    """
+    n = tl.load(coefficients + ROWS)
+    size = tl.sqrt(tl.load(coefficients + KK + 1 - side)) / (tl.sqrt(n) if ROOT else n)
+    d = tl.load(coefficients + D_KL) * size
+    dead = d == 0.0
+    own = 2.0 * tl.load(coefficients + D_KK + side)
+    return d, tl.where(dead, 0.0, 1.0 / size).to(tl.float32), tl.where(dead, 0.0, own / d).to(tl.float32)
 
 
 @triton.jit
