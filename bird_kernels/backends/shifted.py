@@ -101,7 +101,8 @@ class _Launches:
         self.shift = Launch(
             shift.shift_kernel, (sum(blocks) + 1, self.shares),
             (n, p, q, self.pa, self.qa, self.rows, share, *pitches, *blocks, *located),
-            self.masked | dict(CROSS=route == "cross") | self.tf32 | dict(ROWS=ROWS, BLOCK=BLOCK, WIDTH=256), num_warps=8,
+            self.masked | dict(CROSS=route == "cross") | self.tf32 | dict(ROWS=ROWS, BLOCK=BLOCK, WIDTH=256),
+            num_warps=8,
         )  # fmt: skip
 
     def shifted(
@@ -138,7 +139,7 @@ class _Cross(_Launches):
         self.finish = Launch(
             finish.cross_finish_kernel, (tiles + tiles_y**2,),
             (pa, qa, self.parts, self.shares, tiles_x, tiles_y, tiles),
-            dict(STATISTIC=problem.statistic, STORE_B=problem.y_grad, BLOCK=BLOCK), num_warps=8,
+            dict(STATISTIC=problem.statistic, STORE_B=problem.y_grad, BLOCK=BLOCK),
         )  # fmt: skip
         constants = self.tf32 | dict(NEAR=self.near, ROWS=128, BLOCK=16)
         self.mix = tuple(
@@ -187,7 +188,7 @@ class _Gram(_Launches):
         )  # fmt: skip
         constants = self.unbiased | self.masked | self.tf32 | dict(NEAR=self.near, ROWS=rows, STEP=step)
         self.mix = tuple(
-            Launch(finish.gram_mix_kernel, (self.blocks,), (n, self.rows), dict(SIDE=side) | constants)
+            Launch(finish.gram_mix_kernel, (self.blocks,), (n, self.rows), dict(SIDE=side) | constants, num_warps=8)
             for side in (0, 1)
         )
 
@@ -224,12 +225,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32, of matrices or of batches of them; products of halves are exact, on a CPU as well."""
     if a.dim() == 3 and a.shape[0] == 1:  # the library splits long sums of one product, not of a batch
         return product(a[0], b[0])[None]
-    if a.dtype == torch.float32:
-        return a @ b
-    if not a.is_cuda:
-        return a.float() @ b.float()
     multiply = torch.mm if a.dim() == 2 else torch.bmm
-    return multiply(a, b, out_dtype=torch.float32)
+    if a.dtype == torch.float32:
+        return multiply(a, b)
+    return multiply(a, b, out_dtype=torch.float32) if a.is_cuda else multiply(a.float(), b.float())
 
 
 def _is_here(problem: Problem, route: Route) -> bool:
