@@ -56,7 +56,7 @@ def moments_kernel(
     matrices,  # fp32 [pairs, 2, n, n]: K and L of each pair
     shifts,  # fp64 [pairs, 2, n]
     mask,  # bytes [n]: the rows that count
-    floors,  # fp64 [pairs, 2]: a self-product that is no more is zero
+    rooms,  # fp64 [pairs, 2]: a self-product that is rounding of it is zero
     slots,  # fp64 [pairs, 3, programs]: for the programs of a pair to meet in
     counters,  # int32 [pairs], zero
     values,  # out, fp32 [pairs]
@@ -103,7 +103,5 @@ def moments_kernel(
     if arrive(counters + pair, blocks):
         coefficients += pair * NUMBERS
         scale_x, scale_y, count = sizes_of(coefficients)
-        floor_k, floor_l = tl.load(floors + 2 * pair), tl.load(floors + 2 * pair + 1)
-        finish(
-            slots, blocks, floor_k, floor_l, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, UNBIASED
-        )
+        room_k, room_l = tl.load(rooms + 2 * pair), tl.load(rooms + 2 * pair + 1)
+        finish(slots, blocks, room_k, room_l, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, UNBIASED)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reduce import arrive, combine, sum_slots, upper_tile
+from .reduce import arrive, conclude, sum_slots, upper_tile
 from .shift import round_tf32
 
 
@@ -34,30 +34,10 @@ def _conclude(
     STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
     """Value and coefficients; a side whose self-product is rounding of ``room``, its size uncentred, has none."""
-    rounding = 64.0 * 1.1920928955078125e-07  # moments.ROUNDING, fp32
-    scale_x, scale_y = tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64)
-    zero = 0.0 * n
-    alive_kk = tl.where(kk <= rounding * rounding * room_k, 0.0, kk)
-    alive_ll = tl.where(ll <= rounding * rounding * room_l, 0.0, ll)
-    result, d_kl, d_kk, d_ll = combine(
-        kl, alive_kk, alive_ll, zero, zero, zero, zero, zero, n, STATISTIC, UNBIASED
-    )  # fmt: skip
-    if STATISTIC == "hsic":
-        unscale = 1.0 / (scale_x * scale_x * scale_y * scale_y)
-        result *= unscale
-        d_kl *= unscale
-    tl.store(value, result.to(tl.float32))
-    tl.store(coefficients + 0, d_kl)
-    tl.store(coefficients + 1, d_kk)
-    tl.store(coefficients + 2, d_ll)
-    tl.store(coefficients + 3, kl)
-    tl.store(coefficients + 4, kk)
-    tl.store(coefficients + 5, ll)
     tl.store(coefficients + 6, total_k)
     tl.store(coefficients + 7, total_l)
-    tl.store(coefficients + 8, scale_x)
-    tl.store(coefficients + 9, scale_y)
-    tl.store(coefficients + 10, n)
+    scale_x, scale_y = tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64)
+    conclude(kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients, STATISTIC, UNBIASED)
 
 
 @triton.jit

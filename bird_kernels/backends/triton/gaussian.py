@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import plan
-from ...moments import ROUNDING
 from ...types import Problem, Route, Shapes, Stash
 from .. import library
 from ..library_rbf import bandwidth_of
@@ -162,11 +161,10 @@ def kernels_kernel(
     sums,  # fp64 [2, n]: row sums, for the last program
     tops,  # fp64 [2, blocks]: the largest entries of K off the diagonal, for the last program
     shifts,  # out, fp64 [2, n]: see `double`
-    floors,  # out, fp64 [2]
+    rooms,  # out, fp64 [2]: see `reduce.conclude`
     counter,  # int32, 0 before and after
     coefficients,  # out, fp64 [NUMBERS]
     n,
-    ROUNDING: tl.constexpr,
     MASKED: tl.constexpr,
     UNBIASED: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -208,8 +206,8 @@ def kernels_kernel(
             store_shifts(sums + each * n, 1, shifts + each * n, count, n, UNBIASED)
             f, t = tl.load(bandwidths + each * 3 + 0), tl.load(bandwidths + each * 3 + 1)
             c = tl.load(bandwidths + each * 3 + 2)
-            noise = c * t * count * (ROUNDING * EPS)  # of entries that differ by no more than their rounding
-            tl.store(floors + each, noise * noise)
+            room = c * t * count  # entries may differ by no more than their rounding, which is that of t
+            tl.store(rooms + each, room * room)
             own = coefficients + COEFFICIENTS + each * SIDE
             tl.store(own + FACTOR, f)
             tl.store(own + LEVEL, c)
@@ -330,9 +328,7 @@ class _Gaussian:
             distances_kernel, (tiles * (tiles + 1) // 2, 2), (n, p, q, tiles), dict(SAME=SAME) | multiply,
             **products(problem, precision),
         )  # fmt: skip
-        self.kernels = Launch(
-            kernels_kernel, (self.blocks, 2), (n,), dict(ROUNDING=ROUNDING) | masked | unbiased | parts
-        )
+        self.kernels = Launch(kernels_kernel, (self.blocks, 2), (n,), masked | unbiased | parts)
         self.moments = Launch(
             moments_kernel, (self.blocks, 1), (n,),
             dict(NUMBERS=NUMBERS) | masked | dict(STATISTIC=problem.statistic) | unbiased | parts,
@@ -350,10 +346,10 @@ class _Gaussian:
         singles = x.new_empty(2 * (self.problem.p + self.problem.q) + self.peaks + 2 * n, dtype=torch.float32)
         locations, peaks, norms = singles.split([len(singles) - self.peaks - 2 * n, self.peaks, 2 * n])
         doubles = x.new_empty(2 * n + 5 * self.blocks + 2, dtype=torch.float64)
-        sums, tops, slots, floors = doubles.split([2 * n, 2 * self.blocks, 3 * self.blocks, 2])
+        sums, tops, slots, rooms = doubles.split([2 * n, 2 * self.blocks, 3 * self.blocks, 2])
         counter, value = x.new_empty((), dtype=torch.int32), x.new_empty((), dtype=torch.float32)
         bytes_ = x if mask is None else as_bytes(mask)
-        known = "dense" if aligned(x, y, bytes_, peaks, norms) else None
+        known = "dense" if aligned(x, y, bytes_) else None
         self.locate(known, x, y, bytes_, locations, peaks, counter)
         self.shift(known, x, y, bytes_, locations, peaks, stash.xs, stash.ys, norms, stash.coefficients)
         self.distances(known, stash.xs, stash.ys, norms, stash.xx)
@@ -365,8 +361,8 @@ class _Gaussian:
             )
         ]
         bandwidths = library._pack(tuple(number for b in found for number in (b.factor, b.typical, b.level)), device)
-        self.kernels(known, stash.xx, bandwidths, bytes_, sums, tops, stash.rows, floors, counter, stash.coefficients)
-        self.moments(known, stash.xx, stash.rows, bytes_, floors, slots, counter, value, stash.coefficients)
+        self.kernels(known, stash.xx, bandwidths, bytes_, sums, tops, stash.rows, rooms, counter, stash.coefficients)
+        self.moments(known, stash.xx, stash.rows, bytes_, rooms, slots, counter, value, stash.coefficients)
         return value, stash
 
     def backward(self, grad: Tensor, mask: Tensor | None, stash: Stash) -> tuple[Tensor, Tensor]:

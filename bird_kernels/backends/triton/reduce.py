@@ -75,17 +75,27 @@ def arrive(counter, programs):
 
 @triton.jit
 def finish(
-    slots, programs, floor_k, floor_l, scale_x, scale_y, n, value, coefficients,
+    slots, programs, room_k, room_l, scale_x, scale_y, n, value, coefficients,
     STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
-    """Slots [3, programs] of kl, kk, ll -> value (0-d, fp32) and coefficients, fp64.
+    """`conclude` from slots [3, programs] of kl, kk, ll."""
+    kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
+    conclude(kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients, STATISTIC, UNBIASED)
 
-    A self-product up to its floor is zero. The features were multiplied by the scales.
+
+@triton.jit
+def conclude(
+    kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients,
+    STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
+):  # fmt: skip
+    """Stores the value (0-d, fp32) and the coefficients, fp64.
+
+    A self-product that is rounding of its room, the squares that centring took it from, is zero. The features were
+    multiplied by the scales.
     """
     scale_x, scale_y = scale_x.to(tl.float64), scale_y.to(tl.float64)
-    kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
-    kk = tl.where(kk <= floor_k, 0.0, kk)
-    ll = tl.where(ll <= floor_l, 0.0, ll)
+    kk = tl.where(kk <= room_k * NOISE, 0.0, kk)
+    ll = tl.where(ll <= room_l * NOISE, 0.0, ll)
     result, d_kl, d_kk, d_ll = combine(kl, kk, ll, n, STATISTIC, UNBIASED)
     if STATISTIC == "hsic":
         unscale = 1.0 / (scale_x * scale_x * scale_y * scale_y)

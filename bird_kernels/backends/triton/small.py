@@ -26,7 +26,7 @@ from ...types import Problem, Shapes, Stash
 from .centre import counts, locate, row_count, scale_of, scale_of_all, shifted_tile
 from .double import COLUMN_BLOCK, ROW_BLOCK, both_shifts, moments_kernel, store_shifts
 from .launch import Launch, aligned, as_bytes, ceil_div, few_steps, products
-from .reduce import COEFFICIENTS, NOISE, WIDTH, arrive, finish, sizes_of, store_sizes, sum_slots, upper_tile, weights_of
+from .reduce import COEFFICIENTS, WIDTH, arrive, finish, sizes_of, store_sizes, sum_slots, upper_tile, weights_of
 
 REDUCED = 8  # rows of a tile that one program adds up: 16 bytes of a part for each thread
 UNROLL = tl.constexpr(8)  # parts that are under way at once
@@ -115,7 +115,7 @@ def reduce_kernel(
     grams,  # out, fp32 [pairs, 2, n, n]: K and L, with diagonal 0 if UNBIASED
     sums,  # fp64 [pairs, 2, tiles, n] (unbiased): row sums of each tile, for the last program
     shifts,  # out, fp64 [pairs, 2, n] (unbiased): see `double`
-    floors,  # out, fp64 [pairs, 2] (unbiased): self-products that are rounding
+    rooms,  # out, fp64 [pairs, 2] (unbiased): see `reduce.conclude`
     slots,  # fp64 [pairs, 3 or, unbiased, 4, programs]: for the programs of a pair to meet in
     counters,  # int32 [pairs]
     values,  # out, fp32 [pairs]; unbiased, the next kernel's
@@ -185,13 +185,13 @@ def reduce_kernel(
             tl.store(counters + pair, 0)
             store_sizes(coefficients, scale_x.to(tl.float64), scale_y.to(tl.float64), count)
             for side in tl.static_range(2):
-                # The product of two rows is off by eps of their norms' product: over all pairs of rows, squared.
+                # The product of two rows is off by eps of their norms' product; over all pairs of rows, squared.
                 trace = sum_slots(slots, 2 * side, programs)
                 squares = sum_slots(slots, 2 * side + 1, programs)
-                tl.store(floors + 2 * pair + side, tl.maximum(trace * trace - squares, 0.0) * NOISE)
+                tl.store(rooms + 2 * pair + side, tl.maximum(trace * trace - squares, 0.0))
                 store_shifts(sums + side * tiles * n, tiles, shifts + (2 * pair + side) * n, count, n, True)
         else:
-            finish(slots, programs, 0.0, 0.0, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, UNBIASED)
+            finish(slots, programs, 0.0, 0.0, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, False)
 
 
 @triton.jit
@@ -336,15 +336,15 @@ class Small:
         any_ = sides[0]
         bytes_ = any_ if mask is None else as_bytes(mask)
         stash = Stash(*(any_.new_empty(shape, dtype=dtype) for shape, dtype in self.stash))
-        peaks, partials, counters, floors, sums, slots, values = (
+        peaks, partials, counters, rooms, sums, slots, values = (
             any_.new_empty(shape, dtype=dtype) for shape, dtype in self.workspace
         )
         known = "dense" if aligned(*sides, bytes_) else None
         end = slots, counters, values, stash.coefficients
         self.partials(known, sides, bytes_, stash.xs, peaks, partials, counters)
-        self.reduce(known, peaks, partials, bytes_, stash.xx, sums, stash.rows, floors, *end)
+        self.reduce(known, peaks, partials, bytes_, stash.xx, sums, stash.rows, rooms, *end)
         if self.unbiased:
-            self.moments(known, stash.xx, stash.rows, bytes_, floors, *end)
+            self.moments(known, stash.xx, stash.rows, bytes_, rooms, *end)
         return values, stash
 
     def backward(
