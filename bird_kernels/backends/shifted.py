@@ -103,7 +103,7 @@ class _Launches:
         share = ROWS * _blocks(self.rows, ROWS * MOST_SHARES)
         self.shares = _blocks(self.rows, share)
         blocks = _blocks(self.qa, BLOCK), _blocks(self.pa, BLOCK)
-        pitches = (self.width, self.width) if route == "cross" else (self.pa, self.qa)
+        pitches = (self.width // 8, self.width // 8) if route == "cross" else (self.pa // 8, self.qa // 8)
         self.shift = Launch(
             shift.shift_kernel, (sum(blocks) + 1, self.shares),
             (n, p, q, self.pa, self.qa, self.rows, share, *pitches, *blocks, *located),
@@ -202,7 +202,7 @@ class _Gram(_Launches):
         )  # fmt: skip
         constants = self.unbiased | self.masked | self.tf32 | dict(NEAR=self.near, ROWS=rows, STEP=step)
         self.mix = tuple(
-            Launch(finish.gram_mix_kernel, (self.blocks,), (n, self.rows), dict(SIDE=side) | constants, num_warps=8)
+            Launch(finish.gram_mix_kernel, (self.blocks,), (n, self.rows // 8), dict(SIDE=side) | constants, num_warps=8)
             for side in (0, 1)
         )
 

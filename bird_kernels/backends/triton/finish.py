@@ -315,9 +315,9 @@ def gram_mix_kernel(
     rows,  # fp32 [2, n]
     coefficients,  # fp64 [11]
     grad,  # 0-d
-    m,  # out, [n, na]: column n is the sum of a row, the last ones are zero: d = m z
+    m,  # out, [n, 8 eighths]: column n is the sum of a row, the last ones are zero: d = m z
     factor,  # out (NEAR), fp32, 0-d
-    n, na,
+    n, eighths,
     SIDE: tl.constexpr,
     UNBIASED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -327,6 +327,7 @@ def gram_mix_kernel(
     STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows)."""
+    na = eighths * 8  # the compiler sees that rows are aligned
     count = tl.load(coefficients + 10)
     own_total, other_total = tl.load(coefficients + 6 + SIDE), tl.load(coefficients + 7 - SIDE)
     size = tl.sqrt(tl.load(coefficients + 5 - SIDE))
