@@ -62,13 +62,10 @@ def moments_kernel(
     values,  # out, fp32 [pairs]
     coefficients,  # fp64 [pairs, NUMBERS]: scales and number of rows are there, the others are written
     n,
-    NUMBERS: tl.constexpr,
-    MASKED: tl.constexpr,
-    STATISTIC: tl.constexpr,
+    NUMBERS: tl.constexpr, MASKED: tl.constexpr, STATISTIC: tl.constexpr,
     UNBIASED: tl.constexpr,  # the diagonal does not count
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
+    HEIGHT: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
     """Grid (blocks of HEIGHT rows, pairs): <Kc,Lc>, <Kc,Kc>, <Lc,Lc>, twice what is above the diagonal, and the end."""
     block, blocks, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     k = matrices + 2 * pair.to(tl.int64) * n * n

@@ -42,9 +42,7 @@ def distances_kernel(
     n, p, q,
     tiles,  # in a row
     SAME: tl.constexpr,  # distances up to so many units in the last place of the norms are rounding, and zero
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (upper tiles, sides): a tile and its mirror image."""
     tile, side = tl.program_id(0), tl.program_id(1)
@@ -107,11 +105,8 @@ def kernels_kernel(
     counter,  # int32, 0 before and after
     coefficients,  # out, fp64 [NUMBERS]
     n,
-    MASKED: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
+    MASKED: tl.constexpr, UNBIASED: tl.constexpr, HEIGHT: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
     """Grid (blocks of HEIGHT rows, sides); the last program makes shifts of the row sums."""
     block, blocks, side = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     rows = block * HEIGHT + tl.arange(0, HEIGHT)
@@ -168,10 +163,7 @@ def rbf_backward_kernel(
     dx, dy,  # out, [n, p] and [n, q]
     n, p, q,
     blocks_x,  # 0 if dX is not wanted
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (column tiles of dX, then of dY, of those that are wanted; row tiles).
 

@@ -45,12 +45,8 @@ def partials_kernel(
     WIDTHS: tl.constexpr,  # d of each side
     SIDES: tl.constexpr,
     CHUNK: tl.constexpr,  # columns of a split
-    ROBUST: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    ROBUST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Grid (upper tiles, splits of all sides): a split's part of a tile.
 
     Every tile's program of a split finds, and stores, the same locations and the same peak.
@@ -122,15 +118,9 @@ def reduce_kernel(
     coefficients,  # out, fp64 [pairs, COEFFICIENTS]
     n,
     tiles,
-    WIDTHS: tl.constexpr,
-    SIDES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MASKED: tl.constexpr,
-    STATISTIC: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEIGHT: tl.constexpr,
-):
+    WIDTHS: tl.constexpr, SIDES: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, STATISTIC: tl.constexpr,
+    UNBIASED: tl.constexpr, BLOCK: tl.constexpr, HEIGHT: tl.constexpr,
+):  # fmt: skip
     """Grid (blocks of HEIGHT rows, tiles, pairs): adds the parts of some rows of a tile of K and of L."""
     strip, column_tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     programs = tl.num_programs(0) * tiles
