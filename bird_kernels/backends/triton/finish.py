@@ -84,8 +84,7 @@ def cross_finish_kernel(
     width = qa + pa + 8
     n = _row_count(sums, width, shares)
     own = tl.arange(0, BLOCK)
-    for i in tl.static_range(5):
-        tl.store(slots + i * programs + program, 0.0 * n)
+    kl, kk, ll, trace_x, trace_y = 0.0 * n, 0.0 * n, 0.0 * n, 0.0 * n, 0.0 * n
     if program < tiles:
         rows, columns = program // tiles_x * BLOCK + own, program % tiles_x * BLOCK + own
         raw, centred, left, inside, offsets = _centred(
@@ -94,10 +93,9 @@ def cross_finish_kernel(
         tl.store(ca + offsets, centred.to(tl.float32), mask=inside)
         tl.store(means + rows, (left / n).to(tl.float32), mask=(rows < qa + pa) & (program % tiles_x == 0))
         square = tl.sum(centred * centred, 1)
-        tl.store(slots + program, tl.sum(tl.where(rows < qa, square, 0.0), 0))
-        tl.store(slots + programs + program, tl.sum(tl.where(rows < qa, 0.0, square), 0))
-        diagonal = tl.where(rows[:, None] - qa == columns[None, :], raw, 0.0)
-        tl.store(slots + 3 * programs + program, tl.sum(tl.sum(diagonal, 1), 0))
+        kl = tl.sum(tl.where(rows < qa, square, 0.0), 0)
+        kk = tl.sum(tl.where(rows < qa, 0.0, square), 0)
+        trace_x = tl.sum(tl.sum(tl.where(rows[:, None] - qa == columns[None, :], raw, 0.0), 1), 0)
     else:
         rows, columns = (program - tiles) // tiles_y * BLOCK + own, (program - tiles) % tiles_y * BLOCK + own
         raw, centred, left, inside, offsets = _centred(
@@ -105,9 +103,13 @@ def cross_finish_kernel(
         )
         if STORE_B:
             tl.store(b + offsets, centred.to(tl.float32), mask=inside)
-        tl.store(slots + 2 * programs + program, tl.sum(tl.sum(centred * centred, 1), 0))
-        diagonal = tl.where(rows[:, None] == columns[None, :], raw, 0.0)
-        tl.store(slots + 4 * programs + program, tl.sum(tl.sum(diagonal, 1), 0))
+        ll = tl.sum(tl.sum(centred * centred, 1), 0)
+        trace_y = tl.sum(tl.sum(tl.where(rows[:, None] == columns[None, :], raw, 0.0), 1), 0)
+    tl.store(slots + 0 * programs + program, kl)
+    tl.store(slots + 1 * programs + program, kk)
+    tl.store(slots + 2 * programs + program, ll)
+    tl.store(slots + 3 * programs + program, trace_x)
+    tl.store(slots + 4 * programs + program, trace_y)
     if arrive(counter, programs):
         kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
         trace_x, trace_y = sum_slots(slots, 3, programs), sum_slots(slots, 4, programs)
