@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
+from .plan import route_of
 from .types import RBF, Estimator, Precision, Problem, Route, Stash, Statistic
 
 
@@ -133,8 +134,13 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str) -> Tensor:
-    """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable."""
+def alignment(
+    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool = False
+) -> Tensor:
+    """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable.
+
+    ``auto``: nobody asked for this backend; where its kernels fail, another takes the call (`backends.replace`).
+    """
     if torch.compiler.is_compiling() and not (problem.x_grad or problem.y_grad):
         # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
         value: Tensor = torch.ops.bird.alignment(x, y, mask, *_spec(problem, route, backend))[0]
@@ -143,12 +149,47 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route
         value = _TransformableAlignment.apply(x, y, mask, *_spec(problem, route, backend))[0]
         return value
     if backend == "native":
-        return _native().alignment(x, y, mask, problem)
+        try:
+            return _native().alignment(x, y, mask, problem)
+        except Exception as error:
+            if not auto:
+                raise
+            backend = backends.replace(backend, problem, error)
+            route = route_of(problem, backend)
     if not (problem.x_grad or problem.y_grad):
-        value, _ = _run(backends.of(problem, backend).forward, x, y, mask, problem, route)
-        return value
-    value = _Alignment.apply(x, y, mask, problem, route, backend)
+        return forward(x, y, mask, problem, route, backend, auto)[0]
+    value = _Alignment.apply(x, y, mask, problem, route, backend, auto)
     return value
+
+
+def forward(
+    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool
+) -> tuple[Tensor, Stash, Route, str]:
+    """Value and stash, and whose they are: under ``auto`` another backend's where the first one's kernels fail."""
+    while True:
+        try:
+            return *_run(backends.of(problem, backend).forward, x, y, mask, problem, route), route, backend
+        except Exception as error:
+            if not auto:
+                raise
+            backend = backends.replace(backend, problem, error)
+            route = route_of(problem, backend)
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route, backend: str,
+    auto: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx and dy; under ``auto`` of a forward anew by another backend where the first one's kernels fail."""
+    while True:
+        try:
+            dx, dy = _run(backends.of(problem, backend).backward, grad, x, y, mask, stash, problem, route)
+            return dx, dy
+        except Exception as error:
+            if not auto:
+                raise
+            backend = backends.replace(backend, problem, error)
+            _, stash, route, backend = forward(x, y, mask, problem, route_of(problem, backend), backend, auto)
 
 
 def _watched(x: Tensor, y: Tensor) -> bool:
@@ -190,7 +231,7 @@ def _native() -> Any:
         return (dx if x_grad else None), (dy if y_grad else None)
 
     native.differentiate_backward_with(backward)
-    at_once = native.at_once_where(backends.is_always_native)
+    at_once = native.at_once_where(backends.most_at_once)
     return native
 
 
@@ -199,23 +240,22 @@ class _Alignment(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str
+        ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool
     ) -> Tensor:
-        value, stash = _run(backends.of(problem, backend).forward, x, y, mask, problem, route)
-        ctx.call = problem, route, backend
+        value, stash, route, backend = forward(x, y, mask, problem, route, backend, auto)
+        ctx.call = problem, route, backend, auto
         ctx.save_for_backward(x, y, mask, *stash)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mask, *tensors = ctx.saved_tensors
-        problem, route, backend = ctx.call
+        problem, route, backend, auto = ctx.call
         if torch.is_grad_enabled() or _watched(grad, x):  # create_graph, or the backward is being traced
             dx, dy = _visible_backward(grad, x, y, mask, _spec(problem, route, backend), tensors)
         else:
-            run = backends.of(problem, backend).backward
-            dx, dy = _run(run, grad, x, y, mask, Stash(*tensors), problem, route)
-        return (dx if problem.x_grad else None), (dy if problem.y_grad else None), None, None, None, None
+            dx, dy = backward(grad, x, y, mask, Stash(*tensors), problem, route, backend, auto)
+        return (dx if problem.x_grad else None), (dy if problem.y_grad else None), *(None,) * 5
 
 
 def _visible_backward(
