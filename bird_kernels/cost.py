@@ -114,7 +114,7 @@ def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:
     if problem.n <= FEW_ROWS and choose_route(problem.n, problem.p, problem.q) == "gram":
         found["triton"] = together([problem], sheet)
     found["library"] = _library(problem, sheet, {})
-    if _side(problem) >= min(SYMMETRIC):
+    if side(problem) >= min(SYMMETRIC):
         found["symmetric"] = _library(problem, sheet, SYMMETRIC)
     return found
 
@@ -125,7 +125,7 @@ def best(costs: Mapping[str, Cost], problem: Problem) -> str:
     names = [name for name in costs if name != "symmetric"]
     winner = min(names, key=lambda name: costs[name].us)
     if winner == "library" and "symmetric" in costs:
-        promised = _speedup(_side(problem), SYMMETRIC)
+        promised = _speedup(side(problem), SYMMETRIC)
         if costs["library"].us >= promised * costs["symmetric"].us:
             return "symmetric"
     return winner
@@ -252,7 +252,7 @@ def _speedup(side: int, symmetric: Mapping[int, float]) -> float:
     return max((factor for least, factor in symmetric.items() if side >= least), default=1.0)
 
 
-def _side(problem: Problem) -> int:
+def side(problem: Problem) -> int:
     """The larger side of the symmetric products' results."""
     route = choose_route(problem.n, problem.p, problem.q)
     return problem.n if route == "gram" else max(problem.p, problem.q)

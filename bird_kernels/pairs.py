@@ -100,8 +100,8 @@ def losses(x: object, y: object, single: Callable[..., Tensor], options: dict[st
 def _calls(problems: list[Problem], tensors: list[Tensor], requested: str) -> _Calls:
     """In common launches of the Triton backend, three in all instead of three each; else each by its own backend."""
     auto, first = requested == "auto", problems[0]
-    asked = requested == "triton" or (auto and first.device.type == "cuda")
-    asked = asked and all(t.is_contiguous() for t in tensors) and plan.together(problems) is not None
+    asked = requested == "triton" or (auto and backends.compares(first.device))
+    asked = asked and all(t.is_contiguous() for t in tensors) and bool(plan.together(problems))
     if asked and (backends.shares_launches(problems) if auto else backends.resolve(first, requested)):
         return _Calls([_Call(problem, "gram", "triton") for problem in problems], True, auto)
     names = [backends.resolve(problem, requested) for problem in problems]

@@ -102,9 +102,14 @@ def _choose(
 def _why_not_auto(name: str, dtype: torch.dtype, device: torch.device, few_rows: bool, variant: Variant) -> str | None:
     """As `why_not`, of a backend that nobody asked for by name."""
     reason = why_not(name, dtype, device, few_rows, variant)
-    if reason is None and name != "library" and device.type == "cpu":
+    if reason is None and name != "library" and device.type == "cpu" and not compares(device):
         reason = "is emulated here, for tests only"
     return reason or trust.why_not(name, "rbf" if variant == 'kernel="rbf"' else "linear", dtype, device)
+
+
+def compares(device: torch.device) -> bool:
+    """Whether ``auto`` has a choice on a device and weighs it: on a GPU. Elsewhere it is the library."""
+    return device.type == "cuda"
 
 
 def resolve(problem: Problem, requested: str) -> str:
@@ -114,7 +119,7 @@ def resolve(problem: Problem, requested: str) -> str:
         ValueError: as `choose`.
     """
     compiling = torch.compiler.is_compiling()
-    if compiling or requested != "auto" or problem.device.type != "cuda":
+    if compiling or requested != "auto" or not compares(problem.device):
         name, _ = choose(problem.dtype, problem.device, are_few(problem.n), requested, variant(problem))
         return _within_bounds(name, problem) if compiling and requested == "auto" else name
     while True:
@@ -140,10 +145,10 @@ def decide(problem: Problem, requested: str) -> Choice:
     Raises:
         ValueError: as `choose`.
     """
-    return _decide(_precise(problem), requested)
+    return _decide(precise(problem), requested)
 
 
-def _precise(problem: Problem) -> Problem:
+def precise(problem: Problem) -> Problem:
     """With PyTorch's own switch for fp32 products written out."""
     if problem.precision is not None or problem.dtype != torch.float32:
         return problem
@@ -154,7 +159,7 @@ def _precise(problem: Problem) -> Problem:
 def _decide(problem: Problem, requested: str) -> Choice:
     few, kind = are_few(problem.n), variant(problem)
     name, rejected = choose(problem.dtype, problem.device, few, requested, kind)
-    if problem.device.type != "cuda" or name == "reference":
+    if not compares(problem.device) or name == "reference":
         return Choice(name, "asked for" if requested != "auto" else "the only one that runs here", rejected)
     key = tuning.key_of(problem.device)
     sheet = cost.sheet_of(key.device)
@@ -189,7 +194,7 @@ def works(name: str, problem: Problem, kind: str = "") -> bool:
     use = trust.use_of(name, problem, kind)
     if trust.is_known(use):
         return True
-    error = trust.tried(of(problem, name), of(problem, "library"), _precise(problem), use)
+    error = trust.tried(of(problem, name), of(problem, "library"), precise(problem), use)
     if error is not None:
         replace(name, problem, error, kind)
     return error is None
@@ -205,8 +210,7 @@ def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> st
         raise error
     use = trust.use_of(name, problem, kind)
     is_new = trust.leave_out(use, error)
-    for answers in (_decide, _choose, _largest, _shares):
-        answers.cache_clear()
+    forget()
     instead = decide(problem, "auto").backend
     if is_new:
         trust.warn(use, instead)
@@ -222,18 +226,29 @@ def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> in
         return 0
     if requested == "native":
         return 1 << 62
-    if requested != "auto" or device.type != "cuda":
+    if requested != "auto" or not compares(device):
         return 0
     probe = Problem(4, 1, 1, dtype, device)
     return largest("native", dtype, device) if resolve(probe, "auto") == "native" else 0
 
 
+def forget() -> None:
+    """Decide anew: something was measured, or failed."""
+    for answers in (_decide, _choose, _largest, _shares):
+        answers.cache_clear()
+
+
+def runs(name: str, problem: Problem) -> bool:
+    """Whether a backend can run a problem here."""
+    return why_not(name, problem.dtype, problem.device, are_few(problem.n), variant(problem)) is None
+
+
 def shares_launches(problems: Sequence[Problem]) -> bool:
     """Whether ``auto`` gives several pairs that can share launches (`plan.together`) to Triton's common ones."""
     first = problems[0]
-    if first.device.type != "cuda" or _why_not_auto("triton", first.dtype, first.device, True, "linear") is not None:
+    if _why_not_auto("triton", first.dtype, first.device, True, "linear") is not None:
         return False
-    return _shares(tuple(map(_precise, problems))) and works("triton", first, "pairs")
+    return _shares(tuple(map(precise, problems))) and works("triton", first, "pairs")
 
 
 @lru_cache(maxsize=1024)
@@ -244,7 +259,7 @@ def _shares(problems: tuple[Problem, ...]) -> bool:
     choices = [decide(problem, "auto") for problem in problems]
     if any(choice.backend not in choice.predicted for choice in choices):
         return True
-    sheet = cost.sheet_of(torch.cuda.get_device_name(first.device))
+    sheet = cost.sheet_of(tuning.key_of(first.device).device)
     single = cost.apart((choice.backend, choice.predicted[choice.backend]) for choice in choices)
     return cost.together(problems, sheet).us <= single
 

@@ -162,7 +162,7 @@ def forget() -> None:
 def nearest(key: Key, problem: Problem) -> Finding | None:
     """The measurement of the same dtype, precision and estimator whose sizes are nearest, or None within REACH."""
     shape = Shape(problem.n, problem.p, problem.q)
-    findings = _findings(key).get((*_numbers(problem), problem.estimator), ())
+    findings = _findings(key).get((*numbers(problem), problem.estimator), ())
     best = min(findings, key=lambda finding: shape.distance(finding.shape), default=None)
     return best if best is not None and shape.distance(best.shape) <= math.log(REACH) else None
 
@@ -177,7 +177,8 @@ def lost_somewhere(name: str, key: Key, dtype: torch.dtype, candidates: Sequence
     return False
 
 
-def _numbers(problem: Problem) -> tuple[str, str]:
+def numbers(problem: Problem) -> tuple[str, str]:
+    """The dtype and, for fp32, the precision of a problem, as a row has them."""
     dtype = str(problem.dtype).removeprefix("torch.")
     return dtype, (problem.precision or "ieee") if dtype == "float32" else ""
 

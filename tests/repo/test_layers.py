@@ -43,7 +43,7 @@ HOUSE = {
     "bird_kernels": [
         {"__init__"},
         {"testing"},
-        {"modules", "statistics", "tokens"},
+        {"modules", "statistics", "tokens", "tuner"},
         {"functional"},
         {"pairs", "matrix"},
         {"global_batch"},
@@ -54,8 +54,10 @@ HOUSE = {
         {"backends.triton"},
         {"backends.library_rbf"},
         {"backends.library", "backends.native", "sequences"},
+        {"tuning"},
+        {"cost"},
         {"plan", "backends.linalg"},
-        {"moments", "distributed", "timings", "transport"},
+        {"moments", "distributed", "transport", "clocks"},
         {"types", "reference"},
         {"_native"},  # csrc/, where it is built
     ],
