@@ -157,6 +157,7 @@ def forget() -> None:
     read.cache_clear()
     table.cache_clear()
     _findings.cache_clear()
+    product_kernel.cache_clear()
 
 
 def nearest(key: Key, problem: Problem) -> Finding | None:
@@ -165,6 +166,19 @@ def nearest(key: Key, problem: Problem) -> Finding | None:
     findings = _findings(key).get((*numbers(problem), problem.estimator), ())
     best = min(findings, key=lambda finding: shape.distance(finding.shape), default=None)
     return best if best is not None and shape.distance(best.shape) <= math.log(REACH) else None
+
+
+@lru_cache(maxsize=1024)
+def product_kernel(problem: Problem) -> tuple[int, ...] | None:
+    """The configuration of the symmetric product kernel that was measured to be the fastest way for a problem on a GPU.
+
+    None where it was not; ``problem.precision`` must be written out (`backends.precise`).
+    """
+    finding = nearest(key_of(problem.device), problem)
+    if finding is None:
+        return None
+    name, *numbers = min(finding.us, key=finding.us.__getitem__).split()
+    return tuple(map(int, numbers)) if name == "symmetric" else None
 
 
 def lost_somewhere(name: str, key: Key, dtype: torch.dtype, candidates: Sequence[str]) -> bool:
