@@ -143,8 +143,13 @@ def _loop(
 
 
 def _note_shapes(run: Run, guide: Guide | None) -> None:
-    """``shapes.json`` beside the checkpoint: sizes and dtype of every alignment, which `bird tune --from-run` reads."""
-    if run.folder is not None and run.writes and guide is not None and isinstance(guide.loss, BirdLoss):
+    """``shapes.json`` beside the checkpoint: sizes and dtype of every alignment, which `bird tune --from-run` reads.
+
+    Batches in chunks are sums that merge, and have none.
+    """
+    if run.folder is None or not run.writes or guide is None:
+        return
+    if isinstance(guide.loss, BirdLoss) and guide.loss.shapes:
         write_json(sorted(guide.loss.shapes), run.folder / "shapes.json")
 
 
