@@ -64,10 +64,6 @@ class Constants(NamedTuple):
     fp32_loop: tuple[int, int] = (1396, 1396)
     centring: int = 75
     issue: float = 0.55
-    # So many blocks of rows a multiprocessor are centred as they are multiplied (plan.BLOCKS x CROWD); for more there
-    # is a pass of its own, bytes a clock from machine code.
-    centred: int = 96
-    statistics: float = 13.7
     # Estimates from machine code: clocks of a native block for 32 features, at 128 rows: loads and means, which grow
     # with the rows; the product; the same of the backward, which grows with their square.
     native_load: int = 3400
@@ -109,9 +105,9 @@ def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:
     if kind not in ("linear", "sqrt=True"):
         return {}
     found = {}
-    if problem.n <= FEW_ROWS and kind == "linear":
-        found["native"] = _native(problem, sheet)
-    if problem.n <= FEW_ROWS and choose_route(problem.n, problem.p, problem.q) == "gram":
+    if problem.n <= FEW_ROWS:
+        if kind == "linear":
+            found["native"] = _native(problem, sheet)
         found["triton"] = together([problem], sheet)
     found["library"] = _library(problem, sheet, {})
     if side(problem) >= min(SYMMETRIC):
@@ -132,7 +128,7 @@ def best(costs: Mapping[str, Cost], problem: Problem) -> str:
 
 
 def together(problems: Sequence[Problem], sheet: Sheet) -> Cost:
-    """Triton's fused kernels: pairs of one n and dtype on the Gram route, in three launches in all."""
+    """Triton's fused kernels: pairs of one n and dtype, in three or four launches in all."""
     first = problems[0]
     half = first.dtype.itemsize == 2
     loop = C.half_loop if half else C.tf32_loop if first.precision == "tf32" else C.fp32_loop
@@ -145,11 +141,8 @@ def together(problems: Sequence[Problem], sheet: Sheet) -> Cost:
     blocks = tiles * sum(_parts(d, 64) for d in wanted)
     clocks += _issue(blocks, inner * loop[1], sheet)
     size = first.n * first.dtype.itemsize
-    launches, apart = 2 + bool(wanted), steps * tiles > C.centred * sheet.multiprocessors
-    if apart:
-        launches += 1
-        clocks += size * sum(widths) / (C.statistics * sheet.multiprocessors)
-    device = max(clocks / sheet.clock * 1e-3, _cold(size * ((1 + apart) * sum(widths) + 2 * sum(wanted)), sheet))
+    launches = 2 + (first.estimator == "unbiased") + bool(wanted)
+    device = max(clocks / sheet.clock * 1e-3, _cold(size * (sum(widths) + 2 * sum(wanted)), sheet))
     return Cost(C.python_call + launches * C.triton_launch, launches * C.launch + device, launches)
 
 

@@ -90,18 +90,18 @@ def losses(x: object, y: object, single: Callable[..., Tensor], options: dict[st
         *two, mask, problem = inputs.prepare("cka_loss", *pair, *(options[name] for name in names))
         problems.append(problem)
         tensors += two
-    calls = _calls(problems, tensors, options["backend"])
+    calls = _calls(problems, options["backend"])
     if not any(problem.x_grad or problem.y_grad for problem in problems):
         return _forward(calls, mask, tensors)[0]
     value: Tensor = _Pairs.apply(calls, mask, *tensors)
     return value
 
 
-def _calls(problems: list[Problem], tensors: list[Tensor], requested: str) -> _Calls:
+def _calls(problems: list[Problem], requested: str) -> _Calls:
     """In common launches of the Triton backend, three in all instead of three each; else each by its own backend."""
     auto, first = requested == "auto", problems[0]
     asked = requested == "triton" or (auto and backends.compares(first.device))
-    asked = asked and all(t.is_contiguous() for t in tensors) and bool(plan.together(problems))
+    asked = asked and plan.together(problems)
     if asked and (backends.shares_launches(problems) if auto else backends.resolve(first, requested)):
         return _Calls([_Call(problem, "gram", "triton") for problem in problems], True, auto)
     names = [backends.resolve(problem, requested) for problem in problems]
@@ -117,7 +117,7 @@ def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> t
             value, common = backends.load("triton").forward_together(tensors, mask, problems)
             return value, list(common), calls
         except Exception as error:
-            calls = _apart(calls, tensors, error)
+            calls = _apart(calls, error)
     each: list[_Call] = []
     values: list[Tensor] = []
     saved: list[Tensor] = []
@@ -129,13 +129,13 @@ def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> t
     return _stack(values), saved, calls._replace(each=each)
 
 
-def _apart(calls: _Calls, tensors: Sequence[Tensor], error: Exception) -> _Calls:
+def _apart(calls: _Calls, error: Exception) -> _Calls:
     """The same pairs each for itself, after the common launches that ``auto`` chose have failed."""
     if not calls.auto:
         raise error
     problems = [call.problem for call in calls.each]
     backends.replace("triton", problems[0], error, "pairs")
-    return _calls(problems, list(tensors), "auto")
+    return _calls(problems, "auto")
 
 
 class _Pairs(torch.autograd.Function):
@@ -156,14 +156,18 @@ class _Pairs(torch.autograd.Function):
         if calls.together:
             problems = tuple(call.problem for call in calls.each)
             triton = backends.load("triton")
-            stash = triton.GroupStash(*saved)
             if not visible:
                 try:
-                    return None, None, *triton.backward_together(grad, tensors, mask, stash, problems)
+                    return None, None, *triton.backward_together(grad, tensors, mask, Stash(*saved), problems)
                 except Exception as error:
-                    _, saved, calls = _forward(_apart(calls, tensors, error), mask, tensors)
-            else:
-                saved = [tensor for own in stash.of_each(problems) for tensor in own]
+                    _, saved, calls = _forward(_apart(calls, error), mask, tensors)
+            else:  # to be differentiated again, each pair by itself: what it left is found once more
+                each = zip(calls.each, tensors[::2], tensors[1::2], strict=True)
+                saved = [
+                    a
+                    for call, x, y in each
+                    for a in ops._run(triton.forward, x.detach(), y.detach(), mask, *call[:2])[1]
+                ]
         fields = len(Stash._fields)
         gradients: list[Tensor | None] = []
         for i, (call, upstream) in enumerate(zip(calls.each, grad.unbind(), strict=True)):

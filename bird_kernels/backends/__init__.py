@@ -38,7 +38,17 @@ def load(name: str, kernel: str = "linear") -> ModuleType:
 
 def of(problem: Problem, name: str) -> ModuleType:
     """The module of backend ``name`` that computes this problem."""
+    if name == "library" and _shifts(problem.dtype, problem.device) and problem.kernel is None:
+        shifted = importlib.import_module("bird_kernels.backends.shifted")
+        if shifted.takes(problem):
+            return shifted
     return load(name) if problem.kernel is None else load(name, "rbf")
+
+
+@lru_cache
+def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether library products are prepared and finished by Triton here."""
+    return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
 
 
 def why_not(
@@ -50,7 +60,7 @@ def why_not(
     """
     if variant not in _VARIANTS[name]:
         return f"has no kernels for {variant}"
-    if name == "native" and not few_rows:
+    if name != "library" and variant in ("linear", "sqrt=True") and not few_rows:
         return f"takes at most {FEW_ROWS} rows"
     try:
         reason: str | None = load(name).why_not(dtype, device)
@@ -129,14 +139,13 @@ def resolve(problem: Problem, requested: str) -> str:
 
 
 def _within_bounds(name: str, problem: Problem) -> str:
-    """Of sizes that may be symbolic: a fused backend up to where it always wins, else the library. The comparisons are
-    guards of the compiled code, and constants in it, as in `plan.are_few`."""
+    """Of sizes that may be symbolic: a fused backend up to where it always wins, else the library. The comparison is a
+    guard of the compiled code, and a constant in it, as in `plan.are_few`."""
     if name == "library" or problem.kernel is not None:
         return name
     limit = largest(name, problem.dtype, problem.device)
     fits = True if problem.n * (problem.p + problem.q) <= limit else False  # noqa: SIM210
-    in_route = True if name == "native" or problem.n <= problem.p + problem.q else False  # noqa: SIM210
-    return name if fits and in_route else "library"
+    return name if fits else "library"
 
 
 def decide(problem: Problem, requested: str) -> Choice:
@@ -297,7 +306,7 @@ def _probes(
     for n, grads in itertools.product((8, 32, 64, 128, 256, FEW_ROWS), ((True, False), (True, True), (False, False))):
         width = size // n
         for p in (width // 2, width // 8, width - width // 8):
-            if p < 1 or width - p < 1 or (name == "triton" and width < n):
+            if p < 1 or width - p < 1:
                 continue
             precisions: tuple[Precision | None, ...] = ("ieee", "tf32") if dtype == torch.float32 else (None,)
             for precision in precisions:

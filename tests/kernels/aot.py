@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bird_kernels.backends import triton as backend
-from bird_kernels.backends.library_rbf import fused
+from bird_kernels.backends.triton import gaussian as fused
 from bird_kernels.backends.triton import launch
 from bird_kernels.types import RBF, Problem
 
