@@ -15,6 +15,7 @@ from bird_kernels.testing import Result, assert_no_worse, errors, evaluate, feat
 from bird_kernels.types import Problem
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
+symmetric = pytest.importorskip("bird_kernels.backends.triton.symmetric")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -49,8 +50,9 @@ def run(
     route: str, x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", upstream: float = 1.0,
     **options: Any,
 ) -> Result:  # fmt: skip
+    symmetric = options.pop("symmetric", None)
     problem = problem_of(x, y, mask, sides, **options)
-    value, stash = shifted.forward(x, y, mask, problem, route)
+    value, stash = shifted.forward(x, y, mask, problem, route, symmetric)
     shapes = shifted.stash_shapes(problem, route)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in stash._asdict().items()} == shapes
     dx, dy = shifted.backward(torch.full_like(value, upstream), x, y, mask, stash, problem, route)

@@ -118,7 +118,7 @@ def test_bytes() -> None:
 
 
 def test_bytes_of_gram_matrices() -> None:
-    """n = p = q = 4,096, bf16: two fp32 Gram matrices written once and read three times (row sums, moments, weights)."""
+    """n = p = q = 4,096, bf16: two fp32 Gram matrices are written once and read three times."""
     forward, backward = counted("gram", 4096, 4096, 4096, torch.bfloat16, estimator="unbiased")
     inputs, grams, weights = 4096 * 8192 * 2, 2 * 4096**2 * 4, 4096**2 * 2
     assert forward.bytes + backward.bytes <= 5.5 * inputs + 4 * grams + 2.1 * weights
