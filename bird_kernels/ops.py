@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -166,11 +167,12 @@ def alignment(
 
 def forward(
     x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool
-) -> tuple[Tensor, Stash, Route, str]:
-    """Value and stash, and whose they are: under ``auto`` another backend's where the first one's kernels fail."""
+) -> tuple[Tensor, Stash, Route, str, ModuleType]:
+    """Value, stash, and whose they are: under ``auto`` another backend's where the first one's kernels fail."""
     while True:
+        module = backends.of(problem, backend)
         try:
-            return *_run(backends.of(problem, backend).forward, x, y, mask, problem, route), route, backend
+            return *_run(module.forward, x, y, mask, problem, route), route, backend, module
         except Exception as error:
             if not auto:
                 raise
@@ -180,18 +182,20 @@ def forward(
 
 def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route, backend: str,
-    auto: bool,
+    module: ModuleType, auto: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx and dy; under ``auto`` of a forward anew by another backend where the first one's kernels fail."""
+    """dx and dy by the ``module`` that made the stash; under ``auto`` of a forward anew by another backend where its
+    kernels fail."""
     while True:
         try:
-            dx, dy = _run(backends.of(problem, backend).backward, grad, x, y, mask, stash, problem, route)
+            dx, dy = _run(module.backward, grad, x, y, mask, stash, problem, route)
             return dx, dy
         except Exception as error:
             if not auto:
                 raise
             backend = backends.replace(backend, problem, error)
-            _, stash, route, backend = forward(x, y, mask, problem, route_of(problem, backend), backend, auto)
+            route = route_of(problem, backend)
+            _, stash, route, backend, module = forward(x, y, mask, problem, route, backend, auto)
 
 
 def _watched(x: Tensor, y: Tensor) -> bool:
@@ -244,19 +248,20 @@ class _Alignment(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool
     ) -> Tensor:
-        value, stash, route, backend = forward(x, y, mask, problem, route, backend, auto)
-        ctx.call = problem, route, backend, auto
+        value, stash, *ctx.whose = forward(x, y, mask, problem, route, backend, auto)
+        ctx.problem, ctx.auto = problem, auto
         ctx.save_for_backward(x, y, mask, *stash)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mask, *tensors = ctx.saved_tensors
-        problem, route, backend, auto = ctx.call
+        problem, (route, backend, module) = ctx.problem, ctx.whose
         if torch.is_grad_enabled() or _watched(grad, x):  # create_graph, or the backward is being traced
             dx, dy = _visible_backward(grad, x, y, mask, _spec(problem, route, backend), tensors)
         else:
-            dx, dy = backward(grad, x, y, mask, Stash(*tensors), problem, route, backend, auto)
+            stash = Stash(*tensors)
+            dx, dy = backward(grad, x, y, mask, stash, problem, route, backend, module, ctx.auto)
         return (dx if problem.x_grad else None), (dy if problem.y_grad else None), *(None,) * 5
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ class _Call(NamedTuple):
     problem: Problem
     route: Route
     backend: str
+    module: ModuleType | None = None  # of the backend, that computed it
 
 
 class _Calls(NamedTuple):
@@ -122,8 +124,10 @@ def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> t
     values: list[Tensor] = []
     saved: list[Tensor] = []
     for call, x, y in zip(calls.each, tensors[::2], tensors[1::2], strict=True):
-        value, stash, route, name = ops.forward(x, y, mask, *call, calls.auto)
-        each.append(_Call(call.problem, route, name))
+        value, stash, route, name, module = ops.forward(
+            x, y, mask, call.problem, call.route, call.backend, calls.auto
+        )  # fmt: skip
+        each.append(_Call(call.problem, route, name, module))
         values.append(value)
         saved += stash
     return _stack(values), saved, calls._replace(each=each)
@@ -171,14 +175,15 @@ class _Pairs(torch.autograd.Function):
         fields = len(Stash._fields)
         gradients: list[Tensor | None] = []
         for i, (call, upstream) in enumerate(zip(calls.each, grad.unbind(), strict=True)):
-            problem, route, name = call
+            problem, route, name, module = call
             x, y = tensors[2 * i : 2 * i + 2]
             own = Stash(*saved[fields * i : fields * (i + 1)])
             upstream = upstream.to(ops.value_dtype(problem.dtype))
             if visible:
                 dx, dy = ops._visible_backward(upstream, x, y, mask, ops._spec(problem, route, name), own)
             else:
-                dx, dy = ops.backward(upstream, x, y, mask, own, problem, route, name, calls.auto)
+                assert module is not None
+                dx, dy = ops.backward(upstream, x, y, mask, own, problem, route, name, module, calls.auto)
             gradients += dx if problem.x_grad else None, dy if problem.y_grad else None
         return None, None, *gradients
 

@@ -7,19 +7,20 @@ comes of it is a `tuning.Table`.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import backends, clocks, cost, ops, plan, tuning
-from .backends.linalg import fp32_products
-from .types import Problem
+from .types import Problem, Route
 
 SHAPES = (  # rows, student's and teacher's widths; the most usual first
     (128, 512, 512), (128, 512, 1280), (512, 2048, 2048), (4096, 1024, 1024), (1024, 1024, 1024), (256, 768, 768),
@@ -29,18 +30,7 @@ DTYPES = ("float32", "bfloat16")
 SHARE, FEWEST, MOST = 0.1, 5, 100  # seconds and rounds of one clock
 # How far value and gradient may be from fp64's, relative: what a working kernel keeps by a wide margin.
 BOUNDS = {"ieee": (1e-4, 1e-3), "tf32x3": (1e-4, 1e-3), "tf32": (2e-3, 2e-2), "": (5e-3, 3e-2)}
-PRODUCT_BOUND = {2: 1e-4, 4: 5e-3}  # of a product of exact operands, by their bytes; tf32 rounds them
-
-
-PRODUCTS = "library's products"  # no candidate, but what the symmetric kernel would be there instead of
-
-
-class Candidate(NamedTuple):
-    """``run`` is what is timed, ``why_wrong`` compares its result with fp64's: None, or the reason to leave it out."""
-
-    name: str
-    run: Callable[[], object]
-    why_wrong: Callable[[], str | None]
+Run = Callable[[], tuple[Tensor, Tensor]]  # value and gradient of x
 
 
 def tune(
@@ -58,7 +48,7 @@ def tune(
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     deadline = time.monotonic() + 60 * minutes
     rows: list[tuning.Row] = []
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), _untuned():
         key = tuning.key_of(device)
         for shape, dtype in problems:
             rows += _of_problem(_problem(shape, dtype, device), deadline, say)
@@ -71,6 +61,21 @@ def tune(
     tuning.write(tuning.user_file(key), table)
     backends.forget()
     return table
+
+
+@contextlib.contextmanager
+def _untuned() -> Iterator[None]:
+    """No earlier measurement decides what a candidate does."""
+    before = os.environ.get("BIRD_TUNING")
+    os.environ["BIRD_TUNING"] = "off"
+    tuning.forget()
+    try:
+        yield
+    finally:
+        os.environ.pop("BIRD_TUNING")
+        if before is not None:
+            os.environ["BIRD_TUNING"] = before
+        tuning.forget()
 
 
 def _problem(shape: Sequence[int], dtype: str, device: torch.device) -> Problem:
@@ -93,40 +98,30 @@ def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object])
         say(f"{title}: no time left (it would take {needed:.1f} s)")
         return
     try:
-        candidates = list(_candidates(problem))
+        truth, candidates = _prepare(problem)
     except torch.OutOfMemoryError:
         say(f"{title}: no memory for it")
         return
-    times: dict[str, tuple[float, float]] = {}
-    for name, run, why_wrong in candidates:
+    for name, run in candidates:
         if time.monotonic() > deadline:
             say(f"{title}: {name} not reached in time")
             return
         try:
-            wrong = why_wrong()
+            wrong = _why_wrong(run(), truth, BOUNDS[precision])
             if wrong is None:
-                times[name] = host, device = _times(run)
+                host, device = _times(run)
         except Exception as error:  # whatever a compiler or driver makes of it
             wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if wrong is not None:
             say(f"{title}: {name} is left out, {wrong}")
             continue
-        if name == PRODUCTS:
-            continue
-        if name.startswith("symmetric"):  # the whole call with other products
-            if "library" not in times:
-                continue
-            host, device = (
-                whole + own - usual
-                for whole, own, usual in zip(times["library"], times[name], times[PRODUCTS], strict=True)
-            )
         say(f"{title}: {name} {max(host, device):.4g} us")
         yield tuning.Row(
             problem.n, problem.p, problem.q, dtype, precision, problem.estimator, name, round(host, 3), round(device, 3)
         )  # fmt: skip
 
 
-def _times(run: Callable[[], object]) -> tuple[float, float]:
+def _times(run: Run) -> tuple[float, float]:
     """Microseconds of the host, and of the device in replays of a CUDA graph with cold caches: medians."""
     run()
     torch.cuda.synchronize()
@@ -140,28 +135,23 @@ def _times(run: Callable[[], object]) -> tuple[float, float]:
     return host, device
 
 
-def _candidates(problem: Problem) -> Iterator[Candidate]:
-    """The backends that can run here, then the library's products and the symmetric kernel in their place."""
+def _prepare(problem: Problem) -> tuple[tuple[Tensor, Tensor], list[tuple[str, Run]]]:
+    """What fp64 makes of some features, and the candidates that can run here, by name, on the same features."""
     generator = torch.Generator(problem.device).manual_seed(0)
     x, y = (
         torch.randn(problem.n, width, generator=generator, device=problem.device).to(problem.dtype)
         for width in (problem.p, problem.q)
     )
-    width = min(problem.p, problem.q)
-    y[:, :width] += x[:, :width]
+    shared = min(problem.p, problem.q)
+    y[:, :shared] += x[:, :shared]
     x.requires_grad_()
-    wide = x.detach().double().requires_grad_()
-    route = plan.choose_route(problem.n, problem.p, problem.q)
-    truth = _evaluate(wide, y.double(), problem._replace(dtype=torch.float64, precision=None), "library")
-    for name in ("native", "triton", "library"):
-        if name in cost.predict(problem, cost.UNKNOWN) and backends.runs(name, problem):
-
-            def run(name: str = name) -> tuple[Tensor, Tensor]:
-                return _evaluate(x, y, problem, name)
-
-            yield Candidate(name, run, lambda run=run: _why_wrong(run(), truth, BOUNDS[tuning.numbers(problem)[1]]))  # type: ignore[misc]
+    wide = problem._replace(dtype=torch.float64, precision=None)
+    truth = _evaluate(x.detach().double().requires_grad_(), y.double(), wide, "library")
+    able = [name for name in ("native", "triton", "library") if backends.runs(name, problem)]
+    candidates: list[tuple[str, Run]] = [(name, partial(_evaluate, x, y, problem, name)) for name in able]
     if cost.side(problem) >= min(cost.SYMMETRIC):
-        yield from _products(x.detach(), y, problem, transposed=route == "cross")
+        candidates += _symmetric(x.detach(), y, problem, plan.route_of(problem, "library"))
+    return truth, candidates
 
 
 def _evaluate(x: Tensor, y: Tensor, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
@@ -179,36 +169,19 @@ def _why_wrong(found: Sequence[Tensor], true: Sequence[Tensor], bounds: Sequence
     return None
 
 
-def _products(x: Tensor, y: Tensor, problem: Problem, transposed: bool) -> Iterator[Candidate]:
-    """The products of the forward, as the library backend has them made, and with the symmetric kernel in its place."""
-    try:
-        symmetric = importlib.import_module("bird_kernels.backends.triton.symmetric")
-    except ImportError:
+def _symmetric(x: Tensor, y: Tensor, problem: Problem, route: Route) -> Iterator[tuple[str, Run]]:
+    """The library backend with our own kernel for products of a side with itself, in each configuration that fits."""
+    if problem.dtype == torch.float32 and problem.precision != "tf32":
+        return  # exact fp32 has no such kernel
+    module = backends.of(problem, "library")
+    if not module.__name__.endswith(backends.SHIFTED):
         return
-    tf32 = problem.precision == "tf32"
-    if (problem.dtype.itemsize == 4 and not tf32) or any(a.stride(0) * a.itemsize % 16 for a in (x, y)):
-        return  # exact fp32 is the library's; unaligned rows are padded by the backend, and timed at other widths
-    both = torch.cat([y, x], 1)
+    kernel = importlib.import_module("bird_kernels.backends.triton.symmetric")
+    for c in kernel.fitting(torch.cuda.get_device_capability(problem.device)):
 
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return torch.mm(a, b, out_dtype=torch.float32) if a.dtype.itemsize == 2 else torch.mm(a, b)
+        def run(c: object = c) -> tuple[Tensor, Tensor]:
+            value, stash = module.forward(x, y, None, problem, route, c)
+            dx, _ = module.backward(torch.ones_like(value), x, y, None, stash, problem, route)
+            return value, dx
 
-    def by_library() -> tuple[Tensor, ...]:
-        with fp32_products(problem):
-            return (product(both.T, x), product(y.T, y)) if transposed else (product(x, x.T), product(y, y.T))
-
-    truth = (x.T if transposed else x).double()
-    truth = truth @ truth.T
-    bound = (PRODUCT_BOUND[problem.dtype.itemsize],)
-    yield Candidate(PRODUCTS, by_library, lambda: None)
-    for c in symmetric.fitting(torch.cuda.get_device_capability(problem.device)):
-
-        def by_kernel(c: tuple[int, ...] = c) -> tuple[Tensor, ...]:
-            own = tuple(symmetric.multiply(a, transposed, 1, c, tf32) for a in (x, y))
-            with fp32_products(problem):
-                return (*own, product(y.T, x)) if transposed else own
-
-        def why_wrong(run: Callable[[], tuple[Tensor, ...]] = by_kernel) -> str | None:
-            return _why_wrong([run()[0].sum(0)], [truth], bound)
-
-        yield Candidate(f"symmetric {' '.join(map(str, c))}", by_kernel, why_wrong)
+        yield f"symmetric {' '.join(map(str, c))}", run

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import cost, tuning
-from ..plan import FEW_ROWS, are_few, variant
+from ..plan import FEW_ROWS, are_few, route_of, variant
 from ..types import Choice, Cost, Precision, Problem, Sheet, Variant
 from . import trust
 
@@ -26,6 +26,8 @@ _VARIANTS = {"native": ("linear",), "triton": ("linear", "sqrt=True", 'kernel="r
 # Those that compute Gaussian kernels, by the backend they belong to.
 _RBF = {"triton": "bird_kernels.backends.triton.gaussian", "library": "bird_kernels.backends.library_rbf"}
 
+SHIFTED = "shifted"  # the kind of `trust.Use` that the library backend's own kernels are
+
 # "reference" is plain PyTorch under autograd, not an operator: `functional` calls it directly.
 NAMES = ("auto", *_MODULES, "reference")
 
@@ -37,8 +39,9 @@ def load(name: str, kernel: str = "linear") -> ModuleType:
 
 
 def of(problem: Problem, name: str) -> ModuleType:
-    """The module of backend ``name`` that computes this problem."""
-    if name == "library" and _shifts(problem.dtype, problem.device) and problem.kernel is None:
+    """The module of backend ``name`` that computes this problem: of the library on a GPU the one with shifted operands,
+    where its kernels work."""
+    if name == "library" and problem.kernel is None and _shifts(problem.dtype, problem.device):
         shifted = importlib.import_module("bird_kernels.backends.shifted")
         if shifted.takes(problem):
             return shifted
@@ -48,6 +51,8 @@ def of(problem: Problem, name: str) -> ModuleType:
 @lru_cache
 def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether library products are prepared and finished by Triton here."""
+    if trust.why_not("library", SHIFTED, dtype, device) is not None:
+        return False
     return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
 
 
@@ -134,7 +139,7 @@ def resolve(problem: Problem, requested: str) -> str:
         return _within_bounds(name, problem) if compiling and requested == "auto" else name
     while True:
         name = decide(problem, requested).backend
-        if name == "library" or works(name, problem):
+        if works(name, problem):
             return name
 
 
@@ -199,11 +204,17 @@ def sheet_of(x: Tensor) -> Sheet | None:
 
 
 def works(name: str, problem: Problem, kind: str = "") -> bool:
-    """Whether the kernels of a backend work here, tried at their first use (`trust.passes`)."""
+    """Whether the kernels of a backend work here, tried at their first use (`trust.tried`)."""
+    module = of(problem, name)
+    if name == "library":
+        if not module.__name__.endswith(SHIFTED):
+            return True
+        kind = f"{SHIFTED} {route_of(problem, name)}"
     use = trust.use_of(name, problem, kind)
     if trust.is_known(use):
         return True
-    error = trust.tried(of(problem, name), of(problem, "library"), precise(problem), use)
+    plain = load("library", "rbf" if problem.kernel else "linear")
+    error = trust.tried(module, plain, precise(problem), use)
     if error is not None:
         replace(name, problem, error, kind)
     return error is None
@@ -215,15 +226,19 @@ def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> st
     Raises:
         Exception: ``error``, where it says nothing of the kernels (no memory) or ``BIRD_STRICT=1``.
     """
-    if name == "library" or isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError):
         raise error
+    if name == "library":
+        if not of(problem, name).__name__.endswith(SHIFTED):
+            raise error
+        kind = SHIFTED
     use = trust.use_of(name, problem, kind)
     is_new = trust.leave_out(use, error)
     forget()
-    instead = decide(problem, "auto").backend
+    instead = "plain PyTorch" if name == "library" else decide(problem, "auto").backend
     if is_new:
         trust.warn(use, instead)
-    return instead
+    return decide(problem, "auto").backend
 
 
 def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> int:
@@ -243,7 +258,7 @@ def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> in
 
 def forget() -> None:
     """Decide anew: something was measured, or failed."""
-    for answers in (_decide, _choose, _largest, _shares):
+    for answers in (_decide, _choose, _largest, _shares, _shifts):
         answers.cache_clear()
 
 

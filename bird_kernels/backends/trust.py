@@ -17,15 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Problem
+from ..types import Problem, Route
 
-ROWS, WIDTHS = 48, (64, 32)  # of the small problem; multiples of 16, as compilers specialise on
+# Of the small problem, multiples of 16, as compilers specialise on; more rows on the cross route.
+ROWS, MANY_ROWS, WIDTHS = 48, 208, (64, 32)
 
 
 class Use(NamedTuple):
     """What is trusted or not as one: the kernels of a backend for a dtype on a device.
 
-    ``kind`` is "linear", "rbf" or, several pairs in common launches, "pairs".
+    ``kind`` is "linear", "rbf" or, several pairs in common launches, "pairs"; of the library "shifted", with the route
+    where one is tried.
     """
 
     backend: str
@@ -93,7 +95,7 @@ def tried(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) 
         return None
     try:
         with _undisturbed(problem.device):
-            _try(backend, library, problem, use.kind == "pairs")
+            _try(backend, library, problem, use.kind)
     except torch.OutOfMemoryError:
         return None  # says nothing of the kernels
     except Exception as error:
@@ -102,19 +104,21 @@ def tried(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) 
     return None
 
 
-def _try(backend: ModuleType, library: ModuleType, problem: Problem, pairs: bool) -> None:
+def _try(backend: ModuleType, library: ModuleType, problem: Problem, kind: str) -> None:
     """Raises an ArithmeticError if value or gradients are not those of fp64 on the CPU."""
     (p, q), cpu = WIDTHS, torch.device("cpu")
-    small = problem._replace(n=ROWS, p=p, q=q)
+    route: Route = "cross" if kind.endswith("cross") else "gram"
+    n = MANY_ROWS if route == "cross" else ROWS
+    small = problem._replace(n=n, p=p, q=q)
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(ROWS, width, generator=generator).to(small.dtype) for width in WIDTHS)
+    x, y = (torch.randn(n, width, generator=generator).to(small.dtype) for width in WIDTHS)
     y[:, :p] += x[:, :q]
-    mask = torch.arange(ROWS) % 5 != 1 if small.masked else None
+    mask = torch.arange(n) % 5 != 1 if small.masked else None
     wide = small._replace(dtype=torch.float64, device=cpu, precision=None)
-    true = _evaluate(library, x.double(), y.double(), mask, wide)
+    true = _evaluate(library, x.double(), y.double(), mask, wide, route)
     device = small.device
     here = x.to(device), y.to(device), None if mask is None else mask.to(device)
-    found = _evaluate_pairs(backend, *here, small) if pairs else _evaluate(backend, *here, small)
+    found = _evaluate_pairs(backend, *here, small) if kind == "pairs" else _evaluate(backend, *here, small, route)
     exact = small.dtype == torch.float32 and small.precision in ("ieee", "tf32x3")
     bound = 1e-3 if exact else 3e-2  # wrong numbers are wrong by more
     for name, one, other in zip(("value", "dx", "dy"), found, true, strict=True):
@@ -124,10 +128,10 @@ def _try(backend: ModuleType, library: ModuleType, problem: Problem, pairs: bool
 
 
 def _evaluate(
-    backend: ModuleType, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem
+    backend: ModuleType, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route
 ) -> tuple[Tensor, Tensor, Tensor]:
-    value, stash = backend.forward(x, y, mask, problem, "gram")
-    dx, dy = backend.backward(torch.ones_like(value), x, y, mask, stash, problem, "gram")
+    value, stash = backend.forward(x, y, mask, problem, route)
+    dx, dy = backend.backward(torch.ones_like(value), x, y, mask, stash, problem, route)
     return value, dx, dy
 
 

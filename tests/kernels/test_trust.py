@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -53,6 +55,11 @@ def fails(function: Callable[..., Any]) -> Callable[..., Any]:
         raise RuntimeError("PassManager::run failed\nand much more")
 
     return compiler
+
+
+def of_many(function: Callable[..., Any], change: Callable[..., Any]) -> Callable[..., Any]:
+    """The change for several pairs alone; one pair is a list of one."""
+    return lambda *call: (change(function) if len(call[-1]) > 1 else function)(*call)
 
 
 def loss_and_gradients(**options: Any) -> tuple[Tensor | None, ...]:
@@ -146,7 +153,7 @@ def test_pairs_go_one_by_one(part: str, when: str, triton: ModuleType, monkeypat
     """The single calls' kernels are others, and trusted by themselves."""
     if LATE[when]:
         of_pairs()
-    monkeypatch.setattr(triton, part, fails(getattr(triton, part)))
+    monkeypatch.setattr(triton, part, of_many(getattr(triton, part), fails))
     with pytest.warns(RuntimeWarning, match="triton backend's pairs kernels .*, triton runs instead") as seen:
         found = of_pairs()
     assert len(seen) == 1
@@ -157,7 +164,7 @@ def test_pairs_go_one_by_one(part: str, when: str, triton: ModuleType, monkeypat
 
 
 def test_pairs_that_are_wrong(triton: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "forward_together", wrong(triton.forward_together))
+    monkeypatch.setattr(triton, "forward_together", of_many(triton.forward_together, wrong))
     with pytest.warns(RuntimeWarning, match=r"pairs kernels .* value is off by 0\.5"):
         found = of_pairs()
     assert_right(found, of_pairs(backend="library"))
@@ -209,3 +216,47 @@ def test_the_library_has_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends.load("library"), "forward", fails(lambda: None))
     with pytest.raises(RuntimeError, match="PassManager"):
         loss_and_gradients()
+
+
+@pytest.fixture
+def shifted(triton: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The library's own kernels, where ``auto`` takes them: for problems that are none of the Triton backend's."""
+    monkeypatch.setattr(triton, "why_not", lambda *call: "is not asked")
+
+    def shifts(dtype: torch.dtype, device: torch.device) -> bool:
+        return trust.why_not("library", backends.SHIFTED, dtype, device) is None
+
+    monkeypatch.setattr(backends, "_shifts", lru_cache(shifts))
+    return importlib.import_module("bird_kernels.backends.shifted")
+
+
+@pytest.mark.parametrize("when", LATE)
+@pytest.mark.parametrize("part", ["forward", "backward"])
+def test_the_librarys_own_kernels_give_way_to_plain_pytorch(
+    part: str, when: str, shifted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if LATE[when]:
+        loss_and_gradients()
+    monkeypatch.setattr(shifted, part, fails(getattr(shifted, part)))
+    with pytest.warns(RuntimeWarning, match="library backend's shifted .* plain PyTorch runs instead") as seen:
+        found = loss_and_gradients()
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_right(loss_and_gradients(), found)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "compares", lambda device: False)
+        assert_right(found, loss_and_gradients(backend="library"))
+
+
+def test_a_backward_belongs_to_its_forward(shifted: ModuleType) -> None:
+    """Whatever has been left out between the two."""
+    x, y = features(N, P, Q)
+    expected = evaluate(lambda a, b: cka_loss(a, b, backend="library"), x, y, "x")
+    x.requires_grad_()
+    loss = cka_loss(x, y)
+    problem = explain(x, y).problem
+    with pytest.warns(RuntimeWarning, match="shifted"):
+        backends.replace("library", problem, RuntimeError("elsewhere"))
+    (gradient,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(gradient, expected.dx, rtol=1e-4, atol=1e-6)
