@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from . import inputs, ops
+from .backends.dominating import bulk_mean, largest, squared_norms, without
 from .backends.linalg import at_least, dtypes, inner, mm, row_count, self_product_norm
-from .moments import MIN_ROWS, Moments, Scalar, combine, linear_moments
+from .moments import MIN_ROWS, Moments, Scalar, combine
 from .types import Estimator, Problem
 
 # Rows of a strip; fewer where the strips of all layers would exceed so many numbers. One core of a Zen 5 CPU, fp32: the
@@ -140,9 +141,10 @@ def _measure(
     layers = [layer.reshape(n, -1) for layer in layers]
     count = row_count(layers[0], mask)
     with ops.without_autocast(device):
-        x = _side(layers[: len(xs)], mask, count, dtype)
-        y = None if ys is None else _side(layers[len(xs) :], mask, count, dtype)
-        moments = _moments(x, y, known == "unbiased")
+        unbiased = known == "unbiased"
+        x = _side(layers[: len(xs)], mask, count, dtype, unbiased)
+        y = None if ys is None else _side(layers[len(xs) :], mask, count, dtype, unbiased)
+        moments = _moments(x, y, unbiased)
     wide = ops.value_dtype(dtype)
     return _Measured(moments, count, known, wide, torch.finfo(wide).eps, x.scales[:, None], (y or x).scales[None, :])
 
@@ -163,8 +165,11 @@ class _Side(NamedTuple):
         return [stack.shape[2] for stack in self.stacks for _ in stack]
 
 
-def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch.dtype) -> _Side:
-    """As `linalg.centre`, for layers of equal width at once: of 18 layers four calls where cores wait, not 18."""
+def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch.dtype, unbiased: bool) -> _Side:
+    """As `linalg.centre`, for layers of equal width at once: of 18 layers four calls where cores wait, not 18.
+
+    Unbiased, about the mean of the rows that do not dominate.
+    """
     wide, device = ops.value_dtype(dtype), layers[0].device
     _, operand = dtypes(Problem(1, 1, 1, dtype, device))
     groups: dict[int, list[int]] = {}
@@ -177,9 +182,11 @@ def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch
         if left_out is not None:
             x.masked_fill_(left_out, 0.0)
         for _ in range(2):  # the second means are the rounding of the first
-            x -= x.sum(1, keepdim=True) / at_least(1.0, count)
+            x -= bulk_mean(x, mask) if unbiased else x.sum(1, keepdim=True) / at_least(1.0, count)
             if left_out is not None:
                 x.masked_fill_(left_out, 0.0)
+            if unbiased:
+                break
         scale = _powers_of_two(
             torch.maximum(x.amax((1, 2)), -x.amin((1, 2)))
         )  # vector_norm(inf) takes 20 times as long
@@ -214,18 +221,18 @@ def _moments(x: _Side, y: _Side | None, unbiased: bool) -> Moments:
     else:
         gram = n * n * (p + q + len(widths) * len(others))
         cross = 2 * n * p * q + n * sum(width**2 for width in widths + others)
-    kl, kk, ll, kappa, lam = (_by_strips if gram <= cross else _by_features)(x, y, unbiased)
+    kl, kk, ll, r, t = (_by_strips if gram <= cross else _by_features)(x, y, unbiased)
     here, there = x.place, (y or x).place
-    kl, kk, kappa = _take(_take(kl, here), there, 1), _take(kk, here), _take(kappa, here)
-    ll, lam = _take(ll, there), _take(lam, there)
-    norms = None
-    if unbiased:
-        squares, other_squares = (kappa**2).sum(1), (lam**2).sum(1)
-        norms = kappa @ lam.T, squares[:, None], other_squares[None, :], kappa.sum(1)[:, None], lam.sum(1)[None, :]
-    return linear_moments((kl, kk[:, None], ll[None, :]), norms)
+    kl, kk, ll = _take(_take(kl, here), there, 1), _take(kk, here)[:, None], _take(ll, there)[None, :]
+    if not unbiased:
+        return Moments(kl, kk, ll)
+    r, t = _take(r, here), _take(t, there)
+    squares, other_squares = r.square().sum(1), t.square().sum(1)
+    return Moments(kl, kk, ll, r @ t.T, squares[:, None], other_squares[None, :], r.sum(1)[:, None], t.sum(1)[None, :])
 
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # kl, kk, ll, and the squared row norms kappa, lambda; fp64
+# kl, kk, ll, and the row sums of the Gram matrices of xs and of ys; unbiased, all without the diagonals; fp64
+Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _by_strips(xs: _Side, ys: _Side | None, unbiased: bool) -> Parts:
@@ -237,14 +244,14 @@ def _by_strips(xs: _Side, ys: _Side | None, unbiased: bool) -> Parts:
     room = [like.new_empty(count * rows * n, dtype=wide) for count in counts]
     zeros = partial(torch.zeros, dtype=torch.float64, device=like.device)
     kl, kk, ll = zeros(counts[0], counts[-1]), zeros(counts[0]), zeros(counts[-1])
-    norms = [zeros(count, n) for count in counts]
+    sums = [zeros(count, n) for count in counts]
     for begin in range(0, n, rows):
         strips = [_strips(side, begin, begin + rows, out) for side, out in zip(sides, room, strict=True)]
-        for strip, norm in zip(strips, norms, strict=True):
-            diagonal = strip.diagonal(dim1=1, dim2=2)
-            norm[:, begin : begin + rows] = diagonal
+        for strip, total in zip(strips, sums, strict=True):
             if unbiased:
-                diagonal.zero_()
+                strip.diagonal(dim1=1, dim2=2).zero_()
+                total[:, begin : begin + rows] += strip.sum(2)
+                total[:, begin + rows :] += strip[:, :, rows:].sum(1)
             # Right of the block on the diagonal every entry stands for two: in a product, the block's for half of that.
             strip[:, :, : strip.shape[1]] *= 0.5**0.5
         x, y = strips[0], strips[-1]
@@ -255,7 +262,7 @@ def _by_strips(xs: _Side, ys: _Side | None, unbiased: bool) -> Parts:
     if ys is None:
         kl = 0.5 * (kl + kl.T)  # symmetric to the last bit
         kk = ll = kl.diagonal()
-    return kl, kk, ll, norms[0], norms[-1]
+    return kl, kk, ll, sums[0], sums[-1]
 
 
 def _squares(strips: Tensor) -> Tensor:
@@ -282,27 +289,66 @@ def _strips(side: _Side, begin: int, end: int, room: Tensor) -> Tensor:
 def _by_features(x_side: _Side, y_side: _Side | None, unbiased: bool) -> Parts:
     """From products of columns, a pair of layers at a time; without the Gram matrices' diagonals if unbiased."""
     xs, ys = x_side.layers(), y_side.layers() if y_side else None
-    device, wide = xs[0].device, ops.value_dtype(xs[0].dtype)
+    device = xs[0].device
+    x_rest, y_rest = _apart(xs, ys) if unbiased else (None, None)
+    if x_rest is not None:
+        xs, ys = x_rest.bulk, y_rest.bulk if y_rest else None
 
     def squared(x: Tensor, y: Tensor) -> Scalar:
         product = mm(y.T, x)
         return inner(product, product)
 
-    def norms(side: list[Tensor]) -> Tensor:
-        return torch.stack([torch.linalg.vecdot(x.to(wide), x.to(wide)) for x in side]).double()
-
     kk = ll = _vector([self_product_norm(x.T) for x in xs], device)
-    kappa = lam = norms(xs)
     if ys is None:
         kl = torch.diag(kk)
         for i in range(1, len(xs)):
             kl[i, :i] = kl[:i, i] = _vector([squared(xs[i], x) for x in xs[:i]], device)
     else:
         kl = _vector([squared(x, y) for x in xs for y in ys], device).view(len(xs), -1)
-        ll, lam = _vector([self_product_norm(y.T) for y in ys], device), norms(ys)
-    if unbiased:
-        kl, kk, ll = kl - kappa @ lam.T, kk - (kappa**2).sum(1), ll - (lam**2).sum(1)
-    return kl, kk, ll, kappa, lam
+        ll = _vector([self_product_norm(y.T) for y in ys], device)
+    if x_rest is None:
+        return kl, kk, ll, kk, ll
+    other = y_rest or x_rest
+    kl, kk, ll = (kl + x_rest.rest(other), kk + x_rest.rest(x_rest).diagonal(), ll + other.rest(other).diagonal())
+    return kl, kk, ll, x_rest.sums, other.sums
+
+
+class _Apart(NamedTuple):
+    """One network's layers where the rows that may dominate stand by themselves, fp64 but for ``bulk``.
+
+    ``bulk`` are the layers with zeros in these rows, ``norms`` [layers, n] their squared norms, ``columns``
+    [layers, n k] those rows' columns of the Gram matrices, the diagonal zero, and ``sums`` [layers, n] the row sums of
+    the Gram matrices without the diagonals. ``twice`` [n k]: how often an entry of the columns stands in a matrix.
+    """
+
+    bulk: list[Tensor]
+    norms: Tensor
+    columns: Tensor
+    sums: Tensor
+    twice: Tensor
+
+    def rest(self, other: _Apart) -> Tensor:
+        """What the products of ``bulk`` leave of <K_i, L_j> without the diagonals, [layers, layers]."""
+        return (self.columns * self.twice) @ other.columns.T - self.norms @ other.norms.T
+
+
+def _apart(xs: list[Tensor], ys: list[Tensor] | None) -> tuple[_Apart, _Apart | None]:
+    few = largest(*(squared_norms(x.to(ops.value_dtype(x.dtype))) for x in (*xs, *(ys or ()))))
+    rest = without(None, few, len(xs[0]))
+    twice = torch.where(rest, 2.0, 1.0).double()[:, None].expand(-1, len(few)).flatten()
+
+    def of(layers: list[Tensor]) -> _Apart:
+        bulk = [torch.where(rest[:, None], x, 0.0) for x in layers]
+        norms, columns, sums = [], [], []
+        for x, part in zip(layers, bulk, strict=True):
+            wide, own = x.to(ops.value_dtype(x.dtype)), part.to(ops.value_dtype(x.dtype))
+            norms.append(squared_norms(own).double())
+            column = (wide @ wide[few].T).scatter_(0, few[None, :], 0.0).double()
+            columns.append(column.flatten())
+            sums.append((wide @ own.sum(0)).double() - norms[-1] + column.sum(1))
+        return _Apart(bulk, torch.stack(norms), torch.stack(columns), torch.stack(sums), twice)
+
+    return of(xs), None if ys is None else of(ys)
 
 
 def _vector(scalars: list[Scalar], device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ host time.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -84,13 +85,16 @@ def _spec(problem: Problem, route: Route, backend: str) -> Spec:
     return spec if k is None else spec._replace(kernel="rbf", sigma=k.sigmas or (), threshold=k.threshold, flow=k.flow)
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
-    """Autocast reaches into an operator's kernel and would round its fp32 products."""
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Autocast reaches into an operator's kernel and would round its fp32 products; some devices have none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def _run(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
-    if torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type
+    if (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         with without_autocast(x.device):
             return function(x, *args)
     return function(x, *args)
@@ -111,8 +115,9 @@ def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None,
     return dx, dy
 
 
-torch.library.impl("bird::alignment", ["CPU", "CUDA"], _alignment)
-torch.library.impl("bird::alignment_backward", ["CPU", "CUDA"], _alignment_backward)
+# For every device: what runs on it, `backends` knows.
+torch.library.impl("bird::alignment", "CompositeExplicitAutograd", _alignment)
+torch.library.impl("bird::alignment_backward", "CompositeExplicitAutograd", _alignment_backward)
 
 
 @torch.library.register_fake("bird::alignment")
@@ -121,7 +126,10 @@ def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> t
     problem = _problem(x, y, mask, spec)
     shapes = backends.of(problem, spec.backend).stash_shapes(problem, spec.route)
     value = x.new_empty((), dtype=value_dtype(x.dtype))
-    return value, *(x.new_empty(shape, dtype=dtype) for shape, dtype in (shapes[name] for name in Stash._fields))
+    # The one fp64 tensor of a stash stays on the host where a device has no fp64.
+    places = {"coefficients": x.device if x.device.type in ("cpu", "cuda", "meta") else torch.device("cpu")}
+    stash = ((*shapes[name], places.get(name, x.device)) for name in Stash._fields)
+    return value, *(x.new_empty(shape, dtype=dtype, device=device) for shape, dtype, device in stash)
 
 
 @torch.library.register_fake("bird::alignment_backward")

@@ -7,7 +7,7 @@ form: see `losses`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, reduce
+from functools import reduce
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -60,11 +60,20 @@ def weighted_sum(losses: Tensor, weights: Sequence[float] | None) -> Tensor:
     return torch.dot(losses, _vector(tuple(weights), losses.dtype, losses.device))
 
 
-@lru_cache(maxsize=64)
 def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept, because a copy from the host would wait for the device, and has no place in a CUDA graph."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
+    """The numbers on ``device``, made anew by each call."""
+    return torch.tensor(values, dtype=dtype) if device.type == "cpu" else _filled(values, dtype, device)
+
+
+def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers on a GPU in two launches, of which they are arguments.
+
+    A copy from the host would wait for the GPU, in each step whose numbers are new. A copy that is kept would have to
+    live as long as any captured CUDA graph that reads it.
+    """
+    vector = torch.zeros(len(values), dtype=dtype, device=device)
+    torch._foreach_add_(vector.unbind(), values)
+    return vector
 
 
 def losses(x: object, y: object, single: Callable[..., Tensor], options: dict[str, Any]) -> Tensor:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from . import plan
-from .moments import MIN_ROWS, Moments, combine, linear_moments
+from .backends.dominating import alive, bulk_mean, largest, noise, squared_norms, u_centred_, without
+from .backends.linalg import LIMIT
+from .moments import MIN_ROWS, Moments, combine
 from .types import Estimator
 
 
@@ -30,18 +32,23 @@ def mean_cka_loss(x: Tensor, y: Tensor, mask: Tensor | None, estimator: Estimato
     # A sequence left out becomes zeros: its NaN, times zero, must reach no gradient.
     keep = None if mask is None else (mask & enough[:, None])[:, :, None]
     rows = torch.where(enough, count, 4.0)
-    xs, ys = (_centred(a.to(wide), keep, rows[:, None]) for a in (x, y))
     route = plan.choose_route(x.shape[1], x.shape[2], y.shape[2])
-    moments = _moments(xs, ys, route, estimator)
+    x, y = x.to(wide), y.to(wide)
+    if estimator == "biased":
+        xs, ys = (_scaled(_centred(a, keep, rows[:, None])) for a in (x, y))
+        moments = _moments(xs, ys, route)
+    else:
+        xs, ys = (_scaled(_amid(a, keep)) for a in (x, y))
+        moments = _unbiased_moments(xs, ys, keep, rows, route)
     losses = combine(moments, rows, "cka_loss", estimator, torch.finfo(wide).eps).value
     total: Tensor = torch.where(enough, losses, 0.0).sum() / enough.sum()
     return total.to(wide)
 
 
 def _centred(x: Tensor, keep: Tensor | None, rows: Tensor) -> Tensor:
-    """Columns minus the mean over their own sequence's ``rows`` [B, 1], times a power of two; zero where not kept.
+    """Columns minus the mean over their own sequence's ``rows`` [B, 1]; zero where not kept.
 
-    Twice, as in `library`: the second mean is the rounding of the first, and no gradient passes through it.
+    Twice, as in `linalg.centre`: the second mean is the rounding of the first, and no gradient passes through it.
     """
     if keep is not None:
         x = torch.where(keep, x, 0.0)
@@ -49,30 +56,76 @@ def _centred(x: Tensor, keep: Tensor | None, rows: Tensor) -> Tensor:
         mean = ((x.detach() if detached else x).sum(1) / rows).to(x.dtype)[:, None]
         # Not torch.where again, which takes seven times as long on a CPU.
         x = x - mean if keep is None else torch.addcmul(x, keep.to(x.dtype), mean, value=-1)
-    limit = 250 if x.dtype == torch.float64 else 120
+    return x
+
+
+def _amid(x: Tensor, keep: Tensor | None) -> Tensor:
+    """x about the mean of those tokens of each sequence that do not dominate; zero where not kept.
+
+    The unbiased estimator does not depend on the origin, so no gradient passes through it.
+    """
+    x = x - bulk_mean(x.detach(), None if keep is None else keep[:, :, 0])
+    return x if keep is None else torch.where(keep, x, 0.0)
+
+
+def _scaled(x: Tensor) -> Tensor:
+    """Each sequence times a power of two that brings its largest number near 1."""
+    limit = LIMIT[x.dtype]
     peak = x.detach().abs().amax((1, 2), keepdim=True)
     exponent = torch.frexp(peak).exponent.clamp(-limit, limit)
     return x * torch.ldexp(torch.ones_like(peak), -exponent)
 
 
-def _moments(xs: Tensor, ys: Tensor, route: str, estimator: Estimator) -> Moments:
-    """Moments of every sequence's two Gram matrices; each [B], fp64."""
+def _moments(xs: Tensor, ys: Tensor, route: str) -> Moments:
+    """<K,L>, <K,K> and <L,L> of every sequence; each [B], fp64."""
     if route == "gram":
         a, b = _self_product(xs), _self_product(ys)
-        if estimator == "unbiased":
-            diagonal = torch.eye(a.shape[1], dtype=torch.bool, device=a.device)
-            a, b = a.masked_fill(diagonal, 0.0), b.masked_fill(diagonal, 0.0)
+        return Moments(_inner(a, b), _inner(a, a), _inner(b, b))
+    c, a, b = ys.mT @ xs, _self_product(xs.mT), _self_product(ys.mT)
+    return Moments(_inner(c, c), _inner(a, a), _inner(b, b))
+
+
+def _unbiased_moments(xs: Tensor, ys: Tensor, keep: Tensor | None, rows: Tensor, route: str) -> Moments:
+    """The same of U-centred Gram matrices, zero where all is rounding (`backends.dominating`)."""
+    kappa, lam = squared_norms(xs), squared_norms(ys)
+    kept = None if keep is None else keep[:, :, 0]
+    if route == "gram":
+        n = rows[:, None, None]
+        a, b = (u_centred_(_self_product(side), n, kept) for side in (xs, ys))
         kl, kk, ll = _inner(a, b), _inner(a, a), _inner(b, b)
     else:
-        c, a, b = ys.mT @ xs, _self_product(xs.mT), _self_product(ys.mT)
-        kl, kk, ll = _inner(c, c), _inner(a, a), _inner(b, b)
-    if estimator == "biased":
-        return linear_moments((kl, kk, ll), None)
-    kappa, lam = (torch.linalg.vecdot(side, side).double() for side in (xs, ys))
-    norms = (kappa * lam).sum(1), kappa.square().sum(1), lam.square().sum(1), kappa.sum(1), lam.sum(1)
-    if route == "cross":
-        kl, kk, ll = kl - norms[0], kk - norms[1], ll - norms[2]
-    return linear_moments((kl, kk, ll), norms)
+        kl, kk, ll = _apart(xs, ys, kappa, lam, rows)
+    eps = torch.finfo(xs.dtype).eps
+    return Moments(kl, alive(kk, noise(kappa.detach(), eps)), alive(ll, noise(lam.detach(), eps)))
+
+
+def _apart(xs: Tensor, ys: Tensor, kappa: Tensor, lam: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By products of columns of all tokens but those that may dominate: these stand row by row, as in `library`."""
+    few = largest(kappa.detach(), lam.detach())
+    rest = without(None, few, xs.shape[1])
+    bulk = [torch.where(rest[:, :, None], side, 0.0) for side in (xs, ys)]
+    columns = [_columns(side, few) for side in (xs, ys)]
+    norms = [torch.where(rest, a, 0.0).double() for a in (kappa, lam)]
+    totals = [side.sum(1, keepdim=True) for side in bulk]
+    sums = [
+        (side * total).sum(2).double() - norm + column.sum(2).double()
+        for side, total, norm, column in zip((xs, ys), totals, norms, columns, strict=True)
+    ]
+    twice = torch.where(rest, 2.0, 1.0).double()  # the products of two tokens, of which one is apart, stand there once
+    found = []
+    for i, j in ((0, 1), (0, 0), (1, 1)):
+        product = _inner(*(bulk[j].mT @ bulk[i],) * 2) if i != j else _inner(*(_self_product(bulk[i].mT),) * 2)
+        product = product - (norms[i] * norms[j]).sum(1)
+        product = product + ((columns[i] * columns[j]).sum(2).double() * twice).sum(1)
+        total = sums[i].sum(1) * sums[j].sum(1) / ((rows - 1.0) * (rows - 2.0))
+        found.append(product - 2.0 * (sums[i] * sums[j]).sum(1) / (rows - 2.0) + total)
+    return found[0], found[1], found[2]
+
+
+def _columns(side: Tensor, few: Tensor) -> Tensor:
+    """Columns ``few`` [B, k] of every sequence's Gram matrix, [B, T, k], the diagonal zero."""
+    heavy = side.gather(1, few[:, :, None].expand(-1, -1, side.shape[2]))
+    return (side @ heavy.mT).scatter(1, few[:, None, :], 0.0)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

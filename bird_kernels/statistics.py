@@ -41,7 +41,7 @@ class Statistics:
         self.precision: Precision | None = precision  # type: ignore[assignment]
         self._sums: Sums | None = None
         self._products = torch.float64  # what the products were taken in: fp32 once any of them were
-        self._derivatives: dict[str, tuple[Coefficients, Sums]] = {}
+        self._derivatives: dict[str, tuple[Coefficients, Sums, Sums]] = {}
 
     def update(self, x: Tensor, y: Tensor, mask: Tensor | None = None, row_dims: int = 1) -> None:
         """Add rows; any number of them, none too.
@@ -58,7 +58,8 @@ class Statistics:
         if self._sums is not None:
             _require_same("x and y", (x.shape[1], y.shape[1], x.device), self._sums)
         with torch.no_grad(), ops.without_autocast(x.device):
-            self._add(sums.sums_of(x, y, mask, self._problem(x, y, "cka", "unbiased")))
+            part = sums.sums_of(x, y, mask, self._problem(x, y, "cka", "unbiased"))
+            self._add(part, ops.value_dtype(x.dtype))
 
     def merge(self, other: Statistics) -> None:
         """Add the rows of other statistics, which stay as they are.
@@ -154,10 +155,10 @@ class Statistics:
         with torch.no_grad(), ops.without_autocast(x.device):
             if estimator not in self._derivatives:
                 _, coefficients, scaled = self._evaluate("cka_loss", estimator)
-                self._derivatives[estimator] = coefficients, scaled.to(self._products)
-            coefficients, scaled = self._derivatives[estimator]
+                self._derivatives[estimator] = coefficients, scaled.to(self._products), scaled
+            coefficients, rounded, scaled = self._derivatives[estimator]
             problem = self._problem(x, y, "cka_loss", estimator)
-            return sums.gradient(x, y, None, scaled, coefficients, upstream, problem).view(shape)
+            return sums.gradient(x, y, None, rounded, coefficients, upstream, problem, scaled).view(shape)
 
     def to(self, device: torch.device | str) -> Statistics:
         """The same on another device; a new object unless it is there already."""

@@ -6,6 +6,9 @@ For rows of X [n, p] and Y [n, q] about their means, with kappa_i = |x_i|^2 and 
     sum(kappa x), sum(kappa y), sum(lambda x), sum(lambda y),
     sum(kappa^2), sum(kappa lambda), sum(lambda^2)                                     (unbiased as well)
 
+Rows that dominate (`backends.dominating`) are a part of their own where the estimator is unbiased, in fp64: the value
+is what is left of their fourth powers.
+
 Moved to another centre, x + u and y + v with u = old mean - new mean, they are (sum(x) = sum(y) = 0 before)::
 
     A + n u u^T,   C + n v u^T,   B + n v v^T,   kappa -> kappa + 2 x.u + |u|^2,  and so on
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
+from .backends.dominating import alive, bulk_mean, dominated, largest, location, squared_norms, without
 from .backends.linalg import (
     add_scaled_mm,
     at_least,
@@ -38,13 +42,16 @@ from .backends.linalg import (
     self_product,
     to,
 )
-from .moments import MIN_ROWS, Coefficients, Scalar, combine, linear_moments
+from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
 from .transport import upper_blocks, upper_size
 from .types import Problem
 
 
 class Norms(NamedTuple):
-    """Sums of the squared row norms kappa and lambda with the rows and with each other; fp64, [p], [q] or 0-d."""
+    """Sums of the squared row norms kappa and lambda with the rows and with each other; fp64, [p], [q] or 0-d.
+
+    ``off_x`` and ``off_y`` bound what rounding has changed of ``xx`` and ``yy``, by its Frobenius norm.
+    """
 
     kx: Tensor
     ky: Tensor
@@ -53,6 +60,8 @@ class Norms(NamedTuple):
     kk: Tensor
     kl: Tensor
     ll: Tensor
+    off_x: Tensor
+    off_y: Tensor
 
 
 class Sums(NamedTuple):
@@ -78,19 +87,52 @@ class Sums(NamedTuple):
 def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums:
     """The sums of x [n, p] and y [n, q] of one dtype, mask bool [n] or None; norms if the estimator is "unbiased".
 
-    Products are fp32 (fp64 for fp64) and not scaled: features up to 1e12 times a size and down to 1e-12 fit.
+    Products are fp32 (fp64 for fp64, and where rows dominate) and not scaled: features up to 1e12 times a size and down
+    to 1e-12 fit.
     """
-    wide, _ = dtypes(problem)
+    unbiased = problem.estimator == "unbiased"
     if len(x) == 0:
-        return _none(x, y, wide, problem.estimator == "unbiased")
+        return _none(x, y, dtypes(problem)[0], unbiased)
+    found = None
+    if not unbiased or x.is_cpu:
+        found = _plain(x, y, mask, problem, look=unbiased and problem.dtype != torch.float64)
+    return _apart(x, y, mask, problem) if found is None else found
+
+
+def _plain(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, look: bool = False) -> Sums | None:
+    """`sums_of` with all rows alike; None if a ``look`` finds rows that dominate."""
+    wide, _ = dtypes(problem)
     count = row_count(x, mask)
+    norms = None
     with fp32_products(problem):
         xs, scale_x, means_x = centre(x, mask, count, problem)
         ys, scale_y, means_y = centre(y, mask, count, problem)
+        if problem.estimator == "unbiased":
+            kappa, lam = squared_norms(to(xs, wide)), squared_norms(to(ys, wide))
+            if look and (dominated(kappa) or dominated(lam)):
+                return None
+            norms = _norms(to(xs, wide), to(ys, wide), kappa, lam)
         xx, xy, yy = self_product(xs.T), mm(ys.T, xs), self_product(ys.T)
-    norms = _norms(to(xs, wide), to(ys, wide)) if problem.estimator == "unbiased" else None
     count = count if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float64, device=x.device)
     return _scaled(Sums(count, _mean(means_x), _mean(means_y), xx, xy, yy, norms), 1.0 / scale_x, 1.0 / scale_y)
+
+
+def _apart(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums:
+    """`sums_of` with the rows that may dominate as a part of their own; products in fp64."""
+    wide, _ = dtypes(problem)
+    around = []
+    for side in (x, y):
+        z = to(side, wide)
+        z = z - location(z, mask)
+        around.append(squared_norms(z if mask is None else torch.where(mask[:, None], z, 0.0)))
+    few = largest(*around)
+    rest = without(mask, few, len(x))
+    known = None if mask is None else mask[few]
+    bulk = _plain(x, y, rest, problem)
+    heavy = _plain(x[few].double(), y[few].double(), known, problem._replace(dtype=torch.float64))
+    assert bulk is not None
+    assert heavy is not None
+    return include(bulk.to(torch.float64), heavy)
 
 
 def merged(parts: Sequence[Sums]) -> Sums:
@@ -174,7 +216,7 @@ def _moved_flat(s: Sums, u: Tensor, v: Tensor) -> Tensor:
 def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
     """The norms of the rows x + u and y + v; u [p], v [q], fp64."""
     assert s.norms is not None
-    kx, ky, lx, ly, kk, kl, ll = s.norms
+    kx, ky, lx, ly, kk, kl, ll, off_x, off_y = s.norms
     n, kappa, lam = s.n, _trace(s.xx), _trace(s.yy)
     xx_u, xy_u = _times(s.xx, u), _times(s.xy, u)
     yx_v, yy_v = _times(s.xy.T, v), _times(s.yy, v)
@@ -187,6 +229,8 @@ def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
         kk + 4.0 * (u @ xx_u) + 4.0 * (kx @ u) + 2.0 * uu * kappa + n * uu * uu,
         kl + 4.0 * (v @ xy_u) + 2.0 * (ky @ v) + 2.0 * (lx @ u) + vv * kappa + uu * lam + n * uu * vv,
         ll + 4.0 * (v @ yy_v) + 4.0 * (ly @ v) + 2.0 * vv * lam + n * vv * vv,
+        off_x,
+        off_y,
     )
 
 
@@ -197,20 +241,21 @@ def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
     The features are brought to a root mean square near 1 by powers of two, so that the squares of the products fit in
     fp32.
     """
-    eps = torch.finfo(dtypes(problem)[0]).eps
     n = scalar(s.n)
     scale_x, scale_y = _unit(s.xx, s.n), _unit(s.yy, s.n)
     s = _scaled(s, scale_x, scale_y)
     kl, kk, ll = inner(s.xy, s.xy), inner(s.xx, s.xx), inner(s.yy, s.yy)
-    hollow, norms = (kl, kk, ll), None
+    sum_k = sum_l = 0.0
     if s.norms is not None and problem.estimator == "unbiased":
-        norms = tuple(
-            scalar(a) for a in (s.norms.kl, s.norms.kk, s.norms.ll, _trace(s.xx), _trace(s.yy))
-        )  # as `linear_moments` names them
-        hollow = kl - norms[0], kk - norms[1], ll - norms[2]
-    result = combine(linear_moments(hollow, norms), n, problem.statistic, problem.estimator, eps)
+        eps, rows = torch.finfo(s.xx.dtype).eps, at_least(MIN_ROWS["unbiased"], n)
+        sum_k, sum_l = scalar(_trace(s.xx)), scalar(_trace(s.yy))
+        kl, _ = _u_centred(kl, scalar(s.norms.kl), sum_k * sum_l, rows)
+        kk, size_k = _u_centred(kk, scalar(s.norms.kk), sum_k * sum_k, rows)
+        ll, size_l = _u_centred(ll, scalar(s.norms.ll), sum_l * sum_l, rows)
+        kk = alive(kk, ROUNDING * (2.0 * size_k**0.5 * scalar(s.norms.off_x) + eps * size_k))
+        ll = alive(ll, ROUNDING * (2.0 * size_l**0.5 * scalar(s.norms.off_y) + eps * size_l))
+    result = combine(Moments(kl, kk, ll), n, problem.statistic, problem.estimator, torch.finfo(s.xx.dtype).eps)
     unscale = 1.0 / (scale_x * scale_y) ** 2 if problem.statistic == "hsic" else 1.0
-    sum_k, sum_l = (0.0, 0.0) if norms is None else norms[3:]
     coefficients = Coefficients(
         result.d_kl * unscale, result.d_kk, result.d_ll, kl, kk, ll, sum_k, sum_l, scale_x, scale_y,
         at_least(MIN_ROWS[problem.estimator], n),
@@ -218,37 +263,106 @@ def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
     return result.value * unscale, coefficients, s
 
 
+def _u_centred(product: Scalar, diagonal: Scalar, total: Scalar, n: Scalar) -> tuple[Scalar, Scalar]:
+    """The inner product of two U-centred Gram matrices of centred columns, and the sum of what it is a difference of.
+
+    ``product`` and ``diagonal`` are those of the whole matrices and of their diagonals, ``total`` is the product of
+    their traces: the row sums without the diagonal are minus the diagonal.
+    """
+    total = total / ((n - 1.0) * (n - 2.0))
+    return product - diagonal * n / (n - 2.0) + total, product + diagonal + total
+
+
 def gradient(
-    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients, upstream: Scalar, problem: Problem
-) -> Tensor:
+    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients, upstream: Scalar, problem: Problem,
+    exact: Sums | None = None,
+) -> Tensor:  # fmt: skip
     """dX [m, p] of some rows x [m, p], y [m, q] of those that ``s`` and ``c`` (of `evaluate`) were made from.
 
     With X, Y about the merged means, alpha = c.d_kl and gamma = c.d_kk, it is Y (2 alpha C) + X (4 gamma A); unbiased,
-    plus diag(w) X (`library`) minus the column means that this would have over all rows, which are
-    -(2 alpha sum(lambda x) + 4 gamma sum(kappa x)) / (n - 2). In x's dtype. For dY exchange the sides, by `exchanged`.
+    see `_rows`. In x's dtype. For dY exchange the sides, by `exchanged`. ``exact`` are the same sums with products in
+    fp64 if those of ``s`` were rounded: rows that dominate need them.
     """
     wide, operand = dtypes(problem)
     g = upstream * c.scale_x
-    d_cross, d_own, n = 2.0 * c.d_kl * g, 4.0 * c.d_kk * g, c.n
-    xs, ys = _about(x, s.mean_x, c.scale_x, mask, wide), _about(y, s.mean_y, c.scale_y, mask, wide)
+    factors = 2.0 * c.d_kl * g, 4.0 * c.d_kk * g
     with fp32_products(problem):
-        d = scaled_mm(to(ys, operand), to(s.xy * d_cross, wide))
-        d = add_scaled_mm(d, to(xs, operand), to(s.xx * d_own, wide))
-    if problem.estimator == "unbiased":
-        assert s.norms is not None
-        kappa, lam = torch.linalg.vecdot(xs, xs), torch.linalg.vecdot(ys, ys)
-        constant = (d_cross * c.sum_l + d_own * c.sum_k) / ((n - 1.0) * (n - 2.0))
-        weights = (lam * d_cross + kappa * d_own) * (-n / (n - 2.0)) + constant
-        d += to(weights, wide)[:, None] * xs
-        d += to((s.norms.lx * d_cross + s.norms.kx * d_own) / (n - 2.0), wide)
+        if problem.estimator == "biased":
+            xs, ys = _about(x, s.mean_x, c.scale_x, mask, wide), _about(y, s.mean_y, c.scale_y, mask, wide)
+            d = scaled_mm(to(ys, operand), to(s.xy * factors[0], wide))
+            d = add_scaled_mm(d, to(xs, operand), to(s.xx * factors[1], wide))
+        else:
+            d = _unbiased(x, y, mask, s, exact or s, factors, c, operand)
     if mask is not None:
         d = d.masked_fill(~mask[:, None], 0.0)
     return to(d, x.dtype)
 
 
+def _unbiased(
+    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, exact: Sums, factors: tuple[Scalar, Scalar], c: Coefficients,
+    operand: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    xs, ys = _about(x, s.mean_x, c.scale_x, mask, wide), _about(y, s.mean_y, c.scale_y, mask, wide)
+    if len(x) == 0 or (x.is_cpu and not dominated(squared_norms(xs)) and not dominated(squared_norms(ys))):
+        return _rows(xs, ys, s, None, factors, c, operand)
+    few = largest(squared_norms(xs), squared_norms(ys))
+    origins = bulk_mean(to(x, wide), mask)[0].double(), bulk_mean(to(y, wide), mask)[0].double()
+    about = (origins[0] - s.mean_x) * c.scale_x, (origins[1] - s.mean_y) * c.scale_y
+    xs, ys = _about(x, origins[0], c.scale_x, mask, wide), _about(y, origins[1], c.scale_y, mask, wide)
+    d = _rows(xs, ys, s, about, factors, c, operand)
+    xs, ys = (
+        _about(side[few], origin, scale, None, torch.float64)
+        for side, origin, scale in zip((x, y), origins, (c.scale_x, c.scale_y), strict=True)
+    )
+    return d.index_copy_(0, few, _rows(xs, ys, exact, about, factors, c, torch.float64).to(d.dtype))
+
+
+def _rows(
+    xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor] | None, factors: tuple[Scalar, Scalar],
+    c: Coefficients, operand: torch.dtype,
+) -> Tensor:  # fmt: skip
+    r"""dX [m, p] of rows ``xs``, ``ys`` about an origin that is ``about`` = (u, v) from the merged means; None: there.
+
+    The estimator does not depend on the origin, its rounding does. With a and b the ``factors``, A and C about that
+    origin, T = sum(x) = -n u and T' = sum(y) = -n v over all rows, r_i = x_i T - kappa_i and s_i = y_i T' - lambda_i
+    the row sums of the Gram matrices without their diagonals, rho = a s + b r and tau = sum(rho) / ((n-1)(n-2))::
+
+        dX_i = y_i a C + x_i b A - (a lambda_i + b kappa_i) x_i
+               + (2 rho_i / (n-2) - tau) x_i - (rho_i / (n-2) - tau) T - sum_j(rho_j x_j) / (n-2)
+    """
+    a, b = factors
+    norms, n = s.norms, c.n
+    assert norms is not None
+    xx, xy, kx, lx = s.xx, s.xy, norms.kx, norms.lx
+    total_k, total_l = -c.sum_k, -c.sum_l  # of the row sums r and s
+    column = None
+    if about is not None:
+        u, v = about
+        uu, vv = u @ u, v @ v
+        kx = kx - 2.0 * _times(xx, u) - u * (c.sum_k + n * uu)
+        lx = lx - 2.0 * _times(xy.T, v) - u * (c.sum_l + n * vv)
+        xx, xy = xx + n * torch.outer(u, u), xy + n * torch.outer(v, u)
+        column, other_column = -n * u, -n * v
+        total_k, total_l = total_k + n * (n - 1.0) * scalar(uu), total_l + n * (n - 1.0) * scalar(vv)
+        kx, lx = kx - _times(xx, column), lx - _times(xy.T, other_column)
+    wide = xs.dtype
+    d = scaled_mm(to(ys, operand), to(xy * a, wide))
+    d = add_scaled_mm(d, to(xs, operand), to(xx * b, wide))
+    diagonal = squared_norms(ys) * a + squared_norms(xs) * b
+    rho = -diagonal
+    if column is not None:
+        rho = rho + (ys @ to(other_column, wide)) * a + (xs @ to(column, wide)) * b
+    rest = rho / (n - 2.0) - (a * total_l + b * total_k) / ((n - 1.0) * (n - 2.0))
+    d += (rest + rho / (n - 2.0) - diagonal)[:, None] * xs
+    d += to((lx * a + kx * b) / (n - 2.0), wide)
+    return d if column is None else d.sub_(torch.outer(rest, to(column, wide)))
+
+
 def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
     """The two sides change places."""
-    norms = None if s.norms is None else Norms(*(s.norms[i] for i in (3, 2, 1, 0, 6, 5, 4)))
+    norms = None if s.norms is None else Norms(*(s.norms[i] for i in (3, 2, 1, 0, 6, 5, 4, 8, 7)))
     return (
         Sums(s.n, s.mean_y, s.mean_x, s.yy, s.xy.T, s.xx, norms),
         Coefficients(c.d_kl, c.d_ll, c.d_kk, c.kl, c.ll, c.kk, c.sum_l, c.sum_k, c.scale_y, c.scale_x, c.n),
@@ -275,23 +389,23 @@ def _none(x: Tensor, y: Tensor, wide: torch.dtype, norms: bool) -> Sums:
     """The sums of no rows."""
     p, q = x.shape[1], y.shape[1]
     zeros = partial(torch.zeros, dtype=torch.float64, device=x.device)
-    sizes = (p, q, p, q, (), (), ())
+    sizes = (p, q, p, q, (), (), (), (), ())
     xx, xy, yy = (zeros(size, dtype=wide) for size in ((p, p), (q, p), (q, q)))
     return Sums(zeros(()), zeros(p), zeros(q), xx, xy, yy, Norms(*map(zeros, sizes)) if norms else None)
 
 
-def _norms(xs: Tensor, ys: Tensor) -> Norms:
-    kappa, lam = torch.linalg.vecdot(xs, xs), torch.linalg.vecdot(ys, ys)
+def _norms(xs: Tensor, ys: Tensor, kappa: Tensor, lam: Tensor) -> Norms:
+    eps = torch.finfo(xs.dtype).eps
     kx, ky, lx, ly = ((weights @ rows).double() for weights in (kappa, lam) for rows in (xs, ys))
     k, l = kappa.double(), lam.double()
-    return Norms(kx, ky, lx, ly, k @ k, k @ l, l @ l)
+    return Norms(kx, ky, lx, ly, k @ k, k @ l, l @ l, eps * k.sum(), eps * l.sum())
 
 
 def _scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:
     """The sums of a x and b y but for the means, which stay those of x and y; the products in the memory of ``s``."""
     norms = s.norms
     if norms is not None:
-        powers = (a**3, a * a * b, a * b * b, b**3, a**4, (a * b) ** 2, b**4)
+        powers = (a**3, a * a * b, a * b * b, b**3, a**4, (a * b) ** 2, b**4, a**2, b**2)
         norms = Norms(*(value * power for value, power in zip(norms, powers, strict=True)))
     return s._replace(xx=s.xx.mul_(a**2), xy=s.xy.mul_(a * b), yy=s.yy.mul_(b**2), norms=norms)
 

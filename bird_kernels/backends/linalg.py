@@ -1,7 +1,7 @@
 """Library matrix products of centred features: what every computation in plain PyTorch is made of.
 
 Half precision is multiplied as it is and accumulated in fp32 where the library can (CUDA), else widened. On the CPU
-scalars are Python floats, on a GPU nothing leaves the device.
+scalars are Python floats, on CUDA nothing leaves the device.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,7 +38,9 @@ def subtract_mean(x: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
     if not center:
         return x, x.new_zeros(1)  # nothing was subtracted
     total = x.sum(0)
-    return x.sub(total, alpha=1.0 / x.shape[0]), total
+    # Not x.sub(total, alpha=1/n): where rows are cut into vectors and a rest, as of a column-major x, that is fused in
+    # one and rounded twice in the other, and the rows get different residuals.
+    return x - total * (1.0 / x.shape[0]), total
 
 
 def centre(
@@ -66,18 +70,44 @@ def centre(
         second = x.sum(0) / rows
         x = torch.where(keep, x - second, 0.0)
     scale = power_of_two(x)
-    return x.mul_(scale).to(operand), scale, (first, second)
+    # Without a mean to subtract x may still be the caller's.
+    return (x.mul_(scale) if problem.center else x * scale).to(operand), scale, (first, second)
+
+
+# Exponents of the scales: of fp32 so that a scaled number of 2^-126 is normal, of fp64 so that 2^k is finite.
+LIMIT = {torch.float32: 120, torch.float64: 1000}
 
 
 def power_of_two(x: Tensor) -> Scalar:
     """2^k with 0.5 <= 2^k max|x| < 1; some finite number for zeros, NaN and Inf."""
-    limit = 250 if x.dtype == torch.float64 else 120
+    limit = LIMIT[x.dtype]
     peak = torch.maximum(*(a.abs() for a in torch.aminmax(x)))
-    if x.device.type == "cpu":
+    if is_host(x.device):
         value = peak.item()
         return math.ldexp(1.0, -max(-limit, min(limit, math.frexp(value)[1]))) if math.isfinite(value) else 1.0
     exponent = torch.frexp(peak).exponent.clamp(-limit, limit)
     return torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), -exponent)
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether scalars are Python floats: everywhere but on CUDA, where nothing may wait for the device."""
+    return device.type != "cuda"
+
+
+def has_fp64(device: torch.device) -> bool:
+    """Whether fp64 tensors can live there. Apple's GPUs have none and not all of Intel's do."""
+    return device.type in ("cpu", "cuda", "meta")
+
+
+def exact(x: Tensor) -> Tensor:
+    """x in fp64, on its device or, where that has no fp64, on the CPU."""
+    return x.double() if has_fp64(x.device) else x.cpu().double()
+
+
+def require_fp64(what: str, device: torch.device) -> None:
+    """Raises a ValueError where ``what`` needs numbers that the device does not have."""
+    if not has_fp64(device):
+        raise ValueError(f"{what} needs fp64, which {device.type} devices may lack: move the features to the CPU")
 
 
 def at_least(least: float, count: Scalar) -> Scalar:
@@ -94,8 +124,7 @@ def row_count(x: Tensor, mask: Tensor | None) -> Scalar:
     """How many rows count."""
     if mask is None:
         return float(x.shape[0])
-    count = mask.sum(dtype=torch.float64)
-    return count.item() if x.is_cpu else count
+    return float(mask.sum().item()) if is_host(x.device) else mask.sum(dtype=torch.float64)
 
 
 def dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
@@ -177,7 +206,8 @@ def inner(a: Tensor, b: Tensor) -> Scalar:
         if a.numel() <= ONE_THREAD_DOT and a.is_contiguous() and b.is_contiguous():
             return torch.dot(a.view(-1), b.view(-1)).item()
         return (a * b).sum().item()
-    return scalar(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
+    rows = torch.linalg.vecdot(a, b)
+    return scalar(rows.sum(dtype=torch.float64) if has_fp64(rows.device) else exact(rows).sum())
 
 
 def inner_products(a: Tensor, b: Tensor) -> tuple[Scalar, Scalar, Scalar]:
@@ -221,5 +251,26 @@ def _switched(switch: Any, precision: str) -> Iterator[None]:
 
 
 def scalar(value: Tensor) -> Scalar:
-    """A 0-d tensor as what the other scalars are: a float of the CPU, 0-d fp64 on a GPU."""
-    return value.item() if value.is_cpu else value.double()
+    """A 0-d tensor as what the other scalars are: a Python float, or 0-d fp64 on a CUDA device."""
+    return value.item() if is_host(value.device) else value.double()
+
+
+def read(values: Tensor) -> tuple[Scalar, ...]:
+    """The entries of a vector as scalars."""
+    return tuple(values.tolist()) if is_host(values.device) else values.unbind()
+
+
+def write(value: Scalar, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A scalar as a 0-d tensor."""
+    return value.to(dtype) if isinstance(value, Tensor) else torch.scalar_tensor(value, dtype=dtype, device=device)
+
+
+def pack(scalars: tuple[Scalar, ...], device: torch.device) -> Tensor:
+    """Scalars as a vector, fp64; on the CPU where the device has no fp64."""
+    if is_host(device):
+        return torch.from_numpy(np.array(scalars)).to(
+            device if has_fp64(device) else "cpu"
+        )  # a third of torch.tensor's
+    # full() and not tensor(): a copy from the host would break CUDA graph capture.
+    full = partial(torch.full, (), dtype=torch.float64, device=device)
+    return torch.stack([s.double() if isinstance(s, Tensor) else full(s) for s in scalars])

@@ -4,7 +4,6 @@ one, and copies between host and device are refused here, because they wait as w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bird_kernels
-from bird_kernels import RBF, Statistics, cka_loss, cka_matrix, ops, pairs, token_cka_loss
+from bird_kernels import RBF, Statistics, cka_loss, cka_matrix, ops, token_cka_loss
 from bird_kernels.matrix import hsic_matrix
 from bird_kernels.testing import operator
 
@@ -43,7 +42,6 @@ class NoCopies(TorchDispatchMode):
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors only; and the code that runs is that of plain tensors, as on a GPU that is there."""
     monkeypatch.setattr(ops, "_watched", lambda *tensors: False)
-    monkeypatch.setattr(pairs, "_vector", lru_cache(pairs._vector.__wrapped__))  # the cache keeps what it makes here
     with FakeTensorMode():
         yield
 
@@ -97,7 +95,8 @@ def backward(value: Tensor) -> dict[Tensor, Tensor]:
 
 
 def assert_never_waits(function: Callable[[], Tensor], *leaves: Tensor) -> None:
-    """Not the function, nor its backward to ``leaves``."""
+    """Not the function, nor its backward to ``leaves``; and neither writes to one."""
+    versions = [leaf._version for leaf in leaves]
     with NoCopies():
         value = function()
         assert value.device == CUDA
@@ -105,6 +104,7 @@ def assert_never_waits(function: Callable[[], Tensor], *leaves: Tensor) -> None:
             found = backward(value)
             assert {(g.shape, g.dtype, g.device) for g in found.values()} <= {(x.shape, x.dtype, CUDA) for x in leaves}
             assert [leaf for leaf in leaves if leaf not in found] == []
+    assert [leaf._version for leaf in leaves] == versions
 
 
 READS: dict[str, Callable[[Tensor], Any]] = {
@@ -170,8 +170,15 @@ def test_relatives(kernel: str, name: str, mask: Tensor | None) -> None:
 def test_lists_of_pairs(mask: Tensor | None, estimator: str) -> None:
     xs, ys = [features(N, P), features(N, 3)], [features(N, Q), features(N, 2)]
     options: dict[str, Any] = dict(mask=mask, estimator=estimator, backend="library")
-    cka_loss(xs, ys, weights=[0.3, 2.0], **options)  # the first call copies the weights, once for all
     assert_never_waits(lambda: cka_loss(xs, ys, weights=[0.3, 2.0], **options), *xs, *ys)
+
+
+def test_weights_that_change_every_step() -> None:
+    """Each step's numbers are new to the device."""
+    xs, ys = [features(N, P), features(N, 3)], [features(N, Q), features(N, 2)]
+    for step in range(100):
+        weights = [0.3 + step, 2.0 / (1 + step)]
+        assert_never_waits(lambda: cka_loss(xs, ys, weights=weights, backend="library"), *xs, *ys)  # noqa: B023
 
 
 def test_statistics(mask: Tensor | None, estimator: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from bird_kernels import functional, plan, reference
+from bird_kernels import functional, pairs, plan, reference
 from bird_kernels.testing import features, poison
 from bird_kernels.types import Problem
 
@@ -20,8 +21,8 @@ WEIGHTS = [0.5, 2.0, -1.0, 0.0]
 
 
 def lists(n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor]]:
-    pairs = [features(n, p, q, dtype, device, mean=2.0, seed=i) for i, (p, q) in enumerate(WIDTHS)]
-    return [x.requires_grad_() for x, _ in pairs], [y for _, y in pairs]
+    both = [features(n, p, q, dtype, device, mean=2.0, seed=i) for i, (p, q) in enumerate(WIDTHS)]
+    return [x.requires_grad_() for x, _ in both], [y for _, y in both]
 
 
 def literal(xs: Sequence[Tensor], ys: Sequence[Tensor], estimator: str, mask: Tensor | None = None) -> list[Tensor]:
@@ -52,6 +53,28 @@ def test_is_the_weighted_sum(
     assert value.dtype == torch.float32
     assert abs(value.double() - truth) < 3e-6
     assert_close(gradients(value * 3.0, xs), gradients(truth * 3.0, xs), 2e-5)
+
+
+def test_weights_that_change_every_step(device: torch.device) -> None:
+    """More of them than any cache would hold, each with its own value and gradient, the first ones again at the end."""
+    losses = torch.tensor([0.25, 1.5, 3.0], device=device, requires_grad=True)
+    for step in [*range(100), 0, 1]:
+        weights = (0.5 + step, -2.0 * step, 1.0 / (1 + step))
+        value = pairs.weighted_sum(losses, weights)
+        assert value.item() == pytest.approx(0.25 * weights[0] + 1.5 * weights[1] + 3.0 * weights[2], rel=1e-6)
+        (gradient,) = torch.autograd.grad(value, losses)
+        assert gradient.tolist() == pytest.approx(list(weights), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_numbers_become_a_vector_without_a_copy(dtype: torch.dtype, device: torch.device) -> None:
+    """As on a GPU; and nobody keeps it, where a captured graph might still read what is evicted."""
+    values = tuple(1.0 / (3 + i) for i in range(200))
+    vector = pairs._filled(values, dtype, device)
+    assert vector.equal(torch.tensor(values, dtype=dtype, device=device))
+    alive = weakref.ref(vector)
+    del vector
+    assert alive() is None
 
 
 def test_each_pair_by_itself(estimator: str, backend: str, device: torch.device) -> None:
@@ -287,8 +310,8 @@ def test_pairs_that_do_not_share_launches(
 @pytest.mark.parametrize("n", [5, 67])
 def test_few_rows_and_more_than_a_tile(n: int, estimator: str, device: torch.device) -> None:
     """Both sides want gradients; memory that is not written holds NaN."""
-    pairs = [features(n, p, q, device=device, seed=p) for p, q in ((35, 3), (2, 66))]
-    xs, ys = [x.requires_grad_() for x, _ in pairs], [y.requires_grad_() for _, y in pairs]
+    both = [features(n, p, q, device=device, seed=p) for p, q in ((35, 3), (2, 66))]
+    xs, ys = [x.requires_grad_() for x, _ in both], [y.requires_grad_() for _, y in both]
     with poison():
         value = bird_kernels.cka_loss(xs, ys, estimator=estimator, backend="triton")
         found = gradients(value, [*xs, *ys])

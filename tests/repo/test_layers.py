@@ -56,7 +56,7 @@ HOUSE = {
         {"backends.library_rbf"},
         {"backends.library", "backends.native", "sequences"},
         {"tuning"},
-        {"cost"},
+        {"cost", "backends.dominating"},
         {"plan", "backends.linalg"},
         {"moments", "distributed", "transport", "clocks"},
         {"types", "reference"},

@@ -31,7 +31,7 @@ from torch import Tensor
 from ... import plan
 from ...moments import MIN_ROWS, ROUNDING, Moments, Scalar, combine
 from ...types import Problem, Route, Shapes, Stash
-from .. import library, linalg
+from .. import linalg
 from .median import lower_median, rows_of
 from .strips import Bandwidth, Strips
 
@@ -104,17 +104,17 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     result = combine(Moments(kl, kk, ll), count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
     coefficients = _Coefficients(result.d_kl, result.d_kk, result.d_ll, *ours, *theirs)
     stash = Stash(
-        library._pack(coefficients, x.device), xs, ys if shapes["ys"][0] != (0,) else ys.new_empty(0), xx, yy,
+        linalg.pack(coefficients, x.device), xs, ys if shapes["ys"][0] != (0,) else ys.new_empty(0), xx, yy,
         x.new_empty(0, dtype=wide), torch.stack([x_shift, y_shift]),
     )  # fmt: skip
-    return library._write(result.value, wide), stash
+    return linalg.write(result.value, wide, x.device), stash
 
 
 def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
-    c = _Coefficients(*library._read(stash.coefficients))
+    c = _Coefficients(*linalg.read(stash.coefficients))
     bandwidths = Bandwidth(*c[3:9]), Bandwidth(*c[9:])
     upstream = linalg.scalar(grad)
     with linalg.fp32_products(problem):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import plan
 from ...types import Problem, Route, Shapes, Stash
-from .. import library
+from .. import linalg
 from ..library_rbf import bandwidth_of
 from ..library_rbf.strips import SAME, Strips
 from .centre import counts, locate, row_count, scale_of_all, shifted_tile
@@ -360,7 +360,7 @@ class _Gaussian:
                 zip(stash.xx, norms.view(2, n), stash.coefficients[COEFFICIENTS.value + 2 :: 4], strict=False)
             )
         ]
-        bandwidths = library._pack(tuple(number for b in found for number in (b.factor, b.typical, b.level)), device)
+        bandwidths = linalg.pack(tuple(number for b in found for number in (b.factor, b.typical, b.level)), device)
         self.kernels(known, stash.xx, bandwidths, bytes_, sums, tops, stash.rows, rooms, counter, stash.coefficients)
         self.moments(known, stash.xx, stash.rows, bytes_, rooms, slots, counter, value, stash.coefficients)
         return value, stash

@@ -1,0 +1,122 @@
+r"""Rows that dominate, and the unbiased estimator, which leaves them out of nothing but the diagonal.
+
+HSIC_1 (Song et al. 2012) has no diagonal: of a row 10^4 times as large as the others the products hold 10^16, and the
+value what is left when that is taken off again. In exact arithmetic nothing depends on where the features' origin is;
+in fp32 everything does. So the origin is put amid the rows that do not dominate, and those that do are taken apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..moments import ROUNDING, Scalar
+from .linalg import exact
+
+GROUPS = 9  # of rows, whose means' median is a location that four of them may spoil
+APART = 8  # rows that may dominate
+
+
+def location(x: Tensor, keep: Tensor | None) -> Tensor:
+    """A point amid the rows of x [..., n, d] that few rows cannot move, however large: [..., 1, d].
+
+    The median, column by column, of the means of up to GROUPS groups; row i belongs to group i modulo their number.
+    ``keep`` bool [..., n] or None: which rows count.
+    """
+    groups = min(GROUPS, x.shape[-2])
+    rows = x.shape[-2] // groups * groups
+    parts = x[..., :rows, :].unflatten(-2, (-1, groups))
+    if keep is None:
+        means = parts.mean(-3)
+    else:
+        counted = keep[..., :rows].unflatten(-1, (-1, groups))[..., None]
+        means = torch.where(counted, parts, 0.0).sum(-3) / counted.sum(-3)  # NaN of a group without rows
+    middle = means.nanmedian(-2, keepdim=True).values
+    return torch.where(middle.isnan(), 0.0, middle)  # of no rows; a NaN among the features stays in them
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """|x_i|^2 of the rows of x [..., n, d]: [..., n]."""
+    return torch.linalg.vecdot(x, x)
+
+
+def largest(*norms: Tensor) -> Tensor:
+    """The rows that may dominate: of the largest squared norms (each [..., n]) over their median; [..., k] indices."""
+    n = norms[0].shape[-1]
+    score = sum(a / (a.median(-1, keepdim=True).values + 1e-12 * a.amax(-1, keepdim=True)) for a in norms)
+    assert isinstance(score, Tensor)
+    return score.topk(_few(n)).indices
+
+
+def marked(apart: Tensor) -> Tensor:
+    """The rows of `largest` again, from a vector [n] that is 1 for them and 0 for the others."""
+    return apart.topk(_few(len(apart))).indices
+
+
+def _few(n: int) -> int:
+    return max(1, min(APART, n // 2))
+
+
+def dominated(norms: Tensor) -> bool:
+    """Whether there are rows so much larger than the others that fp32 loses these beside them: a CPU looks.
+
+    ``norms`` [n] are squared, about any point near the others; 10^3 is 30 times the median row. (Of normal features the
+    largest of 10,000 is 35 times the median if they have one dimension, and less if they have more.)
+    """
+    return not bool(norms.amax() <= 1e3 * norms.median())  # so NaN too
+
+
+def without(keep: Tensor | None, index: Tensor, n: int) -> Tensor:
+    """``keep`` bool [..., n], or all rows, without those of ``index`` [..., k]."""
+    shape = (*index.shape[:-1], n)
+    keep = torch.ones(shape, dtype=torch.bool, device=index.device) if keep is None else keep.expand(shape)
+    return keep.scatter(-1, index, False)
+
+
+def bulk_mean(x: Tensor, keep: Tensor | None) -> Tensor:
+    """The mean of the rows of x [..., n, d] that count, but for those that may dominate: [..., 1, d], in x's dtype.
+
+    The unbiased estimator does not depend on where the features' origin is, its rounding does: about the mean of all
+    rows, one that is 10^4 times as large as the others stands in all of them.
+    """
+    middle = location(x, keep)
+    z = x - middle
+    if keep is not None:
+        z = torch.where(keep[..., None], z, 0.0)
+    rest = without(keep, largest(squared_norms(z)), x.shape[-2])[..., None]
+    return middle + torch.where(rest, z, 0.0).sum(-2, keepdim=True) / rest.sum(-2, keepdim=True).clamp(min=1)
+
+
+def u_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
+    """A Gram matrix [..., m, m] without its diagonal, U-centred (Szekely and Rizzo 2014), in its own memory.
+
+    K_ij - (r_i + r_j) / (n-2) + sum(r) / ((n-1)(n-2)) off the diagonal, with the row sums r: HSIC_1 is an inner product
+    of two of them over n (n-3), without another term. ``n`` rows count (at least 3; a number or a tensor [..., 1, 1]),
+    those of ``keep`` [..., m]; None: all.
+    """
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.zero_()
+    sums = gram.sum(-1, keepdim=True)
+    total = sums.sum(-2, keepdim=True)
+    shift = (sums / (n - 2.0) - total / (2.0 * (n - 1.0) * (n - 2.0))).to(gram.dtype)
+    gram -= shift
+    gram -= shift.mT
+    diagonal.zero_()
+    return gram if keep is None else gram.masked_fill_(~(keep[..., :, None] & keep[..., None, :]), 0.0)
+
+
+def noise(norms: Tensor, eps: float) -> Tensor:
+    """Largest <K, K> of off-diagonal entries that are rounding alone, from the squared norms [..., n]; [...], fp64.
+
+    An entry K_ij is off by some eps |x_i| |x_j|; ROUNDING eps allows for what centring adds.
+    """
+    norms = exact(norms)
+    pairs = norms.sum(-1).square() - norms.square().sum(-1)
+    return (ROUNDING * eps) ** 2 * pairs
+
+
+def alive(kk: Scalar, noise_: Scalar) -> Scalar:
+    """``kk``, but zero where it is noise: a side without variance. NaN stays."""
+    if isinstance(kk, Tensor):
+        return torch.where(kk <= noise_, 0.0, kk)
+    return 0.0 if kk <= noise_ else kk

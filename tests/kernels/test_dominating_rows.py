@@ -1,0 +1,290 @@
+"""The unbiased estimator where a few rows are far larger than all others, as a sequence's first token often is.
+
+HSIC_1 leaves out the diagonals of the Gram matrices. A row of size M puts M^4 there and about M^2 elsewhere, so that
+whoever computes with the diagonal and subtracts it loses the rest; and whoever centres by the mean spreads M over all
+rows. Bars: 1e-5 of the value; 1e-4 of the gradient in norm (fp32), plus the rounding of its two terms where these
+cancel (several dominating rows are alike in x and y: CKA is near 1 and both terms are larger than their difference).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import bird_kernels
+from bird_kernels import Statistics, cka, cka_loss, cka_matrix, plan, token_cka_loss
+from bird_kernels.matrix import hsic_matrix
+from bird_kernels.testing import evaluate, operator, truth
+
+COMPILED = pytest.mark.compiled
+SIZES = [10.0, 1e2, 1e3, 3e3, 1e4, 3e4]
+COUNTS = [1, 3, 5]  # dominating rows
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+VALUE = {torch.float64: 1e-7, torch.float32: 1e-5}  # the reference has 1e-8 of a row of 3e4 among 8
+GRADIENT = {torch.float64: 1e-7, torch.float32: 1e-4}
+COPIES = 16.0  # roundings of a gradient's terms; an fp32 Gram matrix by hand had up to 5 on this grid
+
+
+class Case(NamedTuple):
+    """Features x [n, p] and y [n, q], CKA, its gradient of x, and the norm of that gradient's two terms; fp64."""
+
+    x: Tensor
+    y: Tensor
+    value: float
+    dx: Tensor
+    terms: float
+
+
+@lru_cache(maxsize=80)
+def case(n: int, count: int, size: float, dtype: torch.dtype = torch.float32, where: str = "both") -> Case:
+    """Standard normal rows that share their geometry, ``count`` of them ``size`` large in two features of ``where``."""
+    wide = n <= 64
+    p, q = (40, 30) if wide else (24, 16)
+    generator = torch.Generator().manual_seed(n + count)
+    x = torch.randn(n, p, generator=generator, dtype=torch.float64)
+    y = torch.randn(n, q, generator=generator, dtype=torch.float64)
+    y += x[:, :q]
+    rows = torch.arange(count) * (n // count)
+    sizes = size * (1.0 + 0.1 * torch.arange(count, dtype=torch.float64))[:, None]
+    if where != "y":
+        x[rows, :2] = sizes
+    if where != "x":
+        y[rows if where != "apart" else rows + 1, :2] = sizes
+    x, y = x.to(dtype), y.to(dtype)
+    true = truth(x, y, "unbiased", "cka", sides="x")
+    assert true.dx is not None
+    return Case(x, y, true.value.item(), true.dx, _terms(x.double(), y.double()))
+
+
+def _terms(x: Tensor, y: Tensor) -> float:
+    """|2 L X| / sqrt(<K,K> <L,L>), with both Gram matrices hollow and doubly centred."""
+    k, l = (_hollow(a - a.median(0).values) for a in (x, y))
+    return (2.0 * (l @ (x - x.median(0).values)).norm() / (k.norm() * l.norm())).item()
+
+
+def _hollow(x: Tensor) -> Tensor:
+    n, k = len(x), (x @ x.T).fill_diagonal_(0.0)
+    r = k.sum(0) / (n - 2)
+    return (k - r[:, None] - r + r.sum() / (n - 1)).fill_diagonal_(0.0)
+
+
+def bar(dtype: torch.dtype) -> float:
+    """Of a value: halves are rounded before, and their products may be taken in halves."""
+    return VALUE.get(dtype, torch.finfo(dtype).eps / 32)
+
+
+def assert_right(found: float, true: float, dtype: torch.dtype = torch.float32) -> None:
+    assert abs(found - true) <= bar(dtype), f"{found} is {found - true:.2g} off {true}"
+
+
+def assert_gradient(found: Tensor, true: Case, sign: float = 1.0, share: float = 1.0) -> None:
+    """``found`` is ``sign * share`` times the gradient of CKA."""
+    dtype = found.dtype
+    error = (found.double() * (sign / share) - true.dx).norm().item()
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    relative = GRADIENT.get(dtype, 2.0 * torch.finfo(dtype).eps)
+    allowed = relative * true.dx.norm().item() + COPIES * eps * true.terms
+    assert error <= allowed, f"gradient: error {error / true.dx.norm():.2g} of its norm, allowed {allowed:.2g}"
+
+
+def loss_scale(true: Case) -> float:
+    """A power of two that brings the gradient near 1: fp16 has nothing below 6e-8."""
+    return 2.0 ** -torch.frexp(true.dx.abs().amax()).exponent.item()
+
+
+def check(true: Case, route: str, backend: str = "library") -> None:
+    upstream = loss_scale(true)
+    function = operator(route, backend, "unbiased", "cka")
+    found = evaluate(function, true.x, true.y, "x", upstream)
+    assert_right(found.value.item(), true.value, true.x.dtype)
+    assert found.dx is not None
+    assert_gradient(found.dx, true, share=upstream)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("n", [8, 64, 600, 2000])
+def test_value_and_gradient(n: int, count: int, size: float, route: str) -> None:
+    check(case(n, count, size), route)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", ["both", "x", "y", "apart"])
+@pytest.mark.parametrize("size", [1e2, 3e4])
+def test_dtypes_and_sides(size: float, where: str, dtype: torch.dtype, route: str) -> None:
+    """Rows that dominate in one side only, and others in x than in y: unrelated, CKA is near 0."""
+    for count in COUNTS:
+        check(case(64, count, size, dtype, where), route)
+
+
+@pytest.mark.parametrize("size", [1e2, 3e3, 3e4])
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_small_kernels(backend: str, size: float) -> None:
+    pytest.importorskip({"triton": "triton", "native": "bird_kernels._native"}[backend])
+    for count in (1, 3):
+        check(case(8, count, size), "gram", backend)
+
+
+def test_gradients_of_both_sides(route: str) -> None:
+    true = case(64, 1, 3e3)
+    found = evaluate(operator(route, "library", "unbiased", "cka"), true.x, true.y)
+    wanted = truth(true.x, true.y, "unbiased", "cka")
+    assert (found.dx - wanted.dx).norm() < 1e-4 * wanted.dx.norm()
+    assert (found.dy - wanted.dy).norm() < 1e-4 * wanted.dy.norm()
+
+
+@pytest.mark.parametrize("size", [1e2, 3e4])
+def test_masked(size: float, route: str) -> None:
+    """Rows that do not count are no rows that dominate."""
+    true = case(64, 1, size)
+    x, y = (torch.cat([a, a.new_full((7, a.shape[1]), 1e5), a.new_full((1, a.shape[1]), torch.nan)])
+            for a in (true.x, true.y))  # fmt: skip
+    mask = torch.arange(72) < 64
+    found = evaluate(operator(route, "library", "unbiased", "cka", mask=mask), x, y, "x")
+    assert_right(found.value.item(), true.value)
+    assert found.dx is not None
+    assert_gradient(found.dx[:64], true)
+    assert found.dx[64:].eq(0).all()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("n", [8, 64, 600, 2000])
+def test_statistics(n: int, count: int) -> None:
+    for size in SIZES:
+        true = case(n, count, size)
+        whole, parts = Statistics(), Statistics()
+        whole.update(true.x, true.y)
+        for x, y in zip(true.x.split(n // 2 - 1), true.y.split(n // 2 - 1), strict=True):
+            parts.update(x, y)
+        for statistics in (whole, parts):
+            assert_right(statistics.cka("unbiased").item(), true.value)
+            assert_gradient(statistics.gradient(true.x, true.y, "unbiased"), true, sign=-1.0)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("n", [8, 64, 600, 2000])
+def test_matrices(n: int, count: int) -> None:
+    """One layer for each size. Of 8 and 64 rows by Gram matrices, of more by products of features."""
+    cases = [case(n, count, size) for size in SIZES]
+    xs, ys = [true.x for true in cases], [true.y for true in cases]
+    for found in (cka_matrix(xs, ys, estimator="unbiased"), _cka(hsic_matrix(xs, ys, estimator="unbiased"))):
+        for value, true in zip(found.diagonal().tolist(), cases, strict=True):
+            assert_right(value, true.value)
+    itself = cka_matrix(xs, estimator="unbiased")
+    for value in itself.diagonal().tolist():
+        assert_right(value, 1.0)
+    assert_right(itself[0, 2].item(), truth(xs[0], xs[2], "unbiased", "cka", sides="").value.item())
+
+
+def _cka(found: Any) -> Tensor:
+    return found.xy / (found.xx[:, None].sqrt() * found.yy[None, :].sqrt())
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("n", [8, 64, 600, 2000])
+def test_sequences(n: int, count: int, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sequence for each size."""
+    monkeypatch.setattr(plan, "choose_route", lambda *sizes: route)
+    cases = [case(n, count, size) for size in SIZES]
+    x, y = torch.stack([true.x for true in cases]).requires_grad_(), torch.stack([true.y for true in cases])
+    value = token_cka_loss(x, y, tokens="sequence", estimator="unbiased")
+    (dx,) = torch.autograd.grad(value, x)
+    assert_right(value.item(), 1.0 - sum(true.value for true in cases) / len(cases))
+    for own, true in zip(dx, cases, strict=True):
+        assert_gradient(own, true, sign=-1.0, share=1.0 / len(cases))
+
+
+# ---------------------------------------------------------------------------------------------- as reported
+
+
+def test_two_features_of_one_row(route: str) -> None:
+    """64 x 576: 0.72793 is right; the loss was 1, without a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 576, generator=generator)
+    y = x + torch.randn(64, 576, generator=generator)
+    x[0, :2] = y[0, :2] = 3000.0
+    true = truth(x, y, "unbiased", "cka", sides="x")
+    assert true.value.item() == pytest.approx(0.72793, abs=1e-5)
+    found = evaluate(operator(route, "library", "unbiased", "cka"), x, y, "x")
+    assert_right(found.value.item(), true.value.item())
+    assert (found.dx - true.dx).norm() < 1e-4 * true.dx.norm()
+
+
+def test_one_row_of_two_thousand(route: str) -> None:
+    """2,000 x 100, one row at 1e4: of more rows than features, where the cross route is the cheaper one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 100, generator=generator)
+    y = x + torch.randn(2000, 100, generator=generator)
+    x[0], y[0] = 1e4 * x[0] / x[0].norm(), 1e4 * y[0] / y[0].norm()
+    true = truth(x, y, "unbiased", "cka", sides="x")
+    found = evaluate(operator(route, "library", "unbiased", "cka"), x, y, "x")
+    assert_right(found.value.item(), true.value.item())
+    assert (found.dx - true.dx).norm() < 1e-4 * true.dx.norm()
+    statistics = Statistics()
+    statistics.update(x, y)
+    assert_right(statistics.cka("unbiased").item(), true.value.item())
+    assert_right(cka_matrix([x], [y], estimator="unbiased").item(), true.value.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_first_tokens(dtype: torch.dtype) -> None:
+    """8 x 128 x 576, spread 0.3, the first token of each sequence at 2,500: the loss was 1."""
+    generator = torch.Generator().manual_seed(0)
+    x = 0.3 * torch.randn(8, 128, 576, generator=generator)
+    y = x + 0.3 * torch.randn(8, 128, 576, generator=generator)
+    x[:, 0, 0] = y[:, 0, 0] = 2500.0
+    x, y = x.to(dtype).requires_grad_(), y.to(dtype)
+    each = [truth(a, b, "unbiased", sides="x") for a, b in zip(x.detach(), y, strict=True)]
+    value = token_cka_loss(x, y, tokens="sequence", estimator="unbiased")
+    (dx,) = torch.autograd.grad(value, x)
+    assert_right(value.item(), sum(true.value.item() for true in each) / 8, dtype)
+    wanted = torch.stack([true.dx for true in each]) / 8
+    assert (dx.double() - wanted).norm() < max(1e-4, torch.finfo(dtype).eps) * wanted.norm()
+
+
+# ---------------------------------------------------------------------------------------------- really collapsed
+
+
+@pytest.mark.parametrize("size", [0.0, 10.0, 3e4])
+@pytest.mark.parametrize("level", [0.0, 0.1, 1000.3])
+@pytest.mark.parametrize("n", [8, 64, 601])
+def test_a_side_that_is_collapsed(n: int, level: float, size: float, route: str) -> None:
+    """All rows equal but for one: between any two rows of the others nothing differs, and HSIC_1 is zero."""
+    true = case(n, 1, 10.0) if n < 600 else case(600, 1, 10.0)
+    x, y = torch.full_like(true.x, level), true.y
+    x[3, :2] += size
+    for both in ((x, y), (y, x)):
+        found = evaluate(operator(route, "library", "unbiased", "cka_loss"), *both)
+        assert found.value.item() == 1.0
+        assert found.dx.eq(0).all()
+        assert found.dy.eq(0).all()
+        statistics = Statistics()
+        statistics.update(*both)
+        assert statistics.cka("unbiased").item() == 0.0
+        assert statistics.gradient(*both, "unbiased").eq(0).all()
+        assert cka_matrix(both[:1], both[1:], estimator="unbiased").item() == 0.0
+        tokens = both[0][None].clone().requires_grad_()
+        loss = token_cka_loss(tokens, both[1][None], tokens="sequence", estimator="unbiased")
+        assert loss.item() == 1.0
+        assert torch.autograd.grad(loss, tokens)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("size", [1e3, 3e4])
+def test_the_biased_estimator_is_as_it_was(size: float, route: str) -> None:
+    for count in COUNTS:
+        x, y = case(64, count, size)[:2]
+        found = evaluate(operator(route, "library", "biased", "cka"), x, y, "x")
+        true = truth(x, y, "biased", "cka", sides="x")
+        assert_right(found.value.item(), true.value.item())
+
+
+@pytest.mark.parametrize("function", [cka, partial(cka_loss, estimator="unbiased")])
+def test_the_public_functions_take_the_same_way(function: Any) -> None:
+    true = case(64, 1, 3e3)
+    value = function(true.x, true.y, **({} if isinstance(function, partial) else {"estimator": "unbiased"})).item()
+    assert_right(value if function is cka else 1.0 - value, true.value)
+    assert_right(bird_kernels.cka(true.x, true.y, estimator="unbiased", backend="library").item(), true.value)
