@@ -16,16 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .types import Plan, Problem, Route, Transport, Variant
-
-# Data-sheet peaks: fp32, tf32 and half TFLOP/s (dense), memory TB/s. Floors are computed from them and say so.
-PEAKS = {
-    "A100": (19.5, 156.0, 312.0, 2.0),
-    "H100": (67.0, 494.0, 989.0, 3.35),
-    "H200": (67.0, 494.0, 989.0, 4.8),
-    "B200": (75.0, 1100.0, 2250.0, 8.0),
-}
-
+from .types import Choice, Plan, Problem, Route, Sheet, Transport, Variant
 
 # Of linear kernels, the limit of the native backend, which holds all rows of some features in shared memory
 # (csrc/kernels.h), and of the Triton backend, whose programs read all rows of their columns.
@@ -184,10 +175,10 @@ def minimum_bytes(problem: Problem, route: Route) -> int:
 
 
 def describe(
-    problem: Problem, route: Route, backend: str, rejected: dict[str, str], device_name: str = "", measured: str = "",
-    transport: Transport | None = None,
-) -> Plan:  # fmt: skip
-    """The plan that ``explain`` prints, with work, traffic and floor; ``measured`` says why this backend, if known."""
+    problem: Problem, route: Route, choice: Choice, sheet: Sheet | None = None, transport: Transport | None = None
+) -> Plan:
+    """The plan that ``explain`` prints, with work, traffic and, where the device's ``sheet`` is known, the floor."""
+    backend = choice.backend
     n, p, q = problem.n, problem.p, problem.q
     sides = problem.x_grad, problem.y_grad
     other: Route = "cross" if route == "gram" else "gram"
@@ -201,13 +192,13 @@ def describe(
         problem=problem,
         route=route,
         backend=backend,
-        tile="; ".join(filter(None, (_tile(problem, route, backend), measured))),
+        tile=_tile(problem, route, backend),
         flops=flops,
         bytes=traffic,
         workspace=workspace(problem, route, backend),
         why=why,
-        floor=_floor(problem, flops, traffic, device_name),
-        rejected=rejected,
+        floor=_floor(problem, flops, traffic, sheet),
+        choice=choice,
         transport=transport,
     )
 
@@ -250,11 +241,11 @@ def _tile(problem: Problem, route: Route, backend: str) -> str:
     return f"{count} tiles of {t.block} x {t.block}, inner step {t.step}{split}, {launched} launches{library}"
 
 
-def _floor(problem: Problem, flops: int, traffic: int, device_name: str) -> str:
-    peaks = next((v for k, v in PEAKS.items() if k in device_name), None)
-    if peaks is None:
+def _floor(problem: Problem, flops: int, traffic: int, sheet: Sheet | None) -> str:
+    if sheet is None:
         return "unknown for this device"
-    kind = 2 if problem.dtype.itemsize == 2 else (0 if problem.precision in (None, "ieee") else 1)
-    times = flops / peaks[kind] * 1e-6, traffic / peaks[3] * 1e-6
+    fp32 = sheet.fp32 if problem.precision in (None, "ieee") else sheet.tf32
+    peak = sheet.half if problem.dtype.itemsize == 2 else fp32
+    times = flops / peak * 1e-6, traffic / sheet.memory * 1e-6
     bound = "arithmetic" if times[0] > times[1] else "memory"
-    return f"{max(times):.3g} us, bound by {bound} (data-sheet peaks, {device_name})"
+    return f"{max(times):.3g} us, bound by {bound} (data-sheet peaks, {sheet.name})"

@@ -15,7 +15,8 @@ INTERPRETED = DEVICE.type == "cpu"  # Triton's and CUDA's kernels are emulated, 
 if INTERPRETED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any import of one
     os.environ.setdefault("BIRD_EMULATE", "1")
-
+os.environ.setdefault("BIRD_STRICT", "1")  # a kernel that fails is a failure, not a fallback
+os.environ.setdefault("BIRD_TUNING", "off")  # what somebody measured on this machine decides nothing
 
 # No Triton for this system, no native part built: no tests of its kernels.
 NEEDS = {"library": "torch", "triton": "triton", "native": "bird_kernels._native"}

@@ -18,6 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .. import tuning
 from ..moments import Coefficients
 from ..types import Problem, Route, Shapes, Stash
 from . import library
@@ -60,12 +61,21 @@ def forward(
 ) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None.
 
-    ``symmetric``: how our own kernel multiplies a side with itself (halves and tf32); None: the library does.
+    ``symmetric``: how our own kernel multiplies a side with itself (halves and tf32); None: the library does, unless
+    that kernel was measured to be faster on this device (`tuning`).
     """
     if not _is_here(problem, route):
         return library.forward(x, y, mask, problem, route)
+    symmetric = symmetric or _measured(problem)
     with device_of(x), fp32_products(problem):
         return _launches_of(problem, route, precision_of(problem)).forward(x, y, mask, symmetric)
+
+
+def _measured(problem: Problem) -> Configuration | None:
+    if not (problem.device.type == "cuda" and torch.cuda.is_available()):
+        return None
+    known = tuning.product_kernel(problem._replace(precision=precision_of(problem)))  # type: ignore[arg-type]
+    return None if known is None else Configuration(*known)
 
 
 def backward(

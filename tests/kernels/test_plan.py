@@ -11,14 +11,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bird_kernels import backends, plan
+from bird_kernels import backends, cost, plan
 from bird_kernels.backends import library, linalg
 from bird_kernels.testing import features
-from bird_kernels.types import Problem
+from bird_kernels.types import Choice, Cost, Problem
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 SIZES = [1, 2, 3, 5, 13, 34, 64, 100, 128, 200, 333, 512, 700, 2048, 30_000]
 SIDES = [(True, False), (False, True), (True, True), (False, False)]
+
+
+def chosen(backend: str) -> Choice:
+    return Choice(backend, "asked for")
 
 
 def shapes() -> Iterator[tuple[int, int, int, bool, bool]]:
@@ -159,26 +163,28 @@ def test_launches(sides: tuple[bool, bool]) -> None:
     assert plan.launches(problem) == (2, int(any(sides)))
     unbiased = problem._replace(estimator="unbiased", masked=True)
     assert plan.launches(unbiased) == (3, int(any(sides)))
-    text = str(plan.describe(problem, "gram", "triton", {}))
+    text = str(plan.describe(problem, "gram", chosen("triton")))
     assert f"3 tiles of 64 x 64, inner step 32, split 16 + 10 ways, {2 + any(sides)} launches" in text
 
 
 @pytest.mark.parametrize(("dtype", "tflops"), [(torch.float32, 67.0), (torch.bfloat16, 989.0)], ids=str)
 def test_floor(dtype: torch.dtype, tflops: float) -> None:
     """Data-sheet figures: the larger of the times for arithmetic and memory, and which it is."""
-    large = plan.describe(Problem(8192, 4096, 4096, dtype, GPU), "gram", "library", {}, "NVIDIA H100 80GB HBM3")
-    assert (
-        large.floor
-        == f"{large.flops / tflops * 1e-6:.3g} us, bound by arithmetic (data-sheet peaks, NVIDIA H100 80GB HBM3)"
-    )
-    small = plan.describe(Problem(16, 4096, 4096, dtype, GPU), "gram", "library", {}, "NVIDIA H100 80GB HBM3")
+    sheet = cost.sheet_of("NVIDIA H100 80GB HBM3")
+    large = plan.describe(Problem(8192, 4096, 4096, dtype, GPU), "gram", chosen("library"), sheet)
+    assert large.floor == f"{large.flops / tflops * 1e-6:.3g} us, bound by arithmetic (data-sheet peaks, H100)"
+    small = plan.describe(Problem(16, 4096, 4096, dtype, GPU), "gram", chosen("library"), sheet)
     assert small.floor.startswith(f"{small.bytes / 3.35 * 1e-6:.3g} us, bound by memory")
-    assert plan.describe(large.problem, "gram", "library", {}).floor == "unknown for this device"
+    assert plan.describe(large.problem, "gram", chosen("library")).floor == "unknown for this device"
 
 
 def test_a_plan_is_worth_reading() -> None:
     problem = Problem(128, 512, 300, torch.bfloat16, GPU, "cka", "unbiased", None, True, True, True)
-    made = plan.describe(problem, "gram", "library", {"triton": "has a reason"})
+    predicted = {"triton": Cost(56, 14.58, 3), "library": Cost(99, 104.2, 8)}
+    choice = Choice(
+        "library", "measured fastest at 128 x 512 x 512", {"native": "has a reason"}, predicted, {"library": 9.0}
+    )
+    made = plan.describe(problem, "gram", choice)
     text = str(made)
     for part in (
         "cka (unbiased, linear) of x [128, 512] and y [128, 300], bfloat16 on cuda:0, masked",
@@ -186,15 +192,16 @@ def test_a_plan_is_worth_reading() -> None:
         "route      gram: ",
         "backend    library, library products",
         "kflop" if made.flops < 1e6 else "Mflop",
+        "because    measured fastest at 128 x 512 x 512\n",
+        "time       triton: predicted 56 us (14.6 on the device, 3 launches)\n",
+        "time       library: predicted 104 us (104 on the device, 8 launches), measured 9 us\n",
         "B beyond inputs and gradients",
-        "not triton   has a reason",
+        "not native   has a reason",
     ):
         assert part in text
     assert made.flops == plan.route_flops("gram", 128, 512, 300, True, True)
-    chosen = str(plan.describe(problem, "gram", "library", {}, measured="fastest at 128 x 512 x 512: library 9 us"))
-    assert "backend    library, library products; fastest at 128 x 512 x 512: library 9 us\n" in chosen
-    assert "shared memory at a time, 3 launches" in str(plan.describe(problem, "gram", "native", {}))
+    assert "shared memory at a time, 3 launches" in str(plan.describe(problem, "gram", chosen("native")))
     forward = problem._replace(x_grad=False, y_grad=False)
-    assert "shared memory at a time, 2 launches" in str(plan.describe(forward, "gram", "native", {}))
+    assert "shared memory at a time, 2 launches" in str(plan.describe(forward, "gram", chosen("native")))
     with pytest.raises(dataclasses.FrozenInstanceError):
         made.route = "cross"

@@ -43,7 +43,7 @@ HOUSE = {
     "bird_kernels": [
         {"__init__"},
         {"testing"},
-        {"modules", "statistics", "tokens"},
+        {"modules", "statistics", "tokens", "tuner"},
         {"functional"},
         {"pairs", "matrix"},
         {"global_batch"},
@@ -55,9 +55,10 @@ HOUSE = {
         {"backends.triton"},
         {"backends.library_rbf"},
         {"backends.library", "backends.native", "sequences"},
-        {"backends.dominating"},
+        {"tuning"},
+        {"cost", "backends.dominating"},
         {"plan", "backends.linalg"},
-        {"moments", "distributed", "timings", "transport"},
+        {"moments", "distributed", "transport", "clocks"},
         {"types", "reference"},
         {"_native"},  # csrc/, where it is built
     ],
