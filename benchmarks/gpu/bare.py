@@ -13,9 +13,37 @@ from types import ModuleType
 
 # torch, triton and numpy with what they depend on; transformers with its own; what builds an extension; ourselves.
 INSTALLED = frozenset(
-    "torch torchgen functorch triton numpy filelock fsspec jinja2 markupsafe mpmath networkx sympy typing_extensions "
-    "nvidia setuptools pkg_resources packaging ninja transformers tokenizers safetensors huggingface_hub regex yaml "
-    "requests bird bird_kernels benchmarks tests".split()
+    [
+        "torch",
+        "torchgen",
+        "functorch",
+        "triton",
+        "numpy",
+        "filelock",
+        "fsspec",
+        "jinja2",
+        "markupsafe",
+        "mpmath",
+        "networkx",
+        "sympy",
+        "typing_extensions",
+        "nvidia",
+        "setuptools",
+        "pkg_resources",
+        "packaging",
+        "ninja",
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "huggingface_hub",
+        "regex",
+        "yaml",
+        "requests",
+        "bird",
+        "bird_kernels",
+        "benchmarks",
+        "tests",
+    ]
 )
 VARIABLES = {
     "TRITON_INTERPRET": "1",

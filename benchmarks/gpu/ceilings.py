@@ -1,4 +1,4 @@
-"""What this device reaches at its best: copies, the library's products at the sizes that matter, launches and replays."""
+"""What this device reaches at its best: copies, library products at the sizes that matter, launches, replays."""
 
 from __future__ import annotations
 

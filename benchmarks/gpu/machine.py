@@ -1,6 +1,6 @@
-"""What a phase asks of the device: to wait, to capture a call and replay it, to time it. A CPU stands in at a rehearsal.
+"""What a phase asks of the device: to wait, to capture a call and replay it, to time it.
 
-On a CPU there are no graphs: a captured call is the call itself, and its times are the wall's.
+At a rehearsal a CPU stands in. There are no graphs: a captured call is the call itself, and its times are the wall's.
 """
 
 from __future__ import annotations

@@ -85,21 +85,21 @@ def begin(run: Run) -> None:
         raise SystemExit(f"{run.events} is there already: one run a folder")
     run.event(
         "start", seconds=run.seconds, rehearse=run.rehearse, python=platform.python_version(), cores=os.cpu_count(),
-        system=platform.platform(), sources=sources(), smi=smi(SMI), nvcc=" ".join(output("nvcc", "--version").split()[-7:-1]),
+        system=platform.platform(), sources=sources(), smi=smi(SMI),
+        nvcc=" ".join(output("nvcc", "--version").split()[-7:-1]),
     )  # fmt: skip
 
 
 def session(run: Run) -> None:
     """Compile, then measure."""
-    with contextlib.ExitStack() as stack:
-        building = stack.enter_context(run.process(*_build(run)))
+    with run.process(*_build(run)) as building:  # what is not ready at its deadline is stopped: it would disturb
         _warm(run)
         run.drive(["ceilings"])
         while building.poll() is None and time.time() < run.until("native"):
             time.sleep(0.1)
         status = building.poll()
         run.event("native build", status="not ready" if status is None else status)
-        run.drive(["correctness", "times", "prototypes", "profiles", "rivals"])
+    run.drive(["correctness", "times", "prototypes", "profiles", "rivals"])
     run.event("device", smi=smi(SMI))
 
 

@@ -189,5 +189,5 @@ class _Watched:
         grace = min(5.0, 0.02 * run.seconds)
         if now > run.until(state["phase"]) + grace:
             return "the time of the phase was over"
-        limit = run.stages[state["phase"]].limit
+        limit = run.stages[state["phase"]].limit * (10 if run.rehearse else 1)
         return f"took more than {limit:g} s" if now - state["since"] > limit else None

@@ -3,8 +3,10 @@ the hand-written forms through torch.compile."""
 
 from __future__ import annotations
 
+import contextlib
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,21 +16,27 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu import correctness
 from benchmarks.gpu.contest import Candidate, compete
 from benchmarks.gpu.context import Context, Item, Row, failure
-from benchmarks.gpu.problems import OURS, Question, judge_pair, questions
+from benchmarks.gpu.problems import Question, judge_pair, questions
 from benchmarks.kernels import measure, providers
 from benchmarks.kernels.problems import fp32_products
 
 # What torch.compile is asked: the paper's batch, a read-bound and two large ones.
 COMPILED = (0, 1, 2, 3)
+WARMED = ("library", "triton")  # those that compile; the native part is being built meanwhile
 PROFILED = ("auto", "library", "triton")
 
 
 def warm_items(context: Context) -> Sequence[Item]:
-    """Every call that later phases make, once, so that Triton's cache on the disk has its kernels."""
-    wanted = questions(context.rehearse)[: 2 if context.rehearse else None]
-    asked = [Item(f"{question.name} {name}", partial(_warm, question, name)) for question in wanted for name in OURS]
-    checked = [Item(str(check.name), partial(_warm_check, check)) for check in correctness.items(context)]
-    return [*asked, *checked[: 2 if context.rehearse else None]]
+    """Calls that later phases make, once, so that Triton's cache on the disk has their kernels; mixed, to be shared."""
+    wanted = questions(context.rehearse)
+    found = [Item(f"{question.name} {name}", partial(_warm, question, name)) for question in wanted for name in WARMED]
+    found += [
+        Item(str(check), partial(_warm_check, check))
+        for check in correctness.chosen(context.rehearse)
+        if check.backend in WARMED
+    ]
+    random.Random(0).shuffle(found)
+    return found[: 4 if context.rehearse else None]
 
 
 def _warm(question: Question, name: str, context: Context) -> Iterator[Row]:
@@ -36,19 +44,22 @@ def _warm(question: Question, name: str, context: Context) -> Iterator[Row]:
     with fp32_products(question.case.precision):
         candidates, _ = question.ask(context.machine, (name,))
         for candidate in candidates:
-            try:
-                candidate.run()
-            except ValueError:  # a backend that does not do this; the phase of times says so
-                return
-            context.machine.wait()
-    yield {"event": "compiled", "seconds": time.perf_counter() - start}
+            yield from _once(candidate.run, start, context)
 
 
-def _warm_check(item: Item, context: Context) -> Iterator[Row]:
+def _warm_check(check: correctness.Check, context: Context) -> Iterator[Row]:
     start = time.perf_counter()
-    for _ in item.run(context):
-        pass
-    yield {"event": "compiled", "seconds": time.perf_counter() - start}
+    device = context.machine.device
+    call = partial(correctness.evaluated, check, check.mask(device), *check.features(device, seed=0))
+    with fp32_products(check.number):
+        yield from _once(call, start, context)
+
+
+def _once(run: Callable[[], object], start: float, context: Context) -> Iterator[Row]:
+    with contextlib.suppress(ValueError):  # a backend that does not do this; later phases say so
+        run()
+    context.machine.wait()
+    yield {"event": "compiled", "seconds": round(time.perf_counter() - start, 3)}
 
 
 def items(context: Context) -> Sequence[Item]:
@@ -94,8 +105,7 @@ def _profile(question: Question, name: str, context: Context) -> Iterator[Row]:
     kernels: dict[str, list[float]] = {}
     for event in seen.events():
         if event.device_type == kind and not getattr(event, "is_user_annotation", False):
-            elapsed = event.self_device_time_total if machine.is_cuda else event.self_cpu_time_total
-            kernels.setdefault(event.name, []).append(elapsed)
+            kernels.setdefault(event.name, []).append(event.time_range.elapsed_us())
     for order, (kernel, elapsed) in enumerate(kernels.items()):
         yield about | {
             "status": "ok", "order": order, "kernel": kernel[:200], "launches": len(elapsed), "us": sum(elapsed),
