@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.gpu import ceilings, correctness, lines, prototypes, times
+from benchmarks.gpu import ceilings, correctness, lines, prototypes, sweeps, times
 from benchmarks.gpu.context import Phase
 
 PHASES = {
@@ -13,4 +13,7 @@ PHASES = {
     "prototypes": Phase(prototypes.items, lines.ROWS),
     "profiles": Phase(times.profile_items, lines.KERNELS),
     "rivals": Phase(times.rival_items, lines.ROWS),
+    # Of `benchmarks.gpu.sweep`:
+    "precompile": Phase(sweeps.warm_items, lines.SWEEP),
+    "sweep": Phase(sweeps.items, lines.SWEEP),
 }

@@ -7,6 +7,7 @@ sum goes, the bias as rows of the mixing matrix or beside it, and what splitting
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
@@ -144,7 +145,7 @@ def _cross(x: Tensor, y: Tensor) -> tuple[dict[str, Callable[[], Answer]], dict[
         "own": lambda: wide[:, :q].T @ wide[:, :q],
         "weights": lambda: weights.double(),
     }
-    return found | _symmetric(made), truths
+    return found | _symmetric(made.z[:, :q], "own", True), truths
 
 
 def _gradient(x: Tensor, y: Tensor) -> Tensor:
@@ -171,17 +172,27 @@ def _gram(x: Tensor, y: Tensor) -> tuple[dict[str, Callable[[], Answer]], dict[s
     for count in SPLITS:
         if p % count == 0:
             found[f"gram, {count} splits"] = partial(split, count)
-    return found, {
+    return found | _symmetric(x, "gram", False), {
         "gram": lambda: x.double() @ x.double().T,
         "backward": lambda: mixing.double() @ x.double(),
     }
 
 
-def _symmetric(made: Shifted) -> dict[str, Callable[[], Answer]]:
-    """The configurations of the symmetric kernel, where this version of the package has one."""
-    if importlib.util.find_spec(SYMMETRIC) is None:
+def _symmetric(z: Tensor, truth: str, transposed: bool) -> dict[str, Callable[[], Answer]]:
+    """The configurations of the symmetric kernel, where this version of the package has one and the rows allow it."""
+    if importlib.util.find_spec(SYMMETRIC) is None or z.stride(0) * z.itemsize % 16 or z.stride(1) != 1:
         return {}
-    return {}
+    symmetric = importlib.import_module(SYMMETRIC)
+    device = torch.cuda.get_device_capability(z.device) if z.is_cuda else (0, 0)
+    tf32 = z.dtype == torch.float32
+
+    def multiply(configuration: object) -> Answer:
+        return Answer(truth, symmetric.multiply(z, transposed, 1, configuration, tf32)[0])
+
+    return {
+        f"symmetric {c.rows} x {c.columns} x {c.step} bytes, {c.warps} warps, {c.stages} stages": partial(multiply, c)
+        for c in symmetric.fitting(device)
+    }
 
 
 def _compete(question: Question, make: Callable[[Tensor, Tensor], tuple], context: Context) -> Iterator[Row]:

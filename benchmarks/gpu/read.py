@@ -33,7 +33,8 @@ CLOCKS = ("graph", "device")  # the first that a row has is its time
 
 def rows(folder: Path) -> list[Row]:
     """All that was timed; of a question that was asked twice, because a process died of it, the last answer."""
-    found = {tuple(row.get(name, "") for name in KEY): row for row in lines.read(folder / lines.ROWS)}
+    swept = [row for row in lines.read(folder / lines.SWEEP) if "status" in row and "phase" in row]
+    found = {tuple(row.get(name, "") for name in KEY): row for row in (*lines.read(folder / lines.ROWS), *swept)}
     return list(found.values())
 
 
@@ -81,7 +82,7 @@ def page(folder: Path) -> str:
     found = rows(folder)
     events = list(lines.read(folder / lines.EVENTS))
     return "\n\n".join(
-        filter(None, (_heading(found, events), table(folder), _correct(folder), _rates(found), _prototypes(found)))
+        filter(None, (_heading(found, events), table(folder), _correct(folder), _rates(found), _parts(found)))
     ) + "\n"  # fmt: skip
 
 
@@ -169,16 +170,18 @@ def _rates(found: Sequence[Row]) -> str:
     return text
 
 
-def _prototypes(found: Sequence[Row]) -> str:
-    chosen = [row for row in found if row["phase"] in ("prototypes", "sweep")]
-    if not chosen:
-        return ""
-    text = "## Prototypes\n\n| problem | what | clock | median or status |\n|---|---|---|---|"
-    for row in chosen:
-        if row.get("timer") in (None, *CLOCKS):
-            time = _time(row["p50"]) if row.get("p50") else row["status"]
-            text += f"\n| {row.get('problem', row['item'])} | {row['candidate']} | {row.get('timer', '')} | {time} |"
-    return text
+def _parts(found: Sequence[Row]) -> str:
+    """Prototypes, sweeps and checkers."""
+    text = ""
+    for phase in ("prototypes", "sweep", "checks"):
+        chosen = [row for row in found if row["phase"] == phase and row.get("timer") in (None, *CLOCKS)]
+        if chosen:
+            text += f"\n\n## {phase.capitalize()}\n\n| problem | what | clock | median or status |\n|---|---|---|---|"
+        for row in chosen:
+            time = _time(row["p50"]) if row.get("p50") else f"{row['status']} {row.get('message', '')}"
+            what = row.get("candidate", row["item"])
+            text += f"\n| {row.get('problem', '')} | {what} | {row.get('timer', '')} | {time} |"
+    return text.strip()
 
 
 def main() -> None:
@@ -193,7 +196,10 @@ def main() -> None:
     text = page(options.folder)
     (target / "page.md").write_text(text, encoding="utf-8")
     print(text)
-    print(f"{tuning_table(options.folder, target / 'tuning.json')} rows in {target / 'tuning.json'}")
+    try:
+        print(f"{tuning_table(options.folder, target / 'tuning.json')} rows in {target / 'tuning.json'}")
+    except ImportError as error:  # the page needs no torch
+        print(f"no tuning.json: {error}")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def begin(run: Run) -> None:
 def session(run: Run) -> None:
     """Compile, then measure."""
     with run.process(*_build(run)) as building:  # what is not ready at its deadline is stopped: it would disturb
-        _warm(run)
+        warm(run)
         run.drive(["ceilings"])
         while building.poll() is None and time.time() < run.until("native"):
             time.sleep(0.1)
@@ -115,18 +115,16 @@ def _build(run: Run) -> tuple[list[str], Path]:
     return ["env", *(f"{name}={value}" for name, value in variables.items()), *command], run.folder / lines.BUILD
 
 
-def _warm(run: Run) -> None:
+def warm(run: Run, phase: str = "warm") -> None:
     """Processes that make each later call once; what they have not compiled by the deadline is compiled when needed."""
     count = 2 if run.rehearse else max(2, min(COMPILERS, (os.cpu_count() or 4) - 2))
     with contextlib.ExitStack() as stack:
-        workers = [
-            stack.enter_context(run.process(run.worker(["warm"], "--part", str(part), "--parts", str(count)), run.log))
-            for part in range(count)
-        ]
-        run.event("phase", name="warm", processes=count)
-        while any(worker.poll() is None for worker in workers) and time.time() < run.until("warm"):
+        run.event("phase", name=phase, processes=count)
+        commands = [run.worker([phase], "--part", str(part), "--parts", str(count)) for part in range(count)]
+        workers = [stack.enter_context(run.process(command, run.log)) for command in commands]
+        while any(worker.poll() is None for worker in workers) and time.time() < run.until(phase):
             time.sleep(0.05)
-        run.event("warm", finished=sum(worker.poll() == 0 for worker in workers), processes=count)
+        run.event(phase, finished=sum(worker.poll() == 0 for worker in workers), processes=count)
 
 
 def smi(query: str) -> str:

@@ -44,7 +44,8 @@ def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Name
             context.items_left = len(items) - index
             row = {"phase": name, "item": item.name}
             if context.left() <= 0:
-                lines.write(folder / lines.EVENTS, row | {"event": "left out", "items": len(items) - index})
+                events = lines.SWEEP if phase.file == lines.SWEEP else lines.EVENTS
+                lines.write(folder / events, row | {"event": "left out", "items": len(items) - index})
                 break
             report(row | {"index": index, "file": phase.file})
             _do(folder / phase.file, item, context, origin | row)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -125,6 +124,23 @@ def test_a_short_run_ends_in_time(tmp_path: Path) -> None:
     assert [event["event"] for event in lines.read(tmp_path / "run" / lines.EVENTS)][-1] == "end"
 
 
+def test_the_second_run(tmp_path: Path) -> None:
+    """Sweeps beside the call as it is, and a row for each checker."""
+    run = rehearsal(tmp_path, 8, "--sweep")
+    said, _ = run.communicate(timeout=500)
+    assert run.returncode == 0, said
+    assert {path.name for path in tmp_path.iterdir()} == {lines.SWEEP, lines.SWEEP_LOG}
+    rows = read.rows(tmp_path)
+    assert {row["status"] for row in rows} == {"ok", "refused"}
+    swept = [row for row in rows if row["phase"] == "sweep"]
+    assert {"as it is"} < {row["candidate"] for row in swept}
+    assert any("warps" in str(row["candidate"]) for row in swept)
+    assert all(row["p50"] > 0 for row in swept)
+    checked = {row["item"]: row["status"] for row in rows if row["phase"] == "checks"}
+    assert checked == {"memcheck": "ok", "racecheck": "ok", "tests": "refused"}
+    assert "| as it is |" in read.page(tmp_path)
+
+
 def test_killed_in_the_middle(tmp_path: Path) -> None:
     """What was known is there, in whole lines, and no process goes on."""
     folder = tmp_path / "run"
@@ -157,7 +173,7 @@ def processes_of(folder: Path) -> list[str]:
     return [command for command in commands if "benchmarks.gpu.worker" in command and str(folder) in command]
 
 
-# ------------------------------------------------------------------------------------- workers that die, in stdlib alone
+# ------------------------------------------------------------------------------------------ workers that die
 
 WORKER = """
     import json, os, sys, time
@@ -188,16 +204,21 @@ class Faked(Run):
 
 
 @pytest.fixture
-def faked(tmp_path: Path) -> Iterator[Faked]:
+def faked(tmp_path: Path) -> Faked:
     stages = {"a": Stage(0.9, limit=2.0), "b": Stage(0.9), "c": Stage(0.95)}
-    yield Faked(tmp_path, 0.3, False, stages, lines.EVENTS, lines.LOG)
+    return Faked(tmp_path, 0.3, False, stages, lines.EVENTS, lines.LOG)
 
 
 def test_workers_that_die_are_replaced(faked: Faked) -> None:
     """One aborts, one hangs beyond its limit, one loses its device in a step, one hangs to the end of the run."""
     faked.drive(["a", "b", "c"])
     assert time.time() < faked.end + 3
-    assert (faked.folder / "done").read_text().split() == "a0 a1 a2 a3 b0 b0 b1 b2 b3 c0 c1".split()
+    assert (faked.folder / "done").read_text().split() == [
+        *("a0", "a1", "a2", "a3"),
+        *("b0", "b0", "b1", "b2", "b3"),
+        "c0",
+        "c1",
+    ]
     failures = [(row["item"], row["message"], row["device"]) for row in lines.read(faked.folder / lines.ROWS)]
     assert failures[:2] == [("item 1", "ended by SIGABRT", "D"), ("item 2", "took more than 2 s", "D")]
     assert [item for item, *_ in failures[2:]] == ["item 1"]  # b's worker writes its own row before exit status LOST
@@ -212,7 +233,7 @@ def test_hopeless_workers_are_given_up(faked: Faked) -> None:
     assert events == ["gave up"]
 
 
-# ------------------------------------------------------------------------------------- candidates, rows, packages
+# ------------------------------------------------------------------------------------------ candidates, rows, packages
 
 
 def test_a_candidate_that_fails_stops_nobody() -> None:
