@@ -106,6 +106,11 @@ def tuning_table(folder: Path, path: Path) -> int:
     return len(found)
 
 
+def summary(folder: Path) -> str:
+    """What the end of a run prints: the table, what is wrong, the ceilings."""
+    return "\n\n".join(filter(None, (table(folder), _correct(folder), _rates(rows(folder)))))
+
+
 def _heading(found: Sequence[Row], events: Sequence[Row]) -> str:
     origin = found[0] if found else {}
     start = events[0] if events else {}

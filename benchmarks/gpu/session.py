@@ -49,7 +49,7 @@ def main() -> None:
         begin(run)
         session(run)
     run.event("end", **read.counts(run.folder))
-    print(read.table(run.folder))
+    print(read.summary(run.folder))
 
 
 def arguments(description: str, minutes: float) -> argparse.Namespace:
@@ -92,7 +92,7 @@ def begin(run: Run) -> None:
 
 def session(run: Run) -> None:
     """Compile, then measure."""
-    with run.process(*_build(run)) as building:  # what is not ready at its deadline is stopped: it would disturb
+    with _build(run) as building:  # what is not ready at its deadline is stopped: it would disturb
         warm(run)
         run.drive(["ceilings"])
         while building.poll() is None and time.time() < run.until("native"):
@@ -103,16 +103,14 @@ def session(run: Run) -> None:
     run.event("device", smi=smi(SMI))
 
 
-def _build(run: Run) -> tuple[list[str], Path]:
-    """The command that builds the native part for this device alone, and its log."""
+def _build(run: Run) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """The native part is built for this device alone."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    variables = {"BIRD_BUILD_EXT": "1"}
-    capability = smi("compute_cap")
-    if capability:
-        variables["TORCH_CUDA_ARCH_LIST"] = capability
     if run.rehearse:
         command = [sys.executable, "-c", "print('a rehearsal builds nothing')"]
-    return ["env", *(f"{name}={value}" for name, value in variables.items()), *command], run.folder / lines.BUILD
+    capability = smi("compute_cap")
+    known = {"TORCH_CUDA_ARCH_LIST": capability} if capability else {}
+    return run.process(command, run.folder / lines.BUILD, {"BIRD_BUILD_EXT": "1"} | known)
 
 
 def warm(run: Run, phase: str = "warm") -> None:

@@ -65,13 +65,17 @@ class Run:
         return kept | {"PYTHONUNBUFFERED": "1"} | changed
 
     @contextlib.contextmanager
-    def process(self, command: Sequence[str], log: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-        """A process in a session of its own, which ends with the block, and with all that it started."""
-        environment = self.environment() | options.pop("env", {})
-        with log.open("ab") as output:
+    def process(
+        self, command: Sequence[str], log: Path | None, variables: Mapping[str, str] | None = None, **options: Any
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """A process in a session of its own, which ends with the block, and with all that it started.
+
+        Its output goes to the end of ``log``, or to a pipe.
+        """
+        with log.open("ab") if log else contextlib.nullcontext(subprocess.PIPE) as output:
             process = subprocess.Popen(
-                command, cwd=lines.ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True, **options,
+                command, cwd=lines.ROOT, env=self.environment() | dict(variables or {}), stdout=output,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, **options,
             )  # fmt: skip
         try:
             yield process

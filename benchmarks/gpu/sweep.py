@@ -13,7 +13,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from pathlib import Path
 
 from benchmarks.gpu import lines
@@ -27,7 +29,7 @@ STAGES = {
 }
 TESTS = ("test_cuda", "test_accuracy", "test_pairs")
 TOOLS = ("memcheck", "racecheck")
-TAIL = 1500  # characters of a program's output that its row keeps; all of it is in the log
+LAST = 30  # lines of a program's output that are looked at for its row; all of it is in the log
 
 
 def main() -> None:
@@ -66,39 +68,49 @@ def commands(rehearse: bool) -> dict[str, list[str] | str]:
 def check(run: Run, programs: dict[str, list[str] | str]) -> None:
     """Run all programs beside each other until the deadline; a row each, as soon as it has ended."""
     about = run.origin | {"phase": "checks"}
+    running: dict[str, Program] = {}
     with contextlib.ExitStack() as stack:
-        running: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
         for name, command in programs.items():
             if isinstance(command, str):
                 lines.write(run.events, about | {"item": name, "status": "refused", "message": command})
-                continue
-            log = run.folder / f".{name}.part"  # in a file of its own while it runs
-            stack.callback(_keep, run, name, log)
-            running[name] = stack.enter_context(run.process(command, log)), log
+            else:
+                running[name] = Program(name, stack.enter_context(run.process(command, None)), run.log)
         while running and time.time() < run.until("checks"):
             time.sleep(0.05)
-            for name, (process, log) in list(running.items()):
-                if process.poll() is not None:
-                    del running[name]
-                    _tell(run, about, name, process.returncode, log)
-        for name, (_, log) in running.items():
-            _tell(run, about, name, None, log)
+            for name in [name for name, program in running.items() if program.process.poll() is not None]:
+                _tell(run, about, running.pop(name))
+        for program in running.values():
+            _tell(run, about, program)
 
 
-def _tell(run: Run, about: dict[str, object], name: str, status: int | None, log: Path) -> None:
-    text = log.read_text(encoding="utf-8", errors="replace")
+class Program:
+    """A process whose output goes to the common log line by line, and whose last lines are kept."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.name, self.process, self.log = name, process, log
+        self.last: deque[str] = deque(maxlen=LAST)
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.log.open("a", encoding="utf-8", buffering=1) as log:
+            for line in self.process.stdout:
+                text = line.decode(errors="replace")
+                self.last.append(text)
+                log.write(f"{self.name}: {text}")
+
+
+def _tell(run: Run, about: dict[str, object], program: Program) -> None:
+    status = program.process.poll()
+    if status is not None:
+        program.reader.join(timeout=2)
     outcome = "left out" if status is None else "ok" if status == 0 else "failed"
-    counts = re.findall(r"\d+ (?:passed|failed|errors?|skipped)|ERROR SUMMARY: \d+ errors|hazards? displayed", text)
-    more = {"message": ", ".join(counts[-4:]), "exit": status, "tail": text[-TAIL:]}
-    lines.write(run.events, about | {"item": name, "status": outcome} | more)
-    run.event("checked", item=name, status=outcome, message=more["message"])
-
-
-def _keep(run: Run, name: str, log: Path) -> None:
-    """The program's output goes to the end of the common log."""
-    with contextlib.suppress(OSError), run.log.open("a", encoding="utf-8") as file:
-        file.write(f"\n== {name}\n" + log.read_text(encoding="utf-8", errors="replace"))
-        log.unlink()
+    tail = "".join(list(program.last))
+    said = ", ".join(re.findall(r"\d+ (?:passed|failed|errors?|skipped|hazards?)|ERROR SUMMARY: \d+ errors", tail)[-4:])
+    row = {"item": program.name, "status": outcome, "message": said, "exit": status, "tail": tail[-2000:]}
+    lines.write(run.events, about | row)
+    run.event("checked", item=program.name, status=outcome, message=said)
 
 
 if __name__ == "__main__":

@@ -42,24 +42,29 @@ Variant = tuple[str, Callable[[], contextlib.AbstractContextManager[Any]]]
 
 
 def items(context: Context) -> Sequence[Item]:
-    """A question and one of its kernels or settings each."""
-    found = [
-        Item(f"{question.name} {backend} {what}", partial(_sweep, question, backend, what, variants))
-        for question, backend in _swept(context)
-        for what, variants in _variants().items()
-    ]
+    """A question and one of its kernels or settings each; at a rehearsal one kernel that is launched and one not."""
+    found = _every(context, _sweep)
+    if context.rehearse:
+        (question, backend), *_ = _swept(context)
+        seen = _launched(question, backend, context)
+        by_use = {item.name.split()[-1] in seen: item for item in found}
+        found = list(by_use.values())
     return found
 
 
 def warm_items(context: Context) -> Sequence[Item]:
     """The same, compiled by several processes."""
-    found = [
-        Item(f"{question.name} {backend} {what}", partial(_warm, question, backend, what, variants))
+    found = _every(context, _warm)
+    random.Random(0).shuffle(found)
+    return found[:2] if context.rehearse else found
+
+
+def _every(context: Context, run: Callable[..., Iterator[Row]]) -> list[Item]:
+    return [
+        Item(f"{question.name} {backend} {what}", partial(run, question, backend, what, variants))
         for question, backend in _swept(context)
         for what, variants in _variants().items()
     ]
-    random.Random(0).shuffle(found)
-    return found[:2] if context.rehearse else found
 
 
 def _swept(context: Context) -> list[tuple[Question, str]]:
