@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.gpu.contest import Candidate, Verdict, compete
 from benchmarks.gpu.context import Context, Item, Row
-from benchmarks.gpu.problems import QUESTIONS, Question
+from benchmarks.gpu.problems import QUESTIONS, SYMMETRIC, Question
 from benchmarks.kernels.problems import fp32_products
 
 CROSS = ("llm 4096x1024 bf16", "llm 65536x1024 bf16", "llm 16384x4096 bf16", "llm 4096x1024 tf32")
@@ -26,7 +26,6 @@ GRAM = ("conv 128x802816 bf16", "bird 512x2048 bf16")
 PARTS = (1, 2, 4, 8, 16)  # of the rows of a long sum
 SPLITS = (8, 32, 132)  # of the features of a wide Gram product
 WRONG = 1e-2  # relative error from which a prototype is no prototype
-SYMMETRIC = "bird_kernels.backends.triton.symmetric"
 
 
 class Answer(NamedTuple):

@@ -22,7 +22,7 @@ from benchmarks.kernels.problems import fp32_products
 
 # What torch.compile is asked: the paper's batch, a read-bound and two large ones.
 COMPILED = (0, 1, 2, 3)
-WARMED = ("library", "triton")  # those that compile; the native part is being built meanwhile
+WARMED = ("library", "triton", "symmetric")  # those that compile; the native part is being built meanwhile
 PROFILED = ("auto", "library", "triton")
 
 
