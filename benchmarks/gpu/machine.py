@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
+import importlib.util
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -34,8 +37,14 @@ class Machine:
         """Device, driver, versions and commit, as every row names them."""
         found = results.origin(self.device)
         names = ("device", "driver", "torch", "triton", "commit", "date")
-        version = torch._C._cuda_getDriverVersion() if self.is_cuda else ""
-        return {name: getattr(found, name) for name in names} | {"cuda_driver": str(version)}
+        return {name: getattr(found, name) for name in names} | {"cuda_driver": self._cuda_driver()}
+
+    def _cuda_driver(self) -> str:
+        """The driver as `bird_kernels.tuning` names it, which is not nvidia-smi's way; empty without either."""
+        if not self.is_cuda or importlib.util.find_spec("bird_kernels.tuning") is None:
+            return ""
+        driver: str = importlib.import_module("bird_kernels.tuning").key_of(self.device).driver
+        return driver
 
     def wait(self) -> None:
         """Until the device has done what it was given; raises what went wrong there."""
@@ -71,8 +80,10 @@ class Machine:
         """The second of two calls, the device's work included."""
         run()
         self.wait()
-        take = timers.wall(lambda: (run(), self.wait()), 0.0)
-        return take()
+        start = time.perf_counter()
+        run()
+        self.wait()
+        return time.perf_counter() - start
 
     @contextlib.contextmanager
     def waiting_is_an_error(self) -> Iterator[None]:
