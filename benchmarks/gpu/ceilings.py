@@ -60,7 +60,9 @@ def _product(number: str, sizes: tuple[int, int, int], context: Context) -> Iter
     else:
         multiply = partial(torch.mm, a.T, b, **({"out_dtype": torch.float32} if wide else {}))
     with fp32_products(rest):
-        yield _timed(context, f"mm {number}", multiply, flops=2 * m * n * k) | dict(n=k, p=n, q=m, dtype=kind)
+        yield _timed(context, f"mm {number}", multiply, flops=2 * m * n * k) | dict(
+            n=k, p=n, q=m, dtype=kind, precision=rest * (kind == "float32")
+        )
 
 
 def _launch(context: Context) -> Iterator[Row]:

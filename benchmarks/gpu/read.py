@@ -131,7 +131,10 @@ def table(folder: Path) -> str:
     """
     found = [row for row in rows(folder) if row["phase"] in ("times", "rivals") and row.get("problem")]
     problems = list(dict.fromkeys(row["problem"] for row in found))
-    lines_ = ["| problem | design's target | " + " | ".join(CANDIDATES) + " |", "|---" * (len(CANDIDATES) + 2) + "|"]
+    lines_ = [
+        "| problem | design's target (an estimate) | " + " | ".join(CANDIDATES) + " |",
+        "|---" * (len(CANDIDATES) + 2) + "|",
+    ]
     for problem in problems:
         times = seconds(found, problem)
         own = [time for name, time in times.items() if name.startswith("symmetric")]
