@@ -10,14 +10,17 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks.gpu import bare, contest, lines, read
+from benchmarks.gpu import bare, contest, correctness, lines, read
 from benchmarks.gpu.contest import Candidate, Verdict
 from benchmarks.gpu.context import LOST, Context
+from benchmarks.gpu.correctness import Check
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.problems import QUESTIONS
 from benchmarks.gpu.supervise import Run, Stage
@@ -266,6 +269,31 @@ def test_a_candidate_that_fails_stops_nobody() -> None:
     assert "p50" not in rows[1]
     assert {row["timer"] for row in rows[3:]} == {"graph", "host"}
     assert rows[3]["rounds"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda loss, calls: loss, set()),
+        (lambda loss, calls: loss * 1.001, {"accurate"}),
+        (lambda loss, calls: loss + 1e-7 * (calls % 2), {"second call", "repeats", "streams", "replay"}),
+    ],
+)
+def test_the_correctness_calls_see_what_is_wrong(
+    change: Callable[[Tensor, int], Tensor], wrong: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def cka_loss(*args: object, **options: object) -> Tensor:
+        calls.append(1)
+        return change(right(*args, **options), len(calls))
+
+    right = correctness.cka_loss
+    monkeypatch.setattr(correctness, "cka_loss", cka_loss)
+    found = correctness.judged(Check("library", (16, 9, 8), masked=True, pairs=2), Machine(rehearse=True))
+    red = {name for name, holds in found.items() if holds is False}
+    assert red <= wrong
+    assert bool(red) == bool(wrong)
 
 
 def test_lines_survive_a_torn_end(tmp_path: Path) -> None:
