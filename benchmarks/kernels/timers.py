@@ -23,15 +23,19 @@ def rounds(once: float, share: float, patience: float) -> int:
     return wanted if wanted * once <= patience else max(FEWEST_SLOW_ROUNDS, int(patience / once))
 
 
-def in_turns(takes: Mapping[str, Take], rounds: Mapping[str, int]) -> dict[str, list[float]]:
+def in_turns(
+    takes: Mapping[str, Take], rounds: Mapping[str, int], stop: Callable[[], bool] = lambda: False
+) -> dict[str, list[float]]:
     """Seconds of every call, mixed in a changing order, so that a noisy minute and a warm cache treat all alike.
 
-    Who has fewer rounds than the others has them spread over the whole time.
+    Who has fewer rounds than the others has them spread over the whole time. After ``stop`` says so no turn begins.
     """
     times: dict[str, list[float]] = {name: [] for name in takes}
     order = random.Random(0)
     most = max((rounds[name] for name in takes), default=0)
     for turn in range(most):
+        if stop():
+            break
         due = [name for name in takes if (turn + 1) * rounds[name] // most > turn * rounds[name] // most]
         for name in order.sample(due, len(due)):
             times[name].append(takes[name]())
