@@ -29,10 +29,14 @@ def arguments() -> argparse.Namespace:
         "than the installed one is put into build/ (640 MB) the first time",
     )  # fmt: skip
     parser.add_argument(
-        "--arch", type=int, choices=ARCHS, action="append", help="a GPU, sm_80 to sm_120; can be repeated (default: all)"
+        "--arch",
+        type=int,
+        choices=ARCHS,
+        action="append",
+        help="a GPU, sm_80 to sm_120; can be repeated (default: all)",
     )
     parser.add_argument("--kernel", default="", metavar="PATTERN", help="a regular expression that the name has")
-    parser.add_argument("--few", action="store_true", help="each way to multiply with one of the estimators, not both")
+    parser.add_argument("--few", action="store_true", help="fewer variants, about half: what CI compiles")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in this file, too")
     return parser.parse_args()
 

@@ -18,10 +18,16 @@ ROOT = Path(__file__).resolve().parents[3]
 BUILD = ROOT / "build"
 
 
+def installed() -> str:
+    """The version of the Triton that is installed, whatever PYTHONPATH puts before it from build/."""
+    path = [entry for entry in sys.path if not Path(entry).resolve().is_relative_to(BUILD)]
+    return next(iter(importlib.metadata.distributions(name="triton", path=path))).version
+
+
 def version_of(name: str) -> str:
     """The version that "newest" (the installed one), "oldest" (pyproject.toml's least) or a version stands for."""
     if name == "newest":
-        return importlib.metadata.version("triton")
+        return installed()
     if name == "oldest":
         least = re.search(r'"triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
         assert least is not None, "pyproject.toml names no least Triton"
@@ -31,7 +37,7 @@ def version_of(name: str) -> str:
 
 def folder_of(version: str) -> Path | None:
     """Where this Triton lies or would lie; None for the installed one."""
-    return None if version == importlib.metadata.version("triton") else BUILD / f"triton-{version}"
+    return None if version == installed() else BUILD / f"triton-{version}"
 
 
 def install(version: str) -> None:
