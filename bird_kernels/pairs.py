@@ -97,7 +97,7 @@ def _share_launches(calls: list[_Call], tensors: list[Tensor], requested: str) -
         return False
     if backends.why_not("triton", first.dtype, first.device) is not None:
         return False
-    return all(t.is_contiguous() for t in tensors) and plan.together([call.problem for call in calls]) is not None
+    return plan.together([call.problem for call in calls])
 
 
 def _forward(

@@ -46,7 +46,7 @@ def why_not(
     """
     if variant not in _VARIANTS[name]:
         return f"has no kernels for {variant}"
-    if name == "native" and not few_rows:
+    if name != "library" and variant in ("linear", "sqrt=True") and not few_rows:
         return f"takes at most {FEW_ROWS} rows"
     try:
         reason: str | None = load(name).why_not(dtype, device)

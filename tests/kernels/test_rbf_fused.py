@@ -16,7 +16,7 @@ from tests.kernels.gaussian import N, P, Q
 
 triton = pytest.importorskip("triton", reason="Triton does not exist for this system")
 tl = pytest.importorskip("triton.language", reason="Triton does not exist for this system")
-kernels = pytest.importorskip("bird_kernels.backends.triton.rbf")
+kernels = pytest.importorskip("bird_kernels.backends.triton.gaussian")
 fused = pytest.importorskip("bird_kernels.backends.triton.gaussian")
 launch = pytest.importorskip("bird_kernels.backends.triton.launch")
 

@@ -1,8 +1,6 @@
-"""Backend 2: fused Triton kernels, in the files beside this one. Same interface as `bird_kernels.backends.library`.
+"""Backend 2: fused Triton kernels where launches count: few rows (`small`), and Gaussian kernels (`gaussian`).
 
-Launches: up to 512 rows on the Gram route two forward and one backward; else column statistics (one; two above 2048
-rows), moments (one; two where tiles are few), and backward (one; on the cross route one for each side that needs a
-gradient). The unbiased estimator adds the row norms and column sums on the cross route.
+Same interface as `bird_kernels.backends.library`; linear kernels take the Gram route and at most `plan.FEW_ROWS` rows.
 """
 
 from __future__ import annotations
@@ -13,10 +11,9 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from ...types import Problem, Route, Stash
-from .group import GroupStash, group_of
+from ...types import Problem, Route, Shapes, Stash
 from .launch import capability, device_of, precision_of
-from .routes import launches_of, stash_shapes
+from .small import GroupStash, shapes_of, small_of
 
 __all__ = ["GroupStash", "backward", "backward_together", "forward", "forward_together", "stash_shapes", "why_not"]
 
@@ -34,10 +31,21 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
+def stash_shapes(problem: Problem, route: Route) -> Shapes:
+    """Shape and dtype of every tensor of the stash: a `GroupStash` of one pair, without that dimension."""
+    shapes = shapes_of((problem,))
+    none = (0,), torch.float32
+    coefficients, locations, grams, shifts = (
+        (shape[1:] if len(shape) > 1 else shape, dtype) for shape, dtype in shapes.values()
+    )
+    return dict(coefficients=coefficients, xs=locations, ys=none, xx=grams, yy=none, xy=none, rows=shifts)
+
+
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
+    stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in stash_shapes(problem, route).values()))
     with device_of(x):
-        return launches_of(problem, route, precision_of(problem)).forward(x, y, mask)
+        return small_of((problem,), precision_of(problem)).forward((x, y), mask, _as_group(stash)), stash
 
 
 def backward(
@@ -45,18 +53,21 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     with device_of(x):
-        return launches_of(problem, route, precision_of(problem)).backward(grad, x, y, mask, stash)
+        dx, dy = small_of((problem,), precision_of(problem)).backward(grad, (x, y), mask, _as_group(stash))
+    return x.new_empty(0) if dx is None else dx, y.new_empty(0) if dy is None else dy
+
+
+def _as_group(stash: Stash) -> GroupStash:
+    return GroupStash(stash.coefficients, stash.xs, stash.xx, stash.rows)
 
 
 def forward_together(
     tensors: Sequence[Tensor], mask: Tensor | None, problems: tuple[Problem, ...]
 ) -> tuple[Tensor, GroupStash]:
-    """Values [pairs] (fp32) and stash of pairs that `plan.together` accepts, in two launches.
-
-    ``tensors`` are x and y of the first pair, of the second, ..., all dense.
-    """
+    """Values [pairs] (fp32) and stash of pairs that `plan.together` accepts: x and y of the first, of the second, ..."""
+    stash = GroupStash(*(tensors[0].new_empty(shape, dtype=dtype) for shape, dtype in shapes_of(problems).values()))
     with device_of(tensors[0]):
-        return group_of(problems, precision_of(problems[0])).forward(tensors, mask)
+        return small_of(problems, precision_of(problems[0])).forward(tensors, mask, stash), stash
 
 
 def backward_together(
@@ -64,4 +75,4 @@ def backward_together(
 ) -> list[Tensor | None]:
     """The gradients of the tensors times the upstream ``grad`` [pairs], in one launch; None where unwanted."""
     with device_of(tensors[0]):
-        return group_of(problems, precision_of(problems[0])).backward(grad, tensors, mask, stash)
+        return small_of(problems, precision_of(problems[0])).backward(grad, tensors, mask, stash)
