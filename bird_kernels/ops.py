@@ -96,15 +96,16 @@ def _run(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
 
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
     spec = Spec(*spec_)
-    run = backends.load(spec.backend, spec.kernel).forward
-    value, stash = _run(run, x, y, mask, _problem(x, y, mask, spec), spec.route)
+    problem = _problem(x, y, mask, spec)
+    value, stash = _run(backends.of(problem, spec.backend).forward, x, y, mask, problem, spec.route)
     return value, *stash
 
 
 def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     stash, spec = Stash(*rest[: len(Stash._fields)]), Spec(*rest[len(Stash._fields) :])
-    run = backends.load(spec.backend, spec.kernel).backward
-    dx, dy = _run(run, grad, x, y, mask, stash, _problem(x, y, mask, spec), spec.route)
+    problem = _problem(x, y, mask, spec)
+    run = backends.of(problem, spec.backend).backward
+    dx, dy = _run(run, grad, x, y, mask, stash, problem, spec.route)
     return dx, dy
 
 
@@ -115,7 +116,8 @@ torch.library.impl("bird::alignment_backward", ["CPU", "CUDA"], _alignment_backw
 @torch.library.register_fake("bird::alignment")
 def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
     spec = Spec(*spec_)
-    shapes = backends.load(spec.backend, spec.kernel).stash_shapes(_problem(x, y, mask, spec), spec.route)
+    problem = _problem(x, y, mask, spec)
+    shapes = backends.of(problem, spec.backend).stash_shapes(problem, spec.route)
     value = x.new_empty((), dtype=value_dtype(x.dtype))
     return value, *(x.new_empty(shape, dtype=dtype) for shape, dtype in (shapes[name] for name in Stash._fields))
 

@@ -34,7 +34,17 @@ def load(name: str, kernel: str = "linear") -> ModuleType:
 
 def of(problem: Problem, name: str) -> ModuleType:
     """The module of backend ``name`` that computes this problem."""
+    if name == "library" and _shifts(problem.dtype, problem.device) and problem.kernel is None:
+        shifted = importlib.import_module("bird_kernels.backends.shifted")
+        if shifted.takes(problem):
+            return shifted
     return load(name) if problem.kernel is None else load(name, "rbf")
+
+
+@lru_cache
+def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether library products are prepared and finished by Triton here."""
+    return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
 
 
 def why_not(

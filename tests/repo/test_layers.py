@@ -51,6 +51,7 @@ HOUSE = {
         {"sums"},
         {"ops"},
         {"backends"},
+        {"backends.shifted"},
         {"backends.triton"},
         {"backends.library_rbf"},
         {"backends.library", "backends.native", "sequences"},
