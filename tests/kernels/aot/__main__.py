@@ -73,7 +73,7 @@ def main() -> int:
 
     cases = launches.FEW_CASES if options.few else launches.CASES
     variants = compile.variants(options.arch or ARCHS, cases, options.kernel)
-    wanted = interesting((variant.name, variant.named) for variant in variants)
+    wanted = interesting((variant.kernel, variant.named) for variant in variants)
     rows = []
     for row in compile.inspected(variants):
         rows.append(row)

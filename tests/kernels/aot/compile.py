@@ -48,6 +48,11 @@ class Variant(NamedTuple):
     named: dict[str, Any]
 
     @property
+    def kernel(self) -> str:
+        """As it is printed: the module's last name and the kernel's, which alone is not unique."""
+        return f"{self.module.rpartition('.')[2]}.{self.name.removesuffix('_kernel')}"
+
+    @property
     def pointers(self) -> list[str]:
         """The dtypes that the arguments point to, in order."""
         return re.findall(r"(?:\*|tensordesc<)(\w+)", str(list(self.signature.values())))
@@ -112,7 +117,7 @@ def inspect(variant: Variant) -> dict[str, Any]:
     """Compiles, and says what came of it: ``error``, or registers and spilled bytes of a thread, shared bytes of a
     block, matrix instructions and copies by descriptor."""
     row = {
-        "arch": variant.arch, "kernel": variant.name, "dtype": variant.pointers[0],
+        "arch": variant.arch, "kernel": variant.kernel, "dtype": variant.pointers[0],
         "precision": variant.named.get("PRECISION", ""), "constants": variant.named, "error": "",
     }  # fmt: skip
     kernel = getattr(importlib.import_module(variant.module), variant.name)
@@ -144,7 +149,7 @@ def variants(archs: Iterable[int], cases: Iterable[Case], pattern: str = "") -> 
     cases = list(cases)
     with FORK.Pool(maxtasksperchild=1) as pool:  # a process for each architecture
         plans = pool.starmap(plan, [(arch, cases) for arch in archs], chunksize=1)
-    return [variant for found in plans for variant in found if re.search(pattern, variant.name)]
+    return [variant for found in plans for variant in found if re.search(pattern, variant.kernel)]
 
 
 def inspected(found: Iterable[Variant]) -> Iterator[dict[str, Any]]:
