@@ -36,12 +36,9 @@ def _conclude(
     """Value and coefficients; a side whose self-product is rounding of ``room``, its size uncentred, has none."""
     rounding = 64.0 * 1.1920928955078125e-07  # moments.ROUNDING, fp32
     scale_x, scale_y = tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64)
-    zero = 0.0 * n
     alive_kk = tl.where(kk <= rounding * rounding * room_k, 0.0, kk)
     alive_ll = tl.where(ll <= rounding * rounding * room_l, 0.0, ll)
-    result, d_kl, d_kk, d_ll = combine(
-        kl, alive_kk, alive_ll, zero, zero, zero, zero, zero, n, STATISTIC, UNBIASED
-    )  # fmt: skip
+    result, d_kl, d_kk, d_ll = combine(kl, alive_kk, alive_ll, n, STATISTIC, UNBIASED)
     if STATISTIC == "hsic":
         unscale = 1.0 / (scale_x * scale_x * scale_y * scale_y)
         result *= unscale

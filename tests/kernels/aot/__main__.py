@@ -79,7 +79,7 @@ def main() -> int:
         rows.append(row)
         print(line(row, wanted), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"triton": version, "rows": rows}), encoding="utf-8")
+        options.json.write_text(json.dumps(rows), encoding="utf-8")
     failed, spilled = (sum(bool(row.get(key)) for row in rows) for key in ("error", "spilled"))
     print(f"Triton {version}")
     print(f"{len(rows) - failed} compiled, {failed} failed, {spilled} spilled")

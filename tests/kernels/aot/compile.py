@@ -117,7 +117,8 @@ def inspect(variant: Variant) -> dict[str, Any]:
     """Compiles, and says what came of it: ``error``, or registers and spilled bytes of a thread, shared bytes of a
     block, matrix instructions and copies by descriptor."""
     row = {
-        "arch": variant.arch, "kernel": variant.kernel, "dtype": variant.pointers[0],
+        "arch": variant.arch, "kernel": variant.kernel, "function": f"{variant.module}:{variant.name}",
+        "dtype": variant.pointers[0],
         "precision": variant.named.get("PRECISION", ""), "constants": variant.named, "error": "",
     }  # fmt: skip
     kernel = getattr(importlib.import_module(variant.module), variant.name)
