@@ -84,7 +84,6 @@ def test_products_never_exceed_the_features() -> None:
     for n, p, q, x_grad, y_grad in shapes():
         problem = Problem(n, p, q, torch.float32, CPU, x_grad=x_grad, y_grad=y_grad)
         route = plan.choose_route(n, p, q)
-        assert plan.workspace(problem, route, "triton") <= 4 * 2 * n * min(n, p + q), problem
         centred = 4 * n * (p + q)
         assert plan.workspace(problem, route, "library") <= 4 * 2 * n * min(n, p + q) + centred, problem
 
@@ -115,6 +114,8 @@ def test_workspace_is_what_is_kept(
     route: str,
     backend: str,
 ) -> None:
+    if route == "cross" and backend != "library":
+        pytest.skip("a route that this backend does not have")
     problem = Problem(512, 300, 200, dtype, device, "cka_loss", estimator, None, False, *sides)
     stash = backends.load(backend).stash_shapes(problem, route)
     kept = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stash.values())
@@ -131,73 +132,37 @@ def test_least_traffic() -> None:
             assert plan.minimum_bytes(problem, "gram") == by_rows * size
 
 
-@pytest.mark.parametrize(("n", "p", "q"), [(1, 1, 1), (64, 64, 64), (65, 64, 129), (130, 1, 200), (700, 300, 64)])
-def test_tiles(n: int, p: int, q: int, route: str) -> None:
-    """Upper tiles of symmetric products, all of C; every split has whole steps to do, and all of them are done."""
-    problem = Problem(n, p, q, torch.float32, GPU)
-    t = plan.tiling(problem, route)
-
-    def blocks(size: int) -> range:
-        return range(0, size, t.block)
-
-    def upper(size: int) -> int:
-        return sum(i <= j for i in blocks(size) for j in blocks(size))
-
-    expected = upper(n) if route == "gram" else upper(p) + len(blocks(p)) * len(blocks(q)) + upper(q)
-    assert plan.tile_count(problem, route, t.block) == expected
-    inner = (p, q) if route == "gram" else (n,)
-    if t.splits:
-        assert t.chunk % t.step == 0
-        assert t.splits == tuple(math.ceil(size / t.chunk) for size in inner)
-
-
 @pytest.mark.parametrize(
-    ("n", "d", "dtype", "centres", "splits"),
+    ("n", "d", "dtype", "splits"),
     [
-        (128, 512, torch.float32, True, (16, 16)),  # a program for every step of both sides
-        (128, 512, torch.bfloat16, True, (8, 8)),
-        (16, 64, torch.float32, True, (2, 2)),
-        (256, 2048, torch.float32, True, (22, 22)),  # 52 programs for a tile's 128 steps: 3 each
-        (512, 512, torch.float32, True, (6, 6)),  # 14 for 32: 3 each, and 8 blocks of rows
-        (512, 1024, torch.float32, False, (2, 2)),  # 5 each would be 40 blocks
-        (128, 25_088, torch.float32, True, (66, 66)),
-        (128, 100_352, torch.float32, False, (22, 22)),  # memory-bound: the features are not read for each tile
-        (513, 512, torch.float32, False, (1, 1)),
-        (705, 512, torch.float32, False, ()),  # 78 tiles
+        (128, 512, torch.float32, (16, 16)),  # a program for every step of both sides
+        (128, 512, torch.bfloat16, (8, 8)),
+        (16, 64, torch.float32, (2, 2)),
+        (256, 2048, torch.float32, (22, 22)),  # 52 programs for a tile's 128 steps: 3 each
+        (512, 512, torch.float32, (6, 6)),  # 14 for 32: 3 each
+        (128, 25_088, torch.float32, (88, 88)),  # 176 programs for 1568 steps: 9 each
+        (128, 802_816, torch.bfloat16, (88, 88)),
+        (1, 1, torch.float32, (1, 1)),
     ],
 )
-def test_small_problems_centre_as_they_multiply(
-    n: int, d: int, dtype: torch.dtype, centres: bool, splits: tuple[int, ...]
+def test_columns_are_split_until_the_gpu_is_full(
+    n: int, d: int, dtype: torch.dtype, splits: tuple[int, ...]
 ) -> None:
-    t = plan.tiling(Problem(n, d, d, dtype, GPU), "gram")
-    assert (t.centres, t.splits) == (centres, splits)
+    t = plan.small_tiling([Problem(n, d, d, dtype, GPU)])
+    assert t.splits == splits
+    assert t.chunk % t.step == 0
+    assert t.splits == (math.ceil(d / t.chunk),) * 2
 
 
-@pytest.mark.parametrize(
-    ("shape", "route", "expected"),
-    [
-        ((16, 512, 512), "gram", (2, 1)),
-        ((128, 512, 300), "gram", (2, 1)),
-        ((512, 512, 512), "gram", (2, 1)),
-        ((640, 512, 512), "gram", (3, 1)),
-        ((1024, 512, 512), "gram", (2, 1)),
-        ((3000, 2000, 2000), "gram", (3, 1)),  # statistics in two parts
-        ((4096, 64, 64), "cross", (4, 1)),
-        ((4096, 2048, 1000), "cross", (3, 1)),
-    ],
-)
-def test_launches(shape: tuple[int, int, int], route: str, expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize("sides", SIDES)
+def test_launches(sides: tuple[bool, bool]) -> None:
     """By hand; what is launched is compared in test_triton."""
-    forward, backward = expected
-    for sides, index in zip(SIDES, (1, 1, 2, 0), strict=True):
-        problem = Problem(*shape, torch.float32, GPU, x_grad=sides[0], y_grad=sides[1])
-        assert plan.launches(problem, route) == (forward, min(index, 1) if route == "gram" else index)
-    unbiased = Problem(*shape, torch.float32, GPU, estimator="unbiased")
-    assert plan.launches(unbiased, route) == (forward + 2 * (route == "cross"), backward)
-    masked = Problem(*shape, torch.float32, GPU, masked=True)
-    assert plan.launches(masked, route) == (forward + (shape[0] > plan.SMALL), backward)
-    text = str(plan.describe(Problem(*shape, torch.float32, GPU), route, "triton", {}))
-    assert f", {forward + backward} launches" in text
+    problem = Problem(128, 512, 300, torch.float32, GPU, x_grad=sides[0], y_grad=sides[1])
+    assert plan.launches(problem) == (2, int(any(sides)))
+    unbiased = problem._replace(estimator="unbiased", masked=True)
+    assert plan.launches(unbiased) == (3, int(any(sides)))
+    text = str(plan.describe(problem, "gram", "triton", {}))
+    assert f"3 tiles of 64 x 64, inner step 32, split 16 + 10 ways, {2 + any(sides)} launches" in text
 
 
 @pytest.mark.parametrize(("dtype", "tflops"), [(torch.float32, 67.0), (torch.bfloat16, 989.0)], ids=str)
