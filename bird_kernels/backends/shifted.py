@@ -101,7 +101,7 @@ class _Launches:
         self.shift = Launch(
             shift.shift_kernel, (sum(blocks) + 1, self.shares),
             (n, p, q, self.pa, self.qa, self.rows, share, *pitches, *blocks, *located),
-            self.masked | dict(CROSS=route == "cross") | self.tf32 | dict(ROWS=ROWS, BLOCK=BLOCK, WIDTH=256),
+            self.masked | dict(CROSS=route == "cross") | self.tf32 | dict(ROWS=ROWS, BLOCK=BLOCK, WIDTH=256), num_warps=8,
         )  # fmt: skip
 
     def shifted(

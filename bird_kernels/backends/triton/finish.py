@@ -186,7 +186,7 @@ def cross_mix_kernel(
     for start in range(0, qa + pa, ROWS):
         rows = start + tl.arange(0, ROWS)
         inside = (rows < qa + pa)[:, None] & (columns < width)[None, :]
-        of_y = (rows < qa)[:, None]
+        offsets, of_y = rows[:, None].to(tl.int64) * width + columns[None, :], (rows < qa)[:, None]
         if SIDE:
             tile = (
                 tl.load(b + rows[:, None] * qa + columns[None, :], mask=inside & of_y, other=0.0).to(tl.float64) * own
@@ -194,10 +194,9 @@ def cross_mix_kernel(
             turned = columns[None, :] * pa + (rows - qa)[:, None]
             tile += tl.load(ca + turned, mask=inside & (rows >= qa)[:, None], other=0.0).to(tl.float64) * cross
         else:
-            tile = tl.load(ca + rows[:, None] * pa + columns[None, :], mask=inside, other=0.0).to(tl.float64)
-            tile *= tl.where(of_y, cross, own)
+            tile = tl.load(ca + offsets, mask=inside, other=0.0).to(tl.float64) * tl.where(of_y, cross, own)
         tile = _rounded(tile.to(tl.float32), w, TF32)
-        tl.store(w + rows[:, None] * width + columns[None, :], tile, mask=inside)
+        tl.store(w + offsets, tile, mask=inside)
         mean = tl.load(means + rows, mask=rows < qa + pa, other=0.0)
         bias -= tile.to(tl.float32) * mean[:, None]
     total = tl.sum(bias, 0)
@@ -205,7 +204,7 @@ def cross_mix_kernel(
     low = _rounded(total - high.to(tl.float32), w, TF32)
     eight = tl.arange(0, 8)[:, None]
     tile = tl.where(eight == 0, high[None, :], tl.where(eight == 1, low[None, :], 0.0))
-    tl.store(w + (qa + pa + eight) * width + columns[None, :], tile, mask=(columns < width)[None, :])
+    tl.store(w + (qa + pa + eight).to(tl.int64) * width + columns[None, :], tile, mask=(columns < width)[None, :])
 
 
 @triton.jit
@@ -235,12 +234,12 @@ def _pairs(mask, i, j, n, MASKED: tl.constexpr, UNBIASED: tl.constexpr):
 def _sum_rows(
     gram, rows, slots, block, blocks, n, UNBIASED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Row sums of a Gram matrix; their total, the trace and the sum of the diagonal's squares into slots [3, blocks]."""
+    """Row sums of a Gram matrix; their total, the trace and the diagonal's sum of squares into slots [3, blocks]."""
     i = block * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, STEP], tl.float32)
     for start in range(0, n, STEP):
         j = start + tl.arange(0, STEP)
-        inside, keep = _pairs(gram, i, j, n, False, UNBIASED)
+        _, keep = _pairs(gram, i, j, n, False, UNBIASED)
         total += tl.load(gram + i[:, None].to(tl.int64) * n + j[None, :], mask=keep, other=0.0)
     sums = tl.sum(total, 1)
     tl.store(rows + i, sums, mask=i < n)
