@@ -98,11 +98,16 @@ def test_shared_memory_fits(rows: list[Row]) -> None:
 
 
 def test_products_use_matrix_units_unless_they_are_exact(rows: list[Row]) -> None:
-    products = [row for row in rows if row["precision"]]
-    kinds = {(row["dtype"], row["precision"]) for row in products}
-    assert kinds == {("fp32", "ieee"), ("fp32", "tf32"), ("fp32", "tf32x3"), ("bf16", "ieee"), ("fp16", "ieee")}
+    products = [row for row in rows if row["products"]]
+    assert {row["precision"] for row in products} == {"ieee", "tf32", "tf32x3", ""}  # of fp32, and of halves
     for row in products:
-        assert (row["matrix"] > 0) == ((row["dtype"], row["precision"]) != ("fp32", "ieee")), row
+        assert (row["matrix"] > 0) == (row["precision"] != "ieee"), row
+
+
+def test_descriptors_are_read_by_the_copy_unit(rows: list[Row]) -> None:
+    described = [row for row in rows if row["constants"].get("DESCRIBED")]
+    assert {row["arch"] for row in described} == {90, 100, 120}
+    assert [row for row in rows if (row["copies"] > 0) != (row in described)] == []
 
 
 PROGRAM = """

@@ -30,6 +30,7 @@ from .launches import DRIVERS, Case
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+PRODUCT = re.compile(r"\btt\.dot [^:]*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+(\w+)>")
 COPIES = re.compile(r"\bcp\.async\.bulk\.tensor")
 FORK = multiprocessing.get_context("fork")  # the kernels are imported once
 
@@ -114,12 +115,12 @@ def pretend(arch: int) -> None:
 
 
 def inspect(variant: Variant) -> dict[str, Any]:
-    """Compiles, and says what came of it: ``error``, or registers and spilled bytes of a thread, shared bytes of a
-    block, matrix instructions and copies by descriptor."""
+    """Compiles, and says what came of it: ``error``, or the precision of products of fp32, how many products it
+    names, registers and spilled bytes of a thread, shared bytes of a block, matrix instructions, copies by descriptor.
+    """
     row = {
         "arch": variant.arch, "kernel": variant.kernel, "function": f"{variant.module}:{variant.name}",
-        "dtype": variant.pointers[0],
-        "precision": variant.named.get("PRECISION", ""), "constants": variant.named, "error": "",
+        "dtype": variant.pointers[0], "precision": "", "constants": variant.named, "error": "",
     }  # fmt: skip
     kernel = getattr(importlib.import_module(variant.module), variant.name)
     source = ASTSource(kernel, variant.signature, variant.constants, variant.attributes)
@@ -127,7 +128,11 @@ def inspect(variant: Variant) -> dict[str, Any]:
         compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=variant.options)
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error.__cause__ or error}"}
+    products = PRODUCT.findall(compiled.asm["ttir"])
+    precisions = {precision or "ieee" for precision, operand in products if operand == "f32"}
     return row | usage(compiled.asm["cubin"]) | {
+        "precision": "+".join(sorted(precisions)),
+        "products": len(products),
         "shared": compiled.metadata.shared,
         "matrix": len(MATRIX.findall(compiled.asm["ptx"])),
         "copies": len(COPIES.findall(compiled.asm["ptx"])),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bird_kernels.backends import shifted
 from bird_kernels.backends import triton as backend
-from bird_kernels.backends.triton import gaussian
+from bird_kernels.backends.triton import gaussian, symmetric
 from bird_kernels.types import RBF, Problem, Route
 
 
@@ -91,7 +91,17 @@ def rbf(case: Case) -> None:
     gaussian.backward(value, x, y, mask, stash, problem, "gram")
 
 
-DRIVERS: tuple[Callable[[Case], None], ...] = (library, few_rows, rbf)
+def symmetric_products(case: Case) -> None:
+    """Every configuration for this GPU, for operands of the matrix units: Z^T Z in parts and Z Z^T."""
+    if case.precision not in (None, "tf32"):
+        return
+    z = torch.zeros(1024, 512, dtype=case.dtype)
+    transposed = case.estimator == "biased"  # of no meaning here: the one for some cases, the other for the rest
+    for configuration in symmetric.fitting(symmetric.capability(z.device)):
+        symmetric.multiply(z, transposed, 2 if transposed else 1, configuration, case.precision == "tf32")
+
+
+DRIVERS: tuple[Callable[[Case], None], ...] = (library, few_rows, rbf, symmetric_products)
 
 
 def problem_of(case: Case, n: int, p: int, q: int) -> Problem:
