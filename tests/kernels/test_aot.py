@@ -1,6 +1,8 @@
 """Every Triton kernel compiles for GPUs that are not here, with the oldest supported Triton and the installed one.
 
-CI compiles about half of the variants (`launches.FEW_CASES`); `./dev aot` compiles all.
+CI compiles about half of the variants (`launches.FEW_CASES`), 590 with each Triton: 0.6 s of a core each, six minutes
+of two. A variant of a kernel differs in few lines from the next, and what they have in common fails in all of them;
+`./dev aot` compiles the other half, too.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def report(version: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list
 
 @pytest.fixture(scope="module")
 def rows(report: tuple[list[str], list[Row]]) -> list[Row]:
-    return report[1]
+    return [row for row in report[1] if not row["error"]]
 
 
 def kernels_in_the_source() -> set[str]:
