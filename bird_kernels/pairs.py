@@ -133,11 +133,16 @@ class _Pairs(torch.autograd.Function):
         visible = torch.is_grad_enabled() or ops._watched(grad, tensors[0])  # as in `ops`
         if ctx.group:
             triton = backends.load("triton")
-            stash = triton.GroupStash(*saved)
             if not visible:
-                return None, None, None, *triton.backward_together(grad, tensors, mask, stash, _problems(calls))
+                return None, None, None, *triton.backward_together(
+                    grad, tensors, mask, Stash(*saved), _problems(calls)
+                )  # fmt: skip
+            # To be differentiated again, each pair by itself: what it left is found once more.
             calls = [_Call(call.problem, "gram", "triton") for call in calls]
-            stashes = stash.of_each(_problems(calls))
+            stashes = [
+                ops._run(triton.forward, x.detach(), y.detach(), mask, call.problem, call.route)[1]
+                for call, x, y in zip(calls, tensors[::2], tensors[1::2], strict=True)
+            ]
         else:
             fields = len(Stash._fields)
             stashes = [Stash(*saved[fields * i : fields * (i + 1)]) for i in range(len(calls))]

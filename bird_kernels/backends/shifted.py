@@ -24,6 +24,7 @@ from . import library
 from .linalg import fp32_products
 from .triton import finish, shift
 from .triton.launch import Launch, aligned, device_of, precision_of
+from .triton.symmetric import Configuration, multiply
 
 PART = 16384  # rows of a product: matrix units round towards zero, and long sums drift
 BLOCK, ROWS, MOST_SHARES = 64, 64, 64  # columns and rows of a tile; programs that share the rows of a column
@@ -54,12 +55,17 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     )
 
 
-def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
-    """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
+def forward(
+    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, symmetric: Configuration | None = None
+) -> tuple[Tensor, Stash]:
+    """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None.
+
+    ``symmetric``: how our own kernel multiplies a side with itself (halves and tf32); None: the library does.
+    """
     if not _is_here(problem, route):
         return library.forward(x, y, mask, problem, route)
     with device_of(x), fp32_products(problem):
-        return _launches_of(problem, route, precision_of(problem)).forward(x, y, mask)
+        return _launches_of(problem, route, precision_of(problem)).forward(x, y, mask, symmetric)
 
 
 def backward(
@@ -70,7 +76,7 @@ def backward(
         return library.backward(grad, x, y, mask, stash, problem, route)
     with device_of(x), fp32_products(problem):
         launches = _launches_of(problem, route, precision_of(problem))
-        bytes_ = x if mask is None else _as_bytes(mask)
+        bytes_ = stash.rows if mask is None else _as_bytes(mask)  # without a mask, any pointer
         dx = launches.gradient(0, grad, bytes_, stash) if problem.x_grad else x.new_empty(0)
         return dx, launches.gradient(1, grad, bytes_, stash) if problem.y_grad else y.new_empty(0)
 
@@ -97,26 +103,31 @@ class _Launches:
         share = ROWS * _blocks(self.rows, ROWS * MOST_SHARES)
         self.shares = _blocks(self.rows, share)
         blocks = _blocks(self.qa, BLOCK), _blocks(self.pa, BLOCK)
-        pitches = (self.width, self.width) if route == "cross" else (self.pa, self.qa)
+        pitches = (self.width // 8, self.width // 8) if route == "cross" else (self.pa // 8, self.qa // 8)
         self.shift = Launch(
             shift.shift_kernel, (sum(blocks) + 1, self.shares),
             (n, p, q, self.pa, self.qa, self.rows, share, *pitches, *blocks, *located),
-            self.masked | dict(CROSS=route == "cross") | self.tf32 | dict(ROWS=ROWS, BLOCK=BLOCK, WIDTH=256), num_warps=8,
+            self.masked | dict(CROSS=route == "cross") | self.tf32 | dict(ROWS=ROWS, BLOCK=BLOCK, WIDTH=256),
+            num_warps=8,
         )  # fmt: skip
 
     def shifted(
         self, x: Tensor, y: Tensor, mask: Tensor | None, zx: Tensor, zy: Tensor, ones: Tensor
     ) -> tuple[object, Tensor, Tensor, Tensor, Tensor]:
         """Writes z; what launches may know of a call, the mask as bytes, column sums, scales and counters."""
-        bytes_ = x if mask is None else _as_bytes(mask)
         shifts, peaks = (x.new_empty(size, dtype=torch.float32) for size in (self.qa + self.pa, self.peaks))
         sums, scales = (x.new_empty(size, dtype=torch.float32) for size in (self.shares * self.width, 2))
         counters = x.new_empty(2, dtype=torch.int32)
+        bytes_ = counters if mask is None else _as_bytes(mask)  # without a mask, any pointer
         known = (x.stride(), y.stride()) if aligned(x, y, bytes_) else None
         strides = *x.stride(), *y.stride()
         self.locate(known, x, y, bytes_, shifts, peaks, counters, *strides)
         self.shift(known, x, y, bytes_, shifts, peaks, zx, zy, ones, sums, scales, *strides)
         return known, bytes_, sums, scales, counters
+
+    def self_product(self, z: Tensor, own: Configuration, transposed: bool) -> Tensor:
+        """Z^T Z by parts, or Z Z^T, by our own kernel."""
+        return multiply(z, transposed, self.parts, own, self.tf32["TF32"])
 
     def times(self, left: Tensor, right: Tensor, factor: Tensor, width: int) -> Tensor:
         """The first n rows and ``width`` columns of left @ right in the features' dtype, fp16 after ``factor``."""
@@ -138,7 +149,7 @@ class _Cross(_Launches):
         self.finish = Launch(
             finish.cross_finish_kernel, (tiles + tiles_y**2,),
             (pa, qa, self.parts, self.shares, tiles_x, tiles_y, tiles),
-            dict(STATISTIC=problem.statistic, STORE_B=problem.y_grad, BLOCK=BLOCK), num_warps=8,
+            dict(STATISTIC=problem.statistic, STORE_B=problem.y_grad, BLOCK=BLOCK),
         )  # fmt: skip
         constants = self.tf32 | dict(NEAR=self.near, ROWS=128, BLOCK=16)
         self.mix = tuple(
@@ -146,14 +157,18 @@ class _Cross(_Launches):
             for side, width in enumerate((pa, qa))
         )
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Stash]:
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None, own: Configuration | None) -> tuple[Tensor, Stash]:
         stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.shapes))
         qa, both = self.qa, self.qa + self.pa
         z = stash.xs
         known, _, sums, scales, counters = self.shifted(x, y, mask, z[:, qa:], z, z[:, both:])
         parts = z.view(self.parts, -1, self.width)
         left = parts[:, :, :both].transpose(1, 2)
-        products, products_y = product(left, parts[:, :, qa:both]), product(left[:, :qa], parts[:, :, :qa])
+        if own is None:
+            products, products_y = product(left, parts[:, :, qa:both]), product(left[:, :qa], parts[:, :, :qa])
+        else:
+            a, products_y = (self.self_product(side, own, True) for side in (z[:, qa:both], z[:, :qa]))
+            products = torch.cat([product(left[:, :qa], parts[:, :, qa:both]), a], 1)
         slots, value = x.new_empty(self.slots, dtype=torch.float64), x.new_empty((), dtype=torch.float32)
         self.finish(
             known, products, products_y, sums, scales, stash.xx, stash.yy, stash.rows, slots, counters, value,
@@ -187,16 +202,17 @@ class _Gram(_Launches):
         )  # fmt: skip
         constants = self.unbiased | self.masked | self.tf32 | dict(NEAR=self.near, ROWS=rows, STEP=step)
         self.mix = tuple(
-            Launch(finish.gram_mix_kernel, (self.blocks,), (n, self.rows), dict(SIDE=side) | constants)
+            Launch(finish.gram_mix_kernel, (self.blocks,), (n, self.rows // 8), dict(SIDE=side) | constants, num_warps=8)
             for side in (0, 1)
         )
 
-    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Stash]:
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor | None, own: Configuration | None) -> tuple[Tensor, Stash]:
         stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.shapes))
         zx, zy = stash.xs, stash.ys if self.problem.y_grad else x.new_empty((self.rows, self.qa))
         known, bytes_, sums, scales, counters = self.shifted(x, y, mask, zx, zy, zx)
         n = self.problem.n
-        stash = stash._replace(xx=product(zx[:n], zx[:n].T), yy=product(zy[:n], zy[:n].T))
+        k, l = (product(z, z.T) if own is None else self.self_product(z, own, False)[0] for z in (zx[:n], zy[:n]))
+        stash = stash._replace(xx=k, yy=l)
         totals, slots = (x.new_empty(size, dtype=torch.float64) for size in (6 * self.blocks, self.slots))
         value = x.new_empty((), dtype=torch.float32)
         self.sum_rows(known, stash.xx, stash.yy, zx, zy, sums, stash.rows, totals)
@@ -224,12 +240,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32, of matrices or of batches of them; products of halves are exact, on a CPU as well."""
     if a.dim() == 3 and a.shape[0] == 1:  # the library splits long sums of one product, not of a batch
         return product(a[0], b[0])[None]
+    times = torch.mm if a.dim() == 2 else torch.bmm
     if a.dtype == torch.float32:
-        return a @ b
-    if not a.is_cuda:
-        return a.float() @ b.float()
-    multiply = torch.mm if a.dim() == 2 else torch.bmm
-    return multiply(a, b, out_dtype=torch.float32)
+        return times(a, b)
+    return times(a, b, out_dtype=torch.float32) if a.is_cuda else times(a.float(), b.float())
 
 
 def _is_here(problem: Problem, route: Route) -> bool:

@@ -264,9 +264,7 @@ def test_three_launches_for_all_pairs(dense: bool, launched: list[str], device: 
     assert launched == COMMON
 
 
-@pytest.mark.parametrize(
-    "case", ["one pair", "other dtypes", "other rows", "too many pairs", "library"]
-)
+@pytest.mark.parametrize("case", ["one pair", "other dtypes", "other rows", "too many pairs", "library"])
 def test_pairs_that_do_not_share_launches(
     case: str, launched: list[str], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

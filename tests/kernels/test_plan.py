@@ -145,9 +145,7 @@ def test_least_traffic() -> None:
         (1, 1, torch.float32, (1, 1)),
     ],
 )
-def test_columns_are_split_until_the_gpu_is_full(
-    n: int, d: int, dtype: torch.dtype, splits: tuple[int, ...]
-) -> None:
+def test_columns_are_split_until_the_gpu_is_full(n: int, d: int, dtype: torch.dtype, splits: tuple[int, ...]) -> None:
     t = plan.small_tiling([Problem(n, d, d, dtype, GPU)])
     assert t.splits == splits
     assert t.chunk % t.step == 0

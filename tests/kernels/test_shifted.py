@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bird_kernels import backends, reference
 from bird_kernels.backends import library
-from bird_kernels.testing import Result, assert_no_worse, errors, evaluate, features, plain, poison, truth
+from bird_kernels.testing import Result, assert_no_worse, errors, evaluate, features, operator, plain, poison, truth
 from bird_kernels.types import Problem
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
+symmetric = pytest.importorskip("bird_kernels.backends.triton.symmetric")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -49,8 +51,9 @@ def run(
     route: str, x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", upstream: float = 1.0,
     **options: Any,
 ) -> Result:  # fmt: skip
+    symmetric = options.pop("symmetric", None)
     problem = problem_of(x, y, mask, sides, **options)
-    value, stash = shifted.forward(x, y, mask, problem, route)
+    value, stash = shifted.forward(x, y, mask, problem, route, symmetric)
     shapes = shifted.stash_shapes(problem, route)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in stash._asdict().items()} == shapes
     dx, dy = shifted.backward(torch.full_like(value, upstream), x, y, mask, stash, problem, route)
@@ -162,9 +165,12 @@ def test_a_side_without_variance(route: str, dtype: torch.dtype, constant: float
 
 
 def test_orthogonal_rows_have_no_unbiased_variance(dtype: torch.dtype, device: torch.device) -> None:
+    """Nor do rows that are orthogonal up to fp32's rounding."""
     x = 3 * torch.eye(24, dtype=dtype, device=device)
     _, y = features(24, 24, 30, dtype=dtype, device=device)
     assert run("gram", x, y, estimator="unbiased").value == 1
+    turned = torch.linalg.qr(y[:, :24].double()).Q.float()
+    assert run("gram", turned, y.float(), estimator="unbiased").value == 1
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
@@ -197,6 +203,13 @@ def test_a_row_that_dominates_unbiased(size: float, device: torch.device) -> Non
     assert_right("gram", x, y, estimator="unbiased", looser=3.0)
 
 
+def test_a_massive_first_token_unbiased(dtype: torch.dtype, device: torch.device) -> None:
+    """Two features of one row at 3,000: no side is without variance for it."""
+    x, y = features(64, 160, 160, dtype=dtype, device=device)
+    x[0, :2] = y[0, :2] = 3000
+    assert_right("gram", x, y, estimator="unbiased", looser=2.0)
+
+
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_a_row_that_dominates_biased(route: str, size: float, device: torch.device) -> None:
     """CKA is all but 1 then, and what is left of the gradient no better than plain PyTorch could make it."""
@@ -214,10 +227,10 @@ def test_scales(route: str, dtype: torch.dtype, power: int, device: torch.device
     assert_right(route, x, y, upstream=1.0)
 
 
-@pytest.mark.parametrize("period", [0, 2, 64, 128])
+@pytest.mark.parametrize("period", [0, 2, 4, 64])
 def test_sorted_and_periodic_batches(period: int, device: torch.device) -> None:
-    """bf16, 2,300 rows, more than are sampled: sorted (0), or every so many rows massive, as first tokens are."""
-    x, y = features(2300, 6, 5, dtype=BFLOAT16, device=device, mean=100.0)
+    """bf16, 3,600 rows, of which one in four is sampled: sorted (0), or every so many rows massive, as first tokens."""
+    x, y = features(3600, 6, 5, dtype=BFLOAT16, device=device, mean=100.0)
     if period == 0:
         x = x.sort(0).values
     elif period == 2:
@@ -262,3 +275,52 @@ def test_other_problems_are_the_librarys(change: dict[str, Any], route: str, dev
     problem = problem_of(x, y)._replace(**change)
     assert not shifted.takes(problem)
     assert shifted.stash_shapes(problem, route) == library.stash_shapes(problem, route)
+
+
+def test_the_library_backend_is_shifted_where_triton_compiles(
+    route: str, estimator: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, backward, and the operators that a second backward goes through."""
+    monkeypatch.setattr(backends, "_shifts", lambda dtype, device: True)
+    x, y = sides_of(route, FLOAT32, device)
+    problem = problem_of(x, y)
+    assert backends.of(problem, "library") is shifted
+    assert backends.of(problem._replace(dtype=torch.float64), "library") is library
+    function = operator(route, "library", estimator)
+    assert max(errors(evaluate(function, x, y), truth(x, y, estimator)).values()) < 3e-6
+    x, y = x.requires_grad_(), y.requires_grad_()
+    twice = []
+    for loss in (function(x, y), reference.cka_loss(x, y, None, estimator)):
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        twice.append(torch.autograd.grad(first.square().sum(), y)[0])
+    torch.testing.assert_close(*twice, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_symmetric_products(
+    route: str, described: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile that crosses the diagonal, several, the last ones not full; long sums in parts, of 128 rows and more."""
+    monkeypatch.setattr(symmetric, "capability", lambda device: (9, 0) if described else (8, 0))
+    monkeypatch.setattr(shifted, "PART", 128)
+    shifted._launches_of.cache_clear()
+    n, p, q = (100, 72, 41) if route == "gram" else (200, 60, 21)
+    x, y = features(n, p, q, dtype=dtype, device=device)
+    for configuration in (symmetric.Configuration(16, 32, 64, 4, 3), symmetric.Configuration(32, 32, 128, 4, 3)):
+        assert_right(route, x, y, sides="x", symmetric=configuration)
+    shifted._launches_of.cache_clear()
+
+
+def test_symmetric_products_are_symmetric(device: torch.device) -> None:
+    z = torch.randn(64, 40, device=device)
+    found = symmetric.multiply(z, True, 2, symmetric.Configuration(16, 32, 64, 4, 3), False)
+    assert torch.equal(found, found.mT)
+    torch.testing.assert_close(found[1], z[32:].T @ z[32:], rtol=1e-5, atol=1e-5)
+
+
+def test_configurations_fit_shared_memory() -> None:
+    """All of them on an H100, tiles of up to 128 x 128 elsewhere, and three stages of those in 99 KB."""
+    assert symmetric.fitting((9, 0)) == symmetric.CONFIGURATIONS
+    assert len(symmetric.fitting((8, 0))) == len(symmetric.fitting((10, 0))) == 4
+    assert len(symmetric.fitting((8, 6))) == len(symmetric.fitting((12, 0))) == 3

@@ -235,7 +235,9 @@ def grids(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
 def test_no_grid_passes_its_limit(widths: list[int], estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """2^31 - 1 blocks in x, 65,535 in y and z; every place of a kernel's own below 2^31. Without a device."""
     launched, meta = grids(monkeypatch), torch.device("meta")
-    problems = tuple(Problem(128, d, d, torch.bfloat16, meta, "cka_loss", estimator, None, True, True, True) for d in widths)
+    problems = tuple(
+        Problem(128, d, d, torch.bfloat16, meta, "cka_loss", estimator, None, True, True, True) for d in widths
+    )
     made = small.Small(problems, "ieee")
     for each in (made.partials, made.reduce, made.moments, made.gradients):
         each(None)

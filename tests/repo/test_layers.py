@@ -72,7 +72,7 @@ def sources(package: str) -> list[Path]:
 
 
 def room_of(path: Path) -> str:
-    """The first name below the package, of a backend the first two: ``bird_kernels/backends/triton/gram.py`` stands in
+    """The first name below the package, of a backend the first two: ``bird_kernels/backends/triton/small.py`` stands in
     the room ``backends.triton``."""
     package, *names = path.relative_to(ROOT).with_suffix("").parts
     return longest_room(names, package)

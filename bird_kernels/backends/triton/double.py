@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .centre import counts
-from .reduce import ROWS, SCALE_X, SCALE_Y, WIDTH, arrive, finish
+from .reduce import WIDTH, arrive, finish, sizes_of
 
 ROW_BLOCK, COLUMN_BLOCK = 8, 256  # of the two matrices, that a program reads at a time where there is no product
 
@@ -56,19 +56,16 @@ def moments_kernel(
     matrices,  # fp32 [pairs, 2, n, n]: K and L of each pair
     shifts,  # fp64 [pairs, 2, n]
     mask,  # bytes [n]: the rows that count
-    floors,  # fp64 [pairs, 2]: a self-product that is no more is zero
+    rooms,  # fp64 [pairs, 2]: a self-product that is rounding of it is zero
     slots,  # fp64 [pairs, 3, programs]: for the programs of a pair to meet in
     counters,  # int32 [pairs], zero
     values,  # out, fp32 [pairs]
     coefficients,  # fp64 [pairs, NUMBERS]: scales and number of rows are there, the others are written
     n,
-    NUMBERS: tl.constexpr,
-    MASKED: tl.constexpr,
-    STATISTIC: tl.constexpr,
+    NUMBERS: tl.constexpr, MASKED: tl.constexpr, STATISTIC: tl.constexpr,
     UNBIASED: tl.constexpr,  # the diagonal does not count
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
+    HEIGHT: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
     """Grid (blocks of HEIGHT rows, pairs): <Kc,Lc>, <Kc,Kc>, <Lc,Lc>, twice what is above the diagonal, and the end."""
     block, blocks, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     k = matrices + 2 * pair.to(tl.int64) * n * n
@@ -102,8 +99,6 @@ def moments_kernel(
     tl.store(slots + 2 * blocks + block, 2.0 * tl.sum(ll, 0))
     if arrive(counters + pair, blocks):
         coefficients += pair * NUMBERS
-        finish(
-            slots, blocks, tl.load(floors + 2 * pair), tl.load(floors + 2 * pair + 1),
-            tl.load(coefficients + SCALE_X), tl.load(coefficients + SCALE_Y), tl.load(coefficients + ROWS),
-            values + pair, coefficients, STATISTIC, UNBIASED,
-        )  # fmt: skip
+        scale_x, scale_y, count = sizes_of(coefficients)
+        room_k, room_l = tl.load(rooms + 2 * pair), tl.load(rooms + 2 * pair + 1)
+        finish(slots, blocks, room_k, room_l, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, UNBIASED)

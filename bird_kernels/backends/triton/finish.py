@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reduce import arrive, combine, sum_slots, upper_tile
+from .reduce import arrive, conclude, sum_slots, upper_tile
 from .shift import round_tf32
 
 
@@ -34,27 +34,10 @@ def _conclude(
     STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
     """Value and coefficients; a side whose self-product is rounding of ``room``, its size uncentred, has none."""
-    rounding = 64.0 * 1.1920928955078125e-07  # moments.ROUNDING, fp32
-    scale_x, scale_y = tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64)
-    alive_kk = tl.where(kk <= rounding * rounding * room_k, 0.0, kk)
-    alive_ll = tl.where(ll <= rounding * rounding * room_l, 0.0, ll)
-    result, d_kl, d_kk, d_ll = combine(kl, alive_kk, alive_ll, n, STATISTIC, UNBIASED)
-    if STATISTIC == "hsic":
-        unscale = 1.0 / (scale_x * scale_x * scale_y * scale_y)
-        result *= unscale
-        d_kl *= unscale
-    tl.store(value, result.to(tl.float32))
-    tl.store(coefficients + 0, d_kl)
-    tl.store(coefficients + 1, d_kk)
-    tl.store(coefficients + 2, d_ll)
-    tl.store(coefficients + 3, kl)
-    tl.store(coefficients + 4, kk)
-    tl.store(coefficients + 5, ll)
     tl.store(coefficients + 6, total_k)
     tl.store(coefficients + 7, total_l)
-    tl.store(coefficients + 8, scale_x)
-    tl.store(coefficients + 9, scale_y)
-    tl.store(coefficients + 10, n)
+    scale_x, scale_y = tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64)
+    conclude(kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients, STATISTIC, UNBIASED)
 
 
 @triton.jit
@@ -332,9 +315,9 @@ def gram_mix_kernel(
     rows,  # fp32 [2, n]
     coefficients,  # fp64 [11]
     grad,  # 0-d
-    m,  # out, [n, na]: column n is the sum of a row, the last ones are zero: d = m z
+    m,  # out, [n, 8 eighths]: column n is the sum of a row, the last ones are zero: d = m z
     factor,  # out (NEAR), fp32, 0-d
-    n, na,
+    n, eighths,
     SIDE: tl.constexpr,
     UNBIASED: tl.constexpr,
     MASKED: tl.constexpr,
@@ -344,6 +327,7 @@ def gram_mix_kernel(
     STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of rows)."""
+    na = eighths * 8  # the compiler sees that rows are aligned
     count = tl.load(coefficients + 10)
     own_total, other_total = tl.load(coefficients + 6 + SIDE), tl.load(coefficients + 7 - SIDE)
     size = tl.sqrt(tl.load(coefficients + 5 - SIDE))

@@ -15,19 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import plan
-from ...moments import ROUNDING
 from ...types import Problem, Route, Shapes, Stash
 from .. import library
 from ..library_rbf import bandwidth_of
 from ..library_rbf.strips import SAME, Strips
-from .centre import counts, locate, row_count, scale_of_all, shifted_tile
+from . import shift
+from .centre import counts, row_count
 from .double import COLUMN_BLOCK, ROW_BLOCK, both_shifts, moments_kernel, store_shifts
 from .launch import Launch, aligned, as_bytes, ceil_div, device_of, precision_of, products
-from .reduce import COEFFICIENTS, D_KK, D_KL, KK, ROWS, SCALE_X, SCALE_Y, WIDTH, arrive, upper_tile
+from .reduce import COEFFICIENTS, WIDTH, arrive, store_sizes, upper_tile, weights_of
 
 __all__ = ["backward", "forward", "stash_shapes"]
 
-SHIFTED = 64  # rows and columns of a side that are shifted together
+LOCATED, SHIFTED, SHARES = 32, 64, 64  # columns, and rows and columns, of a program; programs that share a column
 EPS = tl.constexpr(2.0**-23)
 # Behind the common coefficients, by side: f of scaled features, c, the features' scale, the largest K off the diagonal.
 FACTOR, LEVEL, SCALE, PEAK, SIDE = (tl.constexpr(i) for i in range(5))
@@ -35,76 +35,14 @@ NUMBERS = COEFFICIENTS.value + 2 * SIDE.value
 
 
 @triton.jit
-def locate_kernel(
-    x,  # [n, p], dense
-    y,  # [n, q], dense
-    mask,  # bytes [n]
-    locations,  # out, fp32 [2 p + 2 q]: of the columns of x, then of y
-    peaks,  # out, fp32 [programs]: the largest shifted entry of each block of columns
-    counter,  # out, int32: cleared for the kernels that follow
-    n, p, q,
-    blocks_x,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of columns of x, then of y)."""
-    block = tl.program_id(0)
-    of_x = block < blocks_x
-    tl.store(counter, 0, mask=block == 0)
-    columns = tl.where(of_x, block, block - blocks_x) * BLOCK + tl.arange(0, BLOCK)
-    location = tl.where(of_x, locations, locations + 2 * p)
-    peak = locate(tl.where(of_x, x, y), mask, location, columns, n, tl.where(of_x, p, q), False, MASKED, BLOCK)
-    tl.store(peaks + block, peak)
-
-
-@triton.jit
-def shift_kernel(
-    x,  # [n, p], dense
-    y,  # [n, q], dense
-    mask,  # bytes [n]
-    locations,  # fp32 [2 p + 2 q]
-    peaks,  # fp32 [blocks of x and of y]
-    zx, zy,  # out: shifted and scaled x and y, zero in rows that do not count
-    norms,  # out, fp32 [2, n]: squares of their rows
-    coefficients,  # out, fp64 [NUMBERS]: the scales
-    n, p, q,
-    blocks_x, blocks,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of rows, sides)."""
-    program, side = tl.program_id(0), tl.program_id(1)
-    of_x = side == 0
-    d = tl.where(of_x, p, q)
-    z = tl.where(of_x, zx, zy)
-    scale = scale_of_all(peaks, tl.where(of_x, 0, blocks_x), tl.where(of_x, blocks_x, blocks), WIDTH)
-    rows = program * BLOCK + tl.arange(0, BLOCK)
-    counted = counts(mask, rows, n, MASKED)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, d, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        tile = shifted_tile(
-            tl.where(of_x, x, y), tl.where(of_x, locations, locations + 2 * p), scale, counted, rows, columns, d
-        ).to(z.dtype.element_ty)
-        offsets = rows.to(tl.int64)[:, None] * d + columns[None, :]
-        tl.store(z + offsets, tile, mask=(rows < n)[:, None] & (columns < d)[None, :])
-        tile = tile.to(tl.float32)
-        squares += tl.sum(tile * tile, 1)
-    tl.store(norms + side * n + rows, squares, mask=rows < n)
-    tl.store(coefficients + COEFFICIENTS + side * SIDE + SCALE, scale.to(tl.float64), mask=program == 0)
-
-
-@triton.jit
 def distances_kernel(
     zx, zy,  # [n, p] and [n, q]
-    norms,  # fp32 [2, n]
+    norms,  # fp32 [2, n]: of their rows, squared
     matrices,  # out, fp32 [2, n, n]: squared distances, diagonal 0
     n, p, q,
     tiles,  # in a row
     SAME: tl.constexpr,  # distances up to so many units in the last place of the norms are rounding, and zero
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (upper tiles, sides): a tile and its mirror image."""
     tile, side = tl.program_id(0), tl.program_id(1)
@@ -158,20 +96,17 @@ def _largest(slots, count):
 def kernels_kernel(
     matrices,  # fp32 [2, n, n]: from squared distances to K - c and L - c; UNBIASED with diagonal 0
     bandwidths,  # fp64 [2, 3]: f, t and c of each side
+    scales,  # fp32 [2]: of the features
     mask,  # bytes [n]
     sums,  # fp64 [2, n]: row sums, for the last program
     tops,  # fp64 [2, blocks]: the largest entries of K off the diagonal, for the last program
     shifts,  # out, fp64 [2, n]: see `double`
-    floors,  # out, fp64 [2]
+    rooms,  # out, fp64 [2]: see `reduce.conclude`
     counter,  # int32, 0 before and after
     coefficients,  # out, fp64 [NUMBERS]
     n,
-    ROUNDING: tl.constexpr,
-    MASKED: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
-):
+    MASKED: tl.constexpr, UNBIASED: tl.constexpr, HEIGHT: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
     """Grid (blocks of HEIGHT rows, sides); the last program makes shifts of the row sums."""
     block, blocks, side = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     rows = block * HEIGHT + tl.arange(0, HEIGHT)
@@ -203,18 +138,17 @@ def kernels_kernel(
     if arrive(counter, 2 * blocks):
         tl.store(counter, 0)
         count = row_count(mask, n, MASKED, WIDTH)
-        tl.store(coefficients + SCALE_X, 0.0 * count + 1.0)  # a kernel has no scale
-        tl.store(coefficients + SCALE_Y, 0.0 * count + 1.0)
-        tl.store(coefficients + ROWS, count)
+        store_sizes(coefficients, 1.0, 1.0, count)  # a kernel has no scale
         for each in tl.static_range(2):
             store_shifts(sums + each * n, 1, shifts + each * n, count, n, UNBIASED)
             f, t = tl.load(bandwidths + each * 3 + 0), tl.load(bandwidths + each * 3 + 1)
             c = tl.load(bandwidths + each * 3 + 2)
-            noise = c * t * count * (ROUNDING * EPS)  # of entries that differ by no more than their rounding
-            tl.store(floors + each, noise * noise)
+            room = c * t * count  # entries may differ by no more than their rounding, which is that of t
+            tl.store(rooms + each, room * room)
             own = coefficients + COEFFICIENTS + each * SIDE
             tl.store(own + FACTOR, f)
             tl.store(own + LEVEL, c)
+            tl.store(own + SCALE, tl.load(scales + each).to(tl.float64))
             tl.store(own + PEAK, _largest(tops + each * blocks, blocks))
 
 
@@ -229,10 +163,7 @@ def rbf_backward_kernel(
     dx, dy,  # out, [n, p] and [n, q]
     n, p, q,
     blocks_x,  # 0 if dX is not wanted
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Grid (column tiles of dX, then of dY, of those that are wanted; row tiles).
 
@@ -248,12 +179,8 @@ def rbf_backward_kernel(
     columns = tl.where(of_x, block, block - blocks_x) * BLOCK + tl.arange(0, BLOCK)
     dtype = z.dtype.element_ty
     side = coefficients + COEFFICIENTS + one * SIDE
-    size = tl.sqrt(tl.load(coefficients + KK + 1 - one)) / tl.load(coefficients + ROWS)
+    d_cross, inner_other, inner_own = weights_of(coefficients, one, False)
     peak = tl.maximum(tl.load(side + PEAK), 1e-37)
-    d_cross = tl.load(coefficients + D_KL) * size
-    dead = d_cross == 0.0
-    inner_other = tl.where(dead, 0.0, 1.0 / size).to(tl.float32)
-    inner_own = tl.where(dead, 0.0, 2.0 * tl.load(coefficients + D_KK + one) / d_cross).to(tl.float32)
     inner_kernel = (1.0 / peak).to(tl.float32)
     level = tl.load(side + LEVEL).to(tl.float32)
     own = matrices + one.to(tl.int64) * n * n
@@ -303,7 +230,7 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     with device_of(x):
-        return _launches_of(problem, precision_of(problem)).forward(x.contiguous(), y.contiguous(), mask)
+        return _launches_of(problem, precision_of(problem)).forward(x, y, mask)
 
 
 def backward(
@@ -322,23 +249,27 @@ class _Gaussian:
         self.problem, self.stash = problem, stash_shapes(problem, "gram").values()
         t = plan.rbf_tiling(problem)
         tiles, self.blocks = ceil_div(n, t.block), ceil_div(n, ROW_BLOCK)
-        columns = ceil_div(p, SHIFTED), ceil_div(q, SHIFTED)
-        self.peaks = sum(columns)
-        masked, shifted = dict(MASKED=problem.masked), dict(BLOCK=SHIFTED)
-        unbiased = dict(UNBIASED=problem.estimator == "unbiased")
+        masked, unbiased = dict(MASKED=problem.masked), dict(UNBIASED=problem.estimator == "unbiased")
         multiply = dict(PRECISION=precision, BLOCK=t.block, STEP=t.step)
         parts = dict(HEIGHT=ROW_BLOCK, LENGTH=COLUMN_BLOCK)
-        self.locate = Launch(locate_kernel, (self.peaks,), (n, p, q, columns[0]), masked | shifted)
+        located, shifted = ((ceil_div(q, size), ceil_div(p, size)) for size in (LOCATED, SHIFTED))
+        every, share = ceil_div(n, shift.SAMPLE), SHIFTED * ceil_div(n, SHIFTED * SHARES)
+        self.peaks, self.shares = sum(located), ceil_div(n, share)
+        self.locate = Launch(
+            shift.locate_kernel, (self.peaks,), (n, p, q, q, located[0], every, ceil_div(n, every)),
+            masked | dict(ALWAYS=True, BLOCK=LOCATED), num_warps=8,  # the mean distance is taken from the norms
+        )  # fmt: skip
         self.shift = Launch(
-            shift_kernel, (ceil_div(n, SHIFTED), 2), (n, p, q, columns[0], self.peaks), masked | shifted, num_warps=8
-        )
+            shift.shift_kernel, (sum(shifted) + 1, self.shares),
+            (n, p, q, p, q, n, share, p, q, *shifted, *located),
+            masked | dict(CROSS=False, TF32=precision == "tf32", ROWS=SHIFTED, BLOCK=SHIFTED, WIDTH=WIDTH.value),
+            num_warps=8,
+        )  # fmt: skip
         self.distances = Launch(
             distances_kernel, (tiles * (tiles + 1) // 2, 2), (n, p, q, tiles), dict(SAME=SAME) | multiply,
             **products(problem, precision),
         )  # fmt: skip
-        self.kernels = Launch(
-            kernels_kernel, (self.blocks, 2), (n,), dict(ROUNDING=ROUNDING) | masked | unbiased | parts
-        )
+        self.kernels = Launch(kernels_kernel, (self.blocks, 2), (n,), masked | unbiased | parts)
         self.moments = Launch(
             moments_kernel, (self.blocks, 1), (n,),
             dict(NUMBERS=NUMBERS) | masked | dict(STATISTIC=problem.statistic) | unbiased | parts,
@@ -351,28 +282,34 @@ class _Gaussian:
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Stash]:
         """Value (0-d, fp32) and stash."""
-        n, device = self.problem.n, x.device
-        stash = Stash(*(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.stash))
-        singles = x.new_empty(2 * (self.problem.p + self.problem.q) + self.peaks + 2 * n, dtype=torch.float32)
-        locations, peaks, norms = singles.split([len(singles) - self.peaks - 2 * n, self.peaks, 2 * n])
-        doubles = x.new_empty(2 * n + 5 * self.blocks + 2, dtype=torch.float64)
-        sums, tops, slots, floors = doubles.split([2 * n, 2 * self.blocks, 3 * self.blocks, 2])
-        counter, value = x.new_empty((), dtype=torch.int32), x.new_empty((), dtype=torch.float32)
+        n, p, q = self.problem.n, self.problem.p, self.problem.q
+        stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.stash))
+        shifts, peaks, column_sums, scales = (
+            x.new_empty(size, dtype=torch.float32) for size in (p + q, self.peaks, self.shares * (p + q + 8), 2)
+        )
+        sums, tops, slots, rooms = (
+            x.new_empty(size, dtype=torch.float64) for size in (2 * n, 2 * self.blocks, 3 * self.blocks, 2)
+        )
+        counters, value = x.new_empty(2, dtype=torch.int32), x.new_empty((), dtype=torch.float32)
         bytes_ = x if mask is None else as_bytes(mask)
-        known = "dense" if aligned(x, y, bytes_, peaks, norms) else None
-        self.locate(known, x, y, bytes_, locations, peaks, counter)
-        self.shift(known, x, y, bytes_, locations, peaks, stash.xs, stash.ys, norms, stash.coefficients)
-        self.distances(known, stash.xs, stash.ys, norms, stash.xx)
+        strides, zs = (*x.stride(), *y.stride()), (stash.xs, stash.ys)
+        known = strides if aligned(x, y, bytes_) else None
+        self.locate(known, x, y, bytes_, shifts, peaks, counters, *strides)
+        self.shift(known, x, y, bytes_, shifts, peaks, *zs, stash.xs, column_sums, scales, *strides)
+        norms = torch.stack([torch.linalg.vecdot(z.float(), z.float()) for z in zs])
+        self.distances(known, *zs, norms, stash.xx)
         count = float(n) if mask is None else mask.sum(dtype=torch.float64)
         found = [
             bandwidth_of(_Whole(side, own, mask, self.problem), scale, count, i)
-            for i, (side, own, scale) in enumerate(
-                zip(stash.xx, norms.view(2, n), stash.coefficients[COEFFICIENTS.value + 2 :: 4], strict=False)
-            )
+            for i, (side, own, scale) in enumerate(zip(stash.xx, norms, scales.double(), strict=True))
         ]
-        bandwidths = library._pack(tuple(number for b in found for number in (b.factor, b.typical, b.level)), device)
-        self.kernels(known, stash.xx, bandwidths, bytes_, sums, tops, stash.rows, floors, counter, stash.coefficients)
-        self.moments(known, stash.xx, stash.rows, bytes_, floors, slots, counter, value, stash.coefficients)
+        numbers = tuple(number for b in found for number in (b.factor, b.typical, b.level))
+        bandwidths = library._pack(numbers, x.device)
+        counter = counters[:1]
+        self.kernels(
+            known, stash.xx, bandwidths, scales, bytes_, sums, tops, stash.rows, rooms, counter, stash.coefficients
+        )
+        self.moments(known, stash.xx, stash.rows, bytes_, rooms, slots, counter, value, stash.coefficients)
         return value, stash
 
     def backward(self, grad: Tensor, mask: Tensor | None, stash: Stash) -> tuple[Tensor, Tensor]:

@@ -67,10 +67,10 @@ def precision_of(problem: Problem) -> str:
 
 def products(problem: Problem, precision: str) -> dict[str, int]:
     """Warps and stages of the kernels that multiply: those without spills (docs/kernels.md names the others)."""
-    exact = problem.dtype == torch.float32 and precision == "ieee"
+    single = problem.dtype == torch.float32
     old = capability(problem.device) < (9, 0)
-    few = exact or precision == "tf32x3" or (problem.dtype.itemsize == 2 and old)
-    return dict(num_warps=8 if exact and old else 4, num_stages=2 if few else 3)
+    exact = single and precision != "tf32"
+    return dict(num_warps=8 if exact and old else 4, num_stages=2 if exact or (old and not single) else 3)
 
 
 def few_steps(problem: Problem) -> dict[str, int]:

@@ -75,17 +75,27 @@ def arrive(counter, programs):
 
 @triton.jit
 def finish(
-    slots, programs, floor_k, floor_l, scale_x, scale_y, n, value, coefficients,
+    slots, programs, room_k, room_l, scale_x, scale_y, n, value, coefficients,
     STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
-    """Slots [3, programs] of kl, kk, ll -> value (0-d, fp32) and coefficients, fp64.
+    """`conclude` from slots [3, programs] of kl, kk, ll."""
+    kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
+    conclude(kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients, STATISTIC, UNBIASED)
 
-    A self-product up to its floor is zero. The features were multiplied by the scales.
+
+@triton.jit
+def conclude(
+    kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients,
+    STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
+):  # fmt: skip
+    """Stores the value (0-d, fp32) and the coefficients, fp64.
+
+    A self-product that is rounding of its room, the squares that centring took it from, is zero. The features were
+    multiplied by the scales.
     """
     scale_x, scale_y = scale_x.to(tl.float64), scale_y.to(tl.float64)
-    kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
-    kk = tl.where(kk <= floor_k, 0.0, kk)
-    ll = tl.where(ll <= floor_l, 0.0, ll)
+    kk = tl.where(kk <= room_k * NOISE, 0.0, kk)
+    ll = tl.where(ll <= room_l * NOISE, 0.0, ll)
     result, d_kl, d_kk, d_ll = combine(kl, kk, ll, n, STATISTIC, UNBIASED)
     if STATISTIC == "hsic":
         unscale = 1.0 / (scale_x * scale_x * scale_y * scale_y)
@@ -98,9 +108,36 @@ def finish(
     tl.store(coefficients + KL, kl)
     tl.store(coefficients + KK, kk)
     tl.store(coefficients + LL, ll)
+    store_sizes(coefficients, scale_x, scale_y, n)
+
+
+@triton.jit
+def store_sizes(coefficients, scale_x, scale_y, n):
+    """What is known before the moments are: the features' scales, and the number of rows."""
     tl.store(coefficients + SCALE_X, scale_x)
     tl.store(coefficients + SCALE_Y, scale_y)
     tl.store(coefficients + ROWS, n)
+
+
+@triton.jit
+def sizes_of(coefficients):
+    """Scales of x and of y and the number of rows, fp64."""
+    return tl.load(coefficients + SCALE_X), tl.load(coefficients + SCALE_Y), tl.load(coefficients + ROWS)
+
+
+@triton.jit
+def weights_of(coefficients, side, ROOT: tl.constexpr):
+    """d, a and b of the matrix d (a Lc + b Kc), half the derivative of the value with respect to K (``side`` 1: to L).
+
+    a Lc is of the size of r Lc/|L|, r the number of rows or its ROOT, so that its entries can be rounded to a dtype of
+    short range. d is fp64, a and b are fp32.
+    """
+    n = tl.load(coefficients + ROWS)
+    size = tl.sqrt(tl.load(coefficients + KK + 1 - side)) / (tl.sqrt(n) if ROOT else n)
+    d = tl.load(coefficients + D_KL) * size
+    dead = d == 0.0
+    own = 2.0 * tl.load(coefficients + D_KK + side)
+    return d, tl.where(dead, 0.0, 1.0 / size).to(tl.float32), tl.where(dead, 0.0, own / d).to(tl.float32)
 
 
 @triton.jit

@@ -158,15 +158,16 @@ def shift_kernel(
     mask,  # bytes [n]
     shifts,  # fp32 [qa + pa]
     peaks,  # fp32 [peaks_y + peaks_x], of `locate_kernel`
-    zx,  # out, [rows, pa], rows ``pitch_x`` apart
-    zy,  # out, [rows, qa], rows ``pitch_y`` apart
-    ones,  # out (cross), [rows, 8], rows ``pitch_x`` apart: 1 1 0 0 0 0 0 0 for a row that counts
+    zx,  # out, [rows, pa], rows 8 ``pitch_x`` apart
+    zy,  # out, [rows, qa], rows 8 ``pitch_y`` apart
+    ones,  # out (cross), [rows, 8], rows 8 ``pitch_x`` apart: 1 1 0 0 0 0 0 0 for a row that counts
     sums,  # out, fp32 [grid 1, qa + pa + 8]: column sums of zy, zx and (cross and gram) ones, by shares of the rows
     scales,  # out, fp32 [2]: of x and of y
     stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, pa, qa,
     rows,  # of z, n or more
     share,  # rows of a program
-    pitch_x, pitch_y, blocks_y, blocks_x, peaks_y, peaks_x,
+    pitch_x, pitch_y,  # in eights: the compiler sees that rows are aligned
+    blocks_y, blocks_x, peaks_y, peaks_x,
     MASKED: tl.constexpr,
     CROSS: tl.constexpr,
     TF32: tl.constexpr,
@@ -184,7 +185,7 @@ def shift_kernel(
         scale = _scale(peaks, peaks_y, WIDTH)
         tl.store(scales + 1, scale, mask=(block == 0) & (part == 0))
         _shift(
-            y, mask, shifts, scale, zy, sums, columns, first, last, n, q, qa, stride_yn, stride_yq, pitch_y,
+            y, mask, shifts, scale, zy, sums, columns, first, last, n, q, qa, stride_yn, stride_yq, pitch_y * 8,
             MASKED, TF32, ROWS, BLOCK,
         )  # fmt: skip
     elif block < blocks_y + blocks_x:
@@ -192,8 +193,8 @@ def shift_kernel(
         scale = _scale(peaks + peaks_y, peaks_x, WIDTH)
         tl.store(scales, scale, mask=(block == blocks_y) & (part == 0))
         _shift(
-            x, mask, shifts + qa, scale, zx, sums + qa, columns, first, last, n, p, pa, stride_xn, stride_xp, pitch_x,
-            MASKED, TF32, ROWS, BLOCK,
+            x, mask, shifts + qa, scale, zx, sums + qa, columns, first, last, n, p, pa, stride_xn, stride_xp,
+            pitch_x * 8, MASKED, TF32, ROWS, BLOCK,
         )  # fmt: skip
     else:
         eight = tl.arange(0, 8)
@@ -206,6 +207,6 @@ def shift_kernel(
             one = tl.where(keep[:, None] & (eight < 2)[None, :], 1.0, 0.0)
             count += one
             if CROSS:
-                offsets = index.to(tl.int64)[:, None] * pitch_x + eight[None, :]
+                offsets = index.to(tl.int64)[:, None] * (pitch_x * 8) + eight[None, :]
                 tl.store(ones + offsets, one.to(ones.dtype.element_ty), mask=(index < last)[:, None])
         tl.store(sums + qa + pa + eight, tl.sum(count, 0))

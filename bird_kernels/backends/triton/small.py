@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,9 +26,7 @@ from ...types import Problem, Shapes, Stash
 from .centre import counts, locate, row_count, scale_of, scale_of_all, shifted_tile
 from .double import COLUMN_BLOCK, ROW_BLOCK, both_shifts, moments_kernel, store_shifts
 from .launch import Launch, aligned, as_bytes, ceil_div, few_steps, products
-from .reduce import (
-    COEFFICIENTS, D_KL, D_KK, KK, NOISE, ROWS, SCALE_X, SCALE_Y, WIDTH, arrive, finish, sum_slots, upper_tile,
-)  # fmt: skip
+from .reduce import COEFFICIENTS, WIDTH, arrive, finish, sizes_of, store_sizes, sum_slots, upper_tile, weights_of
 
 REDUCED = 8  # rows of a tile that one program adds up: 16 bytes of a part for each thread
 UNROLL = tl.constexpr(8)  # parts that are under way at once
@@ -48,12 +45,8 @@ def partials_kernel(
     WIDTHS: tl.constexpr,  # d of each side
     SIDES: tl.constexpr,
     CHUNK: tl.constexpr,  # columns of a split
-    ROBUST: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    ROBUST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Grid (upper tiles, splits of all sides): a split's part of a tile.
 
     Every tile's program of a split finds, and stores, the same locations and the same peak.
@@ -118,22 +111,16 @@ def reduce_kernel(
     grams,  # out, fp32 [pairs, 2, n, n]: K and L, with diagonal 0 if UNBIASED
     sums,  # fp64 [pairs, 2, tiles, n] (unbiased): row sums of each tile, for the last program
     shifts,  # out, fp64 [pairs, 2, n] (unbiased): see `double`
-    floors,  # out, fp64 [pairs, 2] (unbiased): self-products that are rounding
+    rooms,  # out, fp64 [pairs, 2] (unbiased): see `reduce.conclude`
     slots,  # fp64 [pairs, 3 or, unbiased, 4, programs]: for the programs of a pair to meet in
     counters,  # int32 [pairs]
     values,  # out, fp32 [pairs]; unbiased, the next kernel's
     coefficients,  # out, fp64 [pairs, COEFFICIENTS]
     n,
     tiles,
-    WIDTHS: tl.constexpr,
-    SIDES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    MASKED: tl.constexpr,
-    STATISTIC: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HEIGHT: tl.constexpr,
-):
+    WIDTHS: tl.constexpr, SIDES: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, STATISTIC: tl.constexpr,
+    UNBIASED: tl.constexpr, BLOCK: tl.constexpr, HEIGHT: tl.constexpr,
+):  # fmt: skip
     """Grid (blocks of HEIGHT rows, tiles, pairs): adds the parts of some rows of a tile of K and of L."""
     strip, column_tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     programs = tl.num_programs(0) * tiles
@@ -186,19 +173,15 @@ def reduce_kernel(
         coefficients += pair * COEFFICIENTS
         if UNBIASED:
             tl.store(counters + pair, 0)
-            tl.store(coefficients + SCALE_X, scale_x.to(tl.float64))
-            tl.store(coefficients + SCALE_Y, scale_y.to(tl.float64))
-            tl.store(coefficients + ROWS, count)
+            store_sizes(coefficients, scale_x.to(tl.float64), scale_y.to(tl.float64), count)
             for side in tl.static_range(2):
-                # The product of two rows is off by eps of their norms' product: over all pairs of rows, squared.
+                # The product of two rows is off by eps of their norms' product; over all pairs of rows, squared.
                 trace = sum_slots(slots, 2 * side, programs)
                 squares = sum_slots(slots, 2 * side + 1, programs)
-                tl.store(floors + 2 * pair + side, tl.maximum(trace * trace - squares, 0.0) * NOISE)
+                tl.store(rooms + 2 * pair + side, tl.maximum(trace * trace - squares, 0.0))
                 store_shifts(sums + side * tiles * n, tiles, shifts + (2 * pair + side) * n, count, n, True)
         else:
-            finish(
-                slots, programs, 0.0, 0.0, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, UNBIASED
-            )
+            finish(slots, programs, 0.0, 0.0, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, False)
 
 
 @triton.jit
@@ -248,13 +231,9 @@ def backward_kernel(
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = (block - first) * BLOCK + tl.arange(0, BLOCK)
     dtype = dx.dtype.element_ty
-    root = tl.sqrt(tl.load(coefficients + ROWS))
-    norm = tl.sqrt(tl.load(coefficients + KK + 1 - side))
-    outer = 2.0 * tl.load(coefficients + D_KL) * norm / root
-    dead = outer == 0.0
-    inner_other = tl.where(dead, 0.0, root / norm).to(tl.float32)
-    inner_own = tl.where(dead, 0.0, 4.0 * tl.load(coefficients + D_KK + side) / outer).to(tl.float32)
-    scale = tl.load(coefficients + SCALE_X + side)
+    outer, inner_other, inner_own = weights_of(coefficients, side, True)
+    scale_x, scale_y, _ = sizes_of(coefficients)
+    scale = tl.where(side == 0, scale_x, scale_y)
     if UNBIASED:
         row_shifts = both_shifts(shifts, rows, n, side, inner_other, inner_own)
 
@@ -272,43 +251,27 @@ def backward_kernel(
         tile = shifted_tile(x, locations + start_location, scale.to(tl.float32), counted, inner, columns, d)
         acc = tl.dot(m.to(dtype), tile.to(dtype), acc, input_precision=PRECISION)
 
-    acc *= (outer * scale * tl.load(grad + pair * stride_grad)).to(tl.float32)
+    acc *= (2.0 * outer * scale * tl.load(grad + pair * stride_grad)).to(tl.float32)
     acc = tl.where(counts(mask, rows, n, MASKED)[:, None], acc, 0.0)
     out = rows.to(tl.int64)[:, None] * d + columns[None, :]
     tl.store(dx + out, acc.to(dtype), mask=(rows < n)[:, None] & (columns < d)[None, :])
 
 
-class GroupStash(NamedTuple):
-    """What a forward of pairs leaves for its backward.
-
-    ``coefficients`` [pairs, 11], ``locations`` [sum of 2 d over the sides], ``grams`` [pairs, 2, n, n], ``shifts``
-    [pairs, 2, n] (unbiased only).
-    """
-
-    coefficients: Tensor
-    locations: Tensor
-    grams: Tensor
-    shifts: Tensor
-
-    def of_each(self, problems: Sequence[Problem]) -> list[Stash]:
-        """The same as the stashes of single calls, without a copy."""
-        locations = self.locations.split([2 * (problem.p + problem.q) for problem in problems])
-        none = self.locations.new_empty(0)
-        shifts = self.shifts if len(self.shifts) else [self.shifts] * len(problems)
-        return [
-            Stash(self.coefficients[i], locations[i], none, self.grams[i], none, none, shifts[i])
-            for i in range(len(problems))
-        ]
-
-
 def shapes_of(problems: Sequence[Problem]) -> Shapes:
-    """Shape and dtype of every tensor of a `GroupStash`."""
-    first, pairs = problems[0], len(problems)
+    """Shape and dtype of every tensor of the stash of some pairs.
+
+    ``coefficients`` are by pair, ``xs`` holds locations [2, d] of one side after the other, ``xx`` K and L by pair and
+    ``rows`` their shifts (unbiased only).
+    """
+    first, pairs, none = problems[0], len(problems), ((0,), torch.float32)
     return dict(
         coefficients=((pairs, COEFFICIENTS.value), torch.float64),
-        locations=((2 * sum(problem.p + problem.q for problem in problems),), torch.float32),
-        grams=((pairs, 2, first.n, first.n), torch.float32),
-        shifts=((pairs, 2, first.n) if first.estimator == "unbiased" else (0,), torch.float64),
+        xs=((2 * sum(problem.p + problem.q for problem in problems),), torch.float32),
+        ys=none,
+        xx=((pairs, 2, first.n, first.n), torch.float32),
+        yy=none,
+        xy=none,
+        rows=((pairs, 2, first.n) if first.estimator == "unbiased" else (0,), torch.float64),
     )
 
 
@@ -338,7 +301,7 @@ class Small:
             moments_kernel, (blocks, pairs), (n,),
             dict(NUMBERS=COEFFICIENTS.value) | masked | end | dict(HEIGHT=ROW_BLOCK, LENGTH=COLUMN_BLOCK),
         )  # fmt: skip
-        self.unbiased, self.pairs = unbiased, pairs
+        self.unbiased = unbiased
         wants = [wanted for problem in problems for wanted in (problem.x_grad, problem.y_grad)]
         self.wanted = tuple(side for side, wanted in enumerate(wants) if wanted)
         own = dict(
@@ -349,46 +312,47 @@ class Small:
             backward_kernel, (sum(ceil_div(widths[side], t.block) for side in self.wanted), tiles), (n,),
             own | masked | dict(UNBIASED=unbiased) | multiply, **products(first, precision),
         )  # fmt: skip
-        self.workspace = dict(
-            peaks=((splits,), torch.float32), partials=((splits * upper * t.block**2,), torch.float32),
-            counters=((pairs,), torch.int32), floors=((2 * pairs * unbiased,), torch.float64),
-            sums=((2 * pairs * tiles * n * unbiased,), torch.float64),
-            slots=((pairs * max((3 + unbiased) * strips * tiles, 3 * blocks),), torch.float64),
+        self.stash = tuple(shapes_of(problems).values())
+        self.workspace = (
+            ((splits,), torch.float32), ((splits * upper * t.block**2,), torch.float32), ((pairs,), torch.int32),
+            ((2 * pairs * unbiased,), torch.float64), ((2 * pairs * tiles * n * unbiased,), torch.float64),
+            ((pairs * max((3 + unbiased) * strips * tiles, 3 * blocks),), torch.float64),
+            ((pairs,) if pairs > 1 else (), torch.float32),
         )  # fmt: skip
 
-    def forward(self, tensors: Sequence[Tensor], mask: Tensor | None, stash: GroupStash) -> Tensor:
-        """Values [pairs], of one pair 0-d, fp32, for x and y of the first, of the second, ...; fills the stash."""
+    def forward(self, tensors: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Stash]:
+        """Values [pairs], of one pair 0-d, fp32, and stash for x and y of the first pair, of the second, ..."""
         sides = tuple(x.contiguous() for x in tensors)
         any_ = sides[0]
         bytes_ = any_ if mask is None else as_bytes(mask)
-        ws = {name: any_.new_empty(shape, dtype=dtype) for name, (shape, dtype) in self.workspace.items()}
-        values = any_.new_empty(self.pairs if self.pairs > 1 else (), dtype=torch.float32)
-        known = "dense" if aligned(*sides, bytes_) else None
-        end = ws["slots"], ws["counters"], values, stash.coefficients
-        self.partials(known, sides, bytes_, stash.locations, ws["peaks"], ws["partials"], ws["counters"])
-        self.reduce(
-            known, ws["peaks"], ws["partials"], bytes_, stash.grams, ws["sums"], stash.shifts, ws["floors"], *end
+        stash = Stash(*(any_.new_empty(shape, dtype=dtype) for shape, dtype in self.stash))
+        peaks, partials, counters, rooms, sums, slots, values = (
+            any_.new_empty(shape, dtype=dtype) for shape, dtype in self.workspace
         )
+        known = "dense" if aligned(*sides, bytes_) else None
+        end = slots, counters, values, stash.coefficients
+        self.partials(known, sides, bytes_, stash.xs, peaks, partials, counters)
+        self.reduce(known, peaks, partials, bytes_, stash.xx, sums, stash.rows, rooms, *end)
         if self.unbiased:
-            self.moments(known, stash.grams, stash.shifts, bytes_, ws["floors"], *end)
-        return values
+            self.moments(known, stash.xx, stash.rows, bytes_, rooms, *end)
+        return values, stash
 
     def backward(
-        self, grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: GroupStash
+        self, grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: Stash
     ) -> list[Tensor | None]:
         """The gradients of all sides times ``grad`` [pairs], in the order of ``tensors``; None where unwanted."""
-        if not self.wanted:
-            return [None] * len(tensors)
-        wanted = tuple(tensors[side].contiguous() for side in self.wanted)
-        new = tuple(x.new_empty(x.shape) for x in wanted)
-        bytes_ = wanted[0] if mask is None else as_bytes(mask)
-        stride = grad.stride(0) if grad.dim() else 0
-        known = (stride, grad.dtype) if aligned(*wanted, *new, bytes_, grad, *stash) else None
-        self.gradients(
-            known, wanted, new, bytes_, stash.locations, stash.grams, stash.shifts, stash.coefficients, grad, stride
-        )  # fmt: skip
-        found = dict(zip(self.wanted, new, strict=True))
-        return [found.get(side) for side in range(len(tensors))]
+        found: list[Tensor | None] = [None] * len(tensors)
+        if self.wanted:
+            wanted = tuple(tensors[side].contiguous() for side in self.wanted)
+            new = tuple(x.new_empty(x.shape) for x in wanted)
+            bytes_ = wanted[0] if mask is None else as_bytes(mask)
+            stride = grad.stride(0) if grad.dim() else 0
+            known = (stride, grad.dtype) if aligned(*wanted, *new, bytes_, grad, *stash) else None
+            kept = stash.xs, stash.xx, stash.rows, stash.coefficients
+            self.gradients(known, wanted, new, bytes_, *kept, grad, stride)
+            for side, gradient in zip(self.wanted, new, strict=True):
+                found[side] = gradient
+        return found
 
 
 @lru_cache(maxsize=1024)

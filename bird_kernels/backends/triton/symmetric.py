@@ -43,10 +43,10 @@ SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # 
 def fitting(device: tuple[int, int]) -> tuple[Configuration, ...]:
     """The configurations whose operands find room in the shared memory of a device of this compute capability.
 
-    Where the matrix units read registers (8.x, 12.x) a tile of 128 x 256 spills up to 80 bytes a thread.
+    A tile of 128 x 256 spills: up to 80 bytes a thread on 8.x, whose matrix units read registers, and 8 on 10.x.
     """
     room = SHARED.get(device, 99) * 1024
-    widest = 256 if device[0] in (9, 10) else 128
+    widest = 256 if device[0] == 9 else 128
     return tuple(
         c for c in CONFIGURATIONS if c.columns <= widest and c.stages * c.step * (c.rows + c.columns) + 1024 <= room
     )
