@@ -1,6 +1,6 @@
 """Every Triton kernel compiles for GPUs that are not here, with the oldest supported Triton and the installed one.
 
-CI compiles about half of the variants (`launches.FEW_CASES`), 590 with each Triton: 0.6 s of a core each, six minutes
+CI compiles about half of the variants (`launches.FEW_CASES`), 470 with each Triton: 0.7 s of a core each, six minutes
 of two. A variant of a kernel differs in few lines from the next, and what they have in common fails in all of them;
 `./dev aot` compiles the other half, too.
 """
