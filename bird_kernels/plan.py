@@ -218,7 +218,7 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
     wide = _wide(problem)
     if problem.kernel is not None:
         if backend == "triton":
-            return 8 * n * n + 16 * n + n * (p + q) * problem.dtype.itemsize
+            return 8 * n * n + 16 * n + 8 * n * (_ceil_div(p, 8) + _ceil_div(q, 8)) * problem.dtype.itemsize
         kept = keeps_kernels(problem)
         kernels = 2 * strips_size(n, strip_rows(problem)) if kept else 0
         return (kernels + n * (p + (problem.y_grad or not kept) * q)) * wide + 16 * n

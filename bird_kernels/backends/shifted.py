@@ -202,7 +202,9 @@ class _Gram(_Launches):
         )  # fmt: skip
         constants = self.unbiased | self.masked | self.tf32 | dict(NEAR=self.near, ROWS=rows, STEP=step)
         self.mix = tuple(
-            Launch(finish.gram_mix_kernel, (self.blocks,), (n, self.rows // 8), dict(SIDE=side) | constants, num_warps=8)
+            Launch(
+                finish.gram_mix_kernel, (self.blocks,), (n, self.rows // 8), dict(SIDE=side) | constants, num_warps=8
+            )
             for side in (0, 1)
         )
 

@@ -36,10 +36,10 @@ NUMBERS = COEFFICIENTS.value + 2 * SIDE.value
 
 @triton.jit
 def distances_kernel(
-    zx, zy,  # [n, p] and [n, q]
+    zx, zy,  # [n, 8 width_x] and [n, 8 width_y], of `shift.shift_kernel`
     norms,  # fp32 [2, n]: of their rows, squared
     matrices,  # out, fp32 [2, n, n]: squared distances, diagonal 0
-    n, p, q,
+    n, width_x, width_y,
     tiles,  # in a row
     SAME: tl.constexpr,  # distances up to so many units in the last place of the norms are rounding, and zero
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
@@ -48,7 +48,7 @@ def distances_kernel(
     tile, side = tl.program_id(0), tl.program_id(1)
     row_tile, column_tile = upper_tile(tile, tiles)
     rows, others = row_tile * BLOCK + tl.arange(0, BLOCK), column_tile * BLOCK + tl.arange(0, BLOCK)
-    z, d = tl.where(side == 0, zx, zy), tl.where(side == 0, p, q)
+    z, d = tl.where(side == 0, zx, zy), 8 * tl.where(side == 0, width_x, width_y)
     product = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(0, d, STEP):
         columns = start + tl.arange(0, STEP)
@@ -154,14 +154,14 @@ def kernels_kernel(
 
 @triton.jit
 def rbf_backward_kernel(
-    zx, zy,  # [n, p] and [n, q]
+    zx, zy,  # [n, 8 width_x] and [n, 8 width_y]
     mask,  # bytes [n]
     matrices,  # fp32 [2, n, n]: K - c and L - c
     shifts,  # fp64 [2, n]
     coefficients,  # fp64 [NUMBERS]
     grad,  # 0-d, upstream
     dx, dy,  # out, [n, p] and [n, q]
-    n, p, q,
+    n, p, q, width_x, width_y,
     blocks_x,  # 0 if dX is not wanted
     MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -174,7 +174,8 @@ def rbf_backward_kernel(
     block = tl.program_id(0)
     of_x = block < blocks_x
     one = tl.where(of_x, 0, 1)
-    z, out, d = tl.where(of_x, zx, zy), tl.where(of_x, dx, dy), tl.where(of_x, p, q)
+    z, width = tl.where(of_x, zx, zy), 8 * tl.where(of_x, width_x, width_y)
+    out, d = tl.where(of_x, dx, dy), tl.where(of_x, p, q)
     rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.where(of_x, block, block - blocks_x) * BLOCK + tl.arange(0, BLOCK)
     dtype = z.dtype.element_ty
@@ -187,7 +188,7 @@ def rbf_backward_kernel(
     other = matrices + (1 - one).to(tl.int64) * n * n
     counted_rows = counts(mask, rows, n, MASKED)
     row_shifts = both_shifts(shifts, rows, n, one, inner_other, inner_own)
-    there = (columns < d)[None, :]
+    there = (columns < width)[None, :]
 
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
@@ -200,17 +201,17 @@ def rbf_backward_kernel(
         v -= row_shifts[:, None] + both_shifts(shifts, inner, n, one, inner_other, inner_own)[None, :]
         w = tl.where(counted, v * ((k + level) * inner_kernel), 0.0).to(dtype)
         sums += tl.sum(w.to(tl.float32), 1)
-        places = inner.to(tl.int64)[:, None] * d + columns[None, :]
+        places = inner.to(tl.int64)[:, None] * width + columns[None, :]
         acc = tl.dot(
             w, tl.load(z + places, mask=(inner < n)[:, None] & there, other=0.0), acc, input_precision=PRECISION
         )
 
-    places = rows.to(tl.int64)[:, None] * d + columns[None, :]
-    inside = (rows < n)[:, None] & there
-    acc -= sums[:, None] * tl.load(z + places, mask=inside, other=0.0).to(tl.float32)
+    places = rows.to(tl.int64)[:, None] * width + columns[None, :]
+    acc -= sums[:, None] * tl.load(z + places, mask=(rows < n)[:, None] & there, other=0.0).to(tl.float32)
     factor = 4.0 * d_cross * peak * tl.load(side + FACTOR) * tl.load(side + SCALE) * tl.load(grad)
     acc = tl.where(counted_rows[:, None], acc * factor.to(tl.float32), 0.0)
-    tl.store(out + places, acc.to(dtype), mask=inside)
+    places = rows.to(tl.int64)[:, None] * d + columns[None, :]
+    tl.store(out + places, acc.to(dtype), mask=(rows < n)[:, None] & (columns < d)[None, :])
 
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
@@ -218,8 +219,8 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     n, none = problem.n, ((0,), torch.float32)
     return dict(
         coefficients=((NUMBERS,), torch.float64),
-        xs=((n, problem.p), problem.dtype),
-        ys=((n, problem.q), problem.dtype),
+        xs=((n, 8 * ceil_div(problem.p, 8)), problem.dtype),
+        ys=((n, 8 * ceil_div(problem.q, 8)), problem.dtype),
         xx=((2, n, n), torch.float32),
         yy=none,
         xy=none,
@@ -252,21 +253,23 @@ class _Gaussian:
         masked, unbiased = dict(MASKED=problem.masked), dict(UNBIASED=problem.estimator == "unbiased")
         multiply = dict(PRECISION=precision, BLOCK=t.block, STEP=t.step)
         parts = dict(HEIGHT=ROW_BLOCK, LENGTH=COLUMN_BLOCK)
+        width_x, width_y = ceil_div(p, 8), ceil_div(q, 8)
+        self.width = 8 * (width_x + width_y)
         located, shifted = ((ceil_div(q, size), ceil_div(p, size)) for size in (LOCATED, SHIFTED))
         every, share = ceil_div(n, shift.SAMPLE), SHIFTED * ceil_div(n, SHIFTED * SHARES)
         self.peaks, self.shares = sum(located), ceil_div(n, share)
         self.locate = Launch(
-            shift.locate_kernel, (self.peaks,), (n, p, q, q, located[0], every, ceil_div(n, every)),
+            shift.locate_kernel, (self.peaks,), (n, p, q, 8 * width_y, located[0], every, ceil_div(n, every)),
             masked | dict(ALWAYS=True, BLOCK=LOCATED), num_warps=8,  # the mean distance is taken from the norms
         )  # fmt: skip
         self.shift = Launch(
             shift.shift_kernel, (sum(shifted) + 1, self.shares),
-            (n, p, q, p, q, n, share, p, q, *shifted, *located),
+            (n, p, q, 8 * width_x, 8 * width_y, n, share, width_x, width_y, *shifted, *located),
             masked | dict(CROSS=False, TF32=precision == "tf32", ROWS=SHIFTED, BLOCK=SHIFTED, WIDTH=WIDTH.value),
             num_warps=8,
         )  # fmt: skip
         self.distances = Launch(
-            distances_kernel, (tiles * (tiles + 1) // 2, 2), (n, p, q, tiles), dict(SAME=SAME) | multiply,
+            distances_kernel, (tiles * (tiles + 1) // 2, 2), (n, width_x, width_y, tiles), dict(SAME=SAME) | multiply,
             **products(problem, precision),
         )  # fmt: skip
         self.kernels = Launch(kernels_kernel, (self.blocks, 2), (n,), masked | unbiased | parts)
@@ -276,16 +279,17 @@ class _Gaussian:
         )  # fmt: skip
         wide = ceil_div(p, t.block) * problem.x_grad, ceil_div(q, t.block) * problem.y_grad
         self.gradients = Launch(
-            rbf_backward_kernel, (sum(wide), tiles), (n, p, q, wide[0]), masked | multiply,
+            rbf_backward_kernel, (sum(wide), tiles), (n, p, q, width_x, width_y, wide[0]), masked | multiply,
             **products(problem, precision),
         )  # fmt: skip
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Stash]:
         """Value (0-d, fp32) and stash."""
-        n, p, q = self.problem.n, self.problem.p, self.problem.q
+        n = self.problem.n
         stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.stash))
         shifts, peaks, column_sums, scales = (
-            x.new_empty(size, dtype=torch.float32) for size in (p + q, self.peaks, self.shares * (p + q + 8), 2)
+            x.new_empty(size, dtype=torch.float32)
+            for size in (self.width, self.peaks, self.shares * (self.width + 8), 2)
         )
         sums, tops, slots, rooms = (
             x.new_empty(size, dtype=torch.float64) for size in (2 * n, 2 * self.blocks, 3 * self.blocks, 2)
@@ -315,7 +319,8 @@ class _Gaussian:
     def backward(self, grad: Tensor, mask: Tensor | None, stash: Stash) -> tuple[Tensor, Tensor]:
         """dX and dY times ``grad``; an unwanted one is empty."""
         wanted = self.problem.x_grad, self.problem.y_grad
-        dx, dy = (z.new_empty(z.shape if w else (0,)) for z, w in zip((stash.xs, stash.ys), wanted, strict=True))
+        n, p, q = self.problem.n, self.problem.p, self.problem.q
+        dx, dy = (stash.xs.new_empty((n, d) if w else (0,)) for d, w in zip((p, q), wanted, strict=True))
         if any(wanted):
             bytes_ = grad if mask is None else as_bytes(mask)
             known = (grad.dtype, bytes_.dtype) if aligned(grad, bytes_, *stash) else None

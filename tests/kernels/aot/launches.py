@@ -57,7 +57,7 @@ CASES = (
 SHIFTED: tuple[tuple[Route, int, int, int], ...] = (
     ("gram", 128, 512, 320),
     ("cross", 2048, 64, 128),
-    ("cross", 32768, 64, 128),
+    ("cross", 16640, 64, 128),
 )
 PAIRS = ((64, 512), (128, 512), (512, 1280))  # widths of pairs that share their launches
 
