@@ -27,8 +27,13 @@ Row = dict[str, Any]
 # 227 on sm_90 and sm_100.
 SHARED = {80: 99, 86: 99, 90: 227, 100: 227, 120: 99}
 
-# Bytes that a thread spills, at the most, by Triton, architecture, kernel, dtype and precision.
-SPILLS: dict[str, dict[tuple[int, str, str, str], int]] = {}
+# Bytes that a thread spills, at the most: one pair of registers without a name, since the compilers shuffle those from
+# version to version, and what is named here by Triton, architecture, kernel, dtype and precision.
+PAIR = 8
+SPILLS = {
+    # Three products for each of fp32's: three parts of both operands wait in registers, 255 a thread.
+    ("3.8.0", 86, "gaussian.rbf_backward", "fp32", "tf32x3"): 48,
+}
 
 
 def rows_of(triton: str, file: Path) -> tuple[list[str], list[Row]]:
@@ -87,12 +92,11 @@ def test_only_named_variants_spill(version: str, rows: list[Row]) -> None:
     found: dict[tuple[int, str, str, str], int] = {}
     for row in rows:
         key = row["arch"], row["kernel"], row["dtype"], row["precision"]
-        if row["spilled"]:
-            found[key] = max(found.get(key, 0), row["spilled"])
-    if version in SPILLS:
-        assert found == SPILLS[version]
-    else:  # a Triton of another day: no worse than those that are known
-        assert max(found.values(), default=0) <= max(max(spills.values(), default=0) for spills in SPILLS.values())
+        found[key] = max(found.get(key, PAIR), row["spilled"])
+    named = {key[1:]: size for key, size in SPILLS.items() if key[0] == version}
+    if not named:  # a Triton of another day
+        named = {key[1:]: size for key, size in SPILLS.items()}
+    assert {key: size for key, size in found.items() if size > named.get(key, PAIR)} == {}
 
 
 def test_shared_memory_fits(rows: list[Row]) -> None:
