@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, distributed, inputs, ops, plan, sums, transport
+from . import backends, distributed, from_sums, inputs, ops, plan, sums, transport
 from .backends.linalg import scalar
 from .moments import MIN_ROWS
 from .types import Problem, Transport
@@ -107,7 +107,7 @@ class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, group: Any) -> Tensor:
         total = sums.all_reduced(_own_sums(x, y, mask, problem), group)
-        value, coefficients, total = sums.evaluate(total, problem)
+        value, coefficients, total = from_sums.evaluate(total, problem)
         if not ctx.needs_input_grad[1]:
             total = total._replace(yy=total.yy.new_empty(0))
         norms = total.norms or ()
@@ -126,9 +126,9 @@ class _Merged(torch.autograd.Function):
         dx = dy = None
         with ops.without_autocast(x.device):
             if ctx.needs_input_grad[0]:
-                dx = sums.gradient(x, y, mask, s, coefficients, upstream, problem)
+                dx = from_sums.gradient(x, y, mask, s, coefficients, upstream, problem)
             if ctx.needs_input_grad[1]:
-                dy = sums.gradient(y, x, mask, *sums.exchanged(s, coefficients), upstream, problem)
+                dy = from_sums.gradient(y, x, mask, *from_sums.exchanged(s, coefficients), upstream, problem)
         return dx, dy, None, None, None
 
 

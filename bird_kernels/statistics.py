@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import distributed, inputs, ops, sums
+from . import distributed, from_sums, inputs, ops, sums
 from .backends.linalg import require_fp64
 from .moments import MIN_ROWS, Coefficients, Scalar
 from .sums import Norms, Sums
@@ -160,7 +160,7 @@ class Statistics:
                 self._derivatives[estimator] = coefficients, scaled.to(self._products), scaled
             coefficients, rounded, scaled = self._derivatives[estimator]
             problem = self._problem(x, y, "cka_loss", estimator)
-            return sums.gradient(x, y, None, rounded, coefficients, upstream, problem, scaled).view(shape)
+            return from_sums.gradient(x, y, None, rounded, coefficients, upstream, problem, scaled).view(shape)
 
     def to(self, device: torch.device | str) -> Statistics:
         """The same on another device; a new object unless it is there already."""
@@ -225,7 +225,7 @@ class Statistics:
         inputs.require_choice("estimator", estimator, tuple(MIN_ROWS))
         s = self._known()
         problem = Problem(0, *_widths(s), self._products, s.n.device, statistic, estimator)  # type: ignore[arg-type]
-        return sums.evaluate(sums.merged([s]), problem)  # in the memory of a copy
+        return from_sums.evaluate(sums.merged([s]), problem)  # in the memory of a copy
 
     def _value(self, statistic: Statistic, estimator: str) -> Tensor:
         value, _, _ = self._evaluate(statistic, estimator)

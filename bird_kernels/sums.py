@@ -14,7 +14,7 @@ Moved to another centre, x + u and y + v with u = old mean - new mean, they are 
     A + n u u^T,   C + n v u^T,   B + n v v^T,   kappa -> kappa + 2 x.u + |u|^2,  and so on
 
 and about one common centre the sums of two sets add. So any split of a batch, over chunks or over processes, gives the
-statistic of the whole; and the gradient of a row needs the merged sums and that row alone (`gradient`).
+statistic of the whole; and the gradient of a row needs the merged sums and that row alone (`from_sums.gradient`).
 """
 
 from __future__ import annotations
@@ -27,22 +27,17 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .backends.dominating import alive, bulk_mean, dominated, largest, location, squared_norms, without
+from .backends.dominating import dominated, largest, location, squared_norms, without
 from .backends.linalg import (
-    add_scaled_mm,
-    at_least,
     centre,
     dtypes,
     fp32_products,
-    inner,
     mm,
     row_count,
-    scalar,
-    scaled_mm,
     self_product,
     to,
 )
-from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
+from .moments import Scalar
 from .transport import upper_blocks, upper_size
 from .types import Problem
 
@@ -114,7 +109,7 @@ def _plain(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, look: bo
             norms = _norms(to(xs, wide), to(ys, wide), kappa, lam)
         xx, xy, yy = self_product(xs.T), mm(ys.T, xs), self_product(ys.T)
     count = count if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float64, device=x.device)
-    return _scaled(Sums(count, _mean(means_x), _mean(means_y), xx, xy, yy, norms), 1.0 / scale_x, 1.0 / scale_y)
+    return scaled(Sums(count, _mean(means_x), _mean(means_y), xx, xy, yy, norms), 1.0 / scale_x, 1.0 / scale_y)
 
 
 def _apart(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums:
@@ -217,9 +212,9 @@ def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
     """The norms of the rows x + u and y + v; u [p], v [q], fp64."""
     assert s.norms is not None
     kx, ky, lx, ly, kk, kl, ll, off_x, off_y = s.norms
-    n, kappa, lam = s.n, _trace(s.xx), _trace(s.yy)
-    xx_u, xy_u = _times(s.xx, u), _times(s.xy, u)
-    yx_v, yy_v = _times(s.xy.T, v), _times(s.yy, v)
+    n, kappa, lam = s.n, trace(s.xx), trace(s.yy)
+    xx_u, xy_u = times(s.xx, u), times(s.xy, u)
+    yx_v, yy_v = times(s.xy.T, v), times(s.yy, v)
     uu, vv = u @ u, v @ v
     return Norms(
         kx + 2.0 * xx_u + u * (kappa + n * uu),
@@ -231,141 +226,6 @@ def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
         ll + 4.0 * (v @ yy_v) + 4.0 * (ly @ v) + 2.0 * vv * lam + n * vv * vv,
         off_x,
         off_y,
-    )
-
-
-def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
-    """The value of ``problem.statistic``, and what `gradient` needs: the coefficients, and the sums that they scale,
-    the products in the memory of ``s``.
-
-    The features are brought to a root mean square near 1 by powers of two, so that the squares of the products fit in
-    fp32.
-    """
-    n = scalar(s.n)
-    scale_x, scale_y = _unit(s.xx, s.n), _unit(s.yy, s.n)
-    s = _scaled(s, scale_x, scale_y)
-    kl, kk, ll = inner(s.xy, s.xy), inner(s.xx, s.xx), inner(s.yy, s.yy)
-    sum_k = sum_l = 0.0
-    if s.norms is not None and problem.estimator == "unbiased":
-        eps, rows = torch.finfo(s.xx.dtype).eps, at_least(MIN_ROWS["unbiased"], n)
-        sum_k, sum_l = scalar(_trace(s.xx)), scalar(_trace(s.yy))
-        kl, _ = _u_centred(kl, scalar(s.norms.kl), sum_k * sum_l, rows)
-        kk, size_k = _u_centred(kk, scalar(s.norms.kk), sum_k * sum_k, rows)
-        ll, size_l = _u_centred(ll, scalar(s.norms.ll), sum_l * sum_l, rows)
-        kk = alive(kk, ROUNDING * (2.0 * size_k**0.5 * scalar(s.norms.off_x) + eps * size_k))
-        ll = alive(ll, ROUNDING * (2.0 * size_l**0.5 * scalar(s.norms.off_y) + eps * size_l))
-    result = combine(Moments(kl, kk, ll), n, problem.statistic, problem.estimator, torch.finfo(s.xx.dtype).eps)
-    unscale = 1.0 / (scale_x * scale_y) ** 2 if problem.statistic == "hsic" else 1.0
-    coefficients = Coefficients(
-        result.d_kl * unscale, result.d_kk, result.d_ll, kl, kk, ll, sum_k, sum_l, scale_x, scale_y,
-        at_least(MIN_ROWS[problem.estimator], n),
-    )  # fmt: skip
-    return result.value * unscale, coefficients, s
-
-
-def _u_centred(product: Scalar, diagonal: Scalar, total: Scalar, n: Scalar) -> tuple[Scalar, Scalar]:
-    """The inner product of two U-centred Gram matrices of centred columns, and the sum of what it is a difference of.
-
-    ``product`` and ``diagonal`` are those of the whole matrices and of their diagonals, ``total`` is the product of
-    their traces: the row sums without the diagonal are minus the diagonal.
-    """
-    total = total / ((n - 1.0) * (n - 2.0))
-    return product - diagonal * n / (n - 2.0) + total, product + diagonal + total
-
-
-def gradient(
-    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients, upstream: Scalar, problem: Problem,
-    exact: Sums | None = None,
-) -> Tensor:  # fmt: skip
-    """dX [m, p] of some rows x [m, p], y [m, q] of those that ``s`` and ``c`` (of `evaluate`) were made from.
-
-    With X, Y about the merged means, alpha = c.d_kl and gamma = c.d_kk, it is Y (2 alpha C) + X (4 gamma A); unbiased,
-    see `_rows`. In x's dtype. For dY exchange the sides, by `exchanged`. ``exact`` are the same sums with products in
-    fp64 if those of ``s`` were rounded: rows that dominate need them.
-    """
-    wide, operand = dtypes(problem)
-    g = upstream * c.scale_x
-    factors = 2.0 * c.d_kl * g, 4.0 * c.d_kk * g
-    with fp32_products(problem):
-        if problem.estimator == "biased":
-            xs, ys = _about(x, s.mean_x, c.scale_x, mask, wide), _about(y, s.mean_y, c.scale_y, mask, wide)
-            d = scaled_mm(to(ys, operand), to(s.xy * factors[0], wide))
-            d = add_scaled_mm(d, to(xs, operand), to(s.xx * factors[1], wide))
-        else:
-            d = _unbiased(x, y, mask, s, exact or s, factors, c, operand)
-    if mask is not None:
-        d = d.masked_fill(~mask[:, None], 0.0)
-    return to(d, x.dtype)
-
-
-def _unbiased(
-    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, exact: Sums, factors: tuple[Scalar, Scalar], c: Coefficients,
-    operand: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    xs, ys = _about(x, s.mean_x, c.scale_x, mask, wide), _about(y, s.mean_y, c.scale_y, mask, wide)
-    if len(x) == 0 or (x.is_cpu and not dominated(squared_norms(xs)) and not dominated(squared_norms(ys))):
-        return _rows(xs, ys, s, None, factors, c, operand)
-    few = largest(squared_norms(xs), squared_norms(ys))
-    origins = bulk_mean(to(x, wide), mask)[0].double(), bulk_mean(to(y, wide), mask)[0].double()
-    about = (origins[0] - s.mean_x) * c.scale_x, (origins[1] - s.mean_y) * c.scale_y
-    xs, ys = _about(x, origins[0], c.scale_x, mask, wide), _about(y, origins[1], c.scale_y, mask, wide)
-    d = _rows(xs, ys, s, about, factors, c, operand)
-    xs, ys = (
-        _about(side[few], origin, scale, None, torch.float64)
-        for side, origin, scale in zip((x, y), origins, (c.scale_x, c.scale_y), strict=True)
-    )
-    return d.index_copy_(0, few, _rows(xs, ys, exact, about, factors, c, torch.float64).to(d.dtype))
-
-
-def _rows(
-    xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor] | None, factors: tuple[Scalar, Scalar],
-    c: Coefficients, operand: torch.dtype,
-) -> Tensor:  # fmt: skip
-    r"""dX [m, p] of rows ``xs``, ``ys`` about an origin that is ``about`` = (u, v) from the merged means; None: there.
-
-    The estimator does not depend on the origin, its rounding does. With a and b the ``factors``, A and C about that
-    origin, T = sum(x) = -n u and T' = sum(y) = -n v over all rows, r_i = x_i T - kappa_i and s_i = y_i T' - lambda_i
-    the row sums of the Gram matrices without their diagonals, rho = a s + b r and tau = sum(rho) / ((n-1)(n-2))::
-
-        dX_i = y_i a C + x_i b A - (a lambda_i + b kappa_i) x_i
-               + (2 rho_i / (n-2) - tau) x_i - (rho_i / (n-2) - tau) T - sum_j(rho_j x_j) / (n-2)
-    """
-    a, b = factors
-    norms, n = s.norms, c.n
-    assert norms is not None
-    xx, xy, kx, lx = s.xx, s.xy, norms.kx, norms.lx
-    total_k, total_l = -c.sum_k, -c.sum_l  # of the row sums r and s
-    column = None
-    if about is not None:
-        u, v = about
-        uu, vv = u @ u, v @ v
-        kx = kx - 2.0 * _times(xx, u) - u * (c.sum_k + n * uu)
-        lx = lx - 2.0 * _times(xy.T, v) - u * (c.sum_l + n * vv)
-        xx, xy = xx + n * torch.outer(u, u), xy + n * torch.outer(v, u)
-        column, other_column = -n * u, -n * v
-        total_k, total_l = total_k + n * (n - 1.0) * scalar(uu), total_l + n * (n - 1.0) * scalar(vv)
-        kx, lx = kx - _times(xx, column), lx - _times(xy.T, other_column)
-    wide = xs.dtype
-    d = scaled_mm(to(ys, operand), to(xy * a, wide))
-    d = add_scaled_mm(d, to(xs, operand), to(xx * b, wide))
-    diagonal = squared_norms(ys) * a + squared_norms(xs) * b
-    rho = -diagonal
-    if column is not None:
-        rho = rho + (ys @ to(other_column, wide)) * a + (xs @ to(column, wide)) * b
-    rest = rho / (n - 2.0) - (a * total_l + b * total_k) / ((n - 1.0) * (n - 2.0))
-    d += (rest + rho / (n - 2.0) - diagonal)[:, None] * xs
-    d += to((lx * a + kx * b) / (n - 2.0), wide)
-    return d if column is None else d.sub_(torch.outer(rest, to(column, wide)))
-
-
-def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
-    """The two sides change places."""
-    norms = None if s.norms is None else Norms(*(s.norms[i] for i in (3, 2, 1, 0, 6, 5, 4, 8, 7)))
-    return (
-        Sums(s.n, s.mean_y, s.mean_x, s.yy, s.xy.T, s.xx, norms),
-        Coefficients(c.d_kl, c.d_ll, c.d_kk, c.kl, c.ll, c.kk, c.sum_l, c.sum_k, c.scale_y, c.scale_x, c.n),
     )
 
 
@@ -401,7 +261,7 @@ def _norms(xs: Tensor, ys: Tensor, kappa: Tensor, lam: Tensor) -> Norms:
     return Norms(kx, ky, lx, ly, k @ k, k @ l, l @ l, eps * k.sum(), eps * l.sum())
 
 
-def _scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:
+def scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:
     """The sums of a x and b y but for the means, which stay those of x and y; the products in the memory of ``s``."""
     norms = s.norms
     if norms is not None:
@@ -410,29 +270,15 @@ def _scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:
     return s._replace(xx=s.xx.mul_(a**2), xy=s.xy.mul_(a * b), yy=s.yy.mul_(b**2), norms=norms)
 
 
-def _unit(product: Tensor, count: Tensor) -> Scalar:
-    """2^k that brings the largest feature's root mean square into [1/2, 1)."""
-    peak = (product.diagonal().amax().double() / count.clamp(min=1.0)).sqrt()
-    finite = torch.isfinite(peak) & (peak > 0.0)
-    exponent = torch.frexp(torch.where(finite, peak, 1.0)).exponent
-    return scalar(torch.ldexp(torch.ones_like(peak), -exponent))
-
-
-def _about(x: Tensor, mean: Tensor, scale: Scalar, mask: Tensor | None, wide: torch.dtype) -> Tensor:
-    """(x - mean) * scale in ``wide``; the mean in two parts, so that fp32 loses none of its fp64 digits that count."""
-    high = mean.to(wide)
-    x = (to(x, wide) - high).sub_((mean - high).to(wide)).mul_(scale)
-    return x if mask is None else torch.where(mask[:, None], x, 0.0)
-
-
 def _mean(parts: tuple[Tensor, Tensor]) -> Tensor:
     return parts[0].double() + parts[1].double()
 
 
-def _trace(product: Tensor) -> Tensor:
+def trace(product: Tensor) -> Tensor:
+    """The trace of a matrix, 0-d, fp64."""
     return product.diagonal().sum(dtype=torch.float64)
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
     """matrix @ vector in fp64: features of 1e12 have sums of cubes. A few rows at a time, no fp64 copy of the whole."""
     return torch.cat([rows.double() @ vector for rows in matrix.split(1024)])

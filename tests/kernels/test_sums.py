@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bird_kernels import reference, sums
+from bird_kernels import from_sums, reference, sums
 from bird_kernels.types import Problem
 
 CUTS = [0, 1, 12, 12, 40, 61]  # a part of one row, one of none
@@ -34,10 +34,10 @@ def compute(
         len(x), x.shape[1], y.shape[1], x.dtype, x.device, statistic, estimator, None, mask is not None, True, True
     )
     parts = [(x[a:b], y[a:b], None if mask is None else mask[a:b]) for a, b in pairwise(cuts)]
-    value, c, s = sums.evaluate(sums.merged([sums.sums_of(*part, problem) for part in parts]), problem)
-    exchanged = sums.exchanged(s, c)
-    dx = torch.cat([sums.gradient(a, b, m, s, c, 1.0, problem) for a, b, m in parts])
-    dy = torch.cat([sums.gradient(b, a, m, *exchanged, 1.0, problem) for a, b, m in parts])
+    value, c, s = from_sums.evaluate(sums.merged([sums.sums_of(*part, problem) for part in parts]), problem)
+    exchanged = from_sums.exchanged(s, c)
+    dx = torch.cat([from_sums.gradient(a, b, m, s, c, 1.0, problem) for a, b, m in parts])
+    dy = torch.cat([from_sums.gradient(b, a, m, *exchanged, 1.0, problem) for a, b, m in parts])
     return float(value), dx, dy
 
 

@@ -1,0 +1,67 @@
+"""Both sides of a linear problem, centred, with their products: what a forward keeps and a backward is made of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..moments import Scalar
+from ..types import Problem
+from .linalg import inner, mm, self_product, self_product_norm
+
+
+class Sides(NamedTuple):
+    """Both sides, centred and scaled, and what the backward needs of their products; fields as in `Stash`.
+
+    ``kl``, ``kk`` and ``ll`` are <K,L>, <K,K> and <L,L> of centred matrices; unbiased: of U-centred ones. ``rows``
+    [3, n] (unbiased, cross) holds kappa, lambda, and 1 for the rows that are apart.
+    """
+
+    xs: Tensor
+    ys: Tensor
+    scale_x: Scalar
+    scale_y: Scalar
+    kl: Scalar
+    kk: Scalar
+    ll: Scalar
+    xx: Tensor
+    yy: Tensor
+    xy: Tensor
+    rows: Tensor
+
+
+class Side(NamedTuple):
+    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own."""
+
+    own: Tensor
+    other: Tensor
+    cross: Tensor
+    product: Tensor
+    rows: Tensor
+    scale: Scalar
+    n: Scalar
+
+
+def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Scalar, Scalar, Scalar]:
+    """A = X^T X, C = Y^T X, B = Y^T Y (empty if no gradient of y is wanted); |C|^2, |A|^2, |B|^2."""
+    xx, xy = self_product(xs.T), mm(ys.T, xs)
+    yy = self_product(ys.T) if problem.y_grad else empty(xs, 0)
+    ll = inner(yy, yy) if problem.y_grad else self_product_norm(ys.T)
+    return xx, xy, yy, inner(xy, xy), inner(xx, xx), ll
+
+
+def without_diagonal(columns: Tensor, few: Tensor) -> Tensor:
+    """Columns ``few`` [k] of a Gram matrix, [n, k], the diagonal zero."""
+    return columns.scatter_(0, few[None, :], 0.0)
+
+
+def kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [n, d] with zeros in the rows that do not count."""
+    return x if mask is None else torch.where(mask[:, None], x, 0.0)
+
+
+def empty(like: Tensor, size: int | tuple[int, ...]) -> Tensor:
+    """One each: an operator's outputs must not share memory."""
+    return like.new_empty(size, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
