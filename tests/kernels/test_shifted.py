@@ -241,14 +241,14 @@ def test_sorted_and_periodic_batches(period: int, device: torch.device) -> None:
 
 
 def test_an_outlier_that_the_sample_misses(device: torch.device) -> None:
-    """fp16: a row that is 400,000 times as large as the sample let expect does not overflow."""
+    """fp16: a row that is 250,000 times as large as the sample let expect does not overflow."""
     x, y = features(3000, 6, 5, dtype=FLOAT16, device=device)
     index = torch.arange(1000)
     sampled = 3 * index + ((index * 2654435761) % 2**32 // 2**16) % 3
     row = min(set(range(3000)) - set(sampled.tolist()))
     x = (x.float() * 0.001).half()
-    x[row] *= 400000
-    assert x[row].abs().max() > 512
+    x[row] *= 250000
+    assert 512 < x[row].abs().max() < 1000
     assert_right("cross", x, y)
 
 

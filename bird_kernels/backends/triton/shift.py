@@ -115,18 +115,20 @@ def round_tf32(x):
 
 @triton.jit
 def _scale(peaks, count, WIDTH: tl.constexpr):
-    """2^k with 1/32 <= 2^k peak < 1/16, finite for Inf and NaN; 1 if nothing sampled differs from its location.
+    """2^k that brings the peak into 1/4..16, the nearest; finite for Inf and NaN, 1 if all that was sampled is alike.
 
-    Rows that the sample missed may be a million times as large before they leave fp16's range, and entries a thousandth
-    of the peak still have all of fp16's bits.
+    fp16 then has room for rows that the sample missed, 100,000 times as large, keeps all its bits for entries a
+    100,000th of a large peak, and a gradient's weights for both sides are of similar size.
     """
     peak = tl.zeros([WIDTH], tl.float32)
     for start in range(0, count, WIDTH):
         offsets = start + tl.arange(0, WIDTH)
         peak = tl.maximum(peak, tl.load(peaks + offsets, mask=offsets < count, other=0.0))
     largest = tl.max(peak, 0)
-    exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 122, -120), 120)
-    return tl.where(largest == 0.0, 1.0, ((127 - exponent) << 23).to(tl.float32, bitcast=True))
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    power = tl.minimum(tl.maximum(exponent, -2), 3) - exponent
+    power = tl.minimum(tl.maximum(power, -120), 120)
+    return tl.where(largest == 0.0, 1.0, ((127 + power) << 23).to(tl.float32, bitcast=True))
 
 
 @triton.jit
