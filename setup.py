@@ -7,7 +7,8 @@
           compiler, and nvcc unless this torch is a CPU build
     auto  build them where that is possible
 
-``TORCH_CUDA_ARCH_LIST`` names the GPUs, as for every PyTorch extension.
+``TORCH_CUDA_ARCH_LIST`` names the GPUs, as for every PyTorch extension; without it they are those of ARCHITECTURES that
+nvcc knows.
 """
 
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+ARCHITECTURES = (80, 90, 100)
 HEADERS = ["csrc/kernels.h", "csrc/at_once.h", "csrc/cuda/gram.cuh", "csrc/cuda/tile.cuh", "csrc/emulation/cuda.h"]
 
 
@@ -35,13 +36,30 @@ def toolkit() -> str:
     return str(Path(found[1]).parent)
 
 
+def architectures(listed: str) -> str:
+    """``TORCH_CUDA_ARCH_LIST`` for an nvcc whose ``--list-gpu-code`` says ``listed``: what it knows of ARCHITECTURES.
+
+    The newest of them as PTX, too, for GPUs that are newer still. nvcc 12.8 is the first that knows 10.0.
+    """
+    known = {int(code) for code in re.findall(r"sm_(\d+)\b", listed)}
+    chosen = [f"{code // 10}.{code % 10}" for code in ARCHITECTURES if code in known]
+    if not chosen:
+        raise RuntimeError(
+            f"nvcc knows none of the architectures {ARCHITECTURES}: {', '.join(listed.split()) or listed}"
+        )
+    return ";".join(chosen) + "+PTX"
+
+
 def extension(required: bool) -> dict:
     """What setup() is told to build the native part."""
     import torch
 
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     if torch.version.cuda:
-        os.environ["CUDA_HOME"] = toolkit()  # before torch guesses
+        folder = os.environ["CUDA_HOME"] = toolkit()  # before torch guesses
+        if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+            command = [Path(folder, "bin/nvcc"), "--list-gpu-code"]
+            listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(listed)
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     sources = ["csrc/bindings.cpp", "csrc/emulation/launch.cpp"]
@@ -83,4 +101,5 @@ def main() -> None:
     setup(**options)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -129,14 +129,18 @@ __global__ void __launch_bounds__(THREADS, 2) reduce_grams(const Forward call) {
     double total = 0.0;
     for (int w = 0; w < WARPS; ++w) total += sums[threadIdx.x][w];
     call.slots[blockIdx.x * MOMENTS + threadIdx.x] = total;
+  }
+  __syncthreads();
+  // The thread that arrives speaks for its block: it releases what the others stored before the barrier, and acquires
+  // what other blocks released for those behind the next one.
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(call.counter, 1) == static_cast<int>(gridDim.x) - 1;
     __threadfence();
   }
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(call.counter, 1) == static_cast<int>(gridDim.x) - 1;
-  __syncthreads();
   if (!last) return;
 
-  __threadfence();
   const Rows rows = count_rows(call.mask, n);
   static_assert(MOMENTS == WARPS, "a warp for each moment");
   double total = 0.0;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Dynamic shared memory at the most rows: 512 of 36 floats forward, 64 more backward (csrc/cuda/gram.cuh).
 DYNAMIC = {"partial_grams": 512 * 36 * 4, "reduce_grams": 0, "gradient": (512 + 64) * 36 * 4}
-
-
-def version() -> str:
-    """Of nvcc, as in 13.0."""
-    text = subprocess.run([shutil.which("nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release (\d+\.\d+)", text)[1]
 
 
 def report(capability: int, folder: Path) -> list[dict[str, Any]]:

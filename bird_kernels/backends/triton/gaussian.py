@@ -97,7 +97,7 @@ class _Gaussian:
         )  # fmt: skip
         blocks = tuple(wanted * ceil_div(d, t.block) for wanted, d in zip(self.wanted, (p, q), strict=True))
         self.gradients = Launch(
-            rbf.rbf_backward_kernel, (tiles, sum(blocks)), (n, p, q, blocks[0]),
+            rbf.rbf_backward_kernel, (sum(blocks), tiles), (n, p, q, blocks[0]),
             dict(X_GRAD=problem.x_grad, Y_GRAD=problem.y_grad) | masked | multiply,
             **products(problem, "gram", precision),
         )  # fmt: skip

@@ -212,11 +212,11 @@ def gram_backward_kernel(
     X_GRAD: tl.constexpr, Y_GRAD: tl.constexpr, MASKED: tl.constexpr, DESCRIBED: tl.constexpr, UNBIASED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles; feature tiles of dX [n, p], then of dY [n, q], of those that are wanted).
+    """Grid (feature tiles of dX [n, p], then of dY [n, q], of those that are wanted; row tiles).
 
     If DESCRIBED, x and y are descriptors of [STEP, BLOCK], k and l of [BLOCK, STEP].
     """
-    block = tl.program_id(1)
+    block = tl.program_id(0)
     # A constant of the compiler and a number of the program: one after the other.
     if X_GRAD:  # noqa: SIM102
         if block < blocks_x:
@@ -244,7 +244,7 @@ def _gram_backward(
     rounded: its entries lie below fp16's normal range at n = 128 already. The unbiased estimator's diagonal and the
     centring of the columns go into M as well.
     """
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     features = block * BLOCK + tl.arange(0, BLOCK)
     dtype = dx.dtype.element_ty
     d_cross = 2.0 * tl.load(coefficients + 0)
@@ -267,7 +267,7 @@ def _gram_backward(
     for start in range(0, n, STEP):
         inner = start + tl.arange(0, STEP)
         if DESCRIBED:
-            first = tl.program_id(0) * BLOCK
+            first = tl.program_id(1) * BLOCK
             m = other.load([first, start]) * inner_other
             m += own.load([first, start]) * inner_own
         else:

@@ -108,15 +108,16 @@ def group_reduce_kernel(
 @triton.jit
 def group_backward_kernel(
     wanted, gradients, mask, means, grams, norms, coefficients, grad, stride_grad, n,
-    WIDTHS: tl.constexpr, WANTED: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr,
+    WIDTHS: tl.constexpr, WANTED: tl.constexpr, MEANS: tl.constexpr, COUNT: tl.constexpr, MASKED: tl.constexpr,
     UNBIASED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, feature tiles of all wanted gradients): `gram.gram_backward_kernel` for the side of the tile.
+    """Grid (feature tiles of all wanted gradients, row tiles): `gram.gram_backward_kernel` for the side of the tile.
 
-    ``wanted`` and ``gradients`` are the tensors of the sides that want a gradient, WANTED their numbers among all.
+    ``wanted`` and ``gradients`` are the tensors of the sides that want a gradient, WANTED their numbers among all,
+    MEANS where the means of each begin.
     """
-    block = tl.program_id(1)
-    x, dx, d, side, first, mean = wanted[0], gradients[0], WIDTHS[WANTED[0]], WANTED[0], 0, 0
+    block = tl.program_id(0)
+    x, dx, d, side, first, mean = wanted[0], gradients[0], WIDTHS[WANTED[0]], WANTED[0], 0, MEANS[0]
     begin = 0
     for i in tl.static_range(COUNT):
         there = block >= begin
@@ -125,10 +126,7 @@ def group_backward_kernel(
         d = tl.where(there, WIDTHS[WANTED[i]], d)
         side = tl.where(there, WANTED[i], side)
         first = tl.where(there, begin, first)
-        before = 0
-        for j in tl.static_range(WANTED[i]):
-            before += 2 * WIDTHS[j]
-        mean = tl.where(there, before, mean)
+        mean = tl.where(there, MEANS[i], mean)
         begin += (WIDTHS[WANTED[i]] + BLOCK - 1) // BLOCK
     pair = side // 2
     k = grams + (2 * pair).to(tl.int64) * n * n
@@ -193,9 +191,10 @@ class Group:
             2 * i + side for i, p in enumerate(problems) for side, wants in enumerate((p.x_grad, p.y_grad)) if wants
         )
         blocks = sum(ceil_div(widths[side], t.block) for side in self.wanted)
+        means = tuple(2 * sum(widths[:side]) for side in self.wanted)
         self.gradients = Launch(
-            group_backward_kernel, (tiles, blocks), (n,),
-            dict(WIDTHS=widths, WANTED=self.wanted, COUNT=len(self.wanted), MASKED=first.masked, UNBIASED=unbiased)
+            group_backward_kernel, (blocks, tiles), (n,),
+            dict(WIDTHS=widths, WANTED=self.wanted, MEANS=means, COUNT=len(self.wanted), MASKED=first.masked, UNBIASED=unbiased)
             | multiply, **any_side(first, precision),
         )  # fmt: skip
         self.shapes = dict(

@@ -218,8 +218,8 @@ def rbf_backward_kernel(
     X_GRAD: tl.constexpr, Y_GRAD: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles; feature tiles of dX [n, p], then of dY [n, q], of those that are wanted)."""
-    block = tl.program_id(1)
+    """Grid (feature tiles of dX [n, p], then of dY [n, q], of those that are wanted; row tiles)."""
+    block = tl.program_id(0)
     if X_GRAD:  # noqa: SIM102
         if block < blocks_x:
             _rbf_backward(
@@ -244,7 +244,7 @@ def _rbf_backward(
     W is formed in fp32, where it cancels as CKA -> 1, and brought near 1 before it is rounded: Lc to the size of
     n Lc/|L|, K to at most 1. Its row sums are those of the rounded entries, so equal rows pull nowhere.
     """
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     features = block * BLOCK + tl.arange(0, BLOCK)
     dtype = x.dtype.element_ty
     side = coefficients + COMMON + ONE * SIDE

@@ -114,7 +114,7 @@ class Gram:
         if all(self.wanted) and precision == "tf32":
             options["num_stages"] = 2  # both sides in one kernel spill 8 bytes with 3 on sm_100
         self.gradients = both(
-            gram.gram_backward_kernel, (tiles, sum(blocks)), (n, p, q, blocks[0]),
+            gram.gram_backward_kernel, (sum(blocks), tiles), (n, p, q, blocks[0]),
             sides | masked | unbiased | multiply, **options,
         )  # fmt: skip
         self.describes, self.wide, self.high = (

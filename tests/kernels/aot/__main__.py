@@ -1,0 +1,90 @@
+"""Compiles every Triton kernel of the package ahead of time, for GPUs that are not here, and says what came of it.
+
+A line a variant: the GPU, the kernel, the dtype and precision, registers and spilled bytes of a thread, shared bytes of
+a block, matrix instructions, and the constants in which the kernel's variants differ. The last line counts. The exit
+status is 1 if a variant did not compile; a spill is none of its business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from . import environments
+
+ARCHS = (80, 86, 90, 100, 120)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line's."""
+    parser = argparse.ArgumentParser("./dev aot", description=__doc__)
+    parser.add_argument(
+        "--triton", default="newest", metavar="oldest|newest|VERSION",
+        help="which Triton: the least of pyproject.toml, the installed one (the default), or any, e.g. 3.7.1; another "
+        "than the installed one is put into build/ (640 MB) the first time",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arch",
+        type=int,
+        choices=ARCHS,
+        action="append",
+        help="a GPU, sm_80 to sm_120; can be repeated (default: all)",
+    )
+    parser.add_argument("--kernel", default="", metavar="PATTERN", help="a regular expression that the name has")
+    parser.add_argument("--few", action="store_true", help="fewer variants, about half: what CI compiles")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in this file, too")
+    return parser.parse_args()
+
+
+def interesting(constants: Iterable[tuple[str, dict[str, Any]]]) -> set[tuple[str, str]]:
+    """(kernel, constant) wherever the kernel's variants differ in the constant, except in how they multiply."""
+    values: dict[tuple[str, str], set[str]] = {}
+    for kernel, named in constants:
+        for name, value in named.items():
+            values.setdefault((kernel, name), set()).add(str(value))
+    return {key for key, found in values.items() if len(found) > 1 and key[1] != "PRECISION"}
+
+
+def line(row: dict[str, Any], wanted: set[tuple[str, str]]) -> str:
+    """What is printed of a row."""
+    constants = " ".join(f"{k}={v}" for k, v in row["constants"].items() if (row["kernel"], k) in wanted)
+    kind = f"sm_{row['arch']:<4}{row['kernel']:24}{row['dtype']:5}{row['precision']:7}"
+    if row["error"]:
+        return f"{kind}FAILED {constants}\n{row['error']}"
+    numbers = "{registers:4} registers {spilled:4} spilled {shared:7} shared {matrix:3} matrix".format(**row)
+    return f"{kind}{numbers}  {constants}"
+
+
+def main() -> int:
+    """Find the Triton, go on in a process that has it, compile."""
+    options = arguments()
+    version = environments.version_of(options.triton)
+    environments.install(version)
+    environment = environments.environment(version)
+    if environment != dict(os.environ):
+        program = [sys.executable, "-W", "ignore", "-m", __package__ or "", *sys.argv[1:]]
+        os.execve(sys.executable, program, environment)
+    from . import compile, launches  # not before: which Triton, and whether it interprets, is decided by an import
+
+    cases = launches.FEW_CASES if options.few else launches.CASES
+    variants = compile.variants(options.arch or ARCHS, cases, options.kernel)
+    wanted = interesting((variant.name, variant.named) for variant in variants)
+    rows = []
+    for row in compile.inspected(variants):
+        rows.append(row)
+        print(line(row, wanted), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"triton": version, "rows": rows}), encoding="utf-8")
+    failed, spilled = (sum(bool(row.get(key)) for row in rows) for key in ("error", "spilled"))
+    print(f"Triton {version}")
+    print(f"{len(rows) - failed} compiled, {failed} failed, {spilled} spilled")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
