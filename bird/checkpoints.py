@@ -229,7 +229,7 @@ class Run:
         self.model, self.guide_loss = (self._shared(name) for name in ("model", "guide"))
         if folder is not None and self.writes:
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("last.pt", "best.pt"):  # of a run that was killed while it wrote
+            for name in ("last.pt", "best.pt", "shapes.json"):  # of a run that was killed while it wrote
                 (folder / f"{_PARTIAL}{name}").unlink(missing_ok=True)
 
     def _shared(self, name: str) -> Any:

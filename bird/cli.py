@@ -1,8 +1,9 @@
-"""The command line: ``bird demo``, ``bird run``, ``bird report``, ``bird select`` and ``bird info``."""
+"""The command line: ``bird demo``, ``bird run``, ``bird report``, ``bird select``, ``bird tune`` and ``bird info``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 import bird_kernels
+from bird_kernels import tuner, tuning
 
 from . import candidates, demo, recipes, reproduction
 from .experiments import Candidate, Cell, Experiment
@@ -93,6 +95,23 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
             command.add_argument("--compile", action="store_true", help="train compiled models: worth it in long runs")
             command.add_argument("--jobs", type=int, help="stages at a time (default: cores on a CPU, else 1)")
+
+    command = commands.add_parser(
+        "tune",
+        help="measure which kernels are fastest on this GPU",
+        description="Measure on this GPU which backend is fastest, problem by problem, and keep it for the next "
+        "program: `auto` follows it, `explain` shows it. Every candidate is compared with fp64 first.",
+    )
+    command.set_defaults(run=_tune)
+    command.add_argument(
+        "--shape", action="append", type=_sizes, metavar="N,P,Q", help="rows, student's and teacher's width; repeatable"
+    )
+    command.add_argument(
+        "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], help="default: float32 bfloat16"
+    )
+    command.add_argument("--from-run", type=Path, metavar="FOLDER", help="the sizes and dtypes that a training run had")
+    command.add_argument("--minutes", type=float, default=2.0, help="when to stop (default: %(default)g)")
+    command.add_argument("--device", help="cuda, cuda:1, ... (default: an accelerator if there is one)")
 
     command = commands.add_parser("info", help="versions, devices, backends, and why a missing one is missing")
     command.set_defaults(run=_info)
@@ -262,11 +281,52 @@ def _info(options: argparse.Namespace) -> int:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         print(f"cuda:{index}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB")
+        print(f"cuda:{index}: {_tuned(index)}")
     if torch.cuda.device_count() == 0:
         print("cuda: no device found" if torch.version.cuda else "cuda: this torch is built without it")
+        print("tuning: nothing to tune on a CPU")
     for name, reason in bird_kernels.backend_status().items():
         print(f"backend {name}: {'available' if reason is None else f'not available: {reason}'}")
     return 0
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    n, p, q = (int(number) for number in text.split(","))
+    if min(n, p, q) < 1 or n < 4:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 4 rows and two widths")
+    return n, p, q
+
+
+def _tune(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    if device.type != "cuda":
+        _say(f"On {device} there is nothing to tune: only the library backend runs there, with PyTorch's own products.")
+        return 0
+    asked = [(shape, dtype) for shape in options.shape or () for dtype in options.dtype or tuner.DTYPES]
+    if options.from_run is not None:
+        asked += [(shape, dtype) for *shape, dtype in _shapes_of(options.from_run)]
+    if not asked:
+        asked = [(shape, dtype) for shape in tuner.SHAPES for dtype in options.dtype or tuner.DTYPES]
+    table = tuner.tune(device, asked, options.minutes, _say)
+    _say(f"{len(table.rows)} measurements are kept in {tuning.user_file(table.key)}")
+    return 0
+
+
+def _shapes_of(folder: Path) -> list[list[Any]]:
+    """What the runs below a folder have noted: [rows, student's width, teacher's width, dtype] each."""
+    files = sorted(folder.rglob("shapes.json"))
+    if not files:
+        raise ValueError(f"{folder} has no shapes.json: a run of `fit` with BirdLoss writes one with its checkpoints")
+    noted = {tuple(shape) for file in files for shape in json.loads(file.read_text(encoding="utf-8"))}
+    return [[*shape] for shape in sorted(noted) if shape[3] in ("float32", "bfloat16", "float16")]
+
+
+def _tuned(index: int) -> str:
+    key = tuning.key_of(torch.device("cuda", index))
+    table = tuning.table(key)
+    if table is None:
+        return "not tuned: `auto` follows a cost model; `bird tune` measures"
+    return f"tuned {table.when}, {len(table.rows)} measurements"
 
 
 def _version(package: str) -> str:

@@ -71,6 +71,7 @@ class BirdLoss(_Guided):
     Attributes:
         last: what the last call was made of, 0-d and detached; keeping it does not wait for the device.
             ``"task"``, and for each pair ``"cka/<teacher layer>/<student layer>"``.
+        shapes: what it has been called with: rows, student's and teacher's width, dtype; for `bird tune --from-run`.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class BirdLoss(_Guided):
     ) -> None:
         super().__init__(alpha, beta, pairs)
         self.weights = None if weights is None else _one_for_each(weights, self.pairs)
+        self.shapes: set[tuple[int, int, int, str]] = set()
         self.distance = CKALoss(
             kernel=kernel, estimator=estimator, row_dims=row_dims, group=group, backend=backend, precision=precision
         )
@@ -116,10 +118,17 @@ class BirdLoss(_Guided):
             total, last = self.alpha * task_loss, {"task": task_loss.detach()}
             names, teachers, students = zip(*self._matched(teacher_features, student_features), strict=True)
         misaligned = self.distance.each(students, teachers, mask)
+        if not torch.compiler.is_compiling():
+            self.shapes.update(map(self._shape, students, teachers))
         total = total + self.beta * weighted_sum(misaligned, self.weights)
         last |= {f"cka/{name}": value for name, value in zip(names, (1 - misaligned.detach()).unbind(), strict=True)}
         self.last = last
         return total
+
+    def _shape(self, student: Tensor, teacher: Tensor) -> tuple[int, int, int, str]:
+        dims = self.distance.options["row_dims"]
+        n, p, q = (math.prod(sizes) for sizes in (student.shape[:dims], student.shape[dims:], teacher.shape[dims:]))
+        return n, p, q, str(torch.promote_types(student.dtype, teacher.dtype)).removeprefix("torch.")
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoints import History, Run, Settings
+from .checkpoints import History, Run, Settings, write_json
 from .freezing import train_only
+from .losses import BirdLoss
 from .steps import Augment, Batches, Guide, learning_rate, place, take_step
 from .vision.data import Images
 
@@ -64,8 +65,9 @@ def fit(
         validate: scores the model, in eval mode and without gradients, on *validation* data, never on test
             data; higher is better.
         device: any PyTorch device.
-        folder: gets ``last.pt`` (all that resuming needs), ``best.pt`` (the weights of the best validation),
-            and logs for TensorBoard where that is installed. None to keep nothing.
+        folder: gets ``last.pt`` (all that resuming needs), ``best.pt`` (the weights of the best validation), with
+            `BirdLoss` ``shapes.json`` (what `bird tune --from-run` reads), and logs for TensorBoard where that is
+            installed. None to keep nothing.
         resume: go on from ``last.pt`` if the folder has one.
         label: the progress bar's title.
         progress: show the bar; None to show it on a terminal only.
@@ -134,9 +136,21 @@ def _loop(
                 if validate is not None:
                     _log(writer, done, {"validation/score": run.select(done, validate)})
                 run.save(done)
+                _note_shapes(run, guide)
             clock = time.perf_counter()
     if writer is not None:
         writer.close()
+
+
+def _note_shapes(run: Run, guide: Guide | None) -> None:
+    """``shapes.json`` beside the checkpoint: sizes and dtype of every alignment, which `bird tune --from-run` reads.
+
+    Batches in chunks are sums that merge, and have none.
+    """
+    if run.folder is None or not run.writes or guide is None:
+        return
+    if isinstance(guide.loss, BirdLoss) and guide.loss.shapes:
+        write_json(sorted(guide.loss.shapes), run.folder / "shapes.json")
 
 
 def _tensorboard(folder: Path | None, done: int) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import backends, distributed, global_batch, inputs, ops, pairs, plan, reference
 from .backends.linalg import require_fp64
-from .types import RBF, Plan
+from .types import RBF, Choice, Plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -250,8 +250,8 @@ def explain(
     With ``group`` every rank must call it; what would travel is shown, and the work of this rank.
 
     Returns:
-        Plan with route, backend, tiles, floating-point operations, bytes, workspace, the floor time on known devices,
-        and why better backends were not taken.
+        Plan with route, backend and the reason for it, on a GPU every candidate's time as predicted and as measured,
+        tiles, floating-point operations, bytes, workspace, the floor time on known devices, and why others cannot run.
     """
     statistic: Statistic = "sqrt_cka_loss" if sqrt else "cka_loss"
     arguments = (statistic, x, y, kernel, estimator, mask, row_dims, backend, precision, center)
@@ -262,15 +262,10 @@ def explain(
         part = global_batch.meet(group, *arguments)
         problem, transport = part.problem, part.transport
         if transport.name == "merged":
-            return plan.describe(problem._replace(n=len(part.x)), "cross", "library", {}, transport=transport)
-    few = plan.are_few(problem.n)
-    name, rejected = backends.choose(problem.dtype, problem.device, few, backend, plan.variant(problem))
-    measured = ""
-    if backend == "auto":
-        name, measured = backends.prefer(problem, name)
-    route = plan.route_of(problem, name)
-    device_name = torch.cuda.get_device_name(x.device) if x.is_cuda else ""
-    return plan.describe(problem, route, name, dict(rejected), device_name, measured, transport)
+            merged = Choice("library", "sums of rows travel, which the library's products are")
+            return plan.describe(problem._replace(n=len(part.x)), "cross", merged, transport=transport)
+    choice = backends.decide(problem, backend)
+    return plan.describe(problem, plan.route_of(problem, choice.backend), choice, backends.sheet_of(x), transport)
 
 
 def _evaluate(
@@ -311,4 +306,4 @@ def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend:
             value: Tensor = literal(x, y, mask, problem.estimator, problem.kernel, problem.center)
         return value.to(ops.value_dtype(x.dtype))
     name = backends.resolve(problem, backend)
-    return ops.alignment(x, y, mask, problem, plan.route_of(problem, name), name)
+    return ops.alignment(x, y, mask, problem, plan.route_of(problem, name), name, backend == "auto")

@@ -106,7 +106,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, group: Any) -> Tensor:
-        total = sums.all_reduced(sums.sums_of(x, y, mask, problem), group)
+        total = sums.all_reduced(_own_sums(x, y, mask, problem), group)
         value, coefficients, total = sums.evaluate(total, problem)
         if not ctx.needs_input_grad[1]:
             total = total._replace(yy=total.yy.new_empty(0))
@@ -130,6 +130,12 @@ class _Merged(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dy = sums.gradient(y, x, mask, *sums.exchanged(s, coefficients), upstream, problem)
         return dx, dy, None, None, None
+
+
+def _own_sums(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> sums.Sums:
+    """As they travel; `transport.merged_size` says why the unbiased ones do in fp64."""
+    own = sums.sums_of(x, y, mask, problem)
+    return own.to(torch.float64) if problem.estimator == "unbiased" else own
 
 
 class _Gathered(torch.autograd.Function):

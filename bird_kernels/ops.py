@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from . import backends, reference
 from .backends.linalg import has_fp64
+from .plan import route_of
 from .types import RBF, Estimator, Precision, Problem, Route, Stash, Statistic
 
 
@@ -101,15 +103,16 @@ def _run(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
 
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
     spec = Spec(*spec_)
-    run = backends.load(spec.backend, spec.kernel).forward
-    value, stash = _run(run, x, y, mask, _problem(x, y, mask, spec), spec.route)
+    problem = _problem(x, y, mask, spec)
+    value, stash = _run(backends.of(problem, spec.backend).forward, x, y, mask, problem, spec.route)
     return value, *stash
 
 
 def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     stash, spec = Stash(*rest[: len(Stash._fields)]), Spec(*rest[len(Stash._fields) :])
-    run = backends.load(spec.backend, spec.kernel).backward
-    dx, dy = _run(run, grad, x, y, mask, stash, _problem(x, y, mask, spec), spec.route)
+    problem = _problem(x, y, mask, spec)
+    run = backends.of(problem, spec.backend).backward
+    dx, dy = _run(run, grad, x, y, mask, stash, problem, spec.route)
     return dx, dy
 
 
@@ -121,7 +124,8 @@ torch.library.impl("bird::alignment_backward", "CompositeExplicitAutograd", _ali
 @torch.library.register_fake("bird::alignment")
 def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
     spec = Spec(*spec_)
-    shapes = backends.load(spec.backend, spec.kernel).stash_shapes(_problem(x, y, mask, spec), spec.route)
+    problem = _problem(x, y, mask, spec)
+    shapes = backends.of(problem, spec.backend).stash_shapes(problem, spec.route)
     value = x.new_empty((), dtype=value_dtype(x.dtype))
     # The one fp64 tensor of a stash stays on the host where a device has no fp64.
     places = {"coefficients": x.device if has_fp64(x.device) else torch.device("cpu")}
@@ -142,8 +146,13 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str) -> Tensor:
-    """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable."""
+def alignment(
+    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool = False
+) -> Tensor:
+    """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable.
+
+    ``auto``: nobody asked for this backend; where its kernels fail, another takes the call (`backends.replace`).
+    """
     if torch.compiler.is_compiling() and not (problem.x_grad or problem.y_grad):
         # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
         value: Tensor = torch.ops.bird.alignment(x, y, mask, *_spec(problem, route, backend))[0]
@@ -152,12 +161,50 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route
         value = _TransformableAlignment.apply(x, y, mask, *_spec(problem, route, backend))[0]
         return value
     if backend == "native":
-        return _native().alignment(x, y, mask, problem)
+        try:
+            return _native().alignment(x, y, mask, problem)
+        except Exception as error:
+            if not auto:
+                raise
+            backend = backends.replace(backend, problem, error)
+            route = route_of(problem, backend)
     if not (problem.x_grad or problem.y_grad):
-        value, _ = _run(backends.of(problem, backend).forward, x, y, mask, problem, route)
-        return value
-    value = _Alignment.apply(x, y, mask, problem, route, backend)
+        return forward(x, y, mask, problem, route, backend, auto)[0]
+    value = _Alignment.apply(x, y, mask, problem, route, backend, auto)
     return value
+
+
+def forward(
+    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool
+) -> tuple[Tensor, Stash, Route, str, ModuleType]:
+    """Value, stash, and whose they are: under ``auto`` another backend's where the first one's kernels fail."""
+    while True:
+        module = backends.of(problem, backend)
+        try:
+            return *_run(module.forward, x, y, mask, problem, route), route, backend, module
+        except Exception as error:
+            if not auto:
+                raise
+            backend = backends.replace(backend, problem, error)
+            route = route_of(problem, backend)
+
+
+def backward(
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route, backend: str,
+    module: ModuleType, auto: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx and dy by the ``module`` that made the stash; under ``auto`` of a forward anew by another backend where its
+    kernels fail."""
+    while True:
+        try:
+            dx, dy = _run(module.backward, grad, x, y, mask, stash, problem, route)
+            return dx, dy
+        except Exception as error:
+            if not auto:
+                raise
+            backend = backends.replace(backend, problem, error)
+            route = route_of(problem, backend)
+            _, stash, route, backend, module = forward(x, y, mask, problem, route, backend, auto)
 
 
 def _watched(x: Tensor, y: Tensor) -> bool:
@@ -199,7 +246,7 @@ def _native() -> Any:
         return (dx if x_grad else None), (dy if y_grad else None)
 
     native.differentiate_backward_with(backward)
-    at_once = native.at_once_where(backends.is_always_native)
+    at_once = native.at_once_where(backends.most_at_once)
     return native
 
 
@@ -208,23 +255,23 @@ class _Alignment(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str
+        ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool
     ) -> Tensor:
-        value, stash = _run(backends.of(problem, backend).forward, x, y, mask, problem, route)
-        ctx.call = problem, route, backend
+        value, stash, *ctx.whose = forward(x, y, mask, problem, route, backend, auto)
+        ctx.problem, ctx.auto = problem, auto
         ctx.save_for_backward(x, y, mask, *stash)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mask, *tensors = ctx.saved_tensors
-        problem, route, backend = ctx.call
+        problem, (route, backend, module) = ctx.problem, ctx.whose
         if torch.is_grad_enabled() or _watched(grad, x):  # create_graph, or the backward is being traced
             dx, dy = _visible_backward(grad, x, y, mask, _spec(problem, route, backend), tensors)
         else:
-            run = backends.of(problem, backend).backward
-            dx, dy = _run(run, grad, x, y, mask, Stash(*tensors), problem, route)
-        return (dx if problem.x_grad else None), (dy if problem.y_grad else None), None, None, None, None
+            stash = Stash(*tensors)
+            dx, dy = backward(grad, x, y, mask, stash, problem, route, backend, module, ctx.auto)
+        return (dx if problem.x_grad else None), (dy if problem.y_grad else None), *(None,) * 5
 
 
 def _visible_backward(

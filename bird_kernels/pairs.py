@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,15 @@ class _Call(NamedTuple):
     problem: Problem
     route: Route
     backend: str
+    module: ModuleType | None = None  # of the backend, that computed it
+
+
+class _Calls(NamedTuple):
+    """How pairs are computed: each, or all ``together`` by Triton's common launches; ``auto``: as nobody asked for."""
+
+    each: list[_Call]
+    together: bool
+    auto: bool
 
 
 def numbers(weights: Sequence[float] | None, x: object) -> Sequence[float] | None:
@@ -85,85 +95,106 @@ def losses(x: object, y: object, single: Callable[..., Tensor], options: dict[st
 
     names = "kernel", "estimator", "mask", "row_dims", "backend", "precision"
     tensors: list[Tensor] = []
-    calls: list[_Call] = []
+    problems: list[Problem] = []
     mask: Tensor | None = None
     for pair in zip(xs, ys, strict=True):
         *two, mask, problem = inputs.prepare("cka_loss", *pair, *(options[name] for name in names))
-        name = backends.resolve(problem, options["backend"])
-        calls.append(_Call(problem, plan.choose_route(problem.n, problem.p, problem.q, name), name))
+        problems.append(problem)
         tensors += two
-    group = _share_launches(calls, tensors, options["backend"])
-    if not any(call.problem.x_grad or call.problem.y_grad for call in calls):
-        return _forward(calls, group, mask, tensors)[0]
-    value: Tensor = _Pairs.apply(calls, group, mask, *tensors)
+    calls = _calls(problems, options["backend"])
+    if not any(problem.x_grad or problem.y_grad for problem in problems):
+        return _forward(calls, mask, tensors)[0]
+    value: Tensor = _Pairs.apply(calls, mask, *tensors)
     return value
 
 
-def _share_launches(calls: list[_Call], tensors: list[Tensor], requested: str) -> bool:
-    """Whether the Triton backend takes all pairs in common launches, three in all instead of three each."""
-    first = calls[0].problem
-    if requested != "triton" and not (requested == "auto" and first.device.type == "cuda"):
-        return False
-    if backends.why_not("triton", first.dtype, first.device) is not None:
-        return False
-    return all(t.is_contiguous() for t in tensors) and plan.together([call.problem for call in calls]) is not None
+def _calls(problems: list[Problem], requested: str) -> _Calls:
+    """In common launches of the Triton backend, three in all instead of three each; else each by its own backend."""
+    auto, first = requested == "auto", problems[0]
+    asked = requested == "triton" or (auto and backends.compares(first.device))
+    asked = asked and plan.together(problems)
+    if asked and (backends.shares_launches(problems) if auto else backends.resolve(first, requested)):
+        return _Calls([_Call(problem, "gram", "triton") for problem in problems], True, auto)
+    names = [backends.resolve(problem, requested) for problem in problems]
+    each = [_Call(problem, plan.route_of(problem, name), name) for problem, name in zip(problems, names, strict=True)]
+    return _Calls(each, False, auto)
 
 
-def _forward(
-    calls: list[_Call], group: bool, mask: Tensor | None, tensors: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Values [L], and the tensors of the stash of all, or of each."""
-    if group:
-        values, stash = backends.load("triton").forward_together(tensors, mask, _problems(calls))
-        return values, list(stash)
-    each, saved = [], []
-    for call, x, y in zip(calls, tensors[::2], tensors[1::2], strict=True):
-        value, stash = ops._run(backends.load(call.backend).forward, x, y, mask, call.problem, call.route)
-        each.append(value)
+def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], _Calls]:
+    """Values [L], the tensors of the stash of all, or of each, and how they were computed."""
+    if calls.together:
+        problems = tuple(call.problem for call in calls.each)
+        try:
+            value, common = backends.load("triton").forward_together(tensors, mask, problems)
+            return value, list(common), calls
+        except Exception as error:
+            calls = _apart(calls, error)
+    each: list[_Call] = []
+    values: list[Tensor] = []
+    saved: list[Tensor] = []
+    for call, x, y in zip(calls.each, tensors[::2], tensors[1::2], strict=True):
+        value, stash, route, name, module = ops.forward(
+            x, y, mask, call.problem, call.route, call.backend, calls.auto
+        )  # fmt: skip
+        each.append(_Call(call.problem, route, name, module))
+        values.append(value)
         saved += stash
-    return _stack(each), saved
+    return _stack(values), saved, calls._replace(each=each)
+
+
+def _apart(calls: _Calls, error: Exception) -> _Calls:
+    """The same pairs each for itself, after the common launches that ``auto`` chose have failed."""
+    if not calls.auto:
+        raise error
+    problems = [call.problem for call in calls.each]
+    backends.replace("triton", problems[0], error, "pairs")
+    return _calls(problems, "auto")
 
 
 class _Pairs(torch.autograd.Function):
     """All pairs as one node; ``tensors`` are x and y of the first pair, of the second, ..."""
 
     @staticmethod
-    def forward(ctx: Any, calls: list[_Call], group: bool, mask: Tensor | None, *tensors: Tensor) -> Tensor:
-        values, saved = _forward(calls, group, mask, tensors)
-        ctx.calls, ctx.group = calls, group
+    def forward(ctx: Any, calls: _Calls, mask: Tensor | None, *tensors: Tensor) -> Tensor:
+        values, saved, ctx.calls = _forward(calls, mask, tensors)
         ctx.save_for_backward(mask, *tensors, *saved)
         return values
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        calls: list[_Call] = ctx.calls
+        calls: _Calls = ctx.calls
         mask, *saved = ctx.saved_tensors
-        tensors, saved = saved[: 2 * len(calls)], saved[2 * len(calls) :]
+        tensors, saved = saved[: 2 * len(calls.each)], saved[2 * len(calls.each) :]
         visible = torch.is_grad_enabled() or ops._watched(grad, tensors[0])  # as in `ops`
-        if ctx.group:
+        if calls.together:
+            problems = tuple(call.problem for call in calls.each)
             triton = backends.load("triton")
-            stash = triton.GroupStash(*saved)
             if not visible:
-                return None, None, None, *triton.backward_together(grad, tensors, mask, stash, _problems(calls))
-            calls = [_Call(call.problem, "gram", "triton") for call in calls]
-            stashes = stash.of_each(_problems(calls))
-        else:
-            fields = len(Stash._fields)
-            stashes = [Stash(*saved[fields * i : fields * (i + 1)]) for i in range(len(calls))]
+                try:
+                    return None, None, *triton.backward_together(grad, tensors, mask, Stash(*saved), problems)
+                except Exception as error:
+                    _, saved, calls = _forward(_apart(calls, error), mask, tensors)
+            else:  # to be differentiated again, each pair by itself: what it left is found once more
+                each = zip(calls.each, tensors[::2], tensors[1::2], strict=True)
+                saved = [
+                    a
+                    for call, x, y in each
+                    for a in ops._run(triton.forward, x.detach(), y.detach(), mask, *call[:2])[1]
+                ]
+        fields = len(Stash._fields)
         gradients: list[Tensor | None] = []
-        sides = zip(calls, grad.unbind(), tensors[::2], tensors[1::2], stashes, strict=True)
-        for (problem, route, name), upstream, x, y, own in sides:
+        for i, (call, upstream) in enumerate(zip(calls.each, grad.unbind(), strict=True)):
+            problem, route, name, module = call
+            x, y = tensors[2 * i : 2 * i + 2]
+            own = Stash(*saved[fields * i : fields * (i + 1)])
             upstream = upstream.to(ops.value_dtype(problem.dtype))
             if visible:
                 dx, dy = ops._visible_backward(upstream, x, y, mask, ops._spec(problem, route, name), own)
             else:
-                dx, dy = ops._run(backends.load(name).backward, upstream, x, y, mask, own, problem, route)
+                assert module is not None
+                dx, dy = ops.backward(upstream, x, y, mask, own, problem, route, name, module, calls.auto)
             gradients += dx if problem.x_grad else None, dy if problem.y_grad else None
-        return None, None, None, *gradients
-
-
-def _problems(calls: list[_Call]) -> tuple[Problem, ...]:
-    return tuple(call.problem for call in calls)
+        return None, None, *gradients
 
 
 def _stack(values: list[Tensor]) -> Tensor:

@@ -16,18 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .types import Plan, Problem, Route, Transport, Variant
+from .types import Choice, Plan, Problem, Route, Sheet, Transport, Variant
 
-# Data-sheet peaks: fp32, tf32 and half TFLOP/s (dense), memory TB/s. Floors are computed from them and say so.
-PEAKS = {
-    "A100": (19.5, 156.0, 312.0, 2.0),
-    "H100": (67.0, 494.0, 989.0, 3.35),
-    "H200": (67.0, 494.0, 989.0, 4.8),
-    "B200": (75.0, 1100.0, 2250.0, 8.0),
-}
-
-
-# The native backend's limit: it holds all rows of some features in shared memory (csrc/kernels.h).
+# Of linear kernels, the limit of the native backend, which holds all rows of some features in shared memory
+# (csrc/kernels.h), and of the Triton backend, whose programs read all rows of their columns.
 FEW_ROWS = 512
 
 # Kernel matrices of up to so many bytes (both, upper halves; n = 8192 in fp32) are kept from forward to backward.
@@ -39,12 +31,8 @@ STRIP = {"cpu": 256, "cuda": 1024}
 # Programs that fill a large GPU (132 multiprocessors on an H100). Not yet measured.
 PROGRAMS = 132
 
-# Launch-bound problems of the Gram route: programs centre the features that they multiply, which saves a launch,
-# but every tile's program reads all rows of its share. So few rows, and few blocks (a tile's rows by an inner step) for
-# a program to read one after another. It waits more than it computes: CROWD of them stand on one multiprocessor. Not
-# yet measured.
-SMALL = 512
-BLOCKS = 24
+# Launch-bound problems: programs wait more than they compute, and so many of them stand on one multiprocessor. Not yet
+# measured.
 CROWD = 4
 MOST_PAIRS = 64  # that share launches: their addresses are arguments of a kernel, which takes 4 KB of them
 
@@ -52,38 +40,24 @@ MOST_PAIRS = 64  # that share launches: their addresses are arguments of a kerne
 class Tiling(NamedTuple):
     """How the Triton kernels cut a product: square tiles, inner steps, and the programs that share a tile.
 
-    ``splits`` counts the programs that share a tile of K and of L (gram) or any tile (cross), ``chunk`` the inner
-    indices that each takes; there are none where a program makes its tiles whole. If it ``centres``, it finds the
-    column means by itself.
+    ``splits`` counts the programs that share a tile of K and of L (of the first pair, of the second, ...), ``chunk``
+    the columns that each takes; there are none where a program makes its tiles whole.
     """
 
     block: int
     step: int
-    splits: tuple[int, ...]
-    chunk: int
-    centres: bool
+    splits: tuple[int, ...] = ()
+    chunk: int = 0
 
 
-def tiling(problem: Problem, route: Route) -> Tiling:
-    """Tiles of the forward's products. Where they are few, the inner dimensions are split until the GPU is full."""
-    n, p, q = problem.n, problem.p, problem.q
-    block, step = 64, 64 if problem.dtype.itemsize == 2 else 32
-    tiles = tile_count(problem, route, block)
-    steps = [_ceil_div(size, step) for size in ((p, q) if route == "gram" else (n,))]
-
-    def split(programs: int, centres: bool) -> Tiling:
-        chunk = _ceil_div(sum(steps), programs)
-        return Tiling(block, step, tuple(_ceil_div(s, chunk) for s in steps), chunk * step, centres)
-
-    if route == "gram" and n <= SMALL:
-        small = split(min(CROWD * PROGRAMS // tiles, PROGRAMS), True)
-        if small.chunk // step * _ceil_div(n, block) <= BLOCKS:
-            return small
-    whole = Tiling(block, step, (), 0, False)
-    if PROGRAMS // tiles < 2:
-        return whole
-    usual = split(PROGRAMS // tiles, False)
-    return whole if usual.splits == (1,) else usual
+def small_tiling(problems: Sequence[Problem]) -> Tiling:
+    """Tiles of the forward's products of launch-bound pairs: the columns are split until the GPU is full."""
+    first = problems[0]
+    block, step = 64, 64 if first.dtype.itemsize == 2 else 32
+    widths = [d for problem in problems for d in (problem.p, problem.q)]
+    programs = max(CROWD * PROGRAMS // _upper(_ceil_div(first.n, block)), len(widths))
+    chunk = _ceil_div(sum(_ceil_div(d, step) for d in widths), programs) * step
+    return Tiling(block, step, tuple(_ceil_div(d, chunk) for d in widths), chunk)
 
 
 def rbf_tiling(problem: Problem) -> Tiling:
@@ -91,53 +65,25 @@ def rbf_tiling(problem: Problem) -> Tiling:
 
     With inner steps of 64 the gradients of halves spill 56 to 232 bytes on sm_80, sm_90 and sm_100.
     """
-    return Tiling(64, 32, (), 0, False)
+    return Tiling(64, 32)
 
 
-def together(problems: Sequence[Problem]) -> Tiling | None:
-    """How several pairs share the launches of the Gram route, splits of x and y of the first, of the second, ...;
-    None where they do not: one pair or very many, other dtypes, or one that is not launch-bound by itself."""
+def together(problems: Sequence[Problem]) -> bool:
+    """Whether several pairs share the Triton backend's launches: not one pair, very many, other rows or dtypes."""
     first = problems[0]
-    if not 2 <= len(problems) <= MOST_PAIRS or any((p.n, p.dtype) != (first.n, first.dtype) for p in problems):
-        return None
-    own = [tiling(problem, "gram") for problem in problems]
-    if not all(t.centres for t in own):
-        return None
-    block, step = own[0].block, own[0].step
-    steps = [_ceil_div(d, step) for problem in problems for d in (problem.p, problem.q)]
-    programs = CROWD * PROGRAMS // tile_count(first, "gram", block)
-    chunk = min(_ceil_div(sum(steps), programs), BLOCKS // _ceil_div(first.n, block))
-    return Tiling(block, step, tuple(_ceil_div(s, chunk) for s in steps), chunk * step, True)
+    alike = all((p.n, p.dtype) == (first.n, first.dtype) for p in problems)
+    return 2 <= len(problems) <= MOST_PAIRS and alike and first.n <= FEW_ROWS
 
 
-def launches(problem: Problem, route: Route) -> tuple[int, int]:
-    """Kernels that the Triton backend launches in a forward and in its backward; a mask's rows are counted in one.
+def launches(problem: Problem) -> tuple[int, int]:
+    """Kernels that the Triton backend launches in a forward and in its backward.
 
     Of an RBF kernel there are the library's besides, which find its bandwidth.
     """
+    backward = min(problem.x_grad + problem.y_grad, 1)
     if problem.kernel is not None:  # statistics, norms, distances, kernels, moments
-        return 5 + (row_splits(problem.n) > 1) + problem.masked, min(problem.x_grad + problem.y_grad, 1)
-    t = tiling(problem, route)
-    statistics = 0 if t.centres else 1 + (row_splits(problem.n) > 1) + problem.masked
-    moments = 1 + (len(t.splits) > 0)
-    sides = problem.x_grad + problem.y_grad
-    if route == "gram":
-        return statistics + moments, min(sides, 1)
-    norms = 1 + sides if problem.estimator == "unbiased" else 0
-    return statistics + norms + moments, sides
-
-
-def tile_count(problem: Problem, route: Route, block: int) -> int:
-    """Upper tiles of K and L together (gram), or of A, C and Y^T Y (cross)."""
-    if route == "gram":
-        return _upper(_ceil_div(problem.n, block))
-    p, q = _ceil_div(problem.p, block), _ceil_div(problem.q, block)
-    return _upper(p) + p * q + _upper(q)
-
-
-def row_splits(n: int) -> int:
-    """Programs that share the rows of one column block in the statistics: one for every 2048 rows, at most 64."""
-    return max(1, min(_ceil_div(n, 2048), 64))
+        return 5 + problem.masked, backward
+    return 2 + (problem.estimator == "unbiased"), backward
 
 
 def _upper(tiles: int) -> int:
@@ -156,18 +102,18 @@ def route_flops(route: Route, n: int, p: int, q: int, x_grad: bool, y_grad: bool
 
 
 def are_few(n: int) -> bool:
-    """Whether the native backend can hold n rows."""
+    """Whether the native and the Triton backend take a linear kernel of n rows."""
     return True if n <= FEW_ROWS else False  # noqa: SIM210 - for torch.compile a constant, where the comparison is not
 
 
 def choose_route(n: int, p: int, q: int, backend: str = "library") -> Route:
     """The route with fewer operations, whatever sides need gradients: ``gram`` exactly where n <= p + q.
 
-    The native backend knows no other: its rows are so few that launches count, not operations.
+    The native and the Triton backend know no other: their rows are so few that launches count, not operations.
 
     Every difference of the two counts has the factor n (n - p - q): for a gradient of x, n (n - p - q) (3p + q).
     """
-    return "gram" if backend == "native" or n <= p + q else "cross"
+    return "gram" if backend in ("native", "triton") or n <= p + q else "cross"
 
 
 def route_of(problem: Problem, backend: str) -> Route:
@@ -229,10 +175,10 @@ def minimum_bytes(problem: Problem, route: Route) -> int:
 
 
 def describe(
-    problem: Problem, route: Route, backend: str, rejected: dict[str, str], device_name: str = "", measured: str = "",
-    transport: Transport | None = None,
-) -> Plan:  # fmt: skip
-    """The plan that ``explain`` prints, with work, traffic and floor; ``measured`` says why this backend, if known."""
+    problem: Problem, route: Route, choice: Choice, sheet: Sheet | None = None, transport: Transport | None = None
+) -> Plan:
+    """The plan that ``explain`` prints, with work, traffic and, where the device's ``sheet`` is known, the floor."""
+    backend = choice.backend
     n, p, q = problem.n, problem.p, problem.q
     sides = problem.x_grad, problem.y_grad
     other: Route = "cross" if route == "gram" else "gram"
@@ -246,13 +192,13 @@ def describe(
         problem=problem,
         route=route,
         backend=backend,
-        tile="; ".join(filter(None, (_tile(problem, route, backend), measured))),
+        tile=_tile(problem, route, backend),
         flops=flops,
         bytes=traffic,
         workspace=workspace(problem, route, backend),
         why=why,
-        floor=_floor(problem, flops, traffic, device_name),
-        rejected=rejected,
+        floor=_floor(problem, flops, traffic, sheet),
+        choice=choice,
         transport=transport,
     )
 
@@ -263,7 +209,7 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
     wide = _wide(problem)
     if problem.kernel is not None:
         if backend == "triton":
-            return 8 * n * n + 16 * n + 8 * (p + q)
+            return 8 * n * n + 16 * n + 8 * n * (_ceil_div(p, 8) + _ceil_div(q, 8)) * problem.dtype.itemsize
         kept = keeps_kernels(problem)
         kernels = 2 * strips_size(n, strip_rows(problem)) if kept else 0
         return (kernels + n * (p + (problem.y_grad or not kept) * q)) * wide + 16 * n
@@ -287,19 +233,19 @@ def _tile(problem: Problem, route: Route, backend: str) -> str:
     if backend != "triton":
         strips = f" in strips of {strip_rows(problem)} rows, {'kept' if keeps_kernels(problem) else 'streamed'}"
         return "library products" + (strips if problem.kernel else "")
-    t = rbf_tiling(problem) if problem.kernel else tiling(problem, route)
-    count = tile_count(problem, route, t.block)
+    t = rbf_tiling(problem) if problem.kernel else small_tiling([problem])
+    count = 2 * _upper(_ceil_div(problem.n, t.block)) if problem.kernel else _upper(_ceil_div(problem.n, t.block))
     split = f", split {' + '.join(map(str, t.splits))} ways" if t.splits else ""
-    launched = sum(launches(problem, route))
+    launched = sum(launches(problem))
     library = " and the library's for the bandwidth" if problem.kernel else ""
     return f"{count} tiles of {t.block} x {t.block}, inner step {t.step}{split}, {launched} launches{library}"
 
 
-def _floor(problem: Problem, flops: int, traffic: int, device_name: str) -> str:
-    peaks = next((v for k, v in PEAKS.items() if k in device_name), None)
-    if peaks is None:
+def _floor(problem: Problem, flops: int, traffic: int, sheet: Sheet | None) -> str:
+    if sheet is None:
         return "unknown for this device"
-    kind = 2 if problem.dtype.itemsize == 2 else (0 if problem.precision in (None, "ieee") else 1)
-    times = flops / peaks[kind] * 1e-6, traffic / peaks[3] * 1e-6
+    fp32 = sheet.fp32 if problem.precision in (None, "ieee") else sheet.tf32
+    peak = sheet.half if problem.dtype.itemsize == 2 else fp32
+    times = flops / peak * 1e-6, traffic / sheet.memory * 1e-6
     bound = "arithmetic" if times[0] > times[1] else "memory"
-    return f"{max(times):.3g} us, bound by {bound} (data-sheet peaks, {device_name})"
+    return f"{max(times):.3g} us, bound by {bound} (data-sheet peaks, {sheet.name})"

@@ -3,7 +3,7 @@ r"""What travels between the ranks of a group, and how many bytes: pure function
 Two ways lead from each rank's rows to the statistic of all rows, for x [n, p], y [n, q] on R ranks::
 
     merged      the sums of the cross route (`sums`), all-reduced: n and the means in fp64, then the products in fp32
-                (fp64 for fp64) about the common mean, and for the unbiased estimator the sums with the row norms, fp64
+                (fp64 for fp64) about the common mean; for the unbiased estimator in fp64, with the sums of row norms
     gathered    the rows themselves, all-gathered in their own dtype and padded to the longest rank; then every rank
                 computes the whole
 
@@ -37,11 +37,14 @@ def upper_size(width: int) -> int:
 
 
 def merged_size(p: int, q: int, itemsize: int, unbiased: bool) -> int:
-    """Bytes that are all-reduced; ``itemsize`` of the features."""
+    """Bytes that are all-reduced; ``itemsize`` of the features.
+
+    Unbiased in fp64: of rows that dominate on one rank fp32 would keep the fourth powers and lose what is left of them.
+    """
     products = upper_size(p) + p * q + upper_size(q)
     means = 1 + p + q
-    norms = 2 * (p + q) + 3
-    return products * max(itemsize, 4) + 8 * (means + unbiased * norms)
+    norms = 2 * (p + q) + 5
+    return products * (8 if unbiased else max(itemsize, 4)) + 8 * (means + unbiased * norms)
 
 
 def gathered_size(longest: int, p: int, q: int, itemsize: int, world: int, masked: bool) -> int:

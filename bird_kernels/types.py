@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -119,13 +120,53 @@ class Transport(NamedTuple):
     other_bytes: int
 
 
+class Sheet(NamedTuple):
+    """A GPU as its data sheet has it: dense TFLOP/s, TB/s, MB, GHz."""
+
+    name: str
+    fp32: float
+    tf32: float
+    half: float  # fp16 and bf16, fp32 accumulation
+    memory: float
+    cache: float  # L2
+    multiprocessors: int
+    clock: float
+
+
+class Cost(NamedTuple):
+    """Microseconds of forward and wanted backward: the host's, the device's; and how many kernels are launched."""
+
+    host: float
+    device: float
+    launches: int
+
+    @property
+    def us(self) -> float:
+        """What a call takes in a stream of such calls: the slower of the two."""
+        return max(self.host, self.device)
+
+
+class Choice(NamedTuple):
+    """Which backend computes a problem, and why.
+
+    ``predicted`` by the cost model and ``measured`` in microseconds, by candidate; ``rejected`` says of better backends
+    why they cannot run.
+    """
+
+    backend: str
+    reason: str
+    rejected: Mapping[str, str] = {}
+    predicted: Mapping[str, Cost] = {}
+    measured: Mapping[str, float] = {}
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a problem will be computed, and why. ``print`` it.
 
-    ``flops``, ``bytes`` and ``workspace`` are for one forward and the backward of the sides that need a gradient:
-    floating-point operations with symmetric products counted once, bytes that must cross memory at the least, and
-    bytes allocated beyond inputs and gradients.
+    ``choice`` has the backend's reason and the times of its rivals. ``flops``, ``bytes`` and ``workspace`` are for one
+    forward and the backward of the sides that need a gradient: floating-point operations with symmetric products
+    counted once, bytes that must cross memory at the least, and bytes allocated beyond inputs and gradients.
     """
 
     problem: Problem
@@ -137,8 +178,13 @@ class Plan:
     workspace: int
     why: str
     floor: str
-    rejected: dict[str, str] = field(default_factory=dict)
+    choice: Choice
     transport: Transport | None = None
+
+    @property
+    def rejected(self) -> Mapping[str, str]:
+        """Why better backends were not taken, by name."""
+        return self.choice.rejected
 
     def __str__(self) -> str:
         p = self.problem
@@ -150,6 +196,8 @@ class Plan:
             f"  gradient   {sides or 'none'}",
             f"  route      {self.route}: {self.why}",
             f"  backend    {self.backend}, {self.tile}",
+            f"  because    {self.choice.reason}",
+            *_times(self.choice),
             f"  work       {_si(self.flops)}flop, {_si(self.bytes)}B read and written at the least",
             f"  workspace  {_si(self.workspace)}B beyond inputs and gradients",
             f"  floor      {self.floor}",
@@ -164,6 +212,20 @@ class Plan:
             )
         lines += [f"  not {name:<8} {reason}" for name, reason in self.rejected.items()]
         return "\n".join(lines)
+
+
+def _times(choice: Choice) -> list[str]:
+    """A line for every candidate: predicted, of which on the device, and measured."""
+    lines = []
+    for name in dict.fromkeys((*choice.predicted, *choice.measured)):
+        parts = []
+        if name in choice.predicted:
+            cost = choice.predicted[name]
+            parts.append(f"predicted {cost.us:.3g} us ({cost.device:.3g} on the device, {cost.launches} launches)")
+        if name in choice.measured:
+            parts.append(f"measured {choice.measured[name]:.3g} us")
+        lines.append(f"  time       {name}: {', '.join(parts)}")
+    return lines
 
 
 def _si(value: float) -> str:

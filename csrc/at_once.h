@@ -55,8 +55,9 @@ bool is_watched() {
 
 class AtOnce {
  public:
-  // A function (backend, dtype, device) -> bool of Python's: whether all problems of few rows that ask for that backend come here.
-  explicit AtOnce(py::function always) : always_(std::move(always)) {}
+  // A function (backend, dtype, device) -> int of Python's: how many numbers x and y may have together for a problem of few rows
+  // that asks for that backend to come here, whatever its sizes.
+  explicit AtOnce(py::function most) : most_(std::move(most)) {}
 
   // The arguments of functional._evaluate, in its order; nothing if that call is not for us.
   std::optional<Call> operator()(
@@ -90,21 +91,20 @@ class AtOnce {
       tf32 = name == "tf32";
       if (!tf32 && name != "ieee" && name != "tf32x3") return {};
     }
-    if (!comes_here(automatic, backend, x_object, x)) return {};
+    if (x.numel() + y.numel() > most(automatic, backend, x_object, x)) return {};
     const Statistic wanted = quantity == "cka_loss" ? Statistic::cka_loss : quantity == "cka" ? Statistic::cka : Statistic::hsic;
     return Call{x, y, std::move(mask), wanted, unbiased, type == at::kFloat && !tf32};
   }
 
  private:
-  bool comes_here(bool automatic, py::handle backend, py::handle object, const at::Tensor& x) {
-    const auto [answer, is_new] =
-        answers_.try_emplace({automatic, x.device().type(), x.device().index(), x.scalar_type()}, false);
-    if (is_new) answer->second = always_(backend, object.attr("dtype"), object.attr("device")).cast<bool>();
+  int64_t most(bool automatic, py::handle backend, py::handle object, const at::Tensor& x) {
+    const auto [answer, is_new] = answers_.try_emplace({automatic, x.device().type(), x.device().index(), x.scalar_type()}, 0);
+    if (is_new) answer->second = most_(backend, object.attr("dtype"), object.attr("device")).cast<int64_t>();
     return answer->second;
   }
 
-  py::function always_;
-  std::map<std::tuple<bool, at::Device::Type, at::DeviceIndex, at::ScalarType>, bool> answers_;  // of always_
+  py::function most_;
+  std::map<std::tuple<bool, at::Device::Type, at::DeviceIndex, at::ScalarType>, int64_t> answers_;  // of most_
 };
 
 }  // namespace

@@ -199,9 +199,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       py::call_guard<py::gil_scoped_release>());
   // A whole call of the public functions: a function of functional._evaluate's arguments that gives None for one that is Python's.
-  m.def("at_once_where", [](py::function always) {
+  m.def("at_once_where", [](py::function most) {
     return py::cpp_function(
-        [checked = bird::AtOnce(std::move(always))](
+        [checked = bird::AtOnce(std::move(most))](
             py::handle statistic, py::handle x, py::handle y, py::handle kernel, py::handle estimator, py::handle mask,
             py::handle row_dims, py::handle backend, py::handle precision) mutable -> MaybeTensor {
           const auto call = checked(statistic, x, y, kernel, estimator, mask, row_dims, backend, precision);

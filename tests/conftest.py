@@ -15,7 +15,8 @@ INTERPRETED = DEVICE.type == "cpu"  # Triton's and CUDA's kernels are emulated, 
 if INTERPRETED:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any import of one
     os.environ.setdefault("BIRD_EMULATE", "1")
-
+os.environ.setdefault("BIRD_STRICT", "1")  # a kernel that fails is a failure, not a fallback
+os.environ.setdefault("BIRD_TUNING", "off")  # what somebody measured on this machine decides nothing
 
 # No Triton for this system, no native part built: no tests of its kernels.
 NEEDS = {"library": "torch", "triton": "triton", "native": "bird_kernels._native"}
@@ -27,15 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Our kernels have no fp64, the native ones one route and few rows, and emulation few problems: other tests do not
-    exist, rather than skip."""
+    """Our kernels have no fp64, one route and few rows, and emulation few problems: other tests do not exist, rather
+    than skip."""
 
     def exists(item: pytest.Item) -> bool:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         backend = params.get("backend")
         if backend not in ("triton", "native"):
             return True
-        if backend == "native" and (params.get("route") == "cross" or params.get("shape", (0,))[0] > FEW_ROWS):
+        if params.get("route") == "cross" or params.get("shape", (0,))[0] > FEW_ROWS:
             return False
         return params.get("dtype") != torch.float64 and not (INTERPRETED and item.get_closest_marker("compiled"))
 

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from cka import cka_from_features
 from torch import Tensor
 
 import bird_kernels
@@ -83,6 +82,8 @@ def ours(xs: Layers, ys: Layers) -> Answer:
 
 
 def pytorch_cka(xs: Layers, ys: Layers) -> Answer:
+    from cka import cka_from_features  # loads matplotlib, and is not everywhere: late
+
     return (cka_from_features(xs, ys),)
 
 

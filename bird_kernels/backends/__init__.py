@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import get_args
 
 import torch
+from torch import Tensor
 
-from .. import timings
-from ..plan import FEW_ROWS, are_few, variant
-from ..types import Problem, Variant
+from .. import cost, tuning
+from ..plan import FEW_ROWS, are_few, route_of, variant
+from ..types import Choice, Cost, Precision, Problem, Sheet, Variant
+from . import trust
 
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
 _MODULES = {name: f"bird_kernels.backends.{name}" for name in ("native", "triton", "library")}
@@ -21,6 +25,8 @@ _VARIANTS = {"native": ("linear",), "triton": ("linear", "sqrt=True", 'kernel="r
 
 # Those that compute Gaussian kernels, by the backend they belong to.
 _RBF = {"triton": "bird_kernels.backends.triton.gaussian", "library": "bird_kernels.backends.library_rbf"}
+
+SHIFTED = "shifted"  # the kind of `trust.Use` that the library backend's own kernels are
 
 # "reference" is plain PyTorch under autograd, not an operator: `functional` calls it directly.
 NAMES = ("auto", *_MODULES, "reference")
@@ -33,8 +39,21 @@ def load(name: str, kernel: str = "linear") -> ModuleType:
 
 
 def of(problem: Problem, name: str) -> ModuleType:
-    """The module of backend ``name`` that computes this problem."""
+    """The module of backend ``name`` that computes this problem: of the library on a GPU the one with shifted operands,
+    where its kernels work."""
+    if name == "library" and problem.kernel is None and _shifts(problem.dtype, problem.device):
+        shifted = importlib.import_module("bird_kernels.backends.shifted")
+        if shifted.takes(problem):
+            return shifted
     return load(name) if problem.kernel is None else load(name, "rbf")
+
+
+@lru_cache
+def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether library products are prepared and finished by Triton here."""
+    if trust.why_not("library", SHIFTED, dtype, device) is not None:
+        return False
+    return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
 
 
 def why_not(
@@ -46,7 +65,7 @@ def why_not(
     """
     if variant not in _VARIANTS[name]:
         return f"has no kernels for {variant}"
-    if name == "native" and not few_rows:
+    if name != "library" and variant in ("linear", "sqrt=True") and not few_rows:
         return f"takes at most {FEW_ROWS} rows"
     try:
         reason: str | None = load(name).why_not(dtype, device)
@@ -58,7 +77,7 @@ def why_not(
 def choose(
     dtype: torch.dtype, device: torch.device, few_rows: bool, requested: str, variant: Variant = "linear"
 ) -> tuple[str, dict[str, str]]:
-    """(backend to use, {better backend: why it was not taken}); ``few_rows`` and ``variant`` as in `why_not`.
+    """(first backend that can run, {better one: why it cannot}), sizes left aside; arguments as `why_not`.
 
     Raises:
         ValueError: ``requested`` names a backend that cannot run.
@@ -88,63 +107,226 @@ def _choose(
         return requested, {}
     rejected: dict[str, str] = {}
     for name in _MODULES:
-        reason = why_not(name, dtype, device, few_rows, variant)
-        if reason is None and name != "library" and device.type == "cpu":
-            reason = "is emulated here, for tests only"
+        reason = _why_not_auto(name, dtype, device, few_rows, variant)
         if reason is None:
             return name, rejected
         rejected[name] = reason
     raise AssertionError("the library backend runs everywhere")
 
 
+def _why_not_auto(name: str, dtype: torch.dtype, device: torch.device, few_rows: bool, variant: Variant) -> str | None:
+    """As `why_not`, of a backend that nobody asked for by name."""
+    reason = why_not(name, dtype, device, few_rows, variant)
+    if reason is None and name != "library" and device.type == "cpu" and not compares(device):
+        reason = "is emulated here, for tests only"
+    return reason or trust.why_not(name, "rbf" if variant == 'kernel="rbf"' else "linear", dtype, device)
+
+
+def compares(device: torch.device) -> bool:
+    """Whether ``auto`` has a choice on a device and weighs it: on a GPU. Elsewhere it is the library."""
+    return device.type == "cuda"
+
+
 def resolve(problem: Problem, requested: str) -> str:
-    """The backend of a call: `choose`, and on a GPU what was measured; not for "reference".
+    """The backend of a call; not for "reference". Under "auto" its kernels are tried at their first use.
 
     Raises:
         ValueError: as `choose`.
     """
-    name, _ = choose(problem.dtype, problem.device, are_few(problem.n), requested, variant(problem))
-    if requested == "auto" and problem.device.type == "cuda" and not torch.compiler.is_compiling():
-        name, _ = prefer(problem, name)  # compiled, sizes may be symbolic
-    return name
+    compiling = torch.compiler.is_compiling()
+    if compiling or requested != "auto" or not compares(problem.device):
+        name, _ = choose(problem.dtype, problem.device, are_few(problem.n), requested, variant(problem))
+        return _within_bounds(name, problem) if compiling and requested == "auto" else name
+    while True:
+        name = decide(problem, requested).backend
+        if works(name, problem):
+            return name
 
 
-def prefer(problem: Problem, default: str) -> tuple[str, str]:
-    """(the backend that was fastest nearest to this problem on this device, in words why); else (``default``, "")."""
-    if problem.device.type != "cuda" or variant(problem) != "linear":  # nothing else is measured
-        return default, ""
-    return _prefer(problem, default, torch.backends.cuda.matmul.fp32_precision)
+def _within_bounds(name: str, problem: Problem) -> str:
+    """Of sizes that may be symbolic: a fused backend up to where it always wins, else the library. The comparison is a
+    guard of the compiled code, and a constant in it, as in `plan.are_few`."""
+    if name == "library" or problem.kernel is not None:
+        return name
+    limit = largest(name, problem.dtype, problem.device)
+    fits = True if problem.n * (problem.p + problem.q) <= limit else False  # noqa: SIM210
+    return name if fits else "library"
+
+
+def decide(problem: Problem, requested: str) -> Choice:
+    """The backend of a call and why: as asked, as measured on this device, or as `cost` predicts. Runs nothing.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    return _decide(precise(problem), requested)
+
+
+def precise(problem: Problem) -> Problem:
+    """With PyTorch's own switch for fp32 products written out."""
+    if problem.precision is not None or problem.dtype != torch.float32:
+        return problem
+    return problem._replace(precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
 
 
 @lru_cache(maxsize=1024)
-def _prefer(problem: Problem, default: str, switch: str) -> tuple[str, str]:
-    candidates = [name for name in _MODULES if why_not(name, problem.dtype, problem.device, are_few(problem.n)) is None]
-    precision: str = problem.precision or ("tf32" if switch == "tf32" else "ieee")
-    dtype = str(problem.dtype).removeprefix("torch.")
-    finding = timings.nearest(
-        torch.cuda.get_device_name(problem.device), dtype, precision if dtype == "float32" else "", problem.estimator,
-        timings.Shape(problem.n, problem.p, problem.q),
-    )  # fmt: skip
-    name = timings.fastest(finding, candidates)
-    if name is None or finding is None:
-        return default, ""
-    measured = ", ".join(f"{candidate} {finding.seconds[candidate] * 1e6:.3g} us" for candidate in candidates)
-    return name, f"fastest at {' x '.join(map(str, finding.shape))}: {measured}"
+def _decide(problem: Problem, requested: str) -> Choice:
+    few, kind = are_few(problem.n), variant(problem)
+    name, rejected = choose(problem.dtype, problem.device, few, requested, kind)
+    if not compares(problem.device) or name == "reference":
+        return Choice(name, "asked for" if requested != "auto" else "the only one that runs here", rejected)
+    key = tuning.key_of(problem.device)
+    sheet = cost.sheet_of(key.device)
+    costs = cost.predict(problem, sheet)
+    finding = tuning.nearest(key, problem) if kind == "linear" else None
+    us = finding.us if finding is not None else {}
+    if requested != "auto":
+        return Choice(name, "asked for", rejected, costs, us)
+    reasons = {other: _why_not_auto(other, problem.dtype, problem.device, few, kind) for other in _MODULES}
+    rejected = {other: reason for other, reason in reasons.items() if reason is not None}
+    costs = {other: known for other, known in costs.items() if other not in rejected}
+    us = {other: time for other, time in us.items() if other not in rejected}
+    if finding is not None and all(other in us for other in costs if other != "symmetric"):
+        name, why = min(us, key=us.__getitem__), f"measured fastest at {' x '.join(map(str, finding.shape))}"
+    elif costs:
+        name, why = cost.best(costs, problem), f"predicted fastest, by the data sheet of: {sheet.name}"
+    else:
+        name, why = "library", "the only one that has it"
+    if name.startswith("symmetric"):
+        name, why = "library", f"{why}, with the product kernel: {name}"
+    return Choice(name, why, rejected, costs, us)
 
 
-def is_always_native(requested: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether every problem of few rows that asks for ``requested`` goes to the native backend, whatever its sizes.
+def sheet_of(x: Tensor) -> Sheet | None:
+    """The data sheet of a tensor's device, None for those without one."""
+    sheet = cost.sheet_of(torch.cuda.get_device_name(x.device)) if x.is_cuda else cost.UNKNOWN
+    return None if sheet is cost.UNKNOWN else sheet
 
-    Not where another was faster at some of them on this device: there ``auto`` compares.
+
+def works(name: str, problem: Problem, kind: str = "") -> bool:
+    """Whether the kernels of a backend work here, tried at their first use (`trust.tried`)."""
+    module = of(problem, name)
+    if name == "library":
+        if not module.__name__.endswith(SHIFTED):
+            return True
+        kind = f"{SHIFTED} {route_of(problem, name)}"
+    use = trust.use_of(name, problem, kind)
+    if trust.is_known(use):
+        return True
+    plain = load("library", "rbf" if problem.kernel else "linear")
+    error = trust.tried(module, plain, precise(problem), use)
+    if error is not None:
+        replace(name, problem, error, kind)
+    return error is None
+
+
+def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> str:
+    """The backend to go on with after one that ``auto`` chose has failed with ``error``; warns of it once.
+
+    Raises:
+        Exception: ``error``, where it says nothing of the kernels (no memory) or ``BIRD_STRICT=1``.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    if name == "library":
+        if not of(problem, name).__name__.endswith(SHIFTED):
+            raise error
+        kind = SHIFTED
+    use = trust.use_of(name, problem, kind)
+    is_new = trust.leave_out(use, error)
+    forget()
+    instead = "plain PyTorch" if name == "library" else decide(problem, "auto").backend
+    if is_new:
+        trust.warn(use, instead)
+    return decide(problem, "auto").backend
+
+
+def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> int:
+    """How many numbers x and y may have together for a call of few rows to go to the native backend unasked.
+
+    Up to there ``requested`` means native whatever the sizes; 0: never.
     """
     if why_not("native", dtype, device) is not None:
+        return 0
+    if requested == "native":
+        return 1 << 62
+    if requested != "auto" or not compares(device):
+        return 0
+    probe = Problem(4, 1, 1, dtype, device)
+    return largest("native", dtype, device) if resolve(probe, "auto") == "native" else 0
+
+
+def forget() -> None:
+    """Decide anew: something was measured, or failed."""
+    for answers in (_decide, _choose, _largest, _shares, _shifts):
+        answers.cache_clear()
+
+
+def runs(name: str, problem: Problem) -> bool:
+    """Whether a backend can run a problem here."""
+    return why_not(name, problem.dtype, problem.device, are_few(problem.n), variant(problem)) is None
+
+
+def shares_launches(problems: Sequence[Problem]) -> bool:
+    """Whether ``auto`` gives several pairs that can share launches (`plan.together`) to Triton's common ones."""
+    first = problems[0]
+    if _why_not_auto("triton", first.dtype, first.device, True, "linear") is not None:
         return False
-    if requested == "auto" and device.type == "cuda":
-        candidates = [name for name in _MODULES if why_not(name, dtype, device) is None]
-        kind = str(dtype).removeprefix("torch.")
-        if not timings.is_always_fastest("native", torch.cuda.get_device_name(device), kind, candidates):
-            return False
-    return choose(dtype, device, True, requested)[0] == "native"
+    return _shares(tuple(map(precise, problems))) and works("triton", first, "pairs")
+
+
+@lru_cache(maxsize=1024)
+def _shares(problems: tuple[Problem, ...]) -> bool:
+    first = problems[0]
+    if trust.why_not("triton", "pairs", first.dtype, first.device) is not None:
+        return False
+    choices = [decide(problem, "auto") for problem in problems]
+    if any(choice.backend not in choice.predicted for choice in choices):
+        return True
+    sheet = cost.sheet_of(tuning.key_of(first.device).device)
+    single = cost.apart((choice.backend, choice.predicted[choice.backend]) for choice in choices)
+    return cost.together(problems, sheet).us <= single
+
+
+def largest(name: str, dtype: torch.dtype, device: torch.device) -> int:
+    """The largest n (p + q) up to which ``auto`` takes a fused backend for all linear problems of few rows.
+
+    By powers of two, from the cost model; 0 where a measurement on this device was won by another.
+    """
+    return _largest(name, dtype, device)
+
+
+largest._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache
+def _largest(name: str, dtype: torch.dtype, device: torch.device) -> int:
+    key = tuning.key_of(device)
+    usable = [other for other in _MODULES if why_not(other, dtype, device) is None]
+    if name not in usable or tuning.lost_somewhere(name, key, dtype, usable):
+        return 0
+    sheet = cost.sheet_of(key.device)
+
+    def wins(size: int) -> bool:
+        problems = _probes(name, usable, dtype, device, size, sheet)
+        return all(cost.best(costs, problem) == name for problem, costs in problems)
+
+    return max(itertools.takewhile(wins, (1 << bits for bits in range(10, 40))), default=0)
+
+
+def _probes(
+    name: str, usable: list[str], dtype: torch.dtype, device: torch.device, size: int, sheet: Sheet
+) -> Iterator[tuple[Problem, dict[str, Cost]]]:
+    """Problems of few rows and ``size`` numbers, and what those that can run would cost."""
+    for n, grads in itertools.product((8, 32, 64, 128, 256, FEW_ROWS), ((True, False), (True, True), (False, False))):
+        width = size // n
+        for p in (width // 2, width // 8, width - width // 8):
+            if p < 1 or width - p < 1:
+                continue
+            precisions: tuple[Precision | None, ...] = ("ieee", "tf32") if dtype == torch.float32 else (None,)
+            for precision in precisions:
+                problem = Problem(n, p, width - p, dtype, device, "cka_loss", "biased", precision, False, *grads)
+                yield problem, {n: c for n, c in cost.predict(problem, sheet).items() if n in usable}
 
 
 def status() -> dict[str, str | None]:

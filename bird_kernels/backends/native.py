@@ -72,13 +72,13 @@ def differentiate_backward_with(function: Callable[..., Any]) -> None:
     _native().set_differentiable_backward(function)
 
 
-def at_once_where(always: Callable[[str, torch.dtype, torch.device], bool]) -> Callable[..., Tensor | None]:
+def at_once_where(most: Callable[[str, torch.dtype, torch.device], int]) -> Callable[..., Tensor | None]:
     """A whole public call in C++, checks included: a function of the arguments of `functional._evaluate`.
 
     It gives None for a call that is not ordinary (csrc/at_once.h): not two plain matrices, too many rows, anything
-    wrong, or ``always(backend, dtype, device)``, which is asked once, says that sizes might lead elsewhere.
+    wrong, or more numbers in x and y than ``most(backend, dtype, device)``, which is asked once.
     """
-    at_once: Callable[..., Tensor | None] = _native().at_once_where(always)
+    at_once: Callable[..., Tensor | None] = _native().at_once_where(most)
     return at_once
 
 

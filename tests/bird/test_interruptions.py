@@ -60,7 +60,13 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path: Path) -> N
     assert steps == sorted(steps), "no kill loses what was there before it"
     assert 12 < steps[-1] < 120, "the run was killed, and taken up, in its midst"
     assert outcome.pop("partial") == [0, 1, 1, 0] * 3, "what a kill leaves: in a step, torn, written, placed"
-    expected = {"weights": True, "best": True, "history": True, "end": 120, "files": ["best.pt", "last.pt"]}
+    expected = {
+        "weights": True,
+        "best": True,
+        "history": True,
+        "end": 120,
+        "files": ["best.pt", "last.pt", "shapes.json"],
+    }
     assert outcome == expected
 
 

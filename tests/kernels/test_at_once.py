@@ -18,6 +18,7 @@ from bird_kernels.testing import evaluate, features
 
 native = pytest.importorskip("bird_kernels._native", reason="the native part is not built")
 N, P, Q = 9, 5, 7
+MANY = 1 << 40  # numbers
 FUNCTIONS = {name: getattr(bird_kernels, name) for name in ("cka_loss", "cka", "hsic")}
 
 
@@ -166,35 +167,37 @@ def call(case: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device) -> 
 
 @pytest.mark.parametrize("case", ORDINARY)
 def test_ordinary(case: str, device: torch.device) -> None:
-    at_once = native.at_once_where(lambda *_: True)
+    at_once = native.at_once_where(lambda *_: MANY)
     assert isinstance(at_once(*call(ORDINARY[case], device)), Tensor)
 
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_not_ordinary(case: str, device: torch.device) -> None:
-    at_once = native.at_once_where(lambda *_: True)
+    at_once = native.at_once_where(lambda *_: MANY)
     assert at_once(*call(OTHERS[case], device)) is None
 
 
 def test_python_is_asked_once(device: torch.device) -> None:
-    """Per backend, dtype and device; its no is obeyed, and an error of its own arrives."""
+    """Per backend, dtype and device; its limit of numbers is kept, and an error of its own arrives."""
     asked = []
+    limits = {("native", torch.float32): MANY, ("native", torch.float16): 0, ("auto", torch.float32): 2 * N * P}
 
-    def always(*question: Any) -> bool:
+    def most(*question: Any) -> int:
         asked.append(question)
-        return question[0] == "native" and question[1] == torch.float32
+        return limits[question[:2]]
 
-    at_once = native.at_once_where(always)
-    x = X.to(device)
+    at_once = native.at_once_where(most)
+    x, wider = X.to(device), Y.to(device)
     half = x.half()
-    calls = {
-        ("native", x): True, ("native", half): False, ("auto", x): False,
-    }  # fmt: skip
+    calls = [
+        ("native", x, x, True), ("native", half, half, False), ("auto", x, x, True), ("auto", x, wider, False),
+        ("native", x, wider, True),
+    ]  # fmt: skip
     for _ in range(2):
-        for (backend, a), taken in calls.items():
-            value = at_once("cka", a, a, "linear", "biased", None, 1, backend, None)
+        for backend, a, b, taken in calls:
+            value = at_once("cka", a, b, "linear", "biased", None, 1, backend, None)
             assert (value is not None) == taken
-    assert asked == [(backend, a.dtype, a.device) for backend, a in calls]
+    assert asked == [(backend, a.dtype, a.device) for backend, a, _, _ in calls[:3]]
 
     def broken(*_: Any) -> bool:
         raise RuntimeError("no driver")
@@ -205,8 +208,10 @@ def test_python_is_asked_once(device: torch.device) -> None:
 
 def test_what_python_answers(device: torch.device) -> None:
     asked = "native", "auto"
-    assert [backends.is_always_native(name, torch.float32, device) for name in asked] == [True, device.type == "cuda"]
-    assert [backends.is_always_native(name, torch.float64, device) for name in asked] == [False, False]
+    found = [backends.most_at_once(name, torch.float32, device) for name in asked]
+    assert found[0] > 1 << 60
+    assert (found[1] > 0) == (device.type == "cuda")
+    assert [backends.most_at_once(name, torch.float64, device) for name in asked] == [0, 0]
 
 
 @pytest.fixture

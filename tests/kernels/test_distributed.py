@@ -365,7 +365,7 @@ def test_fewer_bytes_are_chosen_and_counted_by_hand() -> None:
     for backend in ("triton", "native", "reference"):
         assert transport.choose(problem, many, backend).name == "gathered"
     unbiased = transport.choose(problem._replace(estimator="unbiased"), many, "auto")
-    assert unbiased.bytes == merged + 2 * 8 * (2 * 128 + 3) * 3 // 4
+    assert unbiased.bytes == merged + 2 * (4 * 3 * 64 * 64 + 8 * (2 * 128 + 5)) * 3 // 4  # in fp64
     assert transport.choose(problem._replace(dtype=torch.bfloat16), few, "auto").bytes == 3 * 40 * 128 * 2
     assert transport.choose(problem._replace(dtype=torch.float64), many, "auto").bytes == merged + 2 * 3 * 64 * 64 * 3
     masked = transport.choose(problem._replace(masked=True), [40, 10, 0, 40], "auto")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bird_kernels
-from bird_kernels import RBF, Statistics, cka_loss, cka_matrix, ops, token_cka_loss
+from bird_kernels import RBF, Statistics, backends, cka_loss, cka_matrix, ops, token_cka_loss
 from bird_kernels.matrix import hsic_matrix
 from bird_kernels.testing import operator
 
@@ -42,6 +42,7 @@ class NoCopies(TorchDispatchMode):
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors only; and the code that runs is that of plain tensors, as on a GPU that is there."""
     monkeypatch.setattr(ops, "_watched", lambda *tensors: False)
+    monkeypatch.setattr(backends, "_shifts", lambda dtype, device: False)  # Triton launches nothing on fake tensors
     with FakeTensorMode():
         yield
 

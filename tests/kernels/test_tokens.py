@@ -312,7 +312,7 @@ def test_a_language_models_shape_needs_no_square_of_tokens() -> None:
     products, widened = 2 * 4 * 4096**2, 2 * 4 * 65_536 * 4096
     assert (here.route, here.workspace) == ("cross", products + widened)
     there = Problem(65_536, 4096, 4096, torch.bfloat16, torch.device("cuda"), masked=True)
-    assert plan.choose_route(there.n, there.p, there.q, "triton") == "cross"
+    assert plan.choose_route(there.n, there.p, there.q) == "cross"
     assert plan.workspace(there, "cross", "triton") == products
     assert products < 65_536**2 // 8  # less than a bit for every pair of tokens
 

@@ -35,6 +35,7 @@ from benchmarks.kernels.problems import Case
 from benchmarks.kernels.providers import Provider
 from benchmarks.kernels.results import Row
 from benchmarks.kernels.timers import Timing
+from bird_kernels import clocks
 
 CPU = torch.device("cpu")
 TINY = Case("bird", 12, 5, 7)
@@ -245,7 +246,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: self.within(f"capture in {pool}"))
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: self.within("side stream"))
         flush = SimpleNamespace(zero_=lambda: self.log.append("flush"))
-        monkeypatch.setattr(timers, "_twice_the_cache", lambda: flush)
+        monkeypatch.setattr(clocks, "_twice_the_cache", lambda: flush)
         self.events = iter(["start", "end"])
 
     def event(self, enable_timing: bool) -> SimpleNamespace:

@@ -43,7 +43,7 @@ HOUSE = {
     "bird_kernels": [
         {"__init__"},
         {"testing"},
-        {"modules", "statistics", "tokens"},
+        {"modules", "statistics", "tokens", "tuner"},
         {"functional"},
         {"pairs", "matrix"},
         {"global_batch"},
@@ -51,12 +51,14 @@ HOUSE = {
         {"sums"},
         {"ops"},
         {"backends"},
+        {"backends.shifted"},
         {"backends.triton"},
         {"backends.library_rbf"},
         {"backends.library", "backends.native", "sequences"},
-        {"backends.dominating"},
+        {"tuning"},
+        {"cost", "backends.dominating"},
         {"plan", "backends.linalg"},
-        {"moments", "distributed", "timings", "transport"},
+        {"moments", "distributed", "transport", "clocks"},
         {"types", "reference"},
         {"_native"},  # csrc/, where it is built
     ],
@@ -72,7 +74,7 @@ def sources(package: str) -> list[Path]:
 
 
 def room_of(path: Path) -> str:
-    """The first name below the package, of a backend the first two: ``bird_kernels/backends/triton/gram.py`` stands in
+    """The first name below the package, of a backend the first two: ``bird_kernels/backends/triton/small.py`` stands in
     the room ``backends.triton``."""
     package, *names = path.relative_to(ROOT).with_suffix("").parts
     return longest_room(names, package)

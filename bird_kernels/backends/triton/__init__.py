@@ -1,8 +1,6 @@
-"""Backend 2: fused Triton kernels, in the files beside this one. Same interface as `bird_kernels.backends.library`.
+"""Backend 2: fused Triton kernels where launches count: few rows (`small`), and Gaussian kernels (`gaussian`).
 
-Launches: up to 512 rows on the Gram route two forward and one backward; else column statistics (one; two above 2048
-rows), moments (one; two where tiles are few), and backward (one; on the cross route one for each side that needs a
-gradient). The unbiased estimator adds the row norms and column sums on the cross route.
+Same interface as `bird_kernels.backends.library`; linear kernels take the Gram route and at most `plan.FEW_ROWS` rows.
 """
 
 from __future__ import annotations
@@ -13,12 +11,11 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from ...types import Problem, Route, Stash
-from .group import GroupStash, group_of
+from ...types import Problem, Route, Shapes, Stash
 from .launch import capability, device_of, precision_of
-from .routes import launches_of, stash_shapes
+from .small import shapes_of, small_of
 
-__all__ = ["GroupStash", "backward", "backward_together", "forward", "forward_together", "stash_shapes", "why_not"]
+__all__ = ["backward", "backward_together", "forward", "forward_together", "stash_shapes", "why_not"]
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -34,34 +31,35 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
+def stash_shapes(problem: Problem, route: Route) -> Shapes:
+    """Shape and dtype of every tensor of the stash."""
+    return shapes_of((problem,))
+
+
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
-    with device_of(x):
-        return launches_of(problem, route, precision_of(problem)).forward(x, y, mask)
+    return forward_together((x, y), mask, (problem,))
 
 
 def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
-    with device_of(x):
-        return launches_of(problem, route, precision_of(problem)).backward(grad, x, y, mask, stash)
+    dx, dy = backward_together(grad, (x, y), mask, stash, (problem,))
+    return x.new_empty(0) if dx is None else dx, y.new_empty(0) if dy is None else dy
 
 
 def forward_together(
     tensors: Sequence[Tensor], mask: Tensor | None, problems: tuple[Problem, ...]
-) -> tuple[Tensor, GroupStash]:
-    """Values [pairs] (fp32) and stash of pairs that `plan.together` accepts, in two launches.
-
-    ``tensors`` are x and y of the first pair, of the second, ..., all dense.
-    """
+) -> tuple[Tensor, Stash]:
+    """Values [pairs], fp32, and stash of pairs that `plan.together` accepts: x and y of the first, of the next, ..."""
     with device_of(tensors[0]):
-        return group_of(problems, precision_of(problems[0])).forward(tensors, mask)
+        return small_of(problems, precision_of(problems[0])).forward(tensors, mask)
 
 
 def backward_together(
-    grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: GroupStash, problems: tuple[Problem, ...]
+    grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: Stash, problems: tuple[Problem, ...]
 ) -> list[Tensor | None]:
     """The gradients of the tensors times the upstream ``grad`` [pairs], in one launch; None where unwanted."""
     with device_of(tensors[0]):
-        return group_of(problems, precision_of(problems[0])).backward(grad, tensors, mask, stash)
+        return small_of(problems, precision_of(problems[0])).backward(grad, tensors, mask, stash)

@@ -1,10 +1,8 @@
-r"""Column statistics of both sides: the mean, and a power of two that brings the centred entries near 1.
+r"""Where the columns of a side lie, and tiles of its features as seen from there: for programs that read all rows.
 
-One pass over the inputs. Sums are taken in fp64 (n p additions: 2 us of an H100's at 65536 x 1024) and the mean is kept
-as two fp32 numbers, ``x - mean = (x - high) - low``: exact to the spread of the features, not to the size of their
-mean, and exactly zero for a constant column. The extremes of a column bound its centred entries, whose largest sets the
-scale. The other kernels subtract and scale as they load: no centred copy exists. Up to `plan.SMALL` rows there is no
-pass of its own either: whoever multiplies a share of the features finds their statistics first (`share_stats`).
+``x - location = (x - high) - low`` with two fp32 numbers a column: exact to the spread of the features, not to the size
+of their mean, and exactly zero for a constant column. The extremes of a column bound its entries, whose largest sets a
+power of two that brings them near 1. The kernels shift and scale as they load; no shifted copy exists.
 """
 
 from __future__ import annotations
@@ -12,62 +10,43 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def centred_tile(
-    x, mean, scale, mask, rows, columns, n, d, stride_n, stride_d,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """(x[rows, columns] - mean[columns]) * scale in fp32; zero outside and in rows masked out. ``mean`` is [2, d]."""
-    inside = _inside(mask, rows, columns, n, d, MASKED)
-    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
-    return _centre(tl.load(x + offsets, mask=inside, other=0.0), mean, scale, columns, d, inside)
+GROUPS = tl.constexpr(8)  # of rows, whose means are compared: row i is in group i mod GROUPS
+DEEP = tl.constexpr(4)  # rows of each group that are loaded together
 
 
 @triton.jit
-def centred_block(
-    x, mean, scale, mask, row, column, n, d, stride_n, stride_d,
-    MASKED: tl.constexpr, DESCRIBED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """`centred_tile`, HEIGHT x WIDTH from (row, column) on.
-
-    ``x`` is a pointer or, if DESCRIBED, a descriptor of such blocks: then the copy unit finds the addresses.
-    """
-    rows, columns = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
-    if DESCRIBED:
-        inside = _inside(mask, rows, columns, n, d, MASKED)
-        return _centre(x.load([row, column]), mean, scale, columns, d, inside)
-    else:
-        return centred_tile(x, mean, scale, mask, rows, columns, n, d, stride_n, stride_d, MASKED)
-
-
-@triton.jit
-def block_of(
-    x, row, column, n, d,
-    DESCRIBED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """HEIGHT x WIDTH entries of the dense x [n, d] from (row, column) on, zero outside; ``x`` as above."""
-    if DESCRIBED:
-        return x.load([row, column])
-    else:
-        rows, columns = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
-        offsets = rows.to(tl.int64)[:, None] * d + columns[None, :]
-        return tl.load(x + offsets, mask=(rows < n)[:, None] & (columns < d)[None, :], other=0.0)
-
-
-@triton.jit
-def _inside(mask, rows, columns, n, d, MASKED: tl.constexpr):
+def counts(mask, rows, n, MASKED: tl.constexpr):
+    """Which of these rows count; ``mask`` is [n] bytes."""
     keep = rows < n
     if MASKED:
         keep = keep & (tl.load(mask + rows, mask=keep, other=0) != 0)
-    return keep[:, None] & (columns < d)[None, :]
+    return keep
 
 
 @triton.jit
-def _centre(tile, mean, scale, columns, d, inside):
-    high = tl.load(mean + columns, mask=columns < d, other=0.0)
-    low = tl.load(mean + d + columns, mask=columns < d, other=0.0)
-    return tl.where(inside, ((tile.to(tl.float32) - high[None, :]) - low[None, :]) * scale, 0.0)
+def row_count(mask, n, MASKED: tl.constexpr, WIDTH: tl.constexpr):
+    """The number of rows that count, fp64."""
+    if MASKED:
+        kept = tl.zeros([WIDTH], tl.float64)
+        for start in range(0, n, WIDTH):
+            kept += counts(mask, start + tl.arange(0, WIDTH), n, MASKED).to(tl.float64)
+        return tl.sum(kept, 0)
+    else:
+        return n.to(tl.float64)
+
+
+@triton.jit
+def shifted_tile(x, location, scale, counted, rows, columns, d):
+    """(x[rows, columns] - location[columns]) * scale, fp32; zero outside and in rows that are not ``counted``.
+
+    ``x`` is [n, d] and dense, ``location`` [2, d] fp32.
+    """
+    there = columns < d
+    inside = counted[:, None] & there[None, :]
+    tile = tl.load(x + rows.to(tl.int64)[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(location + columns, mask=there, other=0.0)
+    low = tl.load(location + d + columns, mask=there, other=0.0)
+    return tl.where(inside, ((tile - high[None, :]) - low[None, :]) * scale, 0.0)
 
 
 @triton.jit
@@ -79,156 +58,58 @@ def scale_of(peak):
 
 
 @triton.jit
-def power_of_two(peaks, count, WIDTH: tl.constexpr):
-    """The scale of the largest of ``count`` peaks."""
+def scale_of_all(peaks, begin, end, WIDTH: tl.constexpr):
+    """The scale of the largest of the peaks begin..end."""
     peak = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, count, WIDTH):
-        offsets = start + tl.arange(0, WIDTH)
-        peak = tl.maximum(peak, tl.load(peaks + offsets, mask=offsets < count, other=0.0))
+    for start in range(begin, end, WIDTH):
+        places = start + tl.arange(0, WIDTH)
+        peak = tl.maximum(peak, tl.load(peaks + places, mask=places < end, other=0.0))
     return scale_of(tl.max(peak, 0))
 
 
 @triton.jit
-def row_count(count, n, MASKED: tl.constexpr):
-    """The number of rows that count, in fp32."""
-    if MASKED:
-        return tl.load(count)
-    else:
-        return n.to(tl.float32)
+def _median(values, there):
+    """The median of values [GROUPS, *] by column, of those rows that are ``there`` [GROUPS]; 0 of none."""
+    order = tl.arange(0, GROUPS)
+    ties = (order[:, None] < order[None, :])[:, :, None] & (values[:, None, :] == values[None, :, :])
+    before = ((values[:, None, :] < values[None, :, :]) | ties) & there[:, None, None]
+    rank = tl.sum(before.to(tl.int32), 0)
+    number = tl.sum(there.to(tl.int32), 0)
+    middle = ((rank == (number - 1) // 2) | (rank == number // 2)) & there[:, None]
+    return tl.sum(tl.where(middle, values, 0.0), 0) * tl.where(number % 2 == 0, 0.5, 1.0)
 
 
 @triton.jit
-def count_rows(mask, n, MASKED: tl.constexpr, WIDTH: tl.constexpr):
-    """The same from the mask itself."""
-    if MASKED:
-        kept = tl.zeros([WIDTH], tl.float32)
-        for start in range(0, n, WIDTH):
-            rows = start + tl.arange(0, WIDTH)
-            kept += (tl.load(mask + rows, mask=rows < n, other=0) != 0).to(tl.float32)
-        return tl.sum(kept, 0)
-    else:
-        return n.to(tl.float32)
-
-
-@triton.jit
-def _partial_stats(
-    x, mask, columns, begin, end, d, stride_n, stride_d,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def locate(
+    x, mask, location, columns, n, d,
+    ROBUST: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    total = tl.zeros([BLOCK_D], tl.float64)
-    low = tl.full([BLOCK_D], float("inf"), tl.float32)
-    high = tl.full([BLOCK_D], float("-inf"), tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N)
-        keep = rows < end
-        if MASKED:
-            keep = keep & (tl.load(mask + rows, mask=keep, other=0) != 0)
-        inside = keep[:, None] & (columns < d)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    """Stores the location of these BLOCK columns of x [n, d]; returns how far their entries are from it at the most.
+
+    Their mean; if ROBUST, the median of the means of GROUPS groups of rows, which a few rows that dominate do not move.
+    """
+    row = tl.arange(0, DEEP)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    there = columns < d
+    total = tl.zeros([DEEP, GROUPS, BLOCK], tl.float64)
+    number = tl.zeros([DEEP, GROUPS], tl.float64)
+    low = tl.full([DEEP, GROUPS, BLOCK], float("inf"), tl.float32)
+    high = tl.full([DEEP, GROUPS, BLOCK], float("-inf"), tl.float32)
+    for start in range(0, n, DEEP * GROUPS):
+        counted = counts(mask, start + row, n, MASKED)
+        inside = counted[:, :, None] & there[None, None, :]
+        offsets = (start + row).to(tl.int64)[:, :, None] * d + columns[None, None, :]
         tile = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(tile.to(tl.float64), 0)
-        low = tl.minimum(low, tl.min(tl.where(inside, tile, float("inf")), 0))
-        high = tl.maximum(high, tl.max(tl.where(inside, tile, float("-inf")), 0))
-    return total, low, high
-
-
-@triton.jit
-def _store_stats(mean, columns, d, total, low, high, count):
-    """Stores the means and returns the largest centred entries, both by column."""
-    exact = total / tl.maximum(count, 1.0).to(tl.float64)
+        total += tile.to(tl.float64)
+        number += counted.to(tl.float64)
+        low = tl.minimum(low, tl.where(inside, tile, float("inf")))
+        high = tl.maximum(high, tl.where(inside, tile, float("-inf")))
+    sums, sizes = tl.sum(total, 0), tl.sum(number, 0)
+    if ROBUST:
+        exact = _median(sums / tl.maximum(sizes, 1.0)[:, None], sizes > 0.0)
+    else:
+        exact = tl.sum(sums, 0) / tl.maximum(tl.sum(sizes, 0), 1.0)
     centre = exact.to(tl.float32)
-    tl.store(mean + columns, centre, mask=columns < d)
-    tl.store(mean + d + columns, (exact - centre.to(tl.float64)).to(tl.float32), mask=columns < d)
-    spread = tl.maximum(high - centre, centre - low)  # -inf without any row
-    return tl.where(columns < d, spread, 0.0)
-
-
-@triton.jit
-def share_stats(
-    x, mask, mean, count, begin, end, n, d, stride_n, stride_d,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Stores the means of the columns begin..end for this program to read; returns the largest centred entry."""
-    peak = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        total, low, high = _partial_stats(x, mask, columns, 0, n, d, stride_n, stride_d, MASKED, BLOCK_N, BLOCK_D)
-        peak = tl.maximum(peak, _store_stats(mean, columns, d, total, low, high, count))
-    tl.debug_barrier()  # one thread stores a mean that others load
-    return tl.max(peak, 0)
-
-
-@triton.jit
-def _column_stats(
-    x, mask, mean, peaks, partials, count, block, split, splits, n, d, stride_n, stride_d,
-    MASKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    chunk = tl.cdiv(n, splits * BLOCK_N) * BLOCK_N
-    begin = split * chunk
-    end = tl.minimum(begin + chunk, n)
-    total, low, high = _partial_stats(x, mask, columns, begin, end, d, stride_n, stride_d, MASKED, BLOCK_N, BLOCK_D)
-    if SPLIT:
-        offsets = split * d + columns
-        tl.store(partials + offsets, total, mask=columns < d)
-        tl.store(partials + splits * d + offsets, low.to(tl.float64), mask=columns < d)
-        tl.store(partials + 2 * splits * d + offsets, high.to(tl.float64), mask=columns < d)
-    else:
-        spread = _store_stats(mean, columns, d, total, low, high, row_count(count, n, MASKED))
-        tl.store(peaks + block, tl.max(spread, 0))
-
-
-@triton.jit
-def _finish_stats(
-    mean, peaks, partials, count, block, splits, n, d,
-    MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = columns < d
-    total = tl.zeros([BLOCK_D], tl.float64)
-    low = tl.full([BLOCK_D], float("inf"), tl.float32)
-    high = tl.full([BLOCK_D], float("-inf"), tl.float32)
-    for split in range(0, splits):
-        offsets = split * d + columns
-        total += tl.load(partials + offsets, mask=inside, other=0.0)
-        low = tl.minimum(low, tl.load(partials + splits * d + offsets, mask=inside, other=0.0).to(tl.float32))
-        high = tl.maximum(high, tl.load(partials + 2 * splits * d + offsets, mask=inside, other=0.0).to(tl.float32))
-    spread = _store_stats(mean, columns, d, total, low, high, row_count(count, n, MASKED))
-    tl.store(peaks + block, tl.max(spread, 0))
-
-
-@triton.jit
-def column_stats_kernel(
-    x, y, mask, mean_x, mean_y, peaks, partials, count, counter,
-    stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, blocks_x, splits,
-    MASKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Grid (column blocks of x, then of y; row splits). Also clears the counter of the kernels that follow."""
-    block, split = tl.program_id(0), tl.program_id(1)
-    if (block == 0) & (split == 0):
-        tl.store(counter, 0)
-    if block < blocks_x:
-        _column_stats(
-            x, mask, mean_x, peaks, partials, count, block, split, splits, n, p, stride_xn, stride_xp,
-            MASKED, SPLIT, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    else:
-        _column_stats(
-            y, mask, mean_y, peaks + blocks_x, partials + 3 * splits * p, count, block - blocks_x, split, splits,
-            n, q, stride_yn, stride_yq, MASKED, SPLIT, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-
-
-@triton.jit
-def finish_stats_kernel(
-    mean_x, mean_y, peaks, partials, count, n, p, q, blocks_x, splits,
-    MASKED: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Grid (column blocks of x, then of y): adds the row splits in order."""
-    block = tl.program_id(0)
-    if block < blocks_x:
-        _finish_stats(mean_x, peaks, partials, count, block, splits, n, p, MASKED, BLOCK_D)
-    else:
-        _finish_stats(
-            mean_y, peaks + blocks_x, partials + 3 * splits * p, count, block - blocks_x, splits, n, q, MASKED, BLOCK_D
-        )
+    tl.store(location + columns, centre, mask=there)
+    tl.store(location + d + columns, (exact - centre.to(tl.float64)).to(tl.float32), mask=there)
+    spread = tl.maximum(tl.max(tl.max(high, 0), 0) - centre, centre - tl.min(tl.min(low, 0), 0))  # -inf of no row
+    return tl.max(tl.where(there, spread, 0.0), 0)

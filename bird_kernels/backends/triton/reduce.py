@@ -3,6 +3,8 @@ r"""The end of a forward: fixed-order sums of the programs' slots, and `moments.
 Every program writes its share of the moments to its own fp64 slot and then counts itself in. The one that arrives last
 sums all slots in their order (bitwise repeatable, no float atomics), combines them and stores the value and the
 coefficients. That costs one counter instead of a dozen launches of scalar operations.
+
+Moments here are those of matrices that are centred: <Kc,Lc>, <Kc,Kc> and <Lc,Lc>, of either estimator.
 """
 
 from __future__ import annotations
@@ -10,46 +12,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .centre import row_count
+from ...moments import ROUNDING, Coefficients
 
 WIDTH = tl.constexpr(256)
+# Places in a vector of coefficients.
+D_KL, D_KK, D_LL, KL, KK, LL, SCALE_X, SCALE_Y, ROWS = (
+    tl.constexpr(Coefficients._fields.index(name))
+    for name in ("d_kl", "d_kk", "d_ll", "kl", "kk", "ll", "scale_x", "scale_y", "n")
+)
+COEFFICIENTS = tl.constexpr(len(Coefficients._fields))
+NOISE = tl.constexpr((ROUNDING * 2.0**-23) ** 2)  # of a self-HSIC, beside the squares of what it was made of
 
 
 @triton.jit
-def combine(
-    kl, kk, ll, r_kl, r_kk, r_ll, t_k, t_l, n,
-    STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
-):  # fmt: skip
-    """`moments.combine` in fp64; the two are held equal by a test. Returns value, d_kl, d_kk, d_ll."""
-    least = 4.0 if UNBIASED else 2.0
-    enough = n >= least
-    n = tl.where(enough, n, 4.0)
-    if UNBIASED:
-        alpha = -2.0 / (n - 2.0)
-        beta = 1.0 / ((n - 1.0) * (n - 2.0))
-        norm = n * (n - 3.0)
-    else:
-        alpha = -2.0 / n
-        beta = 1.0 / (n * n)
-        norm = (n - 1.0) * (n - 1.0)
+def combine(kl, kk, ll, n, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr):
+    """`moments.combine` of centred matrices in fp64; the two are held equal by a test. Returns value, d_kl, d_kk, d_ll.
+
+    A side without variance has a self-product of exactly zero: whoever calls clears what is no more than noise.
+    """
+    enough = n >= (4.0 if UNBIASED else 2.0)
     valid = tl.where(enough, 1.0, float("nan")).to(tl.float64)
-    hkl = kl + alpha * r_kl + beta * t_k * t_l
     if STATISTIC == "hsic":
-        return valid * hkl / norm, valid / norm, 0.0 * hkl, 0.0 * hkl
+        n = tl.where(enough, n, 4.0)
+        norm = n * (n - 3.0) if UNBIASED else (n - 1.0) * (n - 1.0)
+        return valid * kl / norm, valid / norm, 0.0 * kl, 0.0 * kl
     else:
-        rounding = 64.0 * 1.1920928955078125e-07  # estimators.ROUNDING, fp32
-        total_k = beta * t_k * t_k
-        hkk = kk + alpha * r_kk + total_k
-        k_dead = hkk <= rounding * (kk + r_kk + total_k)
-        total_l = beta * t_l * t_l
-        hll = ll + alpha * r_ll + total_l
-        l_dead = hll <= rounding * (ll + r_ll + total_l)
-        hkk = tl.where(k_dead, 1.0, hkk)
-        hll = tl.where(l_dead, 1.0, hll)
-        d_kl = valid * tl.where(k_dead | l_dead, 0.0, 1.0) / (tl.sqrt(hkk) * tl.sqrt(hll))
-        cka = hkl * d_kl
-        d_kk = -0.5 * cka / hkk
-        d_ll = -0.5 * cka / hll
+        k_dead, l_dead = kk <= 0.0, ll <= 0.0  # false for NaN
+        kk, ll = tl.where(k_dead, 1.0, kk), tl.where(l_dead, 1.0, ll)
+        d_kl = valid * tl.where(k_dead | l_dead, 0.0, 1.0) / (tl.sqrt(kk) * tl.sqrt(ll))
+        cka = kl * d_kl
+        d_kk, d_ll = -0.5 * cka / kk, -0.5 * cka / ll
         if STATISTIC == "cka":
             return cka, d_kl, d_kk, d_ll
         elif STATISTIC == "sqrt_cka_loss":
@@ -66,20 +58,10 @@ def sum_slots(slots, index, count):
     """The sum of row ``index`` of slots [*, count], in a fixed order; fp64."""
     total = tl.zeros([WIDTH], tl.float64)
     for start in range(0, count, WIDTH):
-        offsets = start + tl.arange(0, WIDTH)
+        places = start + tl.arange(0, WIDTH)
         # .cg: other programs wrote these a moment ago, and L1 is not coherent.
-        total += tl.load(slots + index * count + offsets, mask=offsets < count, other=0.0, cache_modifier=".cg")
+        total += tl.load(slots + index * count + places, mask=places < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
-
-
-@triton.jit
-def store_norm_sums(slots, program, programs, kappa, lam):
-    """This program's share of <kappa,lambda>, <kappa,kappa>, <lambda,lambda>, sum(kappa), sum(lambda)."""
-    tl.store(slots + 0 * programs + program, tl.sum(kappa * lam, 0).to(tl.float64))
-    tl.store(slots + 1 * programs + program, tl.sum(kappa * kappa, 0).to(tl.float64))
-    tl.store(slots + 2 * programs + program, tl.sum(lam * lam, 0).to(tl.float64))
-    tl.store(slots + 3 * programs + program, tl.sum(kappa, 0).to(tl.float64))
-    tl.store(slots + 4 * programs + program, tl.sum(lam, 0).to(tl.float64))
 
 
 @triton.jit
@@ -93,60 +75,69 @@ def arrive(counter, programs):
 
 @triton.jit
 def finish(
-    counter, programs, slots, norm_slots, norm_programs, scale_x, scale_y, count, n, value, coefficients,
-    MASKED: tl.constexpr, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, SUBTRACT: tl.constexpr,
+    slots, programs, room_k, room_l, scale_x, scale_y, n, value, coefficients,
+    STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
-    """Counts this program in; the one that comes last does what `_finish` says."""
-    if arrive(counter, programs):
-        _finish(
-            slots, programs, norm_slots, norm_programs, value, coefficients, row_count(count, n, MASKED), scale_x,
-            scale_y, STATISTIC, UNBIASED, SUBTRACT,
-        )  # fmt: skip
+    """`conclude` from slots [3, programs] of kl, kk, ll."""
+    kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
+    conclude(kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients, STATISTIC, UNBIASED)
 
 
 @triton.jit
-def _finish(
-    slots, programs, norm_slots, norm_programs, value, coefficients, n, scale_x, scale_y,
-    STATISTIC: tl.constexpr, UNBIASED: tl.constexpr, SUBTRACT: tl.constexpr,
+def conclude(
+    kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients,
+    STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
 ):  # fmt: skip
-    """Slots [3, programs] of kl, kk, ll and norm slots [5, norm_programs] -> value (0-d) and coefficients [11].
+    """Stores the value (0-d, fp32) and the coefficients, fp64.
 
-    SUBTRACT: the products include the diagonals (cross route), which the unbiased estimator takes off.
+    A self-product that is rounding of its room, the squares that centring took it from, is zero. The features were
+    multiplied by the scales.
     """
-    kl = sum_slots(slots, 0, programs)
-    kk = sum_slots(slots, 1, programs)
-    ll = sum_slots(slots, 2, programs)
-    n = n.to(tl.float64)
-    zero = 0.0 * n
-    r_kl, r_kk, r_ll, sum_k, sum_l = zero, zero, zero, zero, zero
-    hkl, hkk, hll = kl, kk, ll
-    if UNBIASED:
-        r_kl = sum_slots(norm_slots, 0, norm_programs)
-        r_kk = sum_slots(norm_slots, 1, norm_programs)
-        r_ll = sum_slots(norm_slots, 2, norm_programs)
-        sum_k = sum_slots(norm_slots, 3, norm_programs)
-        sum_l = sum_slots(norm_slots, 4, norm_programs)
-        if SUBTRACT:
-            hkl, hkk, hll = kl - r_kl, kk - r_kk, ll - r_ll
-    result, d_kl, d_kk, d_ll = combine(hkl, hkk, hll, r_kl, r_kk, r_ll, -sum_k, -sum_l, n, STATISTIC, UNBIASED)
-    scale_x = scale_x.to(tl.float64)
-    scale_y = scale_y.to(tl.float64)
+    scale_x, scale_y = scale_x.to(tl.float64), scale_y.to(tl.float64)
+    kk = tl.where(kk <= room_k * NOISE, 0.0, kk)
+    ll = tl.where(ll <= room_l * NOISE, 0.0, ll)
+    result, d_kl, d_kk, d_ll = combine(kl, kk, ll, n, STATISTIC, UNBIASED)
     if STATISTIC == "hsic":
         unscale = 1.0 / (scale_x * scale_x * scale_y * scale_y)
         result *= unscale
         d_kl *= unscale
     tl.store(value, result.to(tl.float32))
-    tl.store(coefficients + 0, d_kl)
-    tl.store(coefficients + 1, d_kk)
-    tl.store(coefficients + 2, d_ll)
-    tl.store(coefficients + 3, kl)
-    tl.store(coefficients + 4, kk)
-    tl.store(coefficients + 5, ll)
-    tl.store(coefficients + 6, sum_k)
-    tl.store(coefficients + 7, sum_l)
-    tl.store(coefficients + 8, scale_x)
-    tl.store(coefficients + 9, scale_y)
-    tl.store(coefficients + 10, n)
+    tl.store(coefficients + D_KL, d_kl)
+    tl.store(coefficients + D_KK, d_kk)
+    tl.store(coefficients + D_LL, d_ll)
+    tl.store(coefficients + KL, kl)
+    tl.store(coefficients + KK, kk)
+    tl.store(coefficients + LL, ll)
+    store_sizes(coefficients, scale_x, scale_y, n)
+
+
+@triton.jit
+def store_sizes(coefficients, scale_x, scale_y, n):
+    """What is known before the moments are: the features' scales, and the number of rows."""
+    tl.store(coefficients + SCALE_X, scale_x)
+    tl.store(coefficients + SCALE_Y, scale_y)
+    tl.store(coefficients + ROWS, n)
+
+
+@triton.jit
+def sizes_of(coefficients):
+    """Scales of x and of y and the number of rows, fp64."""
+    return tl.load(coefficients + SCALE_X), tl.load(coefficients + SCALE_Y), tl.load(coefficients + ROWS)
+
+
+@triton.jit
+def weights_of(coefficients, side, ROOT: tl.constexpr):
+    """d, a and b of the matrix d (a Lc + b Kc), half the derivative of the value with respect to K (``side`` 1: to L).
+
+    a Lc is of the size of r Lc/|L|, r the number of rows or its ROOT, so that its entries can be rounded to a dtype of
+    short range. d is fp64, a and b are fp32.
+    """
+    n = tl.load(coefficients + ROWS)
+    size = tl.sqrt(tl.load(coefficients + KK + 1 - side)) / (tl.sqrt(n) if ROOT else n)
+    d = tl.load(coefficients + D_KL) * size
+    dead = d == 0.0
+    own = 2.0 * tl.load(coefficients + D_KK + side)
+    return d, tl.where(dead, 0.0, 1.0 / size).to(tl.float32), tl.where(dead, 0.0, own / d).to(tl.float32)
 
 
 @triton.jit

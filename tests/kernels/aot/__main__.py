@@ -73,13 +73,13 @@ def main() -> int:
 
     cases = launches.FEW_CASES if options.few else launches.CASES
     variants = compile.variants(options.arch or ARCHS, cases, options.kernel)
-    wanted = interesting((variant.name, variant.named) for variant in variants)
+    wanted = interesting((variant.kernel, variant.named) for variant in variants)
     rows = []
     for row in compile.inspected(variants):
         rows.append(row)
         print(line(row, wanted), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"triton": version, "rows": rows}), encoding="utf-8")
+        options.json.write_text(json.dumps(rows), encoding="utf-8")
     failed, spilled = (sum(bool(row.get(key)) for row in rows) for key in ("error", "spilled"))
     print(f"Triton {version}")
     print(f"{len(rows) - failed} compiled, {failed} failed, {spilled} spilled")

@@ -30,6 +30,7 @@ from .launches import DRIVERS, Case
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+PRODUCT = re.compile(r"\btt\.dot [^:]*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+(\w+)>")
 COPIES = re.compile(r"\bcp\.async\.bulk\.tensor")
 FORK = multiprocessing.get_context("fork")  # the kernels are imported once
 
@@ -46,6 +47,11 @@ class Variant(NamedTuple):
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
     named: dict[str, Any]
+
+    @property
+    def kernel(self) -> str:
+        """As it is printed: the module's last name and the kernel's, which alone is not unique."""
+        return f"{self.module.rpartition('.')[2]}.{self.name.removesuffix('_kernel')}"
 
     @property
     def pointers(self) -> list[str]:
@@ -109,11 +115,12 @@ def pretend(arch: int) -> None:
 
 
 def inspect(variant: Variant) -> dict[str, Any]:
-    """Compiles, and says what came of it: ``error``, or registers and spilled bytes of a thread, shared bytes of a
-    block, matrix instructions and copies by descriptor."""
+    """Compiles, and says what came of it: ``error``, or the precision of products of fp32, how many products it
+    names, registers and spilled bytes of a thread, shared bytes of a block, matrix instructions, copies by descriptor.
+    """
     row = {
-        "arch": variant.arch, "kernel": variant.name, "dtype": variant.pointers[0],
-        "precision": variant.named.get("PRECISION", ""), "constants": variant.named, "error": "",
+        "arch": variant.arch, "kernel": variant.kernel, "function": f"{variant.module}:{variant.name}",
+        "dtype": variant.pointers[0], "precision": "", "constants": variant.named, "error": "",
     }  # fmt: skip
     kernel = getattr(importlib.import_module(variant.module), variant.name)
     source = ASTSource(kernel, variant.signature, variant.constants, variant.attributes)
@@ -121,7 +128,11 @@ def inspect(variant: Variant) -> dict[str, Any]:
         compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=variant.options)
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error.__cause__ or error}"}
+    products = PRODUCT.findall(compiled.asm["ttir"])
+    precisions = {precision or "ieee" for precision, operand in products if operand == "f32"}
     return row | usage(compiled.asm["cubin"]) | {
+        "precision": "+".join(sorted(precisions)),
+        "products": len(products),
         "shared": compiled.metadata.shared,
         "matrix": len(MATRIX.findall(compiled.asm["ptx"])),
         "copies": len(COPIES.findall(compiled.asm["ptx"])),
@@ -144,7 +155,7 @@ def variants(archs: Iterable[int], cases: Iterable[Case], pattern: str = "") -> 
     cases = list(cases)
     with FORK.Pool(maxtasksperchild=1) as pool:  # a process for each architecture
         plans = pool.starmap(plan, [(arch, cases) for arch in archs], chunksize=1)
-    return [variant for found in plans for variant in found if re.search(pattern, variant.name)]
+    return [variant for found in plans for variant in found if re.search(pattern, variant.kernel)]
 
 
 def inspected(found: Iterable[Variant]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 Another Triton than the installed one lies in a folder of its own under build/, which PYTHONPATH puts before the rest:
 PyTorch imports no Triton by itself, and no kernel runs, so it need not be the Triton of this PyTorch.
+
+    python -m tests.kernels.aot.environments oldest    brings that Triton
 """
 
 from __future__ import annotations
@@ -60,3 +62,7 @@ def environment(version: str) -> dict[str, str]:
     folder = folder_of(version)
     path = [str(ROOT)] if folder is None else [str(folder), str(ROOT)]
     return variables | {"PYTHONPATH": os.pathsep.join(path), "TRITON_CACHE_DIR": str(BUILD / f"aot-cache-{version}")}
+
+
+if __name__ == "__main__":
+    install(version_of(sys.argv[1]))

@@ -8,15 +8,15 @@ kernel is never launched). Tensors are on the CPU and nobody writes to them: onl
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bird_kernels.backends import shifted
 from bird_kernels.backends import triton as backend
-from bird_kernels.backends.triton import gaussian
+from bird_kernels.backends.triton import gaussian, symmetric
 from bird_kernels.types import RBF, Problem, Route
 
 
@@ -27,51 +27,60 @@ class Case(NamedTuple):
     precision: str | None
     estimator: str
     sides: tuple[bool, bool]  # whether x and y want gradients
+    statistic: str = "cka_loss"
     masked: bool = False
 
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 X, BOTH = (True, False), (True, True)
-# Each way to multiply once, and each estimator with each choice of sides.
+# Each way to multiply once, each statistic, and each estimator with each choice of sides.
 FEW_CASES = (
     Case(FP32, "ieee", "biased", BOTH),
-    Case(FP32, "tf32", "unbiased", BOTH),
-    Case(FP32, "tf32x3", "biased", X),
+    Case(FP32, "tf32", "unbiased", BOTH, "hsic"),
+    Case(FP32, "tf32x3", "biased", X, "cka"),
     Case(BF16, None, "unbiased", X),
-    Case(FP16, None, "biased", BOTH),
+    Case(FP16, None, "biased", BOTH, "sqrt_cka_loss"),
     Case(BF16, None, "unbiased", BOTH, masked=True),
 )
-# All combinations, but for masks, which add a load and a select, to all dtypes the same.
+# All combinations, but for statistics, a few scalars at the end, and masks, a load and a select: the same everywhere.
 CASES = (
+    *FEW_CASES,
     *(
         Case(dtype, precision, estimator, sides)
         for dtype, precision in ((FP32, "ieee"), (FP32, "tf32"), (FP32, "tf32x3"), (BF16, None), (FP16, None))
         for estimator in ("biased", "unbiased")
         for sides in (X, BOTH)
     ),
-    FEW_CASES[-1],
 )
 
-# Route, rows and widths. The products are split over the inner dimension or not, on each route, and centred by those
-# who multiply (gram, 128); widths are aligned, as in use.
-LINEAR: tuple[tuple[Route, int, int, int], ...] = (
-    ("gram", 128, 512, 1280),
-    ("gram", 640, 512, 1024),
-    ("gram", 2048, 2048, 2048),
-    ("cross", 4096, 64, 128),
-    ("cross", 4096, 1024, 1024),
+# Route, rows and widths, aligned as in use: products in one part, and (cross, many rows) in several.
+SHIFTED: tuple[tuple[Route, int, int, int], ...] = (
+    ("gram", 128, 512, 320),
+    ("cross", 2048, 64, 128),
+    ("cross", 16640, 64, 128),
 )
 PAIRS = ((64, 512), (128, 512), (512, 1280))  # widths of pairs that share their launches
 
 
-def linear(case: Case) -> None:
-    """The routes of the linear kernel, one pair at a time."""
-    # One entry into its storage x cannot be described; nothing else depends on where it begins.
-    for (route, n, p, q), start in itertools.product(LINEAR, (0, 1)):
+def library(case: Case) -> None:
+    """The library backend's linear kernels on CUDA."""
+    for route, n, p, q in SHIFTED:
         problem = problem_of(case, n, p, q)
-        x, y, mask = features(case, n, p, start), features(case, n, q), mask_of(case, n)
-        value, stash = backend.forward(x, y, mask, problem, route)
-        backend.backward(value, x, y, mask, stash, problem, route)
+        if route == "cross" and case.estimator == "unbiased":  # plain PyTorch
+            continue
+        x, y, mask = features(case, n, p), features(case, n, q), mask_of(case, n)
+        value, stash = shifted.forward(x, y, mask, problem, route)
+        shifted.backward(value, x, y, mask, stash, problem, route)
+
+
+def few_rows(case: Case) -> None:
+    """The Triton backend's linear kernels, of several pairs where both sides want gradients, else of one."""
+    widths = PAIRS if case.sides == BOTH else PAIRS[-1:]
+    problems = tuple(problem_of(case, 128, p, q) for p, q in widths)
+    tensors = [features(case, 128, d) for pair in widths for d in pair]
+    mask = mask_of(case, 128)
+    values, stash = backend.forward_together(tensors, mask, problems)
+    backend.backward_together(values, tensors, mask, stash, problems)
 
 
 def rbf(case: Case) -> None:
@@ -82,27 +91,32 @@ def rbf(case: Case) -> None:
     gaussian.backward(value, x, y, mask, stash, problem, "gram")
 
 
-def pairs(case: Case) -> None:
-    """Pairs that share their launches."""
-    problems = tuple(problem_of(case, 128, p, q) for p, q in PAIRS)
-    tensors = [features(case, 128, d) for widths in PAIRS for d in widths]
-    mask = mask_of(case, 128)
-    values, stash = backend.forward_together(tensors, mask, problems)
-    backend.backward_together(values, tensors, mask, stash, problems)
+def symmetric_products(case: Case) -> None:
+    """Operands of the matrix units: Z^T Z in parts where the estimator is biased, which says nothing here, else Z Z^T.
+
+    In every configuration for this GPU of bf16, in the first alone of the others.
+    """
+    if case.precision not in (None, "tf32"):
+        return
+    z = torch.zeros(1024, 512, dtype=case.dtype)
+    transposed = case.estimator == "biased"
+    configurations = symmetric.fitting(symmetric.capability(z.device))
+    for configuration in configurations if case.dtype == BF16 else configurations[:1]:
+        symmetric.multiply(z, transposed, 2 if transposed else 1, configuration, case.precision == "tf32")
 
 
-DRIVERS: tuple[Callable[[Case], None], ...] = (linear, rbf, pairs)
+DRIVERS: tuple[Callable[[Case], None], ...] = (library, few_rows, rbf, symmetric_products)
 
 
 def problem_of(case: Case, n: int, p: int, q: int) -> Problem:
     """A problem of the case."""
-    device = torch.device("cpu")
-    return Problem(n, p, q, case.dtype, device, "cka_loss", case.estimator, case.precision, case.masked, *case.sides)
+    of_all = case.dtype, torch.device("cpu"), case.statistic, case.estimator, case.precision, case.masked
+    return Problem(n, p, q, *of_all, *case.sides)
 
 
-def features(case: Case, n: int, d: int, start: int = 0) -> Tensor:
-    """[n, d] that begin ``start`` entries into their storage, uninitialised."""
-    return torch.empty(start + n * d, dtype=case.dtype)[start:].view(n, d)
+def features(case: Case, n: int, d: int) -> Tensor:
+    """[n, d] of nothing."""
+    return torch.zeros(n, d, dtype=case.dtype)
 
 
 def mask_of(case: Case, n: int) -> Tensor | None:

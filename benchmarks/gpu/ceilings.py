@@ -1,0 +1,98 @@
+"""What this device reaches at its best: copies, library products at the sizes that matter, launches, replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+
+from benchmarks.gpu.context import Context, Item, Row
+from benchmarks.kernels import timers
+from benchmarks.kernels.problems import fp32_products
+
+# m, n, k of a product [m, k] x [k, n]: a square one, and those that the eleven problems are made of.
+PRODUCTS = (
+    (8192, 8192, 8192),
+    (1024, 1024, 65_536),
+    (2048, 1024, 65_536),
+    (1024, 1024, 4096),
+    (4096, 4096, 16_384),
+    (128, 128, 802_816),
+    (512, 512, 2048),
+)
+NUMBERS = ("bfloat16", "bfloat16 to float32", "float16 to float32", "float32 tf32", "float32 ieee")
+COPIED = 2**32  # bytes read and written
+ROUNDS = 7
+
+
+def items(context: Context) -> Sequence[Item]:
+    """Copies, products of every number at every size, and what launching costs."""
+    products = [
+        Item(f"{number} {'x'.join(map(str, sizes))}", partial(_product, number, sizes))
+        for sizes in (((24, 16, 40),) if context.rehearse else PRODUCTS)
+        for number in NUMBERS
+        if not (number == "float32 ieee" and sizes[0] == 8192)  # a fiftieth of a second a call
+    ]
+    launching = [
+        Item("empty launch", _launch),
+        Item("replay of 3 empty kernels", _replay),
+        Item("backward of nothing", _autograd),
+    ]
+    return [Item("copy", _copy), *products[:5], *launching, *products[5:]]
+
+
+def _copy(context: Context) -> Iterator[Row]:
+    moved = 2**16 if context.rehearse else COPIED
+    source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=context.machine.device)
+    target = torch.empty_like(source)
+    yield _timed(context, "copy", lambda: target.copy_(source), moved=moved)
+
+
+def _product(number: str, sizes: tuple[int, int, int], context: Context) -> Iterator[Row]:
+    m, n, k = sizes
+    kind, _, rest = number.partition(" ")
+    dtype = getattr(torch, kind)
+    a, b = (torch.randn(shape, device=context.machine.device).to(dtype) for shape in ((k, m), (k, n)))
+    wide = rest == "to float32"
+    if wide and not context.machine.is_cuda:
+        multiply: Callable[[], object] = lambda: torch.mm(a.T, b).float()  # noqa: E731 - no such products on a CPU
+    else:
+        multiply = partial(torch.mm, a.T, b, **({"out_dtype": torch.float32} if wide else {}))
+    with fp32_products(rest):
+        yield _timed(context, f"mm {number}", multiply, flops=2 * m * n * k) | dict(
+            n=k, p=n, q=m, dtype=kind, precision=rest * (kind == "float32")
+        )
+
+
+def _launch(context: Context) -> Iterator[Row]:
+    one = torch.zeros(1, device=context.machine.device)
+    for name, run in {"host": lambda: one.add_(1), "device": lambda: one.add_(1)}.items():
+        yield _timed(context, "empty launch", run, clock=name)
+
+
+def _replay(context: Context) -> Iterator[Row]:
+    one = torch.zeros(1, device=context.machine.device)
+    replay, _ = context.machine.captured(lambda: [one.add_(1) for _ in range(3)])
+    yield _timed(context, "replay of 3 empty kernels", replay)
+    yield _timed(context, "replay of 3 empty kernels", replay, clock="host")
+
+
+def _autograd(context: Context) -> Iterator[Row]:
+    one = torch.zeros(1, device=context.machine.device, requires_grad=True)
+    run = lambda: torch.autograd.grad(one * 2, one)  # noqa: E731
+    yield _timed(context, "multiply and its backward", run, clock="host")
+
+
+def _timed(
+    context: Context, candidate: str, run: Callable[[], object], clock: str = "device", moved: int = 0, flops: int = 0
+) -> Row:
+    """A row with the rate that follows from the bytes moved, or from the operations."""
+    machine = context.machine
+    once = machine.seconds(run)
+    take = machine.host(run, once) if clock == "host" else machine.cold(run, once)
+    timing = timers.Timing.of([take() for _ in range(ROUNDS)])
+    row = {"candidate": candidate, "status": "ok", "timer": clock, **vars(timing)}
+    if moved or flops:
+        row |= {"rate": (moved or flops) / timing.p50, "unit": "B/s" if moved else "flop/s"}
+    return row

@@ -1,0 +1,229 @@
+"""Is it right on this device: calls of every kind against fp64, repeated, overlapped, captured, and without a wait.
+
+The bar is that of the tests: twice the error of plain PyTorch in the same dtype, plus a floor. The route follows from
+the sizes, n <= p + q or not.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import lines
+from benchmarks.gpu.context import Context, Item, Row
+from benchmarks.gpu.machine import Machine
+from benchmarks.kernels.problems import fp32_products
+from bird_kernels import RBF, cka_loss, testing
+from bird_kernels.testing import Result
+
+BACKENDS = ("library", "triton", "native")
+FLOOR = 1e-6
+REPEATS = 30
+DRAWS = 5  # of features: of two roundings that are equally good either may be lucky on one
+GRAM, CROSS = ((128, 96, 130), (37, 61, 29), (130, 65, 70)), ((520, 65, 33), (1030, 96, 40))
+WIDE, MANY = (64, 12_000, 9000), (40_000, 64, 48)
+TINY = {shape: (16, 9, 8) if shape[0] <= shape[1] + shape[2] else (40, 6, 5) for shape in (*GRAM, *CROSS, WIDE, MANY)}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kind of call; ``number`` is a dtype or "tf32", ``pairs`` so many losses summed, ``mean`` in spreads."""
+
+    backend: str
+    shape: tuple[int, int, int]
+    number: str = "float32"
+    estimator: str = "biased"
+    masked: bool = False
+    pairs: int = 1
+    rbf: bool = False
+    mean: float = 0.0
+
+    def __str__(self) -> str:
+        sizes = "x".join(map(str, self.shape))
+        more = (f"{self.pairs} pairs" * (self.pairs > 1), "rbf" * self.rbf, "masked" * self.masked)
+        mean = f"mean {self.mean:g}" if self.mean else ""
+        return " ".join(filter(None, (self.backend, sizes, self.number, self.estimator, *more, mean)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the features."""
+        dtype: torch.dtype = torch.float32 if self.number == "tf32" else getattr(torch, self.number)
+        return dtype
+
+    def features(self, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+        """As many students and teachers as there are pairs."""
+        sides = [
+            testing.features(*self.shape, self.dtype, device, self.mean, seed + 10 * pair) for pair in range(self.pairs)
+        ]
+        return [x for x, _ in sides], [y for _, y in sides]
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """Every fifth row is left out."""
+        return torch.arange(self.shape[0], device=device) % 5 != 1 if self.masked else None
+
+
+def checks() -> list[Check]:
+    """Some seventy, every backend in turn, the usual ones first."""
+    found = []
+    numbers = ("float32", "bfloat16", "tf32", "float16")
+    for i, (number, estimator, masked) in enumerate(product(numbers, ("biased", "unbiased"), (False, True))):
+        found += [Check(backend, GRAM[i % 3], number, estimator, masked) for backend in BACKENDS]
+    for i, (number, estimator) in enumerate(product(numbers, ("biased", "unbiased"))):
+        found += [Check(backend, CROSS[i % 2], number, estimator, i % 3 == 1) for backend in BACKENDS[:2]]
+    for number, estimator in product(numbers[:2], ("biased", "unbiased")):
+        found += [Check(backend, GRAM[0], number, estimator, pairs=3) for backend in BACKENDS]
+    found += [
+        Check(backend, GRAM[i], estimator=estimator, rbf=True)
+        for i, estimator in enumerate(("biased", "unbiased"))
+        for backend in BACKENDS[:2]
+    ]
+    found += [
+        Check("library", shape, number, mean=mean)
+        for shape, number, mean in product((GRAM[0], CROSS[1]), ("bfloat16", "tf32"), (16.0, 300.0))
+    ]
+    found += [Check("library", shape, "bfloat16") for shape in (WIDE, MANY)]
+    return found
+
+
+def chosen(rehearse: bool) -> list[Check]:
+    """All of them, or at a rehearsal some, tiny ones."""
+    found = checks()
+    if rehearse:
+        # Emulated kernels know no tf32 as PyTorch's CPU does not, and Triton's interpreter multiplies bf16 as integers.
+        numbers = {"library": ("bfloat16", "tf32"), "native": ("bfloat16",), "triton": ()}
+        found = [check for check in found if check.number in ("float32", "float16", *numbers[check.backend])]
+        found = [replace(check, shape=TINY[check.shape]) for check in found]
+        # The emulated are slow: one of each kind of call, whatever its dtype.
+        kinds = {(c.backend, c.shape, c.pairs, c.rbf, c.number * (c.backend == "library")): c for c in reversed(found)}
+        found = list(reversed(kinds.values()))
+    return found
+
+
+def items(context: Context) -> Sequence[Item]:
+    """A check each."""
+    return [Item(str(check), partial(_check, check)) for check in chosen(context.rehearse)]
+
+
+def _check(check: Check, context: Context) -> Iterator[Row]:
+    about = {key: value for key, value in vars(check).items() if key != "shape"}
+    about |= dict(zip("npq", check.shape, strict=True), candidate=check.backend)
+    try:
+        with fp32_products("tf32" if check.number == "tf32" else ""):
+            found = judged(check, context.machine)
+        wrong = [name for name, right in found.items() if right is False]
+        yield about | found | {"status": "red" if wrong else "ok", "gate": ", ".join(wrong)}
+    except ValueError as error:
+        if "cannot run here" not in str(error):
+            raise
+        yield about | {"status": "refused", "message": lines.message(error)}
+
+
+def judged(check: Check, machine: Machine) -> Row:
+    """Errors, and a True or False for everything that must hold."""
+    xs, ys = check.features(machine.device, seed=0)
+    call = partial(evaluated, check, check.mask(machine.device))
+    first = call(xs, ys)
+    found = _accuracy(check, machine, call)
+    found["second call"] = same(first, call(xs, ys))
+    found["repeats"] = all(same(first, call(xs, ys)) for _ in range(1 if machine.rehearse else REPEATS))
+    found["streams"] = all(same(first, result) for result in machine.on_two_streams(lambda: call(xs, ys)))
+    for name, holds in (("replay", _replays), ("no wait", _never_waits)):
+        try:
+            found[name] = holds(check, machine, call)
+        except RuntimeError as error:  # a capture that fails, a wait: the other findings are kept
+            found |= {name: False, "message": lines.message(error)}
+    return found
+
+
+def _never_waits(check: Check, machine: Machine, call: partial[list[Tensor]]) -> bool:
+    """Raises where the call waits for the device."""
+    xs, ys = check.features(machine.device, seed=0)
+    with machine.waiting_is_an_error():
+        call(xs, ys)
+    return True
+
+
+def _accuracy(check: Check, machine: Machine, call: partial[list[Tensor]]) -> Row:
+    """Medians over some draws: our errors, and what plain PyTorch's errors allow."""
+    mask = check.mask(machine.device)
+    draws = []
+    for seed in range(2 if machine.rehearse else DRAWS):
+        xs, ys = check.features(machine.device, 100 * seed)
+        draws.append(_errors(check, mask, xs, ys, call(xs, ys)))
+    found: Row = {}
+    for name, floor in (("value", FLOOR * check.pairs), ("dx", FLOOR), ("dy", FLOOR)):
+        found[f"{name}_error"], theirs = (statistics.median(one[side][name] for one in draws) for side in (0, 1))
+        found[f"{name}_bar"] = 2 * theirs + floor
+    found["accurate"] = all(found[f"{name}_error"] <= found[f"{name}_bar"] for name in ("value", "dx", "dy"))
+    return found
+
+
+def evaluated(check: Check, mask: Tensor | None, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
+    """The loss, and the gradients of all students and teachers."""
+    kernel = RBF() if check.rbf else "linear"
+    leaves = [side.detach().requires_grad_() for side in (*xs, *ys)]
+    students, teachers = leaves[: len(xs)], leaves[len(xs) :]
+    pair = (students, teachers) if len(xs) > 1 else (students[0], teachers[0])
+    options = dict(estimator=check.estimator, mask=mask, kernel=kernel, backend=check.backend)
+    value = cka_loss(*pair, **options)  # type: ignore[arg-type]
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether all bits are."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _replays(check: Check, machine: Machine, call: partial[list[Tensor]]) -> bool:
+    """A graph captured on some features, replayed on others, gives what a call on those gives."""
+    xs, ys = check.features(machine.device, seed=1)
+    expected = call(xs, ys)
+    others, more = check.features(machine.device, seed=2)
+    inputs = [*others, *more]
+    replay, result = machine.captured(lambda: call(inputs[: len(xs)], inputs[len(xs) :]))
+    for place, fresh in zip(inputs, (*xs, *ys), strict=True):
+        place.copy_(fresh)
+    replay()
+    machine.wait()
+    return same(result if machine.is_cuda else call(inputs[: len(xs)], inputs[len(xs) :]), expected)
+
+
+def _errors(
+    check: Check, mask: Tensor | None, xs: Sequence[Tensor], ys: Sequence[Tensor], found: Sequence[Tensor]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Our errors and those of plain PyTorch: of the summed value, and the largest of a pair's gradients."""
+    n, p, q = check.shape
+    rows = slice(None) if mask is None else mask
+    if check.rbf:
+        form = testing.plain_rbf(RBF(), check.estimator)
+    else:
+        form = testing.plain("gram" if n <= p + q else "cross", check.estimator)
+    pairs = list(zip(xs, ys, strict=True))
+    truths = [_truth(check, mask, x, y) for x, y in pairs]
+    plains = [testing.evaluate(lambda a, b: form(a[rows], b[rows]), x, y) for x, y in pairs]
+    gradients = zip(found[1 : 1 + len(xs)], found[1 + len(xs) :], strict=True)
+    results = [plain._replace(dx=dx, dy=dy) for plain, (dx, dy) in zip(plains, gradients, strict=True)]
+    ours, theirs = _largest(results, truths), _largest(plains, truths)
+    total = sum(float(true.value) for true in truths)
+    ours["value"] = abs(float(found[0]) - total) if found[0].isfinite() else float("inf")
+    theirs["value"] = abs(sum(float(plain.value) for plain in plains) - total)
+    return ours, theirs
+
+
+def _largest(results: Sequence[Result], truths: Sequence[Result]) -> dict[str, float]:
+    each = [testing.errors(result, true) for result, true in zip(results, truths, strict=True)]
+    return {name: max(errors[name] for errors in each) for name in ("dx", "dy")}
+
+
+def _truth(check: Check, mask: Tensor | None, x: Tensor, y: Tensor) -> Result:
+    """The literal formula in fp64, or where its n x n matrices are too large the closed form in fp64."""
+    if check.shape[0] <= 2048:
+        kernel = RBF() if check.rbf else None
+        return testing.truth(x, y, check.estimator, mask=mask, kernel=kernel)
+    return testing.evaluate(testing.plain("cross", check.estimator), x.double(), y.double())

@@ -1,0 +1,219 @@
+"""What a run on a GPU found, as what is committed: its rows, a page to read, and the table that ``auto`` chooses by.
+
+    python -m benchmarks.gpu.read FOLDER [--to FOLDER]      rows.csv, page.md and the tuning file
+
+A problem's time is the replay of a CUDA graph with cold caches, or the device's for a call that no graph can hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import lines
+
+Row = dict[str, Any]
+
+COLUMNS = (
+    "device", "driver", "torch", "triton", "commit", "date", "phase", "problem", "n", "p", "q", "dtype", "precision",
+    "estimator", "mode", "candidate", "timer", "p20", "p50", "p80", "rounds", "status", "gate", "message",
+    "value_error", "gradient_error", "rate", "unit", "compile_seconds", "no_graph", "item",
+)  # fmt: skip
+KEY = ("phase", "item", "problem", "candidate", "timer", "n", "p", "q", "dtype", "precision")
+HAND_WRITTEN = ("gram", "feature", "compiled")
+CANDIDATES = ("auto", "library", "symmetric", "triton", "native", "gram", "feature", "authors", "compiled")
+BACKENDS = ("library", "triton", "native", "symmetric")
+CLOCKS = ("graph", "device")  # the first that a row has is its time
+
+
+def rows(folder: Path) -> list[Row]:
+    """All that was timed; of a question that was asked twice, because a process died of it, the last answer."""
+    swept = [row for row in lines.read(folder / lines.SWEEP) if "status" in row and "phase" in row]
+    found = {tuple(row.get(name, "") for name in KEY): row for row in (*lines.read(folder / lines.ROWS), *swept)}
+    return list(found.values())
+
+
+def checks(folder: Path) -> list[Row]:
+    """The correctness calls."""
+    return list({str(row["item"]): row for row in lines.read(folder / lines.CHECKS)}.values())
+
+
+def counts(folder: Path) -> dict[str, str]:
+    """How many rows came out how, by phase."""
+    found: dict[str, Counter[str]] = {}
+    for row in [*rows(folder), *checks(folder), *lines.read(folder / lines.KERNELS)]:
+        found.setdefault(str(row["phase"]), Counter())[str(row["status"])] += 1
+    return {phase: " ".join(f"{n} {status}" for status, n in c.items()) for phase, c in found.items()}
+
+
+def write_csv(path: Path, found: Iterable[Row]) -> None:
+    """The rows, a column for each of `COLUMNS`, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([_text(row.get(name)) for name in COLUMNS] for row in found)
+    os.replace(part, path)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def seconds(found: Sequence[Row], problem: str) -> dict[str, float]:
+    """The median of every candidate that has one, by name."""
+    times: dict[str, float] = {}
+    for clock in reversed(CLOCKS):
+        for row in found:
+            if row.get("problem") == problem and row.get("timer") == clock and row.get("p50"):
+                times[row["candidate"]] = row["p50"]
+    return times
+
+
+def page(folder: Path) -> str:
+    """Markdown: where it was measured, the problems, the correctness calls, the ceilings, the prototypes."""
+    found = rows(folder)
+    events = list(lines.read(folder / lines.EVENTS))
+    return "\n\n".join(
+        filter(None, (_heading(found, events), table(folder), _correct(folder), _rates(found), _parts(found)))
+    ) + "\n"  # fmt: skip
+
+
+def tuning_table(folder: Path, path: Path) -> int:
+    """Write what `bird_kernels.tuning` reads: host and device microseconds of our backends; returns its rows.
+
+    Nothing is written where nothing of that kind was measured. Linear kernels, forward and backward.
+    """
+    from bird_kernels import tuning
+
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    ours = [row for row in rows(folder) if row["phase"] == "times" and row.get("p50")]
+    for row in ours:
+        if row["candidate"].split()[0] in BACKENDS and row["problem"].split()[0] not in ("rbf", "matrix"):
+            shape = row["n"], row["p"], row["q"], row["dtype"], row["precision"], row["estimator"], row["candidate"]
+            times.setdefault(shape, {})["host" if row["timer"] == "host" else "device"] = row["p50"] * 1e6
+    found = [tuning.Row(*shape, host=us["host"], device=us["device"]) for shape, us in times.items() if len(us) == 2]
+    if found:
+        key = tuning.Key(*(ours[0][name] for name in ("device", "cuda_driver", "torch", "triton")))
+        tuning.write(path, tuning.Table(key, ours[0]["date"], tuple(found)))
+    return len(found)
+
+
+def summary(folder: Path) -> str:
+    """What the end of a run prints: the table, what is wrong, the ceilings."""
+    return "\n\n".join(filter(None, (table(folder), _correct(folder), _rates(rows(folder)))))
+
+
+def _heading(found: Sequence[Row], events: Sequence[Row]) -> str:
+    origin = found[0] if found else {}
+    start = events[0] if events else {}
+    what = {name: origin.get(name, "") for name in ("device", "driver", "torch", "triton", "commit", "date")}
+    what |= {name: start.get(name, "") for name in ("python", "sources")}
+    lost = [
+        f"{e.get('phase')}, {e.get('item')}: {e.get('reason', '')}" for e in events if e["event"] == "lost a worker"
+    ]
+    cut = [f"{e['phase']} from {e['item']} on, {e['items']} items" for e in events if e["event"] == "left out"]
+    what |= {"processes lost": "; ".join(lost), "left out": "; ".join(cut)}
+    return "# A run on a GPU\n\n" + "\n".join(f"- {name}: {value}" for name, value in what.items() if value)
+
+
+def table(folder: Path) -> str:
+    """A line a problem: medians, and in brackets how many times the best hand-written form's.
+
+    Of the configurations of the symmetric kernel the fastest stands for all.
+    """
+    found = [row for row in rows(folder) if row["phase"] in ("times", "rivals") and row.get("problem")]
+    problems = list(dict.fromkeys(row["problem"] for row in found))
+    lines_ = [
+        "| problem | design's target (an estimate) | " + " | ".join(CANDIDATES) + " |",
+        "|---" * (len(CANDIDATES) + 2) + "|",
+    ]
+    for problem in problems:
+        times = seconds(found, problem)
+        own = [time for name, time in times.items() if name.startswith("symmetric")]
+        times |= {"symmetric": min(own)} if own else {}
+        best = min((times[name] for name in HAND_WRITTEN if name in times), default=None)
+        target = next(row["target"] for row in found if row["problem"] == problem)
+        why = {row["candidate"]: row["status"] for row in found if row["problem"] == problem}
+        cells = [_cell(times.get(name), best, why.get(name, "")) for name in CANDIDATES]
+        lines_.append(f"| {problem} | {_time(target)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines_) if problems else ""
+
+
+def _cell(time: float | None, best: float | None, why: str) -> str:
+    if time is None:
+        return why or "–"
+    return _time(time) + (f" ({time / best:.2f}×)" if best else "")
+
+
+def _time(seconds: float) -> str:
+    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
+    return f"{seconds / size:.3g} {unit}"
+
+
+def _correct(folder: Path) -> str:
+    found = checks(folder)
+    if not found:
+        return ""
+    by_backend: dict[str, Counter[str]] = {}
+    for row in found:
+        by_backend.setdefault(str(row.get("backend", row.get("candidate"))), Counter())[str(row["status"])] += 1
+    text = "## Correctness\n\n" + "\n".join(
+        f"- {name}: " + ", ".join(f"{n} {status}" for status, n in c.items()) for name, c in by_backend.items()
+    )
+    wrong = [row for row in found if row["status"] in ("red", "failed")]
+    return text + "".join(f"\n- **{row['item']}**: {row.get('gate') or row.get('message')}" for row in wrong)
+
+
+def _rates(found: Sequence[Row]) -> str:
+    chosen = [row for row in found if row["phase"] == "ceilings" and row.get("p50")]
+    if not chosen:
+        return ""
+    text = "## Ceilings\n\n| what | clock | median | rate |\n|---|---|---|---|"
+    for row in chosen:
+        rate = f"{row['rate'] / 1e12:.3g} T{row['unit']}" if row.get("rate") else ""
+        text += f"\n| {row['item']} | {row['timer']} | {_time(row['p50'])} | {rate} |"
+    return text
+
+
+def _parts(found: Sequence[Row]) -> str:
+    """Prototypes, sweeps and checkers."""
+    text = ""
+    for phase in ("prototypes", "sweep", "checks"):
+        chosen = [row for row in found if row["phase"] == phase and row.get("timer") in (None, *CLOCKS)]
+        if chosen:
+            text += f"\n\n## {phase.capitalize()}\n\n| problem | what | clock | median or status |\n|---|---|---|---|"
+        for row in chosen:
+            time = _time(row["p50"]) if row.get("p50") else f"{row['status']} {row.get('message', '')}"
+            what = row.get("candidate", row["item"])
+            text += f"\n| {row.get('problem', '')} | {what} | {row.get('timer', '')} | {time} |"
+    return text.strip()
+
+
+def main() -> None:
+    """Write the files beside the run, or where ``--to`` says."""
+    parser = argparse.ArgumentParser(description="what ./dev gpu found, as what is committed")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--to", type=Path, help="default: the same folder")
+    options = parser.parse_args()
+    target: Path = options.to or options.folder
+    target.mkdir(parents=True, exist_ok=True)
+    write_csv(target / "rows.csv", rows(options.folder))
+    text = page(options.folder)
+    (target / "page.md").write_text(text, encoding="utf-8")
+    print(text)
+    try:
+        print(f"{tuning_table(options.folder, target / 'tuning.json')} rows in {target / 'tuning.json'}")
+    except ImportError as error:  # the page needs no torch
+        print(f"no tuning.json: {error}")
+
+
+if __name__ == "__main__":
+    main()

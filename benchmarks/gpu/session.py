@@ -1,0 +1,161 @@
+"""One prepared run on a GPU: is it right there, how fast is it, and what should be built next.
+
+    ./dev gpu [--minutes 7] [--out FOLDER]      on a machine with CUDA
+    ./dev gpu --rehearse                        on any machine: tiny sizes, on the CPU, with what a bare machine has
+
+It is made for a bare machine that is lent for minutes: torch, Triton, NumPy and nvcc, no network, nothing installed,
+the source tree as it is. Phases come in the order of their value and end at their deadlines; what is known is on the
+disk at once. ``python -m benchmarks.gpu.read FOLDER`` makes a table of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.gpu import lines, read
+from benchmarks.gpu.supervise import Run, Stage
+
+# Warming is compiling by many processes; correctness begins when the native part is built, or without it.
+STAGES = {
+    "warm": Stage(0.20),
+    "ceilings": Stage(0.26, limit=20),
+    "native": Stage(0.30),
+    "correctness": Stage(0.45, limit=20),
+    "times": Stage(0.70, limit=60),
+    "prototypes": Stage(0.84, limit=30),
+    "profiles": Stage(0.91, limit=20),
+    "rivals": Stage(0.98, limit=60),
+}
+COMPILERS = 12  # processes, where there are so many cores
+SMI = "name,driver_version,compute_cap,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
+
+
+def main() -> None:
+    """Run all phases, then print the table of what was found."""
+    options = arguments("the prepared run on a GPU", 7.0)
+    run = Run(folder_of(options), options.minutes, options.rehearse, STAGES, lines.EVENTS, lines.LOG)
+    with ended_by_signals():
+        begin(run)
+        session(run)
+    run.event("end", **read.counts(run.folder))
+    print(read.summary(run.folder))
+
+
+def arguments(description: str, minutes: float) -> argparse.Namespace:
+    """What both scripts are told.
+
+    Raises:
+        SystemExit: there is no GPU, and this is no rehearsal.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--minutes", type=float, default=minutes, help="for everything (default %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, with a bare machine's packages")
+    parser.add_argument("--out", type=Path, help="the folder of the results (default: $OUT, or one in runs/gpu)")
+    options = parser.parse_args()
+    if not options.rehearse and not smi("name"):
+        raise SystemExit("this needs a CUDA device, and nvidia-smi names none here; --rehearse runs on the CPU")
+    return options
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    """Where the files go: a new folder, or one without files of ours."""
+    default = Path("runs", "gpu", time.strftime("%Y%m%d-%H%M%S"))
+    folder: Path = options.out or Path(os.environ.get("OUT") or default)
+    return folder.absolute()
+
+
+def begin(run: Run) -> None:
+    """The first line: what is run where.
+
+    Raises:
+        SystemExit: the folder holds a run already.
+    """
+    if run.events.exists():
+        raise SystemExit(f"{run.events} is there already: one run a folder")
+    run.event(
+        "start", seconds=run.seconds, rehearse=run.rehearse, python=platform.python_version(), cores=os.cpu_count(),
+        system=platform.platform(), sources=sources(), smi=smi(SMI),
+        nvcc=" ".join(output("nvcc", "--version").split()[-7:-1]),
+    )  # fmt: skip
+
+
+def session(run: Run) -> None:
+    """Compile, then measure."""
+    with _build(run) as building:  # what is not ready at its deadline is stopped: it would disturb
+        warm(run)
+        run.drive(["ceilings"])
+        while building.poll() is None and time.time() < run.until("native"):
+            time.sleep(0.1)
+        status = building.poll()
+        run.event("native build", status="not ready" if status is None else status)
+    run.drive(["correctness", "times", "prototypes", "profiles", "rivals"])
+    run.event("device", smi=smi(SMI))
+
+
+def _build(run: Run) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    """The native part is built for this device alone."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    if run.rehearse:
+        command = [sys.executable, "-c", "print('a rehearsal builds nothing')"]
+    capability = smi("compute_cap")
+    known = {"TORCH_CUDA_ARCH_LIST": capability} if capability else {}
+    return run.process(command, run.folder / lines.BUILD, {"BIRD_BUILD_EXT": "1"} | known)
+
+
+def warm(run: Run, phase: str = "warm") -> None:
+    """Processes that make each later call once; what they have not compiled by the deadline is compiled when needed."""
+    count = 2 if run.rehearse else max(2, min(COMPILERS, (os.cpu_count() or 4) - 2))
+    with contextlib.ExitStack() as stack:
+        run.event("phase", name=phase, processes=count)
+        commands = [run.worker([phase], "--part", str(part), "--parts", str(count)) for part in range(count)]
+        workers = [stack.enter_context(run.process(command, run.log)) for command in commands]
+        while any(worker.poll() is None for worker in workers) and time.time() < run.until(phase):
+            time.sleep(0.05)
+        run.event(phase, finished=sum(worker.poll() == 0 for worker in workers), processes=count)
+
+
+def smi(query: str) -> str:
+    """What nvidia-smi answers for the first device; empty where there is none."""
+    return output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split("\n")[0].strip()
+
+
+def output(*command: str) -> str:
+    """The output of a command that takes seconds at the most; empty where it fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+    return ""
+
+
+def sources() -> str:
+    """A digest of the sources: a machine that has no git still says what it ran."""
+    digest = hashlib.sha256()
+    for folder, pattern in (("bird_kernels", "*.py"), ("csrc", "*"), ("benchmarks/gpu", "*.py")):
+        for path in sorted((lines.ROOT / folder).rglob(pattern)):
+            if path.is_file():
+                digest.update(path.relative_to(lines.ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """A polite end (SIGTERM) still takes the processes along."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    yield
+
+
+if __name__ == "__main__":
+    main()

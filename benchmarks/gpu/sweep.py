@@ -1,0 +1,117 @@
+"""The second prepared run on a GPU: warps, stages and settings of the kernels, NVIDIA's checkers, and the tests.
+
+    ./dev gpu --sweep [--minutes 5] [--out FOLDER]     after `benchmarks.gpu.session`, into the same folder or another
+    ./dev gpu --sweep --rehearse                       on any machine
+
+The checkers and, where pytest is there, the tests run beside each other after the sweeps, until the time is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from benchmarks.gpu import lines
+from benchmarks.gpu.session import arguments, begin, ended_by_signals, folder_of, warm
+from benchmarks.gpu.supervise import Run, Stage
+
+STAGES = {
+    "precompile": Stage(0.30),
+    "sweep": Stage(0.60, limit=40),
+    "checks": Stage(0.98),
+}
+TESTS = ("test_cuda", "test_accuracy", "test_pairs")
+TOOLS = ("memcheck", "racecheck")
+LAST = 30  # lines of a program's output that are looked at for its row; all of it is in the log
+
+
+def main() -> None:
+    """Sweep, then check."""
+    options = arguments("sweeps and checkers on a GPU", 5.0)
+    run = Run(folder_of(options), options.minutes, options.rehearse, STAGES, lines.SWEEP, lines.SWEEP_LOG)
+    with ended_by_signals():
+        begin(run)
+        warm(run, "precompile")
+        run.drive(["sweep"])
+        check(run, commands(run.rehearse))
+    run.event("end")
+
+
+def commands(rehearse: bool) -> dict[str, list[str] | str]:
+    """What is run, or why it is not."""
+    python = sys.executable
+    found: dict[str, list[str] | str] = {}
+    tool = shutil.which("compute-sanitizer")
+    for name in TOOLS:
+        program = [python, "-m", "tests.kernels.sanitize", "triton"]
+        if rehearse:
+            found[name] = [python, "-c", "print('no checker at a rehearsal')"]
+        else:
+            found[name] = [tool, "--tool", name, "--error-exitcode", "9", *program] if tool else "no compute-sanitizer"
+    has = subprocess.run([python, "-c", "import pytest"], capture_output=True, check=False).returncode == 0
+    if rehearse or not has:
+        found["tests"] = "pytest is not installed"
+    else:
+        files = [f"tests/kernels/{name}.py" for name in TESTS]
+        options = ["-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-k", "not sanitizer"]
+        found["tests"] = [python, "-m", "pytest", *files, *options]
+    return found
+
+
+def check(run: Run, programs: dict[str, list[str] | str]) -> None:
+    """Run all programs beside each other until the deadline; a row each, as soon as it has ended."""
+    about = run.origin | {"phase": "checks"}
+    running: dict[str, Program] = {}
+    with contextlib.ExitStack() as stack:
+        for name, command in programs.items():
+            if isinstance(command, str):
+                lines.write(run.events, about | {"item": name, "status": "refused", "message": command})
+            else:
+                running[name] = Program(name, stack.enter_context(run.process(command, None)), run.log)
+        while running and time.time() < run.until("checks"):
+            time.sleep(0.05)
+            for name in [name for name, program in running.items() if program.process.poll() is not None]:
+                _tell(run, about, running.pop(name))
+        for program in running.values():
+            _tell(run, about, program)
+
+
+class Program:
+    """A process whose output goes to the common log line by line, and whose last lines are kept."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.name, self.process, self.log = name, process, log
+        self.last: deque[str] = deque(maxlen=LAST)
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.log.open("a", encoding="utf-8", buffering=1) as log:
+            for line in self.process.stdout:
+                text = line.decode(errors="replace")
+                self.last.append(text)
+                log.write(f"{self.name}: {text}")
+
+
+def _tell(run: Run, about: dict[str, object], program: Program) -> None:
+    status = program.process.poll()
+    if status is not None:
+        program.reader.join(timeout=2)
+    outcome = "left out" if status is None else "ok" if status == 0 else "failed"
+    tail = "".join(list(program.last))
+    said = ", ".join(re.findall(r"\d+ (?:passed|failed|errors?|skipped|hazards?)|ERROR SUMMARY: \d+ errors", tail)[-4:])
+    row = {"item": program.name, "status": outcome, "message": said, "exit": status, "tail": tail[-2000:]}
+    lines.write(run.events, about | row)
+    run.event("checked", item=program.name, status=outcome, message=said)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""What a call costs on a GPU that nobody has measured: predicted microseconds of every candidate.
+
+A pure function of sizes, dtypes and the device's data sheet; nothing here asks a device. A kernel takes a launch, and
+the longest of its matrix products at the library's efficiency, its traffic at the memory's, and its instructions at the
+schedulers'. **No constant below was measured by us on a GPU**: each names its source, and the whole is good to a third.
+`tuning` has what was measured, which overrules it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from .plan import FEW_ROWS, choose_route, variant
+from .types import Cost, Problem, Sheet
+
+# Vendor data sheets, dense rates with fp32 accumulation, boost clocks. The row of a device is the longest name that its
+# own contains.
+SHEETS = {
+    sheet.name: sheet
+    for sheet in (
+        Sheet("A100", 19.5, 156, 312, 2.0, 40, 108, 1.41),
+        Sheet("H100", 67, 494, 989, 3.35, 50, 132, 1.83),
+        Sheet("H100 PCIe", 51, 378, 756, 2.0, 50, 114, 1.75),
+        Sheet("H200", 67, 494, 989, 4.8, 50, 132, 1.83),
+        Sheet("B200", 75, 1100, 2250, 8.0, 126, 148, 1.96),
+        Sheet("L4", 30.3, 60, 121, 0.3, 48, 58, 2.04),
+        Sheet("L40S", 91.6, 183, 362, 0.864, 96, 142, 2.52),
+        Sheet("RTX 3090", 35.6, 35.6, 71, 0.936, 6, 82, 1.70),
+        Sheet("RTX 4090", 82.6, 82.6, 165, 1.008, 72, 128, 2.52),
+        Sheet("RTX 5090", 104.8, 104.8, 209, 1.79, 96, 170, 2.41),
+    )
+}
+UNKNOWN = Sheet("unknown", 15, 30, 60, 0.45, 4, 48, 1.5)  # a guess: half of an RTX 3090
+
+
+class Constants(NamedTuple):
+    """How far a device falls short of its sheet, and what does not stand in one. Each with its source."""
+
+    # Estimate: us between the starts of two short kernels in a row. Some ten of them, the hand-written loss of
+    # 128 x 512 in a CUDA graph, are expected to take 25-32 us.
+    launch: float = 2.5
+    # Estimates: us of the host. A call through C++ and its autograd (18 in all); through Python's; one library
+    # operator with its allocation; one kept Triton launch (4 us with a driver that does nothing, docs/kernels.md); one
+    # CUDA launch from C++.
+    native_call: float = 12.0
+    python_call: float = 35.0
+    library_launch: float = 8.0
+    triton_launch: float = 7.0
+    native_launch: float = 2.0
+    # Public: of the half peak cuBLAS reaches 0.49 (H800), 0.68 (A100), 0.98 (RTX 4090) at 8192 (flash-muon's README).
+    half: float = 0.65
+    tf32: float = 0.75  # estimate: 400 of 494 TFLOP/s for large products, less for others
+    fp32: float = 0.75  # estimate: 50 of 67
+    memory: float = 0.85  # public: copies reach 4.1-4.3 of the H200's 4.8 TB/s
+    cache: float = 23.0  # estimate: bytes a clock and multiprocessor from L2; 5.5 TB/s on an H200
+    tiles: tuple[int, int] = (128, 64)  # sides of the library's usual tiles, the small ones where few
+    depth: int = 256  # estimate: inner indices that are worth a share of their own, where tiles do not fill the device
+    sample: int = 1024  # rows that the shift is judged by: read once more
+    # Estimates from machine code (sm_90): instructions of a warp in an inner step of a 64 x 64 tile, forward and
+    # backward; for each block of rows that is centred before; and the share of the issue slots that such loops fill.
+    half_loop: tuple[int, int] = (624, 547)  # steps of 64
+    tf32_loop: tuple[int, int] = (257, 266)  # steps of 32
+    fp32_loop: tuple[int, int] = (1396, 1396)
+    centring: int = 75
+    issue: float = 0.55
+    # Estimates from machine code: clocks of a native block for 32 features, at 128 rows: loads and means, which grow
+    # with the rows; the product; the same of the backward, which grows with their square.
+    native_load: int = 3400
+    native_product: int = 2400
+    native_backward: int = 16_000
+    # Counted under fake tensors: launches of plain PyTorch (unbiased, cross) beyond those of the fused passes; of the
+    # RBF backends by strips of 1024 rows (151 and 557 at 1 and 8, 391 and 1413), and their bytes for each pair of rows
+    # (27.6 GB at 8192). An estimate: clocks for each pair that the atomics of the median's histograms wait.
+    plain: int = 100
+    triton_rbf: tuple[int, int] = (93, 58)
+    library_rbf: tuple[int, int] = (245, 146)
+    rbf_bytes: int = 411
+    rbf_clocks: float = 0.5
+
+
+C = Constants()
+# Public, Hopper, the lower end: a symmetric product kernel against the library by the side of its result. Others report
+# 1.56 to 1.9 at 4096 and above (flash-muon's README: H800, A100, RTX 4090), and losses at 1024.
+SYMMETRIC = {4096: 1.26, 8192: 1.46}
+
+
+def sheet_of(device_name: str) -> Sheet:
+    """The data sheet of a device by the name that PyTorch gives it, `UNKNOWN` for others."""
+    known = [name for name in SHEETS if name in device_name]
+    return SHEETS[max(known, key=len)] if known else UNKNOWN
+
+
+def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:
+    """The cost of every candidate that has kernels for the problem, built or not; of fp64 nothing is known.
+
+    "symmetric" is the library backend with the symmetric kernel for X^T X or X X^T. ``problem.precision`` None counts
+    as "ieee".
+    """
+    kind = variant(problem)
+    if problem.dtype.itemsize == 8:
+        return {}
+    if kind == 'kernel="rbf"':
+        return {"triton": _rbf(problem, sheet, "triton"), "library": _rbf(problem, sheet, "library")}
+    if kind not in ("linear", "sqrt=True"):
+        return {}
+    found = {}
+    if problem.n <= FEW_ROWS:
+        if kind == "linear":
+            found["native"] = _native(problem, sheet)
+        found["triton"] = together([problem], sheet)
+    found["library"] = _library(problem, sheet, {})
+    if side(problem) >= min(SYMMETRIC):
+        found["symmetric"] = _library(problem, sheet, SYMMETRIC)
+    return found
+
+
+def best(costs: Mapping[str, Cost], problem: Problem) -> str:
+    """The candidate to take. The symmetric kernel must win by what it promises of a product alone: less than that is
+    within this model's error, and for a measurement to decide."""
+    names = [name for name in costs if name != "symmetric"]
+    winner = min(names, key=lambda name: costs[name].us)
+    if winner == "library" and "symmetric" in costs:
+        promised = _speedup(side(problem), SYMMETRIC)
+        if costs["library"].us >= promised * costs["symmetric"].us:
+            return "symmetric"
+    return winner
+
+
+def together(problems: Sequence[Problem], sheet: Sheet) -> Cost:
+    """Triton's fused kernels: pairs of one n and dtype, in three or four launches in all."""
+    first = problems[0]
+    half = first.dtype.itemsize == 2
+    loop = C.half_loop if half else C.tf32_loop if first.precision == "tf32" else C.fp32_loop
+    step, tiles = 64 if half else 32, _parts(first.n, 64)
+    upper, inner = tiles * (tiles + 1) // 2, _parts(first.n, step)
+    widths = [d for problem in problems for d in (problem.p, problem.q)]
+    wanted = [d for p in problems for d, wants in ((p.p, p.x_grad), (p.q, p.y_grad)) if wants]
+    steps = upper * sum(_parts(d, step) for d in widths)
+    clocks = _issue(steps, loop[0] + C.centring * tiles, sheet)
+    blocks = tiles * sum(_parts(d, 64) for d in wanted)
+    clocks += _issue(blocks, inner * loop[1], sheet)
+    size = first.n * first.dtype.itemsize
+    launches = 2 + (first.estimator == "unbiased") + bool(wanted)
+    device = max(clocks / sheet.clock * 1e-3, _cold(size * (sum(widths) + 2 * sum(wanted)), sheet))
+    return Cost(C.python_call + launches * C.triton_launch, launches * C.launch + device, launches)
+
+
+def apart(costs: Iterable[tuple[str, Cost]]) -> float:
+    """Microseconds of single pairs one after the other in one autograd node, each on its backend."""
+    per = {"native": C.native_launch, "triton": C.triton_launch, "library": C.library_launch}
+    chosen = list(costs)
+    host = C.python_call + sum(cost.launches * per[name] for name, cost in chosen)
+    return max(host, sum(cost.device for _, cost in chosen))
+
+
+def _native(problem: Problem, sheet: Sheet) -> Cost:
+    """The C++ part: blocks hold all rows of 32 features (csrc/cuda/gram.cuh)."""
+    wanted = problem.x_grad * problem.p + problem.y_grad * problem.q
+    slots, tiles, rows = 2 * sheet.multiprocessors, _parts(problem.n, 128), problem.n / 128
+    chunks = (_parts(problem.p, 32) + _parts(problem.q, 32)) * tiles * (tiles + 1) // 2
+    clocks = _parts(chunks, slots) * (C.native_product + C.native_load * rows)
+    if wanted:
+        outputs = _parts(wanted, 32)
+        blocks = outputs * (_parts(problem.n, 64) if outputs < slots else 1)
+        clocks += outputs * C.native_backward * rows**2 / min(blocks, slots)
+    launches = 2 + bool(wanted)
+    device = max(clocks / sheet.clock * 1e-3, _cold(_input_bytes(problem) + 2 * _wanted_bytes(problem), sheet))
+    return Cost(C.native_call + launches * C.native_launch, launches * C.launch + device, launches)
+
+
+def _library(problem: Problem, sheet: Sheet, symmetric: Mapping[int, float]) -> Cost:
+    """A shift pass, the library's products, a finish; then a mix and a product for each wanted side."""
+    n, p, q, size = problem.n, problem.p, problem.q, problem.dtype.itemsize
+    sides = [d for d, wants in ((p, problem.x_grad), (q, problem.y_grad)) if wants]
+    gram = choose_route(n, p, q) == "gram"
+    inputs = _input_bytes(problem)
+    # The shift pass looks at a sample, reads, and writes what the products read.
+    device = _cold(inputs * (1 + min(1.0, C.sample / n)), sheet) + _warm(inputs, inputs, sheet)
+    if gram:
+        products, own, other = 8 * n * n, [(n, n, p), (n, n, q)], []
+    elif symmetric:
+        products, own, other = 4 * (p * p + q * q + p * q), [(p, p, n), (q, q, n)], [(q, p, n)]
+    else:  # [Zy|Zx]^T Zx in one
+        products, own, other = 4 * (p * p + q * q + p * q), [(q, q, n)], [(p + q, p, n)]
+    device += sum(_product(*shape, 4, problem, sheet, _speedup(shape[0], symmetric)) for shape in own)
+    device += sum(_product(*shape, 4, problem, sheet) for shape in other)
+    device += _warm(2 * products, products, sheet)
+    for d in sides:
+        device += _warm(products + products * size // 4, products, sheet)
+        device += _product(n, d, n if gram else p + q, size, problem, sheet)
+    fp16 = str(problem.dtype) == "torch.float16"  # scaled and rounded in a launch of its own
+    launches = 6 + (2 + fp16) * len(sides)
+    if problem.estimator == "unbiased" and not gram:
+        launches += C.plain
+        device += 6 * _warm(n * (p + q) * 4, n * (p + q) * 4, sheet)
+    return Cost(C.python_call + launches * C.library_launch, launches * C.launch + device, launches)
+
+
+def _rbf(problem: Problem, sheet: Sheet, backend: str) -> Cost:
+    """Gaussian kernels that are kept; in both backends the library finds the bandwidth."""
+    n, wanted = problem.n, problem.x_grad * problem.p + problem.y_grad * problem.q
+    base, strip = C.triton_rbf if backend == "triton" else C.library_rbf
+    launches = base + strip * _parts(n, 1024)
+    factor = 1.0 if backend == "triton" else 1.5  # distances and kernels as operators of their own: an estimate
+    device = n * n * C.rbf_clocks / sheet.clock * 1e-3 + factor * _warm(C.rbf_bytes * n * n, 8 * n * n, sheet)
+    device += factor * (2 * n * n * (problem.p + problem.q) + 2 * n * n * wanted) / _rate(problem, sheet) * 1e-6
+    per = C.triton_launch if backend == "triton" else C.library_launch
+    return Cost(C.python_call + launches * per, launches * C.launch + device, launches)
+
+
+def matrix(n: int, widths: Sequence[int], problem: Problem, sheet: Sheet) -> Cost:
+    """`cka_matrix` of two networks of these layers, ``problem`` one of them: Gram matrices, then one product of all."""
+    layers = 2 * len(widths)
+    device = sum(2 * _product(n, n, d, 4, problem, sheet) + _cold(8 * n * d, sheet) for d in widths)
+    device += _warm(3 * 4 * layers * n * n, 4 * layers * n * n, sheet)
+    launches = 8 * layers
+    return Cost(C.python_call + launches * C.library_launch, launches * C.launch + device, launches)
+
+
+def _product(m: int, n: int, k: int, size: int, problem: Problem, sheet: Sheet, faster: float = 1.0) -> float:
+    """Microseconds of an m x n product over k, written in numbers of ``size`` bytes, without its launch."""
+    units = sheet.multiprocessors
+    tiles = max(C.tiles, key=lambda side: (min(_parts(m, side) * _parts(n, side), units), side))
+    count = _parts(m, tiles) * _parts(n, tiles)
+    shares = range(1, min(_parts(units, count) + 3, max(1, k // C.depth)) + 1)  # of the inner indices
+    filled = max(count * s / (_parts(count * s, units) * units) for s in shares)
+    read = m + n if m != n else m  # a square result is that of a matrix with itself
+    moved = read * k * problem.dtype.itemsize + size * m * n
+    return max(2 * m * n * k / (_rate(problem, sheet) * filled * faster) * 1e-6, _warm(moved, moved, sheet))
+
+
+def _rate(problem: Problem, sheet: Sheet) -> float:
+    """TFLOP/s of the library's large products."""
+    if problem.dtype.itemsize == 2:
+        return sheet.half * C.half
+    if problem.precision == "tf32":
+        return sheet.tf32 * C.tf32
+    exact = sheet.fp32 * C.fp32
+    return max(exact, sheet.tf32 * C.tf32 / 3) if problem.precision == "tf32x3" else exact
+
+
+def _speedup(side: int, symmetric: Mapping[int, float]) -> float:
+    """How many times as fast a symmetric product of this side is, by the public figures; 1 where there are none."""
+    return max((factor for least, factor in symmetric.items() if side >= least), default=1.0)
+
+
+def side(problem: Problem) -> int:
+    """The larger side of the symmetric products' results."""
+    route = choose_route(problem.n, problem.p, problem.q)
+    return problem.n if route == "gram" else max(problem.p, problem.q)
+
+
+def _issue(programs: int, instructions: int, sheet: Sheet) -> float:
+    """Clocks of so many programs, a warp on each scheduler, or of one alone."""
+    return max(programs / sheet.multiprocessors, 1.0) * instructions / C.issue
+
+
+def _cold(size: float, sheet: Sheet) -> float:
+    """Microseconds to move so many bytes from or to memory."""
+    return size / (sheet.memory * C.memory) * 1e-6
+
+
+def _warm(size: float, working_set: float, sheet: Sheet) -> float:
+    """The same of bytes that were just written: from L2 where half of it holds them."""
+    if working_set > sheet.cache * 0.5e6:
+        return _cold(size, sheet)
+    return size / (sheet.multiprocessors * sheet.clock * C.cache) * 1e-3
+
+
+def _input_bytes(problem: Problem) -> int:
+    return problem.n * (problem.p + problem.q) * problem.dtype.itemsize
+
+
+def _wanted_bytes(problem: Problem) -> int:
+    return problem.n * (problem.x_grad * problem.p + problem.y_grad * problem.q) * problem.dtype.itemsize
+
+
+def _parts(size: int, part: int) -> int:
+    return -(-size // part)

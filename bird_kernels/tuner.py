@@ -1,0 +1,187 @@
+"""`bird tune`: measures on this device which candidate is fastest, problem by problem, until the time is over.
+
+A candidate (a backend that can run here; the symmetric product kernel in each of its configurations) is compared with
+fp64 first, and timed only if it agrees: by replays of a CUDA graph with cold caches, and by the host's clock. What
+comes of it is a `tuning.Table`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from . import backends, clocks, cost, ops, plan, tuning
+from .types import Problem, Route
+
+SHAPES = (  # rows, student's and teacher's widths; the most usual first
+    (128, 512, 512), (128, 512, 1280), (512, 2048, 2048), (4096, 1024, 1024), (1024, 1024, 1024), (256, 768, 768),
+    (16_384, 1024, 1024), (128, 25_088, 25_088), (16_384, 4096, 4096), (65_536, 1024, 1024), (4096, 4096, 4096),
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16")
+SHARE, FEWEST, MOST = 0.1, 5, 100  # seconds and rounds of one clock
+# How far value and gradient may be from fp64's, relative: what a working kernel keeps by a wide margin.
+BOUNDS = {"ieee": (1e-4, 1e-3), "tf32x3": (1e-4, 1e-3), "tf32": (2e-3, 2e-2), "": (5e-3, 3e-2)}
+Run = Callable[[], tuple[Tensor, Tensor]]  # value and gradient of x
+
+
+def tune(
+    device: torch.device, problems: Sequence[tuple[Sequence[int], str]], minutes: float, say: Callable[[str], object]
+) -> tuning.Table:
+    """Measure ``problems``, each (rows, student's width, teacher's width) and a dtype, until ``minutes`` are over.
+
+    The table is kept in the user's cache, with what it held before.
+
+    Raises:
+        ValueError: nothing is to be tuned on this device, or nothing could be measured.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"on {device} there is nothing to tune: the library backend is the only one that runs there")
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    deadline = time.monotonic() + 60 * minutes
+    rows: list[tuning.Row] = []
+    with torch.cuda.device(device), _untuned():
+        key = tuning.key_of(device)
+        for shape, dtype in problems:
+            rows += _of_problem(_problem(shape, dtype, device), deadline, say)
+    if not rows:
+        raise ValueError(f"nothing was measured within {minutes:g} minutes: give it more time, or smaller shapes")
+    known = tuning.read(tuning.user_file(key))
+    done = {_identity(row) for row in rows}
+    kept = [row for row in known.rows if _identity(row) not in done] if known is not None and known.key == key else []
+    table = tuning.Table(key, datetime.datetime.now().isoformat(timespec="seconds"), (*kept, *rows))
+    tuning.write(tuning.user_file(key), table)
+    backends.forget()
+    return table
+
+
+@contextlib.contextmanager
+def _untuned() -> Iterator[None]:
+    """No earlier measurement decides what a candidate does."""
+    before = os.environ.get("BIRD_TUNING")
+    os.environ["BIRD_TUNING"] = "off"
+    tuning.forget()
+    try:
+        yield
+    finally:
+        os.environ.pop("BIRD_TUNING")
+        if before is not None:
+            os.environ["BIRD_TUNING"] = before
+        tuning.forget()
+
+
+def _problem(shape: Sequence[int], dtype: str, device: torch.device) -> Problem:
+    number: torch.dtype = getattr(torch, dtype)
+    n, p, q = shape
+    return backends.precise(Problem(n, p, q, number, device))
+
+
+def _identity(row: tuning.Row) -> tuple[object, ...]:
+    return row.n, row.p, row.q, row.dtype, row.precision, row.estimator, row.candidate
+
+
+def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object]) -> Iterator[tuning.Row]:
+    """A row for every candidate that is right, as far as the time goes."""
+    dtype, precision = tuning.numbers(problem)
+    title = f"{problem.n:,} x {problem.p:,}, {problem.q:,} {' '.join(filter(None, (dtype, precision)))}"
+    expected = cost.predict(problem, cost.sheet_of(torch.cuda.get_device_name(problem.device)))
+    needed = 4 * sum(FEWEST * known.us for known in expected.values()) * 1e-6  # gate, graph, two clocks
+    if time.monotonic() + needed > deadline:
+        say(f"{title}: no time left (it would take {needed:.1f} s)")
+        return
+    try:
+        truth, candidates = _prepare(problem)
+    except torch.OutOfMemoryError:
+        say(f"{title}: no memory for it")
+        return
+    for name, run in candidates:
+        if time.monotonic() > deadline:
+            say(f"{title}: {name} not reached in time")
+            return
+        try:
+            wrong = _why_wrong(run(), truth, BOUNDS[precision])
+            if wrong is None:
+                host, device = _times(run)
+        except Exception as error:  # whatever a compiler or driver makes of it
+            wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if wrong is not None:
+            say(f"{title}: {name} is left out, {wrong}")
+            continue
+        say(f"{title}: {name} {max(host, device):.4g} us")
+        yield tuning.Row(
+            problem.n, problem.p, problem.q, dtype, precision, problem.estimator, name, round(host, 3), round(device, 3)
+        )  # fmt: skip
+
+
+def _times(run: Run) -> tuple[float, float]:
+    """Microseconds of the host, and of the device in replays of a CUDA graph with cold caches: medians."""
+    run()
+    torch.cuda.synchronize()
+    once = clocks.host(run, 0.0)()
+    torch.cuda.synchronize()
+    graph, result = clocks.capture(run, None)
+    del result
+    takes = clocks.host(run, once), clocks.device(graph.replay, once)
+    rounds = max(FEWEST, min(MOST, int(SHARE / max(once, takes[1]()))))
+    host, device = (statistics.median(take() for _ in range(rounds)) * 1e6 for take in takes)
+    return host, device
+
+
+def _prepare(problem: Problem) -> tuple[tuple[Tensor, Tensor], list[tuple[str, Run]]]:
+    """What fp64 makes of some features, and the candidates that can run here, by name, on the same features."""
+    generator = torch.Generator(problem.device).manual_seed(0)
+    x, y = (
+        torch.randn(problem.n, width, generator=generator, device=problem.device).to(problem.dtype)
+        for width in (problem.p, problem.q)
+    )
+    shared = min(problem.p, problem.q)
+    y[:, :shared] += x[:, :shared]
+    x.requires_grad_()
+    wide = problem._replace(dtype=torch.float64, precision=None)
+    truth = _evaluate(x.detach().double().requires_grad_(), y.double(), wide, "library")
+    able = [name for name in ("native", "triton", "library") if backends.runs(name, problem)]
+    candidates: list[tuple[str, Run]] = [(name, partial(_evaluate, x, y, problem, name)) for name in able]
+    if cost.side(problem) >= min(cost.SYMMETRIC):
+        candidates += _symmetric(x.detach(), y, problem, plan.route_of(problem, "library"))
+    return truth, candidates
+
+
+def _evaluate(x: Tensor, y: Tensor, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
+    """Value and gradient of x."""
+    value = ops.alignment(x, y, None, problem, plan.route_of(problem, backend), backend)
+    (gradient,) = torch.autograd.grad(value, x)
+    return value.detach(), gradient
+
+
+def _why_wrong(found: Sequence[Tensor], true: Sequence[Tensor], bounds: Sequence[float]) -> str | None:
+    for one, other, bound in zip(found, true, bounds, strict=True):
+        error = float((one.double() - other).norm() / other.norm())
+        if not error <= bound:
+            return f"it is off by {error:.2g} of the result's size"
+    return None
+
+
+def _symmetric(x: Tensor, y: Tensor, problem: Problem, route: Route) -> Iterator[tuple[str, Run]]:
+    """The library backend with our own kernel for products of a side with itself, in each configuration that fits."""
+    if problem.dtype == torch.float32 and problem.precision != "tf32":
+        return  # exact fp32 has no such kernel
+    module = backends.of(problem, "library")
+    if not module.__name__.endswith(backends.SHIFTED):
+        return
+    kernel = importlib.import_module("bird_kernels.backends.triton.symmetric")
+    for c in kernel.fitting(torch.cuda.get_device_capability(problem.device)):
+
+        def run(c: object = c) -> tuple[Tensor, Tensor]:
+            value, stash = module.forward(x, y, None, problem, route, c)
+            dx, _ = module.backward(torch.ones_like(value), x, y, None, stash, problem, route)
+            return value, dx
+
+        yield f"symmetric {' '.join(map(str, c))}", run

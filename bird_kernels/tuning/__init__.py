@@ -1,0 +1,218 @@
+"""Which backend was fastest on this device: tables of measurements, which `bird tune` makes (`tuner`).
+
+A table is a JSON file: what it was measured on and with, and a row for every problem and candidate. One in the user's
+cache counts where device, driver, PyTorch and Triton are the same, one that ships where the device is. ``BIRD_TUNING``
+names a file to take instead, or is "off".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..types import Problem
+
+VERSION = 1
+SHIPPED = Path(__file__).parent  # none ship yet
+# A measurement speaks for problems up to this many times larger or smaller, over all three sizes.
+REACH = 8.0
+
+
+class Key(NamedTuple):
+    """What a measurement depends on beside the problem."""
+
+    device: str
+    driver: str
+    torch: str
+    triton: str
+
+
+class Shape(NamedTuple):
+    """Rows and widths of a problem."""
+
+    n: int
+    p: int
+    q: int
+
+    def distance(self, other: Shape) -> float:
+        """How many times larger or smaller, multiplied over the sizes; as a logarithm."""
+        return sum(abs(math.log(a / b)) for a, b in zip(self, other, strict=True))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Forward and backward of one problem by one candidate: microseconds of the host and of the device."""
+
+    n: int
+    p: int
+    q: int
+    dtype: str
+    precision: str  # of fp32 products, else ""
+    estimator: str
+    candidate: str  # a backend, or "symmetric ..." with the configuration of the product kernel
+    host: float
+    device: float
+
+    @property
+    def us(self) -> float:
+        """What a call takes in a stream of such calls."""
+        return max(self.host, self.device)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The measurements of one device; ``when`` is a date in ISO form."""
+
+    key: Key
+    when: str
+    rows: tuple[Row, ...]
+
+
+class Finding(NamedTuple):
+    """The nearest problem that was measured, and microseconds by candidate."""
+
+    shape: Shape
+    us: dict[str, float]
+
+
+def key_of(device: torch.device) -> Key:
+    """The key of a CUDA device of this process."""
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
+    return Key(torch.cuda.get_device_name(device), str(driver), torch.__version__, _version("triton"))
+
+
+def user_file(key: Key) -> Path:
+    """Where `bird tune` keeps the table of this key."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "bird-kernels" / "tuning" / f"{_slug('-'.join(key))}.json"
+
+
+def write(path: Path, table: Table) -> None:
+    """Write a table: whole, or not at all; whoever reads or writes meanwhile is not disturbed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"version": VERSION, "key": table.key._asdict(), "when": table.when}
+    lines = ",\n".join(json.dumps(asdict(row)) for row in table.rows)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)  # noqa: PTH108
+        raise
+    forget()
+
+
+@lru_cache
+def read(path: Path) -> Table | None:
+    """The table in a file, None if there is none; one that cannot be read is warned of once, and none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["version"] != VERSION:
+            raise ValueError(f"version {data['version']}, not {VERSION}")
+        rows = tuple(Row(**row) for row in data["rows"])
+        if not all(row.us > 0 and min(row.n, row.p, row.q) > 0 for row in rows):
+            raise ValueError("a time or size is not positive")
+        return Table(Key(**data["key"]), str(data["when"]), rows)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        warnings.warn(f"bird_kernels ignores the tuning table {path}: {error!r}. `bird tune` makes one", stacklevel=2)
+        return None
+
+
+@lru_cache
+def table(key: Key) -> Table | None:
+    """The measurements that count on this device: ``BIRD_TUNING``, the user's, or shipped ones; None without any."""
+    override = os.environ.get("BIRD_TUNING")
+    if override == "off":
+        return None
+    if override:
+        return read(Path(override))
+    own = read(user_file(key))
+    if own is not None and own.key == key:
+        return own
+    shipped = read(SHIPPED / f"{_slug(key.device)}.json")
+    return shipped if shipped is not None and shipped.key.device == key.device else None
+
+
+def forget() -> None:
+    """Read the files anew at the next question."""
+    read.cache_clear()
+    table.cache_clear()
+    _findings.cache_clear()
+    product_kernel.cache_clear()
+
+
+def nearest(key: Key, problem: Problem) -> Finding | None:
+    """The measurement of the same dtype, precision and estimator whose sizes are nearest, or None within REACH."""
+    shape = Shape(problem.n, problem.p, problem.q)
+    findings = _findings(key).get((*numbers(problem), problem.estimator), ())
+    best = min(findings, key=lambda finding: shape.distance(finding.shape), default=None)
+    return best if best is not None and shape.distance(best.shape) <= math.log(REACH) else None
+
+
+@lru_cache(maxsize=1024)
+def product_kernel(problem: Problem) -> tuple[int, ...] | None:
+    """The configuration of the symmetric product kernel that was measured to be the fastest way for a problem on a GPU.
+
+    None where it was not; ``problem.precision`` must be written out (`backends.precise`).
+    """
+    finding = nearest(key_of(problem.device), problem)
+    if finding is None:
+        return None
+    name, *numbers = min(finding.us, key=finding.us.__getitem__).split()
+    return tuple(map(int, numbers)) if name == "symmetric" else None
+
+
+def lost_somewhere(name: str, key: Key, dtype: torch.dtype, candidates: Sequence[str]) -> bool:
+    """Whether a measurement of this dtype was won by another of the candidates."""
+    for (kind, *_), findings in _findings(key).items():
+        for finding in findings if kind == str(dtype).removeprefix("torch.") else ():
+            known = [candidate for candidate in finding.us if candidate.split()[0] in (*candidates, "symmetric")]
+            if name in known and min(known, key=finding.us.__getitem__) != name:
+                return True
+    return False
+
+
+def numbers(problem: Problem) -> tuple[str, str]:
+    """The dtype and, for fp32, the precision of a problem, as a row has them."""
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return dtype, (problem.precision or "ieee") if dtype == "float32" else ""
+
+
+@lru_cache
+def _findings(key: Key) -> dict[tuple[str, str, str], list[Finding]]:
+    us: dict[tuple[str, str, str], dict[Shape, dict[str, float]]] = {}
+    found = table(key)
+    for row in found.rows if found is not None else ():
+        of_kind = us.setdefault((row.dtype, row.precision, row.estimator), {})
+        of_kind.setdefault(Shape(row.n, row.p, row.q), {})[row.candidate] = row.us
+    return {kind: [Finding(*item) for item in shapes.items()] for kind, shapes in us.items()}
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"

@@ -1,0 +1,338 @@
+"""`backends.shifted`: values and gradients against fp64, on the batches that shifting could break."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bird_kernels import backends, reference
+from bird_kernels.backends import library
+from bird_kernels.testing import Result, assert_no_worse, errors, evaluate, features, operator, plain, poison, truth
+from bird_kernels.types import Problem
+
+shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
+symmetric = pytest.importorskip("bird_kernels.backends.triton.symmetric")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = {"cross": (70, 13, 21), "gram": (37, 70, 41)}  # nothing is a multiple of 8; more than one block of rows
+# Allowed error of the value, relative error of a gradient. In halves a gradient is a product of rounded matrices that
+# is rounded itself: sqrt(2) times the spread of a rounding, 0.0017 and 0.0002.
+ALLOWED = {FLOAT32: (1e-6, 3e-6), BFLOAT16: (3e-6, 4e-3), FLOAT16: (3e-6, 5e-4)}
+UPSTREAM = 512.0  # keeps fp16 gradients in that dtype's normal range
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter_rounds_bfloat16() -> Iterator[None]:
+    """A GPU rounds fp32 to the nearest bfloat16; Triton's interpreter (3.8) cuts."""
+    original = interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return original(data, source, target, mode)
+        return torch.from_numpy(data).to(BFLOAT16).view(torch.uint16).numpy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert)
+        yield
+
+
+def problem_of(x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", **options: Any) -> Problem:
+    wanted = dict(masked=mask is not None, x_grad="x" in sides, y_grad="y" in sides)
+    return Problem(*x.shape, y.shape[1], x.dtype, x.device, **wanted, **options)
+
+
+def run(
+    route: str, x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", upstream: float = 1.0,
+    **options: Any,
+) -> Result:  # fmt: skip
+    symmetric = options.pop("symmetric", None)
+    problem = problem_of(x, y, mask, sides, **options)
+    value, stash = shifted.forward(x, y, mask, problem, route, symmetric)
+    shapes = shifted.stash_shapes(problem, route)
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in stash._asdict().items()} == shapes
+    dx, dy = shifted.backward(torch.full_like(value, upstream), x, y, mask, stash, problem, route)
+    return Result(value, dx if "x" in sides else None, dy if "y" in sides else None)
+
+
+def assert_right(
+    route: str, x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", upstream: float = UPSTREAM,
+    looser: float = 1.0, **options: Any,
+) -> Result:  # fmt: skip
+    """Within ALLOWED of the truth, times ``looser``."""
+    found = run(route, x, y, mask, sides, upstream, **options)
+    named = {name: options[name] for name in ("estimator", "statistic") if name in options}
+    off = errors(found, truth(x, y, mask=mask, sides=sides, upstream=upstream, **named))
+    value, gradient = ALLOWED[x.dtype]
+    assert off.pop("value") <= looser * value
+    assert all(error <= looser * gradient for error in off.values()), off
+    return found
+
+
+def sides_of(route: str, dtype: torch.dtype, device: torch.device, mean: float = 0.0) -> tuple[Tensor, Tensor]:
+    return features(*SHAPES[route], dtype=dtype, device=device, mean=mean)
+
+
+def rows_kept(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[0], device=x.device) % 5 != 2
+
+
+@pytest.fixture(params=[FLOAT32, BFLOAT16, FLOAT16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.mark.parametrize(("sides", "masked"), [("xy", False), ("xy", True), ("x", True), ("y", False), ("", True)])
+def test_values_and_gradients(
+    route: str, dtype: torch.dtype, estimator: str, sides: str, masked: bool, device: torch.device
+) -> None:
+    """Every kernel's constants in all pairs that change what it does: a side's gradient has a launch of its own, a
+    mask reaches all of them."""
+    x, y = sides_of(route, dtype, device, mean=2.0)
+    looser = 10.0 if (route, estimator) == ("cross", "unbiased") and dtype != FLOAT32 else 1.0  # `library`'s
+    assert_right(route, x, y, rows_kept(x) if masked else None, sides, estimator=estimator, looser=looser)
+
+
+@pytest.mark.parametrize("statistic", ["cka", "hsic", "sqrt_cka_loss"])
+def test_statistics(route: str, statistic: str, device: torch.device) -> None:
+    x, y = sides_of(route, FLOAT32, device, mean=1.0)
+    true = truth(x, y, statistic=statistic).value
+    found = run(route, x, y, statistic=statistic)
+    off = errors(found, truth(x, y, statistic=statistic))
+    assert off["value"] < 1e-6 * true.abs()
+    assert max(off["dx"], off["dy"]) < 3e-6
+
+
+@pytest.mark.parametrize("mean", [0, 3.9, 4.1, 16, 64, 1000])
+def test_means(route: str, dtype: torch.dtype, mean: float, device: torch.device) -> None:
+    """No digit is lost to the mean, whether a column is shifted or not."""
+    n, p, q = (600, 48, 40) if route == "cross" else (96, 128, 72)
+    assert_right(route, *features(n, p, q, dtype=dtype, device=device, mean=mean))
+
+
+def test_arbitrary_strides(route: str, device: torch.device) -> None:
+    n, p, q = SHAPES[route]
+    x, y = features(n, p, q, device=device)
+    wide = torch.full((n, 3 * q + 1), torch.nan, device=device)
+    wide[:, 1::3] = y
+    expected = run(route, x, y)
+    found = run(route, x.T.contiguous().T, wide[:, 1::3])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert_right(route, torch.arange(n, device=device).float()[:, None].expand(n, p), y)  # rows of one number
+
+
+def test_a_massive_column(route: str, dtype: torch.dtype, device: torch.device) -> None:
+    x, y = sides_of(route, dtype, device)
+    x[:, 3] *= 1000
+    assert_right(route, x, y, looser=2.0)
+
+
+def test_fp16_near_its_largest(route: str, device: torch.device) -> None:
+    """60,000: the squares, the products and x - s itself would leave fp16's range."""
+    x, y = sides_of(route, FLOAT16, device)
+    signs = torch.where(torch.arange(x.shape[1], device=device) % 2 == 0, 1.0, -1.0)
+    x = ((x.float() * 500 + 60000).clamp(max=65000) * signs).half()
+    assert_right(route, x, (y.float() * 15000).clamp(-65000, 65000).half(), upstream=1e6)
+
+
+def test_rectified_features(route: str, dtype: torch.dtype, estimator: str, device: torch.device) -> None:
+    """Most entries are zero, some columns all of them."""
+    n, p, q = (96, 30, 20) if route == "cross" else (48, 60, 40)
+    x, y = features(n, p, q, dtype=dtype, device=device, mean=-1.5)
+    x, y = x.relu(), y.relu()
+    x[:, :4] = 0
+    looser = 10.0 if (route, estimator) == ("cross", "unbiased") else 1.0
+    assert_right(route, x, y, estimator=estimator, looser=looser)
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, -3e4])
+def test_a_side_without_variance(route: str, dtype: torch.dtype, constant: float, device: torch.device) -> None:
+    """Loss 1 and no gradient, masked rows as different as they may be."""
+    x, y = sides_of(route, dtype, device)
+    mask = rows_kept(x)
+    x = torch.where(mask[:, None], torch.full_like(x, constant), x)
+    for a, b in ((x, y), (y, x), (x, x)):
+        found = run(route, a, b, mask)
+        assert found.value == 1
+        assert found.dx is not None
+        assert found.dy is not None
+        assert found.dx.abs().max() == found.dy.abs().max() == 0
+
+
+def test_orthogonal_rows_have_no_unbiased_variance(dtype: torch.dtype, device: torch.device) -> None:
+    """Nor do rows that are orthogonal up to fp32's rounding."""
+    x = 3 * torch.eye(24, dtype=dtype, device=device)
+    _, y = features(24, 24, 30, dtype=dtype, device=device)
+    assert run("gram", x, y, estimator="unbiased").value == 1
+    turned = torch.linalg.qr(y[:, :24].double()).Q.float()
+    assert run("gram", turned, y.float(), estimator="unbiased").value == 1
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_nan_out(route: str, dtype: torch.dtype, wrong: float, device: torch.device) -> None:
+    x, y = sides_of(route, dtype, device)
+    x[7, 2] = wrong
+    found = run(route, x, y)
+    assert found.value.isnan()
+    assert found.dx is not None
+    assert found.dx.isnan().any()
+    x[~rows_kept(x)] = wrong
+    x[7, 2], y[2] = 0.0, wrong  # row 7 is left out, as row 2 is
+    assert_right(route, x, y, rows_kept(x))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_too_few_rows(route: str, kept: int, device: torch.device) -> None:
+    x, y = sides_of(route, FLOAT32, device)
+    mask = torch.arange(x.shape[0], device=device) < kept
+    estimator = "unbiased" if route == "gram" else "biased"
+    assert run(route, x, y, mask, estimator=estimator).value.isnan() == (kept < (4 if route == "gram" else 2))
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
+def test_a_row_that_dominates_unbiased(size: float, device: torch.device) -> None:
+    """It weighs no more than its products with the others do."""
+    x, y = sides_of("gram", FLOAT32, device, mean=1.0)
+    x[5] *= size
+    y[5] *= size
+    assert_right("gram", x, y, estimator="unbiased", looser=3.0)
+
+
+def test_a_massive_first_token_unbiased(dtype: torch.dtype, device: torch.device) -> None:
+    """Two features of one row at 3,000: no side is without variance for it."""
+    x, y = features(64, 160, 160, dtype=dtype, device=device)
+    x[0, :2] = y[0, :2] = 3000
+    assert_right("gram", x, y, estimator="unbiased", looser=2.0)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_a_row_that_dominates_biased(route: str, size: float, device: torch.device) -> None:
+    """CKA is all but 1 then, and what is left of the gradient no better than plain PyTorch could make it."""
+    x, y = sides_of(route, FLOAT32, device, mean=1.0)
+    x[5] *= size
+    y[5] *= size
+    assert_no_worse([run(route, x, y)], [evaluate(plain(route), x, y)], [truth(x, y)], floor=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("power", [-12, 12])
+def test_scales(route: str, dtype: torch.dtype, power: int, device: torch.device) -> None:
+    x, y = sides_of(route, dtype, device, mean=1.0)
+    x, y = x * 2.0 ** (4 * power), y * 2.0 ** (-3 * power)
+    assert_right(route, x, y, upstream=1.0)
+
+
+@pytest.mark.parametrize("period", [0, 2, 4, 64])
+def test_sorted_and_periodic_batches(period: int, device: torch.device) -> None:
+    """bf16, 3,600 rows, of which one in four is sampled: sorted (0), or every so many rows massive, as first tokens."""
+    x, y = features(3600, 6, 5, dtype=BFLOAT16, device=device, mean=100.0)
+    if period == 0:
+        x = x.sort(0).values
+    elif period == 2:
+        x[::2] += 40
+    else:
+        x[::period] = -2500
+    assert_right("cross", x, y)
+
+
+def test_an_outlier_that_the_sample_misses(device: torch.device) -> None:
+    """fp16: a row that is 400,000 times as large as the sample let expect does not overflow."""
+    x, y = features(3000, 6, 5, dtype=FLOAT16, device=device)
+    index = torch.arange(1000)
+    sampled = 3 * index + ((index * 2654435761) % 2**32 // 2**16) % 3
+    row = min(set(range(3000)) - set(sampled.tolist()))
+    x = (x.float() * 0.001).half()
+    x[row] *= 400000
+    assert x[row].abs().max() > 512
+    assert_right("cross", x, y)
+
+
+def test_long_sums_go_in_parts(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shifted, "PART", 128)
+    shifted._launches_of.cache_clear()
+    x, y = features(300, 12, 20, dtype=dtype, device=device, mean=2.0)
+    assert_right("cross", x, y)
+    assert_right("cross", x, y, rows_kept(x))
+    shifted._launches_of.cache_clear()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+def test_precisions(route: str, precision: str, device: torch.device) -> None:
+    """tf32 rounds operands to ten bits where they are made, tf32x3 is exact."""
+    x, y = sides_of(route, FLOAT32, device, mean=30.0)
+    assert_right(route, x, y, precision=precision, looser=1.0 if precision == "tf32x3" else 500.0)
+
+
+def test_bitwise_repeatable_from_poisoned_memory(
+    route: str, dtype: torch.dtype, estimator: str, device: torch.device
+) -> None:
+    x, y = sides_of(route, dtype, device, mean=2.0)
+    mask = rows_kept(x)
+    before = x.clone(), y.clone(), mask.clone()
+    first = run(route, x, y, mask, estimator=estimator)
+    with poison():
+        second = run(route, x, y, mask, estimator=estimator)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, y, mask), strict=True))
+
+
+@pytest.mark.parametrize("change", [dict(dtype=torch.float64), dict(statistic="gram_mse"), dict(center=False)], ids=str)
+def test_other_problems_are_the_librarys(change: dict[str, Any], route: str, device: torch.device) -> None:
+    x, y = sides_of(route, FLOAT32, device)
+    problem = problem_of(x, y)._replace(**change)
+    assert not shifted.takes(problem)
+    assert shifted.stash_shapes(problem, route) == library.stash_shapes(problem, route)
+
+
+def test_the_library_backend_is_shifted_where_triton_compiles(
+    route: str, estimator: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, backward, and the operators that a second backward goes through."""
+    monkeypatch.setattr(backends, "_shifts", lambda dtype, device: True)
+    x, y = sides_of(route, FLOAT32, device)
+    problem = problem_of(x, y)
+    assert backends.of(problem, "library") is shifted
+    assert backends.of(problem._replace(dtype=torch.float64), "library") is library
+    function = operator(route, "library", estimator)
+    assert max(errors(evaluate(function, x, y), truth(x, y, estimator)).values()) < 3e-6
+    x, y = x.requires_grad_(), y.requires_grad_()
+    twice = []
+    for loss in (function(x, y), reference.cka_loss(x, y, None, estimator)):
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        twice.append(torch.autograd.grad(first.square().sum(), y)[0])
+    torch.testing.assert_close(*twice, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+def test_symmetric_products(
+    route: str, described: bool, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile that crosses the diagonal, several, the last ones not full; long sums in parts, of 128 rows and more."""
+    monkeypatch.setattr(symmetric, "capability", lambda device: (9, 0) if described else (8, 0))
+    monkeypatch.setattr(shifted, "PART", 128)
+    shifted._launches_of.cache_clear()
+    n, p, q = (100, 72, 41) if route == "gram" else (200, 60, 21)
+    x, y = features(n, p, q, dtype=dtype, device=device)
+    for configuration in (symmetric.Configuration(16, 32, 64, 4, 3), symmetric.Configuration(32, 32, 128, 4, 3)):
+        assert_right(route, x, y, sides="x", symmetric=configuration)
+    shifted._launches_of.cache_clear()
+
+
+def test_symmetric_products_are_symmetric(device: torch.device) -> None:
+    z = torch.randn(64, 40, device=device)
+    found = symmetric.multiply(z, True, 2, symmetric.Configuration(16, 32, 64, 4, 3), False)
+    assert torch.equal(found, found.mT)
+    torch.testing.assert_close(found[1], z[32:].T @ z[32:], rtol=1e-5, atol=1e-5)
+
+
+def test_configurations_fit_shared_memory() -> None:
+    """All of them on an H100, tiles of up to 128 x 128 elsewhere, and three stages of those in 99 KB."""
+    assert symmetric.fitting((9, 0)) == symmetric.CONFIGURATIONS
+    assert len(symmetric.fitting((8, 0))) == len(symmetric.fitting((10, 0))) == 4
+    assert len(symmetric.fitting((8, 6))) == len(symmetric.fitting((12, 0))) == 3

@@ -1,0 +1,339 @@
+"""The prepared run for a GPU runs to its end on a CPU, keeps its time, and loses nothing when it is killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.gpu import bare, contest, correctness, lines, read
+from benchmarks.gpu.contest import Candidate, Verdict
+from benchmarks.gpu.context import LOST, Context
+from benchmarks.gpu.correctness import Check
+from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.problems import QUESTIONS
+from benchmarks.gpu.supervise import Run, Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+PHASES = ("ceilings", "correctness", "times", "prototypes", "profiles", "rivals")
+MEASURED = ("device", "torch", "triton", "commit", "candidate", "timer", "p20", "p50", "p80", "rounds")
+PROBLEM = ("problem", "n", "p", "q", "dtype", "precision", "gate")
+
+
+def rehearsal(folder: Path, minutes: float, *more: str) -> subprocess.Popen[str]:
+    command = [str(ROOT / "dev"), "gpu", *more, "--rehearse", "--minutes", str(minutes), "--out", str(folder)]
+    environment = {k: v for k, v in os.environ.items() if k != "OUT"} | {"BIRD_PYTHON": sys.executable}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole rehearsal; half a minute on two idle cores."""
+    found = tmp_path_factory.mktemp("gpu") / "run"
+    run = rehearsal(found, 12)
+    said, _ = run.communicate(timeout=800)
+    assert run.returncode == 0, said
+    return found
+
+
+def all_rows(folder: Path) -> list[dict[str, object]]:
+    return [row for name in (lines.ROWS, lines.CHECKS, lines.KERNELS) for row in lines.read(folder / name)]
+
+
+def test_every_phase_comes_through(folder: Path) -> None:
+    found = all_rows(folder)
+    bad = [row for row in found if row["status"] not in ("ok", "refused")]
+    assert not bad, bad[:3]
+    assert {row["phase"] for row in found if row["status"] == "ok"} == set(PHASES)
+    events = [event["event"] for event in lines.read(folder / lines.EVENTS)]
+    assert events[0] == "start"
+    assert events[-1] == "end"
+    assert not {"left out", "lost a worker", "gave up"} & set(events)
+
+
+def test_rows_say_what_they_are(folder: Path) -> None:
+    timed = [row for row in lines.read(folder / lines.ROWS) if row["status"] == "ok"]
+    for row in timed:
+        names = MEASURED + (PROBLEM if row["phase"] != "ceilings" else ())
+        assert [name for name in names if name not in row] == [], row
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]  # type: ignore[operator]
+    by_problem: dict[object, set[object]] = {}
+    for row in timed:
+        if row["phase"] == "times":
+            by_problem.setdefault(row["problem"], set()).add(row["candidate"])
+            assert row["timer"] in ("graph", "device", "host")
+    assert set(by_problem) == {question.name for question in QUESTIONS}
+    assert all("auto" in who and who & set(read.HAND_WRITTEN) for who in by_problem.values())
+    assert {"library", "triton"} <= by_problem["bird 128x512 fp32"]
+
+
+def test_what_comes_back_fits(folder: Path) -> None:
+    """A lent machine gives back eight plain files; two of them are the sweep's."""
+    names = {path.name for path in folder.iterdir()}
+    assert names == {lines.EVENTS, lines.ROWS, lines.CHECKS, lines.KERNELS, lines.BUILD, lines.LOG}
+    assert len(names | {lines.SWEEP, lines.SWEEP_LOG}) <= 8
+
+
+def test_reading_a_run(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.read", str(folder), "--to", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == len(read.rows(folder))
+    assert tuple(found[0]) == read.COLUMNS
+    page = (tmp_path / "page.md").read_text()
+    assert all(f"| {question.name} |" in page for question in QUESTIONS)
+    assert "## Ceilings" in page
+    tuning = pytest.importorskip("bird_kernels.tuning")
+    table = tuning.read(tmp_path / "tuning.json")
+    assert {row.candidate for row in table.rows} >= {"library", "triton"}
+    assert all(row.host > 0 and row.device > 0 for row in table.rows)
+
+
+def test_a_table_has_the_ratio_to_the_best_by_hand(tmp_path: Path) -> None:
+    about = dict(phase="times", problem="llm", target=9e-5, status="ok", n=8, p=4, q=4, dtype="bfloat16", precision="")
+    times = {
+        "auto": 1e-4,
+        "library": 2e-4,
+        "gram": 4e-4,
+        "feature": 2e-4,
+        "symmetric 64 64": 3e-4,
+        "symmetric 128 64": 5e-4,
+    }
+    for candidate, p50 in times.items():
+        for timer, factor in (("graph", 1), ("host", 9)):
+            row = about | dict(item="llm", candidate=candidate, timer=timer, p50=factor * p50)
+            lines.write(tmp_path / lines.ROWS, row)
+    lines.write(tmp_path / lines.ROWS, about | dict(item="llm", candidate="native", status="refused"))
+    (line,) = [line for line in read.table(tmp_path).splitlines() if line.startswith("| llm")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    whole = ["100 us (0.50×)", "200 us (1.00×)", "300 us (1.50×)", "–", "refused", "400 us (2.00×)", "200 us (1.00×)"]
+    assert cells == ["llm", "90 us", *whole, "–", "–"]
+
+
+def test_a_short_run_ends_in_time(tmp_path: Path) -> None:
+    start = time.time()
+    run = rehearsal(tmp_path / "run", 0.2)
+    said, _ = run.communicate(timeout=100)
+    assert run.returncode == 0, said
+    assert time.time() - start < 12 + 8  # seconds; a loaded machine takes some to start Python
+    assert [event["event"] for event in lines.read(tmp_path / "run" / lines.EVENTS)][-1] == "end"
+
+
+def test_the_second_run(tmp_path: Path) -> None:
+    """Sweeps beside the call as it is, and a row for each checker."""
+    run = rehearsal(tmp_path, 8, "--sweep")
+    said, _ = run.communicate(timeout=500)
+    assert run.returncode == 0, said
+    assert {path.name for path in tmp_path.iterdir()} == {lines.SWEEP, lines.SWEEP_LOG}
+    rows = read.rows(tmp_path)
+    assert {row["status"] for row in rows} == {"ok", "refused"}
+    swept = [row for row in rows if row["phase"] == "sweep"]
+    assert {"as it is"} < {row["candidate"] for row in swept}
+    assert any("warps" in str(row["candidate"]) for row in swept)
+    assert all(row["p50"] > 0 for row in swept)
+    checked = {row["item"]: row["status"] for row in rows if row["phase"] == "checks"}
+    assert checked == {"memcheck": "ok", "racecheck": "ok", "tests": "refused"}
+    assert "| as it is |" in read.page(tmp_path)
+
+
+def test_killed_in_the_middle(tmp_path: Path) -> None:
+    """What was known is there, in whole lines, and no process goes on."""
+    folder = tmp_path / "run"
+    run = rehearsal(folder, 5)
+    try:
+        wait_until(lambda: len(all_rows(folder)) >= 3, 250)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    wait_until(lambda: not processes_of(folder), 20)
+    found = all_rows(folder)
+    assert len(found) >= 3
+    assert all({"device", "torch", "phase", "status"} <= set(row) for row in found)
+
+
+def wait_until(true: object, seconds: float) -> None:
+    end = time.time() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.time() < end, "it did not come about"
+        time.sleep(0.1)
+
+
+def processes_of(folder: Path) -> list[str]:
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            commands.append(path.read_bytes().decode(errors="replace"))
+        except OSError:
+            continue
+    return [command for command in commands if "benchmarks.gpu.worker" in command and str(folder) in command]
+
+
+# ------------------------------------------------------------------------------------------ workers that die
+
+WORKER = """
+    import json, os, sys, time
+    def say(**message): os.write(int(sys.argv[1]), json.dumps(message).encode() + b"\\n")
+    phases, at, without = sys.argv[2].split("+"), int(sys.argv[3]), sys.argv[4]
+    say(origin=dict(device="D"))
+    for phase in phases:
+        for index in range(at, 4):
+            say(phase=phase, item=f"item {index}", index=index, file="rows.jsonl")
+            open("done", "a").write(f"{phase}{index} ")
+            if (phase, index) == ("a", 1): os.abort()
+            if (phase, index) == ("a", 2): time.sleep(600)
+            if (phase, index) == ("b", 0) and "x" not in without:
+                say(step="x"); time.sleep(0.05); os._exit(75)
+            if (phase, index) == ("c", 1): time.sleep(600)
+        at = 0
+    say(finished=True)
+"""
+
+
+class Faked(Run):
+    """Its workers are the script above."""
+
+    def worker(self, phases: list[str], *options: str) -> list[str]:  # type: ignore[override]
+        at, without, pipe = (options[options.index(name) + 1] for name in ("--at", "--without", "--report"))
+        script = f"import os; os.chdir({str(self.folder)!r})" + textwrap.dedent(WORKER)
+        return [sys.executable, "-S", "-c", script, pipe, "+".join(phases), at, without]
+
+
+@pytest.fixture
+def faked(tmp_path: Path) -> Faked:
+    stages = {"a": Stage(0.9, limit=2.0), "b": Stage(0.9), "c": Stage(0.95)}
+    return Faked(tmp_path, 0.3, False, stages, lines.EVENTS, lines.LOG)
+
+
+def test_workers_that_die_are_replaced(faked: Faked) -> None:
+    """One aborts, one hangs beyond its limit, one loses its device in a step, one hangs to the end of the run."""
+    faked.drive(["a", "b", "c"])
+    assert time.time() < faked.end + 3
+    assert (faked.folder / "done").read_text().split() == [
+        *("a0", "a1", "a2", "a3"),
+        *("b0", "b0", "b1", "b2", "b3"),
+        "c0",
+        "c1",
+    ]
+    failures = [(row["item"], row["message"], row["device"]) for row in lines.read(faked.folder / lines.ROWS)]
+    assert failures[:2] == [("item 1", "ended by SIGABRT", "D"), ("item 2", "took more than 2 s", "D")]
+    assert [item for item, *_ in failures[2:]] == ["item 1"]  # b's worker writes its own row before exit status LOST
+    lost = [e["reason"] for e in lines.read(faked.folder / lines.EVENTS) if e["event"] == "lost a worker"]
+    assert f"exit status {LOST}" in lost
+
+
+def test_hopeless_workers_are_given_up(faked: Faked) -> None:
+    faked.worker = lambda *_: [sys.executable, "-c", "raise SystemExit(3)"]  # type: ignore[method-assign]
+    faked.drive(["a"])
+    events = [event["event"] for event in lines.read(faked.folder / lines.EVENTS)]
+    assert events == ["gave up"]
+
+
+# ------------------------------------------------------------------------------------------ candidates, rows, packages
+
+
+def test_a_candidate_that_fails_stops_nobody() -> None:
+    def raises() -> object:
+        raise RuntimeError("no\nsuch kernel")
+
+    def refuses() -> object:
+        raise ValueError('backend="native" cannot run here: is not built')
+
+    context = Context(Machine(rehearse=True), lambda row: None)
+    context.without = {"deadly"}
+    right, wrong = torch.ones(1), torch.zeros(1)
+    candidates = [
+        Candidate("raises", raises), Candidate("wrong", lambda: wrong), Candidate("refuses", refuses),
+        Candidate("deadly", lambda: os.abort()), Candidate("right", lambda: right),
+    ]  # fmt: skip
+    rows = list(contest.compete(context, candidates, lambda r: Verdict(None if r is right else "off by 1", 0.5), 0.1))
+    assert [(row["candidate"], row["status"]) for row in rows] == [
+        ("raises", "failed"), ("wrong", "red"), ("refuses", "refused"), ("right", "ok"), ("right", "ok"),
+    ]  # fmt: skip
+    assert rows[0]["message"] == "RuntimeError: no such kernel"
+    assert rows[1]["gate"] == "off by 1"
+    assert "p50" not in rows[1]
+    assert {row["timer"] for row in rows[3:]} == {"graph", "host"}
+    assert rows[3]["rounds"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        (lambda loss, calls: loss, set()),
+        (lambda loss, calls: loss * 1.001, {"accurate"}),
+        (lambda loss, calls: loss + 1e-7 * (calls % 2), {"second call", "repeats", "streams", "replay"}),
+    ],
+)
+def test_the_correctness_calls_see_what_is_wrong(
+    change: Callable[[Tensor, int], Tensor], wrong: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def cka_loss(*args: object, **options: object) -> Tensor:
+        calls.append(1)
+        return change(right(*args, **options), len(calls))
+
+    right = correctness.cka_loss
+    monkeypatch.setattr(correctness, "cka_loss", cka_loss)
+    found = correctness.judged(Check("library", (16, 9, 8), masked=True, pairs=2), Machine(rehearse=True))
+    red = {name for name, holds in found.items() if holds is False}
+    assert red <= wrong
+    assert bool(red) == bool(wrong)
+
+
+def test_lines_survive_a_torn_end(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines.write(path, {"a": float("nan"), "b": (1, 2)})
+    lines.write(path, {"a": 1.5})
+    path.write_text(path.read_text() + '{"a": 2')
+    assert list(lines.read(path)) == [{"a": "nan", "b": [1, 2]}, {"a": 1.5}]
+    path.write_text('{"a"\n{"a": 1}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        list(lines.read(path))
+
+
+def test_a_rehearsal_hides_what_a_bare_machine_lacks() -> None:
+    script = """
+        from benchmarks.gpu import bare
+        bare.enter()
+        import importlib.util, torch, triton, numpy, bird_kernels
+        names = ["pytest", "matplotlib", "cka", "tqdm", "scipy", "torchvision"]
+        print([name for name in names if importlib.util.find_spec(name)], torch.cuda.is_available())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split("\n")[0] == "[] False", done.stderr
+    with pytest.raises(RuntimeError, match="before torch"):
+        bare.enter()
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu.session", "--out", str(tmp_path)]
+    environment = os.environ | {"PATH": str(tmp_path)}  # no nvidia-smi
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "needs a CUDA device" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_run_a_folder(tmp_path: Path) -> None:
+    (tmp_path / lines.EVENTS).write_text(json.dumps({"event": "start"}) + "\n")
+    run = rehearsal(tmp_path, 1)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert "one run a folder" in said
