@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   call.shape = plan_forward(static_cast<int>(n), call.x, call.y, device.multiprocessors);
   const int64_t partials = static_cast<int64_t>(call.x.splits + call.y.splits) * call.shape.pairs * call.shape.tile * call.shape.tile;
   const Tensor workspace = at::empty({partials}, fp32);
-  const Tensor slots = at::empty({MAX_REDUCE_BLOCKS * MOMENTS + 1}, fp32.dtype(at::kDouble));  // and the counter
+  const Tensor slots = at::empty({2 * MAX_REDUCE_BLOCKS * MOMENTS + 1}, fp32.dtype(at::kDouble));  // and the counter
   const Tensor value = at::empty({}, fp32), coefficients = at::empty({COEFFICIENTS}, fp32.dtype(at::kDouble));
   const Tensor k = at::empty({n, n}, fp32), l = at::empty({n, n}, fp32);
   call.mask = mask_data(mask);
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   call.unbiased = options.unbiased;
   call.partials = workspace.mutable_data_ptr<float>();
   call.slots = slots.mutable_data_ptr<double>();
-  call.counter = reinterpret_cast<int*>(call.slots + MAX_REDUCE_BLOCKS * MOMENTS);
+  call.counter = reinterpret_cast<int*>(call.slots + 2 * MAX_REDUCE_BLOCKS * MOMENTS);
   call.k = k.mutable_data_ptr<float>();
   call.l = l.mutable_data_ptr<float>();
   call.coefficients = coefficients.mutable_data_ptr<double>();

@@ -8,8 +8,8 @@ namespace bird {
 
 constexpr int MAX_ROWS = 512;   // all rows of a slice of features stand in shared memory
 constexpr int CHUNK = 32;       // features of a slice that are there at a time
-constexpr int COEFFICIENTS = 11;  // estimators.Coefficients
-constexpr int MOMENTS = 8;        // kl, kk, ll, then of the squared row norms: <kappa,lambda>, <kappa,kappa>, <lambda,lambda>, sums
+constexpr int COEFFICIENTS = 11;  // moments.Coefficients; sum_k and sum_l are the totals of the hollow K and L (unbiased)
+constexpr int MOMENTS = 8;        // that a block adds up
 constexpr int MAX_REDUCE_BLOCKS = 128;
 
 enum class Type { f32, f16, bf16 };
@@ -56,9 +56,9 @@ struct Forward {
   Statistic statistic;
   bool unbiased;
   float* partials;  // [x.splits + y.splits, pairs, tile, tile]
-  double* slots;    // [MAX_REDUCE_BLOCKS, MOMENTS]
+  double* slots;    // [2, MAX_REDUCE_BLOCKS, MOMENTS]: of the second launch and of the third
   int* counter;     // of blocks that have arrived; cleared by the first launch
-  float* k;         // [n, n]
+  float* k;         // [n, n]; unbiased, not centred, and on the diagonal the row sums over n - 2
   float* l;
   double* coefficients;  // [COEFFICIENTS]
   float* value;
@@ -67,7 +67,7 @@ struct Forward {
 struct Backward {
   struct Side {
     Features own;
-    const float *own_gram, *other_gram;  // [n, n]
+    const float *own_gram, *other_gram;  // [n, n], as the forward leaves them
     void* out;                           // [n, width], dense
     bool second;                         // the side is y: coefficients of ll instead of kk
   } sides[2];
@@ -82,7 +82,7 @@ struct Backward {
 // exact: fp32 products on the ordinary cores; otherwise tf32 on the matrix units. tf32 has fp16's mantissa, a longer one than
 // bf16's and the range of fp32, so it serves all three types, and half features need no scaling.
 namespace cuda {
-void forward(Type type, bool exact, const Forward& call, void* stream);   // two launches
+void forward(Type type, bool exact, const Forward& call, void* stream);   // two launches, unbiased three
 void backward(Type type, bool exact, const Backward& call, int multiprocessors, void* stream);  // one
 int multiprocessors(int device);
 }  // namespace cuda

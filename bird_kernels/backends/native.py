@@ -1,8 +1,9 @@
 """Backend 3: the C++ and CUDA part in csrc/, if it was built (``BIRD_BUILD_EXT=1 pip install --no-build-isolation .``).
 
-For at most 512 rows, where a call is launches and host code, not arithmetic: two launches forward, one backward,
-autograd in C++. The Gram route always. Half-precision features are multiplied as tf32, which has fp16's mantissa and
-fp32's range.
+For at most 512 rows, where a call is launches and host code, not arithmetic: two launches forward (unbiased three), one
+backward, autograd in C++. The Gram route always. The unbiased estimator works as `dominating` says: about a location
+that rows far larger than the others do not move, and without diagonals. Half-precision features are multiplied as tf32,
+which has fp16's mantissa and fp32's range.
 
 The same kernels run on CPU tensors, thread by thread, where ``BIRD_EMULATE=1`` is set: for tests.
 """

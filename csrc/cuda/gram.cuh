@@ -1,8 +1,15 @@
-// Centred Gram matrices, their moments and the gradient, for up to 512 rows: three launches in all.
+// Centred Gram matrices, their moments and the gradient, for up to 512 rows: three launches in all, unbiased four.
 //
 //   partial_grams   one block: all rows of some features, centred in shared memory, times themselves: a partial tile of K or L
-//   reduce_grams    K and L from the partial tiles, the eight moments in fp64, value and coefficients in the last block
+//   reduce_grams    K and L from the partial tiles, their products in fp64; biased, value and coefficients in the last block
+//   sum_rows        unbiased: the row sums of the hollow K and L, what they add to the products, value and coefficients
 //   gradient        dX = (2 alpha L + 4 gamma K) X, the features centred again, the upstream gradient folded in
+//
+// The unbiased HSIC does not depend on where the features' origin is, but its rounding does: about the mean, one row that is 10^4
+// times as large as the others stands in all of them. So its origin is a robust location, K and L lose their diagonals before
+// anything is summed, and what is left is U-centred: off the diagonal, Kc_ij = K_ij - (r_i + r_j) / (n-2) + sum(r) / ((n-1)(n-2))
+// with the row sums r. The products of Kc and Lc are those of K and L and of the row sums, all in fp64 (`combine`); the gradient
+// centres the entries as it reads them.
 //
 // The including file provides <cuda_runtime.h> and <mma.h>, or emulation/cuda.h, and defines BIRD_TARGET, the namespace of what
 // is made here, and launch(kernel, grid, bytes of shared memory, stream, call).
@@ -42,7 +49,7 @@ __global__ void __launch_bounds__(THREADS, 2) partial_grams(const Forward call) 
   const int64_t chunks = (features.width + CHUNK - 1) / CHUNK;
   const int64_t end = chunks * (split + 1) / features.splits;
   for (int64_t chunk = chunks * split / features.splits; chunk < end; ++chunk) {
-    load_centred<T, !EXACT>(slice, sums, features, chunk * CHUNK, rows, call.shape.padded);
+    load_centred<T, !EXACT>(slice, sums, features, chunk * CHUNK, rows, call.shape.padded, call.unbiased);
     product.add(slice + row * TILE * PITCH, slice + column * TILE * PITCH);
     __syncthreads();
   }
@@ -59,17 +66,16 @@ struct Combined {
   double value, d_kl, d_kk, d_ll;
 };
 
-// HSIC of one side with itself, made safe to divide by. "Without variance" is not above 64 eps times the sum of its terms.
-__device__ inline bool self_hsic(double product, double rows, double total, double alpha, double beta, double& value) {
-  const double constant = beta * total * total;
-  value = product + alpha * rows + constant;
-  const bool dead = value <= 64.0 * 1.1920928955078125e-07 * (product + rows + constant);  // false for NaN
-  if (dead) value = 1.0;
-  return dead;
+// The largest self-HSIC that is rounding alone, of the sum of the squared row norms and the sum of their squares: off the diagonal,
+// K_ij is off by eps |x_i| |x_j|, and 64 eps allows for what centring adds.
+__device__ inline double noise(double sum, double squares) {
+  constexpr double ROUNDING = 64.0 * 1.1920928955078125e-07;
+  return ROUNDING * ROUNDING * (sum * sum - squares);
 }
 
-// estimators.combine of linear moments; a test holds the two equal.
-__device__ inline Combined combine(const double* m, double n, Statistic statistic, bool unbiased) {
+// moments.combine of m: <K,L>, <K,K>, <L,L>, the same of the row sums, the totals of K and of L. A side without variance has a
+// self-HSIC of no more than its noise. A test holds the two equal.
+__device__ inline Combined combine(const double* m, double noise_k, double noise_l, double n, Statistic statistic, bool unbiased) {
   const bool enough = n >= (unbiased ? 4.0 : 2.0);
   if (!enough) n = 4.0;
   const double valid = enough ? 1.0 : nan("");
@@ -78,22 +84,80 @@ __device__ inline Combined combine(const double* m, double n, Statistic statisti
   const double norm = unbiased ? n * (n - 3.0) : (n - 1.0) * (n - 1.0);
   const double kl = m[0] + alpha * m[3] + beta * m[6] * m[7];
   if (statistic == Statistic::hsic) return {valid * kl / norm, valid / norm, 0.0 * kl, 0.0 * kl};
-  double kk, ll;
-  const bool dead_k = self_hsic(m[1], m[4], m[6], alpha, beta, kk);
-  const bool dead_l = self_hsic(m[2], m[5], m[7], alpha, beta, ll);
+  double kk = m[1] + alpha * m[4] + beta * m[6] * m[6], ll = m[2] + alpha * m[5] + beta * m[7] * m[7];
+  const bool dead_k = kk <= noise_k, dead_l = ll <= noise_l;  // false for NaN
+  if (dead_k) kk = 1.0;
+  if (dead_l) ll = 1.0;
   const double d_kl = dead_k || dead_l ? 0.0 * valid : valid / (sqrt(kk) * sqrt(ll));
   const double cka = kl * d_kl, d_kk = -0.5 * cka / kk, d_ll = -0.5 * cka / ll;
   if (statistic == Statistic::cka) return {cka, d_kl, d_kk, d_ll};
   return {1.0 - cka, -d_kl, -d_kk, -d_ll};
 }
 
-// Grid: up to MAX_REDUCE_BLOCKS blocks that share the entries of the upper tiles.
+// What the threads of a block add up to, into its own slots.
+__device__ inline void deposit(const double (&moments)[MOMENTS], double* slots) {
+  __shared__ double sums[MOMENTS][WARPS];
+  for (int m = 0; m < MOMENTS; ++m) {
+    const double sum = warp_sum(moments[m]);
+    if (threadIdx.x % WARP == 0) sums[m][threadIdx.x / WARP] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < MOMENTS) {
+    double total = 0.0;
+    for (int w = 0; w < WARPS; ++w) total += sums[threadIdx.x][w];
+    slots[blockIdx.x * MOMENTS + threadIdx.x] = total;
+  }
+}
+
+// True in the block that comes here last, which sees what all blocks stored before they came.
+__device__ inline bool arrives_last(int* counter) {
+  __shared__ bool last;
+  __syncthreads();
+  // The thread that arrives speaks for its block: it releases what the others stored before the barrier, and acquires
+  // what other blocks released for those behind the next one.
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1) == static_cast<int>(gridDim.x) - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// The sums of the slots of some blocks, in shared memory, for thread 0.
+__device__ inline void collect(const double* slots, int blocks, double* totals) {
+  static_assert(MOMENTS == WARPS, "a warp for each moment");
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  double total = 0.0;
+  for (int block = lane; block < blocks; block += WARP) total += __ldcg(slots + block * MOMENTS + warp);
+  total = warp_sum(total);
+  if (lane == 0) totals[warp] = total;
+  __syncthreads();
+}
+
+// Value and coefficients; m as in `combine`. By one thread.
+__device__ inline void conclude(const Forward& call, const double* m, double noise_k, double noise_l, double n) {
+  const Combined result = combine(m, noise_k, noise_l, n, call.statistic, call.unbiased);
+  *call.value = static_cast<float>(result.value);
+  const double least = call.unbiased ? 4.0 : 2.0;  // with fewer rows the derivatives are NaN already
+  const double coefficients[COEFFICIENTS] = {
+      result.d_kl, result.d_kk, result.d_ll, m[0], m[1], m[2], m[6], m[7], 1.0, 1.0, n < least ? least : n};
+  for (int c = 0; c < COEFFICIENTS; ++c) call.coefficients[c] = coefficients[c];
+}
+
+// Blocks that share the entries of the upper tiles.
+__host__ __device__ inline int reducing_blocks(const Shape& shape) {
+  const int blocks = shape.pairs * shape.tile * shape.tile / THREADS;
+  return blocks < MAX_REDUCE_BLOCKS ? blocks : MAX_REDUCE_BLOCKS;
+}
+
+// Grid: reducing_blocks. Unbiased, K and L are stored with diagonal 0, and the last of the moments are of what was there, the
+// squared row norms kappa and lambda: <kappa,kappa>, <lambda,lambda>, sum(kappa), sum(lambda).
 template <int TILE>
 __global__ void __launch_bounds__(THREADS, 2) reduce_grams(const Forward call) {
-  __shared__ double sums[MOMENTS][WARPS];
-  __shared__ bool last;
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = call.n, pairs = call.shape.pairs;
-  const int64_t stride = static_cast<int64_t>(pairs) * TILE * TILE;
+  __shared__ double totals[MOMENTS];
+  const int n = call.n;
+  const int64_t stride = static_cast<int64_t>(call.shape.pairs) * TILE * TILE;
   double moments[MOMENTS] = {};
   for (int entry = blockIdx.x * THREADS + threadIdx.x; entry < stride; entry += gridDim.x * THREADS) {
     int row, column;
@@ -105,7 +169,11 @@ __global__ void __launch_bounds__(THREADS, 2) reduce_grams(const Forward call) {
     const float* partial = call.partials + entry;
     for (int split = 0; split < call.x.splits; ++split, partial += stride) sum_k += *partial;
     for (int split = 0; split < call.y.splits; ++split, partial += stride) sum_l += *partial;
-    const float k = static_cast<float>(sum_k), l = static_cast<float>(sum_l);
+    float k = static_cast<float>(sum_k), l = static_cast<float>(sum_l);
+    if (call.unbiased && i == j) {
+      moments[3] += static_cast<double>(k) * k, moments[4] += static_cast<double>(l) * l, moments[5] += k, moments[6] += l;
+      k = l = 0.f;
+    }
     call.k[i * n + j] = k;
     call.l[i * n + j] = l;
     if (mirrored) {
@@ -113,95 +181,83 @@ __global__ void __launch_bounds__(THREADS, 2) reduce_grams(const Forward call) {
       call.l[j * n + i] = l;
     }
     const double kl = static_cast<double>(k) * l, kk = static_cast<double>(k) * k, ll = static_cast<double>(l) * l;
-    if (call.unbiased && i == j) {
-      moments[3] += kl, moments[4] += kk, moments[5] += ll, moments[6] += k, moments[7] += l;
-    } else {
-      const double weight = mirrored ? 2.0 : 1.0;
-      moments[0] += weight * kl, moments[1] += weight * kk, moments[2] += weight * ll;
-    }
+    const double weight = mirrored ? 2.0 : 1.0;
+    moments[0] += weight * kl, moments[1] += weight * kk, moments[2] += weight * ll;
   }
-  for (int m = 0; m < MOMENTS; ++m) {
-    const double sum = warp_sum(moments[m]);
-    if (lane == 0) sums[m][warp] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x < MOMENTS) {
-    double total = 0.0;
-    for (int w = 0; w < WARPS; ++w) total += sums[threadIdx.x][w];
-    call.slots[blockIdx.x * MOMENTS + threadIdx.x] = total;
-  }
-  __syncthreads();
-  // The thread that arrives speaks for its block: it releases what the others stored before the barrier, and acquires
-  // what other blocks released for those behind the next one.
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(call.counter, 1) == static_cast<int>(gridDim.x) - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (!last) return;
-
+  deposit(moments, call.slots);
+  if (call.unbiased || !arrives_last(call.counter)) return;
   const Rows rows = count_rows(call.mask, n);
-  static_assert(MOMENTS == WARPS, "a warp for each moment");
-  double total = 0.0;
-  for (int block = lane; block < static_cast<int>(gridDim.x); block += WARP) total += __ldcg(call.slots + block * MOMENTS + warp);
-  total = warp_sum(total);
-  if (lane == 0) sums[0][warp] = total;
-  __syncthreads();
+  collect(call.slots, gridDim.x, totals);
+  if (threadIdx.x == 0) conclude(call, totals, 0.0, 0.0, rows.count);
+}
+
+// Grid: blocks of WARPS rows, unbiased only. A warp sums a row of K and of L, and leaves r_i / (n-2) on their diagonals, which were
+// zero. The moments are those of the row sums r and s, <r,s>, <r,r>, <s,s>, sum(r), sum(s), in their places in `combine`.
+__global__ void __launch_bounds__(THREADS, 2) sum_rows(const Forward call) {
+  __shared__ double totals[2][MOMENTS];
+  const int lane = threadIdx.x % WARP, n = call.n, i = blockIdx.x * WARPS + threadIdx.x / WARP;
+  const Rows rows = count_rows(call.mask, n);
+  double r = 0.0, s = 0.0;
+  for (int j = lane; i < n && j < n; j += WARP) {
+    r += call.k[i * n + j];
+    s += call.l[i * n + j];
+  }
+  r = warp_sum(r);
+  s = warp_sum(s);
+  double moments[MOMENTS] = {};
+  if (i < n && lane == 0) {
+    const double others = (rows.count < 4.f ? 4.0 : rows.count) - 2.0;
+    call.k[i * n + i] = static_cast<float>(r / others);
+    call.l[i * n + i] = static_cast<float>(s / others);
+    moments[3] = r * s, moments[4] = r * r, moments[5] = s * s, moments[6] = r, moments[7] = s;
+  }
+  double* const slots = call.slots + MAX_REDUCE_BLOCKS * MOMENTS;
+  deposit(moments, slots);
+  if (!arrives_last(call.counter)) return;
+  collect(call.slots, reducing_blocks(call.shape), totals[0]);
+  collect(slots, gridDim.x, totals[1]);
   if (threadIdx.x > 0) return;
-  const double* m = sums[0];
-  const Combined result = combine(m, rows.count, call.statistic, call.unbiased);
-  *call.value = static_cast<float>(result.value);
-  const double least = call.unbiased ? 4.0 : 2.0;  // with fewer rows the derivatives are NaN already
-  const double coefficients[COEFFICIENTS] = {
-      result.d_kl, result.d_kk, result.d_ll, m[0], m[1], m[2], m[6], m[7], 1.0, 1.0, rows.count < least ? least : rows.count};
-  for (int c = 0; c < COEFFICIENTS; ++c) call.coefficients[c] = coefficients[c];
+  const double *products = totals[0], *sums = totals[1];
+  const double m[MOMENTS] = {products[0], products[1], products[2], sums[3], sums[4], sums[5], sums[6], sums[7]};
+  conclude(call, m, noise(products[5], products[3]), noise(products[6], products[4]), rows.count);
 }
 
 // 2^-e with 2^e > |K| in the Frobenius norm: brings every entry of a Gram matrix below 1.
-__device__ inline double inverse_scale(double product, double diagonal) {
-  const double norm = sqrt(product + diagonal);
+__device__ inline double inverse_scale(double product) {
+  const double norm = sqrt(product);
   return norm > 0.0 && norm < 1e300 ? ldexp(1.0, -ilogb(norm) - 1) : 1.0;
 }
 
-// The matrix of which the gradient is a product with the centred features: M = 2 alpha L + 4 gamma K, biased.
-//
-// Unbiased, M's diagonal D = 2 alpha lambda + 4 gamma kappa makes place for w = -2 D / (n-2) + (2 alpha sum(lambda) + 4 gamma
-// sum(kappa)) / ((n-1)(n-2)). The gradient's columns are then centred, which is centring the columns of M: their sums are w - D,
-// because those of the Gram matrices of centred features vanish.
+// The matrix of which the gradient is a product with the features: M = 2 alpha Lc + 4 gamma Kc. Biased, K and L are centred.
+// Unbiased, that is done here, by the row sums on their diagonals; M's rows then sum to zero, whatever the features' origin.
 struct Mixture {
   const float *own, *other;  // [n, n]
   int n;
   bool unbiased;
   float scale_own, scale_other;    // powers of two: at scales of 1e-12 the coefficients alone would leave fp32
   float d_own, d_other, constant;  // of the scaled matrices
-  float weight, rows;
+
+  __device__ float entry(int i, int k) const {
+    return fmaf(other[i * n + k] * scale_other, d_other, own[i * n + k] * scale_own * d_own);
+  }
 
   __device__ float operator()(int i, int k) const {
-    const float m = fmaf(other[i * n + k] * scale_other, d_other, own[i * n + k] * scale_own * d_own);
-    if (!unbiased) return m;
-    const float diagonal = fmaf(other[k * n + k] * scale_other, d_other, own[k * n + k] * scale_own * d_own);
-    const float w = fmaf(diagonal, weight, constant);
-    return (i == k ? w : m) - (w - diagonal) / rows;
+    if (!unbiased) return entry(i, k);
+    return i == k ? 0.f : entry(i, k) - (entry(i, i) + entry(k, k)) + constant;
   }
 };
 
 __device__ inline Mixture mixture(const Backward& call, const Backward::Side& side) {
   const double* c = call.coefficients;  // d_kl, d_kk, d_ll, kl, kk, ll, sum_k, sum_l, -, -, n
   const double own_sum = c[side.second ? 7 : 6], other_sum = c[side.second ? 6 : 7], n = c[10], g = *call.grad;
-  // Row norms: |x_i|^2 <= their sum, which bounds the diagonal that kk and ll leave out.
-  const double scale_own = inverse_scale(c[side.second ? 5 : 4], own_sum * own_sum);
-  const double scale_other = inverse_scale(c[side.second ? 4 : 5], other_sum * other_sum);
+  const double scale_own = inverse_scale(c[side.second ? 5 : 4]), scale_other = inverse_scale(c[side.second ? 4 : 5]);
   const double d_own = 4.0 * c[side.second ? 2 : 1] * g / scale_own, d_other = 2.0 * c[0] * g / scale_other;
   Mixture m{side.own_gram, side.other_gram, call.n, call.unbiased};
   m.scale_own = static_cast<float>(scale_own), m.scale_other = static_cast<float>(scale_other);
   m.d_own = static_cast<float>(d_own), m.d_other = static_cast<float>(d_other);
-  m.rows = static_cast<float>(n);
-  if (call.unbiased) {
-    m.weight = static_cast<float>(-2.0 / (n - 2.0));
+  if (call.unbiased)
     m.constant = static_cast<float>(
         (d_other * scale_other * other_sum + d_own * scale_own * own_sum) / ((n - 1.0) * (n - 2.0)));
-  }
   return m;
 }
 
@@ -217,7 +273,7 @@ __global__ void __launch_bounds__(THREADS, 2) gradient(const Backward call) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const Rows rows = count_rows(call.mask, n);
   const Mixture m = mixture(call, side);
-  load_centred<T, !EXACT>(slice, sums, side.own, first, rows, padded);
+  load_centred<T, !EXACT>(slice, sums, side.own, first, rows, padded, call.unbiased);
   float* const tile = slice + padded * PITCH;
   for (int row = blockIdx.y * OUT_ROWS; row < n; row += gridDim.y * OUT_ROWS) {
     Product<OUT_ROWS, CHUNK, false, EXACT> product;
@@ -246,8 +302,8 @@ template <class T, int TILE, bool EXACT>
 void launch_forward(const Forward& call, void* stream) {
   const dim3 grid(call.shape.pairs, call.x.splits + call.y.splits);
   launch(partial_grams<T, TILE, EXACT>, grid, call.shape.padded * PITCH * sizeof(float), stream, call);
-  const int blocks = call.shape.pairs * TILE * TILE / THREADS;
-  launch(reduce_grams<TILE>, dim3(blocks < MAX_REDUCE_BLOCKS ? blocks : MAX_REDUCE_BLOCKS), 0, stream, call);
+  launch(reduce_grams<TILE>, dim3(reducing_blocks(call.shape)), 0, stream, call);
+  if (call.unbiased) launch(sum_rows, dim3((call.n + WARPS - 1) / WARPS), 0, stream, call);
 }
 
 template <class T, bool EXACT>

@@ -35,32 +35,61 @@ __device__ inline Rows count_rows(const bool* mask, int n) {
   return {mask, n, static_cast<float>(count)};
 }
 
-// Rows 0..padded of CHUNK features in shared memory, minus the means of the rows that count; zero in all other places.
+// The median of WARPS numbers that are WARP apart, the lower one of two, without NaN; 0 of nothing else.
+__device__ inline float median(const float* numbers) {
+  float v[WARPS];
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    v[i] = numbers[i * WARP];
+    count += v[i] == v[i];
+  }
+  float middle = 0.f;
+#pragma unroll
+  for (int i = 0; i < WARPS; ++i) {
+    int below = 0;
+#pragma unroll
+    for (int j = 0; j < WARPS; ++j) below += j < i ? v[j] <= v[i] : v[j] < v[i];
+    if (v[i] == v[i] && below == (count - 1) / 2) middle = v[i];
+  }
+  return middle;
+}
+
+// Rows 0..padded of CHUNK features in shared memory, minus their location; zero in all places that do not count.
 //
-// The mean is taken twice: the second one is the rounding of the first, and makes a constant column exactly zero.
+// The location is the mean of the rows that count. Robust, it is the median of the means of eight groups of them (row i is in
+// group i modulo 8; one without rows is left out): few rows cannot move it, however large they are.
+//
+// It is taken twice: the second one is the rounding of the first, and makes a constant column exactly zero.
 template <class T, bool ROUND>
-__device__ void load_centred(float* slice, float* sums, const Features& features, int64_t first, const Rows& rows, int padded) {
+__device__ void load_centred(
+    float* slice, float* sums, const Features& features, int64_t first, const Rows& rows, int padded, bool robust) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const int64_t column = first + lane;
   const bool inside = column < features.width;
   const T* data = static_cast<const T*>(features.data) + column * features.column_stride;
-  float total = 0.f;
+  float total = 0.f, counted = 0.f;  // of the warp's rows, which are its group
+  for (int i = warp; robust && i < padded; i += WARPS) counted += rows[i] ? 1.f : 0.f;
   for (int i = warp; i < padded; i += WARPS) {
     const float v = inside && rows[i] ? static_cast<float>(data[i * features.row_stride]) : 0.f;
     slice[i * PITCH + lane] = v;
     total += v;
   }
   for (int pass = 0; pass < 2; ++pass) {
-    sums[warp * WARP + lane] = total;
+    sums[warp * WARP + lane] = robust ? total / counted : total;  // NaN of a group without rows
     __syncthreads();
-    float mean = 0.f;
-    for (int w = 0; w < WARPS; ++w) mean += sums[w * WARP + lane];
-    mean /= rows.count;
+    float location = 0.f;
+    if (robust) {
+      location = median(sums + lane);
+    } else {
+      for (int w = 0; w < WARPS; ++w) location += sums[w * WARP + lane];
+      location /= rows.count;
+    }
     __syncthreads();
     total = 0.f;
     for (int i = warp; i < padded; i += WARPS) {
       if (!rows[i]) continue;
-      float v = slice[i * PITCH + lane] - mean;
+      float v = slice[i * PITCH + lane] - location;
       total += v;
       if (ROUND && pass == 1) v = nvcuda::wmma::__float_to_tf32(v);
       slice[i * PITCH + lane] = v;

@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#define __host__
 #define __device__
 #define __global__
 #define __shared__ static

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Triton's package carries the binary tools of the toolkit.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Dynamic shared memory at the most rows: 512 of 36 floats forward, 64 more backward (csrc/cuda/gram.cuh).
-DYNAMIC = {"partial_grams": 512 * 36 * 4, "reduce_grams": 0, "gradient": (512 + 64) * 36 * 4}
+DYNAMIC = {"partial_grams": 512 * 36 * 4, "reduce_grams": 0, "sum_rows": 0, "gradient": (512 + 64) * 36 * 4}
+ANY = ("reduce_grams", "sum_rows")  # kernels that see no features
 
 
 def report(capability: int, folder: Path) -> list[dict[str, Any]]:
@@ -41,9 +42,9 @@ def report(capability: int, folder: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "kernel": kernel,
-                "dtype": "any" if kernel == "reduce_grams" else dtype,
+                "dtype": "any" if kernel in ANY else dtype,
                 "tile": next((int(size) for size in re.findall(r"Li(\d+)E", name)), 64),
-                "precision": "" if kernel == "reduce_grams" else "ieee" if "Lb1E" in name else "tf32",
+                "precision": "" if kernel in ANY else "ieee" if "Lb1E" in name else "tf32",
                 "registers": int(registers),
                 "spilled": int(stack) + int(local),
                 "shared": int(shared) + DYNAMIC[kernel],

@@ -10,26 +10,34 @@ import torch
 from torch import Tensor
 
 from bird_kernels import backends, cka_loss
-from bird_kernels.moments import MIN_ROWS, Coefficients, combine, linear_moments
+from bird_kernels.moments import MIN_ROWS, Coefficients, Moments, combine
 from bird_kernels.plan import FEW_ROWS
 from bird_kernels.testing import Result, evaluate, features, operator, truth
 from bird_kernels.types import Problem
+from tests.kernels.test_dominating_rows import assert_gradient, assert_right, case
 
 native = pytest.importorskip("bird_kernels._native", reason="the native part is not built")
 N, P, Q = 9, 5, 7
 
 
-def by_hand(k: Tensor, l: Tensor, n: float, statistic: str, estimator: str) -> list[float]:
-    """Value and coefficients from Gram matrices by `estimators.combine`, on Python floats."""
-    k, l = k.double(), l.double()
-    kappa, lam = k.diagonal(), l.diagonal()
-    norms = None
-    if estimator == "unbiased":
-        norms = tuple(t.item() for t in (kappa @ lam, kappa @ kappa, lam @ lam, kappa.sum(), lam.sum()))
-        k, l = k - kappa.diag(), l - lam.diag()
+def u_centred(k: Tensor, n: float) -> Tensor:
+    """K [m, m] with diagonal 0, U-centred; its other entries have no zero row or column but those of ``m - n`` rows."""
+    r, others, keep = k.sum(1), max(n, 4.0) - 2.0, 1.0 - torch.eye(len(k), dtype=k.dtype, device=k.device)
+    return keep * (k - (r[:, None] + r) / others + r.sum() / (others * (others + 1.0)))
+
+
+def by_hand(k: Tensor, l: Tensor, keep: Tensor, statistic: str, estimator: str) -> list[float]:
+    """Value and coefficients from Gram matrices by `moments.combine`, on Python floats; ``keep`` bool [n]."""
+    k, l, n, sums = k.double(), l.double(), float(keep.sum()), (0.0, 0.0)
+    if estimator == "unbiased":  # what stands on the diagonals is the backward's
+        k, l = k.clone().fill_diagonal_(0.0), l.clone().fill_diagonal_(0.0)
+        sums = k.sum().item(), l.sum().item()
     products = tuple((a * b).sum().item() for a, b in ((k, l), (k, k), (l, l)))
-    result = combine(linear_moments(products, norms), n, statistic, estimator, torch.finfo(torch.float32).eps)
-    sums = norms[3:] if norms else (0.0, 0.0)
+    moments = products
+    if estimator == "unbiased":
+        k, l = (u_centred(a, n)[keep][:, keep] for a in (k, l))
+        moments = tuple((a * b).sum().item() for a, b in ((k, l), (k, k), (l, l)))
+    result = combine(Moments(*moments), n, statistic, estimator, torch.finfo(torch.float32).eps)
     return [
         result.value,
         result.d_kl,
@@ -58,8 +66,8 @@ def test_closed_form_is_python_s(kind: str, statistic: str, estimator: str, devi
         (x if kind == "constant student" else y).fill_(3.7)
     number = ["cka_loss", "cka", "hsic"].index(statistic)
     value, coefficients, k, l = native.forward(x, y, mask, number, estimator == "unbiased", True)
-    count = float(N if mask is None else mask.sum())
-    expected = by_hand(k, l, count, statistic, estimator)
+    keep = torch.ones(N, dtype=torch.bool, device=device) if mask is None else mask
+    expected = by_hand(k, l, keep, statistic, estimator)
     found = [value.item(), *coefficients.tolist()]
     names = ["value", *Coefficients._fields]
     for name, ours, theirs in zip(names, found, expected, strict=True):
@@ -69,24 +77,52 @@ def test_closed_form_is_python_s(kind: str, statistic: str, estimator: str, devi
         assert same or ours == pytest.approx(theirs, rel=tolerance, abs=tolerance), name
 
 
+@pytest.mark.parametrize("size", [1e2, 3e4])
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("period", [1, 2])
+def test_rows_that_dominate(period: int, count: int, size: float, device: torch.device) -> None:
+    """Of all rows, or of every second that a mask lets count: half of the groups are empty."""
+    true = case(64, count, size)
+    kept = torch.arange(64 * period) % period == 0
+    x, y = (a.new_full((len(kept), a.shape[1]), torch.nan) for a in (true.x, true.y))
+    x[kept], y[kept] = true.x, true.y
+    mask = None if period == 1 else kept.to(device)
+    found = evaluate(operator("gram", "native", "unbiased", "cka", mask=mask), x.to(device), y.to(device), "x")
+    assert_right(found.value.item(), true.value)
+    assert found.dx is not None
+    assert_gradient(found.dx.cpu()[kept], true)
+    assert found.dx.cpu()[~kept].eq(0).all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_unbiased_value_does_not_depend_on_the_origin(mean: float, device: torch.device) -> None:
+    """Nor on a drift of the rows: the location is of strided groups."""
+    x, y = features(64, P, Q, device=device)
+    x += mean + torch.linspace(-3.0, 3.0, 64, device=device)[:, None]
+    found, true = evaluate(operator("gram", "native", "unbiased"), x, y), truth(x, y, "unbiased")
+    assert (found.value - true.value).abs() < 1e-6
+    torch.testing.assert_close(found.dx.double(), true.dx, rtol=0, atol=1e-6 * true.dx.norm().item())
+
+
 emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation")
 
 
 @emulated
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(N, P, Q), (70, 40, 500)], ids=str)
-def test_three_launches(shape: tuple[int, int, int], masked: bool, estimator: str) -> None:
-    """Two forward, and one backward whatever sides it is of; none for a side that wants no gradient."""
+def test_launches(shape: tuple[int, int, int], masked: bool, estimator: str) -> None:
+    """Two forward, unbiased three, and one backward whatever sides it is of; none if none wants a gradient."""
+    forward = 3 if estimator == "unbiased" else 2
     x, y = features(*shape)
     mask = torch.arange(len(x)) % 3 != 1 if masked else None
     for sides in ("x", "y", "xy", ""):
         leaves = [t.clone().requires_grad_(name in sides) for name, t in (("x", x), ("y", y))]
         before = native.emulated_launches()
         value = cka_loss(*leaves, mask=mask, estimator=estimator, backend="native")
-        assert native.emulated_launches() - before == 2
+        assert native.emulated_launches() - before == forward
         if sides:
             value.backward()
-            assert native.emulated_launches() - before == 3
+            assert native.emulated_launches() - before == forward + 1
 
 
 @emulated

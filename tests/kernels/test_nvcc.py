@@ -56,7 +56,7 @@ def test_compiled_kernels(capability: int, tmp_path: Path) -> None:
     kinds = [("float32", "ieee"), ("float32", "tf32"), ("float16", "tf32"), ("bfloat16", "tf32")]
     wanted = {("partial_grams", dtype, tile, precision) for dtype, precision in kinds for tile in (64, 128)}
     wanted |= {("gradient", dtype, 64, precision) for dtype, precision in kinds}
-    wanted |= {("reduce_grams", "any", tile, "") for tile in (64, 128)}
+    wanted |= {("reduce_grams", "any", tile, "") for tile in (64, 128)} | {("sum_rows", "any", 64, "")}
     assert variants == wanted
     assert len(rows) == len(wanted)
     assert [row for row in rows if row["spilled"]] == []
