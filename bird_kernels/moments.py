@@ -16,8 +16,9 @@ HSIC and CKA, biased or unbiased, are functions of the same eight moments of two
     gram_mse   = |K - L|^2 / n**2 = (kk - 2 kl + ll) / n**2 of centred K and L  (Tung and Mori 2019, not normalised)
 
 For the unbiased estimator the diagonals of K and L count as zero. With centred columns the row sums of a linear Gram
-matrix vanish, so the biased moments are the first three alone, and the unbiased ones follow from the squared row norms
-(see `linear_moments`).
+matrix vanish, so the biased moments are the first three alone, and without the diagonals they are minus the squared row
+norms. Of matrices that are centred already (biased H K H, unbiased `backends.dominating.u_centred_`) the other five are
+zero for both estimators.
 
 Everything here works on Python floats and on 0-d fp64 tensors alike: the CPU reads its eight numbers once and goes on
 in floats (a dozen 0-d tensor operations cost more than the Gram matrices at n = 128), a GPU stays on the device.
@@ -81,19 +82,6 @@ class Coefficients(NamedTuple):
     scale_x: Scalar
     scale_y: Scalar
     n: Scalar
-
-
-def linear_moments(products: tuple[Scalar, ...], norms: tuple[Scalar, ...] | None) -> Moments:
-    """Moments of two linear Gram matrices of column-centred features.
-
-    ``products`` are <K,L>, <K,K>, <L,L>, *without* the diagonals when ``norms`` is given (unbiased): then the row sums
-    of the hollow matrices are minus their diagonals kappa and lambda, and ``norms`` holds <kappa,lambda>,
-    <kappa,kappa>, <lambda,lambda>, sum(kappa), sum(lambda).
-    """
-    kl, kk, ll = products
-    if norms is None:
-        return Moments(kl, kk, ll)
-    return Moments(kl, kk, ll, norms[0], norms[1], norms[2], -norms[3], -norms[4])
 
 
 def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, eps: float) -> Combined:

@@ -81,7 +81,7 @@ def launches(problem: Problem) -> tuple[int, int]:
     Of an RBF kernel there are the library's besides, which find its bandwidth.
     """
     backward = min(problem.x_grad + problem.y_grad, 1)
-    if problem.kernel is not None:  # statistics, norms, distances, kernels, moments
+    if problem.kernel is not None:  # locations, shift, distances, kernels, moments
         return 5 + problem.masked, backward
     return 2 + (problem.estimator == "unbiased"), backward
 

@@ -6,7 +6,7 @@ With X, Y centred, alpha = d value/d<K,L> and gamma = d value/d<K,K> (`moments.c
     cross   dX = Y (2 alpha C) + X (4 gamma A)
 
 The unbiased estimator leaves out the diagonals of K and L, kappa_i = |x_i|^2 and lambda_i = |y_i|^2. The derivative of
-its value with respect to K is M = 2 alpha L' + 4 gamma K' with K' and L' U-centred (`dominating.u_centred`)::
+its value with respect to K is M = 2 alpha L' + 4 gamma K' with K' and L' U-centred (`dominating.u_centred_`)::
 
     gram    dX = M X                                   with M formed
     cross   dX = Y (2 alpha C) + X (4 gamma A) + E X_S + diag(w) X - u T - 1 V
@@ -16,7 +16,7 @@ the Gram matrices without a diagonal. With the row sums r of the hollow matrices
 tau = sum(rho) / ((n-1)(n-2)): u = rho/(n-2) - tau, w = u + rho/(n-2), and - (2 alpha lambda + 4 gamma kappa) for the
 rows that are not in S; T = sum(x), V = sum(rho x)/(n-2).
 
-On the CPU scalars are read and combined as Python floats; on CUDA nothing leaves the device.
+Scalars are read and combined as Python floats; on CUDA they are tensors, and nothing leaves the device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Library matrix products of centred features: what every computation in plain PyTorch is made of.
 
-Half precision is multiplied as it is and accumulated in fp32 where the library can (CUDA), else widened. On the CPU
-scalars are Python floats, on CUDA nothing leaves the device.
+Half precision is multiplied as it is and accumulated in fp32 where the library can (CUDA), else widened. Scalars
+are Python floats; on CUDA they are tensors, and nothing leaves the device.
 """
 
 from __future__ import annotations
@@ -228,13 +228,6 @@ def inner_products(a: Tensor, b: Tensor) -> tuple[Scalar, Scalar, Scalar]:
         a, b = a.view(-1), b.view(-1)
         return torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()
     return inner(a, b), inner(a, a), inner(b, b)
-
-
-def take_diagonal(a: Tensor) -> Tensor:
-    """The diagonal of ``a``, which is set to zero: off-diagonal sums then need no subtraction."""
-    diagonal = a.diagonal().clone()
-    a.diagonal().zero_()
-    return diagonal
 
 
 def _wide(a: Tensor) -> torch.dtype:
