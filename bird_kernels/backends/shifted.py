@@ -140,11 +140,11 @@ class _Launches:
         return multiply(z, transposed, self.parts, own, self.tf32["TF32"])
 
     def times(self, left: Tensor, right: Tensor, factor: Tensor, width: int) -> Tensor:
-        """The first n rows and ``width`` columns of left @ right in the features' dtype, fp16 after ``factor``."""
+        """The first n rows and ``width`` columns of left @ right in the features' dtype, fp16 after ``factor``; dense."""
         n = self.problem.n
         if not self.near:
             out = left @ right if left.is_cuda else product(left, right).to(left.dtype)
-            return out[:n, :width]
+            return out[:n, :width].contiguous()  # a copy only where the width is no multiple of 8
         out = left.new_empty((n, width))
         return torch.mul(product(left, right)[:n, :width], factor, out=out)
 
