@@ -58,13 +58,19 @@ def _few(n: int) -> int:
 
 
 def dominated(norms: Tensor) -> bool:
-    """Whether there are rows so much larger than the others that fp32 loses these beside them: a CPU looks.
+    """Whether few rows have most of the sum of these squared norms [n]: a CPU looks before it pays."""
+    norms = exact(norms)
+    return uneven((norms @ norms).item(), norms.sum().item(), len(norms))
 
-    ``norms`` [n] are squared, about any point near the others; 10^2 is 10 times the median row. (Of normal features the
-    largest of 10,000 is 35 times the median if they have one dimension, and less if they have more.)
+
+def uneven(squares: float, total: float, n: float) -> bool:
+    """The same from the sum of squares and the sum of the squared norms of ``n`` rows.
+
+    With one row whose squared norm is r times the others', squares n / total^2 passes 6 where r is about 2.4 sqrt(n):
+    long before fp32 loses the others beside it. Normal features of one dimension have 3, of many 1. It is n at the most,
+    so of few rows less has to do.
     """
-    limit = min(1e2, 0.25 * (norms.shape[-1] - 1) ** 2)  # about the mean of n rows no ratio exceeds (n-1)^2
-    return not bool(norms.amax() <= limit * norms.median())  # so NaN too
+    return not squares * n <= min(6.0, max(1.5, n / 4.0)) * total * total  # so NaN too
 
 
 def without(keep: Tensor | None, index: Tensor, n: int) -> Tensor:

@@ -6,15 +6,15 @@ With X, Y centred, alpha = d value/d<K,L> and gamma = d value/d<K,K> (`moments.c
     cross   dX = Y (2 alpha C) + X (4 gamma A)
 
 The unbiased estimator leaves out the diagonals of K and L, kappa_i = |x_i|^2 and lambda_i = |y_i|^2. The derivative of
-its value with respect to K is M = 2 alpha L' + 4 gamma K' with K' and L' U-centred (`dominating.u_centred_`)::
+its value with respect to K is 2 alpha L' + 4 gamma K' with K' and L' U-centred (`dominating.u_centred_`). From L and K
+without their diagonals, with their row sums r, rho = 2 alpha r_L + 4 gamma r_K, tau = sum(rho) / ((n-1)(n-2)) and
+u = rho/(n-2) - tau, w = u + rho/(n-2), T = sum(x), V = sum(rho x)/(n-2)::
 
-    gram    dX = M X                                   with M formed
-    cross   dX = Y (2 alpha C) + X (4 gamma A) + E X_S + diag(w) X - u T - 1 V
+    gram    dX = (2 alpha L + 4 gamma K) X + diag(w) X - 1 V
+    cross   dX = Y (2 alpha C) + X (4 gamma A) + E X_S + diag(w - 2 alpha lambda - 4 gamma kappa) X - u T - 1 V
 
 where the few rows S that dominate (`dominating`) are in no product but E = 2 alpha L_S + 4 gamma K_S, their columns of
-the Gram matrices without a diagonal. With the row sums r of the hollow matrices, rho = 2 alpha r_L + 4 gamma r_K and
-tau = sum(rho) / ((n-1)(n-2)): u = rho/(n-2) - tau, w = u + rho/(n-2), and - (2 alpha lambda + 4 gamma kappa) for the
-rows that are not in S; T = sum(x), V = sum(rho x)/(n-2).
+the Gram matrices without a diagonal, and kappa and lambda are zero for them.
 
 Scalars are read and combined as Python floats; on CUDA they are tensors, and nothing leaves the device.
 """
@@ -51,7 +51,7 @@ from .linalg import (
     write,
 )
 from .sides import Side, Sides, by_columns, empty, kept
-from .unbiased import add_rows, amid, hollow_products, u_products
+from .unbiased import add_rows, amid, plain
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -72,7 +72,7 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
         xx=((n, n) if gram else (p, p), wide),
         yy=((n, n) if gram else ((q, q) if problem.y_grad else (0,)), wide),
         xy=((0, 0) if gram else (q, p), wide),
-        rows=((3, n) if problem.estimator == "unbiased" and not gram else (0,), wide),
+        rows=((3, n) if problem.estimator == "unbiased" else (0,), wide),
     )
 
 
@@ -81,7 +81,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     wide, _ = dtypes(problem)
     count = row_count(x, mask)
     with fp32_products(problem):
-        sides = _looked(x, y, count, problem, route) if mask is None and x.is_cpu else None
+        sides = _looked(x, y, mask, count, problem, route) if x.is_cpu else None
         if sides is None:
             (near_x, x_unit), (near_y, y_unit) = _near_one(x, y, mask, problem)
             careful = _careful if problem.estimator == "biased" else amid
@@ -131,8 +131,8 @@ def _gradient(
         d = scaled_mm(weighted_sum(side.cross, d_cross, side.product, d_own), side.own)
     else:
         d = add_scaled_mm(scaled_mm(side.other, side.cross * d_cross), side.own, side.product * d_own)
-        if len(side.rows):
-            d = add_rows(d, side, d_cross, d_own)
+    if len(side.rows):
+        d = add_rows(d, side, d_cross, d_own, route)
     for factor in factors:
         d = d * factor
     return d if mask is None else d.masked_fill_(~mask[:, None], 0.0)
@@ -154,26 +154,35 @@ def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> 
     return d_cross, d_own, [part[i] for i in (0, 1) for part in parts]
 
 
-def _looked(x: Tensor, y: Tensor, n: float, problem: Problem, route: Route) -> Sides | None:
-    """A plain subtraction of the means, if its outcome says that this was good enough; a CPU can look.
+def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Problem, route: Route) -> Sides | None:
+    """The plain way, if its outcome says that this was good enough; a CPU can look.
 
-    To centre with care takes a third as long as the products at 128 x 512.
+    Without a mask a subtraction of the means: to centre with care takes a third as long as the products at 128 x 512.
     """
     wide, _ = dtypes(problem)
-    (xs, x_sum), (ys, y_sum) = (subtract_mean(to(a, wide), problem.center) for a in (x, y))
-    if problem.estimator == "unbiased" and route == "cross":  # takes row sums of K for zero: n eps |mean| counts
-        (xs, x_sum), (ys, y_sum) = subtract_mean(xs), subtract_mean(ys)
-    if problem.estimator == "biased":
-        sides = _products(xs, ys, 1.0, 1.0, problem, route)
-    else:
-        found = (u_products if route == "gram" else hollow_products)(xs, ys, n, problem)
+    unbiased = problem.estimator == "unbiased"
+    if mask is not None:
+        if n < MIN_ROWS[problem.estimator]:
+            return None
+        if not unbiased:
+            sides = _careful(x, y, mask, n, problem, route)
+            return sides if 0.0 < sides.kk < math.inf and 0.0 < sides.ll < math.inf else None
+        (xs, scale_x, _), (ys, scale_y, _) = (centre(a, mask, n, problem) for a in (x, y))
+        found = plain(xs, ys, n, problem, route)
+        return None if found is None else found._replace(scale_x=scale_x, scale_y=scale_y)
+    (xs, x_mean), (ys, y_mean) = (subtract_mean(to(a, wide), problem.center) for a in (x, y))
+    if unbiased:  # takes row sums of K for zero: n eps |mean| counts
+        (xs, x_mean), (ys, y_mean) = subtract_mean(xs), subtract_mean(ys)
+        found = plain(xs, ys, n, problem, route)
         if found is None:
             return None
         sides = found
-    return sides if _sound(sides.kk, x_sum, n) and _sound(sides.ll, y_sum, n) else None
+    else:
+        sides = _products(xs, ys, 1.0, 1.0, problem, route)
+    return sides if _sound(sides.kk, x_mean, n) and _sound(sides.ll, y_mean, n) else None
 
 
-def _sound(kk: float, total: Tensor, n: float) -> bool:
+def _sound(kk: float, mean: Tensor, n: float) -> bool:
     """Whether a plain subtraction of the mean was good enough, judged by its outcome (CPU).
 
     The subtraction leaves a residual of about eps |mean|, the same in every row. It enters <K,L> not at all (L is
@@ -181,7 +190,7 @@ def _sound(kk: float, total: Tensor, n: float) -> bool:
     that are let pass, spread being the fourth root of <K,K> over sqrt(n). Anything else (larger means, a constant side,
     squares of squares that leave fp32's range, NaN) takes the careful way.
     """
-    return 1e-25 < kk < 1e25 and 256.0 * n * math.sqrt(kk) > torch.dot(total, total).item()
+    return 1e-25 < kk < 1e25 and 256.0 * math.sqrt(kk) > n * torch.dot(mean, mean).item()
 
 
 def _near_one(

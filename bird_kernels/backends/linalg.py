@@ -34,13 +34,13 @@ def to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def subtract_mean(x: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
-    """Columns minus their means, and their sums. sum(0) takes half as long as mean(0) where x is small."""
+    """Columns minus their means, and these. sum(0) takes half as long as mean(0) where x is small."""
     if not center:
         return x, x.new_zeros(1)  # nothing was subtracted
-    total = x.sum(0)
+    mean = x.sum(0).mul_(1.0 / x.shape[0])
     # Not x.sub(total, alpha=1/n): where rows are cut into vectors and a rest, as of a column-major x, that is fused in
     # one and rounded twice in the other, and the rows get different residuals.
-    return x - total * (1.0 / x.shape[0]), total
+    return x.sub(mean), mean
 
 
 def centre(

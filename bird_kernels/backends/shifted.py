@@ -140,7 +140,7 @@ class _Launches:
         return multiply(z, transposed, self.parts, own, self.tf32["TF32"])
 
     def times(self, left: Tensor, right: Tensor, factor: Tensor, width: int) -> Tensor:
-        """The first n rows and ``width`` columns of left @ right in the features' dtype, fp16 after ``factor``; dense."""
+        """The first n rows and ``width`` columns of left @ right in z's dtype, dense; fp16 after ``factor``."""
         n = self.problem.n
         if not self.near:
             out = left @ right if left.is_cuda else product(left, right).to(left.dtype)

@@ -14,13 +14,13 @@ from ..types import Problem, Route
 from .dominating import (
     alive,
     bulk_mean,
-    dominated,
     largest,
     location,
     marked,
     noise,
     squared_norms,
     u_centred_,
+    uneven,
     without,
 )
 from .linalg import at_least, centre, dtypes, exact, inner_products, power_of_two, row_count, scalar, self_product, to
@@ -35,10 +35,7 @@ def amid(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Prob
     """The unbiased estimator whatever the rows: about the mean of those that do not dominate."""
     n = at_least(4.0, count)
     if route == "gram":
-        (xs, scale_x), (ys, scale_y) = (_about_bulk(a, mask, problem) for a in (x, y))
-        sides = u_products(xs, ys, n, problem, mask, look=False)
-        assert sides is not None
-        return sides._replace(scale_x=scale_x, scale_y=scale_y)
+        return _by_rows(_about_bulk(x, mask, problem), _about_bulk(y, mask, problem), n, mask)
     wide, operand = dtypes(problem)
     # About a location first: there may be no rows but those that are apart.
     x, y = (kept(to(a, wide) - location(to(a, wide), mask), mask) for a in (x, y))
@@ -72,38 +69,43 @@ def amid(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Prob
     return Sides(zs[0].to(operand), zs[1].to(operand), scales[0], scales[1], kl, kk, ll, xx, yy, xy, rows)
 
 
-def u_products(
-    xs: Tensor, ys: Tensor, n: Scalar, problem: Problem, mask: Tensor | None = None, look: bool = True
-) -> Sides | None:
-    """U-centred Gram matrices and their inner products; None if a ``look`` finds rows that dominate."""
-    eps = torch.finfo(dtypes(problem)[0]).eps
-    grams, noises = [], []
-    for side in (xs, ys):
-        gram = self_product(side)
-        if look and dominated(gram.diagonal()):
-            return None
-        noises.append(scalar(noise(gram.diagonal(), eps)))
-        grams.append(u_centred_(gram, n, mask))
-    kl, kk, ll = inner_products(*grams)
-    kk, ll = alive(kk, noises[0]), alive(ll, noises[1])
-    return Sides(xs, ys, 1.0, 1.0, kl, kk, ll, grams[0], grams[1], empty(xs, (0, 0)), empty(xs, 0))
-
-
-def hollow_products(xs: Tensor, ys: Tensor, n: float, problem: Problem) -> Sides | None:
-    """Products of columns less the diagonals, of centred columns: None where too little is left (CPU)."""
-    xx, xy, yy, kl, kk, ll = by_columns(xs, ys, problem)
-    rows = torch.stack([squared_norms(xs), squared_norms(ys), torch.zeros_like(xs[:, 0])])
-    if dominated(rows[0]) or dominated(rows[1]):
+def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> Sides | None:
+    """Of sides about their means: the row sums without the diagonals are minus the diagonals. A CPU's way, which looks:
+    None where rows dominate or too little is left."""
+    if route == "gram":
+        xx, yy, xy = self_product(xs), self_product(ys), empty(xs, (0, 0))
+        kappa, lam = (gram.diagonal().clone() for gram in (xx, yy))
+        for gram in (xx, yy):
+            gram.diagonal().zero_()
+        kl, kk, ll = inner_products(xx, yy)
+    else:
+        xx, xy, yy, kl, kk, ll = by_columns(xs, ys, problem)
+        kappa, lam = squared_norms(xs), squared_norms(ys)
+    rows = torch.stack([kappa, lam, torch.zeros_like(kappa)])
+    k, l, _ = rows.double()
+    sum_k, sum_l, squares_k, squares_l = k.sum().item(), l.sum().item(), (k @ k).item(), (l @ l).item()
+    if uneven(squares_k, sum_k, n) or uneven(squares_l, sum_l, n):
         return None
-    kappa, lam, _ = rows.double()
-    found = []
-    for product, a, b in ((kl, kappa, lam), (kk, kappa, kappa), (ll, lam, lam)):
-        dot, total = (a @ b).item(), a.sum().item() * b.sum().item() / ((n - 1.0) * (n - 2.0))
-        found.append(product - dot * n / (n - 2.0) + total)
-        if a is b and not found[-1] > LEFT * (product + dot + total):
-            return None
-    kl, kk, ll = found
+    dots = (k @ l).item(), squares_k, squares_l
+    totals = [a * b / ((n - 1.0) * (n - 2.0)) for a, b in ((sum_k, sum_l), (sum_k, sum_k), (sum_l, sum_l))]
+    terms = kk + squares_k + totals[1], ll + squares_l + totals[2]
+    share = 2.0 / (n - 2.0) if route == "gram" else n / (n - 2.0)  # the diagonals are still in products of columns
+    kl, kk, ll = (a - share * b + c for a, b, c in zip((kl, kk, ll), dots, totals, strict=True))
+    if not (kk > LEFT * terms[0] and ll > LEFT * terms[1]):
+        return None
     return Sides(xs, ys, 1.0, 1.0, kl, kk, ll, xx, yy, xy, rows)
+
+
+def _by_rows(x: tuple[Tensor, Scalar], y: tuple[Tensor, Scalar], n: Scalar, mask: Tensor | None) -> Sides:
+    """U-centred Gram matrices of sides and their scales, which need nothing of `add_rows`: its rows are zero."""
+    (xs, scale_x), (ys, scale_y) = x, y
+    eps = torch.finfo(torch.float64 if xs.dtype == torch.float64 else torch.float32).eps
+    xx, yy = self_product(xs), self_product(ys)
+    noises = [scalar(noise(gram.diagonal(), eps)) for gram in (xx, yy)]
+    xx, yy = (u_centred_(gram, n, mask) for gram in (xx, yy))
+    kl, kk, ll = inner_products(xx, yy)
+    kk, ll = alive(kk, noises[0]), alive(ll, noises[1])
+    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, empty(xs, (0, 0)), xx.new_zeros(3, len(xx)))
 
 
 def _about_bulk(x: Tensor, mask: Tensor | None, problem: Problem) -> tuple[Tensor, Scalar]:
@@ -124,14 +126,16 @@ def _about_rest(x: Tensor, mask: Tensor | None, rest: Tensor, count: Scalar, pro
     return z * scale, scale
 
 
-def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar) -> Tensor:
-    """The unbiased estimator's share of dX by products of columns: what stands behind the first two terms."""
+def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar, route: Route) -> Tensor:
+    """The unbiased estimator's share of dX: what stands behind the products in the formulas of `library`.
+
+    On the Gram route the matrices have no diagonal, and no rows stand apart.
+    """
     own, n = to(side.own, d.dtype), at_least(4.0, side.n)
     kappa, lam, apart = side.rows
     diagonal = lam * d_cross + kappa * d_own
-    if apart.is_cpu and not apart.any():
-        rho = -diagonal
-    else:
+    rho, total = -diagonal, None
+    if route == "cross" and not (apart.is_cpu and not apart.any()):
         few = marked(apart)
         heavy = own[few]
         e = without_diagonal(own @ heavy.T, few) * d_own
@@ -139,10 +143,11 @@ def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar) -> Tensor:
         e += without_diagonal(other @ other[few].T, few) * d_cross
         d = torch.addmm(d, e, heavy)
         diagonal = diagonal * (1.0 - apart)
-        rho = e.sum(1) - diagonal
+        rho, total = e.sum(1) - diagonal, own.sum(0)
     share = rho / (n - 2.0)
     u = share - exact(rho).sum().to(d.dtype) / ((n - 1.0) * (n - 2.0))
-    d += (u + share - diagonal)[:, None] * own
-    d -= torch.outer(u, own.sum(0))
-    d -= share @ own
-    return d
+    weights = u + share if route == "gram" else u + share - diagonal
+    d.addcmul_(weights[:, None], own)
+    if total is not None:
+        d -= torch.outer(u, total)
+    return d.sub_(share @ own)
