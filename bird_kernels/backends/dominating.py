@@ -67,10 +67,10 @@ def uneven(squares: float, total: float, n: float) -> bool:
     """The same from the sum of squares and the sum of the squared norms of ``n`` rows.
 
     With one row whose squared norm is r times the others', squares n / total^2 passes 6 where r is about 2.4 sqrt(n):
-    long before fp32 loses the others beside it. Normal features of one dimension have 3, of many 1. It is n at the most,
-    so of few rows less has to do.
+    long before fp32 loses the others beside it. Normal features of one dimension have 3, of many 1. About the mean of
+    few rows it cannot grow, by ((n-1)^3 + 1) / (n(n-1)): fewer than 8 are never taken for even.
     """
-    return not squares * n <= min(6.0, max(1.5, n / 4.0)) * total * total  # so NaN too
+    return n < 8.0 or not squares * n <= min(6.0, n / 4.0) * total * total  # so NaN too
 
 
 def without(keep: Tensor | None, index: Tensor, n: int) -> Tensor:
