@@ -39,8 +39,12 @@ def mean_cka_loss(x: Tensor, y: Tensor, mask: Tensor | None, estimator: Estimato
         xs, ys = (_scaled(_centred(a, keep, rows[:, None])) for a in (x, y))
         moments = _moments(xs, ys, route)
     else:
-        xs, ys = (_scaled(_amid(a, keep)) for a in (x, y))
-        moments = _unbiased_moments(xs, ys, keep, rows, route)
+        xs, ys = (_scaled(_centred(a, keep, rows[:, None])) for a in (x, y)) if _can_look(x, y) else (x, y)
+        if xs is not x and _are_even(xs, rows, enough) and _are_even(ys, rows, enough):
+            moments = _plain_moments(xs, ys, route)
+        else:
+            xs, ys = (_scaled(_amid(a, keep)) for a in (x, y))
+            moments = _unbiased_moments(xs, ys, keep, rows, route)
     losses = combine(moments, rows, "cka_loss", estimator, torch.finfo(wide).eps).value
     total: Tensor = torch.where(enough, losses, 0.0).sum() / enough.sum()
     return total.to(wide)
@@ -84,6 +88,33 @@ def _moments(xs: Tensor, ys: Tensor, route: str) -> Moments:
         return Moments(_inner(a, b), _inner(a, a), _inner(b, b))
     c, a, b = ys.mT @ xs, _self_product(xs.mT), _self_product(ys.mT)
     return Moments(_inner(c, c), _inner(a, a), _inner(b, b))
+
+
+def _can_look(*sides: Tensor) -> bool:
+    """Whether values can be read at no cost: of plain tensors on a CPU, where nobody traces."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not traced and all(side.is_cpu and type(side) is Tensor for side in sides)
+
+
+def _are_even(x: Tensor, rows: Tensor, enough: Tensor) -> bool:
+    """Whether no token dominates in any of the sequences that count (`dominating.uneven`)."""
+    norms = squared_norms(x.detach()).double()
+    even = norms.square().sum(1) * rows <= (rows / 4.0).clamp(max=6.0) * norms.sum(1).square()
+    return bool((~enough | (even & (rows >= 8.0))).all())
+
+
+def _plain_moments(xs: Tensor, ys: Tensor, route: str) -> Moments:
+    """The moments of matrices without their diagonals, of centred columns: their row sums are minus the diagonals."""
+    kappa, lam = (squared_norms(side).double() for side in (xs, ys))
+    if route == "gram":
+        diagonal = torch.eye(xs.shape[1], dtype=torch.bool, device=xs.device)
+        a, b = (_self_product(side).masked_fill(diagonal, 0.0) for side in (xs, ys))
+        kl, kk, ll = _inner(a, b), _inner(a, a), _inner(b, b)
+    else:
+        kl, kk, ll, *_ = _moments(xs, ys, route)
+        kl, kk, ll = kl - (kappa * lam).sum(1), kk - kappa.square().sum(1), ll - lam.square().sum(1)
+    norms = (kappa * lam).sum(1), kappa.square().sum(1), lam.square().sum(1)
+    return Moments(kl, kk, ll, *norms, -kappa.sum(1), -lam.sum(1))
 
 
 def _unbiased_moments(xs: Tensor, ys: Tensor, keep: Tensor | None, rows: Tensor, route: str) -> Moments:
