@@ -93,7 +93,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     if problem.statistic in ("hsic", "gram_mse"):  # have units
         value, d_kl, d_kk, d_ll = (_unscaled(a, sides.scale_x, sides.scale_y) for a in result)
     coefficients = Coefficients(
-        d_kl, d_kk, d_ll, sides.kl, sides.kk, sides.ll, 0.0, 0.0, sides.scale_x, sides.scale_y,
+        d_kl, d_kk, d_ll, sides.kl, sides.kk, sides.ll, sides.sum_k, sides.sum_l, sides.scale_x, sides.scale_y,
         at_least(MIN_ROWS[problem.estimator], count),  # with fewer the derivatives are NaN already
     )  # fmt: skip
     ys = sides.ys if problem.y_grad or route == "cross" else sides.ys.new_empty(0)
@@ -112,12 +112,12 @@ def backward(
     with fp32_products(problem):
         if problem.x_grad:
             products = (stash.yy, stash.xx) if gram else (stash.xy, stash.xx)
-            own = Side(stash.xs, stash.ys, *products, stash.rows, c.scale_x, c.n)
+            own = Side(stash.xs, stash.ys, *products, stash.rows, c.scale_x, c.n, (c.sum_k, c.sum_l))
             dx = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_kk, upstream, mask, route)
         if problem.y_grad:
             products = (stash.xx, stash.yy) if gram else (stash.xy.T, stash.yy)
             rows = torch.stack([stash.rows[i] for i in (1, 0, 2)]) if len(stash.rows) else stash.rows
-            own = Side(stash.ys, stash.xs, *products, rows, c.scale_y, c.n)
+            own = Side(stash.ys, stash.xs, *products, rows, c.scale_y, c.n, (c.sum_l, c.sum_k))
             dy = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_ll, upstream, mask, route)
     return x.new_empty(0) if dx is None else to(dx, x.dtype), y.new_empty(0) if dy is None else to(dy, y.dtype)
 
@@ -170,19 +170,19 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
         (xs, scale_x, _), (ys, scale_y, _) = (centre(a, mask, n, problem) for a in (x, y))
         found = plain(xs, ys, n, problem, route)
         return None if found is None else found._replace(scale_x=scale_x, scale_y=scale_y)
-    (xs, x_mean), (ys, y_mean) = (subtract_mean(to(a, wide), problem.center) for a in (x, y))
+    (xs, x_sum), (ys, y_sum) = (subtract_mean(to(a, wide), problem.center) for a in (x, y))
     if unbiased:  # takes row sums of K for zero: n eps |mean| counts
-        (xs, x_mean), (ys, y_mean) = subtract_mean(xs), subtract_mean(ys)
+        (xs, x_sum), (ys, y_sum) = subtract_mean(xs), subtract_mean(ys)
         found = plain(xs, ys, n, problem, route)
         if found is None:
             return None
         sides = found
     else:
         sides = _products(xs, ys, 1.0, 1.0, problem, route)
-    return sides if _sound(sides.kk, x_mean, n) and _sound(sides.ll, y_mean, n) else None
+    return sides if _sound(sides.kk, x_sum, n) and _sound(sides.ll, y_sum, n) else None
 
 
-def _sound(kk: float, mean: Tensor, n: float) -> bool:
+def _sound(kk: float, total: Tensor, n: float) -> bool:
     """Whether a plain subtraction of the mean was good enough, judged by its outcome (CPU).
 
     The subtraction leaves a residual of about eps |mean|, the same in every row. It enters <K,L> not at all (L is
@@ -190,7 +190,7 @@ def _sound(kk: float, mean: Tensor, n: float) -> bool:
     that are let pass, spread being the fourth root of <K,K> over sqrt(n). Anything else (larger means, a constant side,
     squares of squares that leave fp32's range, NaN) takes the careful way.
     """
-    return 1e-25 < kk < 1e25 and 256.0 * math.sqrt(kk) > n * torch.dot(mean, mean).item()
+    return 1e-25 < kk < 1e25 and 256.0 * n * math.sqrt(kk) > torch.dot(total, total).item()
 
 
 def _near_one(

@@ -26,6 +26,7 @@ SMALLEST_BLOCK, LARGEST_BLOCK = {"cpu": 128, "cuda": 2048}, {"cpu": 512, "cuda":
 LONG_ROWS, SMALLEST_BLOCK_OF_LONG_ROWS = 1024, 64
 # Up to here a dot product (MKL) and a sum (PyTorch) run on one thread. To wake a second one costs 80 us.
 ONE_THREAD_DOT, ONE_THREAD_SUM = 1 << 13, 1 << 15
+FP32_MAX = torch.finfo(torch.float32).max
 
 
 def to(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,13 +35,16 @@ def to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def subtract_mean(x: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
-    """Columns minus their means, and these. sum(0) takes half as long as mean(0) where x is small."""
+    """Columns minus their means, and their sums. sum(0) takes half as long as mean(0) where x is small."""
     if not center:
         return x, x.new_zeros(1)  # nothing was subtracted
-    mean = x.sum(0).mul_(1.0 / x.shape[0])
-    # Not x.sub(total, alpha=1/n): where rows are cut into vectors and a rest, as of a column-major x, that is fused in
-    # one and rounded twice in the other, and the rows get different residuals.
-    return x.sub(mean), mean
+    total = x.sum(0)
+    share = 1.0 / x.shape[0]
+    # In one operator only where each row is cut into vectors and a rest alike: in vectors it is fused, in the rest
+    # rounded twice, and the rows of a column-major x, or of one that threads share, would get different residuals.
+    if x.shape[1] > 1 and x.numel() <= ONE_THREAD_SUM and x.is_contiguous():
+        return x.sub(total, alpha=share), total
+    return x.sub(total * share), total
 
 
 def centre(
@@ -257,19 +261,19 @@ def _switched(switch: Any, precision: str) -> Iterator[None]:
 
 def scalar(value: Tensor) -> Scalar:
     """A 0-d tensor as what the other scalars are: a Python float, or 0-d fp64 on a CUDA device."""
-    return value.item() if is_host(value.device) else value.double()
+    return value.item() if value.is_cpu or is_host(value.device) else value.double()
 
 
 def read(values: Tensor) -> tuple[Scalar, ...]:
     """The entries of a vector as scalars."""
-    return tuple(values.tolist()) if is_host(values.device) else values.unbind()
+    return tuple(values.tolist()) if values.is_cpu or is_host(values.device) else values.unbind()
 
 
 def write(value: Scalar, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A scalar as a 0-d tensor."""
     if isinstance(value, Tensor):
         return value.to(dtype)
-    if dtype == torch.float32 and abs(value) > torch.finfo(dtype).max:
+    if abs(value) > FP32_MAX and dtype == torch.float32:
         value = math.copysign(math.inf, value)  # which PyTorch takes for a mistake
     return torch.scalar_tensor(value, dtype=dtype, device=device)
 
@@ -277,9 +281,8 @@ def write(value: Scalar, dtype: torch.dtype, device: torch.device) -> Tensor:
 def pack(scalars: tuple[Scalar, ...], device: torch.device) -> Tensor:
     """Scalars as a vector, fp64; on the CPU where the device has no fp64."""
     if is_host(device):
-        return torch.from_numpy(np.array(scalars)).to(
-            device if has_fp64(device) else "cpu"
-        )  # a third of torch.tensor's
+        packed = torch.from_numpy(np.array(scalars))  # a third of torch.tensor's time
+        return packed.to(device) if has_fp64(device) and device.type != "cpu" else packed
     # full() and not tensor(): a copy from the host would break CUDA graph capture.
     full = partial(torch.full, (), dtype=torch.float64, device=device)
     return torch.stack([s.double() if isinstance(s, Tensor) else full(s) for s in scalars])

@@ -16,7 +16,8 @@ class Sides(NamedTuple):
     """Both sides, centred and scaled, and what the backward needs of their products; fields as in `Stash`.
 
     ``kl``, ``kk`` and ``ll`` are <K,L>, <K,K> and <L,L> of centred matrices; unbiased: of U-centred ones. ``rows``
-    [3, n] (unbiased, cross) holds kappa, lambda, and 1 for the rows that are apart.
+    [3, n] (unbiased) holds kappa, lambda, and 1 for the rows that are apart; ``sum_k`` and ``sum_l`` are the sums of
+    kappa and lambda if that is all that the gradient needs beside the products (`unbiased.plain`), else 0.
     """
 
     xs: Tensor
@@ -30,10 +31,13 @@ class Sides(NamedTuple):
     yy: Tensor
     xy: Tensor
     rows: Tensor
+    sum_k: Scalar = 0.0
+    sum_l: Scalar = 0.0
 
 
 class Side(NamedTuple):
-    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own."""
+    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``sums`` are
+    `Sides`' of its own and of the other side."""
 
     own: Tensor
     other: Tensor
@@ -42,6 +46,7 @@ class Side(NamedTuple):
     rows: Tensor
     scale: Scalar
     n: Scalar
+    sums: tuple[Scalar, Scalar]
 
 
 def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Scalar, Scalar, Scalar]:

@@ -23,7 +23,19 @@ from .dominating import (
     uneven,
     without,
 )
-from .linalg import at_least, centre, dtypes, exact, inner_products, power_of_two, row_count, scalar, self_product, to
+from .linalg import (
+    at_least,
+    centre,
+    dtypes,
+    exact,
+    inner_products,
+    power_of_two,
+    row_count,
+    scalar,
+    self_product,
+    to,
+    weighted_sum,
+)
 from .sides import Side, Sides, by_columns, empty, kept, without_diagonal
 
 # Of what the unbiased self-HSIC is a difference of, the share that has to be left (CPU): 1 / 0.02 roundings are let
@@ -93,7 +105,7 @@ def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> S
     kl, kk, ll = (a - share * b + c for a, b, c in zip((kl, kk, ll), dots, totals, strict=True))
     if not (kk > LEFT * terms[0] and ll > LEFT * terms[1]):
         return None
-    return Sides(xs, ys, 1.0, 1.0, kl, kk, ll, xx, yy, xy, rows)
+    return Sides(xs, ys, 1.0, 1.0, kl, kk, ll, xx, yy, xy, rows, sum_k, sum_l)
 
 
 def _by_rows(x: tuple[Tensor, Scalar], y: tuple[Tensor, Scalar], n: Scalar, mask: Tensor | None) -> Sides:
@@ -127,27 +139,28 @@ def _about_rest(x: Tensor, mask: Tensor | None, rest: Tensor, count: Scalar, pro
 
 
 def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar, route: Route) -> Tensor:
-    """The unbiased estimator's share of dX: what stands behind the products in the formulas of `library`.
-
-    On the Gram route the matrices have no diagonal, and no rows stand apart.
-    """
+    """The unbiased estimator's share of dX: what stands behind the products in the formulas of `library`."""
     own, n = to(side.own, d.dtype), at_least(4.0, side.n)
     kappa, lam, apart = side.rows
-    diagonal = lam * d_cross + kappa * d_own
-    rho, total = -diagonal, None
-    if route == "cross" and not (apart.is_cpu and not apart.any()):
-        few = marked(apart)
-        heavy = own[few]
-        e = without_diagonal(own @ heavy.T, few) * d_own
-        other = to(side.other, d.dtype)
-        e += without_diagonal(other @ other[few].T, few) * d_cross
-        d = torch.addmm(d, e, heavy)
-        diagonal = diagonal * (1.0 - apart)
-        rho, total = e.sum(1) - diagonal, own.sum(0)
+    sum_own, sum_other = side.sums
+    diagonal = weighted_sum(lam, d_cross, kappa, d_own)
+    if isinstance(sum_own, float) and sum_own > 0.0:  # `plain`: rho = -diagonal, no rows stand apart, T = 0
+        constant = (d_cross * sum_other + d_own * sum_own) / ((n - 1.0) * (n - 2.0))
+        factor = -2.0 / (n - 2.0) if route == "gram" else -n / (n - 2.0)
+        d.addcmul_((diagonal * factor + constant)[:, None], own)
+        return d.add_(diagonal @ own, alpha=1.0 / (n - 2.0))
+    if route == "gram":  # `_by_rows`: the matrices are U-centred
+        return d
+    few = marked(apart)
+    heavy = own[few]
+    e = without_diagonal(own @ heavy.T, few) * d_own
+    other = to(side.other, d.dtype)
+    e += without_diagonal(other @ other[few].T, few) * d_cross
+    diagonal = diagonal * (1.0 - apart)
+    rho = e.sum(1) - diagonal
     share = rho / (n - 2.0)
     u = share - exact(rho).sum().to(d.dtype) / ((n - 1.0) * (n - 2.0))
-    weights = u + share if route == "gram" else u + share - diagonal
-    d.addcmul_(weights[:, None], own)
-    if total is not None:
-        d -= torch.outer(u, total)
+    d = torch.addmm(d, e, heavy)
+    d += (u + share - diagonal)[:, None] * own
+    d -= torch.outer(u, own.sum(0))
     return d.sub_(share @ own)
