@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,13 +142,27 @@ def _measure(
     layers = [layer.reshape(n, -1) for layer in layers]
     count = row_count(layers[0], mask)
     with ops.without_autocast(device):
-        unbiased = known == "unbiased"
-        given = layers[: len(xs)], layers[len(xs) :]
-        x, y = (_side(side, mask, count, dtype, unbiased) if side else None for side in given)
-        assert x is not None
-        moments = _moments(x, y, unbiased)
+        way: Way = "biased" if known == "biased" else "plain" if layers[0].is_cpu else "apart"
+        x, y, found = _try(layers, len(xs), mask, count, dtype, way)
+        if found is None:
+            x, y, found = _try(layers, len(xs), mask, count, dtype, "apart")
+        assert found is not None
     wide = ops.value_dtype(dtype)
-    return _Measured(moments, count, known, wide, torch.finfo(wide).eps, x.scales[:, None], (y or x).scales[None, :])
+    return _Measured(found, count, known, wide, torch.finfo(wide).eps, x.scales[:, None], (y or x).scales[None, :])
+
+
+# Unbiased: about the means of all rows, where the row sums of a Gram matrix without its diagonal are minus that: good
+# enough if a CPU sees that no rows dominate; or about the mean of those that do not.
+Way = Literal["biased", "plain", "apart"]
+
+
+def _try(
+    layers: list[Tensor], first: int, mask: Tensor | None, count: Scalar, dtype: torch.dtype, way: Way
+) -> tuple[_Side, _Side | None, Moments | None]:
+    """Both networks' layers, the ``first`` of which are one's, and their moments; None of "plain" if rows dominate."""
+    x = _side(layers[:first], mask, count, dtype, way)
+    y = _side(layers[first:], mask, count, dtype, way) if layers[first:] else None
+    return x, y, _moments(x, y, count, way)
 
 
 class _Side(NamedTuple):
@@ -157,9 +171,6 @@ class _Side(NamedTuple):
     stacks: list[Tensor]  # [layers of this width, n, width]: their products are one call
     place: list[int]  # where each layer, as it was given, stands among them
     scales: Tensor  # of each layer, as it was given; fp64
-    # Squared norms of the rows [layers, n], fp64, in the order of the stacks, if these are about the means of all their
-    # rows (unbiased only): the Gram matrices' row sums without the diagonals are minus these. None: they are not.
-    norms: Tensor | None
 
     def layers(self) -> list[Tensor]:
         """Each [n, width], in the order of the stacks."""
@@ -170,17 +181,8 @@ class _Side(NamedTuple):
         return [stack.shape[2] for stack in self.stacks for _ in stack]
 
 
-def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch.dtype, unbiased: bool) -> _Side:
-    """As `linalg.centre`, for layers of equal width at once: of 18 layers four calls where cores wait, not 18.
-
-    Unbiased, about the mean of the rows that do not dominate, unless a CPU sees that none do.
-    """
-    if unbiased and layers[0].is_cpu:
-        plain = _side(layers, mask, count, dtype, False)
-        norms = torch.cat([squared_norms(stack) for stack in plain.stacks]).double()
-        sums = zip(norms.square().sum(1).tolist(), norms.sum(1).tolist(), strict=True)
-        if not any(uneven(squares, total, count) for squares, total in sums):
-            return plain._replace(norms=norms)
+def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch.dtype, way: Way) -> _Side:
+    """As `linalg.centre`, for layers of equal width at once: of 18 layers four calls where cores wait, not 18."""
     wide, device = ops.value_dtype(dtype), layers[0].device
     _, operand = dtypes(Problem(1, 1, 1, dtype, device))
     groups: dict[int, list[int]] = {}
@@ -192,12 +194,10 @@ def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch
         x = torch.stack([layers[number].to(dtype).to(wide) for number in group])
         if left_out is not None:
             x.masked_fill_(left_out, 0.0)
-        for _ in range(2):  # the second means are the rounding of the first
-            x -= bulk_mean(x, mask) if unbiased else x.sum(1, keepdim=True) / at_least(1.0, count)
+        for _ in range(1 if way == "apart" else 2):  # the second means are the rounding of the first
+            x -= bulk_mean(x, mask) if way == "apart" else x.sum(1, keepdim=True) / at_least(1.0, count)
             if left_out is not None:
                 x.masked_fill_(left_out, 0.0)
-            if unbiased:
-                break
         scale = _powers_of_two(
             torch.maximum(x.amax((1, 2)), -x.amin((1, 2)))
         )  # vector_norm(inf) takes 20 times as long
@@ -205,7 +205,7 @@ def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch
         stacks.append(x.mul_(scale.to(wide)[:, None, None]).to(operand))
     order = [number for group in groups.values() for number in group]
     place = [order.index(number) for number in range(len(layers))]
-    return _Side(stacks, place, _take(torch.cat(scales), place), None)
+    return _Side(stacks, place, _take(torch.cat(scales), place))
 
 
 def _take(values: Tensor, place: list[int], dim: int = 0) -> Tensor:
@@ -223,8 +223,8 @@ def _powers_of_two(peaks: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(peaks, dtype=torch.float64), -exponent)
 
 
-def _moments(x: _Side, y: _Side | None, unbiased: bool) -> Moments:
-    """The moments of all pairs of layers, as they were given; y None is x."""
+def _moments(x: _Side, y: _Side | None, count: Scalar, way: Way) -> Moments | None:
+    """The moments of all pairs of layers, as they were given; y None is x. None of "plain" if rows dominate."""
     widths, others = x.widths(), y.widths() if y else []
     n, p, q = x.stacks[0].shape[1], sum(widths), sum(others)
     if y is None:
@@ -232,21 +232,29 @@ def _moments(x: _Side, y: _Side | None, unbiased: bool) -> Moments:
     else:
         gram = n * n * (p + q + len(widths) * len(others))
         cross = 2 * n * p * q + n * sum(width**2 for width in widths + others)
-    kl, kk, ll, r, t = (_by_strips if gram <= cross else _by_features)(x, y, unbiased)
+    kl, kk, ll, r, t = (_by_strips if gram <= cross else _by_features)(x, y, way)
+    if way == "plain" and not (_is_even(r, count) and (y is None or _is_even(t, count))):
+        return None
     here, there = x.place, (y or x).place
     kl, kk, ll = _take(_take(kl, here), there, 1), _take(kk, here)[:, None], _take(ll, there)[None, :]
-    if not unbiased:
+    if way == "biased":
         return Moments(kl, kk, ll)
     r, t = _take(r, here), _take(t, there)
     squares, other_squares = r.square().sum(1), t.square().sum(1)
     return Moments(kl, kk, ll, r @ t.T, squares[:, None], other_squares[None, :], r.sum(1)[:, None], t.sum(1)[None, :])
 
 
+def _is_even(sums: Tensor, count: Scalar) -> bool:
+    """Whether no rows dominate in any layer, by its row sums [layers, n]."""
+    found = zip(sums.square().sum(1).tolist(), sums.sum(1).tolist(), strict=True)
+    return not any(uneven(squares, total, count) for squares, total in found)
+
+
 # kl, kk, ll, and the row sums of the Gram matrices of xs and of ys; unbiased, all without the diagonals; fp64
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _by_strips(xs: _Side, ys: _Side | None, unbiased: bool) -> Parts:
+def _by_strips(xs: _Side, ys: _Side | None, way: Way) -> Parts:
     """From the Gram matrices, a block of their rows at a time; without their diagonals if unbiased."""
     sides = (xs,) if ys is None else (xs, ys)
     like, counts = xs.stacks[0], [len(side.place) for side in sides]
@@ -258,10 +266,13 @@ def _by_strips(xs: _Side, ys: _Side | None, unbiased: bool) -> Parts:
     sums = [zeros(count, n) for count in counts]
     for begin in range(0, n, rows):
         strips = [_strips(side, begin, begin + rows, out) for side, out in zip(sides, room, strict=True)]
-        for side, strip, total in zip(sides, strips, sums, strict=True):
-            if unbiased:
-                strip.diagonal(dim1=1, dim2=2).zero_()
-            if unbiased and side.norms is None:
+        for strip, total in zip(strips, sums, strict=True):
+            diagonal = strip.diagonal(dim1=1, dim2=2)
+            if way == "plain":
+                total[:, begin : begin + rows] = -diagonal
+            if way != "biased":
+                diagonal.zero_()
+            if way == "apart":
                 total[:, begin : begin + rows] += strip.sum(2)
                 total[:, begin + rows :] += strip[:, :, rows:].sum(1)
             # Right of the block on the diagonal every entry stands for two: in a product, the block's for half of that.
@@ -274,8 +285,7 @@ def _by_strips(xs: _Side, ys: _Side | None, unbiased: bool) -> Parts:
     if ys is None:
         kl = 0.5 * (kl + kl.T)  # symmetric to the last bit
         kk = ll = kl.diagonal()
-    found = [total if side.norms is None else -side.norms for side, total in zip(sides, sums, strict=True)]
-    return kl, kk, ll, found[0], found[-1]
+    return kl, kk, ll, sums[0], sums[-1]
 
 
 def _squares(strips: Tensor) -> Tensor:
@@ -299,12 +309,11 @@ def _strips(side: _Side, begin: int, end: int, room: Tensor) -> Tensor:
     return out
 
 
-def _by_features(x_side: _Side, y_side: _Side | None, unbiased: bool) -> Parts:
+def _by_features(x_side: _Side, y_side: _Side | None, way: Way) -> Parts:
     """From products of columns, a pair of layers at a time; without the Gram matrices' diagonals if unbiased."""
     xs, ys = x_side.layers(), y_side.layers() if y_side else None
     device = xs[0].device
-    plain = x_side.norms is not None and (y_side is None or y_side.norms is not None)
-    x_rest, y_rest = _apart(xs, ys) if unbiased and not plain else (None, None)
+    x_rest, y_rest = _apart(xs, ys) if way == "apart" else (None, None)
     if x_rest is not None:
         xs, ys = x_rest.bulk, y_rest.bulk if y_rest else None
 
@@ -320,11 +329,11 @@ def _by_features(x_side: _Side, y_side: _Side | None, unbiased: bool) -> Parts:
     else:
         kl = _vector([squared(x, y) for x in xs for y in ys], device).view(len(xs), -1)
         ll = _vector([self_product_norm(y.T) for y in ys], device)
-    if x_rest is None and unbiased:
-        kappa = x_side.norms
-        lam = kappa if y_side is None else y_side.norms
-        assert kappa is not None
-        assert lam is not None
+    if way == "plain":
+        kappa, lam = (
+            torch.stack([squared_norms(x.to(ops.value_dtype(x.dtype))) for x in side]).double()
+            for side in (xs, ys or xs)
+        )
         kl, kk, ll = kl - kappa @ lam.T, kk - kappa.square().sum(1), ll - lam.square().sum(1)
         return kl, kk, ll, -kappa, -lam
     if x_rest is None:
