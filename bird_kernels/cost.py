@@ -164,7 +164,7 @@ def _native(problem: Problem, sheet: Sheet) -> Cost:
         outputs = _parts(wanted, 32)
         blocks = outputs * (_parts(problem.n, 64) if outputs < slots else 1)
         clocks += outputs * C.native_backward * rows**2 / min(blocks, slots)
-    launches = 2 + bool(wanted)
+    launches = 2 + (problem.estimator == "unbiased") + bool(wanted)
     device = max(clocks / sheet.clock * 1e-3, _cold(_input_bytes(problem) + 2 * _wanted_bytes(problem), sheet))
     return Cost(C.native_call + launches * C.native_launch, launches * C.launch + device, launches)
 
