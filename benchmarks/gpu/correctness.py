@@ -19,8 +19,9 @@ from benchmarks.gpu import lines
 from benchmarks.gpu.context import Context, Item, Row
 from benchmarks.gpu.machine import Machine
 from benchmarks.kernels.problems import fp32_products
-from bird_kernels import RBF, cka_loss, testing
-from bird_kernels.testing import Result
+from bird_kernels import RBF, cka_loss
+from tests import accuracy
+from tests.accuracy import Result
 
 BACKENDS = ("library", "triton", "native")
 FLOOR = 1e-6
@@ -59,7 +60,8 @@ class Check:
     def features(self, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor]]:
         """As many students and teachers as there are pairs."""
         sides = [
-            testing.features(*self.shape, self.dtype, device, self.mean, seed + 10 * pair) for pair in range(self.pairs)
+            accuracy.features(*self.shape, self.dtype, device, self.mean, seed + 10 * pair)
+            for pair in range(self.pairs)
         ]
         return [x for x, _ in sides], [y for _, y in sides]
 
@@ -201,12 +203,12 @@ def _errors(
     n, p, q = check.shape
     rows = slice(None) if mask is None else mask
     if check.rbf:
-        form = testing.plain_rbf(RBF(), check.estimator)
+        form = accuracy.plain_rbf(RBF(), check.estimator)
     else:
-        form = testing.plain("gram" if n <= p + q else "cross", check.estimator)
+        form = accuracy.plain("gram" if n <= p + q else "cross", check.estimator)
     pairs = list(zip(xs, ys, strict=True))
     truths = [_truth(check, mask, x, y) for x, y in pairs]
-    plains = [testing.evaluate(lambda a, b: form(a[rows], b[rows]), x, y) for x, y in pairs]
+    plains = [accuracy.evaluate(lambda a, b: form(a[rows], b[rows]), x, y) for x, y in pairs]
     gradients = zip(found[1 : 1 + len(xs)], found[1 + len(xs) :], strict=True)
     results = [plain._replace(dx=dx, dy=dy) for plain, (dx, dy) in zip(plains, gradients, strict=True)]
     ours, theirs = _largest(results, truths), _largest(plains, truths)
@@ -217,7 +219,7 @@ def _errors(
 
 
 def _largest(results: Sequence[Result], truths: Sequence[Result]) -> dict[str, float]:
-    each = [testing.errors(result, true) for result, true in zip(results, truths, strict=True)]
+    each = [accuracy.errors(result, true) for result, true in zip(results, truths, strict=True)]
     return {name: max(errors[name] for errors in each) for name in ("dx", "dy")}
 
 
@@ -225,5 +227,5 @@ def _truth(check: Check, mask: Tensor | None, x: Tensor, y: Tensor) -> Result:
     """The literal formula in fp64, or where its n x n matrices are too large the closed form in fp64."""
     if check.shape[0] <= 2048:
         kernel = RBF() if check.rbf else None
-        return testing.truth(x, y, check.estimator, mask=mask, kernel=kernel)
-    return testing.evaluate(testing.plain("cross", check.estimator), x.double(), y.double())
+        return accuracy.truth(x, y, check.estimator, mask=mask, kernel=kernel)
+    return accuracy.evaluate(accuracy.plain("cross", check.estimator), x.double(), y.double())

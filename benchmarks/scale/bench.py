@@ -37,8 +37,9 @@ from torch.multiprocessing import spawn
 from benchmarks.kernels import results
 from benchmarks.kernels.tables import markdown
 from benchmarks.scale.model import size_of, time_of
-from bird_kernels import cka_loss, plan, testing, transport
+from bird_kernels import cka_loss, plan, transport
 from bird_kernels.types import Problem
+from tests import accuracy
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((32, 512, 512), (128, 512, 512), (512, 512, 512), (4096, 512, 512), (128, 64, 64), (4096, 64, 64))
@@ -87,7 +88,7 @@ def autograd(x: Tensor, y: Tensor) -> Tensor:
     teachers = [torch.empty_like(y) for _ in range(dist.get_world_size())]
     dist.all_gather(teachers, y)
     route = plan.choose_route(len(everyone), x.shape[1], y.shape[1])
-    return testing.plain(route)(everyone, torch.cat(teachers))
+    return accuracy.plain(route)(everyone, torch.cat(teachers))
 
 
 CONTESTANTS: dict[str, Loss] = {
@@ -95,17 +96,17 @@ CONTESTANTS: dict[str, Loss] = {
 }  # fmt: skip
 
 
-def truth(x: Tensor, y: Tensor) -> testing.Result:
+def truth(x: Tensor, y: Tensor) -> accuracy.Result:
     """The hand-written loss in fp64, under autograd: the literal formula would take minutes at 8,192 rows."""
     route = plan.choose_route(len(x), x.shape[1], y.shape[1])
-    return testing.evaluate(testing.plain(route), x.double(), y.double(), sides="x")
+    return accuracy.evaluate(accuracy.plain(route), x.double(), y.double(), sides="x")
 
 
 def compete(shape: tuple[int, int, int], origin: results.Origin) -> list[Row]:
     """All contestants on one shape; every rank runs this, the first one's rows count."""
     rank, world = dist.get_rank(), dist.get_world_size()
     n, p, q = shape
-    x, y = testing.features(n * world, p, q)
+    x, y = accuracy.features(n * world, p, q)
     own = slice(rank * n, (rank + 1) * n)
     whole, parts = truth(x, y), truth(x[own], y[own])
     mine, teacher = x[own].clone().requires_grad_(), y[own].clone()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.tables import markdown
-from bird_kernels import cka, plan, testing, transport
+from bird_kernels import cka, plan, transport
 from bird_kernels.types import Problem, Transport
+from tests import accuracy
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE, PICTURE = DOCS / "scale.md", DOCS / "scale.png"
@@ -119,7 +120,7 @@ def turning_points() -> str:
 
 def objectives() -> str:
     """CKA of the whole batch beside the average of the ranks' own: 512 rows on ever more ranks, mean of 20 draws."""
-    draws = [testing.features(512, 64, 64, torch.float64, seed=seed) for seed in range(20)]
+    draws = [accuracy.features(512, 64, 64, torch.float64, seed=seed) for seed in range(20)]
     cells = [["rows per rank", "ranks", "biased, average", "biased, whole", "unbiased, average", "unbiased, whole"]]
     for rows in (512, 128, 32, 8):
         values = [

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bird_kernels
-from bird_kernels.testing import features
+from tests.accuracy import features
 from tests.kernels.ranks import ROWS, SPLITS, Case, batch, counted, forced, own
 
 

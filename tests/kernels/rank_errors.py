@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bird
 import bird_kernels
-from bird_kernels.testing import features
+from tests.accuracy import features
 
 
 def sides(pairs: int = 2) -> tuple[list[Tensor], list[Tensor]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import bird_kernels
 from bird_kernels import functional, global_batch, transport
-from bird_kernels.testing import features
+from tests.accuracy import features
 
 WORLDS = (1, 2, 3, 4)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from bird_kernels import RBF, cka_loss
 from bird_kernels.plan import FEW_ROWS
-from bird_kernels.testing import Function, evaluate, features, operator
+from tests.accuracy import Function, evaluate, features, operator
 
 SHAPES = [(5, 3, 70), (37, 61, 29), (130, 65, 33)]
 MORE_ROWS = (520, 65, 33)  # than FEW_ROWS, whose launches are others
 
 
 class Call(NamedTuple):
-    """``function(x, y)``, and what `bird_kernels.testing.truth` takes to say what it should give."""
+    """``function(x, y)``, and what `tests.accuracy.truth` takes to say what it should give."""
 
     function: Function
     x: Tensor

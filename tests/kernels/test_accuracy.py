@@ -11,7 +11,7 @@ from torch import Tensor
 
 import bird_kernels
 from bird_kernels.backends import linalg, sides
-from bird_kernels.testing import (
+from tests.accuracy import (
     Result,
     assert_no_worse,
     errors,

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bird_kernels
 from bird_kernels import backends, ops, reference
 from bird_kernels.plan import FEW_ROWS
-from bird_kernels.testing import evaluate, features
+from tests.accuracy import evaluate, features
 
 native = pytest.importorskip("bird_kernels._native", reason="the native part is not built")
 N, P, Q = 9, 5, 7

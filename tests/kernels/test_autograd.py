@@ -8,7 +8,7 @@ from torch import Tensor
 
 import bird_kernels
 from bird_kernels import reference
-from bird_kernels.testing import errors, evaluate, features, operator, truth
+from tests.accuracy import errors, evaluate, features, operator, truth
 
 COMPILED = pytest.mark.compiled
 N, P, Q = 37, 21, 30

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bird_kernels import cka_loss
-from bird_kernels.testing import Result, assert_no_worse, errors, evaluate, features, operator, plain, truth
+from tests.accuracy import Result, assert_no_worse, errors, evaluate, features, operator, plain, truth
 
 pytestmark = [
     pytest.mark.gpu,

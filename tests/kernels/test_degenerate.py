@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bird_kernels import reference
-from bird_kernels.testing import Result, assert_no_worse, evaluate, features, operator, plain, truth
+from tests.accuracy import Result, assert_no_worse, evaluate, features, operator, plain, truth
 
 COMPILED = pytest.mark.compiled
 N, P, Q = 37, 21, 30  # 37 is odd, so that the mean of 37 equal fp32 numbers may differ from them

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
 from bird_kernels import cka_loss, transport
-from bird_kernels.testing import features, truth
 from bird_kernels.types import Problem
+from tests.accuracy import features, truth
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)

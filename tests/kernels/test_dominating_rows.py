@@ -18,7 +18,7 @@ from torch import Tensor
 import bird_kernels
 from bird_kernels import Statistics, cka, cka_loss, cka_matrix, plan, token_cka_loss
 from bird_kernels.matrix import hsic_matrix
-from bird_kernels.testing import evaluate, operator, truth
+from tests.accuracy import evaluate, operator, truth
 
 COMPILED = pytest.mark.compiled
 SIZES = [10.0, 1e2, 1e3, 3e3, 1e4, 3e4]

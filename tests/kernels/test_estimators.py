@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bird_kernels import reference
 from bird_kernels.moments import MIN_ROWS, Combined, Moments, combine
-from bird_kernels.testing import features
+from tests.accuracy import features
 
 STATISTICS = ["hsic", "cka", "cka_loss"]
 EPS = torch.finfo(torch.float64).eps

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import bird_kernels
 from bird_kernels import CKALoss, HSICLoss, cka, cka_loss, explain, hsic, reference
-from bird_kernels.testing import features
+from tests.accuracy import features
 
 N, P, Q = 37, 21, 30
 X, Y = torch.zeros(N, P), torch.zeros(N, Q)

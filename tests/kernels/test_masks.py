@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from bird_kernels.testing import evaluate, features, operator, truth
+from tests.accuracy import evaluate, features, operator, truth
 
 COMPILED = pytest.mark.compiled
 N, P, Q = 37, 21, 30

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bird_kernels
 from bird_kernels import matrix, reference
-from bird_kernels.testing import features
+from tests.accuracy import features
 
 # Widths of two networks' layers: wide (strips of Gram matrices), and so narrow that products of columns are cheaper.
 WIDTHS = {"gram": ((5, 90, 33), (70, 4)), "cross": ((3, 2, 4, 1), (1, 5, 2))}

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bird_kernels import RBF, plan
 from bird_kernels.backends.library_rbf import median, strips
-from bird_kernels.testing import features
 from bird_kernels.types import Problem
+from tests.accuracy import features
 from tests.kernels.gaussian import N, P, Q, distances
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from torch import Tensor
 from bird_kernels import backends, cka_loss
 from bird_kernels.moments import MIN_ROWS, Coefficients, Moments, combine
 from bird_kernels.plan import FEW_ROWS
-from bird_kernels.testing import Result, evaluate, features, operator, truth
 from bird_kernels.types import Problem
+from tests.accuracy import Result, evaluate, features, operator, truth
 from tests.kernels.test_dominating_rows import assert_gradient, assert_right, case
 
 native = pytest.importorskip("bird_kernels._native", reason="the native part is not built")

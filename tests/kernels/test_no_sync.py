@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import bird_kernels
 from bird_kernels import RBF, Statistics, backends, cka_loss, cka_matrix, ops, token_cka_loss
 from bird_kernels.matrix import hsic_matrix
-from bird_kernels.testing import operator
+from tests.accuracy import operator
 
 CUDA = torch.device("cuda", 0)
 N, P, Q = 37, 21, 30

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bird_kernels
 from bird_kernels import backends, ops
 from bird_kernels.ops import Spec
-from bird_kernels.testing import evaluate, features, operator, poison
 from bird_kernels.types import Problem, Stash
+from tests.accuracy import evaluate, features, operator, poison
 
 COMPILED = pytest.mark.compiled
 N, P, Q = 37, 21, 30

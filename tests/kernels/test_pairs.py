@@ -12,8 +12,8 @@ from torch import Tensor
 
 import bird_kernels
 from bird_kernels import functional, pairs, plan, reference
-from bird_kernels.testing import features, poison
 from bird_kernels.types import Problem
+from tests.accuracy import features, poison
 
 # Widths of (x, y): a wide one, two narrow ones (cross route where they stand alone), one beyond a block.
 WIDTHS = [(40, 9), (3, 5), (7, 70), (1, 2)]

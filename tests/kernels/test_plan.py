@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bird_kernels import backends, cost, plan
 from bird_kernels.backends import library, linalg
-from bird_kernels.testing import features
 from bird_kernels.types import Choice, Cost, Problem
+from tests.accuracy import features
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 SIZES = [1, 2, 3, 5, 13, 34, 64, 100, 128, 200, 333, 512, 700, 2048, 30_000]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bird_kernels import RBF, Statistics, cka, cka_loss, hsic
-from bird_kernels.testing import Result, evaluate, features
+from tests.accuracy import Result, evaluate, features
 
 SETTINGS = settings(
     deadline=None,

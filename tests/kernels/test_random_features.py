@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bird_kernels.testing import Function, evaluate, operator, truth
+from tests.accuracy import Function, evaluate, operator, truth
 
 DRAWS = 200
 FLOOR = 1e-5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bird_kernels import RBF, cka_loss, reference
-from bird_kernels.testing import assert_no_worse, errors, evaluate, features, operator, plain_rbf, poison, truth
+from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain_rbf, poison, truth
 from tests.kernels.gaussian import N, P, Q, bandwidth, centred, distances
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bird_kernels
 from bird_kernels import RBF, backends, cka_loss, plan, reference
 from bird_kernels.backends.library_rbf import median
-from bird_kernels.testing import evaluate, features, operator, poison
 from bird_kernels.types import Problem
+from tests.accuracy import evaluate, features, operator, poison
 from tests.kernels.gaussian import RULES, N, P, Q, centred
 
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bird_kernels import RBF, backends, cka_loss, explain, hsic, plan
-from bird_kernels.testing import assert_no_worse, errors, evaluate, features, operator, plain_rbf, poison, truth
 from bird_kernels.types import Problem
+from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain_rbf, poison, truth
 from tests.kernels.gaussian import N, P, Q
 
 triton = pytest.importorskip("triton", reason="Triton does not exist for this system")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bird_kernels import reference
-from bird_kernels.testing import features
+from tests.accuracy import features
 
 
 def grams(x: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import bird_kernels
 from bird_kernels import RBF, CKALoss, backends, cka, cka_loss, explain, gram_mse, reference
-from bird_kernels.testing import errors, evaluate, features, operator, poison, truth
+from tests.accuracy import errors, evaluate, features, operator, poison, truth
 
 N, P, Q = 37, 21, 30
 KERNELS = {"linear": None, "rbf": RBF()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bird_kernels import plan
-from bird_kernels.testing import errors, evaluate, truth
+from tests.accuracy import errors, evaluate, truth
 from tests.kernels import sanitize
 
 

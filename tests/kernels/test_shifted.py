@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bird_kernels import backends, reference
 from bird_kernels.backends import library
-from bird_kernels.testing import Result, assert_no_worse, errors, evaluate, features, operator, plain, poison, truth
 from bird_kernels.types import Problem
+from tests.accuracy import Result, assert_no_worse, errors, evaluate, features, operator, plain, poison, truth
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
 symmetric = pytest.importorskip("bird_kernels.backends.triton.symmetric")

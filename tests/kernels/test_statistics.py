@@ -12,7 +12,7 @@ from torch import Tensor, multiprocessing
 
 from bird_kernels import Statistics, cka_loss, distributed, reference, sums
 from bird_kernels.sums import Sums
-from bird_kernels.testing import features
+from tests.accuracy import features
 from tests.groups import run_ranks
 
 CUTS = [0, 11, 1, 30, 19]  # rows per update

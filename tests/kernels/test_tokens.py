@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import bird_kernels
 from bird_kernels import cka_loss, explain, last_token, mean_tokens, plan, reference, token_cka_loss
-from bird_kernels.testing import Result, evaluate, features
 from bird_kernels.types import Problem
+from tests.accuracy import Result, evaluate, features
 
 MODES = ["all", "last", "mean", "sequence"]
 LEAST = {"biased": 2, "unbiased": 4}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bird_kernels import plan
 from bird_kernels.moments import MIN_ROWS, Moments, combine
-from bird_kernels.testing import assert_no_worse, errors, evaluate, features, operator, plain, truth
 from bird_kernels.types import RBF, Problem
+from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain, truth
 
 triton = pytest.importorskip("triton", reason="Triton does not exist for this system")
 tl = pytest.importorskip("triton.language", reason="Triton does not exist for this system")

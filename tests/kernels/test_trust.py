@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bird_kernels import backends, cka_loss, explain, tuning
 from bird_kernels.backends import native, trust
-from bird_kernels.testing import evaluate, features
+from tests.accuracy import evaluate, features
 
 pytest.importorskip("triton", reason="Triton does not exist for this system")
 N, P, Q = 48, 33, 40

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bird_kernels
 from bird_kernels import RBF, CKALoss, HSICLoss, Statistics, cka_loss, ops, plan, token_cka_loss
 from bird_kernels.matrix import hsic_matrix
-from bird_kernels.testing import features
 from bird_kernels.types import Stash
+from tests.accuracy import features
 from tests.kernels.device_without_fp64 import MixedDevicesError, NoDoubleError, OnDevice, WithoutDoubles
 
 N, P, Q = 24, 9, 7

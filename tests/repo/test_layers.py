@@ -42,7 +42,6 @@ HOUSE = {
     ],
     "bird_kernels": [
         {"__init__"},
-        {"testing"},
         {"modules", "statistics", "tokens", "tuner"},
         {"functional"},
         {"pairs", "matrix"},
@@ -69,7 +68,7 @@ HOUSE = {
 # The rooms of `bird` that compute alignment or pool tokens; the front door re-exports operators, `info` lists backends.
 CALLS_KERNELS = {"losses", "chunks", "selection", "evaluation", "similarity", "language", "__init__", "cli"}
 # `reference` is the truth to test against: only double backward and backend="reference" may lean on it.
-CALLS_REFERENCE = {"testing", "functional", "ops"}
+CALLS_REFERENCE = {"functional", "ops"}
 
 
 def sources(package: str) -> list[Path]:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .types import RBF, Estimator, Precision, Problem, Route, Statistic
+from bird_kernels import ops, reference
+from bird_kernels.types import RBF, Estimator, Precision, Problem, Route, Statistic
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
