@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import cost, tuning
 from ..plan import FEW_ROWS, are_few, route_of, variant
-from ..types import Choice, Cost, Precision, Problem, Sheet, Variant
+from ..types import RBF, Choice, Cost, Precision, Problem, Sheet, Variant
 from . import trust
 
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
@@ -133,14 +133,30 @@ def resolve(problem: Problem, requested: str) -> str:
     Raises:
         ValueError: as `choose`.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling or requested != "auto" or not compares(problem.device):
-        name, _ = choose(problem.dtype, problem.device, are_few(problem.n), requested, variant(problem))
-        return _within_bounds(name, problem) if compiling and requested == "auto" else name
+    if requested == "auto" and torch.compiler.is_compiling():
+        return _within_bounds(_usable(problem.dtype, problem.device, are_few(problem.n), variant(problem)), problem)
+    if requested != "auto" or not compares(problem.device):
+        return choose(problem.dtype, problem.device, are_few(problem.n), requested, variant(problem))[0]
     while True:
         name = decide(problem, requested).backend
         if works(name, problem):
             return name
+
+
+def _usable(dtype: torch.dtype, device: torch.device, few_rows: bool, variant: Variant) -> str:
+    """`choose` under "auto" for a call that is being compiled; the kernels are tried meanwhile, on both routes.
+
+    A compiled call cannot go over to another backend when it runs.
+    """
+    kernel = RBF() if variant == 'kernel="rbf"' else None
+    few, many = (Problem(n, 1, 1, dtype, device, kernel=kernel) for n in (2, 4))  # by Gram matrices, by features
+    while True:
+        name, _ = choose(dtype, device, few_rows, "auto", variant)
+        if not compares(device) or (works(name, few) and works(name, many)):
+            return name
+
+
+_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _within_bounds(name: str, problem: Problem) -> str:

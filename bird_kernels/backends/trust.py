@@ -89,9 +89,10 @@ def is_known(use: Use) -> bool:
 def tried(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
     """What went wrong with a small problem of the same options; None if nothing did, which is remembered.
 
-    A capture, a trace or a transform must not be disturbed: then None, and a later call tries.
+    A CUDA graph that is being captured and a dispatch mode must not see it: then None, and a later call tries.
     """
-    if _is_watched(problem.device):
+    capturing = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or torch._C._len_torch_dispatch_stack() > 0:
         return None
     try:
         with _undisturbed(problem.device):
@@ -145,20 +146,11 @@ def _evaluate_pairs(
     return values[1], empty if dx is None else dx, empty if dy is None else dy
 
 
-def _is_watched(device: torch.device) -> bool:
-    """Whether somebody other than autograd looks on; as in `ops`, and CUDA graphs."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    )
-
-
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """No autograd, no autocast; the comparison waits for the device, which a debugging mode may forbid."""
-    with torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    """No autograd, transform or autocast; the comparison waits for the device, which a debugging mode may forbid."""
+    functions = torch._C._DisableFuncTorch()
+    with functions, torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         if device.type != "cuda":
             yield
             return

@@ -194,21 +194,50 @@ def test_no_memory_is_no_fault_of_the_kernels(triton: ModuleType, monkeypatch: p
     assert explain(*features(N, P, Q)).backend == "triton"
 
 
-def test_nobody_who_looks_on_is_disturbed(triton: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a dispatch mode, a transform or a capture the small problem waits for the next call."""
+def test_a_dispatch_mode_or_a_capture_is_not_disturbed(triton: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small problem waits for the next call."""
     tried = []
     monkeypatch.setattr(trust, "_try", lambda *call: tried.append(call))
     x, y = features(N, P, Q)
     with Onlooker():
         cka_loss(x, y)
-    torch.func.grad(lambda a: cka_loss(a, y))(x)
     problem = explain(x, y).problem
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert trust._is_watched(torch.device("cuda"))
+        on_cuda = problem._replace(device=torch.device("cuda"))
+        assert trust.tried(triton, triton, on_cuda, trust.use_of("triton", on_cuda)) is None
     assert tried == []
     assert backends.works("triton", problem)
     assert len(tried) == 1
+
+
+def traced(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    compiled = torch.compile(cka_loss, backend="aot_eager", fullgraph=True)
+    return tuple(evaluate(compiled, x, y, "x"))[:2]
+
+
+def transformed(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    gradient, value = torch.func.grad_and_value(lambda a: cka_loss(a, y))(x)
+    return value, gradient
+
+
+def mapped(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    gradients, values = torch.func.vmap(torch.func.grad_and_value(lambda a: cka_loss(a, y)))(torch.stack([x, 2 * x]))
+    return values[0], gradients[0]
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("call", [traced, transformed, mapped])
+def test_traced_and_transformed_calls_are_tried_too(
+    call: Callable[..., tuple[Tensor, ...]], part: str, triton: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(triton, part, fails(getattr(triton, part)))
+    x, y = features(N, P, Q)
+    expected = evaluate(lambda a, b: cka_loss(a, b, backend="library"), x, y, "x")[:2]
+    with pytest.warns(RuntimeWarning, match="triton backend's linear kernels of torch.float32 .*library runs instead"):
+        assert_right(call(x, y), expected)
+    torch.compiler.reset()
 
 
 def test_the_library_has_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
