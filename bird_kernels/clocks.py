@@ -34,7 +34,7 @@ def wall(run: Run, once: float) -> Take:
 
 
 def host(run: Run, once: float) -> Take:
-    """Seconds until the call returns, the device's queue empty before and nobody waiting for it after."""
+    """Seconds until the call returns, the device's queue empty before; the call is not waited for."""
     timed = wall(run, once)
 
     def take() -> float:

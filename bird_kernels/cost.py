@@ -1,4 +1,4 @@
-"""What a call costs on a GPU that nobody has measured: predicted microseconds of every candidate.
+"""What a call costs on a GPU that was not measured: predicted microseconds of every candidate.
 
 A pure function of sizes, dtypes and the device's data sheet; nothing here asks a device. A kernel takes a launch, and
 the longest of its matrix products at the library's efficiency, its traffic at the memory's, and its instructions at the

@@ -140,7 +140,7 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGrou
 
 
 def _require_plain_execution() -> None:
-    """Where the host cannot read numbers nobody can agree."""
+    """Where the host cannot read numbers, ranks cannot agree on them."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("group= does not work inside torch.func transforms: use autograd")
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():

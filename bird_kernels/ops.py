@@ -151,7 +151,7 @@ def alignment(
 ) -> Tensor:
     """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable.
 
-    ``auto``: nobody asked for this backend; where its kernels fail, another takes the call (`backends.replace`).
+    ``auto``: the backend was not asked for by name; where its kernels fail, another takes over (`backends.replace`).
     """
     if torch.compiler.is_compiling() and not (problem.x_grad or problem.y_grad):
         # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
@@ -208,8 +208,8 @@ def backward(
 
 
 def _watched(x: Tensor, y: Tensor) -> bool:
-    """Whether somebody other than autograd looks on (torch.compile, torch.func, a dispatch mode, a tensor subclass),
-    who must see operators; or the dispatcher has something to do (a lazy negative, as ``z.conj().imag`` is)."""
+    """Whether torch.compile, torch.func, a dispatch mode or a tensor subclass follows the call and must see operators;
+    or the dispatcher has something to do (a lazy negative, as ``z.conj().imag`` is)."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -230,7 +230,7 @@ at_once: Callable[..., Tensor | None] | None = None
 
 @lru_cache
 def _native() -> Any:
-    """The native backend: its autograd is its own, in C++, but for backwards that are differentiated or looked on."""
+    """The native backend: its autograd is its own, in C++, but for backwards that are differentiated or traced."""
     global at_once
     from .backends import native
 
@@ -277,7 +277,7 @@ class _Alignment(torch.autograd.Function):
 def _visible_backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec, stash: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """dx and dy by the operator; differentiable where somebody may differentiate them (create_graph, torch.func)."""
+    """dx and dy by the operator; differentiable under create_graph and torch.func."""
     gradients: tuple[Tensor, Tensor]
     if torch.is_grad_enabled():
         gradients = _AlignmentBackward.apply(grad, x, y, mask, *spec, *stash)

@@ -1,7 +1,7 @@
 """Several pairs of layers in one call: one node for autograd, whatever their number and widths.
 
-Whoever looks on (torch.compile, torch.func) sees the single calls instead, and so do the options that have no other
-form: see `losses`.
+Under torch.compile and torch.func, and with the options that have no common form (see `losses`), the pairs are single
+calls.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Call(NamedTuple):
 
 
 class _Calls(NamedTuple):
-    """How pairs are computed: each, or all ``together`` by Triton's common launches; ``auto``: as nobody asked for."""
+    """How pairs are computed: each, or all ``together`` by Triton's common launches; ``auto``: ours to choose."""
 
     each: list[_Call]
     together: bool

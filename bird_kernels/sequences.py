@@ -91,7 +91,7 @@ def _moments(xs: Tensor, ys: Tensor, route: str) -> Moments:
 
 
 def _can_look(*sides: Tensor) -> bool:
-    """Whether values can be read at no cost: of plain tensors on a CPU, where nobody traces."""
+    """Whether values can be read at no cost: of plain tensors on a CPU, outside a trace."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return not traced and all(side.is_cpu and type(side) is Tensor for side in sides)
 

@@ -172,7 +172,7 @@ class Statistics:
     def state_dict(self) -> dict[str, Tensor]:
         """Plain tensors, on the device where they are, for `torch.save` or safetensors; none before an update.
 
-        But "eps", by which products were rounded, is on the CPU: so that nobody waits for a device to read it.
+        But "eps", by which products were rounded, is on the CPU: reading it must not wait for a device.
         """
         if self._sums is None:
             return {}

@@ -115,7 +115,7 @@ def _choose(
 
 
 def _why_not_auto(name: str, dtype: torch.dtype, device: torch.device, few_rows: bool, variant: Variant) -> str | None:
-    """As `why_not`, of a backend that nobody asked for by name."""
+    """As `why_not`, of a backend that was not asked for by name."""
     reason = why_not(name, dtype, device, few_rows, variant)
     if reason is None and name != "library" and device.type == "cpu" and not compares(device):
         reason = "is emulated here, for tests only"

@@ -1,6 +1,6 @@
 """Whether a backend's kernels work on this machine: a small problem at their first use, and what became of others.
 
-Compilers, drivers and cards differ, and most of them nobody here has seen. Under ``backend="auto"`` a kernel that does
+Compilers, drivers and cards differ, and few of them were tried. Under ``backend="auto"`` a kernel that does
 not compile or computes wrong numbers is left out from then on, with one warning; training goes on by another backend.
 ``BIRD_STRICT=1`` raises instead, and so does a backend that was asked for by name.
 """
@@ -76,7 +76,7 @@ def warn(use: Use, instead: str) -> None:
 
 
 def forget() -> None:
-    """Trust and mistrust nobody, as at the start."""
+    """Forget what was tried, as at the start."""
     _works.clear()
     _broken.clear()
 

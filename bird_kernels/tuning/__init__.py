@@ -101,7 +101,7 @@ def user_file(key: Key) -> Path:
 
 
 def write(path: Path, table: Table) -> None:
-    """Write a table: whole, or not at all; whoever reads or writes meanwhile is not disturbed."""
+    """Write a table, whole or not at all: other processes may read or write the same file meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"version": VERSION, "key": table.key._asdict(), "when": table.when}
     lines = ",\n".join(json.dumps(asdict(row)) for row in table.rows)
