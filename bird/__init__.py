@@ -24,8 +24,8 @@ from bird_kernels import (
 )
 
 from .chunks import chunked_backward
+from .compare import Similarity, compare
 from .losses import BirdLoss, Hints, LwF
-from .similarity import Similarity, compare
 from .taps import Taps
 from .teachers import Teacher
 

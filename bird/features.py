@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
 
@@ -160,3 +161,16 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
     for part in parts:
         yield from _tensors(part)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Eval mode and no gradients inside, and each module's own mode afterwards; yields the model's device."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield next(model.parameters()).device
+    finally:
+        for module, mode in modes:
+            module.training = mode

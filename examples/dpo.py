@@ -14,10 +14,10 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig
 
+from bird.lab.language.data import columns
+from bird.lab.language.data.preferences import preferences
+from bird.lab.language.models import load
 from bird.language import BirdDPOTrainer, Guidance  # 1: instead of trl.DPOTrainer
-from bird.language.data import columns
-from bird.language.models import load
-from bird.language.preferences import preferences
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument(

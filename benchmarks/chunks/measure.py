@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.kernels.results import origin
 from bird import BirdLoss, Taps, Teacher, chunked_backward
-from bird.vision.models import PlainNet, ResNet
+from bird.lab.vision.models import PlainNet, ResNet
 
 CHUNK = 512
 ROWS = (1024, 4096, 16384, 65536)

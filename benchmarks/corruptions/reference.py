@@ -1,6 +1,6 @@
 """The 19 corruptions for one picture at a time, with NumPy, SciPy, scikit-image, OpenCV and Pillow: the usual way.
 
-The definitions of CIFAR-10-C as users compute them, and the truth that the tests hold `bird.vision.corruptions` to.
+The definitions of CIFAR-10-C as users compute them, and the truth that the tests hold `bird.lab.vision.corruptions` to.
 Three differ from the published program, in what cannot be installed: motion blur and snow's streaks use OpenCV with the
 kernel that ImageMagick's documentation describes, and frost takes the pictures of `bird`.
 
@@ -24,7 +24,7 @@ from skimage.color import hsv2rgb, rgb2hsv
 from skimage.filters import gaussian
 from skimage.util import random_noise
 
-from bird.vision.corruptions.ice import textures
+from bird.lab.vision.corruptions.ice import textures
 
 Array = np.ndarray
 Random = np.random.Generator

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from bird.vision.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, SEVERITIES, corrupt
-from bird.vision.data import load_fashion, to_float
+from bird.lab.vision.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, SEVERITIES, corrupt
+from bird.lab.vision.data import load_fashion, to_float
 
 PATH = Path(__file__).resolve().parents[2] / "docs" / "corruptions.png"
 SIDE, SCALE, GAP, LABEL, HEAD = 32, 2, 3, 132, 20

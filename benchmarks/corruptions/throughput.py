@@ -30,8 +30,8 @@ import torch
 from benchmarks.corruptions.reference import REFERENCE
 from benchmarks.kernels.results import Origin, origin, write_text
 from benchmarks.kernels.tables import markdown
-from bird.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from bird.vision.data import to_float
+from bird.lab.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from bird.lab.vision.data import to_float
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow")

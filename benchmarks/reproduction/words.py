@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from bird import recipes
-from bird.checkpoints import write_json
-from bird.language.experiments import texts_and_labels
-from bird.language.judge import BagOfWords
-from bird.language.preference_experiment import Preferences
-from bird.language.recipes import parse
+from bird.files import write_json
+from bird.lab.language.experiment import texts_and_labels
+from bird.lab.language.judges import BagOfWords
+from bird.lab.language.preference import Preferences
+from bird.lab.language.recipe import parse
+from bird.lab.vision import recipe as recipes
 
 LEXICON = SentimentIntensityAnalyzer().lexicon
 

@@ -18,11 +18,11 @@ import torch
 
 from benchmarks.kernels.results import origin, write_text
 from bird import BirdLoss, Taps, Teacher
-from bird.checkpoints import Settings
-from bird.profiling import StepTimes, step_times
-from bird.steps import Guide
-from bird.vision.data import Images
-from bird.vision.models import MODELS, build
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.data import Images
+from bird.lab.vision.models import MODELS, build
+from bird.lab.vision.profiling import StepTimes, step_times
+from bird.lab.vision.steps import Guide
 
 RESULTS = Path(__file__).with_name("results.csv")
 LOSSES = {"linear": {}, "linear, unbiased": {"estimator": "unbiased"}, "RBF": {"kernel": "rbf"}}

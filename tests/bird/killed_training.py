@@ -20,11 +20,13 @@ import torch
 import torch._dynamo  # by now, lest each process import it when it makes its optimizer
 from torch import Tensor, nn
 
-from bird import BirdLoss, Taps, Teacher, checkpoints
-from bird.checkpoints import Settings, load
-from bird.steps import Guide
-from bird.training import fit
-from bird.vision.data import Images
+from bird import BirdLoss, Taps, Teacher
+from bird.files import load
+from bird.lab.vision import checkpoints
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.data import Images
+from bird.lab.vision.steps import Guide
+from bird.lab.vision.training import fit
 
 # In a step, with half of a file written, with a whole file not yet in its place, with the file just put there.
 MOMENTS = ("step", "torn", "written", "placed") * 3

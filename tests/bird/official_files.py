@@ -1,4 +1,4 @@
-"""Tiny data sets in the official layouts, and what is in them, for the tests of `bird.vision.datasets`."""
+"""Tiny data sets in the official layouts, and what is in them, for the tests of `bird.lab.vision.datasets`."""
 
 from __future__ import annotations
 

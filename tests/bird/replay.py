@@ -9,7 +9,7 @@ import numpy as np
 import scipy.stats
 from torch import Tensor
 
-from bird.vision.corruptions.random import Noise
+from bird.lab.vision.corruptions.random import Noise
 
 
 class Recorder(Noise):

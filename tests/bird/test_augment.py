@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bird.vision.augment import CropFlip
+from bird.lab.vision.augment import CropFlip
 
 
 def choices(x: Tensor) -> Tensor:

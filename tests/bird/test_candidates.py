@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from bird import Teacher, candidates, cli, experiments, recipes
-from bird.candidates import MODELS
-from bird.experiments import Experiment, Made
-from bird.selection import properties
+from bird import Teacher
+from bird.lab import cli
+from bird.lab.vision import candidates
+from bird.lab.vision import experiment as experiments
+from bird.lab.vision import recipe as recipes
+from bird.lab.vision.candidates import MODELS
+from bird.lab.vision.experiment import Experiment, Made
+from bird.lab.vision.selection import properties
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which the vision extra brings")
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, Taps, Teacher
-from bird.checkpoints import Settings, load
-from bird.training import Guide, fit
-from bird.vision.data import Images
+from bird.files import load
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.data import Images
+from bird.lab.vision.training import Guide, fit
 
 
 class Cut(Exception):

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.corruptions.reference import REFERENCE
-from bird.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt, drops, filters, ice, jpeg
-from bird.vision.corruptions.filters import Level
-from bird.vision.corruptions.random import Noise, keys
+from bird.lab.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt, drops, filters, ice, jpeg
+from bird.lab.vision.corruptions.filters import Level
+from bird.lab.vision.corruptions.random import Noise, keys
 from tests.bird.replay import Recorder, Replay
 
 BYTE = 1 / 255

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from bird.vision.corruptions import (
+from bird.lab.vision.corruptions import (
     CORRUPTIONS,
     HELD_OUT_CORRUPTIONS,
     SEVERITIES,
@@ -18,8 +18,8 @@ from bird.vision.corruptions import (
     noise,
     random,
 )
-from bird.vision.corruptions.random import Noise
-from bird.vision.data import load_fashion, to_float
+from bird.lab.vision.corruptions.random import Noise
+from bird.lab.vision.data import load_fashion, to_float
 
 NAMES = list(CORRUPTIONS)
 # Of these a higher severity is not a greater change, by definition: glass blur 1-3 choose neighbours alike, elastic

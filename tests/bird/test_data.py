@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bird.vision.data import CLASS_NAMES, Images, load_fashion, to_float
-from bird.vision.datasets.grey import read_idx
-from bird.vision.make_subset import choose, make_subset
+from benchmarks.reproduction.make_subset import choose, make_subset
+from bird.lab.vision.data import CLASS_NAMES, Images, load_fashion, to_float
+from bird.lab.vision.datasets.grey import read_idx
 
 
 def prints(images: Tensor) -> list[bytes]:
@@ -22,7 +22,7 @@ def prints(images: Tensor) -> list[bytes]:
 
 
 def test_the_archive_is_balanced_and_says_where_it_comes_from() -> None:
-    folder = resources.files("bird.vision") / "fashion"
+    folder = resources.files("bird.lab.vision") / "fashion"
     assert "MIT License" in (folder / "LICENSE.txt").read_text()
     with (folder / "fashion_mnist.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         for split, each, total in (("train", 1200, 60_000), ("test", 250, 10_000)):

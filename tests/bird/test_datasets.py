@@ -16,11 +16,12 @@ import pytest
 import torch
 from torchvision import datasets as torchvision_datasets
 
-from bird.vision.data import Images, load_fashion
-from bird.vision.datasets import DATASETS, data_root, load
-from bird.vision.datasets.batches import stack
-from bird.vision.datasets.grey import read_idx
-from bird.vision.datasets.unpickling import load_batch
+from bird.lab.recipe import data_root
+from bird.lab.vision.data import Images, load_fashion
+from bird.lab.vision.datasets import DATASETS, load
+from bird.lab.vision.datasets.batches import stack
+from bird.lab.vision.datasets.grey import read_idx
+from bird.lab.vision.datasets.unpickling import load_batch
 from tests.bird import official_files as official
 
 DEBIAN = Path(DATASETS["fashion-mnist"].layouts[1].folder)
@@ -214,7 +215,10 @@ def test_the_real_fashion_mnist(tmp_path: Path) -> None:
     assert train.mean().item() == pytest.approx(0.2860, abs=5e-5)  # known for the whole training set
     assert train.std().item() == pytest.approx(0.3530, abs=5e-5)
     # the shipped subset's test images are these, found by their positions in the official file
-    with (resources.files("bird.vision") / "fashion" / "fashion_mnist.npz").open("rb") as file, np.load(file) as arrays:
+    with (
+        (resources.files("bird.lab.vision") / "fashion" / "fashion_mnist.npz").open("rb") as file,
+        np.load(file) as arrays,
+    ):
         index = torch.from_numpy(arrays["test_index"].astype(np.int64))
     official_order = read_idx(DEBIAN / "t10k-labels-idx1-ubyte.gz").argsort(kind="stable")
     mine = torch.isin(torch.from_numpy(official_order), index)

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bird import cli, demo
-from bird.vision.data import Images, Splits, load_fashion
+from bird.lab import cli
+from bird.lab.vision import demo
+from bird.lab.vision.data import Images, Splits, load_fashion
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = demo.Plan(steps=40, batch_size=16, limit_per_class=12)

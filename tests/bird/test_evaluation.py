@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bird.evaluation import Robustness, accuracy, alignment, pgr, robustness
+from bird.lab.statistics import pgr
+from bird.lab.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from bird.lab.vision.data import Images, load_fashion, to_float
+from bird.lab.vision.evaluation import Robustness, accuracy, alignment, robustness
 from bird.teachers import Teacher
-from bird.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from bird.vision.data import Images, load_fashion, to_float
 
 
 class Bright(nn.Module):

@@ -14,10 +14,15 @@ import pytest
 import scipy.stats
 import torch
 
-from bird import Taps, Teacher, cka, cli, experiments, recipes, reproduction, scoring, stages
-from bird.evaluation import accuracy, robustness
-from bird.experiments import Experiment
-from bird.vision.data import Images, to_float
+from bird import Taps, Teacher, cka
+from bird.lab import cli, stages
+from bird.lab.vision import experiment as experiments
+from bird.lab.vision import recipe as recipes
+from bird.lab.vision import report as reproduction
+from bird.lab.vision import scoring
+from bird.lab.vision.data import Images, to_float
+from bird.lab.vision.evaluation import accuracy, robustness
+from bird.lab.vision.experiment import Experiment
 from tests.bird.official_files import write_image
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which the vision extra brings")

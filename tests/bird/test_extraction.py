@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bird.extraction
-from bird.extraction import Extractor, Layer, Views, student_layer, teacher_layer
+import bird.lab.vision.extraction
 from bird.features import Pool
+from bird.lab.vision.corruptions import corrupt
+from bird.lab.vision.data import Images, load_fashion, to_float
+from bird.lab.vision.extraction import Extractor, Layer, Views, student_layer, teacher_layer
 from bird.teachers import Teacher
-from bird.vision.corruptions import corrupt
-from bird.vision.data import Images, load_fashion, to_float
 
 NAMES, SEVERITIES = ("gaussian_noise", "contrast"), (2, 5)
 EXTRACTOR = Extractor(NAMES, SEVERITIES, seed=3)

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, LwF, Taps, Teacher
-from bird.checkpoints import Settings, load, save
-from bird.freezing import train_only
-from bird.steps import Guide, epoch_order, learning_rate
-from bird.training import fit
-from bird.vision.data import Images
-from bird.vision.models import build, replace_head
+from bird.files import load, save
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.data import Images
+from bird.lab.vision.freezing import train_only
+from bird.lab.vision.models import build, replace_head
+from bird.lab.vision.steps import Guide, epoch_order, learning_rate
+from bird.lab.vision.training import fit
 
 
 class Net(nn.Module):

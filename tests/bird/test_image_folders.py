@@ -15,7 +15,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from bird.vision.datasets import DATASETS, available_corruptions, folders, load, load_corrupted
+from bird.lab.vision.datasets import DATASETS, available_corruptions, folders, load, load_corrupted
 from tests.bird import official_files as official
 
 WNIDS = ["n02124075", "n01443537", "n04067472"]  # not sorted, like the official list

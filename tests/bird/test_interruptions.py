@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, LwF, Taps, Teacher
-from bird.checkpoints import Settings, atomic, load, save
-from bird.steps import Guide
-from bird.training import fit
-from bird.vision.data import Images
+from bird.files import atomic, load, save
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.data import Images
+from bird.lab.vision.steps import Guide
+from bird.lab.vision.training import fit
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,9 +79,9 @@ import resource, signal, sys
 from pathlib import Path
 import torch
 from torch import nn
-from bird.checkpoints import Settings
-from bird.training import fit
-from bird.vision.data import Images
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.training import fit
+from bird.lab.vision.data import Images
 
 folder = Path(sys.argv[1])
 small, large = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), nn.Sequential(nn.Flatten(), nn.Linear(64, 30_000))
@@ -372,7 +373,7 @@ def test_a_compiled_model_trains_like_any_other() -> None:
 
 def test_history_tells_the_speed_without_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("bird.training.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("bird.lab.vision.training.time.perf_counter", lambda: now[0])
 
     def tick(x: Tensor, index: Tensor, epoch: int) -> Tensor:
         now[0] += 0.25

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from bird.language.data import Labelled, Preference, balance, columns, halves, split
-from bird.language.files import read_rows
-from bird.language.positivity import LEAD, opening, positivity
-from bird.language.preferences import Answer, pku_answers, pku_preferences, preferences
-from bird.language.questions import questions
-from bird.language.snippets import SOURCES, Snippet, snippets
+from bird.lab.language.data import Labelled, Preference, balance, columns, halves, split
+from bird.lab.language.data.files import read_rows
+from bird.lab.language.data.positivity import LEAD, opening, positivity
+from bird.lab.language.data.preferences import Answer, pku_answers, pku_preferences, preferences
+from bird.lab.language.data.questions import questions
+from bird.lab.language.data.snippets import SOURCES, Snippet, snippets
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from bird.language import endpoint
-from bird.language.endpoint import Endpoint
-from bird.language.verdicts import SAFETY, fill
+from bird.lab.language import endpoint
+from bird.lab.language.endpoint import Endpoint
+from bird.lab.language.verdicts import SAFETY, fill
 
 KEY = "sk-verysecret/1234+"
 Reply = tuple[int, dict[str, str], str]

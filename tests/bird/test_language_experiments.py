@@ -17,15 +17,18 @@ import torch
 pytest.importorskip("trl", reason="the experiments are run by its trainers")
 from trl import DPOConfig, DPOTrainer
 
-from bird import cli, recipes
-from bird.language import Guidance, report, runs
-from bird.language import recipes as language_recipes
-from bird.language.data import Preference
-from bird.language.models import load
-from bird.language.policies import restore, train_policy
-from bird.language.positivity import LEAD
-from bird.language.preference_experiment import Preferences, _material, _read, spoken
-from bird.language.settings import Training
+from bird.lab import cli
+from bird.lab.language import recipe as language_recipes
+from bird.lab.language import report
+from bird.lab.language import training as runs
+from bird.lab.language.data import Preference
+from bird.lab.language.data.positivity import LEAD
+from bird.lab.language.models import load
+from bird.lab.language.policies import restore, train_policy
+from bird.lab.language.preference import Preferences, _material, _read, spoken
+from bird.lab.language.settings import Training
+from bird.lab.vision import recipe as recipes
+from bird.language import Guidance
 from tests.bird.test_language_data import write_snippets
 from tests.bird.tiny_language import bytes_tokenizer, guidance, letters_tokenizer, student
 

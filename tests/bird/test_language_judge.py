@@ -16,7 +16,7 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
-from bird.language.judge import (
+from bird.lab.language.judges import (
     SAFETY,
     BagOfWords,
     Classifier,
@@ -30,8 +30,8 @@ from bird.language.judge import (
     summary,
     whole,
 )
-from bird.language.networks import shared
-from bird.language.verdicts import fill
+from bird.lab.language.verdicts import fill
+from bird.lab.language.weights import shared
 from bird.teachers import Teacher
 from tests.bird.tiny_words import END, causal, classifier, tokenizer
 
@@ -43,7 +43,7 @@ RESPONSES = ["w2 w3", "w9 w9 w9 w9 w9", "", "w20 w3 w1", "w5", "w17 w2 w14"]
 @pytest.mark.slow
 def test_importing_is_light() -> None:
     """Judges and generation load what they need when they are made, and take networks as they are."""
-    script = "import sys, bird.language.judge, bird.language.statistics; print(*sys.modules)"
+    script = "import sys, bird.lab.language.judges, bird.lab.statistics; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert {"transformers", "sklearn", "vaderSentiment", "peft", "trl"} & set(run.stdout.split()) == set()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bird.language import models
-from bird.language.models import MODELS, _plain, load, locate
+from bird.lab.language import models
+from bird.lab.language.models import MODELS, _plain, load, locate
 
 TEXTS = [
     "The movie's thing, and  the\tfilm:\n\nis it?",

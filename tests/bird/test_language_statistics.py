@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bird.language.statistics import bootstrap, paired_bootstrap
-from bird.language.texts import distinct
+from bird.lab.language.data.texts import distinct
+from bird.lab.statistics import bootstrap, paired_bootstrap
 
 
 def test_distinct_by_hand() -> None:
@@ -57,9 +57,9 @@ def test_paired_differences() -> None:
 def test_draws_come_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).random(7)
     whole = bootstrap(values, resamples=1000)
-    monkeypatch.setattr("bird.language.statistics._AT_ONCE", 64)
+    monkeypatch.setattr("bird.lab.statistics._AT_ONCE", 64)
     assert bootstrap(values, resamples=1000) == whole
-    monkeypatch.setattr("bird.language.statistics._AT_ONCE", 1)
+    monkeypatch.setattr("bird.lab.statistics._AT_ONCE", 1)
     assert bootstrap(values, resamples=1000) == whole
     assert bootstrap(values, resamples=1000, seed=1) != whole
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, Taps, Teacher
-from bird.checkpoints import Settings
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.corruptions import Mixture
+from bird.lab.vision.data import Images
+from bird.lab.vision.methods import HINTS, METHODS, Transfer
+from bird.lab.vision.models import build, replace_head
+from bird.lab.vision.training import Guide, fit
 from bird.losses import LwF
-from bird.methods import HINTS, METHODS, Transfer
-from bird.training import Guide, fit
-from bird.vision.corruptions import Mixture
-from bird.vision.data import Images
-from bird.vision.models import build, replace_head
 
 SETTINGS = Settings(steps=7, batch_size=8, lr=0.05, seed=3, save_every=100)
 TEACHER, STUDENT = ("plain", "block3"), ("resnet-tiny", "layer3")
@@ -142,6 +142,6 @@ def test_a_network_that_is_needed_and_missing(networks: tuple[nn.Module, nn.Modu
 
 
 def test_every_method_is_in_the_docstring() -> None:
-    import bird.methods
+    import bird.lab.vision.methods
 
     assert all(f"``{name}``" in (bird.methods.__doc__ or "") for name in METHODS)

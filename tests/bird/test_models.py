@@ -12,7 +12,7 @@ from torchvision import models as published
 from torchvision.transforms.v2 import functional as transforms
 
 from bird import Taps, Teacher
-from bird.vision.models import MODELS, Normalise, PlainNet, ResNet, build, replace_head
+from bird.lab.vision.models import MODELS, Normalise, PlainNet, ResNet, build, replace_head
 
 NAMES = list(MODELS)
 LARGE = ("mobilenetv2", "resnet18", "densenet121", "vit", "alexnet")  # one of each family

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, Taps, Teacher
-from bird.checkpoints import Settings
-from bird.profiling import StepTimes, step_times
-from bird.steps import Guide
-from bird.vision.data import Images
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.data import Images
+from bird.lab.vision.profiling import StepTimes, step_times
+from bird.lab.vision.steps import Guide
 
 
 class Clock:
@@ -21,7 +21,7 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bird.profiling.time.perf_counter", lambda: Clock.now)
+    monkeypatch.setattr("bird.lab.vision.profiling.time.perf_counter", lambda: Clock.now)
 
 
 class Slow(torch.autograd.Function):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bird import recipes
-from bird.methods import METHODS
-from bird.recipes import Budget, Networks, Source, Variant, parse, read
+from bird.lab.vision import recipe as recipes
+from bird.lab.vision.methods import METHODS
+from bird.lab.vision.recipe import Budget, Networks, Source, Variant, parse, read
 
 MINIMAL = """
 title = "a try"

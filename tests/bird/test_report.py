@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bird.checkpoints import History
-from bird.evaluation import Robustness
-from bird.pictures import picture
-from bird.report import Comparison, Outcome, percent, table, write_results
+from bird.lab.tables import percent
+from bird.lab.vision.checkpoints import History
+from bird.lab.vision.comparison import Comparison, Outcome, table, write_results
+from bird.lab.vision.evaluation import Robustness
+from bird.lab.vision.pictures import picture
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures are an extra: pip install bird-kernels[demo]")
 

@@ -13,9 +13,12 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-import bird.extraction
-from bird.checkpoints import Settings
-from bird.selection import (
+import bird.lab.vision.extraction
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.corruptions import Mixture, corrupt
+from bird.lab.vision.data import Images, Splits, load_fashion, to_float
+from bird.lab.vision.models import PlainNet
+from bird.lab.vision.selection import (
     Properties,
     Ranking,
     Row,
@@ -25,11 +28,8 @@ from bird.selection import (
     regress,
     robust_usefulness,
 )
+from bird.lab.vision.training import fit
 from bird.teachers import Teacher
-from bird.training import fit
-from bird.vision.corruptions import Mixture, corrupt
-from bird.vision.data import Images, Splits, load_fashion, to_float
-from bird.vision.models import PlainNet
 
 linear_model = pytest.importorskip(
     "sklearn.linear_model", reason="probes are an extra: pip install bird-kernels[vision]"

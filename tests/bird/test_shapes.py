@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from bird import BirdLoss, Hints, Taps, Teacher
-from bird.checkpoints import Settings
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.data import Images
+from bird.lab.vision.training import Guide, fit
 from bird.losses import LwF
-from bird.training import Guide, fit
-from bird.vision.data import Images
 
 
 def images() -> Images:

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from bird.stages import Stage, complete, lineage
-from bird.workers import side_by_side
+from bird.lab.stages import Stage, complete, lineage
+from bird.lab.workers import side_by_side
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,7 +91,7 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from bird.stages import Stage, complete
+from bird.lab.stages import Stage, complete
 def make(folder):
     (folder / "begun").touch()
     time.sleep(60)

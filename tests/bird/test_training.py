@@ -15,13 +15,14 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bird.checkpoints import Settings, load, save
+from bird.files import load, save
+from bird.lab.vision.checkpoints import Settings
+from bird.lab.vision.data import Images
+from bird.lab.vision.steps import Batches, Guide, epoch_order, learning_rate, steps_per_epoch
+from bird.lab.vision.training import fit
 from bird.losses import BirdLoss, Hints
-from bird.steps import Batches, Guide, epoch_order, learning_rate, steps_per_epoch
 from bird.taps import Taps
 from bird.teachers import Teacher
-from bird.training import fit
-from bird.vision.data import Images
 
 
 class Cut(Exception):

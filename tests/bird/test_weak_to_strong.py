@@ -15,19 +15,13 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from bird.language import Guidance, classifier_training, runs
-from bird.language.classifiers import padded, tokenize
+from bird.lab.language import classifier_training
+from bird.lab.language import training as runs
+from bird.lab.language.classifiers import padded, tokenize
+from bird.lab.language.settings import Training
+from bird.lab.language.weak_labels import Classifier, accuracy, agreement, certain, predict, recovered, train_classifier
+from bird.language import Guidance
 from bird.language.guidance import Guide, Sequences
-from bird.language.settings import Training
-from bird.language.weak_to_strong import (
-    Classifier,
-    accuracy,
-    agreement,
-    certain,
-    predict,
-    recovered,
-    train_classifier,
-)
 from tests.bird.tiny_networks import WINDOW, bert, bytes_tokenizer, gpt2, letters_tokenizer, llama
 
 BYTES, LETTERS = bytes_tokenizer(), letters_tokenizer()

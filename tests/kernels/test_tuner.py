@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bird import cli
+from bird.lab import cli
 from bird_kernels import backends, cost, tuner, tuning
 from bird_kernels.backends import native
 from bird_kernels.types import Problem

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.corruptions import throughput
 from benchmarks.corruptions.reference import REFERENCE
-from bird.vision.corruptions import CORRUPTIONS
+from bird.lab.vision.corruptions import CORRUPTIONS
 
 
 def test_every_case_is_measured_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vaderSentiment", reason="needs the language extra")
 
 from benchmarks.reproduction.words import shares
-from bird.language.judge import BagOfWords
+from bird.lab.language.judges import BagOfWords
 
 
 def test_rated_and_other_words_are_the_whole_score() -> None:

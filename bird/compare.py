@@ -1,0 +1,251 @@
+"""Two networks layer by layer over a data set: CKA of each layer of one with each of the other, as data and picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from operator import length_hint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bird_kernels.inputs import require_choice
+from bird_kernels.matrix import Hsics, hsic_matrix
+from bird_kernels.moments import MIN_ROWS
+
+from .features import Pool, find_layers, first_tensor, pool_rows, top_layers, unwrap
+from .files import atomic
+from .taps import Taps
+
+INK, MOST_NUMBERED = "#333333", 14  # with more layers than that on a side, cells are too small for numbers
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """What `compare` found.
+
+    Args:
+        matrix: CKA of each layer of a (rows) with each of b (columns), fp64.
+        layers_a: the rows' layers.
+        layers_b: the columns' layers.
+        estimator: of the batches' HSIC.
+        batches: how many were averaged.
+        samples: how many samples they held.
+    """
+
+    matrix: np.ndarray[tuple[int, int], np.dtype[np.float64]]
+    layers_a: tuple[str, ...]
+    layers_b: tuple[str, ...]
+    estimator: str
+    batches: int
+    samples: int
+
+    def save(self, folder: str | Path, *, title: str = "CKA, layer by layer") -> None:
+        """Write ``cka.csv`` (a table with the layers' names), ``cka.json`` (everything) and ``cka.png``, a heat map.
+
+        Each file is whole or not there. The folder is made.
+
+        Raises:
+            ImportError: matplotlib is missing; the data are written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic(folder / "cka.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["layer", *self.layers_b])
+            writer.writerows([name, *row] for name, row in zip(self.layers_a, self.matrix.tolist(), strict=True))
+        about = {name: getattr(self, name) for name in ("estimator", "batches", "samples", "layers_a", "layers_b")}
+        about["cka"] = [[None if math.isnan(value) else value for value in row] for row in self.matrix.tolist()]
+        with atomic(folder / "cka.json") as partial:
+            partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        self.picture(folder / "cka.png", title=title)
+
+    def picture(self, path: Path, *, title: str) -> None:
+        """Draw the heat map into the PNG ``path``, atomically; the first layers meet in the lower left corner.
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
+        rows, columns = self.matrix.shape
+        numbers = max(rows, columns) <= MOST_NUMBERED
+        cell = 0.42 if numbers else 0.18
+        figure = Figure(figsize=(2.5 + cell * max(columns, 5), 1.5 + cell * max(rows, 5)), facecolor="white")
+        axes = figure.subplots()
+        image = axes.imshow(self.matrix, origin="lower", cmap="magma", vmin=min(0.0, np.nanmin(self.matrix)), vmax=1.0)
+        axes.set_xticks(range(columns), self.layers_b, rotation=90, fontsize=7)
+        axes.set_yticks(range(rows), self.layers_a, fontsize=7)
+        axes.set_xlabel("b", color=INK)
+        axes.set_ylabel("a", color=INK)
+        axes.set_title(f"{title}\n{self.estimator}, {self.samples} samples", fontsize=10, color=INK, loc="left")
+        axes.tick_params(colors=INK, length=0)
+        axes.spines[:].set_visible(False)
+        if numbers:
+            for (i, j), value in np.ndenumerate(self.matrix):
+                colour = "white" if value < 0.6 else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        bar = figure.colorbar(image, ax=axes, label="CKA")
+        bar.outline.set_visible(False)
+        with atomic(path) as partial:
+            figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")
+
+
+@torch.no_grad()
+def compare(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Iterable[Any],
+    *,
+    layers_a: str | Sequence[str] | None = None,
+    layers_b: str | Sequence[str] | None = None,
+    estimator: str = "unbiased",
+    pool: Pool = "mean",
+    progress: bool = True,
+) -> Similarity:
+    r"""CKA of each layer of ``model_a`` with each of ``model_b``, over all the batches of a loader.
+
+    .. math::  \frac{\sum_b \mathrm{HSIC}(K_b, L_b)}
+                    {\sqrt{\sum_b \mathrm{HSIC}(K_b, K_b)}\,\sqrt{\sum_b \mathrm{HSIC}(L_b, L_b)}}
+
+    (The minibatch CKA of Nguyen et al. 2021; every batch b counts the same.) With the unbiased estimator what the sums
+    estimate does not depend on the size of the batches; with the biased one, the smaller they are the larger the value.
+    Memory is that of one batch.
+
+    Both models run in eval mode, without gradients, each on the device of its parameters, and every module gets the
+    mode back that it had.
+
+    Args:
+        model_a: a network; wrapped or not, see `bird.Taps`.
+        model_b: another one, or the same, which then runs once.
+        loader: batches of inputs: a tensor; a tuple or list, whose first element counts; or a mapping of the models'
+            arguments. Each batch goes to both models.
+        layers_a: module paths or globs, see `bird.features.find_layers`. None: the outermost layers (the model's
+            children; of a ModuleList, what is in it) that run once and whose output ``pool`` makes a row a sample of.
+            Which they are the first batch tells, which runs once more for it.
+        layers_b: the same for ``model_b``.
+        estimator: "unbiased" (HSIC_1, Song et al. 2012) or "biased". A batch with fewer rows than it needs, 4 or 2, is
+            left out.
+        pool: how a layer's output becomes rows, see `bird.features.pool_rows`.
+        progress: whether to show a bar.
+
+    Returns:
+        The matrix with the layers' names; ``save(folder)`` writes data and picture. A layer whose HSIC with itself is
+        not positive has CKA 0.
+
+    Raises:
+        ValueError: no batch is large enough; a layer that is not there, or no outermost one with features; also
+            whatever `bird.Taps` and `bird_kernels.cka_matrix` raise.
+    """
+    require_choice("estimator", estimator, tuple(MIN_ROWS))
+    same = unwrap(model_a) is unwrap(model_b)
+    total, left = length_hint(loader) or None, iter(loader)
+    first = [*islice(left, layers_a is None or layers_b is None)]
+    names_a = _names(model_a, layers_a, first, pool)
+    names_b = names_a if same and layers_a is layers_b else _names(model_b, layers_b, first, pool)
+    runs = [(model_a, names_a), (model_b, names_b)]
+    if same:
+        runs = [(model_a, tuple(dict.fromkeys(names_a + names_b)))]
+    itself = len(runs) == 1 and names_a == names_b
+    sums: Hsics | None = None
+    batches = samples = 0
+    with ExitStack() as stack:
+        feature_functions = [stack.enter_context(_tapped(model, names, pool)) for model, names in runs]
+        for batch in tqdm(chain(first, left), total=total, desc="compare", unit="batch", disable=not progress):
+            features = [function(batch) for function in feature_functions]
+            xs = [features[0][name] for name in names_a]
+            ys = [features[-1][name].to(xs[0].device) for name in names_b]
+            if len(xs[0]) < MIN_ROWS[estimator]:
+                continue
+            found = hsic_matrix(xs, None if itself else ys, estimator=estimator)
+            sums = found if sums is None else Hsics(*(one + other for one, other in zip(sums, found, strict=True)))
+            batches, samples = batches + 1, samples + len(xs[0])
+    if sums is None:
+        raise ValueError(
+            f'no batch of the loader has the {MIN_ROWS[estimator]} rows that estimator="{estimator}" needs'
+        )
+    return Similarity(_cka(sums).cpu().numpy(), names_a, names_b, estimator, batches, samples)
+
+
+def _names(model: nn.Module, layers: str | Sequence[str] | None, first: list[Any], pool: Pool) -> tuple[str, ...]:
+    """The layers that were asked for, or the outermost ones of which the first batch has features, if there is one."""
+    if layers is not None:
+        return tuple(find_layers(model, layers))
+    outermost = top_layers(model)
+    rows: dict[str, list[int]] = {name: [] for name in outermost}
+
+    def look(name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
+        try:
+            rows[name].append(len(pool_rows(first_tensor(output), pool)))
+        except (IndexError, RuntimeError, TypeError, ValueError):  # no features: a loss, a mask, one number a sample
+            rows[name].append(-1)
+
+    with ExitStack() as stack:
+        for name, layer in outermost.items():
+            stack.callback(layer.register_forward_hook(partial(look, name)).remove)
+        if "torch._dynamo" in sys.modules:  # what was compiled without hooks sees none; for one batch nothing is
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        run = stack.enter_context(_evaluating(model))
+        for batch in first:
+            run(batch)
+    names = tuple(name for name in rows if rows[name] == [len(first_tensor(batch)) for batch in first])
+    if first and not names:
+        raise ValueError(f"no outermost layer of {type(model).__name__} gives rows of features: name layers inside")
+    return names
+
+
+def _cka(sums: Hsics) -> Tensor:
+    """0 where the HSIC of a layer with itself is not positive; NaN stays."""
+    own = sums.xx[:, None].sqrt() * sums.yy[None, :].sqrt()
+    dead = (sums.xx <= 0)[:, None] | (sums.yy <= 0)[None, :]
+    return torch.where(dead, 0.0, sums.xy / own)
+
+
+@contextmanager
+def _tapped(model: nn.Module, names: Sequence[str], pool: Pool) -> Iterator[Callable[[Any], dict[str, Tensor]]]:
+    """From a batch to the features of the layers."""
+    with _evaluating(model) as run, Taps(model, names, pool=pool) as taps:
+
+        def features(batch: Any) -> dict[str, Tensor]:
+            run(batch)
+            return taps.pop()
+
+        yield features
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[Callable[[Any], object]]:
+    """To run a batch through the model, in eval mode; every module has its own mode back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next((parameter.device for parameter in model.parameters()), None)
+    model.eval()
+
+    def run(batch: Any) -> object:
+        if isinstance(batch, (tuple, list)):
+            batch = batch[0]
+        if isinstance(batch, Mapping):
+            return model(**{name: _moved(value, device) for name, value in batch.items()})
+        return model(_moved(batch, device))
+
+    try:
+        yield run
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

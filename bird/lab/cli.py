@@ -1,0 +1,339 @@
+"""The command line: ``bird demo``, ``bird run``, ``bird report``, ``bird select``, ``bird tune`` and ``bird info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bird_kernels
+from bird_kernels import tuner, tuning
+
+from .language import recipe as language_recipes
+from .recipe import names, parsed
+from .stages import complete
+from .vision import candidates, demo
+from .vision import recipe as vision_recipes
+from .vision import report as reproduction
+from .vision.experiment import Candidate, Cell, Experiment
+from .vision.methods import METHODS
+from .workers import side_by_side
+
+# What users can do something about; the rest is a bug, with its traceback.
+EXPECTED = OSError, ValueError, ImportError, FloatingPointError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except EXPECTED as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        how = "the same command with --resume" if options.run is _demo else "the same command"
+        print(f"\nbird: interrupted; {how} goes on from here", file=sys.stderr)
+        return 130
+
+
+def _complain(error: Exception) -> int:
+    print(f"bird: {error}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bird", description="Move a teacher's robustness into a student.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    command = commands.add_parser(
+        "demo",
+        help="watch robustness move from a teacher into a student, on real images",
+        description="Train a teacher and a student on Fashion-MNIST, make the student robust with BIRD and "
+        "with other methods, and compare them. The images come with the package.",
+    )
+    command.set_defaults(run=_demo)
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for the results (default: %(default)s)"
+    )
+    command.add_argument("--seeds", type=int, help="how many repetitions (default: 3; quick: 1)")
+    steps = f"{demo.Plan().steps}; quick: {demo.QUICK.steps}"
+    command.add_argument("--steps", type=int, help=f"training steps of every stage (default: {steps})")
+    command.add_argument("--batch", type=int, help=f"images per step (default: {demo.Plan().batch_size})")
+    command.add_argument("--chunk", type=int, help="images in memory at a time, if a batch is too large for it")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
+    command.add_argument("--resume", action="store_true", help="go on with what the folder holds")
+    command.add_argument(
+        "--quick", action="store_true", help="half a minute: shows that everything runs, not the effect"
+    )
+
+    for name, does in (
+        ("run", "run a recipe: the experiments of the paper, and ours"),
+        ("report", "tables, files and pictures of what a recipe has come to, beside the paper's numbers"),
+        ("select", "what the teachers of a recipe promise its students, before any transfer; and how far that held"),
+    ):
+        command = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
+        command.set_defaults(run=_report if name == "report" else _run, command=name)
+        command.add_argument("recipe", help=f"a TOML file, or one of {', '.join(names())}")
+        command.add_argument("--arch", nargs="+", metavar="NAME", help="networks of the recipe (default: all)")
+        command.add_argument("--variant", nargs="+", metavar="NAME", help="variants of the recipe (default: all)")
+        if name != "select":
+            command.add_argument(
+                "--method", nargs="+", metavar="NAME", help=f"all, or of the recipe's: {', '.join(METHODS)}, ..."
+            )
+        command.add_argument("--seeds", type=int, help="how many repetitions (default: the recipe's)")
+        command.add_argument(
+            "--out", type=Path, default=Path("runs"), help="folder of all that is trained (default: %(default)s)"
+        )
+        command.add_argument("--data", type=Path, help="folder of the data sets (default: BIRD_DATA)")
+        if name != "report":
+            command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
+            command.add_argument("--compile", action="store_true", help="train compiled models: worth it in long runs")
+            command.add_argument("--jobs", type=int, help="stages at a time (default: cores on a CPU, else 1)")
+
+    command = commands.add_parser(
+        "tune",
+        help="measure which kernels are fastest on this GPU",
+        description="Measure on this GPU which backend is fastest, problem by problem, and keep it for the next "
+        "program: `auto` follows it, `explain` shows it. Every candidate is compared with fp64 first.",
+    )
+    command.set_defaults(run=_tune)
+    command.add_argument(
+        "--shape", action="append", type=_sizes, metavar="N,P,Q", help="rows, student's and teacher's width; repeatable"
+    )
+    command.add_argument(
+        "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], help="default: float32 bfloat16"
+    )
+    command.add_argument("--from-run", type=Path, metavar="FOLDER", help="the sizes and dtypes that a training run had")
+    command.add_argument("--minutes", type=float, default=2.0, help="when to stop (default: %(default)g)")
+    command.add_argument("--device", help="cuda, cuda:1, ... (default: an accelerator if there is one)")
+
+    command = commands.add_parser("info", help="versions, devices, backends, and why a missing one is missing")
+    command.set_defaults(run=_info)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    plan = demo.QUICK if options.quick else demo.Plan()
+    chosen = {"steps": options.steps, "batch_size": options.batch, "chunk_size": options.chunk}
+    plan = replace(plan, **{name: value for name, value in chosen.items() if value is not None})
+    seeds = options.seeds if options.seeds is not None else 1 if options.quick else 3
+    device = _device(options.device)
+    jobs = 1
+    if device.type == "cpu":
+        # A step of these networks takes 12 ms on one core and 9 on two, but 40 to 400 on two that are also wanted
+        # elsewhere, because the threads wait for each other. And the numbers no longer depend on the core count.
+        torch.set_num_threads(1)
+        jobs = min(seeds, cores())
+    _say(f"Seeds: {seeds}. Steps of each stage: {plan.steps}. Device: {device}. Results: {options.out}/")
+    demo.run(options.out, plan, seeds, device=device, resume=options.resume, jobs=jobs, echo=_say)
+    if options.quick:
+        _say("A quick run shows that everything works; it is far too short for an effect.")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Several of these, by hand or by torchrun, share the work: each takes a stage that nobody is at."""
+    device = _device(options.device)
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is not None and device.type != "cpu" and options.device is None:
+        device = torch.device(device.type, int(rank))
+    jobs = options.jobs if options.jobs is not None else cores() if device.type == "cpu" and rank is None else 1
+    if jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {jobs}")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as for the demo
+    experiment, choice = _experiment(options, device, jobs)
+    experiment.check()
+    asked = _asked(experiment, options.command, choice)
+    what = "candidates" if options.command == "select" else "cells"
+    _say(f"{experiment.recipe.title}: {len(asked)} {what}, {jobs} at a time on {device}; all is kept in {options.out}/")
+    if jobs > 1:
+        side_by_side(_share_aside, [(experiment, options.command, choice)] * jobs)
+    _share(experiment, options.command, choice)
+    if rank in (None, "0"):
+        _write(experiment, options.command, choice)
+    return 0
+
+
+def _asked(experiment: Any, command: str, choice: dict[str, Any]) -> list[Cell] | list[Candidate]:
+    return experiment.candidates(**choice) if command == "select" else experiment.cells(**choice)
+
+
+def _share(experiment: Any, command: str, choice: dict[str, Any]) -> None:
+    complete([stage for one in _asked(experiment, command, choice) for stage in one.wanted], experiment.root, tell=_say)
+
+
+def _share_aside(experiment: Any, command: str, choice: dict[str, Any]) -> None:
+    """The same in a process of its own, whose parent does not see what was raised."""
+    try:
+        _share(experiment, command, choice)
+    except EXPECTED as error:
+        sys.exit(_complain(error))
+
+
+def _report(options: argparse.Namespace) -> int:
+    experiment, choice = _experiment(options, torch.device("cpu"), 1)
+    _write(experiment, options.command, choice)
+    return 0
+
+
+def _write(experiment: Any, command: str, choice: dict[str, Any]) -> None:
+    if command == "select":
+        folder = experiment.root / "teachers" / _named(experiment.recipe.name, choice)
+        text = candidates.write(experiment, experiment.candidates(**choice), folder)
+    else:
+        folder = experiment.root / "reports" / _named(experiment.recipe.name, choice)
+        if isinstance(experiment, Experiment):
+            text = reproduction.write(experiment, experiment.cells(**choice), folder)
+        else:
+            from .language import report
+
+            text = report.write(experiment, experiment.cells(**choice), folder)
+    _say(f"\n{text}\nIn {folder}/ with files and pictures.")
+
+
+def _named(recipe: str, choice: dict[str, Any]) -> str:
+    """A part of a recipe is reported beside the whole, not over it."""
+    parts = [name for names in choice.values() if isinstance(names, list) for name in names]
+    seeds = [] if choice["seeds"] is None else [f"seeds {choice['seeds']}"]
+    return "-".join([recipe, *parts, *seeds]).replace(" ", "-").replace(",", "")
+
+
+def _parse(name: str, table: Mapping[str, Any]) -> vision_recipes.Recipe | language_recipes.Recipe:
+    return language_recipes.parse(name, table) if "kind" in table else vision_recipes.parse(name, table)
+
+
+def _language(recipe: language_recipes.Recipe, options: argparse.Namespace, device: torch.device, jobs: int) -> Any:
+    """An experiment with language models, whose libraries load here."""
+    if options.command == "select" or getattr(options, "compile", False):
+        what = "select" if options.command == "select" else "--compile"
+        raise ValueError(f"{what} is for the recipes of images")
+    if os.environ.get("LOCAL_RANK") is not None:
+        raise ValueError(
+            "transformers' trainers would take torchrun's processes for one run: start the command once for each GPU "
+            "(CUDA_VISIBLE_DEVICES), on one --out folder, and they share the work"
+        )
+    if recipe.kind == "preference":
+        from .language.preference import Preferences as Kind
+    else:
+        from .language.weak_to_strong import WeakToStrong as Kind  # type: ignore[assignment]
+    return Kind(recipe, options.out, device, options.data, progress=jobs == 1 and sys.stderr.isatty())
+
+
+def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) -> tuple[Any, dict[str, Any]]:
+    """The recipe, and which of its cells were asked for."""
+    recipe = parsed(options.recipe, _parse)
+    choice = {"networks": options.arch, "variants": options.variant}
+    if options.command != "select":
+        choice["methods"] = None if options.method is None or "all" in options.method else options.method
+    has = dict.fromkeys([*recipe.methods, *(m for v in recipe.variants.values() for m in v.methods or ())])
+    known = {"networks": recipe.networks, "variants": recipe.variants, "methods": has}
+    for what, chosen in choice.items():
+        for name in chosen or ():
+            if name not in known[what]:
+                raise ValueError(f"{recipe.name} has no {name!r} among its {what}: {', '.join(map(repr, known[what]))}")
+    if options.seeds is not None and options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
+    choice |= {"seeds": options.seeds}
+    if isinstance(recipe, language_recipes.Recipe):
+        return _language(recipe, options, device, jobs), choice
+    experiment = Experiment(
+        recipe,
+        options.out,
+        device,
+        options.data,
+        progress=None if jobs == 1 else False,
+        compile=getattr(options, "compile", False),
+    )
+    return experiment, choice
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(name: str | None) -> torch.device:
+    """The device asked for, or an accelerator if this machine has one, tried out."""
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it lacks
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}") from error
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _info(options: argparse.Namespace) -> int:
+    print(f"bird-kernels {_version('bird-kernels')}, torch {torch.__version__}, triton {_version('triton')}")
+    print(f"Python {platform.python_version()}, {platform.platform()}")
+    print(f"cpu: {torch.get_num_threads()} threads")
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        print(f"cuda:{index}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB")
+        print(f"cuda:{index}: {_tuned(index)}")
+    if torch.cuda.device_count() == 0:
+        print("cuda: no device found" if torch.version.cuda else "cuda: this torch is built without it")
+        print("tuning: nothing to tune on a CPU")
+    for name, reason in bird_kernels.backend_status().items():
+        print(f"backend {name}: {'available' if reason is None else f'not available: {reason}'}")
+    return 0
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    n, p, q = (int(number) for number in text.split(","))
+    if min(n, p, q) < 1 or n < 4:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 4 rows and two widths")
+    return n, p, q
+
+
+def _tune(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    if device.type != "cuda":
+        _say(f"On {device} there is nothing to tune: only the library backend runs there, with PyTorch's own products.")
+        return 0
+    asked = [(shape, dtype) for shape in options.shape or () for dtype in options.dtype or tuner.DTYPES]
+    if options.from_run is not None:
+        asked += [(shape, dtype) for *shape, dtype in _shapes_of(options.from_run)]
+    if not asked:
+        asked = [(shape, dtype) for shape in tuner.SHAPES for dtype in options.dtype or tuner.DTYPES]
+    table = tuner.tune(device, asked, options.minutes, _say)
+    _say(f"{len(table.rows)} measurements are kept in {tuning.user_file(table.key)}")
+    return 0
+
+
+def _shapes_of(folder: Path) -> list[list[Any]]:
+    """What the runs below a folder have noted: [rows, student's width, teacher's width, dtype] each."""
+    files = sorted(folder.rglob("shapes.json"))
+    if not files:
+        raise ValueError(f"{folder} has no shapes.json: a run of `fit` with BirdLoss writes one with its checkpoints")
+    noted = {tuple(shape) for file in files for shape in json.loads(file.read_text(encoding="utf-8"))}
+    return [[*shape] for shape in sorted(noted) if shape[3] in ("float32", "bfloat16", "float16")]
+
+
+def _tuned(index: int) -> str:
+    key = tuning.key_of(torch.device("cuda", index))
+    table = tuning.table(key)
+    if table is None:
+        return "not tuned: `auto` follows a cost model; `bird tune` measures"
+    return f"tuned {table.when}, {len(table.rows)} measurements"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,72 @@
+"""The look of all figures: colours, a canvas that becomes a PNG atomically, and bars of shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from textwrap import fill
+from typing import TYPE_CHECKING
+
+from ..files import atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73")
+
+
+INK, BASELINE, GAP, GRID = "#333333", "#8C8C8C", "#E4E4E4", "#EEEEEE"
+# Forms of BIRD in one hue, what neither transfers nor guides in grey: the rest after Okabe and Ito.
+COLOURS = {
+    "None": "#8C8C8C", "Continued": "#BBBBBB", "LP": "#F0E442", "FT": "#56B4E9", "LP-FT": "#0072B2",
+    "Hints": "#E69F00", "LwF": "#CC79A7", "BIRD": "#D55E00", "BIRD, unbiased": "#A23B00", "BIRD, RBF": "#F4A582",
+    "BIRD, RBF, unbiased": "#8C510A", "Ceiling": "#333333",
+}  # fmt: skip
+
+
+@contextmanager
+def canvas(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure that becomes the PNG ``path``, atomically."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install matplotlib") from error
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    figure.suptitle(fill(title, int(10 * size[0])), fontsize=12, fontweight="bold", color=INK, x=0.012, ha="left")
+    yield figure
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(BASELINE)
+        axes.tick_params(colors=INK, length=0)
+    with atomic(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
+
+
+def shares(
+    groups: Mapping[str, Mapping[str, tuple[list[float], float, float]]], path: Path, *, title: str, label: str
+) -> None:
+    """Bars in %, a panel for each group: a method's mean over seeds, the seeds as dots, and an interval as a line.
+
+    Args:
+        groups: group to method to (a share of 1 for each seed, lower and upper end of the interval).
+        path: of the PNG.
+        title: above all.
+        label: of the axis.
+    """
+    widest = max(map(len, groups.values()))
+    with canvas(path, title, (1.5 + (0.6 + 0.9 * widest) * len(groups), 3.8)) as figure:
+        panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axes, (name, methods) in zip(panels, groups.items(), strict=True):
+            for x, (method, (seeds, low, high)) in enumerate(methods.items()):
+                guided = "BIRD" in method
+                axes.bar(x, 100 * fmean(seeds), 0.7, color=COLOURS["BIRD" if guided else "None"])
+                axes.vlines(x, 100 * low, 100 * high, color=INK, linewidth=1.5)
+                axes.plot([x + 0.18] * len(seeds), [100 * share for share in seeds], ".", color=INK, markersize=5)
+            axes.set_xticks(range(len(methods)), [m.replace(" + ", "\n+ ").replace(", ", ",\n") for m in methods])
+            axes.set_title(name, fontsize=10, color=INK, loc="left")
+            axes.grid(axis="y", color=GRID)
+            axes.set_axisbelow(True)
+        panels[0].set_ylabel(label, color=INK)

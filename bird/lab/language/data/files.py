@@ -1,0 +1,144 @@
+"""Rows of a published set, from a file, a folder or the Hugging Face hub. No pickle is read and no script is run."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ...recipe import data_root
+
+Row: TypeAlias = "dict[str, Any]"
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+# What publishers call the parts.
+SPLITS = {"validation": ("validation", "valid", "val", "dev")}
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def read_rows(source: Path | str, split: str) -> list[Row]:
+    """The rows of one split, each a dictionary of the published fields.
+
+    Args:
+        source: a .jsonl, .json (an array) or .parquet file, which is the split that its name says, else ``"train"``;
+            a folder with such files at any depth, named ``train.jsonl`` or ``train-00000-of-00001.parquet``; a folder
+            that ``save_to_disk`` of `datasets` has written; or a hub id.
+        split: ``"train"``, ``"validation"`` (also called valid, val or dev in files) or ``"test"``.
+
+    Raises:
+        FileNotFoundError: nothing there, or the hub cannot be reached; what would be read instead.
+        ValueError: a file that is not what its name says, with the line; a split that is not there.
+        ImportError: `datasets` or pyarrow is needed and not installed.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        own = _split_of(path)
+        if split != (own or "train"):
+            raise ValueError(
+                f"{path} is the split {own or 'train'!r}, not {split!r}; give a folder with both, or a file"
+            )
+        return _read_file(path)
+    if path.is_dir():
+        return _read_folder(path, split)
+    if path.suffix in SUFFIXES or not HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(f"{path} is not there; {_expected(split)}")
+    return _read_hub(str(source), split)
+
+
+def local_or_hub(name: str, hub: str, root: Path | str | None) -> Path | str:
+    """The folder ``name`` of the data folder if it is there, else the hub id."""
+    folder = data_root(root) / name
+    return folder if folder.is_dir() else hub
+
+
+def _expected(split: str) -> str:
+    return (
+        f"expected is a .jsonl, .json or .parquet file, a folder with {split}.jsonl (or .json, .parquet), "
+        "a folder saved by `datasets`, or a hub id"
+    )
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name begins with."""
+    word = re.split(r"[-_.]", path.stem)[0]
+    return next((s for s in ("train", "validation", "test") if word in SPLITS.get(s, (s,))), None)
+
+
+def _read_file(path: Path) -> list[Row]:
+    if path.suffix == ".parquet":
+        rows = _read_parquet(path)
+    elif path.suffix == ".json":
+        rows = _parse(path.read_text(encoding="utf-8"), str(path))
+    elif path.suffix == ".jsonl":
+        # Not splitlines: JSON allows U+2028 and its kin inside a string.
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    else:
+        raise ValueError(f"{path}: only {', '.join(SUFFIXES)} files are read")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must hold objects, one a row")
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
+    return rows
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    parquet = _need("pyarrow.parquet")
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except (ValueError, OSError) as error:  # pyarrow's own errors are of these
+        raise ValueError(f"{path}: not a parquet file: {error}") from error
+    return rows
+
+
+def _read_folder(folder: Path, split: str) -> list[Row]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+        return _read_saved(folder, split)
+    for suffix in SUFFIXES:
+        paths = sorted(path for path in folder.rglob(f"*{suffix}") if _split_of(path) == split)
+        if paths:
+            return [row for path in paths for row in _read_file(path)]
+    raise FileNotFoundError(f"{folder} holds no {split!r} files; {_expected(split)}")
+
+
+def _read_saved(folder: Path, split: str) -> list[Row]:
+    saved = _need("datasets").load_from_disk(str(folder))
+    parts = saved if hasattr(saved, "keys") else {"train": saved}
+    for name in SPLITS.get(split, (split,)):
+        if name in parts:
+            return list(parts[name])
+    raise ValueError(f"{folder} holds the splits {sorted(parts)}, not {split!r}")
+
+
+def _read_hub(name: str, split: str) -> list[Row]:
+    load = _need("datasets").load_dataset
+    try:
+        try:
+            return list(load(name, split=split))
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # Older sets are scripts, which nobody should run; the hub keeps what they gave as parquet files.
+            return list(load(name, split=split, revision="refs/convert/parquet"))
+    except OSError as error:  # no such set, and no connection, are among these
+        raise FileNotFoundError(
+            f"{name!r} is no file or folder here and does not come from the Hugging Face hub ({error}); "
+            + _expected(split)
+        ) from error
+
+
+def _need(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is needed: pip install 'bird-kernels[language]'") from error

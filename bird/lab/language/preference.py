@@ -1,0 +1,310 @@
+"""Preference recipes as stages: a teacher, students tuned with and without it, their responses, and the verdicts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from bird_kernels import cka
+
+from ...language.guidance import Guidance, Guide, Sequences, concatenated
+from ..stages import Stage
+from .data import Labelled, Preference, Text, halves
+from .data.files import local_or_hub
+from .data.positivity import HELD_OUT, LEAD, positivity
+from .data.preferences import PKU, pku_answers, pku_preferences, preferences
+from .data.snippets import snippets
+from .data.texts import padded, plain, token_ids
+from .experiment import Cell, Experiment, classifier, load, pair_title, texts_and_labels, trained_classifier
+from .judges import BagOfWords, Classifier, Judge, LanguageModel, Lexicon, independent
+from .models import load as load_network
+from .recipe import Change, Judging, Pair
+from .settings import Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAFETY = "pku-saferlhf"
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a source gives.
+
+    Args:
+        pairs: to train students on.
+        prompts: held out, to be answered.
+        texts: held out, for perplexity and alignment.
+        taught: (prompt, response) and whether it is good, to train the teacher on.
+        judged: texts to train a bag of words on.
+    """
+
+    pairs: list[Preference]
+    prompts: list[Text]
+    texts: list[str]
+    taught: list[tuple[Text, Text, int]]
+    judged: list[Labelled]
+
+
+@dataclass(frozen=True)
+class Preferences(Experiment):
+    """None, DPO and DPO with BIRD for every pair of networks, variant and seed."""
+
+    def check(self) -> None:
+        """As of `Experiment`; the data and the judges' keys too.
+
+        Raises:
+            FileNotFoundError: the data set is missing: what is expected where.
+            ValueError: a key is not in the environment.
+        """
+        super().check()
+        self.material(0)
+        for judging in self.recipe.judges.values():
+            if judging.key_variable is not None and not os.environ.get(judging.key_variable):
+                raise ValueError(f"the judge's key is expected in the environment variable {judging.key_variable}")
+
+    def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
+        pair = self.recipe.networks[networks]
+        change, training = self._change(pair, variant)
+        teacher = self._teacher(pair, seed)
+        policy = None if method == "none" else self._policy(pair, change, training, method, teacher, seed)
+        responses = self._responses(pair, policy, seed)
+        scores = {"teacher": teacher, "responses": responses, "alignment": self._aligned(pair, policy, teacher, seed)}
+        for name, judging in self.recipe.judges.items():
+            scores[f"judge {name}"] = self._verdicts(pair, judging, responses, teacher, seed)
+        return Cell(networks, variant, method, seed, scores, policy)
+
+    def prompts(self, seed: int) -> list[str]:
+        """What is asked, as text."""
+        return [plain(prompt) for prompt in self.material(seed).prompts]
+
+    def material(self, seed: int) -> Material:
+        """The texts of a seed, as far as the recipe takes them."""
+        return _material(self.recipe.data.source, seed, self.data_root, self.recipe.data.held_out)
+
+    def _teacher(self, pair: Pair, seed: int) -> Stage:
+        """Who tells good responses from bad ones; result: its accuracy on rows that it has not seen."""
+        about = self._about(
+            seed,
+            held_out=self.recipe.data.held_out,  # what is held out leaves the rest
+            network=pair.teacher,
+            student=pair.student,  # whose chat template it reads
+            pooling=pair.pooling,
+            training=asdict(self.recipe.teacher),
+        )
+
+        def make(folder: Path) -> dict[str, Any]:
+            from .classifiers import accuracy, predict
+            from .weak_labels import certain
+
+            rows = self.material(seed).taught
+            model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
+            read = self._reader(pair, tokenizer)
+            student = load(pair.student, "causal")[1]
+            texts = [read(*spoken(student, prompt, response)) for prompt, response, _ in rows]
+            labels = [label for *_, label in rows]
+            kept = len(rows) - max(1, len(rows) // 10)
+            history = self._trained(
+                model, tokenizer, texts[:kept], certain(labels[:kept]), self.recipe.teacher, folder, seed
+            )
+            found = predict(model, tokenizer, texts[kept:], max_length=self.recipe.teacher.max_length)
+            return {"history": history, "accuracy": accuracy(found, labels[kept:])}
+
+        return Stage("teacher", about, make, title=pair_title(pair, seed))
+
+    def _reader(self, pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], str]:
+        """What the teacher is given of prompt and completion: no lead, and no more than its window."""
+        return partial(_read, tokenizer, self.recipe.teacher.max_length or 512)
+
+    def _guidance(self, pair: Pair, change: Change, method: str, teacher: Stage) -> Guidance:
+        model, tokenizer = trained_classifier(pair.teacher, pair.pooling, teacher.folder(self.root), self.device)
+        return Guidance(
+            model,
+            tokenizer,
+            estimator="unbiased" if method.endswith("unbiased") else "biased",
+            text=self._reader(pair, tokenizer),
+            **self._guiding(change) | {"teacher_pooling": self.recipe.guidance.teacher_pooling or pair.pooling},
+        )
+
+    def _policy(self, pair: Pair, change: Change, training: Training, method: str, teacher: Stage, seed: int) -> Stage:
+        """A student tuned on preferences."""
+        limit = self._limit(change)
+        about = self._about(
+            seed,
+            limit=limit,
+            held_out=self.recipe.data.held_out,
+            words=self.recipe.data.words,
+            network=pair.student,
+            training=asdict(training),
+            method=method,
+        )
+        guided = "bird" in method
+        if guided:
+            about |= {"guidance": self._guiding(change)}
+
+        def make(folder: Path) -> dict[str, Any]:
+            from .policies import train_policy
+
+            model, tokenizer = load(pair.student, "causal")
+            guidance = self._guidance(pair, change, method, teacher) if guided else None
+            pairs = [pair for pair in self.material(seed).pairs if self._is_short(pair)][:limit]
+            steps = training.epochs * -(-len(pairs) // training.batch_size)
+            history = train_policy(
+                model, tokenizer, pairs, training, folder / "training", guidance=guidance, seed=seed,
+                device=self.device, save_every=max(5, steps // 5), progress=self.progress,
+            )  # fmt: skip
+            return {"history": history}
+
+        return Stage(f"policy-{method}", about, make, (teacher,) if guided else (), pair_title(pair, seed))
+
+    def _is_short(self, pair: Preference) -> bool:
+        most = self.recipe.data.words
+        texts = [text for text in (pair.chosen, pair.rejected) if isinstance(text, str)]
+        return most is None or all(len(text.split()) <= most for text in texts)
+
+    def _student(self, pair: Pair, policy: Stage | None) -> tuple[Any, PreTrainedTokenizerBase]:
+        model, tokenizer = load(pair.student, "causal")
+        if policy is not None:
+            from .policies import restore
+
+            restore(model, policy.folder(self.root) / "training")
+        return nn.Module.to(model, self.device), tokenizer
+
+    def _responses(self, pair: Pair, policy: Stage | None, seed: int) -> Stage:
+        """What a student answers; result: that, and signs of its health."""
+        options = asdict(self.recipe.generation)
+        about = self._about(seed, network=pair.student, generation=options, held_out=self.recipe.data.held_out)
+
+        def make(folder: Path) -> dict[str, Any]:
+            from .data.texts import distinct
+            from .generation import generate, perplexity
+
+            material = self.material(seed)
+            model, tokenizer = self._student(pair, policy)
+            path = folder / "responses.jsonl"
+            responses = generate(
+                model, tokenizer, material.prompts, path=path, seed=seed, progress=self.progress, **options
+            )
+            return {
+                "responses": responses,
+                "perplexity": perplexity(model, tokenizer, material.texts),
+                "distinct": distinct(responses, 2),
+            }
+
+        return Stage("responses", about, make, () if policy is None else (policy,), pair_title(pair, seed))
+
+    def _verdicts(self, pair: Pair, judging: Judging, responses: Stage, teacher: Stage, seed: int) -> Stage:
+        """What a judge says of them; result: 1, 0 or null for each."""
+        about = self._about(seed, judge=asdict(judging))
+
+        def make(folder: Path) -> dict[str, Any]:
+            material = self.material(seed)
+            judge = self._judge(judging, material, folder)
+            if isinstance(getattr(judge, "model", None), nn.Module):
+                model, _ = trained_classifier(pair.teacher, pair.pooling, teacher.folder(self.root), self.device)
+                independent(judge, model)
+            answers = (responses.result(self.root) or {})["responses"]
+            verdicts = judge(material.prompts, answers)
+            return {"verdicts": [None if verdict is None else int(verdict) for verdict in verdicts], "name": judge.name}
+
+        return Stage("verdicts", about, make, (responses, teacher), pair_title(pair, seed))
+
+    def _judge(self, judging: Judging, material: Material, folder: Path) -> Judge:
+        if judging.kind == "lexicon":
+            return Lexicon()
+        if judging.kind == "bag-of-words":
+            texts, labels = texts_and_labels(material.judged)
+            return BagOfWords(texts, [bool(label) for label in labels])
+        if judging.kind == "endpoint":
+            from .endpoint import Endpoint
+
+            return Endpoint(judging.url, judging.model, judging.key_variable, cache=folder / "answers.jsonl")
+        if judging.kind == "classifier":
+            model, tokenizer = load_network(judging.model, "classifier", classes=2)
+            return Classifier(nn.Module.to(model, self.device), tokenizer, good=1, name=judging.model)
+        model, tokenizer = load_network(judging.model, "causal")
+        return LanguageModel(nn.Module.to(model, self.device), tokenizer, name=judging.model)
+
+    def _aligned(self, pair: Pair, policy: Stage | None, teacher: Stage, seed: int) -> Stage:
+        """How near a student's geometry is to the teacher's, on held-out texts, without bias."""
+        about = self._about(seed, network=pair.student, held_out=self.recipe.data.held_out)
+        about |= {"guidance": self._guiding(Change())}
+
+        def make(folder: Path) -> dict[str, Any]:
+            model, tokenizer = self._student(pair, policy)
+            guidance = replace(self._guidance(pair, Change(), "unbiased", teacher), completion_only=False)
+            guide = Guide(guidance, model, tokenizer)
+            return {"cka": _alignment(guide, model, tokenizer, self.material(seed).texts)}
+
+        parents = (teacher,) if policy is None else (policy, teacher)
+        return Stage("alignment", about, make, parents, pair_title(pair, seed))
+
+
+@torch.no_grad()
+def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> float:
+    """Unbiased CKA of teacher and student over texts, each pooled as in training."""
+    ours, theirs = [], []
+    device = next(model.parameters()).device
+    for start in range(0, len(texts), size):
+        # With the end that TRL's trainer adds, since the last token is the one that is read.
+        rows = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in texts[start : start + size]]
+        ids, mask = padded(rows, left=False)
+        guide.taps.listen()
+        model(input_ids=ids.to(device), attention_mask=mask.to(device))
+        sequences = Sequences(ids, mask, None)
+        ours.append(guide.student_rows(sequences))
+        theirs.append(guide.teacher_rows(sequences))
+    guide.taps.remove()
+    return cka(torch.cat(ours), torch.cat(theirs), estimator="unbiased").item()
+
+
+def spoken(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> tuple[str, str]:
+    """Prompt and response as a student's tokens read once special ones are taken out: what guidance will see."""
+    if isinstance(prompt, str) and isinstance(response, str):
+        return prompt, response
+    assert not isinstance(prompt, str)
+    assert not isinstance(response, str)
+    whole: Any = tokenizer.apply_chat_template([*prompt, *response], tokenize=True, return_dict=True)
+    asked: Any = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
+    texts = [str(tokenizer.decode(ids["input_ids"], skip_special_tokens=True)) for ids in (asked, whole)]
+    return texts[0], texts[1].removeprefix(texts[0])
+
+
+def _read(tokenizer: Any, window: int, prompt: str, completion: str) -> str:
+    """The end of the text that fits, without the lead that a prompt may have: responses are judged, and come last."""
+    text = concatenated(prompt, completion).removeprefix(f"{LEAD} ")
+    offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
+    room = window - tokenizer.num_special_tokens_to_add()
+    return text if len(offsets) <= room else text[offsets[-room][0] :]
+
+
+@lru_cache(maxsize=4)
+def _material(source: str, seed: int, root: Path | None, held_out: int | None) -> Material:
+    if source == "positivity":
+        parts = positivity(snippets(root=root), seed, held_out=HELD_OUT if held_out is None else held_out)
+        taught: list[tuple[Text, Text, int]] = [("", row.text, row.label) for row in parts.teacher]
+        return Material(parts.pairs, [*parts.prompts], parts.texts[:held_out], taught, parts.judge)
+    if source == SAFETY:
+        kept = local_or_hub(source, PKU, root)
+        asked = dict.fromkeys(answer.prompt for answer in pku_answers(kept, "test"))
+        prompts: list[Text] = [[{"role": "user", "content": prompt}] for prompt in [*asked][:held_out]]
+        texts = [a.response for a in pku_answers(kept, "test") if a.safe][:held_out]
+        taught = [
+            ([{"role": "user", "content": a.prompt}], [{"role": "assistant", "content": a.response}], int(a.safe))
+            for a in pku_answers(kept, "train")
+        ]
+        return Material(pku_preferences(kept, "train"), prompts, texts, taught, [])
+    # Nobody says which responses are good by themselves: the teacher learns what was chosen, from half of the pairs.
+    shown, pairs = halves(preferences(source, "train", drop=True), seed)
+    held = preferences(source, "test", drop=True)
+    taught = [(row.prompt, text, label) for row in shown for label, text in enumerate((row.rejected, row.chosen))]
+    texts = [plain(row.prompt) + plain(row.chosen) for row in held][:held_out]
+    judged = [Labelled(plain(text), label) for _, text, label in taught]
+    return Material(pairs, [row.prompt for row in held][:held_out], texts, taught, judged)

@@ -1,0 +1,208 @@
+"""Experiments with language models as TOML files: preferences, and weak-to-strong.
+
+A file is like those of `bird.recipes`, with ``kind = "preference"`` or ``"weak-to-strong"`` at its head; each part is
+described at its class. ``[judges.<name>]`` says who judges responses, see `Judging`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..recipe import made, require_known
+from .settings import Training
+
+PREFERENCES = {
+    "none": "None",
+    "dpo": "DPO",
+    "dpo-bird": "DPO + BIRD",
+    "dpo-bird-unbiased": "DPO + BIRD, unbiased",
+}
+WEAK_TO_STRONG = {
+    "weak": "Weak model",
+    "naive": "Soft labels",
+    "bird": "Soft labels + BIRD",
+    "bird-unbiased": "Soft labels + BIRD, unbiased",
+    "ceiling": "Ceiling",
+}
+JUDGES = ("lexicon", "bag-of-words", "classifier", "language-model", "endpoint")
+
+
+@dataclass(frozen=True)
+class Guiding:
+    """Of `bird.language.Guidance`, what a recipe may choose; the defaults are the same."""
+
+    alpha: float = 0.1
+    beta: float = 0.9
+    layer: str | None = None
+    teacher_layer: str | None = None
+    pooling: str = "last"
+    teacher_pooling: str | None = None
+    completion_only: bool = False
+    rows: str = "both"
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, and asked.
+
+    Args:
+        source: of preferences: "positivity" (movie-review snippets), "pku-saferlhf", or a file or hub id in TRL's
+            format; of weak-to-strong: "sentiment", "sciq", "boolq", "cosmos_qa".
+        limit: at most so many pairs, or rows a half; None for all.
+        held_out: at most so many prompts and texts, or test rows; None for all.
+        words: leave out texts of more words, and preferences, where they are strings, with such a response; None for
+            none.
+    """
+
+    source: str
+    limit: int | None = None
+    held_out: int | None = None
+    words: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "held_out", "words"):
+            value = getattr(self, name)
+            if value is not None and value < 2:
+                raise ValueError(f"{name} must be at least 2, not {value}")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How held-out prompts are answered: see `bird.language.generation.generate`."""
+
+    max_new_tokens: int = 128
+    batch_size: int = 32
+    greedy: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Judging:
+    """A judge, never the teacher: see `bird.language.judge`.
+
+    Args:
+        kind: one of `JUDGES`; of a "classifier" with two classes, class 1 is good.
+        model: of "classifier" and "language-model" a name as of `bird.language.models.load`; of "endpoint" its own.
+        url: of an OpenAI-compatible endpoint.
+        key_variable: the environment variable that holds its key.
+    """
+
+    kind: str
+    model: str = ""
+    url: str = ""
+    key_variable: str | None = None
+
+    def __post_init__(self) -> None:
+        require_known("kind", self.kind, JUDGES)
+        if self.kind in ("classifier", "language-model", "endpoint") and not self.model:
+            raise ValueError(f"a judge of kind {self.kind!r} needs a model")
+        if self.kind == "endpoint" and not self.url:
+            raise ValueError("a judge of kind 'endpoint' needs a url")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher's network and a student's, names as of `bird.language.models.load`.
+
+    Args:
+        teacher: of preferences the network of a classifier; of weak-to-strong the weak model.
+        student: what is trained.
+        pooling: of the teacher's tokens, as classifier and as guide.
+        lr: of the student, where it is not the transfer's.
+        paper: method to the published figure in %: of responses that are good, or of the gap recovered.
+    """
+
+    teacher: str
+    student: str
+    pooling: str = "mean"
+    lr: float | None = None
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a variant does otherwise: None for no change."""
+
+    methods: tuple[str, ...] | None = None
+    limit: int | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    rows: str | None = None
+    completion_only: bool | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment; the parts are described at their classes.
+
+    Args:
+        name: what it is called on the command line.
+        kind: "preference" or "weak-to-strong".
+        title: what tables and pictures are headed by.
+        data: what is trained on, and asked.
+        teacher: how the teacher, or the weak model, is trained.
+        transfer: how students, and ceilings, are.
+        networks: by name; each is run.
+        methods: keys of `PREFERENCES` or of `WEAK_TO_STRONG`.
+        guidance: of the methods with BIRD.
+        generation: of responses (preferences).
+        judges: by name (preferences); the first one decides what the page says first.
+        variants: by name; "" is the recipe as it is.
+        seeds: how many repetitions, with seeds 0, 1, ...
+    """
+
+    name: str
+    kind: str
+    title: str
+    data: Data
+    teacher: Training
+    transfer: Training
+    networks: Mapping[str, Pair]
+    methods: tuple[str, ...] = ()
+    guidance: Guiding = Guiding()
+    generation: Generation = Generation()
+    judges: Mapping[str, Judging] = field(default_factory=dict)
+    variants: Mapping[str, Change] = field(default_factory=lambda: {"": Change()})
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        require_known("kind", self.kind, ("preference", "weak-to-strong"))
+        known = PREFERENCES if self.kind == "preference" else WEAK_TO_STRONG
+        for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
+            require_known("methods", method, known)
+        if not self.methods:
+            object.__setattr__(self, "methods", tuple(known))
+        if self.kind == "preference" and not self.judges:
+            raise ValueError("who judges the responses? [judges.<name>] must be there")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """Methods as tables call them."""
+        return PREFERENCES if self.kind == "preference" else WEAK_TO_STRONG
+
+
+def parse(name: str, data: Mapping[str, Any]) -> Recipe:
+    """What a file says, checked.
+
+    Raises:
+        ValueError: which key, and what is known.
+    """
+    table = dict(data) | {"name": name}
+    parts = {"data": Data, "teacher": Training, "transfer": Training, "guidance": Guiding, "generation": Generation}
+    missing = [part for part in ("data", "teacher", "transfer", "title", "networks") if part not in table]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be there")
+    for part, kind in parts.items():
+        if part in table:
+            table[part] = made(part, kind, table[part])
+    for part, each in (("networks", Pair), ("judges", Judging), ("variants", Change)):
+        if part in table:
+            table[part] = {key: made(f"{part}.{key}", each, value) for key, value in table[part].items()}
+    return made("the recipe", Recipe, table)

@@ -1,0 +1,318 @@
+"""What a language recipe has come to, beside what the paper reports: a page, JSON, a picture, and samples to read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from ...files import atomic, write_json
+from .. import figures
+from ..statistics import Interval, bootstrap, paired_bootstrap, paired_p
+from ..tables import markdown, origin, percent
+from .experiment import Cell, Experiment
+from .recipe import Recipe
+from .weak_labels import recovered
+
+Group = tuple[str, str]  # networks, variant
+Results = dict[str, dict[int, dict[str, dict[str, Any]]]]  # method, seed: results by score
+SAMPLES = 12
+
+
+def write(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> str:
+    """Write ``README.md``, ``results.json``, a picture and, of preferences, ``samples.md``; returns the page.
+
+    Raises:
+        ValueError: no seed of all methods is done yet.
+    """
+    groups, missing = _collect(experiment, cells)
+    recipe = experiment.recipe
+    if not groups:
+        done = f"{len(cells) - len(missing)} of {len(cells)} cells of {recipe.name} are done in {experiment.root}"
+        raise ValueError(f"{done}, and no seed of all methods: bird run it, or choose --method")
+    of_kind = _preferences if recipe.kind == "preference" else _weak_to_strong
+    parts, found = [f"# {recipe.title}\n"], {}
+    for group, results in groups.items():
+        label = ", ".join(filter(None, group))
+        pair = recipe.networks[group[0]]
+        seeds = len(next(iter(results.values())))
+        parts.append(f"## {label}\n")
+        parts.append(
+            f"{pair.teacher} teaches {pair.student}; {seeds} seed{'s' if seeds > 1 else ''}, shares in %: mean ± "
+            "standard deviation over seeds, and the 95 % bootstrap interval over what was asked.\n"
+        )
+        text, numbers = of_kind(recipe, group, results)
+        parts.append(text)
+        found[label] = numbers
+    if missing:
+        parts.append(f"{len(missing)} cells are not done.\n")
+    text = "\n".join(parts)
+    samples = _samples(experiment, groups) if recipe.kind == "preference" else None  # needs the data: before any file
+    folder.mkdir(parents=True, exist_ok=True)
+    _keep(text, folder / "README.md")
+    about = {"recipe": asdict(recipe), "origin": origin(), "results": found, "cells": _kept(groups)}
+    write_json(about, folder / "results.json")
+    if samples is not None:
+        _keep(samples, folder / "samples.md")
+    _draw(recipe, groups, folder / "results.png")
+    return text
+
+
+def _draw(recipe: Recipe, groups: Mapping[Group, Results], path: Path) -> None:
+    preference = recipe.kind == "preference"
+    judge = next(iter(recipe.judges), "")
+    bars: dict[str, dict[str, tuple[list[float], float, float]]] = {}
+    for group, results in groups.items():
+        for method, of in results.items():
+            values = _verdicts(of, judge) if preference else _right(of)
+            interval = bootstrap(values)
+            shown = values.mean(1).tolist(), interval.low, interval.high
+            bars.setdefault(", ".join(filter(None, group)), {})[recipe.titles[method]] = shown
+    label = f"good responses, %, by the {judge}" if preference else "test accuracy, %"
+    figures.shares(bars, path, title=recipe.title, label=label)
+
+
+def _collect(experiment: Experiment, cells: Sequence[Cell]) -> tuple[dict[Group, Results], list[Cell]]:
+    """What is done, of seeds that all methods of a group have; and what is missing."""
+    done: dict[Group, Results] = {}
+    wanted: dict[Group, list[str]] = {}
+    missing = []
+    for cell in cells:
+        group = cell.networks, cell.variant
+        if cell.method not in wanted.setdefault(group, []):
+            wanted[group].append(cell.method)
+        results = cell.results(experiment.root)
+        if results is None:
+            missing.append(cell)
+            continue
+        if cell.training is not None:
+            results["training"] = cell.training.result(experiment.root) or {}
+        done.setdefault(group, {}).setdefault(cell.method, {})[cell.seed] = results
+    groups = {}
+    for group, results_of in done.items():
+        methods = wanted[group]
+        seeds = set.intersection(*(set(results_of.get(method, {})) for method in methods))
+        if seeds:
+            groups[group] = {m: {s: results_of[m][s] for s in sorted(seeds)} for m in methods}
+    return groups, missing
+
+
+# ---------------------------------------------------------------------------------------------- preferences
+
+
+def _preferences(recipe: Recipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
+    """The table None | DPO | DPO + BIRD, and what BIRD adds."""
+    paper, judges = recipe.networks[group[0]].paper, [*recipe.judges]
+    rows = [
+        ["method", "paper", *(f"good, {judge}" for judge in judges), "perplexity", "distinct pairs of words", "CKA"]
+    ]
+    good = {m: {j: _verdicts(of, j) for j in judges} for m, of in results.items()}
+    for method, of in results.items():
+        per_seed = [*of.values()]
+        rows.append(
+            [
+                recipe.titles[method],
+                f"{paper[method]:.2f}" if method in paper else "",
+                *(_share(good[method][judge]) for judge in judges),
+                _mean(r["responses"]["perplexity"] for r in per_seed),
+                percent([r["responses"]["distinct"] for r in per_seed]),
+                f"{fmean(r['alignment']['cka'] for r in per_seed):.2f}",
+            ]
+        )
+    teachers = [100 * r["teacher"]["accuracy"] for r in next(iter(results.values())).values()]
+    parts = [
+        markdown(rows) + "\n",
+        f"The teacher is right on {min(teachers):.1f} to {max(teachers):.1f} % of rows that it has not seen.\n",
+    ]
+    numbers: dict[str, Any] = {
+        method: {judge: asdict(bootstrap(good[method][judge])) for judge in judges} for method in results
+    }
+    told = [["difference", *judges]]
+    for method in results:
+        for other in ("none", "dpo"):
+            if other in results and other != method and method != "none":
+                gains = {j: _gain(good[method][j], good[other][j]) for j in judges}
+                title = f"{recipe.titles[method]} minus {recipe.titles[other]}"
+                told.append([title, *(text for text, _ in gains.values())])
+                numbers[f"{method} minus {other}"] = {j: asdict(interval) for j, (_, interval) in gains.items()}
+    if len(told) > 1:
+        parts.append(markdown(told) + "\n")
+        parts.append(
+            "Points with the 95 % interval, the same prompts drawn of both, and p of a paired t-test over seeds.\n"
+        )
+    unparsable = sum(v is None for of in results.values() for r in of.values() for j in judges for v in _raw(r, j))
+    if unparsable:
+        parts.append(f"{unparsable} answers of judges could not be parsed; they count as not good.\n")
+    return "\n".join(parts), numbers
+
+
+def _raw(results: Mapping[str, Any], judge: str) -> list[int | None]:
+    return results[f"judge {judge}"]["verdicts"]
+
+
+def _verdicts(of: Mapping[int, Mapping[str, Any]], judge: str) -> np.ndarray:
+    """[seeds, prompts], 1 where good; what could not be parsed is not."""
+    return np.array([[verdict or 0 for verdict in _raw(results, judge)] for results in of.values()], dtype=float)
+
+
+def _share(values: np.ndarray) -> str:
+    interval = bootstrap(values)
+    return f"{percent(values.mean(1).tolist())} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _gain(ours: np.ndarray, theirs: np.ndarray) -> tuple[str, Interval]:
+    interval = paired_bootstrap(ours, theirs)
+    text = f"{100 * interval.mean:+.1f} [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+    differences = (ours.mean(1) - theirs.mean(1)).tolist()
+    if len(differences) > 1:
+        text += f" (p {paired_p(differences):.2g})"
+    return text, interval
+
+
+def _mean(values: Any) -> str:
+    listed = [float(value) for value in values]
+    return f"{fmean(listed):.1f}" if max(listed) < 1e6 else f"{fmean(listed):.1e}"
+
+
+def _samples(experiment: Experiment, groups: Mapping[Group, Results]) -> str:
+    """The first prompts, and what each method says to them with the first seed."""
+    parts = ["# Samples\n", "The first held-out prompts, the first seed; whatever came out.\n"]
+    for group, results in groups.items():
+        parts.append(f"## {', '.join(filter(None, group))}\n")
+        seed = next(iter(next(iter(results.values()))))
+        prompts = experiment.prompts(seed)
+        for number, prompt in enumerate(prompts[:SAMPLES]):
+            parts.append(f"**{prompt}**\n")
+            for method, of in results.items():
+                judged = " ".join("+" if _raw(of[seed], j)[number] else "-" for j in experiment.recipe.judges)
+                text = " ".join(of[seed]["responses"]["responses"][number].split())
+                parts.append(f"- {experiment.recipe.titles[method]} ({judged}): {text}")
+            parts.append("")
+    return "\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------- weak to strong
+
+
+def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
+    """Accuracies, and the share of the gap between weak model and ceiling that is recovered."""
+    paper = recipe.networks[group[0]].paper
+    right = {method: _right(of) for method, of in results.items()}
+    whole = {"weak", "ceiling"} <= right.keys()
+    head = ["method", "accuracy", "gap recovered (paper)", "gap recovered", "gap recovered, raw", "95 % interval"]
+    rows = [[*head, "weak model's mistakes repeated", "its right answers kept"]]
+    numbers: dict[str, Any] = {}
+    for method, values in right.items():
+        row = [recipe.titles[method], _share(values), f"{paper[method]:.2f}" if method in paper else ""]
+        numbers[method] = {"accuracy": values.mean(1).tolist()}
+        if whole and method not in ("weak", "ceiling"):
+            each = [
+                recovered(*means[:1], weak=means[1], ceiling=means[2])
+                for means in zip(*(right[m].mean(1).tolist() for m in (method, "weak", "ceiling")), strict=True)
+            ]
+            interval = _recovered_interval(values, right["weak"], right["ceiling"])
+            row += [_of_seeds([e.clipped for e in each]), _of_seeds([e.raw for e in each]), _interval_text(interval)]
+            raw = [None if math.isnan(e.raw) else e.raw for e in each]
+            numbers[method] |= {"gap_recovered": raw, "interval": asdict(interval)}
+        if "weak" in right and method != "weak":
+            repeated, kept = _heritage(values, right["weak"])
+            numbers[method] |= {"mistakes_repeated": repeated, "right_answers_kept": kept}
+            row += [""] * (len(head) - len(row)) + [percent(repeated), percent(kept)]
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
+    parts = [markdown(rows) + "\n"]
+    told = [["difference in accuracy", "points"]]
+    for method in (m for m in right if m.startswith("bird") and "naive" in right):
+        text, interval = _gain(right[method], right["naive"])
+        told.append([f"{recipe.titles[method]} minus {recipe.titles['naive']}", text])
+        numbers[method]["minus naive"] = asdict(interval)
+    if len(told) > 1:
+        parts.append(markdown(told) + "\n")
+        parts.append(
+            "Points with the 95 % interval, the same rows drawn of both, and p of a paired t-test over seeds.\n"
+        )
+    return "\n".join(parts), numbers
+
+
+def _heritage(strong: np.ndarray, weak: np.ndarray) -> tuple[list[float], list[float]]:
+    """Shares, by seed, of the weak model's mistakes that a student repeats, and of its right answers that it keeps.
+
+    So Burns et al. (2023) ask whether a student imitates its supervisor. 0 where there are none.
+    """
+    repeated = ((1 - strong) * (1 - weak)).sum(1) / np.maximum(1, (1 - weak).sum(1))
+    kept = (strong * weak).sum(1) / np.maximum(1, weak.sum(1))
+    return repeated.tolist(), kept.tolist()
+
+
+def _of_seeds(shares: Sequence[float]) -> str:
+    """In %, of the seeds that have a gap."""
+    known = [share for share in shares if not math.isnan(share)]
+    if not known:
+        return "no gap"
+    return percent(known) + ("" if len(known) == len(shares) else f" ({len(known)} of {len(shares)} seeds have a gap)")
+
+
+def _right(of: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
+    """[seeds, test rows], 1 where the model is right."""
+    return np.array([results["test"]["right"] for results in of.values()], dtype=float)
+
+
+def _recovered_interval(strong: np.ndarray, weak: np.ndarray, ceiling: np.ndarray) -> Interval:
+    """Of the gap recovered, mean accuracies over seeds, test rows drawn with replacement."""
+    three = np.stack([values.mean(0) for values in (strong, weak, ceiling)])
+    draws = np.random.default_rng(0).integers(0, three.shape[1], (2000, three.shape[1]))
+    means = three[:, draws].mean(2)
+    drawn = _of_gap(means)
+    if np.isnan(drawn).mean() > 0.05:
+        return Interval(float(_of_gap(three.mean(1))), -math.inf, math.inf)  # there may be no gap at all
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return Interval(float(_of_gap(three.mean(1))), float(low), float(high))
+
+
+def _of_gap(means: np.ndarray) -> np.ndarray:
+    """Strong, weak, ceiling to the share recovered; NaN where there is no gap."""
+    strong, weak, ceiling = means
+    return (strong - weak) / np.where(ceiling > weak, ceiling - weak, np.nan)
+
+
+def _interval_text(interval: Interval) -> str:
+    if math.isinf(interval.low):
+        return "none: there may be no gap"
+    return f"{100 * interval.mean:.0f} [{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def _kept(groups: Mapping[Group, Results]) -> list[dict[str, Any]]:
+    """Every cell with its figures; texts and histories stay in the stages' folders."""
+    left_out = ("responses", "history", "soft", "right", "verdicts")
+    return [
+        {"networks": group[0], "variant": group[1], "method": method, "seed": seed}
+        | {name: _plain(score, left_out) for name, score in scores.items()}
+        for group, results in groups.items()
+        for method, of in results.items()
+        for seed, scores in of.items()
+    ]
+
+
+def _plain(score: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
+    own = {name: value for name, value in score.items() if name not in left_out}
+    if "verdicts" in score:
+        own["good"] = fmean(verdict or 0 for verdict in score["verdicts"])
+        own["unparsable"] = sum(verdict is None for verdict in score["verdicts"])
+    if "history" in score and score["history"].get("train"):
+        steps = score["history"]["train"]
+        late = steps[len(steps) // 2 :]
+        # A small last batch trains on the task alone, and logs no CKA.
+        own["second_half"] = {key: fmean(r[key] for r in late if key in r) for key in late[0] if key != "step"}
+    return own
+
+
+def _keep(text: str, path: Path) -> None:
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")

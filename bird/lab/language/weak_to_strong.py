@@ -1,0 +1,110 @@
+"""Weak-to-strong recipes as stages: the weak model, and the strong ones that learn from it, or from the truth."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...language.guidance import Guidance
+from ..stages import Stage
+from .data.questions import Questions, questions
+from .experiment import Cell, Experiment, classifier, pair_title, pooling_of, texts_and_labels, trained_classifier
+from .recipe import Change, Pair
+from .settings import Training
+
+
+@dataclass(frozen=True)
+class WeakToStrong(Experiment):
+    """The protocol of `bird.language.weak_to_strong` for every pair of networks, variant, method and seed."""
+
+    def check(self) -> None:
+        """As of `Experiment`; the data too.
+
+        Raises:
+            FileNotFoundError: the data set is missing: what is expected where.
+        """
+        super().check()
+        self._rows(0, None)
+
+    def _rows(self, seed: int, limit: int | None) -> Questions:
+        data = self.recipe.data
+        return _rows(data.source, seed, self.data_root, limit, data.held_out, data.words)
+
+    def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
+        pair = self.recipe.networks[networks]
+        change, training = self._change(pair, variant)
+        weak = self._weak(pair, change, seed)
+        if method == "weak":
+            return Cell(networks, variant, method, seed, {"test": weak}, weak)
+        strong = self._strong(pair, change, training, method, weak, seed)
+        return Cell(networks, variant, method, seed, {"test": strong}, strong)
+
+    def _weak(self, pair: Pair, change: Change, seed: int) -> Stage:
+        """The weak model, on half 1; result: its test probabilities, and its labels of half 2."""
+        limit = self._limit(change)
+        about = self._about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
+        about |= {"network": pair.teacher, "pooling": pair.pooling, "training": asdict(self.recipe.teacher)}
+
+        def make(folder: Path) -> dict[str, Any]:
+            from .classifiers import predict
+            from .weak_labels import certain
+
+            rows = self._rows(seed, limit)
+            model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
+            texts, labels = texts_and_labels(rows.weak)
+            history = self._trained(model, tokenizer, texts, certain(labels), self.recipe.teacher, folder, seed)
+            strong, _ = texts_and_labels(rows.strong)
+            length = self.recipe.teacher.max_length
+            soft = predict(model, tokenizer, strong, max_length=length)
+            return {"history": history, "soft": soft.tolist()} | self._scored(model, tokenizer, rows, length)
+
+        return Stage("weak", about, make, title=pair_title(pair, seed))
+
+    def _strong(self, pair: Pair, change: Change, training: Training, method: str, weak: Stage, seed: int) -> Stage:
+        """A strong model, on half 2; result: its test probabilities."""
+        limit, guiding = self._limit(change), self._guiding(change)
+        about = self._about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
+        about |= {"network": pair.student, "training": asdict(training), "method": method}
+        guided = method.startswith("bird")
+        if guided:
+            about |= {"guidance": guiding, "pooling": pair.pooling}
+
+        def make(folder: Path) -> dict[str, Any]:
+            from .weak_labels import certain
+
+            rows = self._rows(seed, limit)
+            texts, labels = texts_and_labels(rows.strong)
+            model, tokenizer = classifier(pair.student, pooling_of(pair.student), seed)
+            targets, guidance = certain(labels), None
+            if method != "ceiling":
+                targets = torch.tensor((weak.result(self.root) or {})["soft"])
+            if guided:
+                teacher, theirs = trained_classifier(pair.teacher, pair.pooling, weak.folder(self.root), self.device)
+                options = guiding | {"pooling": pooling_of(pair.student), "teacher_pooling": pair.pooling}
+                estimator = "unbiased" if method.endswith("unbiased") else "biased"
+                guidance = Guidance(teacher, theirs, estimator=estimator, **options)
+            history = self._trained(model, tokenizer, texts, targets, training, folder, seed, guidance)
+            return {"history": history} | self._scored(model, tokenizer, rows, training.max_length)
+
+        parents = () if method == "ceiling" else (weak,)
+        return Stage(f"strong-{method}", about, make, parents, pair_title(pair, seed))
+
+    def _scored(self, model: Any, tokenizer: Any, rows: Questions, length: int | None) -> dict[str, Any]:
+        from .classifiers import accuracy, predict
+
+        texts, labels = texts_and_labels(rows.test)
+        probabilities = predict(model, tokenizer, texts, max_length=length)
+        right = probabilities.argmax(1) == torch.tensor(labels)
+        return {"accuracy": accuracy(probabilities, labels), "right": right.int().tolist()}
+
+
+@lru_cache(maxsize=4)
+def _rows(
+    source: str, seed: int, root: Path | None, limit: int | None, held_out: int | None, words: int | None
+) -> Questions:
+    rows = questions(source, seed, root, words=words)
+    return Questions(rows.weak[:limit], rows.strong[:limit], rows.test[:held_out])

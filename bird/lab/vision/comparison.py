@@ -1,0 +1,180 @@
+"""What a comparison of methods or of teachers has shown: figures, tables, a JSON file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ...files import write_json
+from ..statistics import pgr
+from ..tables import markdown, percent
+from .checkpoints import History
+from .evaluation import Robustness
+from .selection import Ranking, Regression, Row
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method came to with one seed.
+
+    Args:
+        method: its name in tables and pictures.
+        seed: the seed.
+        held_out: accuracy on clean images, and on corruptions that the teacher never saw.
+        seen: the same for the teacher's own corruptions.
+        cka: between the teacher's and the student's layer, over clean images, unbiased.
+        history: of its training.
+    """
+
+    method: str
+    seed: int
+    held_out: Robustness
+    seen: Robustness
+    cka: float
+    history: History
+
+    @property
+    def all_corruptions(self) -> float:
+        """Mean accuracy over the held-out corruptions and the teacher's, each once."""
+        accuracies = {**self.seen.corrupted, **self.held_out.corrupted}
+        return fmean(fmean(severities) for severities in accuracies.values())
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Outcome:
+        """Undo `dataclasses.asdict`."""
+        parts = {"held_out": Robustness, "seen": Robustness, "history": History}
+        return cls(**(data | {name: part(**data[name]) for name, part in parts.items()}))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcomes of several methods, with the same seeds for each.
+
+    Args:
+        outcomes: in any order; methods are shown in the order of their first outcome.
+        baseline: the method that has recovered nothing of the gap.
+        ceiling: the method that has recovered all of it.
+    """
+
+    outcomes: Sequence[Outcome]
+    baseline: str
+    ceiling: str
+
+    @property
+    def methods(self) -> list[str]:
+        """Their names, each once, in order."""
+        return list(dict.fromkeys(outcome.method for outcome in self.outcomes))
+
+    @property
+    def contenders(self) -> list[str]:
+        """The methods between baseline and ceiling."""
+        return [method for method in self.methods if method not in (self.baseline, self.ceiling)]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those of every method."""
+        return [outcome.seed for outcome in self.of(self.methods[0])]
+
+    @property
+    def gap(self) -> bool:
+        """Whether baseline and ceiling are among the methods: without them no share of a gap can be told."""
+        return {self.baseline, self.ceiling} <= {*self.methods}
+
+    def of(self, method: str) -> list[Outcome]:
+        """The outcomes of a method, seed by seed."""
+        return [outcome for outcome in self.outcomes if outcome.method == method]
+
+    def recovered(self, method: str, *, pooled: bool = False) -> list[float]:
+        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed; NaN where there is none.
+
+        Args:
+            method: its name.
+            pooled: whether clean images count as severity 0, as in the paper.
+        """
+        if not self.gap:
+            return [math.nan] * len(self.seeds)
+        three = zip(self.of(method), self.of(self.baseline), self.of(self.ceiling), strict=True)
+        return [pgr(*(o.held_out.pooled if pooled else o.held_out.robust for o in outcomes)) for outcomes in three]
+
+
+COLUMNS: dict[str, Callable[[Outcome], float]] = {
+    "clean": lambda outcome: outcome.held_out.clean,
+    "held-out corruptions": lambda outcome: outcome.held_out.robust,
+    "teacher's corruptions": lambda outcome: outcome.seen.robust,
+}
+
+
+PROPERTY_NAMES = {
+    "probe_accuracy": "probe accuracy",
+    "complementary_knowledge": "complementary knowledge",
+    "usefulness_min": "usefulness, worst corruption",
+    "usefulness_mean": "usefulness, mean corruption",
+}
+
+
+def table(comparison: Comparison) -> str:
+    """A Markdown table, aligned to be read as it is: a row per method, accuracies in percent."""
+    rows = [["method", *COLUMNS, "gap recovered", "CKA to teacher"]]
+    for method in comparison.methods:
+        outcomes = comparison.of(method)
+        accuracies = [percent([column(outcome) for outcome in outcomes]) for column in COLUMNS.values()]
+        recovered = percent(comparison.recovered(method)) if method in comparison.contenders else ""
+        cka = f"{fmean(outcome.cka for outcome in outcomes):.2f}"
+        rows.append([method, *accuracies, recovered, cka])
+    return markdown(rows)
+
+
+def ranking_table(ranking: Ranking) -> str:
+    """A Markdown table of teachers, the most promising first: shares in percent, usefulness in standard deviations.
+
+    Robust accuracies after the transfer stand at the end where any is known, predicted ones first if they decided.
+    """
+    columns: dict[str, Callable[[Row], str]] = {"teacher": lambda row: row.name}
+    if ranking.by == "prediction":
+        columns["predicted accuracy"] = lambda row: percent([ranking.scores[row.name]])
+    for name, title in PROPERTY_NAMES.items():
+        columns[title] = partial(_property, name)
+    if any(row.accuracy is not None for row in ranking.rows):
+        columns["accuracy after transfer"] = lambda row: "" if row.accuracy is None else percent([row.accuracy])
+    return markdown([list(columns), *([cell(row) for cell in columns.values()] for row in ranking.rows)])
+
+
+def _property(name: str, row: Row) -> str:
+    value: float = getattr(row.properties, name)
+    return f"{value:.2f}" if name.startswith("usefulness") else percent([value])
+
+
+def regression_table(regression: Regression) -> str:
+    """A Markdown table of how much of the accuracies' variance is explained, in percent: each property, then all."""
+    rows = [["property", "coefficient", "R² alone", "R² alone, left out"]]
+    for name, coefficient in regression.coefficients.items():
+        alone = regression.alone[name]
+        rows.append([PROPERTY_NAMES[name], f"{coefficient:+.2f}", percent([alone.r2]), percent([alone.r2_loo])])
+    fit = regression.fit
+    rows.append([f"all, {regression.n} rows", "", percent([fit.r2]), percent([fit.r2_loo])])
+    return markdown(rows)
+
+
+def write_results(comparison: Comparison, about: dict[str, Any], path: Path) -> None:
+    """Write ``results.json``: what was run, the figures of each method seed by seed, and every outcome whole.
+
+    Accuracies and shares are fractions of 1. ``pooled`` is the paper's robust accuracy, in which clean images
+    count as severity 0.
+    """
+    summary = {
+        method: {
+            "clean": [o.held_out.clean for o in comparison.of(method)],
+            "held_out": [o.held_out.robust for o in comparison.of(method)],
+            "pooled": [o.held_out.pooled for o in comparison.of(method)],
+            "seen": [o.seen.robust for o in comparison.of(method)],
+            "gap_recovered": comparison.recovered(method),
+            "cka": [o.cka for o in comparison.of(method)],
+        }
+        for method in comparison.methods
+    }
+    write_json(about | {"summary": summary, "outcomes": [asdict(o) for o in comparison.outcomes]}, path)

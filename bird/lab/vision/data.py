@@ -1,0 +1,169 @@
+"""Images in memory, their splits by class, and the Fashion-MNIST subset that ships with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CLASS_NAMES = (
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images, held whole in memory.
+
+    Args:
+        images: uint8 ``[n, channels, height, width]``, 0-255.
+        labels: int64 ``[n]``, 0 to classes - 1.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                f"images must be uint8 [n, channels, height, width], got {self.images.dtype} {tuple(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels must be int64 [{len(self.images)}], got {self.labels.dtype} {tuple(self.labels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, index: Tensor) -> Images:
+        """The samples at the positions `index` (int64 ``[m]``), in that order."""
+        return Images(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same on another device."""
+        return Images(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint sets: ``train`` to fit, ``validation`` to choose with, ``test`` to report on, at the end."""
+
+    train: Images
+    validation: Images
+    test: Images
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0-255 to float32 0-1, same shape and device."""
+    return images.float() / 255
+
+
+def of_classes(data: Images, classes: Sequence[int], limit_per_class: int | None = None) -> Images:
+    """The images of some classes, class by class in the order given, each in the order of `data`.
+
+    Args:
+        data: labels 0 to classes - 1.
+        classes: those to keep; they are renumbered 0, 1, ...
+        limit_per_class: keep only the first so many of each.
+    """
+    return _gather(data, [_members(data, c)[:limit_per_class] for c in classes])
+
+
+def split(
+    train: Images,
+    test: Images,
+    classes: Sequence[int],
+    held_out: Callable[[int], int],
+    *,
+    seed: int,
+    limit_per_class: int | None,
+) -> Splits:
+    """Set some training images of each class aside for validation, at random; the test set is left as it is.
+
+    Args:
+        train: fit and validation come from here.
+        test: labels numbered as in `train`.
+        classes: those to keep, renumbered 0, 1, ... in the order given.
+        held_out: from the number of training images of a class to how many of them validate.
+        seed: decides which ones.
+        limit_per_class: keep at most so many images of each class in each of the three sets.
+
+    Raises:
+        ValueError: nothing of a class would be left to train on, or the limit is below 1.
+    """
+    if limit_per_class is not None and limit_per_class < 1:
+        raise ValueError(f"limit_per_class must be at least 1, got {limit_per_class}")
+    generator = torch.Generator().manual_seed(seed)
+    fit, validation = [], []
+    for c in classes:
+        members = _members(train, c)
+        count = held_out(len(members))
+        if count >= len(members):
+            raise ValueError(
+                f"{count} of class {c}'s {len(members)} training images validate: none is left to train on"
+            )
+        members = members[torch.randperm(len(members), generator=generator)]
+        validation.append(members[:count][:limit_per_class])
+        fit.append(members[count:][:limit_per_class])
+    return Splits(_gather(train, fit), _gather(train, validation), of_classes(test, classes, limit_per_class))
+
+
+def check_classes(classes: Sequence[int], number: int) -> None:
+    """Refuse, with a ValueError, classes that are repeated, none at all, or not among 0 to ``number - 1``."""
+    if not classes or len(set(classes)) != len(classes) or not set(classes) <= set(range(number)):
+        raise ValueError(f"classes must be different numbers from 0 to {number - 1}, got {list(classes)}")
+
+
+def _members(data: Images, c: int) -> Tensor:
+    return (data.labels == c).nonzero().squeeze(1)
+
+
+def _gather(data: Images, members: list[Tensor]) -> Images:
+    """One class after the other; their positions in `members` become the labels."""
+    labels = torch.cat([torch.full((len(index),), k) for k, index in enumerate(members)])
+    return Images(data.images[torch.cat(members)], labels)
+
+
+def load_fashion(
+    classes: Sequence[int],
+    *,
+    validation_per_class: int = 100,
+    seed: int = 0,
+    limit_per_class: int | None = None,
+) -> Splits:
+    """Load the shipped Fashion-MNIST images of some classes: 1200 for training and 250 for testing per class,
+    28x28.
+
+    Args:
+        classes: classes to keep, 0-9; labels are renumbered 0, 1, ... in the order given.
+        validation_per_class: how many training images of each class are set aside for validation.
+        seed: decides which ones; the test set is the same for every seed.
+        limit_per_class: keep at most so many images of each class in each of the three sets.
+
+    Raises:
+        ValueError: classes out of range or repeated; no training image left.
+    """
+    check_classes(classes, len(CLASS_NAMES))
+    path = resources.files("bird.lab.vision") / "fashion" / "fashion_mnist.npz"
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        images = {part: torch.from_numpy(arrays[f"{part}_images"]).unsqueeze(1) for part in ("train", "test")}
+        labels = {part: torch.from_numpy(arrays[f"{part}_labels"]).long() for part in ("train", "test")}
+    train, test = (Images(images[part], labels[part]) for part in ("train", "test"))
+    available = len(_members(train, classes[0]))
+    if not 0 < validation_per_class < available:
+        raise ValueError(f"validation_per_class must be between 1 and {available - 1}, got {validation_per_class}")
+    return split(train, test, classes, lambda _: validation_per_class, seed=seed, limit_per_class=limit_per_class)

@@ -1,0 +1,69 @@
+"""The data sets of the paper's vision half, whole in memory, at 32x32.
+
+Nothing is downloaded: the official files are read where torchvision and everybody else leave them, below one
+root, and what is missing is said with where to get it. No pickle is loaded as such (see `unpickling`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...recipe import data_root
+from ..data import Splits, check_classes, split
+from .catalogue import DATASETS
+from .corrupted import available_corruptions, load_corrupted
+from .layout import Dataset, Layout
+
+__all__ = ["DATASETS", "Dataset", "Layout", "available_corruptions", "data_root", "load", "load_corrupted"]
+
+
+def load(
+    name: str,
+    root: Path | str | None = None,
+    *,
+    classes: Sequence[int] | None = None,
+    seed: int = 0,
+    validation: float = 0.1,
+    limit_per_class: int | None = None,
+) -> Splits:
+    """Load a data set, and set a share of its training images aside for validation.
+
+    The test set is the official one (TinyImageNet and ImageNet: the official validation set, as the labels of
+    their test sets are not public; ``"digits"``: the last fifth of each class) and does not depend on the seed.
+    Images come class by class. 28x28 images are padded with zeros, digits scaled bilinearly, image files of
+    any size cropped to a square and resized with a box filter; they are decoded once and kept beside their
+    folder. While splitting, the training images are in memory twice (ImageNet-32: 7.9 GB), unless they come
+    from that cache.
+
+    Args:
+        name: a key of `DATASETS`, which say what lies where.
+        root: the folder with the data sets' own folders, such as ``cifar-10-batches-py``; for
+            ``"image-folder"`` the one with ``train`` and ``test`` or ``val``. None: the environment variable
+            ``BIRD_DATA``, else ``data`` in the working directory, where PyTorch's tutorials put theirs.
+        classes: classes to keep; labels are renumbered 0, 1, ... in the order given. None: all.
+        seed: decides which training images of each class validate.
+        validation: their share of each class, 0 (none) or more, below 1; at least one image if it is not 0.
+        limit_per_class: keep at most so many images of each class in each of the three sets.
+
+    Returns:
+        images uint8 ``[n, 3 or 1, 32, 32]``, labels int64 ``[n]``.
+
+    Raises:
+        FileNotFoundError: the data set is not there; which files are expected where, and where to get them.
+        ValueError: an unknown name or class, a share or limit out of range, a broken file.
+        ImportError: Pillow or scikit-learn is needed and not installed.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation is a share of the training images, 0 or more and below 1, got {validation}")
+    train, test = DATASETS[name].read(data_root(root))
+    number = DATASETS[name].classes or int(train.labels.max()) + 1
+    kept = range(number) if classes is None else classes
+    check_classes(kept, number)
+
+    def held_out(count: int) -> int:
+        return max(1, round(validation * count)) if validation else 0
+
+    return split(train, test, kept, held_out, seed=seed, limit_per_class=limit_per_class)

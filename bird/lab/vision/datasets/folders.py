@@ -1,0 +1,162 @@
+"""Image files in folders, decoded once to 32x32: TinyImageNet, its corrupted copy, any folder of classes.
+
+Every image becomes RGB; the largest square in its middle is resized with Pillow's box filter, the mean of the
+pixels that a new one covers (rounded along rows, then along columns), which ImageNet-32 was made with too. For
+the 64x64 of TinyImageNet these are blocks of 2x2. What was decoded is kept beside the folder, as
+``NAME.32x32-FINGERPRINT.npy``. The fingerprint is of all paths, sizes and times of change: a changed folder is
+decoded again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ....files import atomic
+from ..data import Images
+from .layout import Counts
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))  # torchvision's
+_CHUNK = 256  # images that a thread decodes in one go
+
+
+def _decode(path: Path) -> np.ndarray:
+    """One image, uint8 ``[3, 32, 32]``."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            small = ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BOX)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises them all
+        raise ValueError(f"{path} cannot be decoded: {error}") from error
+    return np.asarray(small).transpose(2, 0, 1)
+
+
+def _decode_all(files: Sequence[Path], label: str) -> np.ndarray:
+    """uint8 ``[n, 3, 32, 32]``, on as many threads as there are cores: Pillow decodes outside Python's lock."""
+    images = np.empty((len(files), 3, 32, 32), np.uint8)
+
+    def work(start: int) -> int:
+        chunk = files[start : start + _CHUNK]
+        for i, path in enumerate(chunk, start):
+            images[i] = _decode(path)
+        return len(chunk)
+
+    pool = ThreadPoolExecutor()
+    try:
+        with tqdm(total=len(files), desc=label, unit="image", leave=False, disable=None) as bar:
+            for done in pool.map(work, range(0, len(files), _CHUNK)):
+                bar.update(done)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return images
+
+
+def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
+    """The images of some files below `folder`, from the cache beside it if nothing has changed.
+
+    Returns:
+        uint8 ``[n, 3, 32, 32]``, in the order of the files.
+
+    Raises:
+        ValueError: a file cannot be decoded.
+        ImportError: Pillow is not installed.
+    """
+    stem = f"{folder.name}.32x32-"
+    cache = folder.with_name(f"{stem}{_fingerprint(folder, files)}.npy")
+    with contextlib.suppress(FileNotFoundError, EOFError, ValueError):  # the last two: damaged, or not ours
+        images = np.load(cache, mmap_mode="c", allow_pickle=False)
+        if images.shape == (len(files), 3, 32, 32) and images.dtype == np.uint8:
+            return images
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise ImportError("image files are decoded by Pillow: pip install 'bird-kernels[vision]'") from error
+    images = _decode_all(files, f"decode {folder.name}")
+    _keep(images, cache, stem)
+    return images
+
+
+def _keep(images: np.ndarray, cache: Path, stem: str) -> None:
+    """Write the cache and remove those of earlier states of the folder; only warn if that cannot be done."""
+    own = cache.with_name(f"{cache.name}.{os.getpid()}")  # ranks that decode at the same time write files of their own
+    try:
+        with atomic(own) as partial, partial.open("wb") as file:
+            np.save(file, images)
+        own.replace(cache)
+        for old in set(cache.parent.glob(f"{glob.escape(stem)}*.npy")) - {cache}:
+            old.unlink(missing_ok=True)
+    except OSError as error:  # a folder that others own, a full disk
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        warnings.warn(f"the decoded images cannot be kept, the next run decodes again: {error}", stacklevel=2)
+
+
+def _fingerprint(folder: Path, files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        status = path.stat()
+        digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def class_names(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted; not of hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def read_classes(folder: Path, names: Sequence[str], inner: str = "") -> Images:
+    """Images of ``folder/NAME/inner/**``, label k for the k-th name, sorted by path within a class.
+
+    Raises:
+        ValueError: a class without images, or a folder that is none of the classes.
+    """
+    if unknown := set(class_names(folder)) - set(names):
+        raise ValueError(f"{folder} has folders that are no class: {', '.join(sorted(unknown)[:5])}")
+    files: list[Path] = []
+    counts = []
+    for name in names:
+        of_class = sorted(path for path in (folder / name / inner).rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not of_class:
+            raise ValueError(f"{folder / name / inner} has no images ({', '.join(sorted(SUFFIXES))})")
+        files += of_class
+        counts.append(len(of_class))
+    labels = np.repeat(np.arange(len(names), dtype=np.int64), counts)
+    return Images(torch.from_numpy(decoded(folder, files)), torch.from_numpy(labels))
+
+
+def read_image_folder(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """Training and test folder, one folder a class in each, numbered in the order of the training folder's names."""
+    names = class_names(paths[0])
+    return read_classes(paths[0], names), read_classes(paths[1], names)
+
+
+def read_tiny_imagenet(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """Classes are numbered in the order of their sorted WordNet ids, as torchvision's ``ImageFolder`` does.
+
+    The official validation set is the test set, ordered by class and name like Tiny-ImageNet-C.
+    """
+    wnids, train, annotations, val = paths
+    names = sorted(wnids.read_text(encoding="utf-8").split())
+    number = {name: k for k, name in enumerate(names)}
+    rows = [line.split("\t")[:2] for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows:
+        raise ValueError(f"{annotations} names no images")
+    if wrong := [row for row in rows if len(row) < 2 or row[1] not in number]:
+        raise ValueError(f"{annotations}: {wrong[0]} is not a file name and a class of {wnids.name}, tab-separated")
+    if missing := {name for name, _ in rows} - {path.name for path in val.iterdir()}:
+        raise ValueError(f"{val}: {len(missing)} of {len(rows)} images are missing, {min(missing)} first")
+    ordered = sorted((number[wnid], name) for name, wnid in rows)
+    images = decoded(val, [val / name for _, name in ordered])
+    test = Images(torch.from_numpy(images), torch.tensor([label for label, _ in ordered]))
+    return read_classes(train, names, "images"), test

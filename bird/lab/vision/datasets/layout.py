@@ -1,0 +1,133 @@
+"""What a data set on disk consists of, where it is looked for, and what is said when it is not there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from ..data import Images
+
+Counts: TypeAlias = tuple[int, ...]
+Reader: TypeAlias = Callable[[list[Path], Counts], tuple[Images, ...]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way in which a data set may lie on disk.
+
+    Args:
+        folder: under the root, or absolute.
+        files: files and folders below it, all of them needed.
+        read: from their paths and the official numbers of images to the sets of images.
+        suffixes: what may follow a file's name.
+    """
+
+    folder: str
+    files: tuple[str, ...]
+    read: Reader
+    suffixes: tuple[str, ...] = ("",)
+
+    def find(self, root: Path) -> list[Path | None]:
+        """The path of each of the files, None for one that is missing."""
+        choices = [[root / self.folder / (file + suffix) for suffix in self.suffixes] for file in self.files]
+        return [next((path for path in paths if path.exists()), None) for paths in choices]
+
+    def describe(self, root: Path) -> str:
+        """What is expected where, and which of it is missing."""
+        missing = [file for file, path in zip(self.files, self.find(root), strict=True) if path is None]
+        names = ", ".join(self.files)
+        if len(self.files) > 6:
+            names = f"{self.files[0]}, {self.files[1]}, ..., {self.files[-1]} ({len(self.files)} in all)"
+        names += "".join(f", each with or without {suffix}" for suffix in self.suffixes if suffix)
+        which = "all of them" if len(missing) == len(self.files) else ", ".join(missing) or "nothing"
+        return f"{root / self.folder}: {names} (missing: {which})"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set by name.
+
+    Args:
+        title: what it is called.
+        classes: their number; None where the folders tell.
+        channels: 3 or 1.
+        counts: official numbers of training and of test images, which are checked; 0 where any number will do.
+        layouts: the first one that is complete is read.
+        source: where to get it, and its licence.
+    """
+
+    title: str
+    classes: int | None
+    channels: int
+    counts: Counts
+    layouts: tuple[Layout, ...]
+    source: str
+
+    def describe(self, root: Path) -> str:
+        """Which files are expected where, which of them are missing, and where to get them."""
+        places = [f"\n  {layout.describe(root)}" for layout in self.layouts]
+        return f"{self.title} is read from{' one of' if len(places) > 1 else ''}:{''.join(places)}\n{self.source}"
+
+    def read(self, root: Path) -> tuple[Images, ...]:
+        """One `Images` for each of the counts.
+
+        Raises:
+            FileNotFoundError: no layout is complete; what is missing, and where to get it.
+            ValueError: a file is not what it should be, or images are missing.
+        """
+        layout, paths = self.locate(root)
+        try:
+            sets = layout.read(paths, self.counts)
+            self._check(sets)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.title} is broken: {error}\n{self.describe(root)}") from error
+        return sets
+
+    def locate(self, root: Path) -> tuple[Layout, list[Path]]:
+        """The first layout that is complete, and the paths of its files.
+
+        Raises:
+            FileNotFoundError: none is; what is missing, and where to get it.
+        """
+        for layout in self.layouts:
+            found = layout.find(root)
+            paths = [path for path in found if path is not None]
+            if len(paths) == len(found):
+                return layout, paths
+        raise FileNotFoundError(
+            f"{self.title} is not complete below {root} (--data or root=, or the environment variable BIRD_DATA)\n"
+            + self.describe(root)
+        )
+
+    def fingerprint(self, root: Path) -> str | None:
+        """What tells these images from others of this name; None where the official numbers do, or nothing need.
+
+        A hash of the files' paths, sizes and times of change.
+
+        Raises:
+            FileNotFoundError: as `locate`.
+        """
+        _, paths = self.locate(root)
+        if any(self.counts) or not paths:
+            return None
+        digest = hashlib.sha256()
+        for folder in paths:
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    status = path.stat()
+                    about = f"{folder.name}/{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n"
+                    digest.update(about.encode())
+        return digest.hexdigest()[:16]
+
+    def _check(self, sets: tuple[Images, ...]) -> None:
+        found = [len(images) for images in sets]
+        if 0 in found or any(count not in (0, n) for n, count in zip(found, self.counts, strict=True)):
+            official = " + ".join(str(count) for count in self.counts)
+            raise ValueError(f"{' + '.join(map(str, found))} images instead of {official}")
+        for images in sets:
+            low, high = int(images.labels.min()), int(images.labels.max())
+            if low < 0 or (self.classes is not None and high >= self.classes):
+                raise ValueError(f"labels from {low} to {high}, of {self.classes} classes")

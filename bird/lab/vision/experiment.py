@@ -1,0 +1,363 @@
+"""Recipes run: from a recipe to stages, from stages to the cells of a table.
+
+A cell (networks, variant, method, seed) needs two stages, which score a model and compare it with the teacher; these
+need the one that made the model, and that one a teacher, a student or both. What several cells or recipes need is made
+once. The test set is read by the last two kinds of stages alone. A candidate is a cell's teacher and student before any
+transfer, and needs one stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...features import find_layers
+from ...files import load, save
+from ...teachers import Teacher
+from ..recipe import data_root, grid
+from ..stages import Stage
+from .augment import CropFlip
+from .corruptions import Mixture
+from .data import Splits
+from .datasets import DATASETS
+from .datasets import load as load_data
+from .evaluation import accuracy, alignment
+from .methods import METHODS, Transfer
+from .models import MODELS, build
+from .recipe import Budget, Recipe, Source, Variant
+from .scoring import corrupted, first
+from .selection import rank_teachers
+from .training import Augment, fit
+
+PROTOCOL = 2  # part of every stage's name: raised when the same settings no longer mean the same
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a table."""
+
+    networks: str
+    variant: str
+    method: str
+    seed: int
+    score: Stage  # result: {"clean": accuracy, "corrupted": {name: [accuracy of each severity]}}
+    alignment: Stage  # result: {"cka": to the teacher, unbiased, over clean test images}
+    training: Stage  # that made the model
+
+    @property
+    def wanted(self) -> list[Stage]:
+        """What completes it."""
+        return [self.score, self.alignment]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A teacher for a student."""
+
+    networks: str
+    variant: str
+    seed: int
+    properties: Stage  # result: {"properties": `bird.selection.Properties`, "student_probe_accuracy": a share of 1}
+
+    @property
+    def wanted(self) -> list[Stage]:
+        """What completes it."""
+        return [self.properties]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A network, what it has learned to tell apart, and the stage that trains it."""
+
+    network: str
+    source: Source
+    stage: Stage
+
+    def model(self, root: Path, device: torch.device) -> nn.Module:
+        """With its weights.
+
+        Raises:
+            ValueError: they are gone or damaged.
+        """
+        model, folder = _build(self.network, self.source), self.stage.folder(root)
+        try:
+            model.load_state_dict(load(folder / "model.pt"))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{error}\nDelete the whole folder {folder}, and it is made again") from error
+        return model.to(device).to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe as stages.
+
+    Args:
+        recipe: what to run.
+        root: the folder of the stages' folders.
+        device: where networks are trained; like the rest from here on it is no part of a stage's name.
+        data_root: the folder of the data sets, see `bird.vision.datasets.load`.
+        progress: bars for training; None for on a terminal only.
+        compile: train compiled models, see `bird.checkpoints.Settings`.
+    """
+
+    recipe: Recipe
+    root: Path
+    device: torch.device
+    data_root: Path | None = None
+    progress: bool | None = None
+    compile: bool = False
+
+    def cells(self, **choice: Any) -> list[Cell]:
+        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.recipes.grid`."""
+        return [self._cell(*entry) for entry in grid(self.recipe, **choice)]
+
+    def check(self) -> None:
+        """Look before hours of work: is all the data there, and has every network the layers that are asked of it?
+
+        Raises:
+            FileNotFoundError: a data set is missing: which files are expected where.
+            ValueError: an unknown layer (the nearest are listed).
+            ImportError: a network's, or the pictures', library is missing.
+        """
+        from matplotlib.figure import Figure  # noqa: F401 - what a report needs in the end
+
+        recipe = self.recipe
+        changes = recipe.variants.values()
+        for source in dict.fromkeys([recipe.student, recipe.teacher, *(v.teacher for v in changes if v.teacher)]):
+            DATASETS[source.data].locate(data_root(self.data_root))
+        with torch.device("meta"):
+            for pair in recipe.networks.values():
+                teacher, student = _build(pair.teacher, recipe.teacher), _build(pair.student, recipe.student)
+                for change in changes:
+                    find_layers(teacher, change.teacher_layer or MODELS[pair.teacher].guide)
+                    find_layers(student, change.student_layer or MODELS[pair.student].guide)
+
+    def candidates(
+        self,
+        *,
+        networks: Sequence[str] | None = None,
+        variants: Sequence[str] | None = None,
+        seeds: int | None = None,
+    ) -> list[Candidate]:
+        """The teacher and the student of every pair of networks, variant and seed, or of some."""
+        found = []
+        for name in self.recipe.networks if networks is None else networks:
+            for variant in self.recipe.variants if variants is None else variants:
+                for seed in range(self.recipe.seeds if seeds is None else seeds):
+                    stage = self._measured(*self._pair(name, variant, seed), seed)
+                    found.append(Candidate(name, variant, seed, stage))
+        return found
+
+    def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[str, str]]:
+        """Teacher, student, and the layers between which something moves."""
+        recipe, pair, change = self.recipe, self.recipe.networks[name], self.recipe.variants[variant]
+        corruptions = recipe.corruptions if change.teacher_corruptions is None else change.teacher_corruptions
+        budget = recipe.pretraining
+        if change.teacher_steps is not None:
+            budget = replace(budget, steps=change.teacher_steps, epochs=None)
+        source = change.teacher or recipe.teacher
+        teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget)
+        student = self._pretrained("student", recipe.student, pair.student, (), seed, recipe.pretraining)
+        layers = (
+            change.teacher_layer or MODELS[pair.teacher].guide,
+            change.student_layer or MODELS[pair.student].guide,
+        )
+        return teacher, student, layers
+
+    def _cell(self, name: str, variant: str, method: str, seed: int) -> Cell:
+        teacher, student, layers = self._pair(name, variant, seed)
+        made = self._moved(teacher, student, layers, self.recipe.variants[variant], method, seed)
+        layer = layers[METHODS[method].start == "student"]
+        score, aligned = self._scored(made, seed), self._aligned(made, layer, teacher, layers[0], seed)
+        return Cell(name, variant, method, seed, score, aligned, made.stage)
+
+    def _pretrained(
+        self,
+        role: Literal["teacher", "student"],
+        source: Source,
+        network: str,
+        corruptions: tuple[str, ...],
+        seed: int,
+        budget: Budget,
+    ) -> Made:
+        """A teacher or a student; with one seed and network they begin with different weights."""
+        about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": asdict(budget)}
+
+        def make(folder: Path) -> dict[str, Any]:
+            data = self._data(source, seed)
+            own = 3 * seed + (role == "student")  # 3 * seed + 2 is the transfer's
+            torch.manual_seed(own)
+            model = _build(network, source)
+            history = fit(
+                model,
+                data.train,
+                budget.settings(len(data.train), own, compile=self.compile),
+                augment=_augment(source, corruptions, seed),
+                validate=partial(accuracy, data=data.validation),
+                device=self.device,
+                folder=folder,
+                resume=True,
+                progress=self.progress,
+                label=f"{network}, seed {seed}",
+            )
+            save(model.state_dict(), folder / "model.pt")
+            return {"histories": [asdict(history)], "steps_per_second": [history.steps_per_second]}
+
+        return Made(network, source, Stage(role, about, make, title=f"{network} on {source.data}, seed {seed}"))
+
+    def _moved(
+        self, teacher: Made, student: Made, layers: tuple[str, str], change: Variant, method: str, seed: int
+    ) -> Made:
+        """What a method makes of a teacher and a student."""
+        recipe, known = self.recipe, METHODS[method]
+        if not known.phases:
+            return student
+        starts = {"teacher": teacher, "student": student}[known.start]
+        guided = any(guidance in ("bird", "hints") for _, guidance in known.phases)
+        parents = (teacher.stage, student.stage) if guided else (starts.stage,)
+        about = self._about(recipe.student, seed) | {
+            "method": method,
+            "budget": asdict(recipe.transfer),
+            "batch_size": change.batch_size,
+            "corruptions": recipe.corruptions if known.corrupted else (),
+        }
+        weights = {"alpha": change.alpha, "beta": change.beta}
+        if guided:
+            about |= {"layers": layers, "weights": weights}
+
+        def make(folder: Path) -> dict[str, Any]:
+            data = self._data(recipe.student, seed)
+            changes: dict[str, Any] = {"compile": self.compile}
+            changes |= {} if change.batch_size is None else {"batch_size": change.batch_size}
+            transfer = Transfer(
+                teacher=(teacher.network, layers[0]),
+                student=(student.network, layers[1]),
+                settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
+                classes=_classes(recipe.student),
+                augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
+                validate=partial(accuracy, data=data.validation),
+                device=self.device,
+                folder=folder,
+                progress=self.progress,
+                weights={name: value for name, value in weights.items() if value is not None},
+            )
+            guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
+            model, histories, times = transfer.run(method, guide, start, data.train)
+            save(model.state_dict(), folder / "model.pt")
+            return {
+                "histories": [asdict(history) for history in histories],
+                "steps_per_second": [history.steps_per_second for history in histories],
+                "times": times and asdict(times),
+            }
+
+        title = f"{student.network} on {recipe.student.data}, seed {seed}"
+        return Made(starts.network, recipe.student, Stage(method, about, make, parents, title))
+
+    def _scored(self, made: Made, seed: int) -> Stage:
+        source, scoring = self.recipe.student, self.recipe.scoring
+
+        def make(folder: Path) -> dict[str, Any]:
+            test = first(self._data(source, seed).test, scoring.images).to(self.device)
+            model = made.model(self.root, self.device)
+            accuracies: dict[str, list[float]] = {name: [] for name in scoring.corruptions}
+            for name, images in corrupted(test, scoring, (source, scoring, self.data_root, self.device)):
+                accuracies[name].append(accuracy(model, images))
+            return {"clean": accuracy(model, test), "corrupted": accuracies}
+
+        return Stage(
+            "score", self._about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made)
+        )
+
+    def _aligned(self, made: Made, layer: str, teacher: Made, teacher_layer: str, seed: int) -> Stage:
+        source = self.recipe.student
+
+        def make(folder: Path) -> dict[str, Any]:
+            test = first(self._data(source, seed).test, self.recipe.scoring.images)
+            model, guide = (m.model(self.root, self.device) for m in (made, teacher))
+            return {"cka": alignment(Teacher(guide, [teacher_layer]), model, teacher_layer, layer, test)}
+
+        about = self._about(source, None) | {"images": self.recipe.scoring.images, "layers": (teacher_layer, layer)}
+        return Stage("alignment", about, make, (made.stage, teacher.stage), self._of(made))
+
+    def _measured(self, teacher: Made, student: Made, layers: tuple[str, str], seed: int) -> Stage:
+        """What the teacher promises: under the corruptions that the transfer is for, whatever it was trained under."""
+        recipe = self.recipe
+
+        def make(folder: Path) -> dict[str, Any]:
+            data = self._data(recipe.student, seed)
+            few = replace(data, validation=first(data.validation, recipe.scoring.images))
+            guide, model = (m.model(self.root, self.device) for m in (teacher, student))
+            ranking = rank_teachers(
+                {"teacher": Teacher(guide, [layers[0]])},
+                model,
+                layers[1],
+                few,
+                corruptions=recipe.corruptions,
+                device=self.device,
+                cache=self.root / "features",
+                progress=self.progress,
+            )
+            return {
+                "properties": asdict(ranking.rows[0].properties),
+                "student_probe_accuracy": ranking.student_probe_accuracy,
+            }
+
+        about = self._about(recipe.student, seed) | {
+            "images": recipe.scoring.images,
+            "layers": layers,
+            "corruptions": recipe.corruptions,
+        }
+        return Stage("properties", about, make, (teacher.stage, student.stage), self._of(teacher))
+
+    def _of(self, made: Made) -> str:
+        return f"{made.stage.kind}-{made.stage.key}: {made.stage.title}"
+
+    def _data(self, source: Source, seed: int) -> Splits:
+        return _splits(source, seed, self.data_root)
+
+    def _about(self, source: Source, seed: int | None) -> dict[str, Any]:
+        """What every stage depends on; of the test set, which has no seed, None."""
+        files = _fingerprint(source.data, self.data_root)
+        return {"protocol": PROTOCOL, "data": asdict(source) | {"files": files}, "seed": seed}
+
+
+@lru_cache(maxsize=16)
+def _fingerprint(data: str, root: Path | None) -> str | None:
+    """What tells a folder of images from others; nothing need tell the official data sets, which may be elsewhere."""
+    known = DATASETS[data]
+    return None if any(known.counts) else known.fingerprint(data_root(root))
+
+
+def _classes(source: Source) -> int:
+    known = DATASETS[source.data].classes if source.classes is None else len(source.classes)
+    assert known is not None  # a recipe's source has them
+    return known
+
+
+def _build(network: str, source: Source) -> nn.Module:
+    return build(network, _classes(source), channels=DATASETS[source.data].channels)
+
+
+@lru_cache(maxsize=4)
+def _splits(source: Source, seed: int, root: Path | None) -> Splits:
+    return load_data(source.data, root, classes=source.classes, seed=seed, limit_per_class=source.limit_per_class)
+
+
+def _augment(source: Source, corruptions: tuple[str, ...], seed: int) -> Augment | None:
+    """The corruptions, and then what the source asks for: the order of pictures that come corrupted from a disk."""
+    parts: list[Augment] = [Mixture(corruptions, seed=seed)] if corruptions else []
+    if source.augment != "none":
+        parts.append(CropFlip(seed, flip=source.augment == "crop-flip"))
+
+    def augment(x: Tensor, index: Tensor, epoch: int) -> Tensor:
+        for part in parts:
+            x = part(x, index, epoch)
+        return x
+
+    return augment if parts else None

@@ -1,0 +1,194 @@
+"""The methods that are compared, by name: whose weights each starts from, what it trains, and what pulls it.
+
+======================= ======= ============ ====================================================================
+name                    start   batch norm   what happens with the transfer's steps
+======================= ======= ============ ====================================================================
+``none``                student              nothing: the pre-trained student as it is
+``continued``           student learns       its own task goes on: what more steps do by themselves (ours, a control)
+``lp``                  teacher frozen       a new head is trained, the frozen body stays in eval mode (linear probe)
+``ft``                  teacher learns       a new head, and everything is trained (fine-tuning)
+``lp-ft``               teacher frozen, then ``lp`` for the first half, ``ft`` for the second (Kumar et al. 2022)
+                                learns
+``hints``               student learns       the task, and learned linear maps to the teacher's layer (Romero et al.
+                                             2015)
+``lwf``                 teacher frozen, then ``lp`` for the first half; then all is trained, and the penultimate
+                                learns       features stay near the teacher's (Shafahi et al. 2019)
+``bird``                student learns       the task, and CKA with the teacher's layer, biased as published
+``bird-unbiased``       student learns       the same with the unbiased estimator
+``bird-rbf``            student learns       the same with Gaussian kernels, sigma from the median
+``bird-rbf-unbiased``   student learns       both
+``ceiling``             student learns       the task, under the teacher's corruptions: what a student reaches that
+                                             may see them
+======================= ======= ============ ====================================================================
+
+All have the same number of steps, batches and learning rates; two halves have a cosine each. What starts from the
+teacher has the teacher's network. Batch normalisation that "learns" is in train mode: its weights are trained, batches
+are normalised by their own statistics, and the running ones move; "frozen" is in eval mode with the teacher's
+statistics, like the guiding teacher of every method. No method chooses a step: the last one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from ...losses import BirdLoss, Hints, LwF
+from ...taps import Taps
+from ...teachers import Teacher
+from .checkpoints import History, Settings
+from .data import Images, to_float
+from .models import MODELS, replace_head
+from .profiling import StepTimes, step_times
+from .training import Augment, Guide, fit
+
+Guidance = Literal["bird", "hints", "lwf"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One of `METHODS`.
+
+    Args:
+        title: in tables and pictures.
+        start: whose weights it starts from.
+        phases: equal shares of the steps, each (trains the head alone, what guides it).
+        options: of `BirdLoss`.
+        corrupted: whether it sees the teacher's corruptions.
+    """
+
+    title: str
+    start: Literal["student", "teacher"] = "student"
+    phases: tuple[tuple[bool, Guidance | None], ...] = ((False, None),)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    corrupted: bool = False
+
+
+# alpha and beta of Hints, ours: with the published weights of BIRD it does little more than go on with the task, and
+# 0.1 and 90 does not train (chosen on validation images of the demo).
+HINTS = 0.1, 9.0
+_BIRD: tuple[tuple[bool, Guidance | None], ...] = ((False, "bird"),)
+METHODS = {
+    "none": Method("None", phases=()),
+    "continued": Method("Continued"),
+    "lp": Method("LP", "teacher", ((True, None),)),
+    "ft": Method("FT", "teacher"),
+    "lp-ft": Method("LP-FT", "teacher", ((True, None), (False, None))),
+    "hints": Method("Hints", phases=((False, "hints"),)),
+    "lwf": Method("LwF", "teacher", ((True, None), (False, "lwf"))),
+    "bird": Method("BIRD", phases=_BIRD),
+    "bird-unbiased": Method("BIRD, unbiased", phases=_BIRD, options={"estimator": "unbiased"}),
+    "bird-rbf": Method("BIRD, RBF", phases=_BIRD, options={"kernel": "rbf"}),
+    "bird-rbf-unbiased": Method(
+        "BIRD, RBF, unbiased", phases=_BIRD, options={"kernel": "rbf", "estimator": "unbiased"}
+    ),
+    "ceiling": Method("Ceiling", corrupted=True),
+}
+
+
+class Transferred(NamedTuple):
+    """A trained network, the history of each phase, and what guidance costs (None without)."""
+
+    model: nn.Module
+    histories: list[History]
+    times: StepTimes | None
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What all methods have in common; arguments that are not described here are those of `bird.training.fit`.
+
+    Args:
+        teacher: (a key of `bird.vision.models.MODELS`, guiding layer).
+        student: (the same, guided layer).
+        settings: of all steps together.
+        classes: of the student's task.
+        weights: ``alpha`` and ``beta`` of BIRD, where they are not the published ones.
+        folder: gets a folder for each phase.
+    """
+
+    teacher: tuple[str, str]
+    student: tuple[str, str]
+    settings: Settings
+    classes: int
+    weights: Mapping[str, Any] = field(default_factory=dict)
+    augment: Augment | None = None
+    validate: Callable[[nn.Module], float] | None = None
+    device: torch.device | str = "cpu"
+    folder: Path | None = None
+    progress: bool | None = None
+
+    def run(self, method: str, teacher: nn.Module | None, student: nn.Module | None, train: Images) -> Transferred:
+        """Train by a method; the networks it starts from are left as they are.
+
+        Args:
+            method: a key of `METHODS`.
+            teacher: not needed by what neither starts from it nor is guided by it.
+            student: the same.
+            train: the student's training images.
+
+        Raises:
+            ValueError: a network that the method needs is missing; also whatever `fit` raises.
+        """
+        known = METHODS[method]
+        start = teacher if known.start == "teacher" else student
+        if start is None:
+            raise ValueError(f"{known.title} starts from a {known.start}: give one")
+        model = deepcopy(start).requires_grad_(True)
+        network = dict(teacher=self.teacher, student=self.student)[known.start][0]
+        torch.manual_seed(self.settings.seed)
+        if known.start == "teacher":
+            replace_head(model, network, self.classes)
+        histories, times = [], None
+        for number, (head_alone, guidance) in enumerate(known.phases):
+            steps = len(range(number, self.settings.steps, len(known.phases)))  # the first may have one more
+            guide = None if guidance is None else self._guide(guidance, known, teacher, model, train)
+            history = fit(
+                model,
+                train,
+                replace(self.settings, steps=steps),
+                guide=guide,
+                trained=[MODELS[network].head] if head_alone else None,
+                augment=self.augment,
+                validate=self.validate,
+                device=self.device,
+                folder=None if self.folder is None else self.folder / f"phase{number + 1}",
+                resume=True,
+                label=f"{known.title}, seed {self.settings.seed}",
+                progress=self.progress,
+            )
+            histories.append(history)
+            if guide is not None:
+                times = step_times(model, train, self.settings, guide, augment=self.augment, device=self.device)
+                guide.taps.remove()
+        return Transferred(model, histories, times)
+
+    def _guide(
+        self, guidance: Guidance, known: Method, teacher: nn.Module | None, model: nn.Module, train: Images
+    ) -> Guide:
+        if teacher is None:
+            raise ValueError(f"{known.title} is guided by a teacher: give one")
+        (network, guiding), (_, guided) = self.teacher, self.student
+        if guidance == "lwf":
+            guiding = guided = MODELS[network].guide
+        pairs = [(guiding, guided)]
+        loss: BirdLoss | Hints | LwF
+        if guidance == "bird":
+            loss = BirdLoss(pairs=pairs, **known.options, **self.weights)
+        elif guidance == "hints":
+            theirs, ours = _width(teacher, guiding, train), _width(model, guided, train)
+            loss = Hints(*HINTS, pairs, teacher_widths={guiding: theirs}, student_widths={guided: ours})
+        else:
+            loss = LwF(pairs=pairs)
+        return Guide(Teacher(deepcopy(teacher), [guiding]), Taps(model, [guided]), loss)
+
+
+def _width(network: nn.Module, layer: str, images: Images) -> int:
+    """How many features a layer has once it is pooled."""
+    look = Teacher(deepcopy(network).cpu(), [layer])
+    return look(to_float(images.images[:1].cpu()))[layer].shape[1]

@@ -1,0 +1,115 @@
+"""How long a step of training takes, and how much of it guidance costs: measured beside the loop, not in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoints import Run, Settings
+from .data import Images
+from .steps import Augment, Batches, Guide, place, take_step
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds, medians over several steps.
+
+    Args:
+        step: all of a step: batch, forward, guidance, backward, optimiser.
+        teacher: of it, the teacher's forward.
+        loss: of it, the guide's loss (CKA), forward and backward to the student's features.
+    """
+
+    step: float
+    teacher: float
+    loss: float
+
+    @property
+    def guidance(self) -> float:
+        """The share of teacher and loss in the step, 0-1."""
+        return (self.teacher + self.loss) / self.step
+
+
+def step_times(
+    model: nn.Module,
+    train: Images,
+    settings: Settings,
+    guide: Guide | None = None,
+    *,
+    augment: Augment | None = None,
+    device: torch.device | str = "cpu",
+    repeats: int = 10,
+) -> StepTimes:
+    """Time the first batch's step again and again, waiting for the device each time.
+
+    Arguments as of `bird.training.fit`. As there, all modules move to the device; but their weights, buffers and
+    PyTorch's generators are left as they were, and gradients are dropped.
+
+    Args:
+        repeats: how often each part is timed, after two runs that do not count.
+
+    Raises:
+        ValueError: as `bird.training.fit`; ``repeats`` below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, not {repeats}")
+    device = torch.device(device)
+    batches = Batches(train, settings, augment, device)
+    modules = nn.ModuleDict({"model": place(model, device, settings)})
+    if guide is not None:
+        place(guide.teacher, device, settings)
+        modules["guide"] = guide.loss.to(device)
+    run = Run(modules, settings, len(train), device, None)
+
+    def timed(action: Callable[[], object]) -> float:
+        seconds = []
+        for _ in range(2 + repeats):
+            torch.get_device_module(device).synchronize()
+            start = time.perf_counter()
+            action()
+            torch.get_device_module(device).synchronize()
+            seconds.append(time.perf_counter() - start)
+        return median(seconds[2:])
+
+    with _unchanged(modules, device):
+        model.train()
+        step = timed(lambda: take_step(run, guide, batches.at(0), settings.lr))
+        if guide is None:
+            return StepTimes(step, 0.0, 0.0)
+        images = [x for x, _ in batches.at(0)]
+        teacher, taps, loss = guide.teacher, guide.taps, guide.loss
+        with run.autocast:
+            seconds = timed(lambda: [teacher(x) for x in images])
+            with torch.no_grad():
+                theirs, ours = (_joined([f(x) for x in images]) for f in (teacher, lambda x: (model(x), taps.pop())[1]))
+
+            def guidance() -> None:
+                task = torch.zeros((), device=device)
+                loss(task, theirs, {name: rows.requires_grad_() for name, rows in ours.items()}).backward()
+
+            return StepTimes(step, seconds, timed(guidance))
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@contextmanager
+def _unchanged(modules: nn.ModuleDict, device: torch.device) -> Iterator[None]:
+    state = {name: value.clone() for name, value in modules.state_dict().items()}
+    modes = {module: module.training for module in modules.modules()}
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        try:
+            yield
+        finally:
+            modules.load_state_dict(state)
+            modules.zero_grad()
+            for module, mode in modes.items():
+                module.training = mode

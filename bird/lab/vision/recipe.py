@@ -1,0 +1,265 @@
+"""Experiments as TOML files: what is trained on what, for how long, by which methods, and what the paper reports.
+
+The package ships one for every table of the paper (`names`); `read` also takes a path of your own. A file says::
+
+    title = "CIFAR-10 to CIFAR-100"
+    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]    # keys of `bird.methods.METHODS`
+    seeds = 3
+
+    [teacher]                                                # a source of images, see `Source`
+    data = "cifar10"
+    [student]
+    data = "cifar100"
+
+    [pretraining]                                            # of both, see `Budget`
+    epochs = 200
+    lr = 0.01
+    final_lr = 1e-6
+    [transfer]
+    epochs = 200
+    lr = 0.005
+
+    [scoring]                                                # see `Scoring`
+
+    [networks.mobilenetv2]                                   # see `Networks`; a name of your own, or a network's
+    paper = { none = 51.31, bird = 54.77 }                   # robust accuracy in %, where published
+
+    [variants."batch 32"]                                    # what differs from the above, see `Variant`
+    batch_size = 32
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..recipe import made, parsed, require_known
+from .checkpoints import MIN_BATCH, Settings
+from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
+from .datasets import DATASETS
+from .methods import METHODS
+from .models import MODELS
+from .steps import steps_per_epoch
+
+if sys.version_info >= (3, 11):
+    pass
+else:
+    pass
+
+AUGMENTS = ("none", "crop", "crop-flip")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images.
+
+    Args:
+        data: a key of `bird.vision.datasets.DATASETS`.
+        classes: which ones, renumbered in this order; None for all.
+        limit_per_class: at most so many of each class in each of the three sets; None for all.
+        augment: "crop-flip", "crop" (for digits), or "none".
+    """
+
+    data: str
+    classes: tuple[int, ...] | None = None
+    limit_per_class: int | None = None
+    augment: str = "crop-flip"
+
+    def __post_init__(self) -> None:
+        require_known("data", self.data, DATASETS)
+        if self.classes is None and DATASETS[self.data].classes is None:
+            raise ValueError(f"how many classes {self.data!r} has is not known: list them, classes = [0, 1, ...]")
+        require_known("augment", self.augment, AUGMENTS)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train, and how: ``epochs`` or ``steps``; the rest as in `bird.checkpoints.Settings`."""
+
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.005
+    final_lr: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    amp: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"say epochs or steps, one of them, got epochs={self.epochs}, steps={self.steps}")
+        self.settings(self.batch_size, 0)  # says what is wrong with the rest
+
+    def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
+        """For a training set of so many samples; ``changes`` of the batch size leave the number of steps as it is."""
+        steps = self.steps if self.epochs is None else self.epochs * steps_per_epoch(samples, self.batch_size)
+        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("epochs", "steps")}
+        assert steps is not None
+        return Settings(steps=steps, seed=seed, save_every=max(100, steps // 10), **(kept | changes))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What models are scored on: test images, clean and corrupted.
+
+    Args:
+        corruptions: all that are reported one by one.
+        images: at most so many test images, the first of a fixed order, and for the properties of teachers so many
+            validation images; None for all.
+    """
+
+    corruptions: tuple[str, ...] = tuple(CORRUPTIONS)
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.corruptions:
+            require_known("corruptions", name, CORRUPTIONS)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A teacher's and a student's network.
+
+    Args:
+        teacher: a key of `bird.vision.models.MODELS`.
+        student: the same.
+        paper: method to the published robust accuracy in %.
+        paper_pgr: method to the published share of the gap recovered, in %.
+    """
+
+    teacher: str
+    student: str
+    paper: Mapping[str, float] = field(default_factory=dict)
+    paper_pgr: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_known("teacher", self.teacher, MODELS)
+        require_known("student", self.student, MODELS)
+        for method in (*self.paper, *self.paper_pgr):
+            require_known("paper", method, METHODS)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a transfer, or its teacher, does otherwise than the recipe: None for no change.
+
+    Args:
+        teacher: what the teacher is trained on.
+        teacher_corruptions: under which corruptions it is; none at all for a teacher that sees clean images. Ceilings
+            still see the recipe's.
+        teacher_steps: for how many steps, of the same size.
+        methods: which ones are run; None for the recipe's.
+        batch_size: with the same number of steps.
+        alpha: weight of the task in guided methods.
+        beta: weight of the guidance in guided methods.
+        teacher_layer: guiding layer, a path in the teacher; the default is the network's own.
+        student_layer: guided layer.
+    """
+
+    teacher: Source | None = None
+    teacher_corruptions: tuple[str, ...] | None = None
+    teacher_steps: int | None = None
+    methods: tuple[str, ...] | None = None
+    batch_size: int | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    teacher_layer: str | None = None
+    student_layer: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("teacher_steps", 1), ("batch_size", MIN_BATCH), ("alpha", 0), ("beta", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name} must be at least {least}, and finite, not {value}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment; the parts are described at their classes.
+
+    Args:
+        name: what it is called on the command line.
+        title: what tables and pictures are headed by.
+        teacher: what teachers are trained on, corrupted.
+        student: what students are trained on, clean.
+        pretraining: of teachers and students.
+        transfer: of every method.
+        networks: by name; each is run.
+        methods: keys of `bird.methods.METHODS`.
+        variants: by name; "" is the recipe as it is.
+        seeds: how many repetitions, with seeds 0, 1, ...
+        corruptions: the teacher's, at severities 0 to 5.
+        held_out: what robust accuracy is the mean over.
+        scoring: what else is scored.
+        paper_pgr: as in `Networks`, where the paper does not say of which.
+    """
+
+    name: str
+    title: str
+    teacher: Source
+    student: Source
+    pretraining: Budget
+    transfer: Budget
+    networks: Mapping[str, Networks]
+    methods: tuple[str, ...]
+    variants: Mapping[str, Variant] = field(default_factory=lambda: {"": Variant()})
+    seeds: int = 3
+    corruptions: tuple[str, ...] = TEACHER_CORRUPTIONS
+    held_out: tuple[str, ...] = HELD_OUT_CORRUPTIONS
+    scoring: Scoring = Scoring()
+    paper_pgr: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+        for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
+            require_known("methods", method, METHODS)
+        changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
+        for name in self.corruptions + self.held_out + changed:
+            require_known("corruptions", name, CORRUPTIONS)
+        for source in (self.teacher, *(v.teacher for v in self.variants.values() if v.teacher)):
+            theirs, ours = (DATASETS[s.data].channels for s in (source, self.student))
+            if theirs != ours:  # teachers see the student's images
+                raise ValueError(f"{source.data} has {theirs} channels, {self.student.data} {ours}: they must agree")
+        if missing := set(self.held_out) - set(self.scoring.corruptions):
+            raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
+
+
+def read(recipe: str) -> Recipe:
+    """A recipe by its name (`names`), or from a TOML file by its path.
+
+    Raises:
+        ValueError: no such recipe, or one that says something it cannot: which key, and what is known.
+    """
+    return parsed(recipe, parse)
+
+
+def parse(name: str, data: Mapping[str, Any]) -> Recipe:
+    """What a file says, checked."""
+    if "kind" in data:
+        raise ValueError("it is of language models: `bird.lab.language.recipe.parse` reads it")
+    table = {"methods": list(METHODS)} | dict(data) | {"name": name}
+    parts: dict[str, Any] = {"teacher": Source, "student": Source, "pretraining": Budget, "transfer": Budget}
+    missing = [part for part in (*parts, "title", "networks") if part not in table]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be there")
+    if "scoring" in table:
+        parts["scoring"] = Scoring
+    for part, kind in parts.items():
+        table[part] = made(part, kind, table[part])
+    table["networks"] = {
+        key: made(f"networks.{key}", Networks, {"teacher": key, "student": key} | value)
+        for key, value in table["networks"].items()
+    }
+    if "variants" in table:
+        table["variants"] = {key: _variant(f"variants.{key}", value) for key, value in table["variants"].items()}
+    return made("the recipe", Recipe, table)
+
+
+def _variant(where: str, table: Mapping[str, Any]) -> Variant:
+    parts = {"teacher": made(f"{where}.teacher", Source, table["teacher"])} if "teacher" in table else {}
+    return made(where, Variant, {**table, **parts})

@@ -1,0 +1,192 @@
+"""One step of training: which samples, at which learning rate, and the gradients of their loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...chunks import chunked_backward
+from ...losses import BirdLoss, Hints, LwF
+from ...taps import Taps
+from ...teachers import Teacher
+from .checkpoints import MIN_BATCH, Run, Settings
+from .data import Images, to_float
+
+# augment(x, index, epoch): images [n, c, h, w] in 0-1, which samples they are (int64 [n]), and which epoch it
+# is.
+Augment = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass
+class Guide:
+    """What pulls a student: a teacher, taps on the student, and the loss that compares the two.
+
+    Args:
+        teacher: sees the student's images; moves to the student's device.
+        taps: on the student that is trained.
+        loss: its own parameters, if any, are trained too.
+    """
+
+    teacher: Teacher
+    taps: Taps
+    loss: BirdLoss | Hints | LwF
+
+
+def steps_per_epoch(samples: int, batch_size: int, world: int = 1) -> int:
+    """Batches in one pass over the data; a last one of fewer than `MIN_BATCH` samples a process does not count.
+
+    Raises:
+        ValueError: there are none.
+    """
+    steps = samples // batch_size + (samples % batch_size // world >= MIN_BATCH)
+    if steps == 0:
+        needed, sharers = min(batch_size, MIN_BATCH * world), "" if world == 1 else f" for {world} processes"
+        raise ValueError(f"training needs at least {needed} samples{sharers}, not {samples}")
+    return steps
+
+
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The order of the data in an epoch, int64 ``[samples]``, from seed and epoch alone."""
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Cosine: ``final_lr + (lr - final_lr) (1 + cos(pi step / steps)) / 2``, for step 0, 1, ... steps - 1."""
+    cosine = (1 + math.cos(math.pi * step / settings.steps)) / 2
+    return settings.final_lr + (settings.lr - settings.final_lr) * cosine
+
+
+class Batches:
+    """The batches of a run, step by step, or one process's equal share of them; the data is on the device, whole.
+
+    Raises:
+        ValueError: fewer than `MIN_BATCH` samples a process, a negative label, a batch that cannot be shared equally.
+    """
+
+    def __init__(
+        self,
+        train: Images,
+        settings: Settings,
+        augment: Augment | None,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.per_epoch = steps_per_epoch(len(train), settings.batch_size, world)
+        lowest, highest = torch.stack(train.labels.aminmax()).tolist()
+        if lowest < 0:
+            raise ValueError(f"labels are numbers from 0, but the training set has {lowest}")
+        self.classes = highest + 1  # as far as these data tell
+        self.train, self.settings, self.augment = train.to(device), settings, augment
+        if settings.batch_size % world:
+            raise ValueError(f"batch_size {settings.batch_size} cannot be shared equally by {world} processes")
+        self.rank, self.world = rank, world
+        self._order, self._epoch = torch.empty(0), -1
+
+    def at(self, step: int) -> Chunks:
+        """The batch of step 0, 1, ..."""
+        epoch, batch = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            order = epoch_order(len(self.train), self.settings.seed, epoch)
+            self._order, self._epoch = order.to(self.train.images.device), epoch
+        size = self.settings.batch_size
+        index = self._order[batch * size : (batch + 1) * size]
+        share = len(index) // self.world  # of the last batch of an epoch, what is left over is left out
+        return Chunks(self, index[self.rank : share * self.world : self.world], epoch)
+
+
+class Chunks(Sequence[tuple[Tensor, Tensor]]):
+    """A batch in parts of equal size, as far as that goes: images and labels, made when they are asked for."""
+
+    def __init__(self, batches: Batches, index: Tensor, epoch: int) -> None:
+        chunk_size = batches.settings.chunk_size or len(index)
+        self.parts = index.tensor_split(math.ceil(len(index) / chunk_size))
+        self.batches, self.samples, self.epoch = batches, len(index), epoch
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, i: Any) -> Any:
+        index, train, augment = self.parts[i], self.batches.train, self.batches.augment
+        x, labels = to_float(train.images[index]), train.labels[index]
+        if augment is not None:
+            x = augment(x, index, self.epoch)
+        return x.contiguous(memory_format=self.batches.settings.memory_format), labels
+
+
+def take_step(run: Run, guide: Guide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
+    """Train on one batch; returns its loss, accuracy and the guide's terms, 0-d and detached, on the device."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.zero_grad()
+    terms = _backward(run, guide, chunks)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    return terms
+
+
+def _backward(run: Run, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor]:
+    model, means = run.model, dict[str, Tensor]()
+
+    def note(share: float, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            means[name] = means[name] + share * value if name in means else share * value
+
+    def forward(chunk: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
+        x, labels = chunk
+        share = len(x) / chunks.samples
+        logits = model(x)
+        _enough(logits, chunks.batches.classes)
+        if torch.is_grad_enabled():  # not what only looks ahead
+            note(share, {"accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()})
+        return share, F.cross_entropy(logits, labels)
+
+    if guide is not None and isinstance(guide.loss, BirdLoss) and len(chunks) > 1:
+        taps, teacher = guide.taps, guide.teacher
+
+        def student(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            share, task = forward(chunk)
+            return share * task, taps.pop()
+
+        factor: Tensor | float = 1.0  # a tensor only where there is a scale: in fp32 it would round an fp64 model's
+        if run.scaler.is_enabled():
+            factor = run.scaler.scale(torch.ones((), device=chunks.parts[0].device))
+        with run.autocast:
+            loss = chunked_backward(
+                student,
+                lambda chunk: teacher(chunk[0]),
+                chunks,
+                guide.loss,
+                model=model,
+                gradient=factor,
+            )
+        return {"loss": loss} | means | guide.loss.last
+
+    for chunk in chunks:
+        with run.autocast:
+            share, loss = forward(chunk)
+            if guide is not None:
+                loss = run.guide_loss(loss, guide.teacher(chunk[0]), guide.taps.pop())
+        run.scaler.scale(share * loss).backward()
+        note(share, {"loss": loss.detach()} | (guide.loss.last if guide is not None else {}))
+    return {"loss": means.pop("loss")} | means
+
+
+def _enough(logits: Tensor, classes: int) -> None:
+    """A look at shapes, which waits for no device; a GPU's cross-entropy would abort the process instead."""
+    if logits.ndim != 2 or logits.shape[1] < classes:
+        raise ValueError(
+            f"the model gives logits {list(logits.shape)}, but the labels go up to {classes - 1}: "
+            f"[n, {classes}] or wider is needed, so build the model for {classes} classes, or renumber the labels"
+        )
+
+
+def place(module: nn.Module, device: torch.device, settings: Settings) -> nn.Module:
+    """Move a module to the device, in place, convolutions in the layout of the settings."""
+    return module.to(device).to(memory_format=settings.memory_format)

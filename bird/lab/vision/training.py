@@ -1,0 +1,170 @@
+"""One plain training loop for every method: pre-training, fine-tuning, hints and BIRD.
+
+    history = fit(student, train, Settings(steps=1000), guide=Guide(teacher, taps, loss), validate=score)
+
+The loop waits for the device where it reports, every ``log_every`` steps, and nowhere else (but with float16
+PyTorch's loss scaling looks at the gradients in every step).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...files import write_json
+from ...losses import BirdLoss
+from .checkpoints import History, Run, Settings
+from .data import Images
+from .freezing import train_only
+from .steps import Augment, Batches, Guide, learning_rate, place, take_step
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Augment", "Guide", "fit"]
+
+
+def fit(
+    model: nn.Module,
+    train: Images,
+    settings: Settings,
+    *,
+    guide: Guide | None = None,
+    trained: Sequence[str] | None = None,
+    augment: Augment | None = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    device: torch.device | str = "cpu",
+    folder: Path | None = None,
+    resume: bool = False,
+    label: str = "training",
+    progress: bool | None = None,
+    group: ProcessGroup | None = None,
+) -> History:
+    """Train ``model`` in place; at the end it is on the device and holds the weights of the last step.
+
+    A run that is resumed ends with bitwise the weights of one that was never interrupted, on the same machine
+    with the same number of threads (on a GPU: as far as PyTorch's own kernels are deterministic), and by as many
+    processes.
+
+    With ``settings.compile`` taps must have been made before; by then they are, in ``guide``.
+
+    Args:
+        model: images ``[n, c, h, w]`` in 0-1 to logits ``[n, classes]``.
+        train: the training set; moves to the device whole.
+        settings: how long, how fast, in which order, and how much at a time.
+        guide: None to train on the task alone.
+        trained: module paths or globs of the parts that are trained, ``["head"]`` for a linear probe; all else is
+            frozen and stays in eval mode (`bird.freezing.train_only`), only in this call. None to train everything.
+        augment: changes the images of every batch; of every chunk, where there are chunks, and with `BirdLoss` twice,
+            both times with PyTorch's generators in the same state.
+        validate: scores the model, in eval mode and without gradients, on *validation* data, never on test
+            data; higher is better.
+        device: any PyTorch device.
+        folder: gets ``last.pt`` (all that resuming needs), ``best.pt`` (the weights of the best validation), with
+            `BirdLoss` ``shapes.json`` (what `bird tune --from-run` reads), and logs for TensorBoard where that is
+            installed. None to keep nothing.
+        resume: go on from ``last.pt`` if the folder has one.
+        label: the progress bar's title.
+        progress: show the bar; None to show it on a terminal only.
+        group: processes that call this together, ``torch.distributed.group.WORLD`` under torchrun: each takes an equal
+            share of every batch, gradients are averaged (DDP), and the first process writes the folder, which all of
+            them must see. A last batch whose shares would have fewer than `MIN_BATCH` samples is left out of its epoch.
+            For the loss of all rows at once give `BirdLoss` the same group. Batch normalisation takes its statistics
+            from each share; convert it to ``SyncBatchNorm`` before, if they are small.
+
+    Raises:
+        FileExistsError: the folder has a checkpoint, and ``resume`` is off.
+        ValueError: the checkpoint cannot be read, or comes from other settings or data; fewer than `MIN_BATCH`
+            samples a process; a batch size that ``group`` cannot share equally; labels that the model has no logits
+            for; an unknown layer in ``trained``, or nothing to train.
+        FloatingPointError: the loss or the weights are no longer finite; ``last.pt`` is from before.
+    """
+    device = torch.device(device)
+    rank, world = (0, 1) if group is None else (group.rank(), group.size())
+    torch.manual_seed(settings.seed + 1_000_003 * rank)  # or the dropout masks of all processes would be alike
+    batches = Batches(train, settings, augment, device, rank, world)
+    modules = nn.ModuleDict({"model": place(model, device, settings)})
+    if guide is not None:
+        place(guide.teacher, device, settings)
+        modules["guide"] = guide.loss.to(device)
+    if settings.compile:
+        model.compile()
+    with train_only(model, trained) as to_train:
+        run = Run(modules, settings, len(train), device, folder, trained=trained, to_train=to_train, group=group)
+        done = run.restore(resume)
+        to_train()
+        hidden = True if rank else None if progress is None else not progress
+        with tqdm(total=settings.steps, initial=done, desc=label, leave=False, disable=hidden) as bar:
+            _loop(run, guide, batches, done, validate, bar)
+    return run.history
+
+
+def _loop(
+    run: Run,
+    guide: Guide | None,
+    batches: Batches,
+    done: int,
+    validate: Callable[[nn.Module], float] | None,
+    bar: Any,
+) -> None:
+    settings, writer = batches.settings, _tensorboard(run.folder if run.writes else None, done)
+    losses: list[Tensor] = []  # of each step since the last report: which one was the first that is not finite?
+    totals: dict[str, Tensor] = {}
+    clock = time.perf_counter()
+    for step in range(done, settings.steps):
+        lr = learning_rate(step, settings)
+        terms = take_step(run, guide, batches.at(step), lr)
+        losses.append(terms.pop("loss"))
+        for name, value in terms.items():
+            totals[name] = totals[name] + value if name in totals else value
+
+        done = step + 1
+        saving = done % settings.save_every == 0 or done == settings.steps
+        if saving or done % settings.log_every == 0:
+            row = run.report(done, lr, losses, totals, weights=saving)
+            run.history.seconds += time.perf_counter() - clock
+            losses, totals = [], {}
+            bar.update(done - bar.n)
+            bar.set_postfix({name: f"{row[name]:.3f}" for name in row if name not in ("step", "lr", "task")})
+            _log(writer, done, {f"train/{name}": row[name] for name in row if name != "step"})
+            if saving:
+                if validate is not None:
+                    _log(writer, done, {"validation/score": run.select(done, validate)})
+                run.save(done)
+                _note_shapes(run, guide)
+            clock = time.perf_counter()
+    if writer is not None:
+        writer.close()
+
+
+def _note_shapes(run: Run, guide: Guide | None) -> None:
+    """``shapes.json`` beside the checkpoint: sizes and dtype of every alignment, which `bird tune --from-run` reads.
+
+    Batches in chunks are sums that merge, and have none.
+    """
+    if run.folder is None or not run.writes or guide is None:
+        return
+    if isinstance(guide.loss, BirdLoss) and guide.loss.shapes:
+        write_json(sorted(guide.loss.shapes), run.folder / "shapes.json")
+
+
+def _tensorboard(folder: Path | None, done: int) -> Any:
+    """A writer that drops what an interrupted run logged after its checkpoint; None where none can be."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=done + 1)
+
+
+def _log(writer: Any, step: int, values: dict[str, float]) -> None:
+    for name, value in values.items() if writer is not None else ():
+        writer.add_scalar(name, value, step)
