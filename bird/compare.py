@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +23,8 @@ from bird_kernels.inputs import require_choice
 from bird_kernels.matrix import Hsics, hsic_matrix
 from bird_kernels.moments import MIN_ROWS
 
-from .features import Pool, find_layers, first_tensor, pool_rows, top_layers, unwrap
-from .files import atomic
+from .features import Pool, evaluating, find_layers, first_tensor, pool_rows, top_layers, unwrap
+from .files import atomic, write_json
 from .taps import Taps
 
 INK, MOST_NUMBERED = "#333333", 14  # with more layers than that on a side, cells are too small for numbers
@@ -67,8 +66,7 @@ class Similarity:
             writer.writerows([name, *row] for name, row in zip(self.layers_a, self.matrix.tolist(), strict=True))
         about = {name: getattr(self, name) for name in ("estimator", "batches", "samples", "layers_a", "layers_b")}
         about["cka"] = [[None if math.isnan(value) else value for value in row] for row in self.matrix.tolist()]
-        with atomic(folder / "cka.json") as partial:
-            partial.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        write_json(about, folder / "cka.json")
         self.picture(folder / "cka.png", title=title)
 
     def picture(self, path: Path, *, title: str) -> None:
@@ -198,7 +196,7 @@ def _names(model: nn.Module, layers: str | Sequence[str] | None, first: list[Any
             stack.callback(layer.register_forward_hook(partial(look, name)).remove)
         if "torch._dynamo" in sys.modules:  # what was compiled without hooks sees none; for one batch nothing is
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        run = stack.enter_context(_evaluating(model))
+        run = stack.enter_context(_running(model))
         for batch in first:
             run(batch)
     names = tuple(name for name in rows if rows[name] == [len(first_tensor(batch)) for batch in first])
@@ -217,7 +215,7 @@ def _cka(sums: Hsics) -> Tensor:
 @contextmanager
 def _tapped(model: nn.Module, names: Sequence[str], pool: Pool) -> Iterator[Callable[[Any], dict[str, Tensor]]]:
     """From a batch to the features of the layers."""
-    with _evaluating(model) as run, Taps(model, names, pool=pool) as taps:
+    with _running(model) as run, Taps(model, names, pool=pool) as taps:
 
         def features(batch: Any) -> dict[str, Tensor]:
             run(batch)
@@ -227,11 +225,9 @@ def _tapped(model: nn.Module, names: Sequence[str], pool: Pool) -> Iterator[Call
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[Callable[[Any], object]]:
-    """To run a batch through the model, in eval mode; every module has its own mode back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
+def _running(model: nn.Module) -> Iterator[Callable[[Any], object]]:
+    """To run a batch through the model, in eval mode."""
     device = next((parameter.device for parameter in model.parameters()), None)
-    model.eval()
 
     def run(batch: Any) -> object:
         if isinstance(batch, (tuple, list)):
@@ -240,11 +236,8 @@ def _evaluating(model: nn.Module) -> Iterator[Callable[[Any], object]]:
             return model(**{name: _moved(value, device) for name, value in batch.items()})
         return model(_moved(batch, device))
 
-    try:
+    with evaluating(model):
         yield run
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _moved(value: Any, device: torch.device | None) -> Any:

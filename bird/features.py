@@ -170,7 +170,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     model.eval()
     try:
         with torch.no_grad():
-            yield next(model.parameters()).device
+            yield next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     finally:
         for module, mode in modes:
             module.training = mode

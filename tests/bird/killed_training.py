@@ -20,9 +20,8 @@ import torch
 import torch._dynamo  # by now, lest each process import it when it makes its optimizer
 from torch import Tensor, nn
 
-from bird import BirdLoss, Taps, Teacher
+from bird import BirdLoss, Taps, Teacher, files
 from bird.files import load
-from bird.lab.vision import checkpoints
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.steps import Guide
@@ -53,7 +52,7 @@ def die_at(moment: str, count: int) -> Callable[[], None]:
 
     fsync, replace = os.fsync, Path.replace
     if moment in ("torn", "written"):
-        checkpoints.os.fsync = lambda file: (fsync(file), met(file if moment == "torn" else None))[0]
+        files.os.fsync = lambda file: (fsync(file), met(file if moment == "torn" else None))[0]
     elif moment == "placed":
         Path.replace = lambda path, target: (replace(path, target), met())[0]  # type: ignore[method-assign]
     return met if moment == "step" else lambda: None

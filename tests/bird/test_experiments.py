@@ -16,6 +16,7 @@ import torch
 
 from bird import Taps, Teacher, cka
 from bird.lab import cli, stages
+from bird.lab.statistics import paired_p
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision import recipe as recipes
 from bird.lab.vision import report as reproduction
@@ -202,7 +203,7 @@ def test_what_is_missing_is_said(experiment: Experiment, tmp_path: Path) -> None
 def test_paired_p() -> None:
     a, b = [0.61, 0.64, 0.7, 0.66], [0.6, 0.61, 0.71, 0.6]
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    assert reproduction.paired_p(differences) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
+    assert paired_p(differences) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
 
 
 def test_stages_do_not_depend_on_where(experiment: Experiment, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import bird.lab.vision.extraction
 from bird.features import Pool
+from bird.lab.vision import extraction
 from bird.lab.vision.corruptions import corrupt
 from bird.lab.vision.data import Images, load_fashion, to_float
 from bird.lab.vision.extraction import Extractor, Layer, Views, student_layer, teacher_layer
@@ -93,11 +93,11 @@ def test_a_student_runs_in_eval_mode_and_gets_its_modes_back() -> None:
 def test_networks_go_to_the_device_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     moves: list[str] = []
     monkeypatch.setattr(nn.Module, "to", lambda self, device: moves.append(str(device)))
-    with bird.extraction._on(network(), "cuda:1") as device:
+    with extraction._on(network(), "cuda:1") as device:
         assert device == torch.device("cuda:1")
         assert moves == ["cuda:1"]
     assert moves == ["cuda:1", "cpu"]
-    with bird.extraction._on(network(), None) as device:
+    with extraction._on(network(), None) as device:
         assert device == torch.device("cpu")
 
 
@@ -155,7 +155,7 @@ def test_images_and_corruptions_make_other_features(
     keeping.views(layer, Images(one_pixel, IMAGES.labels), label="")
     keeping.views(layer, Images(IMAGES.images, IMAGES.labels.flip(0)), label="")  # labels do not matter
     assert passes == [4, 2, 4, 4, 4]
-    monkeypatch.setattr(bird.extraction, "corrupt", lambda x, *a, **k: (corrupt(x, *a, **k) + 0.01).clamp(0, 1))
+    monkeypatch.setattr(extraction, "corrupt", lambda x, *a, **k: (corrupt(x, *a, **k) + 0.01).clamp(0, 1))
     keeping.views(layer, IMAGES, label="")  # another implementation
     assert passes == [4, 2, 4, 4, 4, 4]
     keeping.clean(layer, IMAGES, label="")

@@ -27,6 +27,7 @@ from bird.lab.language.models import load
 from bird.lab.language.policies import restore, train_policy
 from bird.lab.language.preference import Preferences, _material, _read, spoken
 from bird.lab.language.settings import Training
+from bird.lab.recipe import names
 from bird.lab.vision import recipe as recipes
 from bird.language import Guidance
 from tests.bird.test_language_data import write_snippets
@@ -107,11 +108,11 @@ def parse(text: str, **changes: Any) -> language_recipes.Recipe:
 def test_recipes_hold_the_papers_figures(name: str) -> None:
     recipe = recipes.parsed(f"language/{name}", language_recipes.parse)
     assert {key: dict(pair.paper) for key, pair in recipe.networks.items()} == PAPER[name]
-    assert f"language/{name}" in recipes.names()
+    assert f"language/{name}" in names()
 
 
 def test_every_language_recipe_is_known_here() -> None:
-    assert {name.removeprefix("language/") for name in recipes.names() if name.startswith("language/")} == set(PAPER)
+    assert {name.removeprefix("language/") for name in names() if name.startswith("language/")} == set(PAPER)
 
 
 @pytest.mark.parametrize(

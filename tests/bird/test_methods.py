@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, Taps, Teacher
+from bird.lab.vision import methods
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.corruptions import Mixture
 from bird.lab.vision.data import Images
@@ -142,6 +143,5 @@ def test_a_network_that_is_needed_and_missing(networks: tuple[nn.Module, nn.Modu
 
 
 def test_every_method_is_in_the_docstring() -> None:
-    import bird.lab.vision.methods
 
-    assert all(f"``{name}``" in (bird.methods.__doc__ or "") for name in METHODS)
+    assert all(f"``{name}``" in (methods.__doc__ or "") for name in METHODS)

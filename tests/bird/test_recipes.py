@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bird.lab.vision import recipe as recipes
+from bird.lab.recipe import names
 from bird.lab.vision.methods import METHODS
 from bird.lab.vision.recipe import Budget, Networks, Source, Variant, parse, read
 
@@ -36,7 +36,7 @@ def minimal(tmp_path: Path) -> Path:
     return path
 
 
-VISION = [name for name in recipes.names() if not name.startswith("language/")]
+VISION = [name for name in names() if not name.startswith("language/")]
 
 
 @pytest.mark.parametrize("name", VISION)

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-import bird.lab.vision.extraction
+from bird.lab.vision import extraction
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.corruptions import Mixture, corrupt
 from bird.lab.vision.data import Images, Splits, load_fashion, to_float
@@ -234,7 +234,7 @@ def test_perfect_and_blind_probes() -> None:
 
 
 def test_a_feature_that_a_corruption_turns_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bird.extraction, "corrupt", lambda x, name, severity, *, index, seed: 1 - x)
+    monkeypatch.setattr(extraction, "corrupt", lambda x, name, severity, *, index, seed: 1 - x)
     labels = [0, 0, 1, 1]
     data = sides([0, 0, 255, 255], [0, 255, 0, 255], labels)
     net = Pixels(2, 0)  # the second feature is dead, and does not count
@@ -305,13 +305,13 @@ def test_the_student_is_given_back_as_it_was(data: Splits, teachers: dict[str, T
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What there was a pass over images for."""
-    labels, real = [], bird.extraction.Extractor._extract
+    labels, real = [], extraction.Extractor._extract
 
     def extract(self, layer, images, versions, label):
         labels.append(label)
         return real(self, layer, images, versions, label)
 
-    monkeypatch.setattr(bird.extraction.Extractor, "_extract", extract)
+    monkeypatch.setattr(extraction.Extractor, "_extract", extract)
     return labels
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from bird_kernels import cka
 
+from ...features import evaluating
 from ...taps import Taps
 from ...teachers import Teacher
 from .corruptions import SEVERITIES, corrupt
@@ -71,7 +71,7 @@ def robustness(
     """
     if len(data) == 0:
         raise ValueError("there are no images to evaluate on")
-    with _evaluating(model) as device:
+    with evaluating(model) as device:
         correct = torch.zeros(1 + len(names) * len(severities), dtype=torch.int64, device=device)
         for index in torch.arange(len(data)).split(batch_size):
             batch = data.select(index).to(device)
@@ -98,7 +98,7 @@ def alignment(
     It is unbiased unless asked otherwise: the biased one would depend on how many images there are.
     """
     rows: list[tuple[Tensor, Tensor]] = []
-    with _evaluating(student) as device, Taps(student, [student_layer]) as taps:
+    with evaluating(student) as device, Taps(student, [student_layer]) as taps:
         for images in data.images.split(batch_size):
             x = _channels_last(to_float(images.to(device)))
             student(x)
@@ -113,18 +113,6 @@ def _views(x: Tensor, names: Sequence[str], severities: Sequence[int], index: Te
     for name in names:
         for severity in severities:
             yield corrupt(x, name, severity, index=index, seed=seed)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode and no gradients inside; yields the model's device."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield next(model.parameters()).device
-    finally:
-        model.train(was_training)
 
 
 def _channels_last(x: Tensor) -> Tensor:

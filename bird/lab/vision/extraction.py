@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...features import Pool, unwrap
+from ...features import Pool, evaluating, unwrap
 from ...files import atomic
 from ...taps import Taps
 from ...teachers import Teacher
@@ -73,20 +73,14 @@ def teacher_layer(teacher: Teacher) -> Layer:
 def student_layer(student: nn.Module, name: str) -> Iterator[Layer]:
     """A layer of a network that is in use elsewhere: in eval mode inside, and afterwards as it was."""
     student = unwrap(student)
-    modes = [(module, module.training) for module in student.modules()]
-    with Taps(student, name) as taps:
+    with evaluating(student), Taps(student, name) as taps:
         only = _only(taps.names)
 
         def run(x: Tensor) -> Tensor:
             student(x)
             return taps.pop()[only]
 
-        student.eval()
-        try:
-            yield Layer(student, only, "mean", run)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        yield Layer(student, only, "mean", run)
 
 
 @dataclass(frozen=True)
