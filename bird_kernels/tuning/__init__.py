@@ -66,6 +66,15 @@ class Row:
     host: float
     device: float
 
+    def check(self) -> None:
+        """Raises a ValueError, TypeError or AttributeError unless sizes, times and candidate can be what they say."""
+        if not (min(self.n, self.p, self.q) > 0 and min(self.host, self.device) > 0 and self.us < math.inf):
+            raise ValueError(f"a time or size is not positive: {self}")
+        name, *numbers = self.candidate.split()
+        count = 5 if name == "symmetric" else 0  # rows, columns, step, warps, stages
+        if len(numbers) != count or not all(map(str.isdigit, numbers)):
+            raise ValueError(f"{self.candidate!r} is no candidate")
+
     @property
     def us(self) -> float:
         """What a call takes in a stream of such calls."""
@@ -127,12 +136,12 @@ def read(path: Path) -> Table | None:
         if data["version"] != VERSION:
             raise ValueError(f"version {data['version']}, not {VERSION}")
         rows = tuple(Row(**row) for row in data["rows"])
-        if not all(row.us > 0 and min(row.n, row.p, row.q) > 0 for row in rows):
-            raise ValueError("a time or size is not positive")
+        for row in rows:
+            row.check()
         return Table(Key(**data["key"]), str(data["when"]), rows)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         warnings.warn(f"bird_kernels ignores the tuning table {path}: {error!r}. `bird tune` makes one", stacklevel=2)
         return None
 
@@ -144,7 +153,10 @@ def table(key: Key) -> Table | None:
     if override == "off":
         return None
     if override:
-        return read(Path(override))
+        found = read(Path(override))
+        if found is None and not Path(override).exists():
+            warnings.warn(f"bird_kernels finds no tuning table at BIRD_TUNING={override}", stacklevel=2)
+        return found
     own = read(user_file(key))
     if own is not None and own.key == key:
         return own

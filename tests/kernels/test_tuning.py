@@ -108,10 +108,21 @@ def test_a_damaged_table_is_ignored_with_one_warning(text: str) -> None:
 
 def test_bytes_that_are_no_text_and_a_row_that_makes_no_sense(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
-    tuning.write(tmp_path / "zero.json", Table(KEY, "", (row("float32", "ieee", 1, 1, 1, "library", 0.0),)))
-    for name in ("bytes.json", "zero.json"):
+    senseless = {"zero.json": ("library", 0.0), "endless.json": ("library", float("nan"))}
+    candidates = ["", None, 7, "symmetric", "symmetric 1 2", "symmetric a b c d e", "library 3"]
+    senseless |= {f"{number}.json": (candidate, 1.0) for number, candidate in enumerate(candidates)}
+    for name, (candidate, us) in senseless.items():
+        tuning.write(tmp_path / name, Table(KEY, "", (row("float32", "ieee", 1, 1, 1, candidate, us),)))  # type: ignore[arg-type]
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name in ("bytes.json", "deep.json", *senseless):
         with pytest.warns(UserWarning, match=name):
             assert tuning.read(tmp_path / name) is None
+
+
+def test_a_missing_table_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIRD_TUNING", str(tmp_path / "missing.json"))
+    with pytest.warns(UserWarning, match=r"finds no tuning table at BIRD_TUNING=.*missing\.json"):
+        assert tuning.table(KEY) is None
 
 
 def test_whose_table_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
