@@ -65,7 +65,7 @@ def gradient(
     see `_rows`. In x's dtype. For dY exchange the sides, by `exchanged`. ``exact`` are the same sums with products in
     fp64 if those of ``s`` were rounded: rows that dominate need them.
     """
-    if len(x) == 0:
+    if x.shape[0] == 0:
         return torch.zeros_like(x)
     g = upstream * c.scale_x
     factors = 2.0 * c.d_kl * g, 4.0 * c.d_kk * g
@@ -99,7 +99,7 @@ def _around(
     x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, origins: tuple[Tensor, Tensor], c: Coefficients,
     wide: torch.dtype,
 ) -> _Around:  # fmt: skip
-    xs, ys = (_about(a, o, u, mask, wide) for a, o, u in zip((x, y), origins, (c.scale_x, c.scale_y), strict=True))
+    xs, ys = _about(x, origins[0], c.scale_x, mask, wide), _about(y, origins[1], c.scale_y, mask, wide)
     return _Around(xs, ys, z, origins)
 
 
