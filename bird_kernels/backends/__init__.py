@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import cost, tuning
 from ..plan import FEW_ROWS, are_few, route_of, variant
 from ..types import RBF, Choice, Cost, Estimator, Precision, Problem, Sheet, Variant
-from . import trust
+from . import rows, trust
 
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
 _MODULES = {name: f"bird_kernels.backends.{name}" for name in ("native", "triton", "library")}
@@ -54,6 +54,19 @@ def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
     if trust.why_not("library", SHIFTED, dtype, device) is not None:
         return False
     return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
+
+
+def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows | None:
+    """Rows x [n, p], y [n, q], with mask bool [n] or None, shifted for products on a GPU: by Triton where its kernels
+    work, else in plain PyTorch. None for fp64 and on other devices, where centring costs no digits."""
+    if not compares(problem.device) or problem.dtype == torch.float64:
+        return None
+    p, q = x.shape[1], y.shape[1]
+    kind = problem._replace(n=max(len(x), p + q + 1), p=p, q=q, masked=mask is not None, estimator="biased")
+    if not (_shifts(problem.dtype, problem.device) and works("library", kind)):
+        return rows.shifted(x, y, mask)
+    found: rows.Rows = of(kind, "library").rows_of(x, y, mask, kind._replace(n=len(x)))
+    return found
 
 
 def why_not(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from tests.accuracy import Result, assert_no_worse, errors, evaluate, features, 
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
 symmetric = pytest.importorskip("bird_kernels.backends.triton.symmetric")
-interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {"cross": (70, 13, 21), "gram": (37, 70, 41)}  # nothing is a multiple of 8; more than one block of rows
@@ -25,21 +25,6 @@ SHAPES = {"cross": (70, 13, 21), "gram": (37, 70, 41)}  # nothing is a multiple 
 # is rounded itself: sqrt(2) times the spread of a rounding, 0.0017 and 0.0002.
 ALLOWED = {FLOAT32: (1e-6, 3e-6), BFLOAT16: (3e-6, 4e-3), FLOAT16: (3e-6, 5e-4)}
 UPSTREAM = 512.0  # keeps fp16 gradients in that dtype's normal range
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter_rounds_bfloat16() -> Iterator[None]:
-    """A GPU rounds fp32 to the nearest bfloat16; Triton's interpreter (3.8) cuts."""
-    original = interpreter._convert_float
-
-    def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return original(data, source, target, mode)
-        return torch.from_numpy(data).to(BFLOAT16).view(torch.uint16).numpy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", convert)
-        yield
 
 
 def problem_of(x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", **options: Any) -> Problem:
