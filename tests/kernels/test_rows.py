@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bird_kernels import backends, from_sums, reference, sums
 from bird_kernels.backends import linalg, rows
-from bird_kernels.testing import Result, errors, features, poison, truth
 from bird_kernels.types import Problem
+from tests.accuracy import Result, errors, features, poison, truth
 
 pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
