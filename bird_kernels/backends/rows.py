@@ -59,7 +59,8 @@ def shifted(x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
     """x [n, p] and y [n, q], fp32 or half precision, with mask bool [n] or None, in plain PyTorch."""
     (n, p), q = x.shape, y.shape[1]
     z = x.new_zeros(n, padded(q) + padded(p) + 8)
-    z[:, -8:-6] = 1.0 if mask is None else mask[:, None]
+    counted = z[:, -8:-6]
+    counted.fill_(1.0) if mask is None else counted.copy_(mask[:, None])  # an assigned number is copied from the host
     shifts, scales = torch.zeros(z.shape[1], device=x.device), []
     for side, start in ((x, padded(q)), (y, 0)):
         wide = side.float()

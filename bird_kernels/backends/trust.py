@@ -95,8 +95,9 @@ def tried(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) 
 
     A CUDA graph that is being captured and a dispatch mode must not see it: then None, and a later call tries.
     """
-    capturing = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
     try:
         with _undisturbed(problem.device):
