@@ -128,7 +128,7 @@ def weighed(rows: Rows, n: int, of_x: Term, of_y: Term, wide: bool) -> Tensor:
         w[-8] = torch.mv(w.T, means)
         near = power_of_two(w)
     w = (w * near).to(z.dtype)
-    w[-8:] = 0.0
+    w[-8:].zero_()
     bias = torch.mv(w.float().T, means)  # of the rounded weights, in two numbers of their dtype
     w[-8] = bias
     w[-7] = bias - w[-8].float()
