@@ -59,7 +59,8 @@ def cka_matrix(
     Args:
         xs: features of one network's layers on the same n samples, each [n, ...]; widths and dtypes may differ.
         ys: the other network's. None: ``xs`` with itself, which is symmetric and costs half.
-        estimator: "biased", or "unbiased" (HSIC_1, Song et al. 2012), which needs n >= 4 and is never clamped.
+        estimator: "biased", or "unbiased" (HSIC_1, Song et al. 2012), which needs n >= 4 and is never clamped;
+            where rows dominate, the limits of `cka_loss` hold for those of all layers together.
         mask: bool, shape of the leading ``row_dims`` dimensions; False leaves a row out.
         row_dims: how many leading dimensions index rows.
 

@@ -46,7 +46,10 @@ def squared_norms(x: Tensor) -> Tensor:
 
 
 def largest(*norms: Tensor) -> Tensor:
-    """The rows that may dominate: of the largest squared norms (each [..., n]) over their median; [..., k] indices."""
+    """The rows that may dominate: of the largest squared norms (each [..., n]) over their median; [..., k] indices.
+
+    More rows than these k that dominate are lost, where products are of columns.
+    """
     n = norms[0].shape[-1]
     score = sum(a / (a.median(-1, keepdim=True).values + 1e-12 * a.amax(-1, keepdim=True)) for a in norms)
     assert isinstance(score, Tensor)
