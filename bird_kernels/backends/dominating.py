@@ -141,8 +141,9 @@ def noise(x: Tensor, norms: Tensor, few: Tensor | None, eps: float) -> Tensor:
         product = mm(x, x.mT)
         product.diagonal(dim1=-2, dim2=-1).zero_()
         return (ROUNDING * eps) ** 2 * exact(squared_norms(product)).sum(-1)
-    rest = norms.scatter(-1, few, 0.0)
-    twice = torch.full_like(norms, 2.0).scatter(-1, few, 1.0)  # an entry of one of the few and another row
+    there = few.to(norms.device)  # a CPU's where x's has no fp64
+    rest = norms.scatter(-1, there, 0.0)
+    twice = torch.full_like(norms, 2.0).scatter(-1, there, 1.0)  # an entry of one of the few and another row
     pairs = rest.sum(-1).square() - rest.square().sum(-1)
     return (ROUNDING * eps) ** 2 * (pairs + (exact(squared_norms(columns(x, few))) * twice).sum(-1))
 

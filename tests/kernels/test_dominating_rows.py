@@ -267,7 +267,7 @@ ORTHOGONAL = [  # n, p, q, rows, their size
     *((64, 576, 576, count, 1e6) for count in (2, 4, 8, 16)),
     (64, 576, 576, 16, 1e4),
     (64, 576, 576, 2, 1e7),
-    (12, 64, 40, 2, 1e6),
+    (12, 64, 40, 2, 3e5),
     *((200, 40, 24, 12, size) for size in (3e3, 3e4)),
     *((300, 40, 40, 16, size) for size in (1e4, 1e6)),
     *((2048, 96, 96, 16, size) for size in (3e3, 3e4, 1e6)),
