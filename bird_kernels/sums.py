@@ -7,7 +7,7 @@ For rows of X [n, p] and Y [n, q] about their means, with kappa_i = |x_i|^2 and 
     sum(kappa^2), sum(kappa lambda), sum(lambda^2)                                     (unbiased as well)
 
 Rows that dominate (`backends.dominating`) are a part of their own where the estimator is unbiased, in fp64: the value
-is what is left of their fourth powers.
+is what is left of their fourth powers. That is nothing from 10^7 times the others' size on.
 
 Moved to another centre, x + u and y + v with u = old mean - new mean, they are (sum(x) = sum(y) = 0 before)::
 

@@ -103,6 +103,13 @@ def halves(scale: Scalar) -> tuple[Scalar, Scalar]:
     return half, scale / half
 
 
+def unscaled(value: Scalar, scale_x: Scalar, scale_y: Scalar) -> Scalar:
+    """``value`` over the squares of both scales, one after the other: their product may leave fp64's range."""
+    for scale in (scale_x, scale_y, scale_x, scale_y):
+        value = value / scale
+    return value
+
+
 def is_host(device: torch.device) -> bool:
     """Whether scalars are Python floats: everywhere but on CUDA, where nothing may wait for the device."""
     return device.type != "cuda"
