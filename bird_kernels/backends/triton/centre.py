@@ -108,7 +108,7 @@ def locate(
     columns,  # [BLOCK]
     n,
     d,
-    ROBUST: tl.constexpr,  # the median of the means of GROUPS groups of rows, which a few rows that dominate do not move
+    ROBUST: tl.constexpr,  # the median of the means of GROUPS groups of rows, which few rows that dominate do not move
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
