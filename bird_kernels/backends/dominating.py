@@ -21,13 +21,13 @@ def location(x: Tensor, keep: Tensor | None) -> Tensor:
     """A point amid the rows of x [..., n, d] that few rows cannot move, however large: [..., 1, d].
 
     The median, column by column, of the means of up to GROUPS groups; the rows that count are dealt to them in turn, so
-    that no period of a mask meets theirs. ``keep`` bool [..., n] or None: which rows count.
+    that no period of a mask meets theirs. ``keep`` bool [..., n] or [n], or None: which rows count.
     """
     groups = min(GROUPS, x.shape[-2])
     rows = x.shape[-2] // groups * groups
     if keep is not None:  # those that count come first, in their order
         keep, order = keep.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
-        x = x.take_along_dim(order[..., None], -2)
+        x = x.take_along_dim(order.expand(x.shape[:-1])[..., None], -2)
     parts = x[..., :rows, :].unflatten(-2, (-1, groups))
     if keep is None:
         means = parts.mean(-3)

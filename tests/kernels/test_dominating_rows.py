@@ -148,11 +148,11 @@ def test_masks_with_a_period(backend: str, stride: int) -> None:
 
 
 @pytest.mark.parametrize("stride", range(2, 13))
-@pytest.mark.parametrize("shape", [(), (3,)], ids=["one", "several"])
-def test_the_location_is_amid_the_rows_that_count(shape: tuple[int, ...], stride: int) -> None:
+@pytest.mark.parametrize(("shape", "masks"), [((), ()), ((3,), (3,)), ((3,), ())], ids=["one", "several", "one mask"])
+def test_the_location_is_amid_the_rows_that_count(shape: tuple[int, ...], masks: tuple[int, ...], stride: int) -> None:
     """Of 16 rows that count, one at 3e4: within their spread of the mean of the other 15."""
     x = torch.randn(*shape, 16 * stride, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(stride))
-    keep = (torch.arange(16 * stride) % stride == 0).expand(x.shape[:-1])
+    keep = (torch.arange(16 * stride) % stride == 0).expand(*masks, -1)
     x[..., 0, :] = 3e4
     wanted = x[..., stride::stride, :].mean(-2, keepdim=True)
     found = dominating.location(torch.where(keep[..., None], x, torch.nan), keep)
