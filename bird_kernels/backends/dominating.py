@@ -25,16 +25,19 @@ UNEVEN = 2.5  # n times the sum of squares over the squared sum of squared norms
 def location(x: Tensor, keep: Tensor | None) -> Tensor:
     """A point amid the rows of x [..., n, d] that few rows cannot move, however large: [..., 1, d].
 
-    The median, column by column, of the means of up to GROUPS groups; row i belongs to group i modulo their number.
-    ``keep`` bool [..., n] or None: which rows count.
+    The median, column by column, of the means of up to GROUPS groups; the rows that count are dealt to them in turn, so
+    that no period of a mask meets theirs. ``keep`` bool [..., n] or [n], or None: which rows count.
     """
     groups = min(GROUPS, x.shape[-2])
     rows = x.shape[-2] // groups * groups
+    if keep is not None:  # those that count come first, in their order
+        keep, order = keep.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
+        x = x.take_along_dim(order.expand(x.shape[:-1])[..., None], -2)
     parts = x[..., :rows, :].unflatten(-2, (-1, groups))
     if keep is None:
         means = parts.mean(-3)
     else:
-        counted = keep[..., :rows].unflatten(-1, (-1, groups))[..., None]
+        counted = keep[..., :rows].unflatten(-1, (-1, groups))[..., None].bool()
         means = torch.where(counted, parts, 0.0).sum(-3) / counted.sum(-3)  # NaN of a group without rows
     middle = means.nanmedian(-2, keepdim=True).values
     return torch.where(middle.isnan(), 0.0, middle)  # of no rows; a NaN among the features stays in them

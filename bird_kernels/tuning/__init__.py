@@ -8,6 +8,7 @@ names a file to take instead, or is "off".
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -99,8 +100,19 @@ class Finding(NamedTuple):
 
 def key_of(device: torch.device) -> Key:
     """The key of a CUDA device of this process."""
-    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
-    return Key(torch.cuda.get_device_name(device), str(driver), torch.__version__, _version("triton"))
+    return Key(torch.cuda.get_device_name(device), _driver(), torch.__version__, _version("triton"))
+
+
+@lru_cache
+def _driver() -> str:
+    """The newest CUDA that the driver speaks, "13000" for 13.0; "unknown" without one. PyTorch does not tell."""
+    version = ctypes.c_int()
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        error = library.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return "unknown"
+    return str(version.value) if error == 0 else "unknown"
 
 
 def user_file(key: Key) -> Path:
@@ -166,6 +178,7 @@ def table(key: Key) -> Table | None:
 
 def forget() -> None:
     """Read the files anew at the next question."""
+    _driver.cache_clear()
     read.cache_clear()
     table.cache_clear()
     _findings.cache_clear()

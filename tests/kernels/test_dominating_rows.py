@@ -17,6 +17,7 @@ from torch import Tensor
 
 import bird_kernels
 from bird_kernels import Statistics, cka, cka_loss, cka_matrix, plan, token_cka_loss
+from bird_kernels.backends import dominating
 from bird_kernels.backends.dominating import bulk_mean, largest, noise, squared_norms
 from bird_kernels.matrix import hsic_matrix
 from tests.accuracy import evaluate, operator, truth
@@ -128,6 +129,35 @@ def test_small_kernels(backend: str, size: float) -> None:
     pytest.importorskip({"triton": "triton", "native": "bird_kernels._native"}[backend])
     for count in (1, 3):
         check(case(8, count, size), "gram", backend)
+
+
+@pytest.mark.parametrize("stride", range(2, 13))
+@pytest.mark.parametrize("backend", ["library", "triton", "native"])
+def test_masks_with_a_period(backend: str, stride: int) -> None:
+    """The location is a median over groups of rows: no period of the mask puts all that count into one group."""
+    pytest.importorskip({"library": "torch", "triton": "triton", "native": "bird_kernels._native"}[backend])
+    true = case(16, 1, 3e4)
+    mask = torch.arange(16 * stride) % stride == stride - 1
+    x, y = (torch.full((len(mask), a.shape[1]), torch.nan) for a in (true.x, true.y))
+    x[mask], y[mask] = true.x, true.y
+    for route in ("gram", "cross") if backend == "library" else ("gram",):
+        found = evaluate(operator(route, backend, "unbiased", "cka", mask=mask), x, y, "x")
+        assert_right(found.value.item(), true.value)
+        assert found.dx is not None
+        assert_gradient(found.dx[mask], true)
+        assert found.dx[~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("stride", range(2, 13))
+@pytest.mark.parametrize(("shape", "masks"), [((), ()), ((3,), (3,)), ((3,), ())], ids=["one", "several", "one mask"])
+def test_the_location_is_amid_the_rows_that_count(shape: tuple[int, ...], masks: tuple[int, ...], stride: int) -> None:
+    """Of 16 rows that count, one at 3e4: within their spread of the mean of the other 15."""
+    x = torch.randn(*shape, 16 * stride, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(stride))
+    keep = (torch.arange(16 * stride) % stride == 0).expand(*masks, -1)
+    x[..., 0, :] = 3e4
+    wanted = x[..., stride::stride, :].mean(-2, keepdim=True)
+    found = dominating.location(torch.where(keep[..., None], x, torch.nan), keep)
+    assert (found - wanted).abs().max() < 2.0
 
 
 def test_gradients_of_both_sides(route: str) -> None:

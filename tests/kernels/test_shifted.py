@@ -13,6 +13,7 @@ from bird_kernels import backends, reference
 from bird_kernels.backends import library
 from bird_kernels.types import Problem
 from tests.accuracy import Result, assert_no_worse, errors, evaluate, features, operator, plain, poison, truth
+from tests.kernels import test_dominating_rows as dominating
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
 symmetric = pytest.importorskip("bird_kernels.backends.triton.symmetric")
@@ -99,6 +100,19 @@ def test_means(route: str, dtype: torch.dtype, mean: float, device: torch.device
     """No digit is lost to the mean, whether a column is shifted or not."""
     n, p, q = (600, 48, 40) if route == "cross" else (96, 128, 72)
     assert_right(route, *features(n, p, q, dtype=dtype, device=device, mean=mean))
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16])
+def test_masks_with_a_period(stride: int, device: torch.device) -> None:
+    """The location is a median over groups of rows: no period of the mask puts all that count into one group."""
+    true = dominating.case(16, 1, 3e4)
+    mask = torch.arange(16 * stride, device=device) % stride == stride - 1
+    x, y = (torch.full((len(mask), a.shape[1]), torch.nan, device=device) for a in (true.x, true.y))
+    x[mask], y[mask] = true.x.to(device), true.y.to(device)
+    found = run("gram", x, y, mask, "x", estimator="unbiased", statistic="cka")
+    dominating.assert_right(found.value.item(), true.value)
+    assert found.dx is not None
+    dominating.assert_gradient(found.dx[mask].cpu(), true)
 
 
 def test_arbitrary_strides(route: str, device: torch.device) -> None:

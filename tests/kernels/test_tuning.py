@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +60,31 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: KEY.device)
     monkeypatch.setattr(backends, "why_not", lambda name, *rest: "no" if name == "native" else None)
     monkeypatch.setattr(backends, "works", lambda *use: True)
+
+
+class DriverLibrary:
+    """Stands for the library of the CUDA driver, of version 13.0."""
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 13000
+        return self.error
+
+
+@pytest.mark.parametrize(("error", "wanted"), [(0, "13000"), (3, "unknown"), (None, "unknown")])
+def test_the_key_names_the_driver(error: int | None, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> DriverLibrary:
+        if error is None:
+            raise OSError(f"{name}: no such file")
+        return DriverLibrary(error)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: KEY.device)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    tuning.forget()
+    key = tuning.key_of(DEVICE)
+    assert (key.device, key.driver, key.torch) == (KEY.device, wanted, torch.__version__)
 
 
 def test_a_table_comes_back_as_it_was(tmp_path: Path) -> None:
