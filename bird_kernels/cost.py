@@ -8,6 +8,7 @@ schedulers'. **No constant below was measured by us on a GPU**: each names its s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ SHEETS = {
         Sheet("H100", 67, 494, 989, 3.35, 50, 132, 1.83),
         Sheet("H100 PCIe", 51, 378, 756, 2.0, 50, 114, 1.75),
         Sheet("H200", 67, 494, 989, 4.8, 50, 132, 1.83),
+        Sheet("GH200", 67, 494, 989, 4.0, 50, 132, 1.83),
         Sheet("B200", 75, 1100, 2250, 8.0, 126, 148, 1.96),
         Sheet("L4", 30.3, 60, 121, 0.3, 48, 58, 2.04),
         Sheet("L40S", 91.6, 183, 362, 0.864, 96, 142, 2.52),
@@ -70,10 +72,10 @@ class Constants(NamedTuple):
     native_product: int = 2400
     native_backward: int = 16_000
     # Counted under fake tensors: launches of plain PyTorch (unbiased, cross) beyond those of the fused passes; of the
-    # RBF backends by strips of 1024 rows (151 and 557 at 1 and 8, 391 and 1413), and their bytes for each pair of rows
+    # RBF backends by strips of 1024 rows (163 and 569 at 1 and 8, 391 and 1413), and their bytes for each pair of rows
     # (27.6 GB at 8192). An estimate: clocks for each pair that the atomics of the median's histograms wait.
     plain: int = 100
-    triton_rbf: tuple[int, int] = (93, 58)
+    triton_rbf: tuple[int, int] = (105, 58)
     library_rbf: tuple[int, int] = (245, 146)
     rbf_bytes: int = 411
     rbf_clocks: float = 0.5
@@ -86,9 +88,11 @@ SYMMETRIC = {4096: 1.26, 8192: 1.46}
 
 
 def sheet_of(device_name: str) -> Sheet:
-    """The data sheet of a device by the name that PyTorch gives it, `UNKNOWN` for others."""
-    known = [name for name in SHEETS if name in device_name]
-    return SHEETS[max(known, key=len)] if known else UNKNOWN
+    """The data sheet of a device by the name that PyTorch gives it, whole words of it; `UNKNOWN` for others."""
+    words = [rf"(?<!\w){re.escape(name)}(?!\w)" for name in SHEETS]
+    known = [name for name, word in zip(SHEETS, words, strict=True) if re.search(word, device_name, re.IGNORECASE)]
+    is_other = "laptop" in device_name.lower()  # of the same number, with fewer units
+    return SHEETS[max(known, key=len)] if known and not is_other else UNKNOWN
 
 
 def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from . import backends
 from .backends.dominating import alive, bulk_mean, dominated, largest, squared_norms
-from .backends.linalg import add_scaled_mm, at_least, dtypes, fp32_products, inner, scalar, scaled_mm, to
+from .backends.linalg import at_least, dtypes, fp32_products, inner, scalar, to
+from .backends.rows import Rows, Term, weighed
 from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
 from .sums import Norms, Sums, scaled, times, trace
 from .types import Problem
@@ -61,47 +65,80 @@ def gradient(
     see `_rows`. In x's dtype. For dY exchange the sides, by `exchanged`. ``exact`` are the same sums with products in
     fp64 if those of ``s`` were rounded: rows that dominate need them.
     """
-    wide, operand = dtypes(problem)
+    if x.shape[0] == 0:
+        return torch.zeros_like(x)
     g = upstream * c.scale_x
     factors = 2.0 * c.d_kl * g, 4.0 * c.d_kk * g
+    means = s.mean_x, s.mean_y
     with fp32_products(problem):
-        if problem.estimator == "biased":
-            xs, ys = _about(x, s.mean_x, c.scale_x, mask, wide), _about(y, s.mean_y, c.scale_y, mask, wide)
-            d = scaled_mm(to(ys, operand), to(s.xy * factors[0], wide))
-            d = add_scaled_mm(d, to(xs, operand), to(s.xx * factors[1], wide))
+        z = backends.rows_of(x, y, mask, problem)
+        if problem.estimator == "unbiased":
+            d = _unbiased(x, y, mask, z, s, exact or s, factors, c)
+        elif z is None:
+            d = _weighed(_around(x, y, mask, None, means, c, dtypes(problem)[0]), s.xx, s.xy, factors, c)
         else:
-            d = _unbiased(x, y, mask, s, exact or s, factors, c, operand)
+            d = _weighed(_Around(x, y, z, means), s.xx, s.xy, factors, c, wide=False)
     if mask is not None:
         d = d.masked_fill(~mask[:, None], 0.0)
     return to(d, x.dtype)
 
 
+class _Around(NamedTuple):
+    """Rows xs [m, p] and ys [m, q] about ``origins`` [p] and [q], times `Coefficients`' scales; fp32 or fp64.
+
+    ``z``: the same rows as `rows.weighed` takes them; None where xs and ys themselves are multiplied.
+    """
+
+    xs: Tensor
+    ys: Tensor
+    z: Rows | None
+    origins: tuple[Tensor, Tensor]
+
+
+def _around(
+    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, origins: tuple[Tensor, Tensor], c: Coefficients,
+    wide: torch.dtype,
+) -> _Around:  # fmt: skip
+    xs, ys = _about(x, origins[0], c.scale_x, mask, wide), _about(y, origins[1], c.scale_y, mask, wide)
+    return _Around(xs, ys, z, origins)
+
+
+def _weighed(
+    rows: _Around, xx: Tensor, xy: Tensor, factors: tuple[Scalar, Scalar], c: Coefficients, wide: bool = True
+) -> Tensor:
+    """ys (xy factors[0]) + xs (xx factors[1]) of products about the rows' origins; in the features' dtype unless
+    ``wide``."""
+    xs, ys, z, (origin_x, origin_y) = rows
+    if z is None:
+        d = ys @ to(xy * factors[0], ys.dtype)
+        return torch.addmm(d, xs, to(xx * factors[1], xs.dtype), out=d)
+    of_x = Term(to(xx, torch.float32), factors[1] * c.scale_x, origin_x)
+    of_y = Term(to(xy, torch.float32), factors[0] * c.scale_y, origin_y)
+    return weighed(z, len(xs), of_x, of_y, wide)
+
+
 def _unbiased(
-    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, exact: Sums, factors: tuple[Scalar, Scalar], c: Coefficients,
-    operand: torch.dtype,
+    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, s: Sums, exact: Sums, factors: tuple[Scalar, Scalar],
+    c: Coefficients,
 ) -> Tensor:  # fmt: skip
     """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    xs, ys = _about(x, s.mean_x, c.scale_x, mask, wide), _about(y, s.mean_y, c.scale_y, mask, wide)
-    if len(x) == 0 or (x.is_cpu and not dominated(squared_norms(xs)) and not dominated(squared_norms(ys))):
-        return _rows(xs, ys, s, None, factors, c, operand)
-    few = largest(squared_norms(xs), squared_norms(ys))
+    rows = _around(x, y, mask, z, (s.mean_x, s.mean_y), c, wide)
+    norms = squared_norms(rows.xs), squared_norms(rows.ys)
+    if x.is_cpu and not any(map(dominated, norms)):
+        return _rows(rows, s, None, factors, c)
+    few = largest(*norms)
     origins = bulk_mean(to(x, wide), mask)[0].double(), bulk_mean(to(y, wide), mask)[0].double()
     about = (origins[0] - s.mean_x) * c.scale_x, (origins[1] - s.mean_y) * c.scale_y
-    xs, ys = _about(x, origins[0], c.scale_x, mask, wide), _about(y, origins[1], c.scale_y, mask, wide)
-    d = _rows(xs, ys, s, about, factors, c, operand)
-    xs, ys = (
-        _about(side[few], origin, scale, None, torch.float64)
-        for side, origin, scale in zip((x, y), origins, (c.scale_x, c.scale_y), strict=True)
-    )
-    return d.index_copy_(0, few, _rows(xs, ys, exact, about, factors, c, torch.float64).to(d.dtype))
+    d = _rows(_around(x, y, mask, z, origins, c, wide), s, about, factors, c)
+    heavy = _around(x[few], y[few], None, None, origins, c, torch.float64)
+    return d.index_copy_(0, few, _rows(heavy, exact, about, factors, c).to(d.dtype))
 
 
 def _rows(
-    xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor] | None, factors: tuple[Scalar, Scalar],
-    c: Coefficients, operand: torch.dtype,
-) -> Tensor:  # fmt: skip
-    r"""dX [m, p] of rows ``xs``, ``ys`` about an origin that is ``about`` = (u, v) from the merged means; None: there.
+    rows: _Around, s: Sums, about: tuple[Tensor, Tensor] | None, factors: tuple[Scalar, Scalar], c: Coefficients
+) -> Tensor:
+    r"""dX [m, p] of ``rows`` about an origin that is ``about`` = (u, v) from the merged means; None: there.
 
     The estimator does not depend on the origin, its rounding does. With a and b the ``factors``, A and C about that
     origin, T = sum(x) = -n u and T' = sum(y) = -n v over all rows, r_i = x_i T - kappa_i and s_i = y_i T' - lambda_i
@@ -111,6 +148,7 @@ def _rows(
                + (2 rho_i / (n-2) - tau) x_i - (rho_i / (n-2) - tau) T - sum_j(rho_j x_j) / (n-2)
     """
     a, b = factors
+    xs, ys = rows.xs, rows.ys
     norms, n = s.norms, c.n
     assert norms is not None
     xx, xy, kx, lx = s.xx, s.xy, norms.kx, norms.lx
@@ -126,8 +164,7 @@ def _rows(
         total_k, total_l = total_k + n * (n - 1.0) * scalar(uu), total_l + n * (n - 1.0) * scalar(vv)
         kx, lx = kx - times(xx, column), lx - times(xy.T, other_column)
     wide = xs.dtype
-    d = scaled_mm(to(ys, operand), to(xy * a, wide))
-    d = add_scaled_mm(d, to(xs, operand), to(xx * b, wide))
+    d = _weighed(rows, xx, xy, factors, c)
     diagonal = squared_norms(ys) * a + squared_norms(xs) * b
     rho = -diagonal
     if column is not None:

@@ -55,7 +55,9 @@ def cka_loss(
             up to 512 of them, in common launches.
         kernel: "linear".
         estimator: "biased" is the published loss. "unbiased" is Song et al. 2012 (HSIC_1): for unrelated features the
-            loss is 1 on average, whatever n; it may exceed 1 and is never clamped. Needs n >= 4.
+            loss is 1 on average, whatever n; it may exceed 1 and is never clamped. Needs n >= 4. It keeps its digits
+            where up to a quarter of the rows are far larger than the others (at most 64, on CUDA 32, where rows
+            outnumber features; at most 10^5 times as large in the fused kernels of a GPU); else it may be wrong, or 1.
         mask: bool, shape of the leading ``row_dims`` dimensions; False leaves a row out (its contents, NaN too, do not
             matter, its gradient is zero). Equal to the call on the selected rows; shapes do not change and nothing is
             read back from the device, so fewer selected rows than the estimator needs give NaN instead of an error.

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import inputs, ops
-from .backends.dominating import bulk_mean, largest, squared_norms, uneven, without
-from .backends.linalg import at_least, dtypes, inner, mm, require_fp64, row_count, self_product_norm
+from .backends.dominating import bulk_mean, columns, largest, squared_norms, uneven, without
+from .backends.linalg import LIMIT, at_least, dtypes, inner, mm, require_fp64, row_count, self_product_norm, unscaled
 from .moments import MIN_ROWS, Moments, Scalar, combine
 from .types import Estimator, Problem
 
@@ -59,7 +59,8 @@ def cka_matrix(
     Args:
         xs: features of one network's layers on the same n samples, each [n, ...]; widths and dtypes may differ.
         ys: the other network's. None: ``xs`` with itself, which is symmetric and costs half.
-        estimator: "biased", or "unbiased" (HSIC_1, Song et al. 2012), which needs n >= 4 and is never clamped.
+        estimator: "biased", or "unbiased" (HSIC_1, Song et al. 2012), which needs n >= 4 and is never clamped;
+            where rows dominate, the limits of `cka_loss` hold for those of all layers together.
         mask: bool, shape of the leading ``row_dims`` dimensions; False leaves a row out.
         row_dims: how many leading dimensions index rows.
 
@@ -101,8 +102,8 @@ def hsic_matrix(
         return torch.where(dead, 0.0 * value, value)
 
     _, kk, ll, _, r_kk, r_ll, t_k, t_l = m.moments
-    xx, yy = own(kk, r_kk, t_k) / m.scale_x**4, own(ll, r_ll, t_l) / m.scale_y**4
-    return Hsics(hsic(m.moments) / (m.scale_x * m.scale_y) ** 2, xx.flatten(), yy.flatten())
+    xx, yy = unscaled(own(kk, r_kk, t_k), m.scale_x, m.scale_x), unscaled(own(ll, r_ll, t_l), m.scale_y, m.scale_y)
+    return Hsics(unscaled(hsic(m.moments), m.scale_x, m.scale_y), xx.flatten(), yy.flatten())
 
 
 class _Measured(NamedTuple):
@@ -194,15 +195,13 @@ def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch
         x = torch.stack([layers[number].to(dtype).to(wide) for number in group])
         if left_out is not None:
             x.masked_fill_(left_out, 0.0)
+        unit = _bring_to_one_(x) if way == "apart" else 1.0  # squares are taken of rows before they are centred
         for _ in range(1 if way == "apart" else 2):  # the second means are the rounding of the first
             x -= bulk_mean(x, mask) if way == "apart" else x.sum(1, keepdim=True) / at_least(1.0, count)
             if left_out is not None:
                 x.masked_fill_(left_out, 0.0)
-        scale = _powers_of_two(
-            torch.maximum(x.amax((1, 2)), -x.amin((1, 2)))
-        )  # vector_norm(inf) takes 20 times as long
-        scales.append(scale)
-        stacks.append(x.mul_(scale.to(wide)[:, None, None]).to(operand))
+        scales.append(_bring_to_one_(x) * unit)
+        stacks.append(x.to(operand))
     order = [number for group in groups.values() for number in group]
     place = [order.index(number) for number in range(len(layers))]
     return _Side(stacks, place, _take(torch.cat(scales), place))
@@ -216,11 +215,14 @@ def _take(values: Tensor, place: list[int], dim: int = 0) -> Tensor:
     return torch.stack([values.select(dim, i) for i in place], dim)
 
 
-def _powers_of_two(peaks: Tensor) -> Tensor:
-    """2^k with 0.5 <= 2^k peak < 1, fp64; some finite number for zero, NaN and Inf."""
-    limit = 250 if peaks.dtype == torch.float64 else 120
+def _bring_to_one_(x: Tensor) -> Tensor:
+    """Multiplies each layer of x [layers, n, width] by 2^k with 0.5 <= 2^k max|x| < 1, some finite number for zeros,
+    NaN and Inf, in its own memory; these powers, [layers], fp64."""
+    limit, peaks = LIMIT[x.dtype], torch.maximum(x.amax((1, 2)), -x.amin((1, 2)))  # norm(inf) takes 20 times as long
     exponent = torch.frexp(torch.where(peaks.isfinite(), peaks, 1.0)).exponent.clamp(-limit, limit)
-    return torch.ldexp(torch.ones_like(peaks, dtype=torch.float64), -exponent)
+    scale = torch.ldexp(torch.ones_like(peaks, dtype=torch.float64), -exponent)
+    x.mul_(scale.to(x.dtype)[:, None, None])
+    return scale
 
 
 def _moments(x: _Side, y: _Side | None, count: Scalar, way: Way) -> Moments | None:
@@ -369,14 +371,14 @@ def _apart(xs: list[Tensor], ys: list[Tensor] | None) -> tuple[_Apart, _Apart | 
 
     def of(layers: list[Tensor]) -> _Apart:
         bulk = [torch.where(rest[:, None], x, 0.0) for x in layers]
-        norms, columns, sums = [], [], []
+        norms, heavy, sums = [], [], []
         for x, part in zip(layers, bulk, strict=True):
             wide, own = x.to(ops.value_dtype(x.dtype)), part.to(ops.value_dtype(x.dtype))
             norms.append(squared_norms(own).double())
-            column = (wide @ wide[few].T).scatter_(0, few[None, :], 0.0).double()
-            columns.append(column.flatten())
+            column = columns(wide, few).double()
+            heavy.append(column.flatten())
             sums.append((wide @ own.sum(0)).double() - norms[-1] + column.sum(1))
-        return _Apart(bulk, torch.stack(norms), torch.stack(columns), torch.stack(sums), twice)
+        return _Apart(bulk, torch.stack(norms), torch.stack(heavy), torch.stack(sums), twice)
 
     return of(xs), None if ys is None else of(ys)
 

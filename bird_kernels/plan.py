@@ -109,11 +109,12 @@ def are_few(n: int) -> bool:
 def choose_route(n: int, p: int, q: int, backend: str = "library") -> Route:
     """The route with fewer operations, whatever sides need gradients: ``gram`` exactly where n <= p + q.
 
-    The native and the Triton backend know no other: their rows are so few that launches count, not operations.
+    The native and the Triton backend know no other: their rows are so few that launches count, not operations. Nor does
+    the reference, which is the literal formula.
 
     Every difference of the two counts has the factor n (n - p - q): for a gradient of x, n (n - p - q) (3p + q).
     """
-    return "gram" if backend in ("native", "triton") or n <= p + q else "cross"
+    return "gram" if backend in ("native", "triton", "reference") or n <= p + q else "cross"
 
 
 def route_of(problem: Problem, backend: str) -> Route:
@@ -206,7 +207,7 @@ def describe(
 def workspace(problem: Problem, route: Route, backend: str) -> int:
     """Bytes alive between forward and backward beyond inputs and gradients (leading terms)."""
     n, p, q = problem.n, problem.p, problem.q
-    wide = _wide(problem)
+    wide = 8 if backend == "reference" else _wide(problem)
     if problem.kernel is not None:
         if backend == "triton":
             return 8 * n * n + 16 * n + 8 * n * (_ceil_div(p, 8) + _ceil_div(q, 8)) * problem.dtype.itemsize
@@ -230,6 +231,8 @@ def _wide(problem: Problem) -> int:
 def _tile(problem: Problem, route: Route, backend: str) -> str:
     if backend == "native":
         return f"all rows of 32 features in shared memory at a time, {2 + (problem.x_grad or problem.y_grad)} launches"
+    if backend == "reference":
+        return "the literal formula in fp64, under autograd"
     if backend != "triton":
         strips = f" in strips of {strip_rows(problem)} rows, {'kept' if keeps_kernels(problem) else 'streamed'}"
         return "library products" + (strips if problem.kernel else "")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import plan
-from .backends.dominating import alive, bulk_mean, largest, noise, squared_norms, u_centred_, without
+from .backends.dominating import UNEVEN, alive, bulk_mean, columns, largest, noise, squared_norms, u_centred_, without
 from .backends.linalg import LIMIT, require_fp64
 from .moments import MIN_ROWS, Moments, combine
 from .types import Estimator
@@ -99,7 +99,7 @@ def _can_look(*sides: Tensor) -> bool:
 def _are_even(x: Tensor, rows: Tensor, enough: Tensor) -> bool:
     """Whether no token dominates in any of the sequences that count (`dominating.uneven`)."""
     norms = squared_norms(x.detach()).double()
-    even = norms.square().sum(1) * rows <= (rows / 4.0).clamp(max=6.0) * norms.sum(1).square()
+    even = norms.square().sum(1) * rows <= (rows / 4.0).clamp(max=UNEVEN) * norms.sum(1).square()
     return bool((~enough | (even & (rows >= 8.0))).all())
 
 
@@ -121,43 +121,42 @@ def _unbiased_moments(xs: Tensor, ys: Tensor, keep: Tensor | None, rows: Tensor,
     """The same of U-centred Gram matrices, zero where all is rounding (`backends.dominating`)."""
     kappa, lam = squared_norms(xs), squared_norms(ys)
     kept = None if keep is None else keep[:, :, 0]
+    few = largest(kappa.detach(), lam.detach()) if route == "cross" or not xs.is_cpu else None
     if route == "gram":
         n = rows[:, None, None]
         a, b = (u_centred_(_self_product(side), n, kept) for side in (xs, ys))
         kl, kk, ll = _inner(a, b), _inner(a, a), _inner(b, b)
     else:
-        kl, kk, ll = _apart(xs, ys, kappa, lam, rows)
+        assert few is not None
+        kl, kk, ll = _apart(xs, ys, kappa, lam, few, rows)
     eps = torch.finfo(xs.dtype).eps
-    return Moments(kl, alive(kk, noise(kappa.detach(), eps)), alive(ll, noise(lam.detach(), eps)))
+    noises = (noise(side.detach(), norms.detach(), few, eps) for side, norms in ((xs, kappa), (ys, lam)))
+    return Moments(kl, alive(kk, next(noises)), alive(ll, next(noises)))
 
 
-def _apart(xs: Tensor, ys: Tensor, kappa: Tensor, lam: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By products of columns of all tokens but those that may dominate: these stand row by row, as in `library`."""
-    few = largest(kappa.detach(), lam.detach())
+def _apart(
+    xs: Tensor, ys: Tensor, kappa: Tensor, lam: Tensor, few: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By products of columns of all tokens but the ``few`` [B, k] that may dominate, which stand row by row, as in
+    `library`."""
     rest = without(None, few, xs.shape[1])
     bulk = [torch.where(rest[:, :, None], side, 0.0) for side in (xs, ys)]
-    columns = [_columns(side, few) for side in (xs, ys)]
+    heavy = [columns(side, few) for side in (xs, ys)]
     norms = [torch.where(rest, a, 0.0).double() for a in (kappa, lam)]
     totals = [side.sum(1, keepdim=True) for side in bulk]
     sums = [
         (side * total).sum(2).double() - norm + column.sum(2).double()
-        for side, total, norm, column in zip((xs, ys), totals, norms, columns, strict=True)
+        for side, total, norm, column in zip((xs, ys), totals, norms, heavy, strict=True)
     ]
     twice = torch.where(rest, 2.0, 1.0).double()  # the products of two tokens, of which one is apart, stand there once
     found = []
     for i, j in ((0, 1), (0, 0), (1, 1)):
         product = _inner(*(bulk[j].mT @ bulk[i],) * 2) if i != j else _inner(*(_self_product(bulk[i].mT),) * 2)
         product = product - (norms[i] * norms[j]).sum(1)
-        product = product + ((columns[i] * columns[j]).sum(2).double() * twice).sum(1)
+        product = product + ((heavy[i] * heavy[j]).sum(2).double() * twice).sum(1)
         total = sums[i].sum(1) * sums[j].sum(1) / ((rows - 1.0) * (rows - 2.0))
         found.append(product - 2.0 * (sums[i] * sums[j]).sum(1) / (rows - 2.0) + total)
     return found[0], found[1], found[2]
-
-
-def _columns(side: Tensor, few: Tensor) -> Tensor:
-    """Columns ``few`` [B, k] of every sequence's Gram matrix, [B, T, k], the diagonal zero."""
-    heavy = side.gather(1, few[:, :, None].expand(-1, -1, side.shape[2]))
-    return (side @ heavy.mT).scatter(1, few[:, None, :], 0.0)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import datetime
 import importlib
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -38,28 +39,33 @@ def tune(
 ) -> tuning.Table:
     """Measure ``problems``, each (rows, student's width, teacher's width) and a dtype, until ``minutes`` are over.
 
-    The table is kept in the user's cache, with what it held before.
+    The table is kept in the user's cache, with what it held before, and row by row: an interrupted run loses nothing.
 
     Raises:
+        OSError: the cache cannot be written; that is tried before anything is measured.
         ValueError: nothing is to be tuned on this device, or nothing could be measured.
     """
     if device.type != "cuda":
         raise ValueError(f"on {device} there is nothing to tune: the library backend is the only one that runs there")
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     deadline = time.monotonic() + 60 * minutes
-    rows: list[tuning.Row] = []
     with torch.cuda.device(device), _untuned():
         key = tuning.key_of(device)
+        file = tuning.user_file(key)
+        kept = tuning.read(file)
+        table = kept if kept is not None and kept.key == key else tuning.Table(key, "", ())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()  # fails now, not after minutes of measuring
+        measured = False
         for shape, dtype in problems:
-            rows += _of_problem(_problem(shape, dtype, device), deadline, say)
-    if not rows:
-        raise ValueError(f"nothing was measured within {minutes:g} minutes: give it more time, or smaller shapes")
-    known = tuning.read(tuning.user_file(key))
-    done = {_identity(row) for row in rows}
-    kept = [row for row in known.rows if _identity(row) not in done] if known is not None and known.key == key else []
-    table = tuning.Table(key, datetime.datetime.now().isoformat(timespec="seconds"), (*kept, *rows))
-    tuning.write(tuning.user_file(key), table)
+            for row in _of_problem(_problem(shape, dtype, device), deadline, say):
+                others = tuple(known for known in table.rows if _identity(known) != _identity(row))
+                table = tuning.Table(key, datetime.datetime.now().isoformat(timespec="seconds"), (*others, row))
+                tuning.write(file, table)
+                measured = True
     backends.forget()
+    if not measured:
+        raise ValueError(f"nothing was measured within {minutes:g} minutes: give it more time, or smaller shapes")
     return table
 
 

@@ -111,6 +111,11 @@ def summary(folder: Path) -> str:
     return "\n\n".join(filter(None, (table(folder), _correct(folder), _rates(rows(folder)))))
 
 
+def rehearsed(events: Sequence[Row]) -> bool:
+    """Whether the run was a rehearsal."""
+    return any(event.get("rehearse") for event in events)
+
+
 def _heading(found: Sequence[Row], events: Sequence[Row]) -> str:
     origin = found[0] if found else {}
     start = events[0] if events else {}
@@ -121,7 +126,8 @@ def _heading(found: Sequence[Row], events: Sequence[Row]) -> str:
     ]
     cut = [f"{e['phase']} from {e['item']} on, {e['items']} items" for e in events if e["event"] == "left out"]
     what |= {"processes lost": "; ".join(lost), "left out": "; ".join(cut)}
-    return "# A run on a GPU\n\n" + "\n".join(f"- {name}: {value}" for name, value in what.items() if value)
+    title = "# A rehearsal: tiny sizes on a CPU, whose times mean nothing" if rehearsed(events) else "# A run on a GPU"
+    return f"{title}\n\n" + "\n".join(f"- {name}: {value}" for name, value in what.items() if value)
 
 
 def table(folder: Path) -> str:
@@ -203,12 +209,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, help="default: the same folder")
     options = parser.parse_args()
+    if not rows(options.folder) and not checks(options.folder):
+        raise SystemExit(f"{options.folder} holds no results of ./dev gpu")
     target: Path = options.to or options.folder
     target.mkdir(parents=True, exist_ok=True)
     write_csv(target / "rows.csv", rows(options.folder))
     text = page(options.folder)
     (target / "page.md").write_text(text, encoding="utf-8")
     print(text)
+    if rehearsed(list(lines.read(options.folder / lines.EVENTS))):
+        print("no tuning.json: a rehearsal measures nothing")
+        return
     try:
         print(f"{tuning_table(options.folder, target / 'tuning.json')} rows in {target / 'tuning.json'}")
     except ImportError as error:  # the page needs no torch

@@ -63,6 +63,8 @@ def arguments(description: str, minutes: float) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, with a bare machine's packages")
     parser.add_argument("--out", type=Path, help="the folder of the results (default: $OUT, or one in runs/gpu)")
     options = parser.parse_args()
+    if not 0.0 < options.minutes < 1440.0:
+        parser.error(f"--minutes must be a positive number, not {options.minutes:g}")
     if not options.rehearse and not smi("name"):
         raise SystemExit("this needs a CUDA device, and nvidia-smi names none here; --rehearse runs on the CPU")
     return options

@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         return _complain(error)
     except KeyboardInterrupt:
-        how = "the same command with --resume" if options.run is _demo else "the same command"
-        print(f"\nbird: interrupted; {how} goes on from here", file=sys.stderr)
+        how = {_demo: "the same command with --resume goes on from here", _tune: "what was measured is kept"}
+        print(f"\nbird: interrupted; {how.get(options.run, 'the same command goes on from here')}", file=sys.stderr)
         return 130
 
 
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], help="default: float32 bfloat16"
     )
     command.add_argument("--from-run", type=Path, metavar="FOLDER", help="the sizes and dtypes that a training run had")
-    command.add_argument("--minutes", type=float, default=2.0, help="when to stop (default: %(default)g)")
+    command.add_argument("--minutes", type=_minutes, default=2.0, help="when to stop (default: %(default)g)")
     command.add_argument("--device", help="cuda, cuda:1, ... (default: an accelerator if there is one)")
 
     command = commands.add_parser("info", help="versions, devices, backends, and why a missing one is missing")
@@ -293,21 +293,29 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _sizes(text: str) -> tuple[int, int, int]:
-    n, p, q = (int(number) for number in text.split(","))
-    if min(n, p, q) < 1 or n < 4:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 4 rows and two widths")
-    return n, p, q
+def _sizes(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    sizes = tuple(int(number) for number in numbers if number.strip().isdigit())
+    if len(sizes) != 3 or len(numbers) != 3 or min(sizes) < 1 or sizes[0] < 4:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 4 rows and two widths, as in 128,512,1280")
+    return sizes
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0.0 < minutes < 1440.0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes above 0")
+    return minutes
 
 
 def _tune(options: argparse.Namespace) -> int:
     device = _device(options.device)
+    noted = [] if options.from_run is None else _shapes_of(options.from_run)
     if device.type != "cuda":
         _say(f"On {device} there is nothing to tune: only the library backend runs there, with PyTorch's own products.")
         return 0
     asked = [(shape, dtype) for shape in options.shape or () for dtype in options.dtype or tuner.DTYPES]
-    if options.from_run is not None:
-        asked += [(shape, dtype) for *shape, dtype in _shapes_of(options.from_run)]
+    asked += [(shape, dtype) for *shape, dtype in noted]
     if not asked:
         asked = [(shape, dtype) for shape in tuner.SHAPES for dtype in options.dtype or tuner.DTYPES]
     table = tuner.tune(device, asked, options.minutes, _say)

@@ -7,15 +7,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from .. import cost, tuning
 from ..plan import FEW_ROWS, are_few, route_of, variant
-from ..types import RBF, Choice, Cost, Precision, Problem, Sheet, Variant
-from . import trust
+from ..types import RBF, Choice, Cost, Estimator, Precision, Problem, Sheet, Variant
+from . import rows, trust
 
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
 _MODULES = {name: f"bird_kernels.backends.{name}" for name in ("native", "triton", "library")}
@@ -54,6 +54,19 @@ def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
     if trust.why_not("library", SHIFTED, dtype, device) is not None:
         return False
     return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
+
+
+def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows | None:
+    """Rows x [n, p], y [n, q], with mask bool [n] or None, shifted for products on a GPU: by Triton where its kernels
+    work, else in plain PyTorch. None for fp64 and on other devices, where centring costs no digits."""
+    if not compares(problem.device) or problem.dtype == torch.float64:
+        return None
+    p, q = x.shape[1], y.shape[1]
+    kind = problem._replace(n=max(len(x), p + q + 1), p=p, q=q, masked=mask is not None, estimator="biased")
+    if not (_shifts(problem.dtype, problem.device) and works("library", kind)):
+        return rows.shifted(x, y, mask)
+    found: rows.Rows = of(kind, "library").rows_of(x, y, mask, kind._replace(n=len(x)))
+    return found
 
 
 def why_not(
@@ -134,7 +147,8 @@ def resolve(problem: Problem, requested: str) -> str:
         ValueError: as `choose`.
     """
     if requested == "auto" and torch.compiler.is_compiling():
-        return _within_bounds(_usable(problem.dtype, problem.device, are_few(problem.n), variant(problem)), problem)
+        options = tuple(problem[3:11])  # no sizes, which may be symbolic
+        return _within_bounds(_usable(options, are_few(problem.n), variant(problem)), problem)
     if requested != "auto" or not compares(problem.device):
         return choose(problem.dtype, problem.device, are_few(problem.n), requested, variant(problem))[0]
     while True:
@@ -143,16 +157,16 @@ def resolve(problem: Problem, requested: str) -> str:
             return name
 
 
-def _usable(dtype: torch.dtype, device: torch.device, few_rows: bool, variant: Variant) -> str:
+def _usable(options: tuple[Any, ...], few_rows: bool, variant: Variant) -> str:
     """`choose` under "auto" for a call that is being compiled; the kernels are tried meanwhile, on both routes.
 
-    A compiled call cannot go over to another backend when it runs.
+    A compiled call cannot go over to another backend when it runs. ``options`` are a `Problem`'s, dtype to y_grad.
     """
     kernel = RBF() if variant == 'kernel="rbf"' else None
-    few, many = (Problem(n, 1, 1, dtype, device, kernel=kernel) for n in (2, 4))  # by Gram matrices, by features
+    by_rows, by_features = (Problem(n, 1, 1, *options)._replace(kernel=kernel) for n in (2, 4))
     while True:
-        name, _ = choose(dtype, device, few_rows, "auto", variant)
-        if not compares(device) or (works(name, few) and works(name, many)):
+        name, _ = choose(by_rows.dtype, by_rows.device, few_rows, "auto", variant)
+        if not compares(by_rows.device) or (works(name, by_rows) and works(name, by_features)):
             return name
 
 
@@ -226,11 +240,11 @@ def works(name: str, problem: Problem, kind: str = "") -> bool:
         if not module.__name__.endswith(SHIFTED):
             return True
         kind = f"{SHIFTED} {route_of(problem, name)}"
-    use = trust.use_of(name, problem, kind)
-    if trust.is_known(use):
+    use, problem = trust.use_of(name, problem, kind), precise(problem)
+    if trust.is_known(use, problem):
         return True
     plain = load("library", "rbf" if problem.kernel else "linear")
-    error = trust.tried(module, plain, precise(problem), use)
+    error = trust.tried(module, plain, problem, use)
     if error is not None:
         replace(name, problem, error, kind)
     return error is None
@@ -268,8 +282,12 @@ def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> in
         return 1 << 62
     if requested != "auto" or not compares(device):
         return 0
-    probe = Problem(4, 1, 1, dtype, device)
-    return largest("native", dtype, device) if resolve(probe, "auto") == "native" else 0
+    probes = [
+        Problem(4, 1, 1, dtype, device, estimator=estimator, masked=masked, y_grad=True)
+        for estimator in get_args(Estimator)
+        for masked in (False, True)
+    ]
+    return largest("native", dtype, device) if all(resolve(probe, "auto") == "native" for probe in probes) else 0
 
 
 def forget() -> None:

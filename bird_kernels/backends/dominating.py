@@ -11,25 +11,33 @@ import torch
 from torch import Tensor
 
 from ..moments import ROUNDING, Scalar
-from .linalg import exact
+from .linalg import exact, mm
 
 GROUPS = 9  # of rows, whose means' median is a location that four of them may spoil
-APART = 8  # rows that may dominate
+# Rows of the cross route that may dominate: a quarter, at least FEWEST, at most APART. In products of their own k rows
+# cost 2k / (p + q) of a forward and k (2p + q) / ((p + q) p) of a backward: on a CPU, which looks first, only those pay
+# who have such rows. CUDA always does: 32 of 65,536 x (1,024 + 1,024) are 3 and 5 % of the operations.
+FEWEST = 8
+APART = {"cpu": 64, "cuda": 32}
+UNEVEN = 2.5  # n times the sum of squares over the squared sum of squared norms, from which on rows may dominate
 
 
 def location(x: Tensor, keep: Tensor | None) -> Tensor:
     """A point amid the rows of x [..., n, d] that few rows cannot move, however large: [..., 1, d].
 
-    The median, column by column, of the means of up to GROUPS groups; row i belongs to group i modulo their number.
-    ``keep`` bool [..., n] or None: which rows count.
+    The median, column by column, of the means of up to GROUPS groups; the rows that count are dealt to them in turn, so
+    that no period of a mask meets theirs. ``keep`` bool [..., n] or [n], or None: which rows count.
     """
     groups = min(GROUPS, x.shape[-2])
     rows = x.shape[-2] // groups * groups
+    if keep is not None:  # those that count come first, in their order
+        keep, order = keep.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
+        x = x.take_along_dim(order.expand(x.shape[:-1])[..., None], -2)
     parts = x[..., :rows, :].unflatten(-2, (-1, groups))
     if keep is None:
         means = parts.mean(-3)
     else:
-        counted = keep[..., :rows].unflatten(-1, (-1, groups))[..., None]
+        counted = keep[..., :rows].unflatten(-1, (-1, groups))[..., None].bool()
         means = torch.where(counted, parts, 0.0).sum(-3) / counted.sum(-3)  # NaN of a group without rows
     middle = means.nanmedian(-2, keepdim=True).values
     return torch.where(middle.isnan(), 0.0, middle)  # of no rows; a NaN among the features stays in them
@@ -41,24 +49,27 @@ def squared_norms(x: Tensor) -> Tensor:
 
 
 def largest(*norms: Tensor) -> Tensor:
-    """The rows that may dominate: of the largest squared norms (each [..., n]) over their median; [..., k] indices."""
+    """The rows that may dominate: of the largest squared norms (each [..., n]) over their median; [..., k] indices.
+
+    More rows than these k that dominate are lost, where products are of columns.
+    """
     n = norms[0].shape[-1]
     score = sum(a / (a.median(-1, keepdim=True).values + 1e-12 * a.amax(-1, keepdim=True)) for a in norms)
     assert isinstance(score, Tensor)
-    return score.topk(_few(n)).indices
+    return score.topk(_few(n, score)).indices
 
 
 def marked(apart: Tensor) -> Tensor:
     """The rows of `largest` again, from a vector [n] that is 1 for them and 0 for the others."""
-    return apart.topk(_few(len(apart))).indices
+    return apart.topk(_few(len(apart), apart)).indices
 
 
-def _few(n: int) -> int:
-    return min(APART, n)
+def _few(n: int, like: Tensor) -> int:
+    return min(n, max(FEWEST, min(n // 4, APART["cpu" if like.is_cpu else "cuda"])))
 
 
 def dominated(norms: Tensor) -> bool:
-    """Whether few rows have most of the sum of these squared norms [n]: a CPU looks before it pays."""
+    """Whether rows have far more than their share of the sum of these squared norms [n]: a CPU looks before it pays."""
     norms = exact(norms)
     return uneven((norms @ norms).item(), norms.sum().item(), len(norms))
 
@@ -66,11 +77,12 @@ def dominated(norms: Tensor) -> bool:
 def uneven(squares: float, total: float, n: float) -> bool:
     """The same from the sum of squares and the sum of the squared norms of ``n`` rows.
 
-    With one row whose squared norm is r times the others', squares n / total^2 passes 6 where r is about 2.4 sqrt(n):
-    long before fp32 loses the others beside it. Normal features of one dimension have 3, of many 1. About the mean of
-    few rows it cannot grow, by ((n-1)^3 + 1) / (n(n-1)): fewer than 8 are never taken for even.
+    With one row whose squared norm is r times the others', squares n / total^2 passes 2.5 where r is about
+    1.6 sqrt(n): long before fp32 loses the others beside it. Where m rows have all of it, it is n / m. Normal features
+    of one dimension have 3, of two 2, of many 1. About the mean of few rows it cannot grow, by
+    ((n-1)^3 + 1) / (n(n-1)): fewer than 8 are never taken for even.
     """
-    return n < 8.0 or not squares * n <= min(6.0, n / 4.0) * total * total  # so NaN too
+    return n < 8.0 or not squares * n <= min(UNEVEN, n / 4.0) * total * total  # so NaN too
 
 
 def without(keep: Tensor | None, index: Tensor, n: int) -> Tensor:
@@ -81,17 +93,25 @@ def without(keep: Tensor | None, index: Tensor, n: int) -> Tensor:
 
 
 def bulk_mean(x: Tensor, keep: Tensor | None) -> Tensor:
-    """The mean of the rows of x [..., n, d] that count, but for those that may dominate: [..., 1, d], in x's dtype.
+    """The mean of that half of the rows of x [..., n, d] that count which is nearest to their `location`: [..., 1, d],
+    in x's dtype. ``keep`` bool [..., n] or None: which rows count.
 
     The unbiased estimator does not depend on where the features' origin is, its rounding does: about the mean of all
     rows, one that is 10^4 times as large as the others stands in all of them.
     """
     middle = location(x, keep)
     z = x - middle
+    norms = squared_norms(z)
     if keep is not None:
-        z = torch.where(keep[..., None], z, 0.0)
-    rest = without(keep, largest(squared_norms(z)), x.shape[-2])[..., None]
-    return middle + torch.where(rest, z, 0.0).sum(-2, keepdim=True) / rest.sum(-2, keepdim=True).clamp(min=1)
+        norms = torch.where(keep, norms, torch.nan)
+    near = (norms <= norms.nanmedian(-1, keepdim=True).values)[..., None]
+    return middle + torch.where(near, z, 0.0).sum(-2, keepdim=True) / near.sum(-2, keepdim=True).clamp(min=1)
+
+
+def columns(x: Tensor, few: Tensor) -> Tensor:
+    """Columns ``few`` [..., k] of the Gram matrix of x [..., n, d]: [..., n, k], the diagonal zero; of halves fp32."""
+    heavy = x.gather(-2, few[..., None].expand(*few.shape, x.shape[-1]))
+    return mm(x, heavy.mT).scatter(-2, few[..., None, :], 0.0)
 
 
 def u_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
@@ -112,14 +132,23 @@ def u_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
     return gram if keep is None else gram.masked_fill_(~(keep[..., :, None] & keep[..., None, :]), 0.0)
 
 
-def noise(norms: Tensor, eps: float) -> Tensor:
-    """Largest <K, K> of off-diagonal entries that are rounding alone, from the squared norms [..., n]; [...], fp64.
+def noise(x: Tensor, norms: Tensor, few: Tensor | None, eps: float) -> Tensor:
+    """Largest <K, K> of the off-diagonal entries of K = X X^T that are rounding alone: [...], fp64.
 
-    An entry K_ij is off by some eps |x_i| |x_j|; ROUNDING eps allows for what centring adds.
+    x [..., n, d] has the squared norms [..., n]. An entry K_ij is off by some eps sum_k |x_ik x_jk|, which is far less
+    than eps |x_i| |x_j| where two rows dominate in different features: it is taken for the rows ``few`` [..., k], None
+    all of them; for two others |x_i| |x_j|. ROUNDING eps allows for what centring adds.
     """
-    norms = exact(norms)
-    pairs = norms.sum(-1).square() - norms.square().sum(-1)
-    return (ROUNDING * eps) ** 2 * pairs
+    x, norms = x.abs(), exact(norms)
+    if few is None:
+        product = mm(x, x.mT)
+        product.diagonal(dim1=-2, dim2=-1).zero_()
+        return (ROUNDING * eps) ** 2 * exact(squared_norms(product)).sum(-1)
+    there = few.to(norms.device)  # a CPU's where x's has no fp64
+    rest = norms.scatter(-1, there, 0.0)
+    twice = torch.full_like(norms, 2.0).scatter(-1, there, 1.0)  # an entry of one of the few and another row
+    pairs = rest.sum(-1).square() - rest.square().sum(-1)
+    return (ROUNDING * eps) ** 2 * (pairs + (exact(squared_norms(columns(x, few))) * twice).sum(-1))
 
 
 def alive(kk: Scalar, noise_: Scalar) -> Scalar:

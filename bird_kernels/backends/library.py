@@ -47,6 +47,7 @@ from .linalg import (
     self_product,
     subtract_mean,
     to,
+    unscaled,
     weighted_sum,
     write,
 )
@@ -91,7 +92,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     result = combine(products, count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
     value, d_kl, d_kk, d_ll = result
     if problem.statistic in ("hsic", "gram_mse"):  # have units
-        value, d_kl, d_kk, d_ll = (_unscaled(a, sides.scale_x, sides.scale_y) for a in result)
+        value, d_kl, d_kk, d_ll = (unscaled(a, sides.scale_x, sides.scale_y) for a in result)
     coefficients = Coefficients(
         d_kl, d_kk, d_ll, sides.kl, sides.kk, sides.ll, sides.sum_k, sides.sum_l, sides.scale_x, sides.scale_y,
         at_least(MIN_ROWS[problem.estimator], count),  # with fewer the derivatives are NaN already
@@ -166,9 +167,10 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
             return None
         if not unbiased:
             sides = _careful(x, y, mask, n, problem, route)
-            return sides if 0.0 < sides.kk < math.inf and 0.0 < sides.ll < math.inf else None
+            near = _is_near_one(sides.scale_x) and _is_near_one(sides.scale_y)
+            return sides if near and 0.0 < sides.kk < math.inf and 0.0 < sides.ll < math.inf else None
         (xs, scale_x, _), (ys, scale_y, _) = (centre(a, mask, n, problem) for a in (x, y))
-        found = plain(xs, ys, n, problem, route)
+        found = plain(xs, ys, n, problem, route) if _is_near_one(scale_x) and _is_near_one(scale_y) else None
         return None if found is None else found._replace(scale_x=scale_x, scale_y=scale_y)
     (xs, x_sum), (ys, y_sum) = (subtract_mean(to(a, wide), problem.center) for a in (x, y))
     if unbiased:  # takes row sums of K for zero: n eps |mean| counts
@@ -202,9 +204,14 @@ def _near_one(
     units = power_of_two(x), power_of_two(y)
     if problem.statistic == "gram_mse":  # K - L needs one for both
         units = (lesser(*units),) * 2
-    if all(isinstance(u, float) and 1e-12 < u < 1e12 for u in units):
+    if all(isinstance(u, float) and _is_near_one(u) for u in units):
         return (x, 1.0), (y, 1.0)
     return (x * units[0], units[0]), (y * units[1], units[1])
+
+
+def _is_near_one(unit: float) -> bool:
+    """Whether features that this power of two brings to 1 can be summed as they are: not where numbers are denormal."""
+    return 1e-12 < unit < 1e12
 
 
 def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:
@@ -230,10 +237,3 @@ def _products(xs: Tensor, ys: Tensor, scale_x: Scalar, scale_y: Scalar, problem:
     else:
         xx, xy, yy, kl, kk, ll = by_columns(xs, ys, problem)
     return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, xy, empty(xs, 0))
-
-
-def _unscaled(value: Scalar, scale_x: Scalar, scale_y: Scalar) -> Scalar:
-    """``value`` over the squares of both scales, one after the other: their product may leave fp64's range."""
-    for scale in (scale_x, scale_y, scale_x, scale_y):
-        value = value / scale
-    return value

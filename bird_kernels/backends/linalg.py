@@ -103,6 +103,13 @@ def halves(scale: Scalar) -> tuple[Scalar, Scalar]:
     return half, scale / half
 
 
+def unscaled(value: Scalar, scale_x: Scalar, scale_y: Scalar) -> Scalar:
+    """``value`` over the squares of both scales, one after the other: their product may leave fp64's range."""
+    for scale in (scale_x, scale_y, scale_x, scale_y):
+        value = value / scale
+    return value
+
+
 def is_host(device: torch.device) -> bool:
     """Whether scalars are Python floats: everywhere but on CUDA, where nothing may wait for the device."""
     return device.type != "cuda"
@@ -149,10 +156,16 @@ def dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in fp32 for half operands."""
-    if a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
+    """a @ b of matrices or of batches of them, in fp32 for half operands, whose products are exact on a CPU as well."""
+    times = torch.mm if a.dim() == 2 else torch.bmm
+    if a.dtype not in (torch.float16, torch.bfloat16):
+        return times(a, b)
+    return times(a, b, out_dtype=torch.float32) if a.is_cuda else times(a.float(), b.float())
+
+
+def padded(size: int, multiple: int = 8) -> int:
+    """The least multiple that is not smaller."""
+    return -(-size // multiple) * multiple
 
 
 def scaled_mm(a: Tensor, b: Tensor) -> Tensor:

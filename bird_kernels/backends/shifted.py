@@ -22,12 +22,12 @@ from .. import tuning
 from ..moments import Coefficients
 from ..types import Problem, Route, Shapes, Stash
 from . import library
-from .linalg import fp32_products
+from .linalg import fp32_products, mm, padded
+from .rows import PART, Rows, described, rounded_product
 from .triton import finish, shift
 from .triton.launch import Launch, aligned, device_of, precision_of
 from .triton.symmetric import Configuration, multiply
 
-PART = 16384  # rows of a product: matrix units round towards zero, and long sums drift
 BLOCK, ROWS, MOST_SHARES = 64, 64, 64  # columns and rows of a tile; programs that share the rows of a column
 LOCATED = 32  # columns of a program that judges location and spread
 
@@ -42,7 +42,7 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash; ``rows`` holds means of z (cross) or row sums of K and L (gram)."""
     if not _is_here(problem, route):
         return library.stash_shapes(problem, route)
-    n, pa, qa, rows = problem.n, _padded(problem.p), _padded(problem.q), _geometry(problem, route)[0]
+    n, pa, qa, rows = problem.n, padded(problem.p), padded(problem.q), _geometry(problem, route)[0]
     cross = route == "cross"
     keep_y = problem.y_grad and not cross
     return dict(
@@ -91,12 +91,22 @@ def backward(
         return dx, launches.gradient(1, grad, bytes_, stash) if problem.y_grad else y.new_empty(0)
 
 
+def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Rows:
+    """`rows.shifted` in two launches; ``problem`` is one of these rows that the cross route takes."""
+    with device_of(x):
+        launches = _launches_of(problem, "cross", precision_of(problem))
+        z, qa, both = x.new_empty((launches.rows, launches.width)), launches.qa, launches.width - 8
+        _, _, sums, scales, _, shifts = launches.shifted(x, y, mask, z[:, qa:], z, z[:, both:])
+    totals = sums.view(-1, launches.width).sum(0, dtype=torch.float64)
+    return described(z, shifts, scales, totals, problem.p, problem.q)
+
+
 class _Launches:
     """All that a problem decides of its launches: found once, kept for the next call."""
 
     def __init__(self, problem: Problem, route: Route, precision: str) -> None:
         n, p, q = problem.n, problem.p, problem.q
-        self.problem, self.pa, self.qa = problem, _padded(p), _padded(q)
+        self.problem, self.pa, self.qa = problem, padded(p), padded(q)
         self.rows, self.parts = _geometry(problem, route)
         self.shapes = tuple(stash_shapes(problem, route).values())
         self.width = self.qa + self.pa + 8
@@ -123,8 +133,8 @@ class _Launches:
 
     def shifted(
         self, x: Tensor, y: Tensor, mask: Tensor | None, zx: Tensor, zy: Tensor, ones: Tensor
-    ) -> tuple[object, Tensor, Tensor, Tensor, Tensor]:
-        """Writes z; what launches may know of a call, the mask as bytes, column sums, scales and counters."""
+    ) -> tuple[object, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Writes z; what launches may know of a call, the mask as bytes, column sums, scales, counters and shifts."""
         shifts, peaks = (x.new_empty(size, dtype=torch.float32) for size in (self.qa + self.pa, self.peaks))
         sums, scales = (x.new_empty(size, dtype=torch.float32) for size in (self.shares * self.width, 2))
         counters = x.new_empty(2, dtype=torch.int32)
@@ -133,20 +143,11 @@ class _Launches:
         strides = *x.stride(), *y.stride()
         self.locate(known, x, y, bytes_, shifts, peaks, counters, *strides)
         self.shift(known, x, y, bytes_, shifts, peaks, zx, zy, ones, sums, scales, *strides)
-        return known, bytes_, sums, scales, counters
+        return known, bytes_, sums, scales, counters, shifts
 
     def self_product(self, z: Tensor, own: Configuration, transposed: bool) -> Tensor:
         """Z^T Z by parts, or Z Z^T, by our own kernel."""
         return multiply(z, transposed, self.parts, own, self.tf32["TF32"])
-
-    def times(self, left: Tensor, right: Tensor, factor: Tensor, width: int) -> Tensor:
-        """The first n rows and ``width`` columns of left @ right in z's dtype, dense; fp16 after ``factor``."""
-        n = self.problem.n
-        if not self.near:
-            out = left @ right if left.is_cuda else product(left, right).to(left.dtype)
-            return out[:n, :width].contiguous()  # a copy only where the width is no multiple of 8
-        out = left.new_empty((n, width))
-        return torch.mul(product(left, right)[:n, :width], factor, out=out)
 
 
 class _Cross(_Launches):
@@ -171,14 +172,14 @@ class _Cross(_Launches):
         stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.shapes))
         qa, both = self.qa, self.qa + self.pa
         z = stash.xs
-        known, _, sums, scales, counters = self.shifted(x, y, mask, z[:, qa:], z, z[:, both:])
+        known, _, sums, scales, counters, _ = self.shifted(x, y, mask, z[:, qa:], z, z[:, both:])
         parts = z.view(self.parts, -1, self.width)
         left = parts[:, :, :both].transpose(1, 2)
         if own is None:
-            products, products_y = product(left, parts[:, :, qa:both]), product(left[:, :qa], parts[:, :, :qa])
+            products, products_y = _batched(left, parts[:, :, qa:both]), _batched(left[:, :qa], parts[:, :, :qa])
         else:
             a, products_y = (self.self_product(side, own, True) for side in (z[:, qa:both], z[:, :qa]))
-            products = torch.cat([product(left[:, :qa], parts[:, :, qa:both]), a], 1)
+            products = torch.cat([_batched(left[:, :qa], parts[:, :, qa:both]), a], 1)
         slots, value = x.new_empty(self.slots, dtype=torch.float64), x.new_empty((), dtype=torch.float32)
         self.finish(
             known, products, products_y, sums, scales, stash.xx, stash.yy, stash.rows, slots, counters, value,
@@ -192,7 +193,7 @@ class _Cross(_Launches):
         factor = stash.xx.new_empty(())
         known = (grad.dtype,) if aligned(grad) else None
         self.mix[side](known, stash.xx, stash.yy, stash.rows, stash.coefficients, grad, w, factor)
-        return self.times(z, w, factor, (self.problem.p, self.problem.q)[side])
+        return rounded_product(z, w, factor, self.problem.n, (self.problem.p, self.problem.q)[side])
 
 
 class _Gram(_Launches):
@@ -221,9 +222,9 @@ class _Gram(_Launches):
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None, own: Configuration | None) -> tuple[Tensor, Stash]:
         stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.shapes))
         zx, zy = stash.xs, stash.ys if self.problem.y_grad else x.new_empty((self.rows, self.qa))
-        known, bytes_, sums, scales, counters = self.shifted(x, y, mask, zx, zy, zx)
+        known, bytes_, sums, scales, counters, _ = self.shifted(x, y, mask, zx, zy, zx)
         n = self.problem.n
-        k, l = (product(z, z.T) if own is None else self.self_product(z, own, False)[0] for z in (zx[:n], zy[:n]))
+        k, l = (mm(z, z.T) if own is None else self.self_product(z, own, False)[0] for z in (zx[:n], zy[:n]))
         stash = stash._replace(xx=k, yy=l)
         totals, slots = (x.new_empty(size, dtype=torch.float64) for size in (6 * self.blocks, self.slots))
         value = x.new_empty((), dtype=torch.float32)
@@ -240,7 +241,7 @@ class _Gram(_Launches):
         factor = own.new_empty(())
         known = (grad.dtype,) if aligned(grad, mask) else None
         self.mix[side](known, own, other, mask, stash.rows, stash.coefficients, grad, m, factor)
-        return self.times(m, z, factor, (self.problem.p, self.problem.q)[side])
+        return rounded_product(m, z, factor, self.problem.n, (self.problem.p, self.problem.q)[side])
 
 
 @lru_cache(maxsize=1024)
@@ -248,14 +249,9 @@ def _launches_of(problem: Problem, route: Route, precision: str) -> _Cross | _Gr
     return _Cross(problem, precision) if route == "cross" else _Gram(problem, precision)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32, of matrices or of batches of them; products of halves are exact, on a CPU as well."""
-    if a.dim() == 3 and a.shape[0] == 1:  # the library splits long sums of one product, not of a batch
-        return product(a[0], b[0])[None]
-    times = torch.mm if a.dim() == 2 else torch.bmm
-    if a.dtype == torch.float32:
-        return times(a, b)
-    return times(a, b, out_dtype=torch.float32) if a.is_cuda else times(a.float(), b.float())
+def _batched(a: Tensor, b: Tensor) -> Tensor:
+    """`mm` of batches; the library splits long sums of one product, not of a batch of one."""
+    return mm(a[0], b[0])[None] if len(a) == 1 else mm(a, b)
 
 
 def _is_here(problem: Problem, route: Route) -> bool:
@@ -266,13 +262,9 @@ def _is_here(problem: Problem, route: Route) -> bool:
 def _geometry(problem: Problem, route: Route) -> tuple[int, int]:
     """Rows of z, and the parts of equal length that products are taken of."""
     if route == "gram":
-        return _padded(problem.n + 1), 1
+        return padded(problem.n + 1), 1
     parts = _blocks(problem.n, PART)
-    return parts * _padded(_blocks(problem.n, parts), 8 if parts == 1 else 128), parts
-
-
-def _padded(size: int, multiple: int = 8) -> int:
-    return -(-size // multiple) * multiple
+    return parts * padded(_blocks(problem.n, parts), 8 if parts == 1 else 128), parts
 
 
 def _blocks(size: int, block: int) -> int:

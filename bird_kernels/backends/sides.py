@@ -57,11 +57,6 @@ def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor
     return xx, xy, yy, inner(xy, xy), inner(xx, xx), ll
 
 
-def without_diagonal(columns: Tensor, few: Tensor) -> Tensor:
-    """Columns ``few`` [k] of a Gram matrix, [n, k], the diagonal zero."""
-    return columns.scatter_(0, few[None, :], 0.0)
-
-
 def kept(x: Tensor, mask: Tensor | None) -> Tensor:
     """x [n, d] with zeros in the rows that do not count."""
     return x if mask is None else torch.where(mask[:, None], x, 0.0)

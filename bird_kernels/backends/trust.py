@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Problem, Route
+from ..types import RBF, Problem, Route
 
 # Of the small problem, multiples of 16, as compilers specialise on; more rows on the cross route.
 ROWS, MANY_ROWS, WIDTHS = 48, 208, (64, 32)
@@ -36,7 +36,7 @@ class Use(NamedTuple):
     device: torch.device
 
 
-_works: set[Use] = set()
+_works: set[tuple[Use, Problem]] = set()  # problems without their sizes: other options are other kernels
 _broken: dict[Use, str] = {}
 
 
@@ -60,7 +60,6 @@ def leave_out(use: Use, error: Exception) -> bool:
         raise error
     is_new = use not in _broken
     first_line = (str(error).strip().splitlines() or [""])[0]
-    _works.discard(use)
     _broken[use] = f"failed on this machine: {type(error).__name__}: {first_line}"
     return is_new
 
@@ -81,9 +80,14 @@ def forget() -> None:
     _broken.clear()
 
 
-def is_known(use: Use) -> bool:
-    """Whether the kernels of a use have been tried and work."""
-    return use in _works
+def is_known(use: Use, problem: Problem) -> bool:
+    """Whether the kernels of a use have been tried with a problem's options, and work."""
+    return (use, _options_of(problem)) in _works
+
+
+def _options_of(problem: Problem) -> Problem:
+    """Without sizes and a kernel's numbers, which are no part of what is compiled."""
+    return problem._replace(n=0, p=0, q=0, kernel=problem.kernel and RBF())
 
 
 def tried(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
@@ -91,8 +95,9 @@ def tried(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) 
 
     A CUDA graph that is being captured and a dispatch mode must not see it: then None, and a later call tries.
     """
-    capturing = problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
     try:
         with _undisturbed(problem.device):
@@ -101,7 +106,7 @@ def tried(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) 
         return None  # says nothing of the kernels
     except Exception as error:
         return error
-    _works.add(use)
+    _works.add((use, _options_of(problem)))
     return None
 
 

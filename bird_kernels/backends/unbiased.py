@@ -14,6 +14,7 @@ from ..types import Problem, Route
 from .dominating import (
     alive,
     bulk_mean,
+    columns,
     largest,
     location,
     marked,
@@ -36,7 +37,7 @@ from .linalg import (
     to,
     weighted_sum,
 )
-from .sides import Side, Sides, by_columns, empty, kept, without_diagonal
+from .sides import Side, Sides, by_columns, empty, kept
 
 # Of what the unbiased self-HSIC is a difference of, the share that has to be left (CPU): 1 / 0.02 roundings are let
 # pass. Below, rows dominate, or there are a dozen of them: the way without cancellation.
@@ -63,7 +64,7 @@ def amid(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Prob
     eps = torch.finfo(wide).eps
     # Of the bulk a difference is taken: what is left of it has the rounding of its terms.
     lost = [ROUNDING * eps * (a + scalar(exact(b) @ exact(b))) for a, b in ((kk, kappa), (ll, lam))]
-    e, f = (without_diagonal(z @ z[few].T, few) for z in zs)
+    e, f = (columns(z, few) for z in zs)
     r, s = exact(e.sum(1) - kappa), exact(f.sum(1) - lam)
     twice = 2.0 - exact(apart)  # the products of two rows, of which one is apart, stand in E once
     kl, kk, ll = (
@@ -75,7 +76,8 @@ def amid(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Prob
         for products, a, b in ((kl, r, s), (kk, r, r), (ll, s, s))
     )
     kk, ll = (
-        alive(a, scalar(noise(squared_norms(z), eps)) + b) for a, z, b in ((kk, zs[0], lost[0]), (ll, zs[1], lost[1]))
+        alive(a, scalar(noise(z, squared_norms(z), few, eps)) + b)
+        for a, z, b in ((kk, zs[0], lost[0]), (ll, zs[1], lost[1]))
     )
     rows = torch.stack([kappa, lam, apart])
     return Sides(zs[0].to(operand), zs[1].to(operand), scales[0], scales[1], kl, kk, ll, xx, yy, xy, rows)
@@ -113,7 +115,10 @@ def _by_rows(x: tuple[Tensor, Scalar], y: tuple[Tensor, Scalar], n: Scalar, mask
     (xs, scale_x), (ys, scale_y) = x, y
     eps = torch.finfo(torch.float64 if xs.dtype == torch.float64 else torch.float32).eps
     xx, yy = self_product(xs), self_product(ys)
-    noises = [scalar(noise(gram.diagonal(), eps)) for gram in (xx, yy)]
+    few = [None if xs.is_cpu else largest(gram.diagonal()) for gram in (xx, yy)]
+    noises = [
+        scalar(noise(z, gram.diagonal(), some, eps)) for z, gram, some in zip((xs, ys), (xx, yy), few, strict=True)
+    ]
     xx, yy = (u_centred_(gram, n, mask) for gram in (xx, yy))
     kl, kk, ll = inner_products(xx, yy)
     kk, ll = alive(kk, noises[0]), alive(ll, noises[1])
@@ -152,15 +157,13 @@ def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar, route: Route
     if route == "gram":  # `_by_rows`: the matrices are U-centred
         return d
     few = marked(apart)
-    heavy = own[few]
-    e = without_diagonal(own @ heavy.T, few) * d_own
-    other = to(side.other, d.dtype)
-    e += without_diagonal(other @ other[few].T, few) * d_cross
+    e = columns(own, few) * d_own
+    e += columns(to(side.other, d.dtype), few) * d_cross
     diagonal = diagonal * (1.0 - apart)
     rho = e.sum(1) - diagonal
     share = rho / (n - 2.0)
     u = share - exact(rho).sum().to(d.dtype) / ((n - 1.0) * (n - 2.0))
-    d = torch.addmm(d, e, heavy)
+    d = torch.addmm(d, e, own[few])
     d += (u + share - diagonal)[:, None] * own
     d -= torch.outer(u, own.sum(0))
     return d.sub_(share @ own)

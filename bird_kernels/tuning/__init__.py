@@ -8,6 +8,7 @@ names a file to take instead, or is "off".
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -66,6 +67,15 @@ class Row:
     host: float
     device: float
 
+    def check(self) -> None:
+        """Raises a ValueError, TypeError or AttributeError unless sizes, times and candidate can be what they say."""
+        if not (min(self.n, self.p, self.q) > 0 and min(self.host, self.device) > 0 and self.us < math.inf):
+            raise ValueError(f"a time or size is not positive: {self}")
+        name, *numbers = self.candidate.split()
+        count = 5 if name == "symmetric" else 0  # rows, columns, step, warps, stages
+        if len(numbers) != count or not all(map(str.isdigit, numbers)):
+            raise ValueError(f"{self.candidate!r} is no candidate")
+
     @property
     def us(self) -> float:
         """What a call takes in a stream of such calls."""
@@ -90,8 +100,19 @@ class Finding(NamedTuple):
 
 def key_of(device: torch.device) -> Key:
     """The key of a CUDA device of this process."""
-    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
-    return Key(torch.cuda.get_device_name(device), str(driver), torch.__version__, _version("triton"))
+    return Key(torch.cuda.get_device_name(device), _driver(), torch.__version__, _version("triton"))
+
+
+@lru_cache
+def _driver() -> str:
+    """The newest CUDA that the driver speaks, "13000" for 13.0; "unknown" without one. PyTorch does not tell."""
+    version = ctypes.c_int()
+    try:
+        library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        error = library.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return "unknown"
+    return str(version.value) if error == 0 else "unknown"
 
 
 def user_file(key: Key) -> Path:
@@ -127,12 +148,12 @@ def read(path: Path) -> Table | None:
         if data["version"] != VERSION:
             raise ValueError(f"version {data['version']}, not {VERSION}")
         rows = tuple(Row(**row) for row in data["rows"])
-        if not all(row.us > 0 and min(row.n, row.p, row.q) > 0 for row in rows):
-            raise ValueError("a time or size is not positive")
+        for row in rows:
+            row.check()
         return Table(Key(**data["key"]), str(data["when"]), rows)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         warnings.warn(f"bird_kernels ignores the tuning table {path}: {error!r}. `bird tune` makes one", stacklevel=2)
         return None
 
@@ -144,7 +165,10 @@ def table(key: Key) -> Table | None:
     if override == "off":
         return None
     if override:
-        return read(Path(override))
+        found = read(Path(override))
+        if found is None and not Path(override).exists():
+            warnings.warn(f"bird_kernels finds no tuning table at BIRD_TUNING={override}", stacklevel=2)
+        return found
     own = read(user_file(key))
     if own is not None and own.key == key:
         return own
@@ -154,6 +178,7 @@ def table(key: Key) -> Table | None:
 
 def forget() -> None:
     """Read the files anew at the next question."""
+    _driver.cache_clear()
     read.cache_clear()
     table.cache_clear()
     _findings.cache_clear()

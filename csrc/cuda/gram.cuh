@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(THREADS, 2) partial_grams(const Forward call) 
   const bool second = static_cast<int>(blockIdx.y) >= call.x.splits;
   const Features& features = second ? call.y : call.x;
   const int64_t split = second ? blockIdx.y - call.x.splits : blockIdx.y;
-  const Rows rows = count_rows(call.mask, call.n);
+  const Rows rows = order_rows(call.mask, call.n);
   int row, column;
   locate(blockIdx.x, call.shape.padded / TILE, row, column);
 
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(THREADS, 2) reduce_grams(const Forward call) {
   }
   deposit(moments, call.slots);
   if (call.unbiased || !arrives_last(call.counter)) return;
-  const Rows rows = count_rows(call.mask, n);
+  const Rows rows = order_rows(call.mask, n);
   collect(call.slots, gridDim.x, totals);
   if (threadIdx.x == 0) conclude(call, totals, 0.0, 0.0, rows.count);
 }
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(THREADS, 2) reduce_grams(const Forward call) {
 __global__ void __launch_bounds__(THREADS, 2) sum_rows(const Forward call) {
   __shared__ double totals[2][MOMENTS];
   const int lane = threadIdx.x % WARP, n = call.n, i = blockIdx.x * WARPS + threadIdx.x / WARP;
-  const Rows rows = count_rows(call.mask, n);
+  const Rows rows = order_rows(call.mask, n);
   double r = 0.0, s = 0.0;
   for (int j = lane; i < n && j < n; j += WARP) {
     r += call.k[i * n + j];
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(THREADS, 2) sum_rows(const Forward call) {
   s = warp_sum(s);
   double moments[MOMENTS] = {};
   if (i < n && lane == 0) {
-    const double others = (rows.count < 4.f ? 4.0 : rows.count) - 2.0;
+    const double others = (rows.count < 4 ? 4.0 : rows.count) - 2.0;
     call.k[i * n + i] = static_cast<float>(r / others);
     call.l[i * n + i] = static_cast<float>(s / others);
     moments[3] = r * s, moments[4] = r * r, moments[5] = s * s, moments[6] = r, moments[7] = s;
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(THREADS, 2) gradient(const Backward call) {
   if (first >= width) return;
   const int n = call.n, padded = (n + CHUNK - 1) / CHUNK * CHUNK;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const Rows rows = count_rows(call.mask, n);
+  const Rows rows = order_rows(call.mask, n);
   const Mixture m = mixture(call, side);
   load_centred<T, !EXACT>(slice, sums, side.own, first, rows, padded, call.unbiased);
   float* const tile = slice + padded * PITCH;

@@ -19,20 +19,37 @@ constexpr int PITCH = CHUNK + 4;  // floats between rows in shared memory: align
 
 struct Rows {
   const bool* mask;
+  const short* order;  // [n], all rows: those that count, in their order, then the others; null without a mask
   int n;
-  float count;  // those that count
+  int count;  // those that count
 
   __device__ bool operator[](int i) const { return i < n && (mask == nullptr || mask[i]); }
+  // The row in place k of that order; from n on, k itself.
+  __device__ int at(int k) const { return mask == nullptr || k >= n ? k : order[k]; }
 };
 
-__device__ inline Rows count_rows(const bool* mask, int n) {
-  int count = mask == nullptr ? n : 0;
-  if (mask != nullptr)
-    for (int start = 0; start < n; start += THREADS) {
-      const int i = start + static_cast<int>(threadIdx.x);
-      count += __syncthreads_count(i < n && mask[i]);
+// By all threads of a block, once in a kernel.
+__device__ inline Rows order_rows(const bool* mask, int n) {
+  __shared__ short order[MAX_ROWS];
+  __shared__ int counted[WARPS];
+  if (mask == nullptr) return {nullptr, nullptr, n, n};
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int count = 0;
+  for (int start = 0; start < n; start += THREADS) {
+    const int i = start + static_cast<int>(threadIdx.x);
+    const bool counts = i < n && mask[i];
+    const unsigned votes = __ballot_sync(0xffffffffu, counts);
+    if (lane == 0) counted[warp] = __popc(votes);
+    __syncthreads();
+    int before = count + __popc(votes & ((1u << lane) - 1));  // rows before this one that count
+    for (int w = 0; w < WARPS; ++w) {
+      if (w < warp) before += counted[w];
+      count += counted[w];
     }
-  return {mask, n, static_cast<float>(count)};
+    if (i < n) order[counts ? before : n - 1 - (i - before)] = static_cast<short>(i);
+    __syncthreads();
+  }
+  return {mask, order, n, count};
 }
 
 // The median of WARPS numbers that are WARP apart, the lower one of two, without NaN; 0 of nothing else.
@@ -57,8 +74,8 @@ __device__ inline float median(const float* numbers) {
 
 // Rows 0..padded of CHUNK features in shared memory, minus their location; zero in all places that do not count.
 //
-// The location is the mean of the rows that count. Robust, it is the median of the means of eight groups of them (row i is in
-// group i modulo 8; one without rows is left out): few rows cannot move it, however large they are.
+// The location is the mean of the rows that count. Robust, it is the median of the means of eight groups of them, to which they
+// are dealt in turn, whatever the period of a mask (a group without rows is left out): few rows cannot move it, however large.
 //
 // It is taken twice: the second one is the rounding of the first, and makes a constant column exactly zero.
 template <class T, bool ROUND>
@@ -68,10 +85,11 @@ __device__ void load_centred(
   const int64_t column = first + lane;
   const bool inside = column < features.width;
   const T* data = static_cast<const T*>(features.data) + column * features.column_stride;
-  float total = 0.f, counted = 0.f;  // of the warp's rows, which are its group
-  for (int i = warp; robust && i < padded; i += WARPS) counted += rows[i] ? 1.f : 0.f;
-  for (int i = warp; i < padded; i += WARPS) {
-    const float v = inside && rows[i] ? static_cast<float>(data[i * features.row_stride]) : 0.f;
+  float total = 0.f;  // of the warp's rows, which are its group
+  const float counted = static_cast<float>((rows.count - warp + WARPS - 1) / WARPS);
+  for (int k = warp; k < padded; k += WARPS) {
+    const int i = rows.at(k);
+    const float v = inside && k < rows.count ? static_cast<float>(data[i * features.row_stride]) : 0.f;
     slice[i * PITCH + lane] = v;
     total += v;
   }
@@ -83,12 +101,12 @@ __device__ void load_centred(
       location = median(sums + lane);
     } else {
       for (int w = 0; w < WARPS; ++w) location += sums[w * WARP + lane];
-      location /= rows.count;
+      location /= static_cast<float>(rows.count);
     }
     __syncthreads();
     total = 0.f;
-    for (int i = warp; i < padded; i += WARPS) {
-      if (!rows[i]) continue;
+    for (int k = warp; k < rows.count; k += WARPS) {
+      const int i = rows.at(k);
       float v = slice[i * PITCH + lane] - location;
       total += v;
       if (ROUND && pass == 1) v = nvcuda::wmma::__float_to_tf32(v);

@@ -115,17 +115,17 @@ class Block {
 
 inline void __syncthreads() { emulated::Block::running().barrier(); }
 
-inline int __syncthreads_count(bool vote) {
+// These are called by all threads of a block, not of a warp alone.
+inline unsigned __ballot_sync(unsigned, bool vote) {
   emulated::Block& block = emulated::Block::running();
   block.exchange[threadIdx.x] = vote;
   block.barrier();
-  int count = 0;
-  for (double v : block.exchange) count += v != 0.0;
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) votes |= (block.exchange[threadIdx.x / 32 * 32 + lane] != 0.0 ? 1u : 0u) << lane;
   block.barrier();
-  return count;
+  return votes;
 }
 
-// Called by all threads of a block, not of a warp alone.
 inline double __shfl_down_sync(unsigned, double v, int distance) {
   emulated::Block& block = emulated::Block::running();
   const unsigned self = threadIdx.x;
@@ -136,6 +136,7 @@ inline double __shfl_down_sync(unsigned, double v, int distance) {
   return other;
 }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int v) { return (*address += v) - v; }
 inline double __ldcg(const double* address) { return *address; }

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bird_kernels import RBF, plan
 from bird_kernels.backends.library_rbf import median
@@ -33,6 +36,26 @@ def interpreter_multiplies_bfloat16() -> Iterator[None]:
     original = InterpreterBuilder.create_dot
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        yield
+
+
+@pytest.fixture(scope="module")
+def interpreter_rounds_bfloat16() -> Iterator[None]:
+    """A GPU rounds fp32 to the nearest bfloat16; Triton's interpreter (3.8) cuts."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        if (str(source), str(target)) != ("fp32", "bf16"):
+            return original(data, source, target, mode)
+        return torch.from_numpy(data).to(torch.bfloat16).view(torch.uint16).numpy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert)
         yield
 
 

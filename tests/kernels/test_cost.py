@@ -35,10 +35,13 @@ def choice(asked: Problem, device: str, built: bool = True) -> str:
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"),
-        ("NVIDIA GH200 480GB", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA L40S", "L40S"),
         ("NVIDIA L4", "L4"),
+        ("NVIDIA L40", "unknown"),  # not an L4
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "unknown"),
+        ("nvidia a100-sxm4-80gb", "A100"),
         ("Tesla T4", "unknown"),
     ],
 )

@@ -17,6 +17,8 @@ from torch import Tensor
 
 import bird_kernels
 from bird_kernels import Statistics, cka, cka_loss, cka_matrix, plan, token_cka_loss
+from bird_kernels.backends import dominating
+from bird_kernels.backends.dominating import bulk_mean, largest, noise, squared_norms
 from bird_kernels.matrix import hsic_matrix
 from tests.accuracy import evaluate, operator, truth
 
@@ -127,6 +129,35 @@ def test_small_kernels(backend: str, size: float) -> None:
     pytest.importorskip({"triton": "triton", "native": "bird_kernels._native"}[backend])
     for count in (1, 3):
         check(case(8, count, size), "gram", backend)
+
+
+@pytest.mark.parametrize("stride", range(2, 13))
+@pytest.mark.parametrize("backend", ["library", "triton", "native"])
+def test_masks_with_a_period(backend: str, stride: int) -> None:
+    """The location is a median over groups of rows: no period of the mask puts all that count into one group."""
+    pytest.importorskip({"library": "torch", "triton": "triton", "native": "bird_kernels._native"}[backend])
+    true = case(16, 1, 3e4)
+    mask = torch.arange(16 * stride) % stride == stride - 1
+    x, y = (torch.full((len(mask), a.shape[1]), torch.nan) for a in (true.x, true.y))
+    x[mask], y[mask] = true.x, true.y
+    for route in ("gram", "cross") if backend == "library" else ("gram",):
+        found = evaluate(operator(route, backend, "unbiased", "cka", mask=mask), x, y, "x")
+        assert_right(found.value.item(), true.value)
+        assert found.dx is not None
+        assert_gradient(found.dx[mask], true)
+        assert found.dx[~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("stride", range(2, 13))
+@pytest.mark.parametrize(("shape", "masks"), [((), ()), ((3,), (3,)), ((3,), ())], ids=["one", "several", "one mask"])
+def test_the_location_is_amid_the_rows_that_count(shape: tuple[int, ...], masks: tuple[int, ...], stride: int) -> None:
+    """Of 16 rows that count, one at 3e4: within their spread of the mean of the other 15."""
+    x = torch.randn(*shape, 16 * stride, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(stride))
+    keep = (torch.arange(16 * stride) % stride == 0).expand(*masks, -1)
+    x[..., 0, :] = 3e4
+    wanted = x[..., stride::stride, :].mean(-2, keepdim=True)
+    found = dominating.location(torch.where(keep[..., None], x, torch.nan), keep)
+    assert (found - wanted).abs().max() < 2.0
 
 
 def test_gradients_of_both_sides(route: str) -> None:
@@ -244,6 +275,70 @@ def test_first_tokens(dtype: torch.dtype) -> None:
     assert_right(value.item(), sum(true.value.item() for true in each) / 8, dtype)
     wanted = torch.stack([true.dx for true in each]) / 8
     assert (dx.double() - wanted).norm() < max(1e-4, torch.finfo(dtype).eps) * wanted.norm()
+
+
+# ---------------------------------------------------------------------------------------------- in different features
+
+
+@lru_cache(maxsize=1)
+def orthogonal(n: int, p: int, q: int, count: int, size: float) -> Case:
+    """``count`` of n normal rows are ``size`` large, each in a feature of its own: between them <K, K> has size^2."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, width, generator=generator) for width in (p, q))
+    y[:, : min(p, q)] += x[:, : min(p, q)]
+    rows, features = torch.arange(count) * (n // count), torch.arange(count)
+    x[rows, features % p] = y[rows, features % q] = size
+    true = truth(x, y, "unbiased", "cka", sides="x")
+    assert true.dx is not None
+    return Case(x, y, true.value.item(), true.dx, 0.0)
+
+
+ORTHOGONAL = [  # n, p, q, rows, their size
+    *((64, 576, 576, count, 1e6) for count in (2, 4, 8, 16)),
+    (64, 576, 576, 16, 1e4),
+    (64, 576, 576, 2, 1e7),
+    (12, 64, 40, 2, 3e5),
+    *((200, 40, 24, 12, size) for size in (3e3, 3e4)),
+    *((300, 40, 40, 16, size) for size in (1e4, 1e6)),
+    *((2048, 96, 96, 16, size) for size in (3e3, 3e4, 1e6)),
+]
+
+
+@pytest.mark.parametrize("sizes", ORTHOGONAL, ids=str)
+def test_rows_in_features_of_their_own(
+    sizes: tuple[int, int, int, int, float], route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two such rows the products are far smaller than the product of their norms; there are up to a quarter."""
+    true = orthogonal(*sizes)
+    check(true, route)
+    assert_right(cka_matrix([true.x], [true.y], estimator="unbiased").item(), true.value)
+    monkeypatch.setattr(plan, "choose_route", lambda *sizes: route)
+    x = true.x[None].clone().requires_grad_()
+    loss = token_cka_loss(x, true.y[None], tokens="sequence", estimator="unbiased")
+    assert_right(1.0 - loss.item(), true.value)
+    assert_gradient(torch.autograd.grad(loss, x)[0][0], true, sign=-1.0)
+    statistics = Statistics()
+    statistics.update(true.x, true.y)
+    size = sizes[-1]  # merged sums hold its fourth power, and are fp64
+    assert abs(statistics.cka("unbiased").item() - true.value) <= 1e-5 * max(1.0, size / 1e6) ** 2
+    if size <= 3e4:
+        assert_gradient(statistics.gradient(true.x, true.y, "unbiased"), true, sign=-1.0)
+
+
+def test_the_bound_of_rounding() -> None:
+    """It is above what rounding does, below what there is, and no smaller where fewer rows are looked at one by one."""
+    for sizes in ORTHOGONAL:
+        z = (true := orthogonal(*sizes)).x - bulk_mean(true.x, None)
+        exact, norms = z.double() @ z.double().T, squared_norms(z)
+        gram = (z @ z.T).double()
+        off, kk = (_hollow_norm(a) for a in (gram - exact, exact))
+        every, few = (noise(z, norms, rows, 2.0**-23).item() for rows in (None, largest(norms)))
+        assert off <= every <= 1.001 * few
+        assert few < 1e-2 * kk
+
+
+def _hollow_norm(gram: Tensor) -> float:
+    return gram.clone().fill_diagonal_(0.0).square().sum().item()
 
 
 # ---------------------------------------------------------------------------------------------- really collapsed

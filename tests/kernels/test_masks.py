@@ -121,3 +121,12 @@ def test_strided_mask(estimator: str, route: str, backend: str, device: torch.de
     found, expected = (evaluate(operator(route, backend, estimator, mask=m), x, y) for m in (strided, mask))
     assert found.value == expected.value
     assert found.dx.equal(expected.dx)
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-43, 1e-42])
+def test_denormal_features_under_a_mask(scale: float, estimator: str, route: str) -> None:
+    """A mask that keeps every row changes nothing, not where the means of the columns are denormal either."""
+    x, y = features(16, 8, 8)
+    mask = torch.ones(16, dtype=torch.bool)
+    found = [operator(route, "library", estimator, mask=m)(scale * x, y).item() for m in (mask, None)]
+    assert abs(found[0] - found[1]) <= 1e-6

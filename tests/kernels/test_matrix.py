@@ -103,6 +103,16 @@ def test_other_numbers(estimator: str, device: torch.device) -> None:
     torch.testing.assert_close(found.double(), truth, rtol=0, atol=2e-6 if device.type == "cpu" else 1e-2)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-162, 1e200])
+def test_fp64_whose_squares_leave_its_range(scale: float, estimator: str, device: torch.device) -> None:
+    xs = network((5, 90), 60, 0, device, 3.0, torch.float64)
+    xs[0][0] *= 1e4  # a row that dominates
+    found = bird_kernels.cka_matrix([scale * xs[0]], xs, estimator=estimator)
+    torch.testing.assert_close(found, bird_kernels.cka_matrix(xs[:1], xs, estimator=estimator), rtol=0, atol=1e-13)
+    constant = matrix.hsic_matrix([torch.full_like(xs[0], scale)], xs, estimator=estimator)
+    assert constant.xx.item() == 0.0
+
+
 @pytest.mark.parametrize("form", WIDTHS)
 def test_layers_without_variance_and_nan(form: str, estimator: str, device: torch.device) -> None:
     xs = network(WIDTHS[form][0], 37, 0, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +13,12 @@ from bird_kernels import backends, reference
 from bird_kernels.backends import library
 from bird_kernels.types import Problem
 from tests.accuracy import Result, assert_no_worse, errors, evaluate, features, operator, plain, poison, truth
+from tests.kernels import test_dominating_rows as dominating
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
 symmetric = pytest.importorskip("bird_kernels.backends.triton.symmetric")
-interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = {"cross": (70, 13, 21), "gram": (37, 70, 41)}  # nothing is a multiple of 8; more than one block of rows
@@ -25,21 +26,6 @@ SHAPES = {"cross": (70, 13, 21), "gram": (37, 70, 41)}  # nothing is a multiple 
 # is rounded itself: sqrt(2) times the spread of a rounding, 0.0017 and 0.0002.
 ALLOWED = {FLOAT32: (1e-6, 3e-6), BFLOAT16: (3e-6, 4e-3), FLOAT16: (3e-6, 5e-4)}
 UPSTREAM = 512.0  # keeps fp16 gradients in that dtype's normal range
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreter_rounds_bfloat16() -> Iterator[None]:
-    """A GPU rounds fp32 to the nearest bfloat16; Triton's interpreter (3.8) cuts."""
-    original = interpreter._convert_float
-
-    def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return original(data, source, target, mode)
-        return torch.from_numpy(data).to(BFLOAT16).view(torch.uint16).numpy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", convert)
-        yield
 
 
 def problem_of(x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", **options: Any) -> Problem:
@@ -114,6 +100,19 @@ def test_means(route: str, dtype: torch.dtype, mean: float, device: torch.device
     """No digit is lost to the mean, whether a column is shifted or not."""
     n, p, q = (600, 48, 40) if route == "cross" else (96, 128, 72)
     assert_right(route, *features(n, p, q, dtype=dtype, device=device, mean=mean))
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16])
+def test_masks_with_a_period(stride: int, device: torch.device) -> None:
+    """The location is a median over groups of rows: no period of the mask puts all that count into one group."""
+    true = dominating.case(16, 1, 3e4)
+    mask = torch.arange(16 * stride, device=device) % stride == stride - 1
+    x, y = (torch.full((len(mask), a.shape[1]), torch.nan, device=device) for a in (true.x, true.y))
+    x[mask], y[mask] = true.x.to(device), true.y.to(device)
+    found = run("gram", x, y, mask, "x", estimator="unbiased", statistic="cka")
+    dominating.assert_right(found.value.item(), true.value)
+    assert found.dx is not None
+    dominating.assert_gradient(found.dx[mask].cpu(), true)
 
 
 def test_arbitrary_strides(route: str, device: torch.device) -> None:

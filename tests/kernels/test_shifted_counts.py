@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bird_kernels import backends, from_sums, sums
 from bird_kernels.types import Problem
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
@@ -67,27 +68,32 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def listened() -> Iterator[Count]:
+    """Counts operators, and launches of our kernels, which launch nothing."""
+    count = Count()
+
+    def call(self: Any, known: Any, *args: Any) -> None:
+        name = self._kernel.fn.__name__
+        count.add(name, list(args), shift.SAMPLE if name == "locate_kernel" else None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch.Launch, "__call__", call)
+        with count:
+            yield count
+
+
 def counted(route: str, n: int, p: int, q: int, dtype: torch.dtype, **options: Any) -> tuple[Count, Count]:
     """Of a forward and of its backward."""
-    forward, backward = Count(), Count()
-    with pytest.MonkeyPatch.context() as patch:
-        now = forward
-
-        def call(self: Any, known: Any, *args: Any) -> None:
-            name = self._kernel.fn.__name__
-            now.add(name, list(args), shift.SAMPLE if name == "locate_kernel" else None)
-
-        patch.setattr(launch.Launch, "__call__", call)
-        x, y = (torch.empty(n, d, dtype=dtype, device=CUDA) for d in (p, q))
-        masked = options.get("masked", False)
-        mask = torch.empty(n, dtype=torch.bool, device=CUDA) if masked else None
-        problem = Problem(n, p, q, dtype, CUDA, **options)
-        grad = torch.empty((), device=CUDA)
-        with forward:
-            _, stash = shifted.forward(x, y, mask, problem, route)
-        now = backward
-        with backward:
-            dx, dy = shifted.backward(grad, x, y, mask, stash, problem, route)
+    x, y = (torch.empty(n, d, dtype=dtype, device=CUDA) for d in (p, q))
+    masked = options.get("masked", False)
+    mask = torch.empty(n, dtype=torch.bool, device=CUDA) if masked else None
+    problem = Problem(n, p, q, dtype, CUDA, **options)
+    grad = torch.empty((), device=CUDA)
+    with listened() as forward:
+        _, stash = shifted.forward(x, y, mask, problem, route)
+    with listened() as backward:
+        dx, dy = shifted.backward(grad, x, y, mask, stash, problem, route)
     wanted = problem.x_grad, problem.y_grad
     assert [d.shape for d in (dx, dy)] == [a.shape if want else (0,) for a, want in zip((x, y), wanted, strict=True)]
     assert [d.dtype for d in (dx, dy)] == [dtype, dtype]
@@ -122,3 +128,29 @@ def test_bytes_of_gram_matrices() -> None:
     forward, backward = counted("gram", 4096, 4096, 4096, torch.bfloat16, estimator="unbiased")
     inputs, grams, weights = 4096 * 8192 * 2, 2 * 4096**2 * 4, 4096**2 * 2
     assert forward.bytes + backward.bytes <= 5.5 * inputs + 4 * grams + 2.1 * weights
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_launches_of_sums(dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of a chunk or of a rank's rows: both sides are shifted once, n by d numbers are written only as z; the
+    gradient is one product."""
+    monkeypatch.setattr(backends, "_shifts", lambda dtype, device: True)
+    n, p, q = 8192, 512, 384
+    x, y = (torch.empty(n, d, dtype=dtype, device=CUDA) for d in (p, q))
+    mask = torch.empty(n, dtype=torch.bool, device=CUDA) if masked else None
+    problem = Problem(n, p, q, dtype, CUDA, masked=masked)
+    with listened() as forward:
+        s = sums.sums_of(x, y, mask, problem)
+    assert [name for name in forward.names if name.endswith("_kernel")] == ["locate_kernel", "shift_kernel"]
+    assert forward.products == 3
+    z, products = n * (p + q + 8) * dtype.itemsize, (p * p + p * q + q * q) * 4
+    assert forward.bytes <= 4.5 * z + 8 * products  # read, written, and once more for each product
+    _, c, s = from_sums.evaluate(s, problem)
+    upstream = torch.empty((), dtype=torch.float64, device=CUDA)
+    with listened() as backward:
+        dx = from_sums.gradient(x, y, mask, s, c, upstream, problem)
+    assert (dx.shape, dx.dtype) == (x.shape, dtype)
+    assert backward.products == 1
+    wide = 4 * n * p if dtype == torch.float16 else 0  # fp16's result is brought back in fp32
+    assert backward.bytes <= 4.5 * z + 3 * masked * n * p * dtype.itemsize + 2 * wide + 24 * products

@@ -183,6 +183,23 @@ def test_each_use_by_itself(triton: ModuleType, monkeypatch: pytest.MonkeyPatch)
     assert explain(*full).backend == "triton"
 
 
+@pytest.mark.parametrize("changes", [{"estimator": "unbiased"}, {"mask": torch.arange(N) % 3 > 0}], ids=str)
+def test_each_variant_of_the_kernels_is_tried(
+    changes: dict[str, Any], triton: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a first call was right says nothing of kernels compiled for other options."""
+    forward = triton.forward
+
+    def broken(x: Tensor, y: Tensor, mask: Tensor | None, problem: Any, route: Any) -> Any:
+        is_other = problem.estimator == "unbiased" or mask is not None
+        return (wrong(forward) if is_other else forward)(x, y, mask, problem, route)
+
+    monkeypatch.setattr(triton, "forward", broken)
+    loss_and_gradients()
+    with pytest.warns(RuntimeWarning, match="its first result is wrong"):
+        assert_right(loss_and_gradients(**changes), loss_and_gradients(backend="library", **changes))
+
+
 def test_no_memory_is_no_fault_of_the_kernels(triton: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*call: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")

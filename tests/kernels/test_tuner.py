@@ -129,6 +129,17 @@ def test_what_is_measured_joins_what_was(clock: list[Any], monkeypatch: pytest.M
     assert [row for row in again.rows if row.dtype == "float32"] != list(first.rows)
     assert len(again.rows) == 2 * len(first.rows)
     assert tuning.table(KEY) == again
+    fourth = ((48, 8, 64), "float32")
+
+    def interrupted(title: str) -> None:
+        if title.startswith("48") and "library" in title:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuner.tune(Somewhere(), [((36, 8, 8), "float32"), fourth], 1.0, interrupted)
+    kept = tuning.table(KEY)
+    assert kept is not None
+    assert len({row.candidate for row in kept.rows if row.n == 36}) == len(first.rows)
     third = tuner.tune(Somewhere(), [((40, 33, 24), "float32")], 1.0, print)
     assert {row for row in again.rows if row.dtype == "bfloat16"} < set(third.rows)
 
@@ -137,6 +148,7 @@ def test_nothing_to_tune_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="nothing to tune"):
         tuner.tune(CPU, [((8, 8, 8), "float32")], 1.0, print)
     assert cli.main(["tune", "--device", "cpu", "--shape", "8,8,8", "--minutes", "0.1"]) == 0
+    assert cli.main(["tune", "--device", "cpu", "--from-run", "/nonexistent"]) == 2
     assert "On cpu there is nothing to tune" in capsys.readouterr().out
 
 
@@ -183,3 +195,18 @@ def test_info_says_whether_this_device_is_tuned(monkeypatch: pytest.MonkeyPatch)
     row = tuning.Row(8, 8, 8, "float32", "ieee", "biased", "library", 1.0, 2.0)
     tuning.write(tuning.user_file(KEY), tuning.Table(KEY, "2026-01-02T03:04:05", (row,)))
     assert cli._tuned(0) == "tuned 2026-01-02T03:04:05, 1 measurements"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--minutes", "nan"], "nan is not a number of minutes above 0"),
+        (["--minutes", "-1"], "-1 is not a number of minutes above 0"),
+        (["--shape", "128,512"], "'128,512' must be at least 4 rows and two widths, as in 128,512,1280"),
+        (["--shape", "3,8,8"], "'3,8,8' must be at least 4 rows"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--device", "cpu", *arguments])
+    assert words in capsys.readouterr().err

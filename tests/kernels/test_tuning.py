@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +62,31 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "works", lambda *use: True)
 
 
+class DriverLibrary:
+    """Stands for the library of the CUDA driver, of version 13.0."""
+
+    def __init__(self, error: int) -> None:
+        self.error = error
+
+    def cuDriverGetVersion(self, version: Any) -> int:
+        version._obj.value = 13000
+        return self.error
+
+
+@pytest.mark.parametrize(("error", "wanted"), [(0, "13000"), (3, "unknown"), (None, "unknown")])
+def test_the_key_names_the_driver(error: int | None, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str) -> DriverLibrary:
+        if error is None:
+            raise OSError(f"{name}: no such file")
+        return DriverLibrary(error)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: KEY.device)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    tuning.forget()
+    key = tuning.key_of(DEVICE)
+    assert (key.device, key.driver, key.torch) == (KEY.device, wanted, torch.__version__)
+
+
 def test_a_table_comes_back_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "table.json"
     tuning.write(path, TABLE)
@@ -108,10 +135,21 @@ def test_a_damaged_table_is_ignored_with_one_warning(text: str) -> None:
 
 def test_bytes_that_are_no_text_and_a_row_that_makes_no_sense(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
-    tuning.write(tmp_path / "zero.json", Table(KEY, "", (row("float32", "ieee", 1, 1, 1, "library", 0.0),)))
-    for name in ("bytes.json", "zero.json"):
+    senseless = {"zero.json": ("library", 0.0), "endless.json": ("library", float("nan"))}
+    candidates = ["", None, 7, "symmetric", "symmetric 1 2", "symmetric a b c d e", "library 3"]
+    senseless |= {f"{number}.json": (candidate, 1.0) for number, candidate in enumerate(candidates)}
+    for name, (candidate, us) in senseless.items():
+        tuning.write(tmp_path / name, Table(KEY, "", (row("float32", "ieee", 1, 1, 1, candidate, us),)))  # type: ignore[arg-type]
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name in ("bytes.json", "deep.json", *senseless):
         with pytest.warns(UserWarning, match=name):
             assert tuning.read(tmp_path / name) is None
+
+
+def test_a_missing_table_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIRD_TUNING", str(tmp_path / "missing.json"))
+    with pytest.warns(UserWarning, match=r"finds no tuning table at BIRD_TUNING=.*missing\.json"):
+        assert tuning.table(KEY) is None
 
 
 def test_whose_table_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,12 +96,25 @@ def test_reading_a_run(folder: Path, tmp_path: Path) -> None:
     assert len(found) == len(read.rows(folder))
     assert tuple(found[0]) == read.COLUMNS
     page = (tmp_path / "page.md").read_text()
+    assert page.startswith("# A rehearsal: tiny sizes on a CPU")
+    assert "no tuning.json" in done.stdout
     assert all(f"| {question.name} |" in page for question in QUESTIONS)
     assert "## Ceilings" in page
     tuning = pytest.importorskip("bird_kernels.tuning")
+    assert not (tmp_path / "tuning.json").exists()
+    read.tuning_table(folder, tmp_path / "tuning.json")
     table = tuning.read(tmp_path / "tuning.json")
     assert {row.candidate for row in table.rows} >= {"library", "triton"}
     assert all(row.host > 0 and row.device > 0 for row in table.rows)
+
+
+def test_reading_what_is_no_run(tmp_path: Path) -> None:
+    for folder in (tmp_path / "nonexistent", tmp_path):
+        command = [sys.executable, "-m", "benchmarks.gpu.read", str(folder)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 1
+        assert done.stderr.endswith("holds no results of ./dev gpu\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_table_has_the_ratio_to_the_best_by_hand(tmp_path: Path) -> None:

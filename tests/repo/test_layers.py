@@ -50,6 +50,7 @@ HOUSE = {
         {"backends.library_rbf"},
         {"backends.library", "backends.native", "sequences"},
         {"backends.unbiased"},
+        {"backends.rows"},
         {"backends.sides"},
         {"tuning"},
         {"cost", "backends.dominating"},

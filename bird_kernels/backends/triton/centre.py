@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GROUPS = tl.constexpr(8)  # of rows, whose means are compared: row i is in group i mod GROUPS
-DEEP = tl.constexpr(4)  # rows of each group that are loaded together
+GROUPS = tl.constexpr(8)  # of rows, whose means are compared: rows that count are dealt to them in turn
+SLOTS = tl.constexpr(32)  # rows that are loaded together
 
 
 @triton.jit
@@ -68,48 +68,75 @@ def scale_of_all(peaks, begin, end, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _median(values, there):
-    """The median of values [GROUPS, *] by column, of those rows that are ``there`` [GROUPS]; 0 of none."""
+def dealt(counted, before, SLOTS: tl.constexpr):
+    """Which of SLOTS rows each slot takes, whether it takes one, and how many rows counted so far.
+
+    ``counted`` [SLOTS] are those of the rows that count, ``before`` is how many did earlier. The row that counts as the
+    r-th of all goes into slot r mod SLOTS: the slots, and groups of them, fill evenly, whatever the period of a mask.
+    """
+    slots = tl.arange(0, SLOTS)
+    ones = counted.to(tl.int32)
+    rank = before + tl.cumsum(ones, 0) - ones
+    takes = counted[:, None] & ((rank % SLOTS)[:, None] == slots[None, :])
+    row = tl.sum(tl.where(takes, slots[:, None], 0), 0)
+    return row, tl.sum(takes.to(tl.int32), 0) > 0, before + tl.sum(ones, 0)
+
+
+@triton.jit
+def median_of_means(sums, numbers, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """By column, the median over groups of sums [SLOTS, BLOCK] / numbers [SLOTS]; slot s is in group s mod GROUPS.
+
+    Of two in the middle it is their mean; groups without rows are left out, and of none it is 0.
+    """
+    number = tl.sum(tl.reshape(numbers, [SLOTS // GROUPS, GROUPS]), 0)
+    mean = tl.sum(tl.reshape(sums, [SLOTS // GROUPS, GROUPS, BLOCK]), 0) / tl.maximum(number, 1.0)[:, None]
+    there = number > 0.0
     order = tl.arange(0, GROUPS)
-    ties = (order[:, None] < order[None, :])[:, :, None] & (values[:, None, :] == values[None, :, :])
-    before = ((values[:, None, :] < values[None, :, :]) | ties) & there[:, None, None]
+    ties = (order[:, None] < order[None, :])[:, :, None] & (mean[:, None, :] == mean[None, :, :])
+    before = ((mean[:, None, :] < mean[None, :, :]) | ties) & there[:, None, None]
     rank = tl.sum(before.to(tl.int32), 0)
-    number = tl.sum(there.to(tl.int32), 0)
-    middle = ((rank == (number - 1) // 2) | (rank == number // 2)) & there[:, None]
-    return tl.sum(tl.where(middle, values, 0.0), 0) * tl.where(number % 2 == 0, 0.5, 1.0)
+    groups = tl.sum(there.to(tl.int32), 0)
+    middle = ((rank == (groups - 1) // 2) | (rank == groups // 2)) & there[:, None]
+    return tl.sum(tl.where(middle, mean, 0.0), 0) * tl.where(groups % 2 == 0, 0.5, 1.0)
 
 
 @triton.jit
 def locate(
-    x, mask, location, columns, n, d,
-    ROBUST: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Stores the location of these BLOCK columns of x [n, d]; returns how far their entries are from it at the most.
-
-    Their mean; if ROBUST, the median of the means of GROUPS groups of rows, which a few rows that dominate do not move.
-    """
-    row = tl.arange(0, DEEP)[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
+    x,  # [n, d], dense
+    mask,  # bytes [n]
+    location,  # out, fp32 [2, d]: high and low part
+    columns,  # [BLOCK]
+    n,
+    d,
+    ROBUST: tl.constexpr,  # the median of the means of GROUPS groups of rows, which few rows that dominate do not move
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Stores the location of these columns, their mean if not ROBUST; returns how far their entries are from it."""
     there = columns < d
-    total = tl.zeros([DEEP, GROUPS, BLOCK], tl.float64)
-    number = tl.zeros([DEEP, GROUPS], tl.float64)
-    low = tl.full([DEEP, GROUPS, BLOCK], float("inf"), tl.float32)
-    high = tl.full([DEEP, GROUPS, BLOCK], float("-inf"), tl.float32)
-    for start in range(0, n, DEEP * GROUPS):
-        counted = counts(mask, start + row, n, MASKED)
-        inside = counted[:, :, None] & there[None, None, :]
-        offsets = (start + row).to(tl.int64)[:, :, None] * d + columns[None, None, :]
-        tile = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros([SLOTS, BLOCK], tl.float64)
+    number = tl.zeros([SLOTS], tl.float64)
+    low = tl.full([SLOTS, BLOCK], float("inf"), tl.float32)
+    high = tl.full([SLOTS, BLOCK], float("-inf"), tl.float32)
+    before = 0
+    for start in range(0, n, SLOTS):
+        rows = start + tl.arange(0, SLOTS)
+        counted = counts(mask, rows, n, MASKED)
+        if MASKED:
+            row, counted, before = dealt(counted, before, SLOTS)
+            rows = start + row
+        inside = counted[:, None] & there[None, :]
+        tile = tl.load(x + rows.to(tl.int64)[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         total += tile.to(tl.float64)
         number += counted.to(tl.float64)
         low = tl.minimum(low, tl.where(inside, tile, float("inf")))
         high = tl.maximum(high, tl.where(inside, tile, float("-inf")))
-    sums, sizes = tl.sum(total, 0), tl.sum(number, 0)
     if ROBUST:
-        exact = _median(sums / tl.maximum(sizes, 1.0)[:, None], sizes > 0.0)
+        exact = median_of_means(total, number, GROUPS, SLOTS, BLOCK)
     else:
-        exact = tl.sum(sums, 0) / tl.maximum(tl.sum(sizes, 0), 1.0)
+        exact = tl.sum(total, 0) / tl.maximum(tl.sum(number, 0), 1.0)
     centre = exact.to(tl.float32)
     tl.store(location + columns, centre, mask=there)
     tl.store(location + d + columns, (exact - centre.to(tl.float64)).to(tl.float32), mask=there)
-    spread = tl.maximum(tl.max(tl.max(high, 0), 0) - centre, centre - tl.min(tl.min(low, 0), 0))  # -inf of no row
+    spread = tl.maximum(tl.max(high, 0) - centre, centre - tl.min(low, 0))  # -inf of no row
     return tl.max(tl.where(there, spread, 0.0), 0)

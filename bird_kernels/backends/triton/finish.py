@@ -1,8 +1,9 @@
 r"""What follows the library's products of shifted operands: centring of the small results, moments, weights.
 
 The programs of a finishing launch centre their tiles, leave their shares of the moments in fp64 slots, and the last one
-to arrive combines them (`reduce`). Tiles are centred and squared in fp64: rows that dominate have products whose
-squares leave fp32's range.
+to arrive combines them (`reduce`). Products of features are centred in fp64 (cross); Gram matrices are centred in fp32,
+by shifts that fp64 made of their row sums. Tiles are squared in fp64 all the same: rows that dominate have products
+whose squares leave fp32's range.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reduce import arrive, conclude, sum_slots, upper_tile
+from .centre import counts
+from .reduce import D_KK, D_KL, KL, LL, SCALE_X, SUM_K, SUM_L, arrive, finish, sizes_of, sum_slots, upper_tile
 from .shift import round_tf32
 
 
@@ -26,18 +28,6 @@ def _column_sums(sums, columns, width, shares):
 def _row_count(sums, width, shares):
     """How many rows count: the sum of the ones in the last eight columns, fp64."""
     return tl.sum(_column_sums(sums, width - 8 + tl.arange(0, 1), width, shares), 0)
-
-
-@triton.jit
-def _conclude(
-    kl, kk, ll, room_k, room_l, total_k, total_l, n, scales, value, coefficients,
-    STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
-):  # fmt: skip
-    """Value and coefficients; a side whose self-product is rounding of ``room``, its size uncentred, has none."""
-    tl.store(coefficients + 6, total_k)
-    tl.store(coefficients + 7, total_l)
-    scale_x, scale_y = tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64)
-    conclude(kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients, STATISTIC, UNBIASED)
 
 
 @triton.jit
@@ -111,12 +101,22 @@ def cross_finish_kernel(
     tl.store(slots + 3 * programs + program, trace_x)
     tl.store(slots + 4 * programs + program, trace_y)
     if arrive(counter, programs):
-        kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
         trace_x, trace_y = sum_slots(slots, 3, programs), sum_slots(slots, 4, programs)
-        _conclude(
-            kl, kk, ll, trace_x * trace_x, trace_y * trace_y, 0.0 * n, 0.0 * n, n, scales, value, coefficients,
-            STATISTIC, False,
-        )  # fmt: skip
+        tl.store(coefficients + SUM_K, 0.0)
+        tl.store(coefficients + SUM_L, 0.0)
+        finish(
+            slots=slots,
+            programs=programs,
+            room_k=trace_x * trace_x,
+            room_l=trace_y * trace_y,
+            scale_x=tl.load(scales),
+            scale_y=tl.load(scales + 1),
+            n=n,
+            value=value,
+            coefficients=coefficients,
+            STATISTIC=STATISTIC,
+            UNBIASED=False,
+        )
 
 
 @triton.jit
@@ -125,9 +125,9 @@ def _weights(coefficients, grad, side, size, goal, NEAR: tl.constexpr):
 
     NEAR (fp16): the matrix that is rounded is brought to the size ``goal``, from ``size`` of the other side's.
     """
-    cross = 2.0 * tl.load(coefficients)
-    own = 4.0 * tl.load(coefficients + 1 + side)
-    factor = tl.load(coefficients + 8 + side) * tl.load(grad).to(tl.float64)
+    cross = 2.0 * tl.load(coefficients + D_KL)
+    own = 4.0 * tl.load(coefficients + D_KK + side)
+    factor = tl.load(coefficients + SCALE_X + side) * tl.load(grad).to(tl.float64)
     if NEAR:
         size *= tl.abs(cross)
         near = tl.where(size == 0.0, 0.0, goal / tl.where(size == 0.0, 1.0, size))
@@ -162,7 +162,7 @@ def cross_mix_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of columns of w). The bias is minus the means times w, in two numbers of w's dtype."""
-    cross, own, after = _weights(coefficients, grad, SIDE, tl.sqrt(tl.load(coefficients + 3)), 16.0, NEAR)
+    cross, own, after = _weights(coefficients, grad, SIDE, tl.sqrt(tl.load(coefficients + KL)), 16.0, NEAR)
     if NEAR:
         tl.store(factor, after.to(tl.float32), mask=tl.program_id(0) == 0)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -206,12 +206,9 @@ def _offsets(rows, index, side, n, count, total, UNBIASED: tl.constexpr):
 def _pairs(mask, i, j, n, MASKED: tl.constexpr, UNBIASED: tl.constexpr):
     """Which entries of a Gram matrix there are, and which of them count."""
     inside = (i < n)[:, None] & (j < n)[None, :]
-    keep = inside
+    keep = counts(mask, i, n, MASKED)[:, None] & counts(mask, j, n, MASKED)[None, :]
     if UNBIASED:
         keep = keep & (i[:, None] != j[None, :])
-    if MASKED:
-        keep = keep & (tl.load(mask + i, mask=i < n, other=0) != 0)[:, None]
-        keep = keep & (tl.load(mask + j, mask=j < n, other=0) != 0)[None, :]
     return inside, keep
 
 
@@ -301,13 +298,26 @@ def gram_finish_kernel(
     tl.store(slots + programs + program, twice * tl.sum(tl.sum(a * a, 1), 0))
     tl.store(slots + 2 * programs + program, twice * tl.sum(tl.sum(b * b, 1), 0))
     if arrive(counter, programs):
-        kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
         trace_k, trace_l = sum_slots(totals, 1, blocks), sum_slots(totals, 4, blocks)
         room_k, room_l = trace_k * trace_k, trace_l * trace_l
         if UNBIASED:
             room_k -= sum_slots(totals, 2, blocks)
             room_l -= sum_slots(totals, 5, blocks)
-        _conclude(kl, kk, ll, room_k, room_l, total_k, total_l, count, scales, value, coefficients, STATISTIC, UNBIASED)
+        tl.store(coefficients + SUM_K, total_k)
+        tl.store(coefficients + SUM_L, total_l)
+        finish(
+            slots=slots,
+            programs=programs,
+            room_k=room_k,
+            room_l=room_l,
+            scale_x=tl.load(scales),
+            scale_y=tl.load(scales + 1),
+            n=count,
+            value=value,
+            coefficients=coefficients,
+            STATISTIC=STATISTIC,
+            UNBIASED=UNBIASED,
+        )
 
 
 @triton.jit
@@ -330,9 +340,9 @@ def gram_mix_kernel(
 ):  # fmt: skip
     """Grid (blocks of rows)."""
     na = eighths * 8  # the compiler sees that rows are aligned
-    count = tl.load(coefficients + 10)
-    own_total, other_total = tl.load(coefficients + 6 + SIDE), tl.load(coefficients + 7 - SIDE)
-    size = tl.sqrt(tl.load(coefficients + 5 - SIDE))
+    _, _, count = sizes_of(coefficients)
+    own_total, other_total = tl.load(coefficients + SUM_K + SIDE), tl.load(coefficients + SUM_L - SIDE)
+    size = tl.sqrt(tl.load(coefficients + LL - SIDE))
     cross, self, after = _weights(coefficients, grad, SIDE, size, tl.sqrt(count), NEAR)
     if NEAR:
         tl.store(factor, after.to(tl.float32), mask=tl.program_id(0) == 0)

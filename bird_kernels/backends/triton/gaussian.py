@@ -101,7 +101,7 @@ def kernels_kernel(
     sums,  # fp64 [2, n]: row sums, for the last program
     tops,  # fp64 [2, blocks]: the largest entries of K off the diagonal, for the last program
     shifts,  # out, fp64 [2, n]: see `double`
-    rooms,  # out, fp64 [2]: see `reduce.conclude`
+    rooms,  # out, fp64 [2]: see `reduce.finish`
     counter,  # int32, 0 before and after
     coefficients,  # out, fp64 [NUMBERS]
     n,

@@ -16,9 +16,9 @@ from ...moments import ROUNDING, Coefficients
 
 WIDTH = tl.constexpr(256)
 # Places in a vector of coefficients.
-D_KL, D_KK, D_LL, KL, KK, LL, SCALE_X, SCALE_Y, ROWS = (
+D_KL, D_KK, D_LL, KL, KK, LL, SUM_K, SUM_L, SCALE_X, SCALE_Y, ROWS = (
     tl.constexpr(Coefficients._fields.index(name))
-    for name in ("d_kl", "d_kk", "d_ll", "kl", "kk", "ll", "scale_x", "scale_y", "n")
+    for name in ("d_kl", "d_kk", "d_ll", "kl", "kk", "ll", "sum_k", "sum_l", "scale_x", "scale_y", "n")
 )
 COEFFICIENTS = tl.constexpr(len(Coefficients._fields))
 NOISE = tl.constexpr((ROUNDING * 2.0**-23) ** 2)  # of a self-HSIC, beside the squares of what it was made of
@@ -75,24 +75,20 @@ def arrive(counter, programs):
 
 @triton.jit
 def finish(
-    slots, programs, room_k, room_l, scale_x, scale_y, n, value, coefficients,
-    STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
-):  # fmt: skip
-    """`conclude` from slots [3, programs] of kl, kk, ll."""
+    slots,  # fp64 [3, programs]: shares of kl, kk and ll
+    programs,
+    room_k,  # the squares that centring took kk from: a self-product that is rounding of them is zero
+    room_l,
+    scale_x,  # what the features were multiplied by
+    scale_y,
+    n,  # rows that count, fp64
+    value,  # out, fp32, 0-d
+    coefficients,  # out, fp64, but for the sums
+    STATISTIC: tl.constexpr,
+    UNBIASED: tl.constexpr,
+):
+    """Adds up the moments, and stores the value and the coefficients."""
     kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
-    conclude(kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients, STATISTIC, UNBIASED)
-
-
-@triton.jit
-def conclude(
-    kl, kk, ll, room_k, room_l, scale_x, scale_y, n, value, coefficients,
-    STATISTIC: tl.constexpr, UNBIASED: tl.constexpr,
-):  # fmt: skip
-    """Stores the value (0-d, fp32) and the coefficients, fp64.
-
-    A self-product that is rounding of its room, the squares that centring took it from, is zero. The features were
-    multiplied by the scales.
-    """
     scale_x, scale_y = scale_x.to(tl.float64), scale_y.to(tl.float64)
     kk = tl.where(kk <= room_k * NOISE, 0.0, kk)
     ll = tl.where(ll <= room_l * NOISE, 0.0, ll)

@@ -7,7 +7,7 @@ shift lose bits to it. (Above five, entries within three spreads of the location
 
 Location and spread are medians of the means of 16 groups of up to 1,024 rows in all, so that a few rows that dominate
 move neither. The rows are one of every ``every``, at another place in each stretch: sorted and drifting batches are
-seen whole, and no period of the batch meets the sample's own.
+seen whole, and no period of the batch meets the sample's own. Those that count are dealt to the groups in turn.
 """
 
 from __future__ import annotations
@@ -15,61 +15,83 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .centre import counts, dealt, median_of_means
+
 SAMPLE = 1024  # rows that location and spread are judged by
-GROUPS = tl.constexpr(16)
-SLOTS = tl.constexpr(64)  # sampled rows that are loaded together; row s of them belongs to group s % GROUPS
-
-
-@triton.jit
-def _middle(sums, counts, BLOCK: tl.constexpr):
-    """The lower median over the groups of sums [SLOTS, BLOCK] / counts [SLOTS], by column; 0 of nothing."""
-    count = tl.sum(tl.reshape(counts, [SLOTS // GROUPS, GROUPS]), 0)[:, None]
-    mean = tl.sum(tl.reshape(sums, [SLOTS // GROUPS, GROUPS, BLOCK]), 0) / tl.maximum(count, 1.0)
-    mean = tl.where(count > 0.0, mean, float("inf"))
-    order = tl.arange(0, GROUPS)
-    ties = (order[:, None] < order[None, :])[:, :, None] & (mean[:, None, :] == mean[None, :, :])
-    rank = tl.sum(((mean[:, None, :] < mean[None, :, :]) | ties).to(tl.int32), 0)
-    groups = tl.sum((count > 0.0).to(tl.int32), 0)[:, None]
-    return tl.sum(tl.where((rank == (groups - 1) // 2) & (count > 0.0), mean, 0.0), 0)
+GROUPS = tl.constexpr(16)  # of the sampled rows that count
+SLOTS = tl.constexpr(64)  # sampled rows that are loaded together
 
 
 @triton.jit
 def _sample(
-    x, mask, first, columns, n, d, stride_n, stride_d, every, samples, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Sampled rows first..first + SLOTS: entries in fp32, which of them there are, and whether each row counts."""
+    x,  # [n, d], any strides
+    mask,  # bytes [n]
+    first,  # of the sampled rows
+    before,  # how many sampled rows counted so far
+    columns,  # [BLOCK]
+    n,
+    d,
+    stride_n,
+    stride_d,
+    every,  # one row of so many is sampled
+    samples,
+    MASKED: tl.constexpr,
+):
+    """Sampled rows first..first + SLOTS: entries, fp32, which of them there are, which rows count, and ``before``."""
     index = first + tl.arange(0, SLOTS)
     rows = index * every + ((index.to(tl.uint32) * 2654435761) >> 16).to(tl.int32) % every
-    keep = (index < samples) & (rows < n)
+    keep = (index < samples) & counts(mask, rows, n, MASKED)
     if MASKED:
-        keep = keep & (tl.load(mask + rows, mask=keep, other=0) != 0)
+        place, keep, before = dealt(keep, before, SLOTS)
+        index = first + place
+        rows = index * every + ((index.to(tl.uint32) * 2654435761) >> 16).to(tl.int32) % every
     inside = keep[:, None] & (columns < d)[None, :]
     offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
-    return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), inside, keep.to(tl.float32)
+    return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), inside, keep.to(tl.float32), before
 
 
 @triton.jit
 def _locate(
-    x, mask, shifts, peak, columns, n, d, stride_n, stride_d, every, samples,
-    MASKED: tl.constexpr, ALWAYS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,  # [n, d], any strides
+    mask,  # bytes [n]
+    shifts,  # out, fp32 [d]
+    peak,  # out, fp32: the largest sampled |x - s|
+    columns,  # [BLOCK]
+    n,
+    d,
+    stride_n,
+    stride_d,
+    every,
+    samples,
+    MASKED: tl.constexpr,
+    ALWAYS: tl.constexpr,  # every column is shifted
+    BLOCK: tl.constexpr,
+):
+    """Stores the shifts of these columns, and the peak: in two passes over the sample, location and then spread."""
     sums = tl.zeros([SLOTS, BLOCK], tl.float32)
-    counts = tl.zeros([SLOTS], tl.float32)
+    numbers = tl.zeros([SLOTS], tl.float32)
+    before = 0
     for first in range(0, samples, SLOTS):
-        tile, _, keep = _sample(x, mask, first, columns, n, d, stride_n, stride_d, every, samples, MASKED)
+        tile, _, keep, before = _sample(
+            x, mask, first, before, columns, n, d, stride_n, stride_d, every, samples, MASKED
+        )
         sums += tile
-        counts += keep
-    location = _middle(sums, counts, BLOCK)
+        numbers += keep
+    location = median_of_means(sums, numbers, GROUPS, SLOTS, BLOCK)
     sums = tl.zeros([SLOTS, BLOCK], tl.float32)
     largest = tl.zeros([SLOTS, BLOCK], tl.float32)
+    before = 0
     for first in range(0, samples, SLOTS):
-        tile, inside, _ = _sample(x, mask, first, columns, n, d, stride_n, stride_d, every, samples, MASKED)
+        tile, inside, _, before = _sample(
+            x, mask, first, before, columns, n, d, stride_n, stride_d, every, samples, MASKED
+        )
         away = tl.where(inside, tl.abs(tile - location[None, :]), 0.0)
         sums += away
         largest = tl.maximum(largest, away)
     shift = location.to(x.dtype.element_ty).to(tl.float32)
     if not ALWAYS:  # six standard deviations of a normal distribution, whose mean distance is 0.8 of one
-        shift = tl.where(tl.abs(location) > 7.5 * _middle(sums, counts, BLOCK), shift, 0.0)
+        spread = median_of_means(sums, numbers, GROUPS, SLOTS, BLOCK)
+        shift = tl.where(tl.abs(location) > 7.5 * spread, shift, 0.0)
     tl.store(shifts + columns, shift, mask=columns < d)
     tl.store(peak, tl.max(tl.max(largest, 0) + tl.abs(location - shift), 0))
 
@@ -141,9 +163,7 @@ def _shift(
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(first, last, ROWS):
         rows = start + tl.arange(0, ROWS)
-        keep = rows < n
-        if MASKED:
-            keep = keep & (tl.load(mask + rows, mask=keep, other=0) != 0)
+        keep = counts(mask, rows, n, MASKED)
         inside = keep[:, None] & (columns < d)[None, :]
         offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
         tile = (tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) - shift[None, :]) * scale
@@ -207,9 +227,7 @@ def shift_kernel(
         count = tl.zeros([ROWS, 8], tl.float32)
         for start in range(first, last, ROWS):
             index = start + tl.arange(0, ROWS)
-            keep = index < n
-            if MASKED:
-                keep = keep & (tl.load(mask + index, mask=keep, other=0) != 0)
+            keep = counts(mask, index, n, MASKED)
             one = tl.where(keep[:, None] & (eight < 2)[None, :], 1.0, 0.0)
             count += one
             if CROSS:

@@ -111,7 +111,7 @@ def reduce_kernel(
     grams,  # out, fp32 [pairs, 2, n, n]: K and L, with diagonal 0 if UNBIASED
     sums,  # fp64 [pairs, 2, tiles, n] (unbiased): row sums of each tile, for the last program
     shifts,  # out, fp64 [pairs, 2, n] (unbiased): see `double`
-    rooms,  # out, fp64 [pairs, 2] (unbiased): see `reduce.conclude`
+    rooms,  # out, fp64 [pairs, 2] (unbiased): see `reduce.finish`
     slots,  # fp64 [pairs, 3 or, unbiased, 4, programs]: for the programs of a pair to meet in
     counters,  # int32 [pairs]
     values,  # out, fp32 [pairs]; unbiased, the next kernel's

@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,10 +37,18 @@ def arguments() -> argparse.Namespace:
         action="append",
         help="a GPU, sm_80 to sm_120; can be repeated (default: all)",
     )
-    parser.add_argument("--kernel", default="", metavar="PATTERN", help="a regular expression that the name has")
+    parser.add_argument("--kernel", default="", type=_pattern, metavar="PATTERN", help="a regular expression of names")
     parser.add_argument("--few", action="store_true", help="fewer variants, about half: what CI compiles")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in this file, too")
     return parser.parse_args()
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
 
 
 def interesting(constants: Iterable[tuple[str, dict[str, Any]]]) -> set[tuple[str, str]]:
@@ -64,7 +74,10 @@ def main() -> int:
     """Find the Triton, go on in a process that has it, compile."""
     options = arguments()
     version = environments.version_of(options.triton)
-    environments.install(version)
+    try:
+        environments.install(version)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"Triton {version} could not be installed: pip has said why above") from error
     environment = environments.environment(version)
     if environment != dict(os.environ):
         program = [sys.executable, "-W", "ignore", "-m", __package__ or "", *sys.argv[1:]]
@@ -73,6 +86,9 @@ def main() -> int:
 
     cases = launches.FEW_CASES if options.few else launches.CASES
     variants = compile.variants(options.arch or ARCHS, cases, options.kernel)
+    if not variants:
+        names = {variant.kernel for variant in compile.variants(ARCHS[:1], cases)}
+        raise SystemExit(f"no kernel's name has {options.kernel!r}; there are {', '.join(sorted(names))}")
     wanted = interesting((variant.kernel, variant.named) for variant in variants)
     rows = []
     for row in compile.inspected(variants):
