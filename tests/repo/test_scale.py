@@ -1,4 +1,4 @@
-"""docs/scale.md says what the formulas give, and its objectives differ as it says."""
+"""docs/explain/scale.md says what the formulas give, and its objectives differ as it says."""
 
 from __future__ import annotations
 
