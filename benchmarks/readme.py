@@ -27,22 +27,21 @@ CASES = {
 
 
 def accuracy() -> str:
-    """Errors of gradients: a row for each loss, a column for each dtype and mean."""
+    """Errors of gradients: a row for each loss, a column for each mean, both dtypes in a cell."""
     rows = measure.committed()
     dtypes = {"float32": "fp32", "bfloat16": "bf16"}
     cells = {(row.loss, row.dtype, row.mean): row for row in rows}
-    columns = [(dtype, mean) for dtype in dtypes for mean in measure.MEANS]
     names = list(measure.LOSSES)
     (date,) = {row.date for row in rows}
     (torch,) = {row.torch.split("+")[0] for row in rows}
     lines = [
-        "| mean / spread | " + " | ".join(f"{mean:,}, {dtypes[dtype]}" for dtype, mean in columns) + " |",
-        "|---|" + "---|" * len(columns),
+        f"| mean / spread, {' / '.join(dtypes.values())} | " + " | ".join(f"{mean:,}" for mean in measure.MEANS) + " |",
+        "|---|" + "---|" * len(measure.MEANS),
     ]
     for name in names:
-        errors = [_error(cells[name, dtype, mean].error) for dtype, mean in columns]
+        errors = [" / ".join(_error(cells[name, dtype, mean].error) for dtype in dtypes) for mean in measure.MEANS]
         lines.append(f"| {f'`{name}`' if name == 'cka_loss' else name} | " + " | ".join(errors) + " |")
-    return "\n".join([*lines, "", f"(CPU, PyTorch {torch}, {date}; 1 is a gradient of zeros, or one as wrong.)"])
+    return "\n".join([*lines, "", f"(CPU, PyTorch {torch}, {date}. 1 is a gradient of zeros, or one as wrong.)"])
 
 
 def speed() -> str:

@@ -1,4 +1,4 @@
-"""What the docstrings say in reStructuredText, as Markdown: formulas, literal blocks, tables."""
+"""What the docstrings say in reStructuredText, as Markdown: formulas (as MathML), literal blocks, tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import griffe
+from latex2mathml.converter import convert
 
 MATH = re.compile(r"^( *)\.\. math::(.*(?:\n(?:\1 +.*| *$))*)", re.MULTILINE)
 LITERAL = re.compile(r"^( *)(.*?)::\n\n((?:\1 {2,}.*\n?| *\n)+)", re.MULTILINE)
@@ -17,8 +18,8 @@ def markdown(text: str) -> str:
     """The same docstring in Markdown."""
 
     def formula(match: re.Match[str]) -> str:
-        lines = [line.strip() for line in match[2].splitlines() if line.strip()]
-        return "\n".join(f"{match[1]}{line}" for line in ("$$", *lines, "$$")) + "\n\n"
+        tex = " ".join(match[2].split())
+        return f'{match[1]}<div class="formula">{convert(tex, display="block")}</div>\n\n'
 
     def literal(match: re.Match[str]) -> str:
         indent, before = match[1], match[2].rstrip()
@@ -31,7 +32,7 @@ def markdown(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         return "\n".join([f"{match[1]}```text", *match[0].splitlines(), f"{match[1]}```"])
 
-    text = ROLE.sub(lambda match: f"${match[2]}$", MATH.sub(formula, text))
+    text = ROLE.sub(lambda match: convert(match[2]), MATH.sub(formula, text))
     return TABLE.sub(table, LITERAL.sub(literal, text))
 
 
