@@ -85,7 +85,7 @@ def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums
     """The sums of x [n, p] and y [n, q] of one dtype, mask bool [n] or None; norms if the estimator is "unbiased".
 
     Products are fp32 (fp64 for fp64, and where rows dominate) and not scaled, so that those of several sets add. What
-    they cannot hold is NaN: features that are all below 2^-46 (1.4e-14) or reach 2^46; in fp64 2^-240 (6e-73) and 2^240.
+    they cannot hold is NaN: features all below 2^-46 (1.4e-14), or up to 2^46 and more; in fp64 2^-240 and 2^240.
     """
     unbiased = problem.estimator == "unbiased"
     if len(x) == 0:
