@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ...features import find_layers
-from ...files import load, save
 from ...teachers import Teacher
 from ..recipe import data_root, grid
 from ..stages import Stage
+from ..tensors import load, save
 from .augment import CropFlip
 from .corruptions import Mixture
 from .data import Splits
