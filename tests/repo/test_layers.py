@@ -24,7 +24,16 @@ HOUSE = {
         {"__main__"},
         {"lab.cli"},
         {"lab.vision", "lab.language"},  # the two wings
-        {"lab.recipe", "lab.stages", "lab.tables", "lab.statistics", "lab.figures"},
+        {
+            "lab.recipe",
+            "lab.stages",
+            "lab.tables",
+            "lab.statistics",
+            "lab.figures",
+            "lab.tensors",
+            "lab.workers",
+            "lab.lines",
+        },
         {"lab"},  # what it is
         {"__init__"},
         {"language"},

@@ -19,6 +19,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"\./dev ([a-z]+)")
 EXTRA = re.compile(r"(?:bird-kernels|'\.)\[([\w,-]+)\]")
+DOTTED = re.compile(r"`(bird(?:_kernels)?(?:\.\w+)+)`")
 MACHINE_PATH = re.compile(r"(?<![\w.*}-])/(?:home|root|Users|work|mnt|private)/\w|\b[A-Z]:\\")
 # The first line of a block that cannot run here says why, where readers see it.
 NOT_RUN = re.compile(r"# not run by the tests: \w.{10,}\n")
@@ -102,6 +103,33 @@ def test_commands_and_extras_exist(page: Path) -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = {name for names in EXTRA.findall(text) for name in names.split(",")}
     assert [name for name in sorted(extras) if f"\n{name} = [" not in project] == []
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name leads to a module, and what follows stands in it."""
+    first, *rest = name.split(".")
+    place = ROOT / first
+    while rest and (place / rest[0]).is_dir():
+        place /= rest.pop(0)
+    if rest and (place / f"{rest[0]}.py").exists():
+        file = place / f"{rest.pop(0)}.py"
+    elif (place / "__init__.py").exists():
+        file = place / "__init__.py"
+    else:
+        return not rest
+    text = file.read_text(encoding="utf-8")
+    if "from bird_kernels import *" in text:
+        text += (ROOT / "bird_kernels/__init__.py").read_text(encoding="utf-8")
+    return not rest or re.search(rf"\b{rest[0]}\b", text) is not None
+
+
+def test_names_in_documents_and_docstrings_exist(tracked: list[Path]) -> None:
+    wrong = []
+    for path in tracked:
+        if (path.suffix == ".py" and path.parts[0] in PACKAGES) or ROOT / path in PAGES:
+            names = DOTTED.findall((ROOT / path).read_text(encoding="utf-8"))
+            wrong += [f"{path}: {name}" for name in names if not exists(name)]
+    assert wrong == []
 
 
 def test_no_file_names_a_machine(tracked: list[Path]) -> None:

@@ -1,1 +1,1 @@
-"""Language models: preference tuning and weak-to-strong. This wing never imports the one of images."""
+"""Language models: safety by preference, and weak to strong. It knows nothing of the wing of images."""

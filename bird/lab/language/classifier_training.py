@@ -52,7 +52,7 @@ def train_classifier(
         model: is on the device at the end, in eval mode.
         tokenizer: the model's.
         texts: N of them.
-        targets: probabilities ``[N, 2]``: a weak model's, or those of `bird.language.weak_to_strong.certain`.
+        targets: probabilities ``[N, 2]``: a weak model's, or those of `bird.lab.language.weak_labels.certain`.
         training: how long and how. Without dropout micro-batches change nothing but rounding.
         folder: of this run alone.
         guidance: adds a teacher's geometry; None to train on the targets alone. The order of the texts and the start of

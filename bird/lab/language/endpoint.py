@@ -51,7 +51,7 @@ class Endpoint:
         key_variable: the environment variable that holds the key, or None if the server wants none.
         name: in results; empty for the model's.
         template: the question, with ``{prompt}`` and ``{response}``.
-        words: the answers for good and for bad, see `bird.language.verdicts.parse`.
+        words: the answers for good and for bad, see `bird.lab.language.verdicts.parse`.
         cache: a file of answers, JSON lines, for one process at a time; None to keep none.
         per_minute: requests, at most.
         timeout: seconds that the server may be silent.

@@ -223,8 +223,8 @@ def independent(judge: Judge | nn.Module, teacher: nn.Module) -> None:
         teacher: a `bird.teachers.Teacher`, or a network.
 
     Raises:
-        ValueError: it is the same network, or they have matrices in common (`bird.language.networks.shared`): a copy,
-            in whatever precision, or another head on the same body. Also if a network shows no weights.
+        ValueError: it is the same network, or they have matrices in common (`bird.lab.language.weights.shared`): a
+            copy, in whatever precision, or another head on the same body. Also if a network shows no weights.
     """
     network = judge if isinstance(judge, nn.Module) else getattr(judge, "model", None)
     if not isinstance(network, nn.Module):

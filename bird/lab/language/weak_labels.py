@@ -1,6 +1,6 @@
 r"""Weak-to-strong generalization (Burns et al., 2023) with a weak teacher's geometry: the parts of the protocol.
 
-Training rows are cut in two (`bird.language.data.halves`). A weak model learns the first half from true labels
+Training rows are cut in two (`bird.lab.language.data.halves`). A weak model learns the first half from true labels
 (`train_classifier`, on `certain` targets); the second half gets its probabilities (`predict`). A strong student learns
 those, by itself or with BIRD, where the weak model guides as well as it labels, and, for the ceiling, the true ones.
 `recovered` says how much of the gap between the weak model and the ceiling a student has closed.

@@ -19,7 +19,7 @@ from .settings import Training
 
 @dataclass(frozen=True)
 class WeakToStrong(Experiment):
-    """The protocol of `bird.language.weak_to_strong` for every pair of networks, variant, method and seed."""
+    """The protocol of `bird.lab.language.weak_labels` for every pair of networks, variant, method and seed."""
 
     def check(self) -> None:
         """As of `Experiment`; the data too.
