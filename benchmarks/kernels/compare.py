@@ -15,7 +15,7 @@ from typing import NamedTuple
 from benchmarks.kernels import results
 from benchmarks.kernels.providers import OURS
 from benchmarks.kernels.results import Key, Row
-from benchmarks.kernels.tables import markdown
+from benchmarks.rows import markdown
 
 THRESHOLD = 1.1
 
