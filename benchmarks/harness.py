@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from benchmarks.machine import Machine
+from benchmarks.rows import message
 from bird_kernels.clocks import Pool, Take
 
 FEWEST_ROUNDS, FEWEST_SLOW_ROUNDS, MOST_ROUNDS = 5, 3, 200
@@ -160,11 +161,6 @@ def _failed(name: str, error: Exception) -> Entry:
         return Entry(name, "refused", message(error))
     traceback.print_exc()
     return Entry(name, "failed", message(error))
-
-
-def message(error: BaseException) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
 def rounds(once: float, share: float, patience: float) -> int:

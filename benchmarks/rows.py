@@ -78,11 +78,12 @@ def device_name(device: torch.device) -> str:
 
 
 def output(*command: str) -> str:
-    """What a program prints; nothing where it is not there or fails."""
+    """What a program prints that takes seconds at the most; nothing where it is not there or fails."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return ""
+    return done.stdout.strip()
 
 
 def version_of(package: str) -> str:
@@ -151,6 +152,11 @@ def write_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def message(error: BaseException) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
 def slug(name: str) -> str:

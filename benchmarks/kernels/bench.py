@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import rows
-from benchmarks.harness import Entry, message
+from benchmarks.harness import Entry
 from benchmarks.kernels import ceilings, estimates, plots, problems, providers, results, tables
 from benchmarks.kernels.contest import Contest
 from benchmarks.kernels.problems import Case
 from benchmarks.kernels.providers import OURS
 from benchmarks.kernels.results import Row
 from benchmarks.machine import Machine
+from benchmarks.rows import message
 
 MINUTES = 8.0  # a GPU that is lent for ten minutes a call has time for them
 
