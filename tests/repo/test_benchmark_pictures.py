@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,11 @@ def test_the_curves_of_a_picture_are_the_files(path: Path, figures: list[Figure]
             drawn = {key(int(size)): time for size, time in zip(*curve.get_data(), strict=True)}
             assert name == "floor" or drawn == {at: times[at][name] for at in drawn}
             assert name != "auto" or len(drawn) >= 8
+
+
+def test_without_matplotlib_or_rows_there_is_no_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = results.read(PICTURES[0].with_suffix(".csv"))
+    assert plots.draw(rows[:5], tmp_path / "few.png") == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert plots.draw(rows, tmp_path / "none.png") == []
+    assert list(tmp_path.iterdir()) == []
