@@ -204,11 +204,6 @@ def test_what_cannot_be_captured_has_no_row_of_a_graph(monkeypatch: pytest.Monke
 # ---------------------------------------------------------------------------------------------- files
 
 
-def test_a_later_part_replaces_its_own_rows_only() -> None:
-    old, other, new = row(p50=1.0), row("library", 2.0), row(p50=3.0)
-    assert results.merged([old, other], [new]) == [new, other]
-
-
 @pytest.fixture
 def two_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A device with two tiny cases; the folder of its results."""
