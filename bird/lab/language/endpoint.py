@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..lines import Lines
-from .data.texts import Prompt
+from ..stages import Lines
+from .data import Prompt
 from .verdicts import SAFETY, Verdict, fill, paired, parse
 
 _LOG = logging.getLogger(__name__)

@@ -23,8 +23,7 @@ from ..stages import Stage
 from .data import Labelled
 from .models import MODELS, locate
 from .models import load as load_network
-from .recipe import Change, Pair, Recipe
-from .settings import Training
+from .recipe import Change, Pair, Recipe, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +140,7 @@ class Experiment(ABC):
         guidance: Guidance | None = None,
     ) -> dict[str, Any]:
         """A classifier trained in place; its history."""
-        from .weak_labels import train_classifier
+        from .classifiers import train_classifier
 
         return train_classifier(
             model,
