@@ -1,9 +1,9 @@
 """The language models of the tests: a few thousand random weights each, their tokenizers, and what they are given.
 
-All is made in memory, so that a trainer takes a step in milliseconds. `student` and `teacher` differ where real pairs do:
-a decoder that reads bytes and pads with its end of text, as SmolLM2, and an encoder that reads letters and has a token
-of its own for padding. `causal`, `absolute` and `classifier` read words, and have weights so large that the most
-probable token is clear and depends on the prompt.
+All is made in memory; a trainer takes a step in milliseconds. `student` and `teacher` differ where real pairs do: a
+decoder that reads bytes and pads with its end of text, as SmolLM2, and an encoder that reads letters and has a token of
+its own for padding. `causal`, `absolute` and `classifier` read words, and have weights so large that the most probable
+token is clear and depends on the prompt.
 """
 
 from __future__ import annotations
