@@ -96,7 +96,7 @@ def _interval(values: NDArray[np.float64], resamples: int, level: float, seed: i
 def pgr(accuracy: float, baseline: float, ceiling: float) -> float:
     """Performance gap recovered, a share of 1: ``(accuracy - baseline) / (ceiling - baseline)``.
 
-    It is negative where the method is worse than the baseline, and NaN unless the ceiling is above the baseline.
+    NaN where there is no gap.
 
     Args:
         accuracy: of the method.
@@ -104,7 +104,7 @@ def pgr(accuracy: float, baseline: float, ceiling: float) -> float:
         ceiling: of the student that learned from corrupted images, or from true labels.
     """
     gap = ceiling - baseline
-    return (accuracy - baseline) / gap if gap > 0 else math.nan
+    return (accuracy - baseline) / gap if gap else math.nan
 
 
 def difference(values: Sequence[float]) -> str:

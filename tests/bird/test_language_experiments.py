@@ -315,6 +315,12 @@ def test_without_a_gap_no_share_is_told() -> None:
     )
     assert "no gap" in page
     assert numbers["naive"]["gap_recovered"] == [None, None]
+    worse = {seed: {"test": {"right": [0, 0, 1, 1]}} for seed in range(2)}  # a ceiling below the weak model
+    page, numbers = report._weak_to_strong(
+        parse(WEAK, methods=("weak", "naive", "ceiling")), ("tiny", ""), {"weak": one, "naive": one, "ceiling": worse}
+    )
+    assert "no gap" in page
+    assert numbers["naive"]["gap_recovered"] == [None, None]
 
 
 def test_what_bird_adds_to_preferences() -> None:

@@ -1,6 +1,6 @@
 """Experiments with language models as TOML files: preferences, and weak-to-strong.
 
-A file is like those of `bird.recipes`, with ``kind = "preference"`` or ``"weak-to-strong"`` at its head; each part is
+A file is like those of images, with ``kind = "preference"`` or ``"weak-to-strong"`` at its head; each part is
 described at its class. ``[judges.<name>]`` says who judges responses, see `Judging`.
 """
 
@@ -110,7 +110,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Generation:
-    """How held-out prompts are answered: see `bird.language.generation.generate`."""
+    """How held-out prompts are answered: see `bird.lab.language.generation.generate`."""
 
     max_new_tokens: int = 128
     batch_size: int = 32
@@ -121,11 +121,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class Judging:
-    """A judge, never the teacher: see `bird.language.judge`.
+    """A judge, never the teacher: see `bird.lab.language.judges`.
 
     Args:
         kind: one of `JUDGES`; of a "classifier" with two classes, class 1 is good.
-        model: of "classifier" and "language-model" a name as of `bird.language.models.load`; of "endpoint" its own.
+        model: of "classifier" and "language-model" a name as of `bird.lab.language.models.load`; of "endpoint" its own.
         url: of an OpenAI-compatible endpoint.
         key_variable: the environment variable that holds its key.
     """
@@ -145,7 +145,7 @@ class Judging:
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher's network and a student's, names as of `bird.language.models.load`.
+    """A teacher's network and a student's, names as of `bird.lab.language.models.load`.
 
     Args:
         teacher: of preferences the network of a classifier; of weak-to-strong the weak model.

@@ -211,7 +211,7 @@ def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str
         numbers[method] = {"accuracy": values.mean(1).tolist()}
         if whole and method not in ("weak", "ceiling"):
             means = (right[m].mean(1).tolist() for m in (method, "weak", "ceiling"))
-            shares = [pgr(*of_seed) for of_seed in zip(*means, strict=True)]
+            shares = [_recovered(*of_seed) for of_seed in zip(*means, strict=True)]
             interval = _recovered_interval(values, right["weak"], right["ceiling"])
             row += [_of_seeds(shares, least=0), _of_seeds(shares), _interval_text(interval)]
             raw = [None if math.isnan(share) else share for share in shares]
@@ -258,12 +258,17 @@ def _right(of: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
     return np.array([results["test"]["right"] for results in of.values()], dtype=float)
 
 
+def _recovered(strong: float, weak: float, ceiling: float) -> float:
+    """The share of the gap; NaN unless the ceiling is above the weak model."""
+    return pgr(strong, weak, ceiling) if ceiling > weak else math.nan
+
+
 def _recovered_interval(strong: np.ndarray, weak: np.ndarray, ceiling: np.ndarray) -> Interval:
     """Of the gap recovered, mean accuracies over seeds, test rows drawn with replacement."""
     three = np.stack([values.mean(0) for values in (strong, weak, ceiling)])
     draws = np.random.default_rng(0).integers(0, three.shape[1], (2000, three.shape[1]))
-    drawn = [pgr(*means) for means in three[:, draws].mean(2).T.tolist()]
-    whole = pgr(*three.mean(1).tolist())
+    drawn = [_recovered(*means) for means in three[:, draws].mean(2).T.tolist()]
+    whole = _recovered(*three.mean(1).tolist())
     if np.isnan(drawn).mean() > 0.05:
         return Interval(whole, -math.inf, math.inf)  # there may be no gap at all
     low, high = np.nanquantile(drawn, [0.025, 0.975])
