@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-pytest.importorskip("pytest_benchmark", reason="the benchmarks need the bench extra")
 pytest.importorskip("cka", reason="a rival, of the bench extra")
 
 from benchmarks.accuracy import measure

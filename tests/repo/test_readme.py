@@ -59,7 +59,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_readme_shows_what_was_measured() -> None:
-    pytest.importorskip("pytest_benchmark", reason="the benchmarks need the bench extra")
+    pytest.importorskip("cka", reason="the benchmarks need the bench extra")
     from benchmarks import readme
 
     page = README.read_text(encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Language models: safety by preference, and weak to strong. It knows nothing of the wing of images."""
+"""Language models: preferences and weak-to-strong, their data, networks, trainers and judges."""

@@ -1,7 +1,7 @@
 """Recipes of language models run: from a recipe to stages, and to the cells of a table.
 
-As in `bird.lab.vision.experiment`: a stage's folder is named after everything that decides it, so what cells share is
-made once and a killed run goes on where it was. The test prompts and rows are seen by the last stages alone.
+As for images, a stage's folder is named after everything that decides it, so what cells share is made once
+and a killed run goes on where it was. The test prompts and rows are seen by the last stages alone.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from ..stages import Stage
 from .data import Labelled
 from .models import MODELS, locate
 from .models import load as load_network
-from .recipe import Change, Pair, Recipe
-from .settings import Training
+from .recipe import Change, Pair, Recipe, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +140,7 @@ class Experiment(ABC):
         guidance: Guidance | None = None,
     ) -> dict[str, Any]:
         """A classifier trained in place; its history."""
-        from .weak_labels import train_classifier
+        from .classifiers import train_classifier
 
         return train_classifier(
             model,

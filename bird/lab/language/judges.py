@@ -2,7 +2,6 @@
 
     judge = Lexicon()
     verdicts = judge(prompts, responses)         # True, False, or None where the judge could not be understood
-    summary(verdicts, responses)["share"]        # of good responses, among all
     independent(other, teacher)                  # raises where the judge is the teacher
 
 A judge is never the teacher: a student that copies it would be graded by the copied.
@@ -18,10 +17,10 @@ from torch import nn
 
 from ...features import evaluating, unwrap
 from ...teachers import Teacher
-from .data.texts import Prompt
+from .data import Prompt
 from .endpoint import Endpoint
 from .generation import generate
-from .verdicts import SAFETY, Judge, Reading, Verdict, fill, paired, parse, response_only, summary, whole
+from .verdicts import SAFETY, Judge, Reading, Verdict, fill, paired, parse, response_only, whole
 from .weights import shared
 
 __all__ = [
@@ -36,7 +35,6 @@ __all__ = [
     "independent",
     "parse",
     "response_only",
-    "summary",
     "whole",
 ]
 

@@ -30,11 +30,6 @@ class StepTimes:
     teacher: float
     loss: float
 
-    @property
-    def guidance(self) -> float:
-        """The share of teacher and loss in the step, 0-1."""
-        return (self.teacher + self.loss) / self.step
-
 
 def step_times(
     model: nn.Module,
