@@ -213,8 +213,8 @@ def _near_one(
 
 
 def _is_near_one(unit: float) -> bool:
-    """Whether features that this power of two brings to 1 can be summed as they are: not where numbers are denormal."""
-    return 1e-12 < unit < 1e12
+    """Whether features that this power of two brings to 1 can be summed, and fourth powers of them, as they are."""
+    return 1e-3 < unit < 1e3
 
 
 def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:
