@@ -24,16 +24,8 @@ HOUSE = {
         {"__main__"},
         {"lab.cli"},
         {"lab.vision", "lab.language"},  # the two wings
-        {
-            "lab.recipe",
-            "lab.stages",
-            "lab.tables",
-            "lab.statistics",
-            "lab.figures",
-            "lab.tensors",
-            "lab.workers",
-            "lab.lines",
-        },
+        {"lab.recipe", "lab.stages", "lab.tables", "lab.statistics", "lab.figures"},
+        {"lab.tensors"},
         {"lab"},  # what it is
         {"__init__"},
         {"language"},
