@@ -9,16 +9,16 @@ computes the unbiased estimator is compared with the unbiased truth.
 
 from __future__ import annotations
 
-import csv
 import datetime
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks import rows
 from benchmarks.kernels import providers
 from bird_kernels import cka_loss
 
@@ -45,7 +45,8 @@ LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
 }
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One cell of the table, and what it was computed with."""
 
     loss: str
@@ -101,20 +102,13 @@ def measured() -> list[Row]:
 
 def committed() -> list[Row]:
     """The rows of the file."""
-    with RESULTS.open(newline="", encoding="utf-8") as file:
-        return [
-            Row(**{**row, "mean": int(row["mean"]), "error": float(row["error"])})  # type: ignore[arg-type]
-            for row in csv.DictReader(file)
-        ]
+    return rows.read(RESULTS, Row)
 
 
 def main() -> None:
     """Measure and write."""
     torch.set_num_threads(1)
-    with RESULTS.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([f"{cell:.2g}" if isinstance(cell, float) else cell for cell in row] for row in measured())
+    rows.write(RESULTS, [replace(row, error=float(f"{row.error:.2g}")) for row in measured()])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks import harness, rows
+from benchmarks.accuracy import measure as accuracy
 from benchmarks.chunks import measure as chunks
 from benchmarks.harness import Candidate, Entry, Timing, Verdict
 from benchmarks.kernels import layers, results, tokens
@@ -273,8 +274,8 @@ def kind_of(path: Path) -> type:
         return pytest.importorskip("benchmarks.corruptions.throughput").Row
     if path.parent.parent.name == "scale":
         return pytest.importorskip("benchmarks.scale.bench").Row
-    if path.parent.name in ("chunks", "steps"):
-        return {"chunks": chunks, "steps": steps}[path.parent.name].Row
+    if path.parent.name in ("accuracy", "chunks", "steps"):
+        return {"accuracy": accuracy, "chunks": chunks, "steps": steps}[path.parent.name].Row
     return {"layers": layers.Row, "tokens": tokens.Row}.get(path.stem.rpartition("-")[2], results.Row)
 
 
