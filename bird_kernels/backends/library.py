@@ -170,10 +170,10 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
             return None
         if not unbiased:
             sides = _careful(x, y, mask, n, problem, route)
-            near = _is_near_one(sides.scale_x) and _is_near_one(sides.scale_y)
+            near = _is_normal(sides.scale_x) and _is_normal(sides.scale_y)
             return sides if near and 0.0 < sides.kk < math.inf and 0.0 < sides.ll < math.inf else None
         (xs, scale_x, _), (ys, scale_y, _) = (centre(a, mask, n, problem) for a in (x, y))
-        found = plain(xs, ys, n, problem, route) if _is_near_one(scale_x) and _is_near_one(scale_y) else None
+        found = plain(xs, ys, n, problem, route) if _is_normal(scale_x) and _is_normal(scale_y) else None
         return None if found is None else found._replace(scale_x=scale_x, scale_y=scale_y)
     (xs, x_sum), (ys, y_sum) = (subtract_mean(to(a, wide), problem.center) for a in (x, y))
     if unbiased:  # takes row sums of K for zero: n eps |mean| counts
@@ -207,14 +207,14 @@ def _near_one(
     units = power_of_two(x), power_of_two(y)
     if problem.statistic == "gram_mse":  # K - L needs one for both
         units = (lesser(*units),) * 2
-    if all(isinstance(u, float) and _is_near_one(u) for u in units):
+    if all(isinstance(u, float) and 1e-5 < u < 1e5 for u in units):  # fourth powers fit
         return (x, 1.0), (y, 1.0)
     return (x * units[0], units[0]), (y * units[1], units[1])
 
 
-def _is_near_one(unit: float) -> bool:
-    """Whether features that this power of two brings to 1 can be summed, and fourth powers of them, as they are."""
-    return 1e-3 < unit < 1e3
+def _is_normal(unit: float) -> bool:
+    """Whether features that this power of two brings to 1 can be summed as they are: not where numbers are denormal."""
+    return 1e-12 < unit < 1e12
 
 
 def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:
