@@ -91,7 +91,8 @@ def _curves(axes: Axes, lines: list[Line], axis: Callable[[Row], int], title: st
         _curve(axes, points, **style)
     rows = [next(iter(line.values())) for line in lines]
     _curve(axes, [(axis(row), row.floor) for row in rows], label="floor", color="black", linestyle=":")
-    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="median of a call, s", title=title)
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="median of a call, s")
+    axes.set_title(title, fontsize=10)  # or it meets the next panel's
     axes.set_xticks([axis(row) for row in rows], [f"{axis(row):,}" for row in rows], rotation=45, fontsize=7)
     axes.minorticks_off()
     axes.legend(fontsize=7)
