@@ -102,11 +102,7 @@ class BirdLoss(_Guided):
         )
 
     def forward(
-        self,
-        task_loss: Tensor,
-        teacher_features: Features,
-        student_features: Features,
-        mask: Tensor | None = None,
+        self, task_loss: Tensor, teacher_features: Features, student_features: Features, mask: Tensor | None = None
     ) -> Tensor:
         """The weighted sum, a 0-d tensor.
 

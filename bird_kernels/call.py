@@ -55,14 +55,7 @@ def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tenso
     common = options.group is None and options.center and (options.statistic, options.kernel) == ("cka_loss", "linear")
     if not common or options.backend == "reference" or any(ops.watched(*pair) for pair in both):
         return pairs.stack([evaluate(*pair, mask, options, len(both)) for pair in both])
-    tensors: list[Tensor] = []
-    problems: list[Problem] = []
-    rows: Tensor | None = None
-    for pair in both:
-        *two, rows, problem = inputs.prepare(*pair, mask, options)
-        problems.append(problem)
-        tensors += two
-    return pairs.losses(tensors, rows, problems, options.backend)
+    return pairs.losses([inputs.prepare(*pair, mask, options) for pair in both], options.backend)
 
 
 def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: int = 1) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -58,7 +57,7 @@ class Call(NamedTuple):
     route: Route
     backend: str
     auto: bool = False
-    module: ModuleType | None = None
+    module: Any = None
 
 
 _SPEC = "str statistic, str estimator, str route, str backend, str? precision, bool x_grad, bool y_grad, "
@@ -76,21 +75,9 @@ torch.library.define(
 
 
 def _problem(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> Problem:
-    return Problem(
-        n=x.shape[0],
-        p=x.shape[1],
-        q=y.shape[1],
-        dtype=x.dtype,
-        device=x.device,
-        statistic=spec.statistic,
-        estimator=spec.estimator,
-        precision=spec.precision,
-        masked=mask is not None,
-        x_grad=spec.x_grad,
-        y_grad=spec.y_grad,
-        kernel=spec.rbf,
-        center=spec.center,
-    )
+    sizes, asked = (x.shape[0], x.shape[1], y.shape[1]), (spec.statistic, spec.estimator, spec.precision)
+    wanted = mask is not None, spec.x_grad, spec.y_grad
+    return Problem(*sizes, x.dtype, x.device, *asked, *wanted, spec.rbf, spec.center)
 
 
 def _spec(call: Call) -> Spec:
@@ -206,7 +193,6 @@ def backward(
         return (dx if problem.x_grad else None), (dy if problem.y_grad else None)
     while True:
         try:
-            assert call.module is not None
             dx, dy = _run(call.module.backward, grad, x, y, mask, stash, problem, route=call.route)
             return (dx if problem.x_grad else None), (dy if problem.y_grad else None)
         except Exception as error:

@@ -67,11 +67,12 @@ def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
     return vector
 
 
-def losses(tensors: list[Tensor], mask: Tensor | None, problems: list[Problem], requested: str) -> Tensor:
+def losses(pairs: list[tuple[Tensor, Tensor, Tensor | None, Problem]], requested: str) -> Tensor:
     """The statistics of two pairs and more, [L], fp32 (fp64 if any pair has it), by the ``requested`` backend.
 
-    ``tensors`` are x and y of the first pair, of the second, ..., as `inputs.prepare` gives them with their problems.
+    ``pairs`` are what `inputs.prepare` gives of each; they have one mask.
     """
+    tensors, mask, problems = [side for x, y, *_ in pairs for side in (x, y)], pairs[0][2], [pair[3] for pair in pairs]
     calls = _calls(problems, requested)
     if not any(problem.x_grad or problem.y_grad for problem in problems):
         return _forward(calls, mask, tensors)[0]
