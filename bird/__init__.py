@@ -1,27 +1,11 @@
 """BIRD: a teacher's robustness moved into a student by aligning the geometry of their features.
 
-`BirdLoss` is the loss, `Taps` and `Teacher` give it its features, and the operators of `bird_kernels` stand
-beside them for loops of your own. Images, language and pictures load when asked for.
+`BirdLoss` is the loss, `Taps` and `Teacher` give it its features, and the operators of `bird_kernels` stand beside them
+for loops of your own. Trainers for language models are in `bird.language`, the laboratory in `bird.lab`.
 """
 
-from bird_kernels import (
-    RBF,
-    CKALoss,
-    HSICLoss,
-    Plan,
-    Statistics,
-    backend_status,
-    centered_gram,
-    cka,
-    cka_loss,
-    cka_matrix,
-    explain,
-    gram_mse,
-    hsic,
-    last_token,
-    mean_tokens,
-    token_cka_loss,
-)
+import bird_kernels
+from bird_kernels import *  # noqa: F403
 
 from .chunks import chunked_backward
 from .compare import Similarity, compare
@@ -29,29 +13,5 @@ from .losses import BirdLoss, Hints, LwF
 from .taps import Taps
 from .teachers import Teacher
 
-__all__ = [
-    "RBF",
-    "BirdLoss",
-    "CKALoss",
-    "HSICLoss",
-    "Hints",
-    "LwF",
-    "Plan",
-    "Similarity",
-    "Statistics",
-    "Taps",
-    "Teacher",
-    "backend_status",
-    "centered_gram",
-    "chunked_backward",
-    "cka",
-    "cka_loss",
-    "cka_matrix",
-    "compare",
-    "explain",
-    "gram_mse",
-    "hsic",
-    "last_token",
-    "mean_tokens",
-    "token_cka_loss",
-]
+__all__ = ["BirdLoss", "Hints", "LwF", "Similarity", "Taps", "Teacher", "chunked_backward", "compare"]
+__all__ += bird_kernels.__all__

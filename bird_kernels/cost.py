@@ -43,8 +43,8 @@ class Constants(NamedTuple):
     # 128 x 512 in a CUDA graph, are expected to take 25-32 us.
     launch: float = 2.5
     # Estimates: us of the host. A call through C++ and its autograd (18 in all); through Python's; one library
-    # operator with its allocation; one kept Triton launch (4 us with a driver that does nothing, docs/kernels.md); one
-    # CUDA launch from C++.
+    # operator with its allocation; one kept Triton launch (4 us with a driver that does nothing,
+    # docs/explain/kernels.md); one CUDA launch from C++.
     native_call: float = 12.0
     python_call: float = 35.0
     library_launch: float = 8.0

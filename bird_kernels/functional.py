@@ -84,11 +84,11 @@ def cka_loss(
     With ``group`` the gradient is that of the whole batch with respect to this rank's rows, *times the number of
     ranks*: the average over ranks, which DDP and FSDP take, is then the gradient of the whole batch. Who sums gradients
     instead divides the loss by the number of ranks. Merged sums or the rows themselves travel, whichever are fewer
-    bytes (`explain`, docs/scale.md); the backward communicates nothing. Before anything travels the ranks tell each
-    other what they have: one whose arguments are wrong, or different, is an error on every rank; one that never comes
-    is left to the group's timeout. So the host waits for the other hosts, and for the GPU too where the group is NCCL
-    alone (init_process_group() makes one with gloo beside it). A CUDA graph cannot capture that, torch.compile breaks
-    its graph there; torch.func and double backward are refused.
+    bytes (`explain`, docs/explain/scale.md); the backward communicates nothing. Before anything travels the ranks tell
+    each other what they have: one whose arguments are wrong, or different, is an error on every rank; one that never
+    comes is left to the group's timeout. So the host waits for the other hosts, and for the GPU too where the group is
+    NCCL alone (init_process_group() makes one with gloo beside it). A CUDA graph cannot capture that, torch.compile
+    breaks its graph there; torch.func and double backward are refused.
 
     Example:
         >>> loss = 0.1 * task + 0.9 * cka_loss(student_features, teacher_features)

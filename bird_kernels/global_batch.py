@@ -1,4 +1,4 @@
-r"""The statistic of the rows of all ranks of a group, and its gradient; see docs/scale.md.
+r"""The statistic of the rows of all ranks of a group, and its gradient; see docs/explain/scale.md.
 
 Either the sums of each rank's rows travel and are merged, or the rows do and every rank computes the whole
 (`transport`). The gradient of the value v with respect to a rank's own rows x_r needs what has travelled in the forward

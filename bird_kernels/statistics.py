@@ -36,6 +36,9 @@ class Statistics:
     The unbiased estimator keeps its digits where up to a quarter of an update's rows, at most 64 (CUDA 32), are far
     larger than the others, by up to 10^6 times (`gradient`: 10^5): the sums hold fourth powers, in fp64.
 
+    Of features whose squares the sums cannot hold (spread below 1e-13 or above 1e13; in fp64 1e-72 and 1e72) everything
+    is NaN: multiply them by a number first, which changes no CKA.
+
     Args:
         precision: of the fp32 products, as in `bird_kernels.cka_loss`.
     """

@@ -19,6 +19,7 @@ statistic of the whole; and the gradient of a row needs the merged sums and that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -83,8 +84,8 @@ class Sums(NamedTuple):
 def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums:
     """The sums of x [n, p] and y [n, q] of one dtype, mask bool [n] or None; norms if the estimator is "unbiased".
 
-    Products are fp32 (fp64 for fp64, and where rows dominate) and not scaled: features up to 1e12 times a size and down
-    to 1e-12 fit.
+    Products are fp32 (fp64 for fp64, and where rows dominate) and not scaled, so that those of several sets add. What
+    they cannot hold is NaN: features all below 2^-46 (1.4e-14), or up to 2^46 and more; in fp64 2^-240 and 2^240.
     """
     unbiased = problem.estimator == "unbiased"
     if len(x) == 0:
@@ -116,7 +117,17 @@ def _alike(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, look: bo
                 return None
         xx, xy, yy = (self_product(xs.T), mm(ys.T, xs), self_product(ys.T)) if z is None else rows.products(z)
     count = count if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float64, device=x.device)
-    return scaled(Sums(count, mean_x, mean_y, xx, xy, yy, norms), 1.0 / scale_x, 1.0 / scale_y)
+    units = (_unscaled(scale, problem.dtype) for scale in (scale_x, scale_y))
+    return scaled(Sums(count, mean_x, mean_y, xx, xy, yy, norms), *units)
+
+
+def _unscaled(scale: Scalar, dtype: torch.dtype) -> Scalar:
+    """1 / scale, but NaN where the squares of the features would leave the products' range, or their fourth powers
+    that of fp64."""
+    limit = 2.0**240 if dtype == torch.float64 else 2.0**46
+    if isinstance(scale, Tensor):
+        return torch.where((scale >= 1.0 / limit) & (scale <= limit), 1.0 / scale, torch.nan)
+    return 1.0 / scale if 1.0 / limit <= scale <= limit else math.nan
 
 
 def _apart(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums:

@@ -9,29 +9,49 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 from trl import DPOConfig
 
-from bird.lab.language.data import columns
-from bird.lab.language.data.preferences import preferences
-from bird.lab.language.models import load
 from bird.language import BirdDPOTrainer, Guidance  # 1: instead of trl.DPOTrainer
 
+
+def network(kind: Any, name: str | None, tiny: Any) -> tuple[Any, PreTrainedTokenizerFast]:
+    """A network and its tokenizer, by a hub id or a folder; without either a tiny one that reads bytes."""
+    if name is not None:
+        return kind.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    names = ["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = tiny(vocab_size=len(names), bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes)
+    return kind.from_config(config), PreTrainedTokenizerFast(
+        tokenizer_object=tokens, eos_token="<end>", pad_token="<end>", model_max_length=512
+    )
+
+
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument(
-    "--student", default="tiny-llama", help="a causal language model: a hub id, a folder, or tiny-llama"
-)
-parser.add_argument("--teacher", default="tiny-bert", help="a classifier: the same, or tiny-bert")
-parser.add_argument("--pairs", help="preferences in TRL's format: a hub id, a folder or a file (default: a dozen)")
+parser.add_argument("--student", help="a causal language model: a hub id or a folder (default: a tiny one)")
+parser.add_argument("--teacher", help="a classifier: the same")
+parser.add_argument("--pairs", help="preferences in TRL's format: a hub id or a folder (default: a dozen)")
 parser.add_argument("--out", help="where checkpoints go (default: nowhere that stays)")
 options = parser.parse_args()
 
-student, tokenizer = load(options.student, "causal")
-teacher, its_tokenizer = load(options.teacher, "classifier", classes=2)  # 2: who knows what is good
+student, tokenizer = network(AutoModelForCausalLM, options.student, LlamaConfig)
+teacher, its_tokenizer = network(AutoModelForSequenceClassification, options.teacher, BertConfig)  # 2: who knows
 if options.pairs:
-    pairs = Dataset.from_dict(columns(preferences(options.pairs, "train", drop=True)))
+    pairs = load_dataset(options.pairs, split="train")
 else:
     ends = [(" good.", " bad."), (" very good.", " poor."), (" a joy.", " a bore.")]
     pairs = Dataset.from_list(

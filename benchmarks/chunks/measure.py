@@ -4,20 +4,19 @@
 
 The demo's networks (a ResNet of 48 features, guided by a plain network of 96) on random 28 x 28 images in chunks of
 512, made when they are needed, as a loader would. Memory is the process's peak beyond what a step on 16 images has
-needed before, each figure from a process of its own. Times are of one process, in turns.
+needed before, each figure from a process of its own. Times are of one process, in turns; before that the gradient of a
+step in chunks is held to that of the same chunks under one autograd graph.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import os
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,14 +25,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.results import origin
+from benchmarks import harness, rows
+from benchmarks.harness import Candidate, Verdict
+from benchmarks.machine import Machine
 from bird import BirdLoss, Taps, Teacher, chunked_backward
 from bird.lab.vision.models import PlainNet, ResNet
 
 CHUNK = 512
-ROWS = (1024, 4096, 16384, 65536)
-WHOLE_ROWS = (1024, 4096)  # a batch at once: 1.5 GB at 4,096
+PEAKS = {"chunked": (1024, 4096, 16384, 65536), "whole": (1024, 4096)}  # a batch at once: 1.5 GB at 4,096
+WAYS, TIMED = ("chunked", "passes", "whole"), 4096
 RESULTS = Path(__file__).with_name("results.csv")
+TOLERANCE = 1e-3  # of the gradient, relative to its norm
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure; ``rows``: of the batch."""
+
+    what: str
+    way: str
+    rows: int
+    value: float
+    device: str
+    torch: str
+    commit: str
+    date: str
+    load: str
 
 
 class Batch(Sequence[tuple[Tensor, Tensor]]):
@@ -80,6 +97,13 @@ class Step:
         task, rows = self.forward((images, labels))
         self.loss(task, self.teacher(images), rows).backward()
 
+    def joined(self, n: int) -> None:
+        """The truth: all chunks, each normalised by itself, in one graph."""
+        parts = [(*self.forward(chunk), self.guides(chunk)) for chunk in Batch(n)]
+        tasks, rows, guides = zip(*parts, strict=True)
+        sides = ({name: torch.cat([part[name] for part in side]) for name in side[0]} for side in (guides, rows))
+        self.loss(sum(tasks), *sides).backward()
+
     def passes(self, n: int) -> None:
         """Two forwards and one backward of the student, one forward of the teacher."""
         for chunk in Batch(n):
@@ -89,6 +113,12 @@ class Step:
         for chunk in Batch(n):
             task, rows = self.forward(chunk)
             torch.autograd.backward([task, rows["layer3"]], [torch.ones_like(task), torch.ones_like(rows["layer3"])])
+
+    def gradient(self, way: str, n: int) -> Tensor | None:
+        """The student's gradient after such a step; None where it is another: a whole batch is normalised as one."""
+        self.model.zero_grad()
+        getattr(self, way)(n)
+        return torch.cat([p.grad.flatten() for p in self.model.parameters()]) if way in ("chunked", "joined") else None
 
 
 def peak() -> float:
@@ -115,49 +145,45 @@ def _memory(way: str, n: int) -> float:
 
 
 def times(n: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a step on n images, one way after the other in turns."""
+    """Median seconds of a step on n images, one way after the other in turns.
+
+    Raises:
+        ValueError: a step in chunks has a wrong gradient.
+    """
     step = Step()
-    ways: dict[str, Callable[[int], None]] = {"chunked": step.chunked, "passes": step.passes, "whole": step.whole}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        way(2 * CHUNK)
-    for _ in range(repeats):
-        for name, way in ways.items():
-            step.model.zero_grad()
-            start = time.perf_counter()
-            way(n)
-            seconds[name].append(time.perf_counter() - start)
+    truth = step.gradient("joined", n)
+
+    def judge(gradient: Tensor | None) -> Verdict:
+        error = 0.0 if gradient is None else float((gradient - truth).norm() / truth.norm())
+        return Verdict(None if error <= TOLERANCE else f"gradient off by {error:.1e}", gradient_error=error)
+
+    candidates = [Candidate(way, partial(step.gradient, way, n), captured=False) for way in WAYS]
+    entries = list(harness.compete(Machine(torch.device("cpu")), candidates, judge, ["wall"], lambda *_: repeats))
+    wrong = [f"{entry.name}: {entry.why}" for entry in entries if entry.status != "ok"]
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    seconds = {entry.name: entry.seconds["wall"] for entry in entries}
     ours = seconds["chunked"]
     ratios = {f"of {k}": median(a / b for a, b in zip(ours, seconds[k], strict=True)) for k in ("passes", "whole")}
     return {name: median(values) for name, values in seconds.items()} | ratios
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = rows.parser(__doc__)
     parser.add_argument("--repeats", type=int, default=7, help="of each time (default: %(default)s)")
-    parser.add_argument("--save", action="store_true", help=f"write {RESULTS.name} beside this file")
     parser.add_argument("--memory", nargs=2, metavar=("WAY", "ROWS"), help="one figure, of this process")
     options = parser.parse_args()
     if options.memory:
         print(_memory(options.memory[0], int(options.memory[1])))
         return
-    rows: list[dict[str, Any]] = []
-    for way, sizes in (("chunked", ROWS), ("whole", WHOLE_ROWS)):
-        for n in sizes:
-            rows.append({"what": "peak memory, MB", "way": way, "rows": n, "value": round(memory(way, n), 1)})
-            print(rows[-1], flush=True)
     torch.set_num_threads(1)
-    for name, value in times(4096, options.repeats).items():
-        unit = "chunked, in units" if name.startswith("of") else "seconds a step"
-        rows.append({"what": unit, "way": name, "rows": 4096, "value": round(value, 3)})
-        print(rows[-1], flush=True)
-    if options.save:
-        about = asdict(origin(torch.device("cpu")))
-        rows = [row | {name: about[name] for name in ("device", "torch", "commit", "date", "load")} for row in rows]
-        with RESULTS.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    figures = [("peak memory, MB", way, n, memory(way, n)) for way, sizes in PEAKS.items() for n in sizes]
+    for name, value in times(TIMED, options.repeats).items():
+        figures.append(("chunked, in units" if name.startswith("of") else "seconds a step", name, TIMED, value))
+    origin = rows.origin(torch.device("cpu"))
+    about = {name: origin[name] for name in ("device", "torch", "commit", "date", "load")}
+    found = [Row(*figure, **about) for figure in figures]
+    rows.finish(RESULTS, found, rows.page(found), options.save)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from skimage.color import hsv2rgb, rgb2hsv
 from skimage.filters import gaussian
 from skimage.util import random_noise
 
+from bird.lab.vision.corruptions import CORRUPTIONS
 from bird.lab.vision.corruptions.ice import textures
 
 Array = np.ndarray
@@ -259,27 +260,4 @@ def _frost_pictures() -> Array:
     return np.minimum(textures(torch.device("cpu")).numpy()[..., None] * tint, 1)
 
 
-REFERENCE: dict[str, Callable[[Array, int, Random], Array]] = {
-    function.__name__: function
-    for function in (
-        gaussian_noise,
-        shot_noise,
-        impulse_noise,
-        defocus_blur,
-        glass_blur,
-        motion_blur,
-        zoom_blur,
-        snow,
-        frost,
-        fog,
-        brightness,
-        contrast,
-        elastic_transform,
-        pixelate,
-        jpeg_compression,
-        spatter,
-        saturate,
-        speckle_noise,
-        gaussian_blur,
-    )
-}
+REFERENCE: dict[str, Callable[[Array, int, Random], Array]] = {name: globals()[name] for name in CORRUPTIONS}

@@ -1,6 +1,6 @@
 """Every corruption at every severity, on two pictures: a contact sheet.
 
-    python -m benchmarks.corruptions.sheet    # writes docs/corruptions.png
+    python -m benchmarks.corruptions.sheet    # writes docs/lab/corruptions.png
 
 The colour picture is drawn by code; the grey one is a test image of the shipped Fashion-MNIST subset.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from bird.lab.vision.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, SEVERITIES, corrupt
 from bird.lab.vision.data import load_fashion, to_float
 
-PATH = Path(__file__).resolve().parents[2] / "docs" / "corruptions.png"
+PATH = Path(__file__).resolve().parents[2] / "docs/lab/corruptions.png"
 SIDE, SCALE, GAP, LABEL, HEAD = 32, 2, 3, 132, 20
 CELL = SIDE * SCALE + GAP
 

@@ -12,13 +12,11 @@ there, and its time is elapsed time, the device waited for.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -27,9 +25,10 @@ import cv2
 import numpy as np
 import torch
 
+from benchmarks import harness, rows
 from benchmarks.corruptions.reference import REFERENCE
-from benchmarks.kernels.results import Origin, origin, write_text
-from benchmarks.kernels.tables import markdown
+from benchmarks.machine import Machine
+from benchmarks.rows import Origin
 from bird.lab.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bird.lab.vision.data import to_float
 
@@ -37,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row(Origin):
     """One corruption at one severity; seconds per image."""
 
@@ -52,17 +51,14 @@ class Row(Origin):
     ours_two_threads: float | None
 
 
-def measure(batch: int, usual_images: int, rounds: int, device: torch.device) -> list[Row]:
+def measure(batch: int, usual_images: int, turns: int, device: torch.device) -> list[Row]:
     """All corruptions at all severities, in turns."""
     rng = np.random.default_rng(0)
     smooth = [cv2.resize(picture, (32, 32), interpolation=cv2.INTER_CUBIC) for picture in rng.random((batch, 6, 6, 3))]
     images = np.clip(255 * np.stack(smooth) + rng.normal(0, 5, (batch, 32, 32, 3)), 0, 255).astype(np.uint8)
     x, index = to_float(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).to(device), torch.arange(batch)
     cv2.setNumThreads(1)
-    about = asdict(origin(device)) | {"libraries": " ".join(f"{n} {version(n)}" for n in LIBRARIES)}
-    about["device"] = re.sub(r", \d+ threads$", "", about["device"])
-    cases = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
-    seconds: dict[tuple[str, int], list[list[float]]] = {case: [] for case in cases}
+    machine = Machine(device)
 
     def usual(name: str, severity: int) -> None:
         for image in images[:usual_images]:
@@ -70,90 +66,76 @@ def measure(batch: int, usual_images: int, rounds: int, device: torch.device) ->
 
     def ours(name: str, severity: int) -> None:
         corrupt(x, name, severity, index=index)
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize()
+        machine.wait()
 
-    for turn in range(rounds + 1):
-        for case in cases:
-            torch.set_num_threads(1)
-            times = [_time(usual, case, time.process_time) / usual_images]
-            if device.type == "cpu":
-                times.append(_time(ours, case, time.process_time) / batch)
-                torch.set_num_threads(2)
-            times.append(_time(ours, case, time.perf_counter) / batch)
-            if turn > 0:  # the first one fills the tables
-                seconds[case].append(times)
-    middles = {case: [median(way) for way in zip(*times, strict=True)] for case, times in seconds.items()}
-    return [Row(*about.values(), *case, batch, usual_images, rounds, *(*middles[case], None)[:3]) for case in cases]
+    elapsed, processor = time.perf_counter, time.process_time
+    ways = {"usual": (usual, usual_images, 1, processor), "ours": (ours, batch, 1, processor)}
+    if device.type == "cpu":
+        ways["ours_two_threads"] = (ours, batch, 2, elapsed)
+    else:
+        ways["ours"] = (ours, batch, 1, elapsed)
+    cases = [(name, severity) for name in CORRUPTIONS for severity in SEVERITIES]
+    takes = {(case, way): partial(_time, case, *about) for case in cases for way, about in ways.items()}
+    for take in takes.values():
+        take()  # which fills the tables
+    seconds = harness.in_turns(takes, dict.fromkeys(takes, turns))
+    about = rows.origin(device) | {"libraries": " ".join(f"{n} {version(n)}" for n in LIBRARIES)}
+    about |= {"device": re.sub(r", \d+ threads$", "", about["device"])}
+    return [
+        Row(
+            **about, corruption=name, severity=severity, batch=batch, usual_images=usual_images, rounds=turns,
+            **{"ours_two_threads": None} | {way: median(seconds[(name, severity), way]) for way in ways},
+        )
+        for name, severity in cases
+    ]  # fmt: skip
 
 
-def _time(function: Callable[[str, int], None], case: tuple[str, int], clock: Callable[[], float]) -> float:
+def _time(
+    case: tuple[str, int],
+    corrupts: Callable[[str, int], None],
+    images: int,
+    threads: int,
+    clock: Callable[[], float],
+) -> float:
+    """Seconds per image."""
+    torch.set_num_threads(threads)
     start = clock()
-    function(*case)
-    return clock() - start
+    corrupts(*case)
+    return (clock() - start) / images
 
 
 CLOCKS = "processor time with one thread, elapsed time with two, which suffers from the load"
 
 
-def page(rows: list[Row]) -> str:
+def page(found: list[Row]) -> str:
     """Markdown: the sum over the five severities of each corruption, then of all."""
-    heading = ["corruption", "one at a time, µs", "batched, µs", "times as fast", "2 threads, elapsed, µs"]
-    groups = {name: [row for row in rows if row.corruption == name] for name in CORRUPTIONS}
-    groups["all 19"] = rows
-    groups["all but glass_blur"] = [row for row in rows if row.corruption != "glass_blur"]
-    table = [heading]
+    groups = {name: [row for row in found if row.corruption == name] for name in CORRUPTIONS}
+    groups["all 19"] = found
+    groups["all but glass_blur"] = [row for row in found if row.corruption != "glass_blur"]
+    cells = [["corruption", "one at a time, µs", "batched, µs", "times as fast", "2 threads, elapsed, µs"]]
     for name, members in groups.items():
-        usual, ours, two = (
-            sum(getattr(row, way) or 0.0 for row in members) for way in ("usual", "ours", "ours_two_threads")
-        )
-        table.append(
-            [
-                name,
-                f"{1e6 * usual:,.0f}",
-                f"{1e6 * ours:,.0f}",
-                f"{usual / ours:.1f}",
-                f"{1e6 * two:,.0f}" if two else "–",
-            ]
-        )
-    first = rows[0]
+        usual, ours = (1e6 * sum(getattr(row, way) for row in members) for way in ("usual", "ours"))
+        two = 1e6 * sum(row.ours_two_threads or 0.0 for row in members)
+        cells.append([name, f"{usual:,.0f}", f"{ours:,.0f}", f"{usual / ours:.1f}", f"{two:,.0f}" if two else "–"])
+    first = found[0]
     return (
-        "# Corruptions: time per image\n\n"
-        f"Sum over the five severities, 32 x 32 in colour, {first.device}, commit {first.commit}, {first.date},\n"
-        f"load before {first.load}. Medians of {first.rounds} rounds in turns: the usual way on {first.usual_images} "
-        f"pictures, one at a time, and ours\non a batch of {first.batch}: "
-        f"{CLOCKS if first.ours_two_threads else 'elapsed time on the device, one thread for the usual way'}. "
-        f"Python {first.python}, torch {first.torch},\n{first.libraries}.\n\n" + markdown(table)
+        f"{rows.heading('Corruptions: time per image', found)}"
+        f"Sum over the five severities, 32 x 32 in colour. Medians of {first.rounds} rounds in turns: the usual way on "
+        f"{first.usual_images} pictures,\none at a time, and ours on a batch of {first.batch}: "
+        f"{CLOCKS if first.ours_two_threads else 'elapsed time on the device, one thread for the usual way'}.\n"
+        f"{first.libraries}.\n\n{rows.markdown(cells)}"
     )
 
 
-def save(rows: list[Row]) -> Path:
-    """The rows as CSV and the page beside them."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = [column.name for column in fields(Row)]
-    writer.writerow(names)
-    for row in rows:
-        values = [getattr(row, name) for name in names]
-        writer.writerow([f"{value:.4g}" if isinstance(value, float) else value for value in values])
-    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", rows[0].device.lower()).strip("-") + ".csv")
-    write_text(path, text.getvalue())
-    write_text(path.with_suffix(".md"), page(rows))
-    return path
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = rows.parser(__doc__)
     parser.add_argument("--batch", type=int, default=500, help="images of ours at once (default: %(default)s)")
     parser.add_argument("--usual", type=int, default=10, help="images of the usual way (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of ours (default: cpu)")
-    parser.add_argument("--save", action="store_true", help=f"keep the rows in {RESULTS.name}/")
     options = parser.parse_args()
-    rows = measure(options.batch, options.usual, options.rounds, options.device)
-    print(page(rows))
-    if options.save:
-        print(save(rows))
+    found = measure(options.batch, options.usual, options.rounds, options.device)
+    rows.finish(RESULTS / f"{rows.slug(found[0].device)}.csv", found, page(found), options.save)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu.context import Context, Item, Row
-from benchmarks.kernels import timers
+from benchmarks.harness import Timing
 from benchmarks.kernels.problems import fp32_products
 
 # m, n, k of a product [m, k] x [k, n]: a square one, and those that the eleven problems are made of.
@@ -88,11 +88,10 @@ def _timed(
     context: Context, candidate: str, run: Callable[[], object], clock: str = "device", moved: int = 0, flops: int = 0
 ) -> Row:
     """A row with the rate that follows from the bytes moved, or from the operations."""
-    machine = context.machine
-    once = machine.seconds(run)
-    take = machine.host(run, once) if clock == "host" else machine.cold(run, once)
-    timing = timers.Timing.of([take() for _ in range(ROUNDS)])
-    row = {"candidate": candidate, "status": "ok", "timer": clock, **vars(timing)}
+    context.machine.seconds(run)
+    take = context.machine.take(clock, run)
+    timing = Timing.of([take() for _ in range(ROUNDS)])
+    row: Row = {"candidate": candidate, "status": "ok", "timer": clock, **vars(timing)}
     if moved or flops:
         row |= {"rate": (moved or flops) / timing.p50, "unit": "B/s" if moved else "flop/s"}
     return row

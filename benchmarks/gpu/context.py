@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.gpu import lines
+from benchmarks.rows import message
 
 LOST = 75  # the exit status of a process whose device no longer answers; the failure has its row
 
@@ -58,7 +58,7 @@ class Context:
 
 def failure(candidate: str, error: BaseException) -> Row:
     """The row of a candidate that raised."""
-    return {"candidate": candidate, "status": "failed", "message": lines.message(error)}
+    return {"candidate": candidate, "status": "failed", "message": message(error)}
 
 
 def healthy_or_exit(machine: Any) -> None:

@@ -15,10 +15,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import lines
 from benchmarks.gpu.context import Context, Item, Row
 from benchmarks.gpu.machine import Machine
 from benchmarks.kernels.problems import fp32_products
+from benchmarks.rows import message
 from bird_kernels import RBF, cka_loss
 from tests import accuracy
 from tests.accuracy import Result
@@ -123,7 +123,7 @@ def _check(check: Check, context: Context) -> Iterator[Row]:
     except ValueError as error:
         if "cannot run here" not in str(error):
             raise
-        yield about | {"status": "refused", "message": lines.message(error)}
+        yield about | {"status": "refused", "message": message(error)}
 
 
 def judged(check: Check, machine: Machine) -> Row:
@@ -139,7 +139,7 @@ def judged(check: Check, machine: Machine) -> Row:
         try:
             found[name] = holds(check, machine, call)
         except RuntimeError as error:  # a capture that fails, a wait: the other findings are kept
-            found |= {name: False, "message": lines.message(error)}
+            found |= {name: False, "message": message(error)}
     return found
 
 

@@ -53,12 +53,6 @@ def read(path: Path) -> Iterator[dict[str, object]]:
         yield row
 
 
-def message(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:500]
-
-
 def _plain(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.gpu.contest import Candidate, Judge, Verdict
 from benchmarks.gpu.machine import Machine
-from benchmarks.kernels import estimates, measure, providers
+from benchmarks.harness import Candidate, Judge, Verdict
+from benchmarks.kernels import estimates, gate, providers
+from benchmarks.kernels.gate import Result
 from benchmarks.kernels.layers import NETWORKS
 from benchmarks.kernels.layers import Question as Network
-from benchmarks.kernels.measure import Result
 from benchmarks.kernels.problems import Case
 from bird_kernels import plan
 
@@ -112,32 +112,18 @@ def by_hand(case: Case) -> dict[str, providers.Loss]:
     return found
 
 
-def judge_pair(case: Case, x: Tensor, y: Tensor) -> Judge:
-    """The gate of the benchmarks: errors of value and gradient against fp64, which is computed when first needed."""
-    true = cache(lambda: measure.truth(case, x, y))
-
-    def judge(result: object) -> Verdict:
-        assert isinstance(result, Result)
-        errors = measure.errors(result, true())
-        return Verdict(errors.red(estimates.number(case)), errors.value, errors.gradient)
-
-    return judge
-
-
 def _pair(case: Case, machine: Machine) -> tuple[list[Candidate], Judge]:
     x, y = case.features(machine.device)
     losses = {name: ours(name, case) for name in OURS} | by_hand(case)
     if machine.rehearse and (case.dtype != "float32" or case.n > case.p + case.q):
-        del (
-            losses["triton"],
-            losses["native"],
-        )  # emulated they are slow, and the interpreter multiplies bf16 as integers
+        for name in ("triton", "native"):  # emulated they are slow, and the interpreter multiplies bf16 as integers
+            del losses[name]
     waits = {"gram", "authors"} if case.problem == "rbf" else set()  # the median of those that are not zero
     candidates = [
-        Candidate(name, measure.call(loss, x, y, case.backward), captured=name not in waits)
+        Candidate(name, gate.call(loss, x, y, case.backward), captured=name not in waits)
         for name, loss in losses.items()
     ]
-    return candidates + _symmetric(case, x, y), judge_pair(case, x, y)
+    return candidates + _symmetric(case, x, y), gate.judge(case, x, y)
 
 
 def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Candidate]:

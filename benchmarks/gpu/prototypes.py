@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.contest import Candidate, Verdict, compete
+from benchmarks.gpu.contest import compete
 from benchmarks.gpu.context import Context, Item, Row
 from benchmarks.gpu.problems import QUESTIONS, SYMMETRIC, Question
+from benchmarks.harness import Candidate, Verdict
 from benchmarks.kernels.problems import fp32_products
 
 CROSS = ("llm 4096x1024 bf16", "llm 65536x1024 bf16", "llm 16384x4096 bf16", "llm 4096x1024 tf32")

@@ -8,14 +8,13 @@ A problem's time is the replay of a CUDA graph with cold caches, or the device's
 from __future__ import annotations
 
 import argparse
-import csv
-import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import lines
+from benchmarks.rows import beside, duration, markdown, write_cells
 
 Row = dict[str, Any]
 
@@ -49,22 +48,6 @@ def counts(folder: Path) -> dict[str, str]:
     for row in [*rows(folder), *checks(folder), *lines.read(folder / lines.KERNELS)]:
         found.setdefault(str(row["phase"]), Counter())[str(row["status"])] += 1
     return {phase: " ".join(f"{n} {status}" for status, n in c.items()) for phase, c in found.items()}
-
-
-def write_csv(path: Path, found: Iterable[Row]) -> None:
-    """The rows, a column for each of `COLUMNS`, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_text(row.get(name)) for name in COLUMNS] for row in found)
-    os.replace(part, path)
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def seconds(found: Sequence[Row], problem: str) -> dict[str, float]:
@@ -137,10 +120,7 @@ def table(folder: Path) -> str:
     """
     found = [row for row in rows(folder) if row["phase"] in ("times", "rivals") and row.get("problem")]
     problems = list(dict.fromkeys(row["problem"] for row in found))
-    lines_ = [
-        "| problem | design's target (an estimate) | " + " | ".join(CANDIDATES) + " |",
-        "|---" * (len(CANDIDATES) + 2) + "|",
-    ]
+    cells = [["problem", "design's target (an estimate)", *CANDIDATES]]
     for problem in problems:
         times = seconds(found, problem)
         own = [time for name, time in times.items() if name.startswith("symmetric")]
@@ -148,20 +128,13 @@ def table(folder: Path) -> str:
         best = min((times[name] for name in HAND_WRITTEN if name in times), default=None)
         target = next(row["target"] for row in found if row["problem"] == problem)
         why = {row["candidate"]: row["status"] for row in found if row["problem"] == problem}
-        cells = [_cell(times.get(name), best, why.get(name, "")) for name in CANDIDATES]
-        lines_.append(f"| {problem} | {_time(target)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines_) if problems else ""
+        shown = [_cell(times.get(name), best, why.get(name, "")) for name in CANDIDATES]
+        cells.append([problem, duration(target), *shown])
+    return markdown(cells).rstrip() if problems else ""
 
 
 def _cell(time: float | None, best: float | None, why: str) -> str:
-    if time is None:
-        return why or "–"
-    return _time(time) + (f" ({time / best:.2f}×)" if best else "")
-
-
-def _time(seconds: float) -> str:
-    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if seconds >= s), ("us", 1e-6))
-    return f"{seconds / size:.3g} {unit}"
+    return why or "–" if time is None else beside(time, best)
 
 
 def _correct(folder: Path) -> str:
@@ -182,25 +155,25 @@ def _rates(found: Sequence[Row]) -> str:
     chosen = [row for row in found if row["phase"] == "ceilings" and row.get("p50")]
     if not chosen:
         return ""
-    text = "## Ceilings\n\n| what | clock | median | rate |\n|---|---|---|---|"
+    cells = [["what", "clock", "median", "rate"]]
     for row in chosen:
         rate = f"{row['rate'] / 1e12:.3g} T{row['unit']}" if row.get("rate") else ""
-        text += f"\n| {row['item']} | {row['timer']} | {_time(row['p50'])} | {rate} |"
-    return text
+        cells.append([row["item"], row["timer"], duration(row["p50"]), rate])
+    return "## Ceilings\n\n" + markdown(cells).rstrip()
 
 
 def _parts(found: Sequence[Row]) -> str:
     """Prototypes, sweeps and checkers."""
-    text = ""
+    sections = []
     for phase in ("prototypes", "sweep", "checks"):
-        chosen = [row for row in found if row["phase"] == phase and row.get("timer") in (None, *CLOCKS)]
-        if chosen:
-            text += f"\n\n## {phase.capitalize()}\n\n| problem | what | clock | median or status |\n|---|---|---|---|"
-        for row in chosen:
-            time = _time(row["p50"]) if row.get("p50") else f"{row['status']} {row.get('message', '')}"
-            what = row.get("candidate", row["item"])
-            text += f"\n| {row.get('problem', '')} | {what} | {row.get('timer', '')} | {time} |"
-    return text.strip()
+        cells = [["problem", "what", "clock", "median or status"]]
+        for row in found:
+            if row["phase"] == phase and row.get("timer") in (None, *CLOCKS):
+                time = duration(row["p50"]) if row.get("p50") else f"{row['status']} {row.get('message', '')}"
+                cells.append([row.get("problem", ""), row.get("candidate", row["item"]), row.get("timer", ""), time])
+        if len(cells) > 1:
+            sections.append(f"## {phase.capitalize()}\n\n{markdown(cells)}")
+    return "\n".join(sections).strip()
 
 
 def main() -> None:
@@ -213,7 +186,7 @@ def main() -> None:
         raise SystemExit(f"{options.folder} holds no results of ./dev gpu")
     target: Path = options.to or options.folder
     target.mkdir(parents=True, exist_ok=True)
-    write_csv(target / "rows.csv", rows(options.folder))
+    write_cells(target / "rows.csv", [COLUMNS, *([row.get(n) for n in COLUMNS] for row in rows(options.folder))])
     text = page(options.folder)
     (target / "page.md").write_text(text, encoding="utf-8")
     print(text)

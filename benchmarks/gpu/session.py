@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.gpu import lines, read
 from benchmarks.gpu.supervise import Run, Stage
+from benchmarks.rows import output
 
 # Warming is compiling by many processes; correctness begins when the native part is built, or without it.
 STAGES = {
@@ -132,20 +132,10 @@ def smi(query: str) -> str:
     return output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split("\n")[0].strip()
 
 
-def output(*command: str) -> str:
-    """The output of a command that takes seconds at the most; empty where it fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-    return ""
-
-
 def sources() -> str:
     """A digest of the sources: a machine that has no git still says what it ran."""
     digest = hashlib.sha256()
-    for folder, pattern in (("bird_kernels", "*.py"), ("csrc", "*"), ("benchmarks/gpu", "*.py")):
+    for folder, pattern in (("bird_kernels", "*.py"), ("csrc", "*"), ("benchmarks", "*.py")):
         for path in sorted((lines.ROOT / folder).rglob(pattern)):
             if path.is_file():
                 digest.update(path.relative_to(lines.ROOT).as_posix().encode() + b"\0" + path.read_bytes())

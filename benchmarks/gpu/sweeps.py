@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
-from benchmarks.gpu.contest import Candidate, Judge, compete
+from benchmarks.gpu.contest import compete
 from benchmarks.gpu.context import Context, Item, Row, failure
 from benchmarks.gpu.problems import Question, questions
+from benchmarks.harness import Candidate, Judge
 from benchmarks.kernels.problems import fp32_products
 
 # A question by its place among the eleven, and the backend whose kernels it launches.

@@ -14,10 +14,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import correctness
-from benchmarks.gpu.contest import Candidate, compete
+from benchmarks.gpu.contest import compete
 from benchmarks.gpu.context import Context, Item, Row, failure
-from benchmarks.gpu.problems import Question, judge_pair, questions
-from benchmarks.kernels import measure, providers
+from benchmarks.gpu.problems import Question, questions
+from benchmarks.harness import Candidate
+from benchmarks.kernels import gate, providers
 from benchmarks.kernels.problems import fp32_products
 
 # What torch.compile is asked: the paper's batch, a read-bound and two large ones.
@@ -130,7 +131,7 @@ def _rival(question: Question, context: Context) -> Iterator[Row]:
     x, y = case.features(machine.device)
     with fp32_products(case.precision):
         start = time.perf_counter()
-        run = measure.call(loss, x, y, case.backward)
+        run = gate.call(loss, x, y, case.backward)
         context.step("compiled")
         try:
             run()
@@ -139,5 +140,5 @@ def _rival(question: Question, context: Context) -> Iterator[Row]:
             yield question.about | failure("compiled", error)
             return
         about = question.about | {"compile_seconds": time.perf_counter() - start}
-        for row in compete(context, [Candidate("compiled", run)], judge_pair(case, x, y), context.share()):
+        for row in compete(context, [Candidate("compiled", run)], gate.judge(case, x, y), context.share()):
             yield about | row

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu import bare, lines
-from benchmarks.gpu.context import Context, Item, Row, failure, healthy_or_exit
+from benchmarks.gpu.context import Context, Item, Phase, Row, failure, healthy_or_exit
 
 
 def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
     """Go through the phases of ``plan``, each until its time, from the item that ``options.at`` says."""
     from benchmarks.gpu.machine import Machine
-    from benchmarks.gpu.phases import PHASES
 
+    phases = _phases()
     machine = Machine(options.rehearse)
     origin = machine.origin()
 
@@ -36,7 +36,7 @@ def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Name
     context = Context(machine, report)
     at = options.at
     for name, until in plan:
-        phase = PHASES[name]
+        phase = phases[name]
         context.until = until
         items = list(phase.items(context))[options.part :: options.parts]
         for index, item in list(enumerate(items))[at:]:
@@ -51,6 +51,24 @@ def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Name
             _do(folder / phase.file, item, context, origin | row)
         at = 0
     report({"finished": True})
+
+
+def _phases() -> dict[str, Phase]:
+    """The phases by name; imported late, because a rehearsal hides packages before torch is imported."""
+    from benchmarks.gpu import ceilings, correctness, prototypes, sweeps, times
+
+    return {
+        "warm": Phase(times.warm_items, lines.EVENTS),
+        "ceilings": Phase(ceilings.items, lines.ROWS),
+        "correctness": Phase(correctness.items, lines.CHECKS),
+        "times": Phase(times.items, lines.ROWS),
+        "prototypes": Phase(prototypes.items, lines.ROWS),
+        "profiles": Phase(times.profile_items, lines.KERNELS),
+        "rivals": Phase(times.rival_items, lines.ROWS),
+        # Of `benchmarks.gpu.sweep`:
+        "precompile": Phase(sweeps.warm_items, lines.SWEEP),
+        "sweep": Phase(sweeps.items, lines.SWEEP),
+    }
 
 
 def _do(file: Path, item: Item, context: Context, about: Row) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 
 import torch
 
 from benchmarks.kernels.estimates import Ceilings
 from benchmarks.kernels.problems import fp32_products
+from benchmarks.machine import Machine
 
 # Bytes read and written. On a GPU past its cache, which is cold when a call is timed; a CPU's is warm.
 COPIED = {"cuda": (2**31,), "cpu": (2**18, 2**20, 2**22, 2**24, 2**26, 2**29)}
@@ -42,13 +42,5 @@ def _products(device: torch.device, number: str) -> float:
 
 def _fastest(device: torch.device, call: Callable[[], object]) -> float:
     """Seconds of the fastest of a few calls, the first of which does not count."""
-    seconds = []
-    for _ in range(REPEATS + 1):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+    machine = Machine(device)
+    return min([machine.seconds(call) for _ in range(REPEATS + 1)][1:])

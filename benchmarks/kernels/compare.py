@@ -10,64 +10,49 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from statistics import geometric_mean
 
 from benchmarks.kernels import results
 from benchmarks.kernels.providers import OURS
 from benchmarks.kernels.results import Key, Row
-from benchmarks.kernels.tables import markdown
+from benchmarks.rows import markdown
 
 THRESHOLD = 1.1
 
 
-class Change(NamedTuple):
-    """One measurement before and after; ``ratio`` above 1 is slower, None where one of the two has no time."""
-
-    before: Row
-    after: Row
-
-    @property
-    def ratio(self) -> float | None:
-        """Median after over median before."""
-        old, new = self.before.p50, self.after.p50
-        return None if old is None or new is None else new / old
-
-    def regressed(self, threshold: float = THRESHOLD) -> bool:
-        """Whether ours is slower beyond threshold and noise, or has turned red."""
-        if self.after.provider not in OURS:
-            return False
-        before, after = self.before, self.after
-        if before.p50 is None or before.p80 is None:
-            return False
-        if after.p50 is None or after.p20 is None:
-            return True
-        return after.p50 > threshold * before.p50 and after.p20 > before.p80
+def ratio(before: Row, after: Row) -> float | None:
+    """Median after over median before, above 1 is slower; None where one of the two has no time."""
+    return None if before.p50 is None or after.p50 is None else after.p50 / before.p50
 
 
-def changes(before: Sequence[Row], after: Sequence[Row]) -> tuple[list[Change], list[Key], list[Key]]:
-    """What both have, the keys that are gone, and the keys that are new."""
-    old, new = {row.key: row for row in before}, {row.key: row for row in after}
-    both = [Change(old[key], new[key]) for key in old if key in new]
-    return both, [key for key in old if key not in new], [key for key in new if key not in old]
+def regressed(before: Row, after: Row, threshold: float = THRESHOLD) -> bool:
+    """Whether ours is slower beyond threshold and noise, or has turned red."""
+    if after.provider not in OURS or before.p50 is None or before.p80 is None:
+        return False
+    if after.p50 is None or after.p20 is None:
+        return True
+    return after.p50 > threshold * before.p50 and after.p20 > before.p80
 
 
 def report(before: Sequence[Row], after: Sequence[Row], threshold: float = THRESHOLD) -> tuple[str, int]:
     """The text, and how many regressions it lists."""
-    both, gone, new = changes(before, after)
+    old, new = {row.key: row for row in before}, {row.key: row for row in after}
+    both = [(old[key], new[key]) for key in old if key in new]
     cells = [["case", "before", "after", "ratio", ""]]
-    for change in sorted(both, key=lambda change: -(change.ratio or math.inf)):
-        mark = "REGRESSION" if change.regressed(threshold) else ""
-        ratio = "–" if change.ratio is None else f"{change.ratio:.2f}"
-        cells.append([_name(change.after.key), _time(change.before), _time(change.after), ratio, mark])
+    for pair in sorted(both, key=lambda pair: -(ratio(*pair) or math.inf)):
+        mark = "REGRESSION" if regressed(*pair, threshold) else ""
+        found = ratio(*pair)
+        cells.append([_name(pair[0].key), *map(_time, pair), "–" if found is None else f"{found:.2f}", mark])
     means = [["provider", "rows", "ratio, geometric mean"]]
-    for name in dict.fromkeys(change.after.provider for change in both):
-        logs = [math.log(c.ratio) for c in both if c.after.provider == name and c.ratio is not None]
-        if logs:
-            means.append([name, str(len(logs)), f"{math.exp(sum(logs) / len(logs)):.3f}"])
-    count = sum(change.regressed(threshold) for change in both)
+    for name in dict.fromkeys(row.provider for _, row in both):
+        ratios = [found for pair in both if pair[1].provider == name and (found := ratio(*pair)) is not None]
+        if ratios:
+            means.append([name, str(len(ratios)), f"{geometric_mean(ratios):.3f}"])
+    count = sum(regressed(*pair, threshold) for pair in both)
     lines = [
         f"before: {_origin(before)}", f"after:  {_origin(after)}", "", markdown(cells), markdown(means),
-        *(f"gone: {_name(key)}" for key in gone), *(f"new: {_name(key)}" for key in new),
+        *(f"gone: {_name(key)}" for key in old if key not in new),
+        *(f"new: {_name(key)}" for key in new if key not in old),
         f"{count} regressions of ours in {len(both)} rows that both have",
     ]  # fmt: skip
     return "\n".join(lines), count

@@ -8,18 +8,17 @@ Two ResNets' pooled activations: a layer is as wide as a convolution has channel
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.kernels import providers, results, versus
-from benchmarks.kernels.results import Origin
-from benchmarks.kernels.versus import Answer
+from benchmarks.kernels import providers
+from benchmarks.kernels.versus import Answer, Benchmark, Calls, Finish
+from benchmarks.rows import Origin
 
 NETWORKS = {
     "ResNet18": [64] * 5 + [128] * 4 + [256] * 4 + [512] * 4 + [1000],
@@ -58,23 +57,21 @@ class Question:
             layers.append(layer.add_(self.mean * layer.std()))
         return layers
 
+    def contest(self, device: torch.device) -> tuple[Calls, Answer]:
+        """The calls by provider, and the truth in fp64."""
+        xs = self.layers(1, device)
+        ys = xs if self.what == "matrix, itself" else self.layers(2, device)
+        calls = PAIRS if self.what == "pairs" else MATRIX
+        if self.network == "ResNet50":
+            calls = {name: call for name, call in calls.items() if name != "loop of cka"}  # 2500 calls
+        exact = [[x.double() for x in side] for side in (xs, ys)]
+        truth = _each(providers.gram)(*exact) if self.what == "pairs" else literal_matrix(xs, ys)
+        return {name: partial(call, xs, ys) for name, call in calls.items()}, truth
 
-@dataclass(frozen=True)
-class Row(Origin):
-    """One measurement, see `versus.Finish`."""
 
-    what: str
-    network: str
-    n: int
-    mean: float
-    provider: str
-    red: str
-    error: float
-    p20: float | None
-    p50: float | None
-    p80: float | None
-    rounds: int | None
-    peak_memory: int
+@dataclass(frozen=True, kw_only=True)
+class Row(Finish, Question, Origin):
+    """One measurement."""
 
 
 def ours(xs: Layers, ys: Layers) -> Answer:
@@ -138,64 +135,11 @@ QUESTIONS = [
 ]
 
 
-def ask(question: Question, device: torch.device, origin: Origin) -> list[Row]:
-    """Every provider past the gate, then timed in turns."""
-    xs = question.layers(1, device)
-    ys = xs if question.what == "matrix, itself" else question.layers(2, device)
-    calls = PAIRS if question.what == "pairs" else MATRIX
-    if question.network == "ResNet50":
-        calls = {name: call for name, call in calls.items() if name != "loop of cka"}  # 2500 calls
-    exact = [[x.double() for x in side] for side in (xs, ys)]
-    truth = _each(providers.gram)(*exact) if question.what == "pairs" else literal_matrix(xs, ys)
-    finishes = versus.compete({name: partial(call, xs, ys) for name, call in calls.items()}, truth, device, TOLERANCE)
-    about = asdict(origin) | asdict(question)
-    return [Row(**about, provider=name, **asdict(finish)) for name, finish in finishes.items()]
-
-
-def page(rows: Sequence[Row]) -> str:
-    """Markdown: the origin, then a line for each row."""
-    text = versus.heading("Many layers at once", rows[0]) + (
-        "Median of a call, and in brackets how many times the first provider's; fp32, unbiased (pairs: biased, "
-        "forward and\nbackward). Errors against fp64; memory beyond the inputs, result included.\n\n"
-        "| question | network | layers | n | mean/std | provider | time | error | memory, MiB |\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
-    )
-    first: Row | None = None
-    for row in rows:
-        if first is None or (first.what, first.network, first.n, first.mean) != (
-            row.what,
-            row.network,
-            row.n,
-            row.mean,
-        ):
-            first = row
-        time = versus.time_beside(row.p50, row.red, first.p50)
-        text += (
-            f"| {row.what} | {row.network} | {len(NETWORKS[row.network])} | {row.n} | {row.mean:g} | {row.provider} "
-            f"| {time} | {row.error:.1e} | {row.peak_memory / 2**20:.0f} |\n"
-        )
-    return text
-
-
-def main() -> None:
-    """Ask everything, print the page, and keep it if asked to."""
-    parser = argparse.ArgumentParser(description="cka_matrix and lists of pairs beside their rivals")
-    parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/kernels/results/")
-    parser.add_argument("--only", default="", help="questions whose name holds this: 'matrix', 'pairs', 'ResNet18'")
-    parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    origin = results.origin(device)
-    rows: list[Row] = []
-    for question in QUESTIONS:
-        if options.only in f"{question.what} {question.network}":
-            rows += ask(question, device, origin)
-    print(page(rows))
-    if options.save:
-        versus.save("layers", rows, page(rows))
+LAYERS = Benchmark("layers", QUESTIONS, Row, TOLERANCE, """\
+Median of a call, and in brackets how many times the first provider's; fp32, unbiased (pairs: biased, forward and
+backward). The mean is in units of the spread. Errors against fp64; memory beyond the inputs, result included.
+""")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    LAYERS.main(__doc__)

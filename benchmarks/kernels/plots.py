@@ -17,26 +17,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = {provider.name: f"C{index}" for index, provider in enumerate(PROVIDERS)}  # one in every panel
-MODE, ESTIMATOR = "forward+backward", "biased"
+Alike = tuple[str, ...]  # what the rows of a panel agree in
 
 
 def draw(rows: Iterable[Row], path: Path) -> list[Path]:
-    """One picture: three panels for each number and timer that has enough rows. None without matplotlib."""
-    panels: dict[tuple[str, str, str], list[Line]] = {}
-    for line in _lines(rows):
-        row = next(iter(line.values()))
-        panels.setdefault((row.dtype, row.precision, row.timer), []).append(line)
-    panels = {key: lines for key, lines in panels.items() if len(_swept(lines, _n)) > 2 and len(_swept(lines, _d)) > 2}
+    """One picture: three panels for each kind of row that there is enough of. None without matplotlib."""
+    panels = {
+        alike: list(lines.values())
+        for alike, lines in _panels(rows).items()
+        if all(len(_swept(list(lines.values()), axis)) > 2 for axis in (_n, _d))
+    }
     if not panels or importlib.util.find_spec("matplotlib") is None:
         return []
     from matplotlib.figure import Figure  # and not pyplot: no window, no state
 
-    figure = Figure(figsize=(15, 4.2 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(15, 4.4 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 3, squeeze=False)
-    for ((dtype, precision, timer), lines), (over_n, over_d, speed_up) in zip(panels.items(), axes, strict=True):
-        name = f"{dtype} {precision}".strip() + f", {timer}"
-        _curves(over_n, _swept(lines, _n), _n, f"{name}: batch, d = {_common(_swept(lines, _n), _d)}", "n")
-        _curves(over_d, _swept(lines, _d), _d, f"{name}: width, n = {_common(_swept(lines, _d), _n)}", "d")
+    for (alike, lines), (over_n, over_d, speed_up) in zip(panels.items(), axes, strict=True):
+        name = ", ".join(filter(None, alike[1:]))
+        _curves(over_n, _swept(lines, _n), _n, f"batch, d = {_common(_swept(lines, _n), _d)}\n{name}", "n")
+        _curves(over_d, _swept(lines, _d), _d, f"width, n = {_common(_swept(lines, _d), _n)}\n{name}", "d")
         _speed_up(speed_up, lines)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, format="png", dpi=80)
@@ -44,13 +44,20 @@ def draw(rows: Iterable[Row], path: Path) -> list[Path]:
     return [path]
 
 
-def _lines(rows: Iterable[Row]) -> list[Line]:
-    """Rows of one question by provider; equal widths, since the axes show one."""
-    lines: dict[object, Line] = {}
+def _panels(rows: Iterable[Row]) -> dict[Alike, dict[tuple[int, int], Line]]:
+    """Rows that agree in everything that is no axis, by n and d; equal widths, since the axes show one.
+
+    Where two problems have a case of the same sizes, the first one's rows are shown: they were measured in turns.
+    """
+    found: dict[Alike, dict[tuple[int, int], Line]] = {}
     for row in rows:
-        if row.mode == MODE and row.estimator == ESTIMATOR and row.p == row.q:
-            lines.setdefault(row.question, {})[row.provider] = row
-    return list(lines.values())
+        kernel = "Gaussian" if row.problem == "rbf" else "linear"
+        alike = row.device, kernel, row.estimator, row.mode, row.dtype, row.precision, row.timer
+        if row.p == row.q:
+            line = found.setdefault(alike, {}).setdefault((row.n, row.p), {})
+            if all(other.problem == row.problem for other in line.values()):
+                line[row.provider] = row
+    return found
 
 
 def _n(row: Row) -> int:

@@ -141,13 +141,13 @@ def _ours(backend: str, case: Case, capture: bool) -> Loss:
 class Provider:
     """A way to the loss: ``build(case, capture)`` gives the function, one that a CUDA graph can capture if need be.
 
-    ``ours`` must never be wrong. ``own_graphs``: on CUDA it is built with graphs of its own unless it is captured.
+    ``ours`` must never be wrong. ``compiles``: on CUDA it has graphs of its own unless it is captured.
     """
 
     name: str
     build: Callable[[Case, bool], Loss]
     ours: bool = False
-    own_graphs: bool = False
+    compiles: bool = False
 
     def why_not(self, case: Case, device: torch.device) -> str | None:
         """The reason that this provider has no part in a case, or None."""
@@ -181,7 +181,7 @@ PROVIDERS = (
     Provider("fp64", partial(_hand_written, fp64)),
     Provider("gram", partial(_hand_written, gram)),
     Provider("feature", partial(_hand_written, feature)),
-    Provider("compiled", _compiled, own_graphs=True),
+    Provider("compiled", _compiled, compiles=True),
     Provider("pytorch-cka", _pytorch_cka),
     *(Provider(name, partial(_ours, name), ours=True) for name in ("library", "triton", "native", "auto")),
 )

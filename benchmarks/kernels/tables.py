@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.kernels.providers import HAND_WRITTEN, OURS, PROVIDERS
 from benchmarks.kernels.results import Row
+from benchmarks.rows import beside, duration, heading, markdown
 
 BASE = "auto"  # what a user of the package gets; everything is compared with it
 TIMERS = {
@@ -27,7 +28,7 @@ def page(rows: Sequence[Row]) -> str:
     for row in rows:
         title = row.timer, row.mode, row.dtype, row.precision, row.estimator
         sections.setdefault(title, {}).setdefault(row.question, {})[row.provider] = row
-    parts = ["# Kernel benchmarks\n", _origin(rows), EXPLANATION]
+    parts = [heading("Kernel benchmarks", rows) + EXPLANATION]
     parts += [_section(*title, list(lines.values())) for title, lines in sections.items()]
     return "\n".join(parts)
 
@@ -40,28 +41,17 @@ memory includes the gradient.
 """
 
 
-def _origin(rows: Iterable[Row]) -> str:
-    """What all rows share, and where they differ every value."""
-    text = ""
-    rows = list(rows)
-    for name in ("device", "driver", "torch", "triton", "python", "commit", "date", "load", "omp_wait_policy"):
-        values = dict.fromkeys(str(getattr(row, name)) for row in rows)
-        if any(values):
-            text += f"- {name.replace('_', ' ')}: {', '.join(value or 'not set' for value in values)}\n"
-    return text
-
-
 def _section(timer: str, mode: str, dtype: str, precision: str, estimator: str, lines: list[Line]) -> str:
     names = [p.name for p in PROVIDERS if any(p.name in line for line in lines)]
     title = f"## {mode}, {' '.join(filter(None, (dtype, precision)))}, {estimator}: {TIMERS[timer].lower()}\n"
     columns: list[tuple[str, Callable[[Line], str]]] = [(name, _cell(name)) for name in names]
     if set(HAND_WRITTEN) <= set(names):
         columns.append(("hand-written", _best_by_hand))
-    columns.append(("floor", lambda line: _time(_any(line).floor)))
+    columns.append(("floor", lambda line: duration(_any(line).floor)))
     text = f"{title}\n{_table(lines, columns)}"
-    for heading, column, show in DETAILS:
+    for what, column, show in DETAILS:
         if any(getattr(row, column) is not None for line in lines for row in line.values()):
-            text += f"\n{heading}.\n\n{_table(lines, [(name, _detail(name, column, show)) for name in names])}"
+            text += f"\n{what}.\n\n{_table(lines, [(name, _detail(name, column, show)) for name in names])}"
     return text
 
 
@@ -91,17 +81,7 @@ def _best_by_hand(line: Line) -> str:
 
 
 def _compared(seconds: float, line: Line) -> str:
-    base = line[BASE].p50 if BASE in line else None
-    return _time(seconds) if base is None else f"{_time(seconds)} ({seconds / base:.2f}×)"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+    return beside(seconds, line[BASE].p50 if BASE in line else None)
 
 
 def _detail(name: str, column: str, show: Callable[[int], str]) -> Callable[[Line], str]:
@@ -122,13 +102,3 @@ def _table(lines: list[Line], columns: Sequence[tuple[str, Callable[[Line], str]
         row = _any(line)
         cells.append([row.problem, str(row.n), str(row.p), str(row.q), *(cell(line) for _, cell in columns)])
     return markdown(cells)
-
-
-def markdown(cells: list[list[str]]) -> str:
-    """A table whose first row is the heading, its columns aligned in the source too."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"

@@ -6,18 +6,17 @@ python -m benchmarks.kernels.tokens --save     and keeps the rows in results/<de
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.kernels import providers, results, versus
-from benchmarks.kernels.results import Origin
-from benchmarks.kernels.versus import Answer
+from benchmarks.kernels import providers
+from benchmarks.kernels.versus import Answer, Benchmark, Calls, Finish
+from benchmarks.rows import Origin
 
 TOLERANCE = 1e-4
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student [B, T, p], teacher [B, T, q], mask [B, T]
@@ -45,24 +44,24 @@ class Question:
         lengths = torch.randint(self.T // 2, self.T + 1, (self.B, 1), generator=generator, device=device)
         return x, y, torch.arange(self.T, device=device) < lengths
 
+    def contest(self, device: torch.device) -> tuple[Calls, Answer]:
+        """The calls by provider, forward and backward, and the truth: the hand-written form in fp64."""
+        x, y, mask = self.batch(device)
 
-@dataclass(frozen=True)
-class Row(Origin):
-    """One measurement, see `versus.Finish`."""
+        def answer(loss: Loss, x: Tensor, y: Tensor) -> Answer:
+            student = x.detach().requires_grad_()
+            value = loss(student, y, mask)
+            return value.detach(), *torch.autograd.grad(value, student)
 
-    tokens: str
-    B: int
-    T: int
-    p: int
-    q: int
-    provider: str
-    red: str
-    error: float
-    p20: float | None
-    p50: float | None
-    p80: float | None
-    rounds: int | None
-    peak_memory: int
+        calls = CALLS[self.tokens]
+        literal = next(loss for name, loss in calls.items() if name.startswith("hand-written"))
+        truth = answer(literal, x.double(), y.double())
+        return {name: partial(answer, loss, x, y) for name, loss in calls.items()}, truth
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Finish, Question, Origin):
+    """One measurement."""
 
 
 def _rows(loss: Callable[[Tensor, Tensor], Tensor]) -> Loss:
@@ -113,56 +112,11 @@ QUESTIONS = [
 ]
 
 
-def ask(question: Question, device: torch.device, origin: Origin) -> list[Row]:
-    """Every provider past the gate, then timed in turns, forward and backward."""
-    x, y, mask = question.batch(device)
-
-    def answer(loss: Loss, x: Tensor, y: Tensor) -> Answer:
-        student = x.detach().requires_grad_()
-        value = loss(student, y, mask)
-        return value.detach(), *torch.autograd.grad(value, student)
-
-    calls = CALLS[question.tokens]
-    literal = next(loss for name, loss in calls.items() if name.startswith("hand-written"))
-    truth = answer(literal, x.double(), y.double())
-    competing = {name: partial(answer, loss, x, y) for name, loss in calls.items()}
-    finishes = versus.compete(competing, truth, device, TOLERANCE)
-    about = asdict(origin) | asdict(question)
-    return [Row(**about, provider=name, **asdict(finish)) for name, finish in finishes.items()]
-
-
-def page(rows: Sequence[Row]) -> str:
-    """Markdown: the origin, then a line for each row."""
-    text = versus.heading("Tokens", rows[0]) + (
-        "Median of forward and backward, and in brackets how many times that of `token_cka_loss`; fp32, biased, half\n"
-        "to all of T tokens valid. Errors of value and gradient against fp64; memory beyond the inputs, result in.\n\n"
-        "| tokens | B | T | p, q | provider | time | error | memory, MiB |\n|---|---|---|---|---|---|---|---|\n"
-    )
-    first = {(row.tokens, row.B, row.T): row for row in reversed(rows)}
-    for row in rows:
-        time = versus.time_beside(row.p50, row.red, first[row.tokens, row.B, row.T].p50)
-        text += (
-            f"| {row.tokens} | {row.B} | {row.T} | {row.p}, {row.q} | {row.provider} | {time} | {row.error:.1e} "
-            f"| {row.peak_memory / 2**20:.0f} |\n"
-        )
-    return text
-
-
-def main() -> None:
-    """Ask everything, print the page, and keep it if asked to."""
-    parser = argparse.ArgumentParser(description="token_cka_loss beside what users could write instead")
-    parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/kernels/results/")
-    parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    origin = results.origin(device)
-    rows = [row for question in QUESTIONS for row in ask(question, device, origin)]
-    print(page(rows))
-    if options.save:
-        versus.save("tokens", rows, page(rows))
+TOKENS = Benchmark("tokens", QUESTIONS, Row, TOLERANCE, """\
+Median of forward and backward, and in brackets how many times that of `token_cka_loss`; fp32, biased, half to all of T
+tokens valid. Errors of value and gradient against fp64; memory beyond the inputs, result included.
+""")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    TOKENS.main(__doc__)

@@ -1,60 +1,113 @@
-"""Some calls beside each other: the gate for each, then their times, in turns. What the small benchmarks share."""
+"""A few calls beside each other for each of some questions: what the benchmarks of layers and of tokens share."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import measure, results, timers
-from benchmarks.kernels.results import Origin
+from benchmarks import harness, rows
+from benchmarks.harness import Candidate, Timing, Verdict
+from benchmarks.machine import Machine
 
+RESULTS = Path(__file__).parent / "results"
 SHARE, PATIENCE = 3.0, 12.0  # seconds of measuring for one call, and the most that few rounds may take
 
 Answer = tuple[Tensor, ...]  # what is compared with the truth: a matrix, or a loss and its gradients
+Calls = dict[str, Callable[[], Answer]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finish:
     """What came out for one call: seconds, bytes beyond the inputs, largest error; a ``red`` one has no time."""
 
+    provider: str
     red: str
-    error: float
+    error: float | None
     p20: float | None
     p50: float | None
     p80: float | None
     rounds: int | None
-    peak_memory: int
+    peak_memory: int | None
 
 
-def compete(
-    calls: dict[str, Callable[[], Answer]], truth: Answer, device: torch.device, tolerance: float
-) -> dict[str, Finish]:
-    """Every call past the gate, then those that are right timed in turns."""
-    takes: dict[str, timers.Take] = {}
-    rounds: dict[str, int] = {}
-    gate: dict[str, tuple[str, float, int]] = {}
-    for name, call in calls.items():
-        start = measure.clock(device)
-        call()
-        once = measure.clock(device) - start
-        answer, memory = measure.watched(call, device)  # type: ignore[arg-type]
-        error = max(_distance(got, true) for got, true in zip(answer, truth, strict=True))
-        gate[name] = "" if error <= tolerance else f"off by {error:.1e}", error, memory
-        if error <= tolerance:
-            takes[name] = timers.TIMERS["wall" if device.type == "cpu" else "device"](call, once)
-            rounds[name] = timers.rounds(once, SHARE, PATIENCE)
-    times = timers.in_turns(takes, rounds)
-    finishes = {}
-    for name, (red, error, memory) in gate.items():
-        timing = timers.Timing.of(times[name]) if name in times else None
-        numbers = asdict(timing) if timing else dict(p20=None, p50=None, p80=None, rounds=None)
-        finishes[name] = Finish(red, error, **numbers, peak_memory=memory)
-    return finishes
+class Question(Protocol):
+    """A dataclass whose fields are columns; the first provider is what the others are compared with."""
+
+    def contest(self, device: torch.device) -> tuple[Calls, Answer]:
+        """The calls by provider, and the truth in fp64."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """``questions`` of one type, the dataclass of a ``row``, and the gate's ``tolerance`` of values and gradients."""
+
+    name: str
+    questions: Sequence[Any]
+    row: type[Any]
+    tolerance: float
+    explanation: str
+
+    def ask(self, question: Question, device: torch.device) -> list[Any]:
+        """Every provider past the gate, then timed in turns."""
+        calls, truth = question.contest(device)
+        candidates = [Candidate(name, call, captured=False) for name, call in calls.items()]
+        judge = partial(_judged, truth=truth, tolerance=self.tolerance)
+        entries = harness.compete(Machine(device), candidates, judge, ["device"], _budget, watch=True)
+        found = {entry.name: entry for entry in entries}
+        about = rows.origin(device) | vars(question)
+        return [
+            self.row(
+                **about, provider=name, red=found[name].why, error=found[name].verdict.value_error,
+                **asdict(Timing.of(found[name].seconds.get("device", []))), peak_memory=found[name].peak_memory,
+            )
+            for name in calls
+        ]  # fmt: skip
+
+    def page(self, found: Sequence[Any]) -> str:
+        """Markdown: the origin, then a line for each row."""
+        asked = list(rows.columns(type(self.questions[0])))
+        cells = [[*asked, "provider", "time", "error", "memory, MiB"]]
+        first: dict[tuple[object, ...], Any] = {}
+        for row in found:
+            question = tuple(getattr(row, name) for name in asked)
+            base = first.setdefault(question, row)
+            error = "–" if row.error is None else f"{row.error:.1e}"
+            memory = "–" if row.peak_memory is None else f"{row.peak_memory / 2**20:.0f}"
+            cells.append(
+                [*map(rows.cell, question), row.provider, row.red or rows.beside(row.p50, base.p50), error, memory]
+            )
+        return rows.heading(self.name.capitalize(), found) + self.explanation + "\n" + rows.markdown(cells)
+
+    def main(self, description: str | None) -> None:
+        """Ask everything, print the page, and keep it if asked to."""
+        parser = rows.parser(description)
+        parser.add_argument("--only", default="", help="questions whose text holds this: 'matrix', 'ResNet18'")
+        parser.add_argument("--threads", type=int, help="of a CPU (default: PyTorch's)")
+        options = parser.parse_args()
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = [
+            question for question in self.questions if options.only in " ".join(map(str, vars(question).values()))
+        ]
+        found = [row for question in chosen for row in self.ask(question, device)]
+        path = RESULTS / f"{rows.slug(rows.device_name(device))}-{self.name}.csv"
+        rows.finish(path, found, self.page(found), options.save)
+
+
+def _budget(once: float, takes: int) -> int:
+    return harness.rounds(once, SHARE, PATIENCE)
+
+
+def _judged(answer: Answer, truth: Answer, tolerance: float) -> Verdict:
+    error = max(_distance(got, true) for got, true in zip(answer, truth, strict=True))
+    return Verdict(None if error <= tolerance else f"off by {error:.1e}", error)
 
 
 def _distance(got: Tensor, true: Tensor) -> float:
@@ -63,26 +116,3 @@ def _distance(got: Tensor, true: Tensor) -> float:
     gradient = true.ndim > 2 or (true.ndim == 2 and true.shape[1] > 50)
     far = difference.norm() / true.norm() if gradient else difference.abs().max()
     return float(far.nan_to_num(torch.inf))
-
-
-def heading(title: str, origin: Origin) -> str:
-    """The top of a page of results."""
-    names = ("device", "torch", "commit", "date", "load", "omp_wait_policy")
-    return f"# {title}\n\n" + "".join(f"- {n.replace('_', ' ')}: {getattr(origin, n)}\n" for n in names) + "\n"
-
-
-def time_beside(p50: float | None, red: str, first: float | None) -> str:
-    """``12 ms (1.5×)``, or why there is no time."""
-    return red or f"{1e3 * (p50 or 0):.3g} ms ({(p50 or 0) / (first or 1):.2f}×)"
-
-
-def save(what: str, rows: Sequence[Origin], page: str) -> None:
-    """Keep the rows (of one dataclass) and the page as results/<device>-<what>.csv and .md."""
-    path = results.path_for(rows[0].device)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [column.name for column in fields(rows[0])]
-    writer.writerow(columns)
-    writer.writerows([results._text(getattr(row, name)) for name in columns] for row in rows)
-    results.write_text(path.with_name(f"{path.stem}-{what}.csv"), text.getvalue())
-    results.write_text(path.with_name(f"{path.stem}-{what}.md"), page)

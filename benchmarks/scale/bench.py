@@ -12,20 +12,14 @@ its value and this rank's gradient are held to fp64.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import gc
-import io
 import json
 import os
-import random
-import re
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -34,22 +28,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import spawn
 
-from benchmarks.kernels import results
-from benchmarks.kernels.tables import markdown
+from benchmarks import harness, rows
+from benchmarks.harness import Candidate, Timing, Verdict
+from benchmarks.machine import Machine
+from benchmarks.rows import Origin
 from benchmarks.scale.model import size_of, time_of
 from bird_kernels import cka_loss, plan, transport
+from bird_kernels.clocks import Run, Take
 from bird_kernels.types import Problem
 from tests import accuracy
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((32, 512, 512), (128, 512, 512), (512, 512, 512), (4096, 512, 512), (128, 64, 64), (4096, 64, 64))
 GATE = 1e-4  # relative error of value and gradient, fp32
-MOST, SHARE = 40, 2.0  # rounds; seconds that each contestant may take
+SHARE, PATIENCE = 2.0, 6.0  # seconds of measuring for one contestant, and the most that few rounds may take
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Row(results.Origin):
+@dataclass(frozen=True, kw_only=True)
+class Row(Origin):
     """One contestant on one shape: each rank's rows n, bytes that it sends (ours), seconds of forward and backward."""
 
     ranks: int
@@ -58,15 +55,15 @@ class Row(results.Origin):
     q: int
     name: str
     chosen: bool
-    value: float
+    value: float | None
     whole_value: float
     red: str
-    gradient_error: float
+    gradient_error: float | None
     sent: int | None
     p20: float | None
     p50: float | None
     p80: float | None
-    rounds: int
+    rounds: int | None
 
 
 def forced(name: str) -> Loss:
@@ -102,7 +99,22 @@ def truth(x: Tensor, y: Tensor) -> accuracy.Result:
     return accuracy.evaluate(accuracy.plain(route), x.double(), y.double(), sides="x")
 
 
-def compete(shape: tuple[int, int, int], origin: results.Origin) -> list[Row]:
+class Ranks(Machine):
+    """All ranks as one device: a call begins at a barrier and takes what the slowest rank takes, for everybody."""
+
+    def seconds(self, run: Run) -> float:
+        """Of one call on the slowest rank."""
+        dist.barrier()
+        took = torch.tensor(super().seconds(run), dtype=torch.float64)
+        dist.all_reduce(took, dist.ReduceOp.MAX)
+        return took.item()
+
+    def take(self, clock: str, run: Run) -> Take:
+        """The same as often as it is called; ranks draw the same order and the same number of rounds."""
+        return partial(self.seconds, run)
+
+
+def compete(shape: tuple[int, int, int]) -> list[Row]:
     """All contestants on one shape; every rank runs this, the first one's rows count."""
     rank, world = dist.get_rank(), dist.get_world_size()
     n, p, q = shape
@@ -112,62 +124,53 @@ def compete(shape: tuple[int, int, int], origin: results.Origin) -> list[Row]:
     mine, teacher = x[own].clone().requires_grad_(), y[own].clone()
     chosen = transport.choose(Problem(n * world, p, q, x.dtype, x.device), [n] * world, "auto")
     sent = {chosen.name: chosen.bytes, ("gathered" if chosen.name == "merged" else "merged"): chosen.other_bytes}
+    values: dict[str, float] = {}
 
-    def call(loss: Loss) -> tuple[Tensor, Tensor]:
+    def call(name: str, loss: Loss) -> tuple[str, Tensor, Tensor]:
         value = loss(mine, teacher)
-        return value.detach(), torch.autograd.grad(value, mine)[0]
+        return name, value.detach(), torch.autograd.grad(value, mine)[0]
 
-    judged, errors = {}, {}
-    for name, loss in CONTESTANTS.items():
-        value, dx = call(loss)
+    def judge(answer: tuple[str, Tensor, Tensor]) -> Verdict:
+        """The largest errors of all ranks, so that all come to the same verdict; and the mean of their values."""
+        name, value, dx = answer
         want, gradient, factor = (whole.value, whole.dx[own], world) if name != "average" else (*parts[:2], 1)
         error = ((dx.double() / factor - gradient).norm() / gradient.norm()).item()
         off = max(error, abs(value.item() - want.item()) / want.item())
-        worst = torch.tensor([off, error, value.item() / world])
+        worst = torch.tensor([off, error, value.item() / world]).nan_to_num(torch.inf)
         dist.all_reduce(worst[:2], dist.ReduceOp.MAX)
         dist.all_reduce(worst[2:])
-        judged[name] = worst[2].item()
-        errors[name] = worst[0].item(), worst[1].item()
-    green = {name: loss for name, loss in CONTESTANTS.items() if errors[name][0] <= GATE}
-    seconds = in_turns({name: lambda loss=loss: call(loss) for name, loss in green.items()})
-    rows = []
-    for name in CONTESTANTS:
-        times = sorted(seconds.get(name, []))
-        cuts = statistics.quantiles(times, n=10) if len(times) > 1 else []
-        values = dict(value=judged[name], whole_value=whole.value.item(), gradient_error=errors[name][1])
-        red = "" if name in green else f"off by {errors[name][0]:.1e}"
-        p20, p50, p80 = (cuts[1], statistics.median(times), cuts[7]) if cuts else (None, None, None)
-        about = dict(asdict(origin), ranks=world, n=n, p=p, q=q, name=name, chosen=name == chosen.name)
-        timing = dict(sent=sent.get(name), p20=p20, p50=p50, p80=p80, rounds=len(times))
-        rows.append(Row(**about, **values, red=red, **timing))  # type: ignore[arg-type]
-    return rows
+        off, error, values[name] = worst.tolist()
+        return Verdict(None if off <= GATE else f"off by {off:.1e}", gradient_error=error)
+
+    candidates = [Candidate(name, partial(call, name, loss), captured=False) for name, loss in CONTESTANTS.items()]
+    entries = harness.compete(Ranks(x.device), candidates, judge, ["wall"], _budget)
+    found = {}
+    for entry in entries:
+        if entry.status == "failed":  # on this rank, perhaps on no other: they must not wait for it
+            raise RuntimeError(f"{entry.name}: {entry.why}")
+        found[entry.name] = entry
+    about = rows.origin(x.device) | dict(ranks=world, n=n, p=p, q=q, whole_value=whole.value.item())
+    return [
+        Row(
+            **about, name=name, chosen=name == chosen.name, value=values.get(name), red=found[name].why,
+            gradient_error=found[name].verdict.gradient_error, sent=sent.get(name),
+            **asdict(Timing.of(found[name].seconds.get("wall", []))),
+        )
+        for name in CONTESTANTS
+    ]  # fmt: skip
 
 
-def in_turns(calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each round until the slowest rank is done. Ranks draw the same order and the same number of rounds."""
-    order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    spent, budget = 0.0, SHARE * len(calls)
-    while (len(next(iter(seconds.values()))) < MOST and spent < budget) or len(next(iter(seconds.values()))) < 3:
-        for name in order.sample(list(calls), len(calls)):
-            dist.barrier()
-            start = time.perf_counter()
-            calls[name]()
-            took = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-            dist.all_reduce(took, dist.ReduceOp.MAX)
-            seconds[name].append(took.item())
-            spent += took.item()
-    return seconds
+def _budget(once: float, takes: int) -> int:
+    return harness.rounds(once, SHARE, PATIENCE)
 
 
 def work(rank: int, world: int, shapes: list[tuple[int, int, int]], folder: str) -> None:
     warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    origin = results.origin(torch.device("cpu"))
-    rows = [row for shape in shapes for row in compete(shape, origin)]
+    found = [row for shape in shapes for row in compete(shape)]
     if rank == 0:
-        (Path(folder) / "rows.json").write_text(json.dumps([asdict(row) for row in rows]))
+        (Path(folder) / "rows.json").write_text(json.dumps([asdict(row) for row in found]))
     gc.collect()  # whoever holds on to the group keeps gloo's threads alive, which may abort the process at its end
     dist.destroy_process_group()
 
@@ -179,24 +182,19 @@ def measured(world: int, shapes: list[tuple[int, int, int]]) -> list[Row]:
         return [Row(**row) for row in json.loads((Path(folder) / "rows.json").read_text())]
 
 
-def page(rows: list[Row]) -> str:
+def page(found: list[Row]) -> str:
     """Markdown: origin, then a line per shape."""
-    first = rows[0]
     names = list(CONTESTANTS)
     cells = [["rows of each rank, p, q", *names, "sent, merged", "sent, gathered", "CKA, whole", "CKA, average"]]
-    shapes = dict.fromkeys((row.n, row.p, row.q) for row in rows)
-    for shape in shapes:
-        line = {row.name: row for row in rows if (row.n, row.p, row.q) == shape}
+    for shape in dict.fromkeys((row.n, row.p, row.q) for row in found):
+        line = {row.name: row for row in found if (row.n, row.p, row.q) == shape}
         base = next(row for row in line.values() if row.chosen)
         shown = [cell(line[name], base) for name in names]
         sent = [size_of(line[name].sent or 0) for name in ("merged", "gathered")]
-        ckas = [f"{1 - base.whole_value:.3f}", f"{1 - line['average'].value:.3f}"]
+        ckas = [f"{1 - value:.3f}" if value is not None else "–" for value in (base.whole_value, line["average"].value)]
         cells.append([", ".join(f"{size:,}" for size in shape), *shown, *sent, *ckas])
-    about = (
-        f"{first.ranks} ranks over gloo, {first.device}; torch {first.torch}, commit {first.commit}, {first.date}, "
-        f"load {first.load}, OMP_WAIT_POLICY {first.omp_wait_policy or 'not set'}."
-    )
-    return f"# Global batches\n\n{about}\n\n{EXPLANATION}\n{markdown(cells)}"
+    title = f"Global batches: {found[0].ranks} ranks over gloo"
+    return f"{rows.heading(title, found)}{EXPLANATION}\n{rows.markdown(cells)}"
 
 
 EXPLANATION = """\
@@ -213,34 +211,20 @@ def cell(row: Row, base: Row) -> str:
     return f"{time_of(row.p50)} ({row.p50 / base.p50:.2f}×){' *' if row.chosen else ''}"
 
 
-def saved(rows: list[Row]) -> Path:
-    """The CSV and the page beside it, named by device and ranks."""
-    name = re.sub(r"[^a-z0-9]+", "-", f"{rows[0].device} {rows[0].ranks} ranks".lower()).strip("-")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [column.name for column in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()}
-        for row in rows
-    )
-    path = RESULTS / f"{name}.csv"
-    results.write_text(path, text.getvalue())
-    results.write_text(path.with_suffix(".md"), page(rows))
-    return path
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = rows.parser(__doc__)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--save", action="store_true", help="keep the results in benchmarks/scale/results")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    rows = measured(arguments.ranks, list(SHAPES))
-    print(page(rows))
-    if arguments.save:
-        print(saved(rows))
-    if any(row.red for row in rows):
+    found = measured(arguments.ranks, list(SHAPES))
+    rows.finish(path_of(found), found, page(found), arguments.save)
+    if any(row.red for row in found):
         raise SystemExit("a contestant is wrong")
+
+
+def path_of(found: list[Row]) -> Path:
+    """The file of rows, named by device and ranks."""
+    return RESULTS / f"{rows.slug(f'{found[0].device} {found[0].ranks} ranks')}.csv"
 
 
 if __name__ == "__main__":

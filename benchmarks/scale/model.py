@@ -1,4 +1,4 @@
-"""The cost model of docs/scale.md: its tables and its picture, from the formulas that choose what travels.
+"""The cost model of docs/explain/scale.md: its tables and its picture, from the formulas that choose what travels.
 
 python -m benchmarks.scale.model writes both anew; tests/repo/test_scale.py holds the page to what comes out here.
 """
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.tables import markdown
+from benchmarks.rows import markdown
 from bird_kernels import cka, plan, transport
 from bird_kernels.types import Problem, Transport
 from tests import accuracy
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs/explain"
 PAGE, PICTURE = DOCS / "scale.md", DOCS / "scale.png"
 WORLDS = (8, 64, 512, 4096)
 LINKS = {"NVLink": 450e9, "InfiniBand": 50e9, "Ethernet": 12.5e9}  # bytes/s that a rank can send: assumed

@@ -20,13 +20,12 @@ from bird_kernels import tuner, tuning
 
 from .language import recipe as language_recipes
 from .recipe import names, parsed
-from .stages import complete
+from .stages import complete, side_by_side
 from .vision import candidates, demo
 from .vision import recipe as vision_recipes
 from .vision import report as reproduction
 from .vision.experiment import Candidate, Cell, Experiment
 from .vision.methods import METHODS
-from .workers import side_by_side
 
 # What users can do something about; the rest is a bug, with its traceback.
 EXPECTED = OSError, ValueError, ImportError, FloatingPointError

@@ -5,19 +5,26 @@ of the first two, so whoever asks for the same thing again finds it, and a chang
 
 Any number of processes may work on the same stages, on one machine or on several that share a disk: `complete` takes
 whatever nobody else is at. A process that is killed gives its stage back, and the next one goes on from its checkpoint.
+`side_by_side` starts several processes here, and `Lines` is a file that a stage fills row by row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from ..files import write_json
@@ -133,3 +140,88 @@ def _made(stage: Stage, root: Path) -> bool:
             return True
     except Timeout:
         return False
+
+
+def side_by_side(work: Callable[..., None], shares: Sequence[tuple[Any, ...]]) -> None:
+    """Call ``work(*share)`` for each share in a process of its own, with this one's number of threads each.
+
+    Args:
+        work: a module's function; what it is given must be picklable.
+        shares: its arguments in each process.
+
+    Raises:
+        ChildProcessError: one of the processes failed; it has said why.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=_child, args=(work, share, torch.get_num_threads()), daemon=True) for share in shares
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode != 0 for worker in workers):
+        raise ChildProcessError("one of several processes failed, for the reason above; what is done stays")
+
+
+def _child(work: Callable[..., None], share: tuple[Any, ...], threads: int) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:  # to death, at once: whoever goes on after a kill must have the files alone
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    torch.set_num_threads(threads)
+    work(*share)
+
+
+class Lines:
+    """A file of JSON objects, one a line, that grows at its end; for one process at a time.
+
+    A line counts once its newline is there. What a kill left of a last line is not read, and is cut off when the
+    next one is written, not before: a file that turns out to be somebody else's stays as it is.
+
+    Args:
+        path: of the file; where there is none, it and its folder are made with the first line.
+
+    Attributes:
+        rows: what the file held when it was opened.
+
+    Raises:
+        ValueError: a whole line is not a JSON object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        data = path.read_bytes() if path.exists() else b""
+        self._end = data.rfind(b"\n") + 1
+        self._torn = self._end < len(data)
+        self.rows = [self._parse(line, i) for i, line in enumerate(data[: self._end].splitlines(), start=1)]
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Write rows with one call, and wait until they are on the disk."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)  # ASCII: no character in it breaks a line
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            if self._torn:
+                file.truncate(self._end)
+            self._end, self._torn = file.seek(0, os.SEEK_END), True  # until all of it is there: the disk may be full
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._torn = False
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError:  # of JSON or of UTF-8
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{self.path}: line {number} is not a JSON object: the file is damaged or something else;"
+                " delete it to start over, or choose another path"
+            )
+        return row

@@ -18,14 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BirdDPOTrainer", "BirdMixin", "BirdSFTTrainer", "BirdTrainer", "Guidance", "pool_tokens"]
 
-_HOMES = {
-    "BirdDPOTrainer": "trl_trainers",
-    "BirdMixin": "mixin",
-    "BirdSFTTrainer": "trl_trainers",
-    "BirdTrainer": "trainers",
-    "Guidance": "guidance",
-    "pool_tokens": "pooling",
-}
+_HOMES = {"BirdMixin": "mixin", "BirdTrainer": "trainers", "Guidance": "guidance", "pool_tokens": "pooling"}
+_HOMES |= dict.fromkeys(("BirdDPOTrainer", "BirdSFTTrainer"), "trl_trainers")
 
 
 def __getattr__(name: str) -> Any:

@@ -85,8 +85,11 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
         sides = _looked(x, y, mask, count, problem, route) if x.is_cpu else None
         if sides is None:
             (near_x, x_unit), (near_y, y_unit) = _near_one(x, y, mask, problem)
-            careful = _careful if problem.estimator == "biased" else amid
-            sides = careful(near_x, near_y, mask, count, problem, route)
+            if x.is_cpu and (x_unit, y_unit) != (1.0, 1.0):
+                sides = _looked(near_x, near_y, mask, count, problem, route)
+            if sides is None:
+                careful = _careful if problem.estimator == "biased" else amid
+                sides = careful(near_x, near_y, mask, count, problem, route)
             sides = sides._replace(scale_x=sides.scale_x * x_unit, scale_y=sides.scale_y * y_unit)
     products = Moments(sides.kl, sides.kk, sides.ll)
     result = combine(products, count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
@@ -209,8 +212,8 @@ def _near_one(
 
 
 def _is_near_one(unit: float) -> bool:
-    """Whether features that this power of two brings to 1 can be summed as they are: not where numbers are denormal."""
-    return 1e-12 < unit < 1e12
+    """Whether features that this power of two brings to 1 can be summed, and fourth powers of them, as they are."""
+    return 1e-3 < unit < 1e3
 
 
 def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:

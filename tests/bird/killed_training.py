@@ -21,7 +21,7 @@ import torch._dynamo  # by now, lest each process import it when it makes its op
 from torch import Tensor, nn
 
 from bird import BirdLoss, Taps, Teacher, files
-from bird.files import load
+from bird.lab.tensors import load
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.steps import Guide

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, Taps, Teacher
-from bird.files import load
+from bird.lab.tensors import load
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.training import Guide, fit

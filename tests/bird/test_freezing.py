@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, LwF, Taps, Teacher
-from bird.files import load, save
+from bird.lab.tensors import load, save
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.freezing import train_only

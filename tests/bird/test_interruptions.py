@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, LwF, Taps, Teacher
-from bird.files import atomic, load, save
+from bird.files import atomic
+from bird.lab.tensors import load, save
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.steps import Guide

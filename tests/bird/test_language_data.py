@@ -222,6 +222,14 @@ def test_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
         read_rows(tmp_path / "both", "test")
 
 
+def test_rows_are_what_is_written(tmp_path: Path) -> None:
+    """No field is filled in, and a text that looks like a time stays a text."""
+    rows = [{"a": "2020-01-01T00:00:00"}, {"a": "2021-01-01 00:00:00", "b": None}, {"b": [{"c": 1}]}, {"b": "x"}]
+    assert read_rows(write_lines(tmp_path / "train.jsonl", rows), "train") == rows
+    (tmp_path / "array.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert read_rows(tmp_path / "array.json", "train") == rows
+
+
 def test_rows_of_a_folder_go_by_the_names_of_its_files(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "B" / "train.jsonl", ROWS[1:])
     write_lines(tmp_path / "data" / "A" / "train.jsonl", ROWS[:1])

@@ -135,6 +135,25 @@ def test_what_is_asked_and_how_answers_are_read(server: Server) -> None:
     assert judge(server, name="another").name == "another"
 
 
+def test_a_server_learns_what_it_is_asked_and_no_more(
+    server: Server, slept: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing of this machine or its environment; and logs do not show a query, which may be private."""
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "of-another-server")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Token: of-another-server")
+    server.replies = [(500, {}, "oh")]
+    with caplog.at_level(logging.DEBUG):
+        Endpoint(f"{server.url}?deployment=private", "m", "JUDGE_KEY", per_minute=1e6)(["p"], ["r"])
+    assert server.asked[1]["path"].endswith("?deployment=private")
+    assert "again in" in caplog.text
+    assert "private" not in caplog.text
+    own = {"Accept-Encoding", "Authorization", "Connection", "Content-Length", "Content-Type", "Host", "User-Agent"}
+    for headers in server.headers:
+        assert set(headers) == own
+        assert "of-another-server" not in str(headers)
+
+
 def test_without_a_key_none_is_sent(server: Server) -> None:
     assert Endpoint(server.url, "m", None)(["p"], ["r"]) == [True]
     assert "Authorization" not in server.headers[0]

@@ -26,12 +26,12 @@ from bird.lab.language.data.positivity import LEAD
 from bird.lab.language.models import load
 from bird.lab.language.policies import restore, train_policy
 from bird.lab.language.preference import Preferences, _material, _read, spoken
-from bird.lab.language.settings import Training
+from bird.lab.language.recipe import Training
 from bird.lab.recipe import names
 from bird.lab.vision import recipe as recipes
 from bird.language import Guidance
 from tests.bird.test_language_data import write_snippets
-from tests.bird.tiny_language import bytes_tokenizer, guidance, letters_tokenizer, student
+from tests.bird.tiny import bytes_tokenizer, guidance, letters_tokenizer, saved, student
 
 PAPER = {  # shared/paper/FACTS.md, from the paper's tables
     "safety-dpo": {
@@ -47,29 +47,30 @@ PAPER = {  # shared/paper/FACTS.md, from the paper's tables
     "positivity-dpo": {"smollm2-135m": {}},
     "weak-to-strong-sentiment": {"minilm-smollm2": {}},
 }
-PREFERENCE = """
+TEACHER, STUDENT = saved("encoder"), saved("decoder")
+PREFERENCE = f"""
 kind = "preference"
 title = "Tiny preferences"
 seeds = 2
 methods = ["none", "dpo", "dpo-bird"]
-data = { source = "positivity", limit = 6, held_out = 5, words = 12 }
-teacher = { epochs = 1, batch_size = 32, max_length = 100 }
-transfer = { epochs = 1, batch_size = 4, micro_batch = 2, lr = 1e-3, max_length = 120 }
-generation = { max_new_tokens = 6 }
-networks.tiny = { teacher = "tiny-bert", student = "tiny-llama", paper = { dpo = 50.0 } }
-judges.bag = { kind = "bag-of-words" }
-judges.lexicon = { kind = "lexicon" }
-variants.plain = {}
-variants.heavy = { methods = ["none", "dpo-bird"], beta = 5.0, rows = "chosen" }
+data = {{ source = "positivity", limit = 6, held_out = 5, words = 12 }}
+teacher = {{ epochs = 1, batch_size = 32, max_length = 100 }}
+transfer = {{ epochs = 1, batch_size = 4, micro_batch = 2, lr = 1e-3, max_length = 120 }}
+generation = {{ max_new_tokens = 6 }}
+networks.tiny = {{ teacher = "{TEACHER}", student = "{STUDENT}", paper = {{ dpo = 50.0 }} }}
+judges.bag = {{ kind = "bag-of-words" }}
+judges.lexicon = {{ kind = "lexicon" }}
+variants.plain = {{}}
+variants.heavy = {{ methods = ["none", "dpo-bird"], beta = 5.0, rows = "chosen" }}
 """
-WEAK = """
+WEAK = f"""
 kind = "weak-to-strong"
 title = "Tiny weak to strong"
 seeds = 2
-data = { source = "sentiment", limit = 24, held_out = 30 }
-teacher = { epochs = 1, batch_size = 16, lr = 1e-3, max_length = 100 }
-transfer = { epochs = 1, batch_size = 16, micro_batch = 8, lr = 1e-3, max_length = 100 }
-networks.tiny = { teacher = "tiny-bert", student = "tiny-llama", paper = { naive = 10.0, bird = 20.0 } }
+data = {{ source = "sentiment", limit = 24, held_out = 30 }}
+teacher = {{ epochs = 1, batch_size = 16, lr = 1e-3, max_length = 100 }}
+transfer = {{ epochs = 1, batch_size = 16, micro_batch = 8, lr = 1e-3, max_length = 100 }}
+networks.tiny = {{ teacher = "{TEACHER}", student = "{STUDENT}", paper = {{ naive = 10.0, bird = 20.0 }} }}
 """
 
 
@@ -168,7 +169,7 @@ def test_nothing_is_trained_where_data_or_a_key_is_missing(
     status, said, _ = run(PREFERENCE.replace("held_out = 5", "held_out = 6"), "empty", data, capsys)
     assert status == 2
     assert "pip download" in said
-    status, said, _ = run(WEAK.replace("tiny-llama", "no/such folder"), "nowhere", data, capsys)
+    status, said, _ = run(WEAK.replace(STUDENT, "no/such folder"), "nowhere", data, capsys)
     assert status == 2
     assert "no/such folder" in said
     assert not list((data.parent / "out").rglob("result.json"))
@@ -298,10 +299,25 @@ def test_the_second_half_of_training_may_end_without_cka() -> None:
     assert found == {"accuracy": 0.5, "second_half": {"loss": pytest.approx(3.5), "cka": pytest.approx(0.3)}}
 
 
+def test_a_share_below_zero_counts_as_none_where_it_stands_beside_the_published_one() -> None:
+    rows = {"weak": [1, 1, 0, 0], "naive": [1, 0, 0, 0], "ceiling": [1, 1, 1, 1]}
+    results = {method: {0: {"test": {"right": right}}} for method, right in rows.items()}
+    page, numbers = report._weak_to_strong(parse(WEAK, methods=("weak", "naive", "ceiling")), ("tiny", ""), results)
+    row = next(line for line in page.splitlines() if line.startswith("| Soft labels"))
+    assert [cell.strip() for cell in row.split("|")[4:6]] == ["0.0", "-50.0"]
+    assert numbers["naive"]["gap_recovered"] == [-0.5]
+
+
 def test_without_a_gap_no_share_is_told() -> None:
     one = {seed: {"test": {"right": [1, 0, 1, 1]}} for seed in range(2)}
     page, numbers = report._weak_to_strong(
         parse(WEAK, methods=("weak", "naive", "ceiling")), ("tiny", ""), {"weak": one, "naive": one, "ceiling": one}
+    )
+    assert "no gap" in page
+    assert numbers["naive"]["gap_recovered"] == [None, None]
+    worse = {seed: {"test": {"right": [0, 0, 1, 1]}} for seed in range(2)}  # a ceiling below the weak model
+    page, numbers = report._weak_to_strong(
+        parse(WEAK, methods=("weak", "naive", "ceiling")), ("tiny", ""), {"weak": one, "naive": one, "ceiling": worse}
     )
     assert "no gap" in page
     assert numbers["naive"]["gap_recovered"] == [None, None]
@@ -393,7 +409,7 @@ def test_safety_reads_the_data_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_conversations_are_read_as_the_student_speaks_them() -> None:
-    _, tokenizer = load("tiny-llama", "causal")
+    _, tokenizer = load(STUDENT, "causal")
     prompt, response = [{"role": "user", "content": "how?"}], [{"role": "assistant", "content": "so."}]
     asked, said = spoken(tokenizer, prompt, response)
     assert "how?" in asked

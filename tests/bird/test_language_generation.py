@@ -13,10 +13,11 @@ from scipy import stats
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
 from bird.lab.language import generation
-from bird.lab.language.data.texts import padded, plain
+from bird.lab.language.data import padded, plain
 from bird.lab.language.generation import generate, perplexity, sample
 from bird.lab.language.weights import fingerprint
-from tests.bird.tiny_words import END, WORDS, Calls, absolute, causal, tokenizer
+from tests.bird.tiny import END, WORDS, Calls, absolute, causal
+from tests.bird.tiny import words_tokenizer as tokenizer
 
 PROMPTS = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w1", "w10 w11 w12 w13", "w4 w4 w4", "w20 w2 w19 w3 w18"]
 

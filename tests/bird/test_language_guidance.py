@@ -20,7 +20,7 @@ from bird.language.guidance import Guide, Sequences
 from bird.language.mixin import _require_plain_parallelism
 from bird.language.pooling import right_padded
 from bird.taps import FirstPass
-from tests.bird.tiny_language import bytes_tokenizer, guidance, letters_tokenizer, student, teacher
+from tests.bird.tiny import bytes_tokenizer, guidance, letters_tokenizer, student, teacher
 
 TEXTS = ["a good film", "bad", "so so, but long enough."]
 

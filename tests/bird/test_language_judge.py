@@ -27,13 +27,13 @@ from bird.lab.language.judges import (
     independent,
     parse,
     response_only,
-    summary,
     whole,
 )
 from bird.lab.language.verdicts import fill
 from bird.lab.language.weights import shared
 from bird.teachers import Teacher
-from tests.bird.tiny_words import END, causal, classifier, tokenizer
+from tests.bird.tiny import END, causal, classifier
+from tests.bird.tiny import words_tokenizer as tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7", "w8 w9", "w1"]
@@ -82,18 +82,6 @@ def test_only_the_two_words_are_understood() -> None:
     ):
         assert parse(answer) is None
     assert [parse(answer, ("Yes", "No")) for answer in ("yes!", "no", "safe")] == [True, False, None]
-
-
-def test_a_summary_counts_all_responses() -> None:
-    verdicts = [True, False, None, True, None]
-    assert summary(verdicts) == {"yes": 2, "no": 1, "unparsable": 2, "share": 2 / 5}
-    found = summary(verdicts, ["fine", "", "x", " \n", "y"])
-    assert found == {"yes": 2, "no": 1, "unparsable": 2, "empty": 2, "share": 2 / 5}
-    assert summary([None])["share"] == 0
-    with pytest.raises(ValueError, match="no verdicts"):
-        summary([])
-    with pytest.raises(ValueError, match=r"longer|shorter"):
-        summary(verdicts, ["a"])
 
 
 def test_templates_are_filled_once() -> None:

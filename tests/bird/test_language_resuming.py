@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
 from bird.lab.language.generation import generate
-from bird.lab.lines import Lines
-from tests.bird.tiny_words import Calls, causal, tokenizer
+from bird.lab.stages import Lines
+from tests.bird.tiny import Calls, causal
+from tests.bird.tiny import words_tokenizer as tokenizer
 
 PROMPTS = ["w1", "w2 w3 w4 w5 w6 w7 w8", "w9 w1", "w10 w11 w12 w13", "w4 w4 w4", "w20 w2 w19 w3 w18"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bird.lab.language.data.texts import distinct
+from bird.lab.language.data import distinct
 from bird.lab.statistics import bootstrap, paired_bootstrap
 
 

@@ -21,7 +21,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 from bird.language import BirdDPOTrainer, BirdMixin, BirdSFTTrainer, BirdTrainer
 from bird_kernels.reference import cka
-from tests.bird.tiny_language import (
+from tests.bird.tiny import (
     bytes_tokenizer,
     guidance,
     letters_tokenizer,

@@ -75,7 +75,6 @@ def test_each_part_has_its_time() -> None:
     times = step_times(student, images(), Settings(steps=9, batch_size=16), guided(student), repeats=3)
     assert (times.teacher, times.loss) == (3, 2 + 1)
     assert times.step == 5 + 4 + 3 + 2 + 1
-    assert times.guidance == 6 / 15
 
 
 def test_parts_of_a_batch_add_up() -> None:
@@ -91,7 +90,6 @@ def test_parts_of_a_batch_add_up() -> None:
 def test_without_a_guide_there_is_the_step_alone() -> None:
     times = step_times(network(Wait(2)), images(), Settings(steps=9, batch_size=16), repeats=2)
     assert times == StepTimes(2, 0, 0)
-    assert times.guidance == 0
 
 
 def test_it_is_the_median_after_the_first_two() -> None:

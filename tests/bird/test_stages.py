@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from bird.lab.stages import Stage, complete, lineage
-from bird.lab.workers import side_by_side
+from bird.lab.stages import Stage, complete, lineage, side_by_side
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,11 +1,8 @@
-"""Taps and pooling: right values, right gradients, and never a stale, missing or ambiguous feature."""
+"""Taps: right values, right gradients, and never a stale, missing or ambiguous feature."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import os
-import shutil
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -19,54 +16,12 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from bird.features import find_layers, pool_rows
+from bird.features import find_layers
 from bird.taps import Taps
+from tests.bird.tapped import Net, Twice, by_hand, gradients, guidance
 from tests.groups import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-        self.norm = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.norm(self.conv(x)) + x)
-
-
-class Net(nn.Module):
-    """Stem, two blocks in a ModuleList, a head; ``how`` says how the blocks are run."""
-
-    def __init__(self, how: str = "plain") -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
-        self.blocks = nn.ModuleList([Block(6), Block(6)])
-        self.head = nn.Linear(6, 4)
-        self.how, self.skip = how, False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks[: 1 if self.skip else 2]:
-            if self.how == "no_grad":
-                with torch.no_grad():
-                    x = block(x)
-            elif self.how == "plain":
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.how == "reentrant")
-        return self.head(x.mean((2, 3)))
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.relu, self.outer = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.outer(self.relu(self.inner(x))))
 
 
 @pytest.fixture
@@ -84,26 +39,6 @@ def images() -> Tensor:
 def _fresh_compiler() -> Any:
     yield
     torch.compiler.reset()
-
-
-def by_hand(net: Net, images: Tensor) -> dict[str, Tensor]:
-    """The same features without hooks."""
-    x = net.stem(images)
-    features = {}
-    for i, block in enumerate(net.blocks):
-        x = block(x)
-        features[f"blocks.{i}"] = x.flatten(2).sum(2) / x[0, 0].numel()
-    return features
-
-
-def gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
-    net.zero_grad()
-    loss.backward()
-    return [p.grad.clone() for p in net.parameters() if p.grad is not None]
-
-
-def guidance(features: dict[str, Tensor]) -> Tensor:
-    return sum((value.square() * torch.linspace(1, 2, 6)).sum() for value in features.values())
 
 
 # Values and gradients
@@ -346,125 +281,6 @@ def test_evaluation_without_gradients_is_no_training_step(net: Net, images: Tens
     assert not taps.pop()["blocks.0"].requires_grad
 
 
-# torch.compile
-
-
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
-@pytest.mark.parametrize(
-    ("compiler", "order"),
-    [
-        ("eager", "compile-then-tap"),
-        ("aot_eager", "compile-then-tap"),
-        ("aot_eager", "tap-then-compile"),
-        pytest.param(
-            "inductor",
-            "compile-then-tap",
-            marks=pytest.mark.skipif(not _compiler(), reason="inductor needs a C++ compiler"),
-        ),
-    ],
-)
-def test_a_compiled_model_gives_the_same(net: Net, images: Tensor, compiler: str, order: str) -> None:
-    truth_taps = Taps(net, "blocks.*")
-    truth = gradients(net(images).sum() + guidance(truth_taps.pop()), net)
-    truth_taps.remove()
-    if order == "tap-then-compile":
-        taps = Taps(net, "blocks.*")
-        model = torch.compile(net, backend=compiler, fullgraph=True)
-    else:
-        model = torch.compile(net, backend=compiler, fullgraph=True)
-        taps = Taps(model, "blocks.*")
-    for _ in range(2):
-        loss = model(images).sum() + guidance(taps.pop())
-        torch.testing.assert_close(gradients(loss, net), truth, rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError, match="no features"):
-        taps.pop()
-
-
-def test_one_compiled_step_holds_model_taps_and_loss(net: Net, images: Tensor) -> None:
-    taps = Taps(net, "blocks.*")
-    truth = gradients(net(images).sum() + guidance(taps.pop()), net)
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(x: Tensor) -> Tensor:
-        return net(x).sum() + guidance(taps.pop())
-
-    torch.testing.assert_close(gradients(step(images), net), truth, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("where", ["outside", "inside"])
-def test_a_compiled_block_is_tapped(net: Net, images: Tensor, where: str) -> None:
-    truth = by_hand(net, images)["blocks.0"]
-    net.blocks[0] = torch.compile(net.blocks[0], backend="aot_eager")
-    taps = Taps(net, "blocks.0" if where == "outside" else "blocks.0.relu")
-    net(images)
-    torch.testing.assert_close(*taps.pop().values(), truth)
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_taps_made_after_a_compiled_call_say_what_to_do(net: Net, images: Tensor, inplace: bool) -> None:
-    model = net
-    if inplace:
-        net.compile(backend="eager")
-    else:
-        model = torch.compile(net, backend="eager")
-    model(images)
-    taps = Taps(model, "blocks.0")
-    model(images)
-    with pytest.raises(RuntimeError, match=r"torch\.compiler\.reset\(\)"):
-        taps.pop()
-    torch.compiler.reset()
-    model(images)
-    torch.testing.assert_close(taps.pop()["blocks.0"], by_hand(net, images)["blocks.0"])
-
-
-def test_taps_removed_from_a_compiled_model_stop_recording(net: Net, images: Tensor) -> None:
-    model = torch.compile(net, backend="eager")
-    taps = Taps(model, "blocks.0")
-    model(images)
-    taps.remove()
-    model(images)
-    assert not taps._features
-
-
-def test_checkpoints_in_a_compiled_model(net: Net, images: Tensor) -> None:
-    truth_taps = Taps(net, "blocks.0")
-    truth = gradients(net(images).sum() + guidance(truth_taps.pop()), net)
-    truth_taps.remove()
-    net.how = "non-reentrant"
-    model = torch.compile(net, backend="aot_eager")
-    taps = Taps(model, "blocks.0")
-    loss = model(images).sum() + guidance(taps.pop())
-    torch.testing.assert_close(gradients(loss, net), truth, rtol=1e-4, atol=1e-4)
-
-
-def test_a_compiled_block_in_a_checkpoint_records_nothing_in_backward() -> None:
-    class Segment(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block, self.rest = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)
-
-        def both(self, x: Tensor) -> Tensor:
-            return self.rest(self.block(x)).tanh()  # so that recomputation goes on after the block
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.both, x, use_reentrant=False)
-
-    net = Segment()
-    net.block.compile(backend="aot_eager")
-    taps = Taps(net, "block.0")
-    for _ in range(2):
-        x = torch.randn(3, 4)
-        logits = net(x)
-        torch.testing.assert_close(taps.pop()["block.0"], net.block[0](x))
-        taps._features.clear()  # of the line above
-        logits.sum().backward()
-        with pytest.raises(RuntimeError, match="no features"):
-            taps.pop()
-
-
 # Data parallelism
 
 
@@ -505,141 +321,3 @@ def ddp_worker(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_ddp_averages_the_gradients_of_features(world: int, tmp_path: Path) -> None:
     run_ranks(ddp_worker, world, tmp_path, world)
-
-
-# What layers return
-
-
-class Returns(nn.Module):
-    def __init__(self, wrap: Any) -> None:
-        super().__init__()
-        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
-        self.layer.register_forward_hook(lambda _m, _a, out: wrap(out))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.layer(x)
-
-
-@dataclasses.dataclass
-class Fields:
-    loss: Tensor | None
-    hidden: Tensor
-
-
-@dataclasses.dataclass
-class ModelOutput(OrderedDict):
-    """As in transformers: a dataclass and a mapping of what is not None."""
-
-    loss: Tensor | None = None
-    hidden: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.update({k: v for k, v in vars(self).items() if v is not None})
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda out: (out, torch.zeros(9)),
-        lambda out: [None, "text", (out,)],
-        lambda out: {"empty": [], "hidden": out, "other": torch.zeros(9)},
-        lambda out: Fields(None, out),
-        lambda out: ModelOutput(hidden=out),
-    ],
-    ids=["tuple", "nested", "dict", "dataclass", "transformers"],
-)
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_first_tensor_of_an_output_is_taken(wrap: Any, compiled: bool) -> None:
-    net = Returns(wrap)
-    model = torch.compile(net, backend="eager") if compiled else net
-    taps = Taps(model, "layer")
-    x = torch.randn(3, 4)
-    model(x)
-    torch.testing.assert_close(taps.pop()["layer"], x @ net.layer.weight.T + net.layer.bias)
-
-
-@pytest.mark.parametrize("output", [(None, "text"), (), torch.arange(6).view(2, 3), torch.ones(2, 3).bool()])
-def test_an_output_without_features_is_refused(output: Any) -> None:
-    net = Returns(lambda out: output)
-    Taps(net, "layer")
-    with pytest.raises(TypeError, match="a tapped layer returned"):
-        net(torch.randn(3, 4))
-
-
-# Pooling
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("shape", "axes"),
-    [
-        ((3, 5), None),
-        ((3, 7, 5), 1),
-        ((3, 5, 4, 6), (2, 3)),
-        ((3, 5, 2, 4, 3), (2, 3, 4)),
-        ((1, 5, 1, 1), (2, 3)),
-    ],
-)
-def test_mean_pooling(shape: tuple[int, ...], axes: Any, dtype: torch.dtype) -> None:
-    features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-    rows = pool_rows(features)
-    truth = features.double().numpy() if axes is None else features.double().numpy().mean(axes)
-    assert rows.dtype == dtype
-    assert rows.shape == truth.shape
-    torch.testing.assert_close(rows, torch.from_numpy(truth).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
-
-
-def test_mean_pooling_of_fp16_does_not_overflow() -> None:
-    features = torch.full((2, 3, 32, 32), 60_000.0, dtype=torch.float16)
-    assert pool_rows(features).equal(torch.full((2, 3), 60_000.0, dtype=torch.float16))
-
-
-def test_mean_pooling_of_bf16_accumulates_in_fp32() -> None:
-    features = torch.ones(2, 4096, 3, dtype=torch.bfloat16)  # a bf16 sum of ones stops growing at 256
-    assert pool_rows(features).equal(torch.ones(2, 3, dtype=torch.bfloat16))
-
-
-@pytest.mark.parametrize("pool", ["mean", "flatten", "none", lambda t: t.amax((2, 3))])
-def test_pooling_is_differentiable(pool: Any) -> None:
-    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.autograd.gradcheck(lambda t: pool_rows(t, pool), x.requires_grad_())
-
-
-def test_flatten_and_callables() -> None:
-    x = torch.arange(48.0).view(2, 3, 4, 2)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        assert pool_rows(x.to(memory_format=layout), "flatten").equal(torch.arange(48.0).view(2, 24))
-    tokens = x.flatten(2)
-    assert pool_rows(tokens, lambda t: t[:, 0]).equal(torch.stack([x[0, 0].flatten(), x[1, 0].flatten()]))
-
-
-@pytest.mark.parametrize("pool", ["mean", "flatten", "none", lambda t: t])
-def test_pooled_rows_are_no_view(pool: Any) -> None:
-    x = torch.zeros(2, 3)
-    rows = pool_rows(x, pool)
-    x += 1
-    assert not rows.any()
-
-
-@pytest.mark.parametrize(
-    ("shape", "pool", "came"),
-    [
-        ((4, 1), "mean", r"\[4, 1\] of features \[4, 1\]"),
-        ((4, 1, 8, 8), "mean", r"\[4, 1\] of features \[4, 1, 8, 8\]"),
-        ((4, 9, 1), "mean", r"\[4, 1\] of features \[4, 9, 1\]"),
-        ((4,), "mean", r"\[4\] of features \[4\]"),
-        ((), "mean", r"\[\] of features \[\]"),
-        ((4, 1, 1), "flatten", r"\[4, 1\] of features \[4, 1, 1\]"),
-        ((4, 9, 5), lambda t: t, r"\[4, 9, 5\] of features"),
-        ((4, 9, 5), lambda t: t.mean((1, 2)), r"\[4\] of features"),
-        ((4, 9, 5), lambda t: t[:, 0, :1], r"\[4, 1\] of features"),
-    ],
-)
-def test_what_is_not_rows_of_features_is_refused(shape: tuple[int, ...], pool: Any, came: str) -> None:
-    with pytest.raises(ValueError, match=f"made {came}.*a callable that returns"):
-        pool_rows(torch.zeros(shape), pool)
-
-
-def test_an_unknown_pool_is_refused() -> None:
-    with pytest.raises(ValueError, match="'mean', 'flatten', 'none' or a callable"):
-        pool_rows(torch.zeros(2, 3), "max")  # type: ignore[arg-type]

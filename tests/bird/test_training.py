@@ -15,7 +15,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bird.files import load, save
+from bird.lab.tensors import load, save
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.steps import Batches, Guide, epoch_order, learning_rate, steps_per_epoch

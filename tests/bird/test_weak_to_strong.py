@@ -15,16 +15,15 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from bird.lab.language import classifier_training
+from bird.lab.language import classifiers
 from bird.lab.language import training as runs
-from bird.lab.language.classifiers import padded, tokenize
-from bird.lab.language.settings import Training
-from bird.lab.language.weak_labels import Classifier, accuracy, agreement, certain, predict, recovered, train_classifier
+from bird.lab.language.classifiers import Classifier, accuracy, batched, certain, predict, tokenize, train_classifier
+from bird.lab.language.recipe import Training
 from bird.language import Guidance
 from bird.language.guidance import Guide, Sequences
-from tests.bird.tiny_networks import WINDOW, bert, bytes_tokenizer, gpt2, letters_tokenizer, llama
+from tests.bird.tiny import WINDOW, bert, bytes_tokenizer, gpt2, letters_tokenizer, llama
 
-BYTES, LETTERS = bytes_tokenizer(), letters_tokenizer()
+BYTES, LETTERS = bytes_tokenizer(), letters_tokenizer(special=True)
 
 
 def snippets(count: int, seed: int = 0) -> tuple[list[str], Tensor]:
@@ -176,9 +175,9 @@ def test_resumed_is_uninterrupted(guides: bool, tmp_path: Path, monkeypatch: pyt
     assert gap(model, whole) == 0
     assert resumed == history
     names = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert names == {"classifier.json", "classifier.safetensors", "history.json", "run.json"}
+    assert names == {"classifier.safetensors", "history.json", "run.json"}
 
-    monkeypatch.setattr(classifier_training, "_trainer", None)  # a complete run is read, not trained
+    monkeypatch.setattr(classifiers, "_trainer", None)  # a complete run is read, not trained
     again, kept = run("killed")
     assert gap(again, whole) == 0
     assert kept == history
@@ -271,7 +270,7 @@ def test_guide_taps_the_final_hidden_state() -> None:
     truth = copy.deepcopy(teacher.backbone).eval()
     guide = Guide(guided(teacher), student, BYTES)
     texts = ["abc", "a", "bcdabc"]
-    batch = padded([BYTES(text)["input_ids"] for text in texts])
+    batch = batched([BYTES(text)["input_ids"] for text in texts])
     guide.taps.listen()
     student(**batch)
     ours = guide.student_rows(Sequences(batch["input_ids"], batch["attention_mask"], None))
@@ -292,14 +291,14 @@ def test_the_head() -> None:
     assert not torch.equal(one.head.weight, other.head.weight)
     assert one.head.weight.dtype == torch.float32
     assert one.head.bias.count_nonzero() == 0
-    assert Classifier(llama().bfloat16())(**padded([[1, 2]])).logits.dtype == torch.float32
+    assert Classifier(llama().bfloat16())(**batched([[1, 2]])).logits.dtype == torch.float32
     with pytest.raises(ValueError, match="each token"):
         Classifier(backbone, "all")
 
 
 def test_the_loss_takes_probabilities_and_numbers() -> None:
     model = Classifier(llama())
-    batch = padded([[1, 2, 3], [4]])
+    batch = batched([[1, 2, 3], [4]])
     chances = model(**batch).logits.softmax(1)
     soft = torch.tensor([[0.3, 0.7], [0.9, 0.1]])
     torch.testing.assert_close(model(**batch, labels=soft).loss, -(soft * chances.log()).sum(1).mean())
@@ -308,20 +307,19 @@ def test_the_loss_takes_probabilities_and_numbers() -> None:
     torch.testing.assert_close(model(**batch, labels=certain([1, 0])).loss, hard)
 
 
-def test_saved_and_loaded(tmp_path: Path) -> None:
-    model = Classifier(bert(1), "mean", seed=3)
+def test_saved_and_restored(tmp_path: Path) -> None:
+    model, other = Classifier(bert(1), "mean", seed=3), Classifier(bert(2), "mean")
     model.save(tmp_path)
-    loaded = Classifier.load(tmp_path, bert(2))
-    assert gap(model, loaded) == 0
-    assert loaded.pooling == "mean"
+    other.restore(tmp_path)
+    assert gap(model, other) == 0
     with pytest.raises(ValueError, match="architecture"):
-        Classifier.load(tmp_path, llama())
+        Classifier(llama()).restore(tmp_path)
     with pytest.raises(FileNotFoundError):
-        Classifier.load(tmp_path / "nowhere", bert())
+        other.restore(tmp_path / "nowhere")
     file = tmp_path / "classifier.safetensors"
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ValueError, match="damaged"):
-        Classifier.load(tmp_path, bert())
+        other.restore(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -365,24 +363,10 @@ def test_a_window_is_not_widened() -> None:
         predict(Classifier(llama()), BYTES, ["a"], max_length=WINDOW + 1)
 
 
-def test_recovered() -> None:
-    half = recovered(0.75, weak=0.7, ceiling=0.8)
-    assert (half.raw, half.clipped) == (pytest.approx(0.5), pytest.approx(0.5))
-    worse = recovered(0.65, weak=0.7, ceiling=0.8)
-    assert (worse.raw, worse.clipped) == (pytest.approx(-0.5), 0)
-    assert recovered(0.9, weak=0.7, ceiling=0.8).clipped == pytest.approx(2)
-    for ceiling in (0.7, 0.6):
-        none = recovered(0.75, weak=0.7, ceiling=ceiling)
-        assert math.isnan(none.raw)
-        assert math.isnan(none.clipped)
-
-
 def test_scores() -> None:
     chances = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
     assert accuracy(chances, [0, 1, 0, 1]) == 0.5
     assert accuracy(chances, torch.tensor([0, 1, 1, 1])) == 0.75
-    assert agreement(chances, chances.roll(1, 0)) == 0.5
-    assert agreement(chances, chances) == 1
     with pytest.raises(ValueError, match="labels"):
         accuracy(chances, [0, 1])
     assert certain([1, 0]).tolist() == [[0, 1], [1, 0]]

@@ -141,7 +141,7 @@ def test_pairs_share_launches_where_that_is_predicted_to_win() -> None:
 def test_the_table_in_the_docs_is_what_is_printed(device: str, capsys: pytest.CaptureFixture[str]) -> None:
     predictions.main(["--device", device])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    text = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/explain/kernels.md").read_text(encoding="utf-8")
     match = re.search(rf"<!-- predicted: {re.escape(device)} -->\n(.*?)<!-- end predicted -->", text, re.DOTALL)
     assert match is not None
     assert [line for line in match[1].splitlines() if line.startswith("|")] == printed

@@ -164,6 +164,18 @@ def test_compile_with_inductor(backend: str, device: torch.device) -> None:
     torch.testing.assert_close(found, evaluate(loss, x, y), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_all_coefficients_are_written(
+    masked: bool, mask: Tensor, estimator: str, route: str, backend: str, device: torch.device
+) -> None:
+    """Those that no backward reads, too: what an operator returns is compared, copied and saved."""
+    x, y = features(N, P, Q, device=device)
+    spec = Spec("cka_loss", estimator, route, backend, None, True, True)
+    with poison():
+        _, coefficients, *_ = torch.ops.bird.alignment(x, y, mask if masked else None, *spec)
+    assert coefficients.isfinite().all()
+
+
 def test_poison_reaches_into_operators(device: torch.device) -> None:
     """The fixture of the accuracy tests would be worth nothing otherwise."""
     seen = []

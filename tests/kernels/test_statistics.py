@@ -193,6 +193,26 @@ def test_gradients_of_parts_are_those_of_the_whole(
     assert parts[0].dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_features_of_any_size_are_right_or_nan(dtype: torch.dtype) -> None:
+    """Never a wrong number: 8.13 once came of 1e-25, and an OverflowError of 1e100 in fp64."""
+    x, y = features(61, 8, 6, dtype)
+    true = reference.cka(x, y)
+    fits, exponents = 12, [-38, -25, -23, -20, -16, -12, 0, 12, 16, 19, 30]
+    if dtype == torch.float64:
+        fits, exponents = 70, [*exponents, -200, -160, -100, -80, -70, 70, 80, 100, 160]
+    for exponent in exponents:
+        size = 10.0**exponent
+        for a, b in ((size, 1.0), (1.0, size), (size, size)):
+            statistics = stream(x * a, y * b)
+            found, gradient = statistics.cka(), statistics.gradient(a * x, b * y)
+            if abs(exponent) <= fits:
+                torch.testing.assert_close(found, true, rtol=1e-5, atol=0.0)
+            else:
+                assert found.isnan()
+                assert gradient.isnan().all()
+
+
 def test_autocast_does_not_reach_the_products(estimator: str, device: torch.device) -> None:
     x, y = features(61, 7, 5, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):

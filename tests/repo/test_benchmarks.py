@@ -1,41 +1,25 @@
-"""The benchmarks' own machinery: the gate, the floor, the clocks, the files and what is read out of them. On a CPU."""
+"""The benchmark of `cka_loss`: its gate, its floor, a run from case to files, and what is read out of them."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("pytest_benchmark", reason="the benchmarks need the bench extra")
-
-from benchmarks.kernels import (
-    compare,
-    contest,
-    estimates,
-    measure,
-    plots,
-    problems,
-    providers,
-    results,
-    session,
-    tables,
-    timers,
-)
-from benchmarks.kernels.contest import Contest, Entry, Verdict
+from benchmarks import rows
+from benchmarks.harness import Entry
+from benchmarks.kernels import bench, compare, contest, estimates, gate, plots, problems, providers, results, tables
+from benchmarks.kernels.contest import Contest
 from benchmarks.kernels.estimates import Ceilings
 from benchmarks.kernels.problems import Case
 from benchmarks.kernels.providers import Provider
 from benchmarks.kernels.results import Row
-from benchmarks.kernels.timers import Timing
-from bird_kernels import clocks
+from benchmarks.machine import Machine
 
 CPU = torch.device("cpu")
 TINY = Case("bird", 12, 5, 7)
@@ -71,7 +55,7 @@ def test_every_provider_that_takes_part_passes_the_gate(estimator: str, mode: st
     part = providers.taking_part(case, CPU)
     assert {"fp64", "gram", "feature", "library", "auto"} <= {provider.name for provider in part}
     entries = Contest(case, CPU, FAST).run(part, timed=False)
-    assert {name: entry.verdict.red for (name, _), entry in entries.items()} == {p.name: None for p in part}
+    assert {name: entry.why for (name, _), entry in entries.items()} == {p.name: "" for p in part}
 
 
 def test_gaussian_kernels_pass_the_gate() -> None:
@@ -79,9 +63,9 @@ def test_gaussian_kernels_pass_the_gate() -> None:
     part = providers.taking_part(case, CPU)
     assert {provider.name for provider in part} == {"naive", "gram", "library", "auto"}
     entries = Contest(case, CPU, FAST).run(part, timed=False)
-    assert [entry.verdict.red for entry in entries.values()] == [None] * 4
+    assert [entry.why for entry in entries.values()] == [""] * 4
     linear = providers.gram(*case.features(CPU))
-    assert abs(linear - measure.truth(case, *case.features(CPU)).value) > 1e-3
+    assert abs(linear - gate.truth(case, *case.features(CPU)).value) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -89,9 +73,9 @@ def test_hand_written_forms_do_their_best_in_halves(dtype: str) -> None:
     """Sums of fp16 products overflow from 65504 on; a rival that is crippled proves nothing."""
     case = Case("bird", 64, 96, 96, dtype, "")
     x, y = case.features(CPU)
-    true = measure.truth(case, x, y)
+    judge = gate.judge(case, x, y)
     for form in (providers.gram, providers.feature):
-        assert measure.errors(measure.call(form, x, y, True)(), true).red(dtype) is None
+        assert judge(gate.call(form, x, y, True)()).red is None
 
 
 def gradient_off(x: Tensor, y: Tensor) -> Tensor:
@@ -109,13 +93,13 @@ def gradient_off(x: Tensor, y: Tensor) -> Tensor:
     ],
 )
 def test_a_wrong_provider_gets_no_time(wrong: Callable[[Tensor, Tensor], Tensor], reason: str) -> None:
-    entries = Contest(TINY, CPU, FAST).run([plant(wrong), plant(providers.feature, "feature")])
-    entry = entries["gram", "wall"]
-    assert entry.verdict.broken
-    assert reason in str(entry.verdict.red)
-    kept = results.row(results.origin(CPU), TINY, "wall", entry, FAST, CPU)
-    assert (kept.p50, kept.rounds, kept.red) == (None, None, entry.verdict.red)
-    assert len(entries["feature", "wall"].seconds) >= timers.FEWEST_ROUNDS
+    entries = Contest(TINY, CPU, FAST).run([plant(wrong, "auto"), plant(providers.feature, "feature")])
+    entry = entries["auto", "wall"]
+    assert reason in entry.why
+    assert bench._broken(entries) == [entry]  # it is ours
+    kept = results.row(rows.origin(CPU), TINY, "wall", entry, FAST, CPU)
+    assert (kept.p50, kept.rounds, kept.red) == (None, None, entry.why)
+    assert len(entries["feature", "wall"].seconds["wall"]) >= 5
 
 
 # ---------------------------------------------------------------------------------------------- estimates
@@ -150,10 +134,10 @@ def test_what_does_not_fit_is_not_called() -> None:
     tried = Contest(case, CPU, FAST)
     tried.available = 10_000_000
     entries = tried.run([spy, plant(providers.feature, "feature")])
-    assert entries["naive", "wall"].verdict == Verdict(red="out of memory (needs 0.0 GiB)")
-    assert entries["feature", "wall"].verdict.red is None
+    assert entries["naive", "wall"].why == "out of memory (needs 0.0 GiB)"
+    assert entries["feature", "wall"].why == ""
     tried.available = 0  # not even for the features
-    assert tried.run([spy])["naive", "wall"].verdict.red == "out of memory (needs 0.0 GiB)"
+    assert tried.run([spy])["naive", "wall"].why == "out of memory (needs 0.0 GiB)"
     assert called == []
 
 
@@ -167,22 +151,13 @@ def test_what_takes_too_long_is_not_called() -> None:
         assert estimates.why_not_run(asked, case, slow, 2**40, patience=0.0) is None
 
 
-def test_an_allocation_that_fails_is_a_row_and_no_failure() -> None:
-    def hungry(x: Tensor, y: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("tried to allocate")
-
-    verdict = Contest(TINY, CPU, FAST).run([plant(hungry)])["gram", "wall"].verdict
-    assert str(verdict.red).startswith("out of memory")
-    assert not verdict.broken
-
-
-# ---------------------------------------------------------------------------------------------- cases and clocks
+# ---------------------------------------------------------------------------------------------- cases and phases
 
 
 @pytest.mark.parametrize("chosen", [problems.CPU, problems.CUDA], ids=["cpu", "cuda"])
 def test_cases_are_distinct_and_have_a_gate(chosen: tuple[Case, ...]) -> None:
     assert len(set(map(str, chosen))) == len(chosen) > 20
-    assert {estimates.number(case) for case in chosen} <= set(measure.TOLERANCE)
+    assert {estimates.number(case) for case in chosen} <= set(gate.TOLERANCE)
     assert {case.problem for case in chosen} == {"bird", "batch", "llm", "conv", "rbf"}
 
 
@@ -192,191 +167,97 @@ def test_cases_are_chosen_by_part_or_glob() -> None:
     assert problems.cases(CPU, "nothing of the kind") == []
 
 
-def test_turns_are_mixed_and_spread() -> None:
-    calls: list[str] = []
-
-    def take(name: str) -> Callable[[], float]:
-        return lambda: calls.append(name) or float(len(calls))  # type: ignore[func-returns-value]
-
-    times = timers.in_turns({name: take(name) for name in "abc"}, {"a": 8, "b": 8, "c": 2})
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 8, "b": 8, "c": 2}
-    first, second = (i for i, name in enumerate(calls) if name == "c")
-    assert second - first > 6
-    pairs = [tuple(name for name in calls if name != "c")[2 * i : 2 * i + 2] for i in range(8)]
-    assert set(pairs) == {("a", "b"), ("b", "a")}
-
-
-def test_rounds_fill_the_share_within_bounds() -> None:
-    assert timers.rounds(0.01, share=0.25, patience=4) == 25
-    assert timers.rounds(1e-6, share=0.25, patience=4) == timers.MOST_ROUNDS
-    assert timers.rounds(0.5, share=0.25, patience=4) == timers.FEWEST_ROUNDS
-    assert timers.rounds(1.0, share=0.25, patience=4) == 4
-    assert timers.rounds(9.0, share=0.25, patience=4) == timers.FEWEST_SLOW_ROUNDS
-
-
-def test_quantiles() -> None:
-    assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == Timing(2.0, 3.5, 5.0, 6)
-    assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
-
-
-def test_recorded_clock_shows_what_was_taken() -> None:
-    clock = timers.Recorded()
-    for seconds in ([0.5, 0.25], [3.0]):
-        call = clock.play(seconds)
-        shown = []
-        for _ in seconds:
-            start = clock()
-            call()
-            shown.append(clock() - start)
-        assert shown == seconds
-
-
-class FakeCuda:
-    """Writes down what is asked of ``torch.cuda``, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.log: list[str] = []
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.log.append("synchronize"))
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.log.append(f"sleep {cycles}"))
-        monkeypatch.setattr(torch.cuda, "Event", self.event)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=self.waits("side")))
-        current = SimpleNamespace(wait_stream=self.waits("current"))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
-        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: self.within(f"capture in {pool}"))
-        monkeypatch.setattr(torch.cuda, "stream", lambda stream: self.within("side stream"))
-        flush = SimpleNamespace(zero_=lambda: self.log.append("flush"))
-        monkeypatch.setattr(clocks, "_twice_the_cache", lambda: flush)
-        self.events = iter(["start", "end"])
-
-    def event(self, enable_timing: bool) -> SimpleNamespace:
-        assert enable_timing
-        name = next(self.events)
-        return SimpleNamespace(
-            record=lambda: self.log.append(name),
-            synchronize=lambda: self.log.append(f"wait for {name}"),
-            elapsed_time=lambda other: 3.0,  # ms
-        )
-
-    def waits(self, name: str) -> Callable[[object], None]:
-        return lambda other: self.log.append(f"{name} waits")
-
-    @contextlib.contextmanager
-    def within(self, name: str) -> Any:
-        self.log.append(name)
-        yield
-        self.log.append(f"end of {name}")
-
-
-def test_device_time_is_cold_and_without_the_hosts_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    take = timers.device(lambda: cuda.log.append("run"), once=1e-3)
-    assert take() == pytest.approx(3e-3)
-    assert cuda.log == ["sleep 4000000", "flush", "start", "run", "end", "wait for end"]
-
-
-def test_host_time_starts_with_an_empty_queue_and_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    assert timers.host(lambda: cuda.log.append("run"), once=0.0)() >= 0
-    assert cuda.log == ["synchronize", "run"]
-
-
-def test_capture_warms_up_beside_and_captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    graph, result = timers.capture(lambda: cuda.log.append("run") or "result", (0, 1))  # type: ignore[func-returns-value]
-    assert (graph, result) == ("graph", "result")
-    side = ["side waits", "side stream", "run", "run", "run", "end of side stream", "current waits"]
-    assert cuda.log == [*side, "capture in (0, 1)", "run", "end of capture in (0, 1)"]
-
-
 def test_the_phases_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Host and device of the call itself, then a capture of one that has no graphs of its own, judged by its replay."""
-    built, replays, sleeps = [], [], []
+    """Host and device of the call itself, then a capture of one that has no graphs of its own."""
+    built, pools = [], []
 
     def build(case: Case, capture: bool) -> providers.Loss:
         built.append(capture)
         return providers.gram
 
-    def capture(run: Callable[[], measure.Result], pool: object) -> tuple[SimpleNamespace, measure.Result]:
-        assert pool == "pool"
-        value, gradient = run()
-        empty = measure.Result(torch.full_like(value, torch.nan), gradient)  # until a replay fills it
-
-        def replay() -> None:
-            replays.append(1)
-            with torch.no_grad():
-                empty.value.copy_(value)
-
-        return SimpleNamespace(replay=replay), empty
-
-    def device(run: Callable[[], object], once: float) -> Callable[[], float]:
-        sleeps.append(once)
-        return timers.wall(run, once)
+    def captured(self: Machine, run: Callable[[], object], pool: object) -> tuple[Callable[[], object], object]:
+        pools.append(pool)
+        return run, run()
 
     monkeypatch.setitem(contest.PHASES, "cpu", contest.PHASES["cuda"])
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(timers, "capture", capture)
-    monkeypatch.setattr(timers, "TIMERS", {"host": lambda run, once: lambda: 0.25, "device": device, "graph": device})
+    monkeypatch.setattr(Machine, "captured", captured)
     entries = Contest(TINY, CPU, FAST).run([Provider("gram", build)])
-    assert list(entries) == [("gram", "host"), ("gram", "device"), ("gram", "graph")]
-    assert [entry.verdict.red for entry in entries.values()] == [None] * 3
-    assert built == [False, True]
-    assert sleeps[0] == 0.25  # the device sleeps as long as the host was seen to take
-    assert len(replays) == 1 + len(entries["gram", "graph"].seconds)
+    assert list(entries) == [("gram", timer) for timer in ("host", "device", "graph")]
+    assert all(len(entry.seconds[timer]) >= 5 for (_, timer), entry in entries.items())
+    assert (built, pools) == ([False, True], ["pool"])
+
+
+def test_what_cannot_be_captured_has_no_row_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(self: Machine, run: object, pool: object) -> object:
+        raise RuntimeError("it waits")
+
+    monkeypatch.setitem(contest.PHASES, "cpu", contest.PHASES["cuda"])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(Machine, "captured", captured)
+    entries = Contest(TINY, CPU, FAST).run([plant(providers.gram)])
+    kept = results.row(rows.origin(CPU), TINY, "graph", entries["gram", "graph"], FAST, CPU)
+    assert (kept.red, kept.p50) == ("RuntimeError: it waits", None)
+    assert entries["gram", "device"].why == ""
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-def test_csv_round_trip(tmp_path: Path) -> None:
-    rows = [
-        row(),
-        row("naive", None, red='wrong: "value", off\nby 1', value_error=float("inf"), gradient_error=None, floor=None),
-        row("library", 1.5e-5, launches=3, peak_memory=0, mode="forward", driver="580.1"),
-    ]
-    path = tmp_path / "new" / "device.csv"
-    results.write(path, rows)
-    assert results.read(path) == rows
-    assert [file.name for file in path.parent.iterdir()] == ["device.csv"]
-    path.write_text("device,seconds\nhere,1\n")
-    with pytest.raises(ValueError, match="measure again"):
-        results.read(path)
-
-
-def test_a_later_part_replaces_its_own_rows_only() -> None:
-    old, other, new = row(p50=1.0), row("library", 2.0), row(p50=3.0)
-    assert results.merged([old, other], [new]) == [new, other]
-
-
-def test_a_run_from_case_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    second = replace(TINY, n=16)
+@pytest.fixture
+def two_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A device with two tiny cases; the folder of its results."""
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    monkeypatch.setattr(problems, "CPU", (TINY, second))
-    monkeypatch.setattr(session.ceilings, "measured", lambda device, numbers: FAST)
-    run = session.Session(CPU, None, saves=True, minutes=1)
-    assert run.entries(TINY, timed=True) is run.entries(TINY, timed=True)
-    part = results.read(run.path)  # there before the run is over
+    monkeypatch.setattr(problems, "CPU", (TINY, replace(TINY, n=16)))
+    monkeypatch.setattr(bench.ceilings, "measured", lambda device, numbers: FAST)
+    return tmp_path
+
+
+def test_a_run_from_case_to_files(two_cases: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--device", "cpu", "--save", "--problem", "12x"]) == 0
+    path = results.path_for(CPU)
+    part = results.read(path)
     assert {kept.n for kept in part} == {12}
     assert {kept.provider for kept in part} >= {"naive", "fp64", "gram", "feature", "library", "auto"}
     assert all(kept.p50 and kept.peak_memory and kept.floor and kept.launches is None for kept in part)
+    assert "forward+backward, float32 ieee, biased" in capsys.readouterr().out
 
-    results.write(run.path, [*part, row("of a provider that is no more")])
-    rest = session.Session(CPU, None, saves=True, minutes=1)
-    rest.entries(second, timed=True)
-    rest.finish()
-    assert len(results.read(run.path)) == 2 * len(part) + 1  # it was asked for one case only
+    rows.write(path, [*part, replace(part[0], provider="of a provider that is no more")])
+    bench.main(["--device", "cpu", "--save", "--problem", "16x"])
+    assert len(results.read(path)) == 2 * len(part) + 1  # it was asked for one case only
+    bench.main(["--device", "cpu", "--save"])
+    assert {kept.provider for kept in results.read(path)} == {kept.provider for kept in part}
+    assert "forward+backward, float32 ieee, biased" in path.with_suffix(".md").read_text()
 
-    whole = session.Session(CPU, None, saves=True, minutes=1)
-    for case in (TINY, second):
-        whole.entries(case, timed=True)
-    csv, page, *_ = whole.finish()
-    assert {kept.provider for kept in results.read(csv)} == {kept.provider for kept in part}
-    assert "forward+backward, float32 ieee, biased" in page.read_text()
 
-    late = session.Session(CPU, None, saves=False, minutes=0)
-    with pytest.raises(pytest.skip.Exception, match="minutes"):
-        late.entries(TINY, timed=True)
-    assert late.left_out == {TINY}
+def test_rows_are_kept_while_a_run_goes_on(two_cases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    run = Contest.run
+
+    def spied(self: Contest, *args: Any) -> dict[tuple[str, str], Entry]:
+        path = results.path_for(CPU)
+        kept.append(len(results.read(path)) if path.exists() else 0)
+        return run(self, *args)
+
+    monkeypatch.setattr(Contest, "run", spied)
+    bench.main(["--device", "cpu", "--save", "--provider", "gram"])
+    assert kept == [0, 1]
+
+
+def test_a_run_fails_where_ours_is_wrong(
+    two_cases: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = [plant(lambda x, y: providers.gram(x, y) + 1e-3, name) for name in ("auto", "naive")]
+    monkeypatch.setattr(providers, "PROVIDERS", wrong)
+    assert bench.main(["--device", "cpu", "--gates"]) == 1
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
+    assert [" auto: value off by 1.0e-03" in line for line in told] == [True, True]  # a rival may be
+    assert list(two_cases.iterdir()) == []
+
+
+def test_no_case_is_begun_late(two_cases: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--device", "cpu", "--minutes", "-1"]) == 0
+    assert "2 cases were not begun" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------- reading them
@@ -393,8 +274,8 @@ def test_compare_finds_the_planted_regression(tmp_path: Path, capsys: pytest.Cap
         row(mode="forward"),
     ]
     files = tmp_path / "before.csv", tmp_path / "after.csv"
-    for file, rows in zip(files, (before, after), strict=True):
-        results.write(file, rows)
+    for file, found in zip(files, (before, after), strict=True):
+        rows.write(file, found)
     assert compare.main([str(file) for file in files]) == 1
     text = capsys.readouterr().out
     marked = [line.split()[10] for line in text.splitlines() if "REGRESSION" in line]
@@ -420,36 +301,5 @@ def test_table_from_planted_rows() -> None:
     assert "Launches" not in wall
 
 
-def swept() -> list[Row]:
-    sizes = [(n, 512) for n in (32, 128, 512, 2048)] + [(128, d) for d in (64, 256, 1024)]
-    return [row(name, n * d * t, n=n, p=d, q=d) for n, d in sizes for name, t in (("auto", 1e-9), ("gram", 2e-9))]
-
-
-def test_plots_from_planted_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    seen: dict[str, Any] = {}
-    curves, speed_up = plots._curves, plots._speed_up
-    monkeypatch.setattr(plots, "_curves", lambda axes, *a: (curves(axes, *a), seen.update({a[-1]: axes})))
-    monkeypatch.setattr(plots, "_speed_up", lambda axes, lines: (speed_up(axes, lines), seen.update(map=axes)))
-    (path,) = plots.draw(swept(), tmp_path / "device.png")
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert [file.name for file in tmp_path.iterdir()] == ["device.png"]
-    by_n = {line.get_label(): line for line in seen["n"].get_lines()}
-    assert list(by_n["auto"].get_xdata()) == [32, 128, 512, 2048]
-    assert list(by_n["floor"].get_ydata()) == [1e-5] * 4
-    assert list(seen["d"].get_lines()[0].get_xdata()) == [64, 256, 512, 1024]
-    assert {text.get_text() for text in seen["map"].texts} == {"2"}
-    assert len(seen["map"].texts) == 7
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert plots.draw(swept(), tmp_path / "none.png") == []
-
-
 def test_no_plot_of_a_few_rows(tmp_path: Path) -> None:
     assert plots.draw([row()], tmp_path / "device.png") == []
-
-
-def test_entry_without_time_is_no_number() -> None:
-    entry = Entry(plant(providers.gram), Verdict(measure.Errors(1e-8, None)))
-    kept = results.row(results.origin(CPU), TINY, "wall", entry, FAST, CPU)
-    assert (kept.p50, kept.red, kept.value_error, kept.gradient_error) == (None, "", 1e-8, None)

@@ -20,7 +20,7 @@ def run(*expected: str) -> subprocess.CompletedProcess[str]:
 def test_versions_are_those_of_the_project() -> None:
     python, packages = floor.least()
     assert python == (3, 10)
-    assert set(packages) == {"torch", "numpy", "tqdm", "triton"}
+    assert set(packages) == {"torch", "numpy", "tqdm", "triton", "filelock", "tomli"}
     assert all(found.replace(".", "").isdigit() for found in packages.values())
     program, found = floor.find_python(python)
     seen = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout

@@ -1,7 +1,8 @@
-"""What the documents promise is there: tree, links, snippets; and no file names a machine."""
+"""What the documents promise is there: tree, links, blocks of Python, tables; and no file names a machine."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -12,44 +13,57 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PACKAGES = "bird", "bird_kernels", "csrc"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"\./dev ([a-z]+)")
+EXTRA = re.compile(r"(?:bird-kernels|'\.)\[([\w,-]+)\]")
+DOTTED = re.compile(r"`(bird(?:_kernels)?(?:\.\w+)+)`")
 MACHINE_PATH = re.compile(r"(?<![\w.*}-])/(?:home|root|Users|work|mnt|private)/\w|\b[A-Z]:\\")
+# The first line of a block that cannot run here says why, where readers see it.
+NOT_RUN = re.compile(r"# not run by the tests: \w.{10,}\n")
 
 
-def fences(language: str) -> list[str]:
-    return [body for name, body in FENCE.findall(README.read_text(encoding="utf-8")) if name == language]
+def fences(page: Path, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def tree() -> Iterator[Path]:
-    """The paths of the README's tree: names before a run of spaces, folders end in /, two spaces indent."""
+    """The paths of CONTRIBUTING's tree: a name before a run of spaces, folders end in /, two spaces indent."""
     folders: list[str] = []
-    for line in fences("text")[0].splitlines():
+    for line in fences(ROOT / "CONTRIBUTING.md", "text")[0].splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         del folders[depth:]
-        names = re.split(r"\s{2,}", line.strip())[0].split()
-        for name in names:
-            yield Path(*folders, name)
-        if len(names) == 1 and names[0].endswith("/"):
-            folders.append(names[0])
+        name = re.split(r"\s{2,}", line.strip())[0]
+        yield Path(*folders, name)
+        folders.append(name)
 
 
-def test_every_path_in_the_tree_exists() -> None:
-    paths = list(tree())
-    assert len(paths) > 20
-    assert [str(path) for path in paths if not (ROOT / path).exists()] == []
+def test_the_tree_has_folders_that_exist() -> None:
+    assert [str(path) for path in tree() if not (ROOT / path).is_dir()] == []
 
 
-def test_every_file_at_the_top_is_in_the_tree(tracked: list[Path]) -> None:
-    shown = {path.parts[0] for path in tree()}
-    assert sorted({path.parts[0] for path in tracked} - shown) == [".gitignore"]
+def test_every_folder_of_the_packages_is_in_the_tree(tracked: list[Path]) -> None:
+    parents = {parent for path in tracked for parent in path.parents if parent.parts}
+    wanted = {path for path in parents if path.parts[0] in PACKAGES or len(path.parts) == 1}
+    assert sorted(map(str, wanted - set(tree()))) == []
 
 
-def test_every_module_is_in_the_tree(tracked: list[Path]) -> None:
-    """A newcomer finds each file of the packages in the README; an ``__init__`` needs no line."""
-    shown = set(tree())
-    modules = {path for path in tracked if path.parts[0] in {"bird", "bird_kernels"} and path.suffix == ".py"}
-    assert sorted(str(path) for path in modules - shown if path.name != "__init__.py") == []
+def test_the_readme_is_short() -> None:
+    assert len(README.read_bytes()) <= 8 * 1024
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    pytest.importorskip("cka", reason="the benchmarks need the bench extra")
+    from benchmarks import readme
+
+    page = README.read_text(encoding="utf-8")
+    assert readme.written(page) == page, "python -m benchmarks.readme writes it anew"
 
 
 def test_links_lead_somewhere(tracked: list[Path]) -> None:
@@ -62,12 +76,60 @@ def test_links_lead_somewhere(tracked: list[Path]) -> None:
     assert dead == []
 
 
-@pytest.mark.parametrize("number", range(len(fences("python"))))
-def test_snippets_run(number: int, tmp_path: Path) -> None:
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + fences("python")[number]
-    command = [sys.executable, "-c", script]
+@pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python")], ids=name_of)
+def test_blocks_of_python_run(page: Path, tmp_path: Path) -> None:
+    """In their order, with the names of those before, as a reader would run them."""
+    script = [f"import sys; sys.path.insert(0, {str(ROOT)!r}); shared = {{}}"]
+    for number, block in enumerate(fences(page, "python"), 1):
+        ast.parse(block)
+        if not NOT_RUN.match(block):
+            script.append(f"exec(compile({block!r}, '{name_of(page)}: block {number}', 'exec'), shared)")
+    command = [sys.executable, "-c", "\n".join(script)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_block_that_is_not_run_says_why() -> None:
+    marked = [block for page in PAGES for block in fences(page, "python") if "not run" in block]
+    assert [block for block in marked if not NOT_RUN.match(block)] == []
+    assert len(marked) <= 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_and_extras_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    launcher = (ROOT / "dev").read_text(encoding="utf-8")
+    assert [name for name in COMMAND.findall(text) if f"\n    {name})" not in launcher] == []
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = {name for names in EXTRA.findall(text) for name in names.split(",")}
+    assert [name for name in sorted(extras) if f"\n{name} = [" not in project] == []
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name leads to a module, and what follows stands in it."""
+    first, *rest = name.split(".")
+    place = ROOT / first
+    while rest and (place / rest[0]).is_dir():
+        place /= rest.pop(0)
+    if rest and (place / f"{rest[0]}.py").exists():
+        file = place / f"{rest.pop(0)}.py"
+    elif (place / "__init__.py").exists():
+        file = place / "__init__.py"
+    else:
+        return not rest
+    text = file.read_text(encoding="utf-8")
+    if "from bird_kernels import *" in text:
+        text += (ROOT / "bird_kernels/__init__.py").read_text(encoding="utf-8")
+    return not rest or re.search(rf"\b{rest[0]}\b", text) is not None
+
+
+def test_names_in_documents_and_docstrings_exist(tracked: list[Path]) -> None:
+    wrong = []
+    for path in tracked:
+        if (path.suffix == ".py" and path.parts[0] in PACKAGES) or ROOT / path in PAGES:
+            names = DOTTED.findall((ROOT / path).read_text(encoding="utf-8"))
+            wrong += [f"{path}: {name}" for name in names if not exists(name)]
+    assert wrong == []
 
 
 def test_no_file_names_a_machine(tracked: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""docs/scale.md says what the formulas give, and its objectives differ as it says."""
+"""docs/explain/scale.md says what the formulas give, and its objectives differ as it says."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-pytest.importorskip("pytest_benchmark", reason="the benchmarks need the bench extra")
-
-from benchmarks.kernels import results
+from benchmarks.rows import read
 from benchmarks.scale import bench, model
 from bird_kernels import transport
 from bird_kernels.call import across
@@ -97,18 +95,32 @@ def test_seconds_and_bytes_for_people() -> None:
     assert [model.time_of(t) for t in (8.16e-6, 0.00142, 3.0)] == ["8.16 us", "1.42 ms", "3 s"]
 
 
-def test_a_wrong_contestant_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_wrong_contestant_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     contestants = {**bench.CONTESTANTS, "autograd": lambda x, y: bench.cka_loss(x, y) + 1e-3 * x.sum()}
     monkeypatch.setattr(bench, "CONTESTANTS", contestants)
     monkeypatch.setattr(bench, "SHARE", 0.0)
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        rows = bench.compete((12, 5, 4), results.origin(torch.device("cpu")))
+        rows = bench.compete((12, 5, 4))
     finally:
         dist.destroy_process_group()
     by_name = {row.name: row for row in rows}
     assert {name for name, row in by_name.items() if row.red} == {"autograd"}
-    assert (by_name["autograd"].p50, by_name["autograd"].rounds) == (None, 0)
-    assert all(by_name[name].rounds == 3 for name in ("merged", "gathered", "average"))
-    assert "off by" in bench.saved(rows).with_suffix(".md").read_text()
+    assert (by_name["autograd"].p50, by_name["autograd"].rounds) == (None, None)
+    assert all(by_name[name].rounds == 5 for name in ("merged", "gathered", "average"))
+    assert "off by" in bench.page(rows)
+
+
+def test_ranks_take_turns_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes, from the command line to the file."""
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "SHAPES", ((12, 5, 4),))
+    monkeypatch.setattr("sys.argv", ["bench", "--save"])
+    bench.main()
+    (path,) = tmp_path.glob("*.csv")
+    rows = read(path, bench.Row)
+    assert [(row.name, row.red, row.ranks) for row in rows] == [(name, "", 2) for name in bench.CONTESTANTS]
+    assert all(row.rounds and row.rounds >= 3 for row in rows)
+    assert "# Global batches: 2 ranks over gloo" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Classifiers of texts: any backbone of transformers, its tokens pooled by attention mask, and a linear head.
 
+They are trained on soft labels by transformers' `Trainer`, alone or with a teacher's geometry.
+
 transformers' own classifiers of decoders look for the last token by the id of padding. SmolLM2 pads with the id that
 also ends a text, and GPT-2 has none, so they would read another token, or refuse a batch. These go by the mask alone.
 """
@@ -9,7 +11,8 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +21,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ...files import atomic, write_json
 from ...language.guidance import window_of
 from ...language.pooling import Pooling, pool_tokens, require_pooling
+from ...language.trainers import BirdTrainer
+from .data import padded
+from .recipe import Training
+from .training import arguments, claim, forget_checkpoints, quiet, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ...language.guidance import Guidance
 
 
 class Classifier(nn.Module):
@@ -88,36 +99,23 @@ class Classifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def save(self, folder: Path) -> None:
-        """Write weights (safetensors) and what else makes the classifier; each file is whole or not there.
+        """Write the weights as safetensors; the file is whole or not there.
 
         Raises:
             OSError: it could not be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        write_json({"pooling": self.pooling, "classes": self.classes}, folder / "classifier.json")
         state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         with atomic(folder / "classifier.safetensors") as partial:
             save_file(state, partial, metadata={"format": "pt"})
 
-    @classmethod
-    def load(cls, folder: Path, backbone: nn.Module) -> Classifier:
-        """What `save` wrote; no code in it runs.
-
-        Args:
-            folder: that one.
-            backbone: of the same architecture; it is taken over, and its weights are replaced.
+    def restore(self, folder: Path) -> None:
+        """Take the weights that `save` wrote; no code in the file runs.
 
         Raises:
             OSError: there is no such file.
             ValueError: it is damaged, or of another architecture.
         """
-        about = json.loads((folder / "classifier.json").read_text(encoding="utf-8"))
-        model = cls(backbone, about["pooling"], classes=about["classes"])
-        model.restore(folder)
-        return model
-
-    def restore(self, folder: Path) -> None:
-        """Take the weights that `save` wrote; raises as `load` does."""
         path = folder / "classifier.safetensors"
         try:
             state = load_file(path)
@@ -162,7 +160,7 @@ def predict(
         with torch.no_grad():
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
-                batch = {name: x.to(device) for name, x in padded([rows[number] for number in part]).items()}
+                batch = {name: x.to(device) for name, x in batched([rows[number] for number in part]).items()}
                 result[part] = model(**batch).logits.softmax(1).float().cpu()
     finally:
         model.train(was_training)
@@ -203,14 +201,6 @@ def tokenize(
     return rows, cut
 
 
-def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask``, padded on the right with id 0: the mask says what counts."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": (torch.arange(width) < lengths[:, None]).long()}
-
-
 def accuracy(probabilities: Tensor, labels: Tensor | Sequence[int]) -> float:
     """Share of the rows ``[N, C]`` whose likeliest class is the label ``[N]``.
 
@@ -223,13 +213,175 @@ def accuracy(probabilities: Tensor, labels: Tensor | Sequence[int]) -> float:
     return (probabilities.argmax(1) == labels.to(probabilities.device)).double().mean().item()
 
 
-def agreement(ours: Tensor, theirs: Tensor) -> float:
-    """Share of the rows on whose likeliest class two networks agree, as of a student with its weak teacher.
+def certain(labels: Sequence[int] | Tensor) -> Tensor:
+    """True labels, 0 or 1, as targets ``[N, 2]``.
 
     Raises:
-        ValueError: as of `accuracy`.
+        ValueError: another label.
     """
-    return accuracy(ours, theirs.argmax(1))
+    labels = torch.as_tensor(labels)
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError("labels must be 0 or 1")
+    return F.one_hot(labels.long(), 2).float()
+
+
+def train_classifier(
+    model: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    targets: Tensor,
+    training: Training,
+    folder: Path,
+    *,
+    guidance: Guidance | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    save_every: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Train in place on soft labels, by transformers' `Trainer`, or by `BirdTrainer` where something guides.
+
+    The folder gets ``classifier.safetensors`` and, last of all, ``history.json``. Called again, it goes on from its
+    last whole checkpoint, and a complete one is only read. It unpickles nothing: weights are safetensors, the trainer's
+    state is JSON, and for the states of optimizer, schedule and generators transformers calls ``torch.load`` with
+    ``weights_only=True``. (Its checkpoints also hold a ``training_args.bin``, a pickle that nobody reads; they go when
+    the run is complete.)
+
+    Args:
+        model: is on the device at the end, in eval mode.
+        tokenizer: the model's.
+        texts: N of them.
+        targets: probabilities ``[N, 2]``: a weak model's, or those of `certain`.
+        training: how long and how. Without dropout micro-batches change nothing but rounding.
+        folder: of this run alone.
+        guidance: adds a teacher's geometry; None to train on the targets alone. The order of the texts and the start of
+            the generators are the same with it.
+        seed: of the order of the texts, and where PyTorch's, NumPy's and Python's generators (dropout) begin.
+        device: ``"cpu"``, or a kind of accelerator, of which the environment chooses which (CUDA_VISIBLE_DEVICES); None
+            for the kind that the model is on.
+        save_every: steps between checkpoints; None: one for each epoch.
+        progress: show a bar.
+
+    Returns:
+        Plain data: ``train``, a row for each step (``step``, ``loss``, ``grad_norm``, ``learning_rate``; with guidance
+        ``task_loss``, ``cka``, ``cka_loss``), and ``cut``, the numbers of the texts that were longer than
+        ``max_length``, of which there is also a warning.
+
+    Raises:
+        ValueError: texts and targets that do not fit together; targets that are no probabilities; an empty text; a
+            folder of another run; several processes or GPUs; what `bird.language.BirdMixin` refuses.
+        FloatingPointError: the loss is no longer finite.
+    """
+    _require_targets(texts, targets)
+    if training.adapters:
+        raise ValueError("adapters are for students that are tuned on preferences, not for classifiers")
+    rows, cut = tokenize(model, tokenizer, texts, training.max_length)
+    claim(folder, [list(texts), targets.tolist()], guidance, training=asdict(training), seed=seed)
+    finished = folder / "history.json"
+    place = torch.device(device) if device is not None else next(model.parameters()).device
+    if finished.exists():
+        model.to(place).restore(folder)
+        model.eval()
+        return json.loads(finished.read_text(encoding="utf-8"))
+    examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
+    with quiet(progress):
+        more: dict[str, Any] = dict(guidance=guidance, seed=seed, device=place, save_every=save_every)
+        trainer = _trainer(model, tokenizer, examples, training, folder, **more)
+        history = {"train": trained(trainer, folder, progress), "cut": cut}
+    model.eval()
+    model.save(folder)
+    write_json(history, finished)
+    forget_checkpoints(folder)
+    return history
+
+
+class _Order(Sampler[int]):
+    """Another order for each epoch, which follows from seed and epoch alone: no generator that dropout draws from."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        yield from torch.randperm(self.count, generator=generator).tolist()
+
+
+class _Ordered:
+    def _get_train_sampler(self, *_: Any) -> _Order:
+        trainer: Any = self
+        return _Order(len(trainer.train_dataset), trainer.args.seed)
+
+
+class _Plain(_Ordered, Trainer):
+    pass
+
+
+class _Guided(_Ordered, BirdTrainer):
+    pass
+
+
+def _trainer(
+    model: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict[str, Any]],
+    training: Training,
+    folder: Path,
+    *,
+    guidance: Guidance | None,
+    seed: int,
+    device: torch.device,
+    save_every: int | None,
+) -> Trainer:
+    args = TrainingArguments(
+        **arguments(training, folder, seed, device, save_every),
+        optim="adamw_torch",  # without decay it is Adam
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        remove_unused_columns=False,
+    )
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise ValueError("one process on one GPU: show one only (CUDA_VISIBLE_DEVICES)")
+    common: dict[str, Any] = dict(
+        model=model, args=args, train_dataset=examples, data_collator=_collate, compute_loss_func=_share_of_loss
+    )
+    if guidance is None:
+        return _Plain(**common)
+    return _Guided(**common, processing_class=tokenizer, guidance=guidance)
+
+
+def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return batched([each["ids"] for each in examples]) | {"labels": torch.stack([each["target"] for each in examples])}
+
+
+def _share_of_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Soft cross-entropy, this batch's share of the mean over the rows of an optimizer step.
+
+    The trainer counts labels, of which a row has one for each class. Means of batches would not do: the last one of an
+    epoch may be smaller.
+    """
+    rows = len(labels) if num_items_in_batch is None else num_items_in_batch / labels.shape[1]
+    return F.cross_entropy(outputs.logits, labels.to(outputs.logits.dtype), reduction="sum") / rows
+
+
+def _require_targets(texts: Sequence[str], targets: Tensor) -> None:
+    if targets.shape != (len(texts), 2):
+        raise ValueError(f"{len(texts)} texts need targets [{len(texts)}, 2], got {list(targets.shape)}")
+    whole = targets.double()
+    wrong = ~((whole >= 0).all(1) & ((whole.sum(1) - 1).abs() <= 1e-4))  # NaN is wrong too
+    if wrong.any():
+        raise ValueError(f"targets {wrong.nonzero().flatten().tolist()[:5]} are no probabilities that sum to one")
+
+
+def batched(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` ``[rows, longest]``, padded on the right."""
+    ids, mask = padded(rows, left=False)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _few(numbers: Sequence[int]) -> str:

@@ -1,7 +1,8 @@
 """A judge at the other end of the network: any server of OpenAI's chat completions, through the standard library.
 
 The key is read from the environment for each request, and stands nowhere else: not in the object, the cache, logs
-or errors.
+or errors. (The `openai` client would log addresses with their query, send any server what OPENAI_CUSTOM_HEADERS and
+its like hold, and leave retries, back-off and strict reading to this file all the same.)
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..lines import Lines
-from .data.texts import Prompt
+from ..stages import Lines
+from .data import Prompt
 from .verdicts import SAFETY, Verdict, fill, paired, parse
 
 _LOG = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class Endpoint:
         key_variable: the environment variable that holds the key, or None if the server wants none.
         name: in results; empty for the model's.
         template: the question, with ``{prompt}`` and ``{response}``.
-        words: the answers for good and for bad, see `bird.language.verdicts.parse`.
+        words: the answers for good and for bad, see `bird.lab.language.verdicts.parse`.
         cache: a file of answers, JSON lines, for one process at a time; None to keep none.
         per_minute: requests, at most.
         timeout: seconds that the server may be silent.

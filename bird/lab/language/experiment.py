@@ -1,6 +1,6 @@
 """Recipes of language models run: from a recipe to stages, and to the cells of a table.
 
-As in `bird.experiments`: a stage's folder is named after everything that decides it, so what cells share is made once
+As for images, a stage's folder is named after everything that decides it, so what cells share is made once
 and a killed run goes on where it was. The test prompts and rows are seen by the last stages alone.
 """
 
@@ -23,8 +23,7 @@ from ..stages import Stage
 from .data import Labelled
 from .models import MODELS, locate
 from .models import load as load_network
-from .recipe import Change, Pair, Recipe
-from .settings import Training
+from .recipe import Change, Pair, Recipe, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +67,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Experiment(ABC):
-    """What both kinds of recipes share; arguments as of `bird.experiments.Experiment`.
+    """What both kinds of recipes share; arguments as of `bird.lab.vision.experiment.Experiment`.
 
     Args:
         recipe: what to run.
@@ -85,7 +84,7 @@ class Experiment(ABC):
     progress: bool = False
 
     def cells(self, **choice: Any) -> list[Cell]:
-        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.recipes.grid`."""
+        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.lab.recipe.grid`."""
         return [self._cell(*entry) for entry in grid(self.recipe, **choice)]
 
     def check(self) -> None:
@@ -144,7 +143,7 @@ class Experiment(ABC):
         guidance: Guidance | None = None,
     ) -> dict[str, Any]:
         """A classifier trained in place; its history."""
-        from .weak_labels import train_classifier
+        from .classifiers import train_classifier
 
         return train_classifier(
             model,

@@ -23,8 +23,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ...features import evaluating, unwrap
-from ..lines import Lines
-from .data.texts import Prompt, padded, token_ids
+from ..stages import Lines
+from .data import Prompt, padded, token_ids
 from .weights import fingerprint
 
 __all__ = ["generate", "perplexity", "sample"]

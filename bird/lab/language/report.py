@@ -13,11 +13,10 @@ import numpy as np
 
 from ...files import atomic, write_json
 from .. import figures
-from ..statistics import Interval, bootstrap, paired_bootstrap, paired_p
+from ..statistics import Interval, bootstrap, paired_bootstrap, paired_p, pgr
 from ..tables import markdown, origin, percent
 from .experiment import Cell, Experiment
 from .recipe import Recipe
-from .weak_labels import recovered
 
 Group = tuple[str, str]  # networks, variant
 Results = dict[str, dict[int, dict[str, dict[str, Any]]]]  # method, seed: results by score
@@ -211,13 +210,11 @@ def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str
         row = [recipe.titles[method], _share(values), f"{paper[method]:.2f}" if method in paper else ""]
         numbers[method] = {"accuracy": values.mean(1).tolist()}
         if whole and method not in ("weak", "ceiling"):
-            each = [
-                recovered(*means[:1], weak=means[1], ceiling=means[2])
-                for means in zip(*(right[m].mean(1).tolist() for m in (method, "weak", "ceiling")), strict=True)
-            ]
+            means = (right[m].mean(1).tolist() for m in (method, "weak", "ceiling"))
+            shares = [_recovered(*of_seed) for of_seed in zip(*means, strict=True)]
             interval = _recovered_interval(values, right["weak"], right["ceiling"])
-            row += [_of_seeds([e.clipped for e in each]), _of_seeds([e.raw for e in each]), _interval_text(interval)]
-            raw = [None if math.isnan(e.raw) else e.raw for e in each]
+            row += [_of_seeds(shares, least=0), _of_seeds(shares), _interval_text(interval)]
+            raw = [None if math.isnan(share) else share for share in shares]
             numbers[method] |= {"gap_recovered": raw, "interval": asdict(interval)}
         if "weak" in right and method != "weak":
             repeated, kept = _heritage(values, right["weak"])
@@ -248,9 +245,9 @@ def _heritage(strong: np.ndarray, weak: np.ndarray) -> tuple[list[float], list[f
     return repeated.tolist(), kept.tolist()
 
 
-def _of_seeds(shares: Sequence[float]) -> str:
-    """In %, of the seeds that have a gap."""
-    known = [share for share in shares if not math.isnan(share)]
+def _of_seeds(shares: Sequence[float], least: float = -math.inf) -> str:
+    """In %, of the seeds that have a gap; published shares are no less than 0."""
+    known = [max(share, least) for share in shares if not math.isnan(share)]
     if not known:
         return "no gap"
     return percent(known) + ("" if len(known) == len(shares) else f" ({len(known)} of {len(shares)} seeds have a gap)")
@@ -261,22 +258,21 @@ def _right(of: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
     return np.array([results["test"]["right"] for results in of.values()], dtype=float)
 
 
+def _recovered(strong: float, weak: float, ceiling: float) -> float:
+    """The share of the gap; NaN unless the ceiling is above the weak model."""
+    return pgr(strong, weak, ceiling) if ceiling > weak else math.nan
+
+
 def _recovered_interval(strong: np.ndarray, weak: np.ndarray, ceiling: np.ndarray) -> Interval:
     """Of the gap recovered, mean accuracies over seeds, test rows drawn with replacement."""
     three = np.stack([values.mean(0) for values in (strong, weak, ceiling)])
     draws = np.random.default_rng(0).integers(0, three.shape[1], (2000, three.shape[1]))
-    means = three[:, draws].mean(2)
-    drawn = _of_gap(means)
+    drawn = [_recovered(*means) for means in three[:, draws].mean(2).T.tolist()]
+    whole = _recovered(*three.mean(1).tolist())
     if np.isnan(drawn).mean() > 0.05:
-        return Interval(float(_of_gap(three.mean(1))), -math.inf, math.inf)  # there may be no gap at all
+        return Interval(whole, -math.inf, math.inf)  # there may be no gap at all
     low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return Interval(float(_of_gap(three.mean(1))), float(low), float(high))
-
-
-def _of_gap(means: np.ndarray) -> np.ndarray:
-    """Strong, weak, ceiling to the share recovered; NaN where there is no gap."""
-    strong, weak, ceiling = means
-    return (strong - weak) / np.where(ceiling > weak, ceiling - weak, np.nan)
+    return Interval(whole, float(low), float(high))
 
 
 def _interval_text(interval: Interval) -> str:

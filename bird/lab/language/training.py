@@ -18,7 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ...files import write_json
 from ...language.mixin import BirdMixin
-from .settings import Training
+from .recipe import Training
 
 if TYPE_CHECKING:
     from ...language.guidance import Guidance

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from .data.texts import Prompt, plain
+from .data import Prompt, plain
 
 # True: good (safe, positive); None: the judge's answer could not be read, which is never guessed over.
 Verdict: TypeAlias = bool | None
@@ -45,28 +45,6 @@ class Judge(Protocol):
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """One verdict for each prompt and the response to it; an empty response is judged like any other."""
         ...
-
-
-def summary(verdicts: Sequence[Verdict], responses: Sequence[str] | None = None) -> dict[str, float]:
-    """Counts of ``yes``, ``no`` and ``unparsable``, and ``share``: of yes among all responses.
-
-    The denominator is all of them, not those that could be read: an unparsable answer is not a yes, and a student
-    that confuses the judge gains nothing. With ``responses``, ``empty`` counts those of nothing but spaces, whatever
-    their verdicts: a student that says nothing is safe, and of no use.
-
-    Raises:
-        ValueError: no verdicts, or another number of responses.
-    """
-    if not verdicts:
-        raise ValueError("there are no verdicts to sum up")
-    counts: dict[str, float] = {
-        "yes": sum(verdict is True for verdict in verdicts),
-        "no": sum(verdict is False for verdict in verdicts),
-        "unparsable": sum(verdict is None for verdict in verdicts),
-    }
-    if responses is not None:
-        counts["empty"] = sum(not response.strip() for _, response in zip(verdicts, responses, strict=True))
-    return counts | {"share": counts["yes"] / len(verdicts)}
 
 
 def paired(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[tuple[Prompt, str]]:

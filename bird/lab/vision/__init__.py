@@ -1,1 +1,4 @@
-"""Images: data sets, corruptions and networks. They know nothing of the rest of `bird` but how a file is written."""
+"""Images: data sets, corruptions, networks, training, experiments and their reports.
+
+It knows nothing of the wing of language.
+"""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ...files import PARTIAL, UNREADABLE, load, save
+from ...files import PARTIAL
+from ..tensors import UNREADABLE, load, save
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -40,7 +40,7 @@ from ...files import atomic, write_json
 from ...losses import BirdLoss, Hints
 from ...taps import Taps
 from ...teachers import Teacher
-from ..workers import side_by_side
+from ..stages import side_by_side
 from .checkpoints import History, Settings
 from .comparison import Comparison, Outcome, table, write_results
 from .corruptions import Mixture

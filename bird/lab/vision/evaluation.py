@@ -61,7 +61,7 @@ def robustness(
     Args:
         model: images ``[n, c, h, w]`` in 0-1 to logits ``[n, classes]``.
         data: any device; batches move to the model's.
-        names: keys of `bird.vision.corruptions.CORRUPTIONS`.
+        names: keys of `bird.lab.vision.corruptions.CORRUPTIONS`.
         severities: 1 to 5.
         seed: of the corruptions: the same seed gives the same corrupted images to every model.
         batch_size: changes speed and memory, not the corrupted images.

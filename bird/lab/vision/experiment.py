@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ...features import find_layers
-from ...files import load, save
 from ...teachers import Teacher
 from ..recipe import data_root, grid
 from ..stages import Stage
+from ..tensors import load, save
 from .augment import CropFlip
 from .corruptions import Mixture
 from .data import Splits
@@ -63,7 +63,9 @@ class Candidate:
     networks: str
     variant: str
     seed: int
-    properties: Stage  # result: {"properties": `bird.selection.Properties`, "student_probe_accuracy": a share of 1}
+    properties: (
+        Stage  # result: {"properties": `bird.lab.vision.selection.Properties`, "student_probe_accuracy": a share of 1}
+    )
 
     @property
     def wanted(self) -> list[Stage]:
@@ -101,9 +103,9 @@ class Experiment:
         recipe: what to run.
         root: the folder of the stages' folders.
         device: where networks are trained; like the rest from here on it is no part of a stage's name.
-        data_root: the folder of the data sets, see `bird.vision.datasets.load`.
+        data_root: the folder of the data sets, see `bird.lab.vision.datasets.load`.
         progress: bars for training; None for on a terminal only.
-        compile: train compiled models, see `bird.checkpoints.Settings`.
+        compile: train compiled models, see `bird.lab.vision.checkpoints.Settings`.
     """
 
     recipe: Recipe
@@ -114,7 +116,7 @@ class Experiment:
     compile: bool = False
 
     def cells(self, **choice: Any) -> list[Cell]:
-        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.recipes.grid`."""
+        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.lab.recipe.grid`."""
         return [self._cell(*entry) for entry in grid(self.recipe, **choice)]
 
     def check(self) -> None:

@@ -88,7 +88,7 @@ class Extractor:
     """How features are extracted.
 
     Args:
-        corruptions: keys of `bird.vision.corruptions.CORRUPTIONS`.
+        corruptions: keys of `bird.lab.vision.corruptions.CORRUPTIONS`.
         severities: 1 to 5; each corruption at each of them is one version of an image.
         seed: of the corruptions.
         batch_size: images at a time; changes speed and memory.

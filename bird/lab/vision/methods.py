@@ -101,10 +101,10 @@ class Transferred(NamedTuple):
 
 @dataclass(frozen=True)
 class Transfer:
-    """What all methods have in common; arguments that are not described here are those of `bird.training.fit`.
+    """What all methods have in common; other arguments are those of `bird.lab.vision.training.fit`.
 
     Args:
-        teacher: (a key of `bird.vision.models.MODELS`, guiding layer).
+        teacher: (a key of `bird.lab.vision.models.MODELS`, guiding layer).
         student: (the same, guided layer).
         settings: of all steps together.
         classes: of the student's task.

@@ -30,11 +30,6 @@ class StepTimes:
     teacher: float
     loss: float
 
-    @property
-    def guidance(self) -> float:
-        """The share of teacher and loss in the step, 0-1."""
-        return (self.teacher + self.loss) / self.step
-
 
 def step_times(
     model: nn.Module,
@@ -48,14 +43,14 @@ def step_times(
 ) -> StepTimes:
     """Time the first batch's step again and again, waiting for the device each time.
 
-    Arguments as of `bird.training.fit`. As there, all modules move to the device; but their weights, buffers and
-    PyTorch's generators are left as they were, and gradients are dropped.
+    Arguments as of `bird.lab.vision.training.fit`. As there, all modules move to the device; but their weights,
+    buffers and PyTorch's generators are left as they were, and gradients are dropped.
 
     Args:
         repeats: how often each part is timed, after two runs that do not count.
 
     Raises:
-        ValueError: as `bird.training.fit`; ``repeats`` below 1.
+        ValueError: as `bird.lab.vision.training.fit`; ``repeats`` below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, not {repeats}")

@@ -3,7 +3,7 @@
 The package ships one for every table of the paper (`names`); `read` also takes a path of your own. A file says::
 
     title = "CIFAR-10 to CIFAR-100"
-    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]    # keys of `bird.methods.METHODS`
+    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]    # keys of `METHODS`
     seeds = 3
 
     [teacher]                                                # a source of images, see `Source`
@@ -57,7 +57,7 @@ class Source:
     """Images.
 
     Args:
-        data: a key of `bird.vision.datasets.DATASETS`.
+        data: a key of `bird.lab.vision.datasets.DATASETS`.
         classes: which ones, renumbered in this order; None for all.
         limit_per_class: at most so many of each class in each of the three sets; None for all.
         augment: "crop-flip", "crop" (for digits), or "none".
@@ -77,7 +77,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train, and how: ``epochs`` or ``steps``; the rest as in `bird.checkpoints.Settings`."""
+    """How long to train, and how: ``epochs`` or ``steps``; the rest as in `bird.lab.vision.checkpoints.Settings`."""
 
     epochs: int | None = None
     steps: int | None = None
@@ -125,7 +125,7 @@ class Networks:
     """A teacher's and a student's network.
 
     Args:
-        teacher: a key of `bird.vision.models.MODELS`.
+        teacher: a key of `bird.lab.vision.models.MODELS`.
         student: the same.
         paper: method to the published robust accuracy in %.
         paper_pgr: method to the published share of the gap recovered, in %.
@@ -189,7 +189,7 @@ class Recipe:
         pretraining: of teachers and students.
         transfer: of every method.
         networks: by name; each is run.
-        methods: keys of `bird.methods.METHODS`.
+        methods: keys of `bird.lab.vision.methods.METHODS`.
         variants: by name; "" is the recipe as it is.
         seeds: how many repetitions, with seeds 0, 1, ...
         corruptions: the teacher's, at severities 0 to 5.

@@ -15,7 +15,7 @@ PREDICTORS = ("probe_accuracy", "complementary_knowledge", "usefulness_min")
 
 @dataclass(frozen=True)
 class Properties:
-    """What a teacher's features are worth to a student; `bird.selection.properties` measures it.
+    """What a teacher's features are worth to a student; `bird.lab.vision.selection.properties` measures it.
 
     Args:
         probe_accuracy: held-out accuracy of a linear probe on them, a share of 1.

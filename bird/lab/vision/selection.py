@@ -96,7 +96,7 @@ def rank_teachers(
             pictures and `regress`; it does not change the order.
         seed: of the corruptions.
         batch_size: images at a time.
-        device: where networks run, see `bird.extraction.Extractor`; None: each where it is.
+        device: where networks run, see `bird.lab.vision.extraction.Extractor`; None: each where it is.
         cache: a folder that keeps features, see there; None: nothing is kept.
         progress: show a bar for each network; None to show it on a terminal only.
 

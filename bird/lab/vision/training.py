@@ -60,7 +60,8 @@ def fit(
         settings: how long, how fast, in which order, and how much at a time.
         guide: None to train on the task alone.
         trained: module paths or globs of the parts that are trained, ``["head"]`` for a linear probe; all else is
-            frozen and stays in eval mode (`bird.freezing.train_only`), only in this call. None to train everything.
+            frozen and stays in eval mode (`bird.lab.vision.freezing.train_only`), only in this call. None to train
+            everything.
         augment: changes the images of every batch; of every chunk, where there are chunks, and with `BirdLoss` twice,
             both times with PyTorch's generators in the same state.
         validate: scores the model, in eval mode and without gradients, on *validation* data, never on test

@@ -100,5 +100,18 @@ def moments_kernel(
     if arrive(counters + pair, blocks):
         coefficients += pair * NUMBERS
         scale_x, scale_y, count = sizes_of(coefficients)
-        room_k, room_l = tl.load(rooms + 2 * pair), tl.load(rooms + 2 * pair + 1)
-        finish(slots, blocks, room_k, room_l, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, UNBIASED)
+        finish(
+            slots=slots,
+            programs=blocks,
+            room_k=tl.load(rooms + 2 * pair),
+            room_l=tl.load(rooms + 2 * pair + 1),
+            sum_k=0.0,
+            sum_l=0.0,
+            scale_x=scale_x,
+            scale_y=scale_y,
+            n=count,
+            value=values + pair,
+            coefficients=coefficients,
+            STATISTIC=STATISTIC,
+            UNBIASED=UNBIASED,
+        )

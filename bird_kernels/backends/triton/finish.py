@@ -102,13 +102,13 @@ def cross_finish_kernel(
     tl.store(slots + 4 * programs + program, trace_y)
     if arrive(counter, programs):
         trace_x, trace_y = sum_slots(slots, 3, programs), sum_slots(slots, 4, programs)
-        tl.store(coefficients + SUM_K, 0.0)
-        tl.store(coefficients + SUM_L, 0.0)
         finish(
             slots=slots,
             programs=programs,
             room_k=trace_x * trace_x,
             room_l=trace_y * trace_y,
+            sum_k=0.0,
+            sum_l=0.0,
             scale_x=tl.load(scales),
             scale_y=tl.load(scales + 1),
             n=n,
@@ -303,13 +303,13 @@ def gram_finish_kernel(
         if UNBIASED:
             room_k -= sum_slots(totals, 2, blocks)
             room_l -= sum_slots(totals, 5, blocks)
-        tl.store(coefficients + SUM_K, total_k)
-        tl.store(coefficients + SUM_L, total_l)
         finish(
             slots=slots,
             programs=programs,
             room_k=room_k,
             room_l=room_l,
+            sum_k=total_k,
+            sum_l=total_l,
             scale_x=tl.load(scales),
             scale_y=tl.load(scales + 1),
             n=count,

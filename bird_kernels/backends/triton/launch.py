@@ -66,7 +66,7 @@ def precision_of(problem: Problem) -> str:
 
 
 def products(problem: Problem, precision: str) -> dict[str, int]:
-    """Warps and stages of the kernels that multiply: those without spills (docs/kernels.md names the others)."""
+    """Warps and stages of the kernels that multiply: no spills but those in docs/explain/kernels.md."""
     single = problem.dtype == torch.float32
     old = capability(problem.device) < (9, 0)
     exact = single and precision != "tf32"

@@ -79,11 +79,13 @@ def finish(
     programs,
     room_k,  # the squares that centring took kk from: a self-product that is rounding of them is zero
     room_l,
+    sum_k,  # totals of K and L, for a backward that centres them itself
+    sum_l,
     scale_x,  # what the features were multiplied by
     scale_y,
     n,  # rows that count, fp64
     value,  # out, fp32, 0-d
-    coefficients,  # out, fp64, but for the sums
+    coefficients,  # out, fp64 [COEFFICIENTS]
     STATISTIC: tl.constexpr,
     UNBIASED: tl.constexpr,
 ):
@@ -104,6 +106,8 @@ def finish(
     tl.store(coefficients + KL, kl)
     tl.store(coefficients + KK, kk)
     tl.store(coefficients + LL, ll)
+    tl.store(coefficients + SUM_K, sum_k)
+    tl.store(coefficients + SUM_L, sum_l)
     store_sizes(coefficients, scale_x, scale_y, n)
 
 

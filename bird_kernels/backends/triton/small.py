@@ -181,7 +181,21 @@ def reduce_kernel(
                 tl.store(rooms + 2 * pair + side, tl.maximum(trace * trace - squares, 0.0))
                 store_shifts(sums + side * tiles * n, tiles, shifts + (2 * pair + side) * n, count, n, True)
         else:
-            finish(slots, programs, 0.0, 0.0, scale_x, scale_y, count, values + pair, coefficients, STATISTIC, False)
+            finish(
+                slots=slots,
+                programs=programs,
+                room_k=0.0,
+                room_l=0.0,
+                sum_k=0.0,
+                sum_l=0.0,
+                scale_x=scale_x,
+                scale_y=scale_y,
+                n=count,
+                value=values + pair,
+                coefficients=coefficients,
+                STATISTIC=STATISTIC,
+                UNBIASED=False,
+            )
 
 
 @triton.jit

@@ -1,4 +1,8 @@
-"""Rows of a published set, from a file, a folder or the Hugging Face hub. No pickle is read and no script is run."""
+"""Rows of a published set, from a file, a folder or the Hugging Face hub. No pickle is read and no script is run.
+
+Files are read here and not by `datasets`, which fills in fields that a row lacks, makes times of strings that look like
+some, does not name a broken line, and keeps a copy of each file in its cache.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def preferences(source: Path | str, split: str = "train", *, drop: bool = False)
     conversation, characters of strings. A string as the prompt of conversations that hold it again gives way to theirs.
 
     Args:
-        source: a .jsonl, .json or .parquet file, a folder, or a hub id (see `bird.language.files.read_rows`).
+        source: a .jsonl, .json or .parquet file, a folder, or a hub id (see `bird.lab.language.data.files.read_rows`).
         split: which part.
         drop: leave out rows that prefer nothing: an empty prompt or response, or twice the same response. Some
             published sets have a few; a warning says how many.

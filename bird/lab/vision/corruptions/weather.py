@@ -62,8 +62,8 @@ def plasma(side: int, decay: Tensor, noise: Noise) -> Tensor:
 
 
 def frost(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Ice on the glass: a random part of one of five pictures of frost, which are ours (`bird.vision.corruptions.ice`)
-    where the original has photographs; the weights are published."""
+    """Ice on the glass: a random part of one of five pictures of frost, which are ours
+    (`bird.lab.vision.corruptions.ice`) where the original has photographs; the weights are published."""
     height, width = x.shape[-2:]
     which, top, left = noise.integers(5), noise.integers(SIDE), noise.integers(SIDE)
     rows = (top[:, None] + torch.arange(height, device=x.device)) % SIDE + which[:, None] * SIDE

@@ -3,9 +3,10 @@
     network = build("resnet18", classes=10)
     taps = Taps(network, MODELS["resnet18"].guide)
 
-The paper's are torchvision's with stems for 32x32 images (`bird.vision.models.families` says what differs), installed
-with ``pip install 'bird-kernels[vision]'``. The small ones are for CPUs: forward, backward and SGD of a batch of 64
-grey images take one core of an EPYC server 13 ms (resnet-tiny), 16 to 17 (mobilenetv2-tiny, resnet-small) or 20 to 22.
+The paper's are torchvision's with stems for 32x32 images (`bird.lab.vision.models.families` says what differs),
+installed with ``pip install 'bird-kernels[vision]'``. The small ones are for CPUs: forward, backward and SGD of a
+batch of 64 grey images take one core of an EPYC server 13 ms (resnet-tiny), 16 to 17 (mobilenetv2-tiny, resnet-small)
+or 20 to 22.
 
 The paper chose its one guiding and one guided layer heuristically. `Model.guide` is ours for both: the output of the
 last stage before the head; its average over space is what the head reads, the "penultimate" features.

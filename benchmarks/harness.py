@@ -1,0 +1,206 @@
+"""The one harness of the benchmarks: candidates pass a gate and are timed in turns; `benchmarks.rows` keeps the rest.
+
+A benchmark brings its questions, the candidates that answer them, a judge who compares an answer with the truth, and a
+dataclass of a row. It gets from here the order of things (`compete`), and the median and the quantiles (`Timing`).
+
+What is judged is a call after the warm-up, because a compiler's own CUDA graph is made in the second or third; a graph
+of ours is judged by a replay. Nobody keeps a result, which may lie in a graph's memory. Only torch is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import traceback
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from benchmarks.machine import Machine
+from benchmarks.rows import message
+from bird_kernels.clocks import Pool, Take
+
+FEWEST_ROUNDS, FEWEST_SLOW_ROUNDS, MOST_ROUNDS = 5, 3, 200
+WARM_UP = 3  # calls before the gate, where something may compile
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Verdict(NamedTuple):
+    """``red`` says what is wrong with an answer, None if nothing is; the errors against fp64, where there are such."""
+
+    red: str | None = None
+    value_error: float | None = None
+    gradient_error: float | None = None
+
+
+class Candidate(NamedTuple):
+    """A call that returns an answer. ``captured``: a CUDA graph can hold it; ``compiles``: so do its first calls."""
+
+    name: str
+    run: Callable[[], Any]
+    captured: bool = True
+    compiles: bool = False
+
+
+@dataclass
+class Entry:
+    """What came out for a candidate: "ok" with seconds by clock, or "red", "failed", "refused", "left out" and why."""
+
+    name: str
+    status: str = "ok"
+    why: str = ""
+    verdict: Verdict = field(default_factory=Verdict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peak_memory: int | None = None
+    launches: int | None = None
+    no_graph: str = ""
+
+
+class _Ready(NamedTuple):
+    entry: Entry
+    takes: dict[str, Take]
+    once: float
+
+
+Judge = Callable[[Any], Verdict]
+Budget = Callable[[float, int], int]  # rounds, from the seconds of a call and how many takes share the time
+
+
+def compete(
+    machine: Machine,
+    candidates: Iterable[Candidate],
+    judge: Judge,
+    clocks: Sequence[str],
+    budget: Budget,
+    *,
+    watch: bool = False,
+    pool: Pool = None,
+    begin: Callable[[str], None] = lambda name: None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Entry]:
+    """Every candidate past the gate, then those that are right timed in turns, under all ``clocks``.
+
+    Entries come as soon as they are known: first those that get no time, in the end the others. A candidate that
+    raises stops nobody. A "graph" is the replay of one; where no graph can hold a call, "device" stands for it.
+
+    Args:
+        watch: memory and launches are counted too.
+        pool: of the graphs' memory, to share.
+        begin: is told which candidate is tried now, and "" when all have been.
+        stop: once it says so, no candidate and no turn begins.
+    """
+    ready: list[_Ready] = []
+    for candidate in candidates:
+        begin(candidate.name)
+        if stop():
+            yield Entry(candidate.name, "left out", "the time is over")
+            continue
+        try:
+            outcome = _prepare(machine, candidate, judge, clocks, watch, pool)
+        except Exception as error:  # of any kind: the others go on
+            yield _failed(candidate.name, error)
+            machine.release()
+            continue
+        if isinstance(outcome, Entry):
+            yield outcome
+        else:
+            ready.append(outcome)
+    begin("")
+    takes = {(i, clock): take for i, one in enumerate(ready) for clock, take in one.takes.items()}
+    rounds = {key: budget(ready[key[0]].once, len(takes)) for key in takes}
+    for (i, clock), seconds in in_turns(takes, rounds, stop).items():
+        ready[i].entry.seconds[clock] = seconds
+    yield from (one.entry for one in ready)
+
+
+def _prepare(
+    machine: Machine, candidate: Candidate, judge: Judge, clocks: Sequence[str], watch: bool, pool: Pool
+) -> _Ready | Entry:
+    """The entry of a wrong candidate, or what to time of a right one."""
+    entry, run = Entry(candidate.name), candidate.run
+    warm_up = WARM_UP if candidate.compiles or machine.is_cuda else 1
+    once = [machine.seconds(run) for _ in range(warm_up)][-1]
+    calls = {clock: run for clock in clocks if clock != "graph"}
+    result = None
+    if watch:
+        result, entry.peak_memory = machine.watched(run)
+    if "graph" in clocks and candidate.captured:
+        try:
+            replay, result = machine.captured(run, pool)
+            replay()
+            calls = {"graph": replay} | calls
+        except Exception as error:  # it is timed without
+            traceback.print_exc()
+            entry.no_graph = message(error)
+            machine.wait()
+    if "graph" in clocks and "graph" not in calls:
+        calls = {"device": run} | calls
+    if "graph" not in calls and not watch:
+        result = run()
+    machine.wait()
+    entry.verdict = judge(result)
+    del result
+    if entry.verdict.red:
+        entry.status, entry.why = "red", entry.verdict.red
+        return entry
+    if watch:
+        entry.launches = machine.launches(calls.get("graph", run))
+    takes = {clock: machine.take("device" if clock == "graph" else clock, call) for clock, call in calls.items()}
+    return _Ready(entry, takes, once)
+
+
+def _failed(name: str, error: Exception) -> Entry:
+    """A backend that says in words that it cannot is no failure, nor is a device without the memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return Entry(name, "refused", "out of memory")
+    if isinstance(error, ValueError) and "cannot run here" in str(error):
+        return Entry(name, "refused", message(error))
+    traceback.print_exc()
+    return Entry(name, "failed", message(error))
+
+
+def rounds(once: float, share: float, patience: float) -> int:
+    """How often to make a call of ``once`` seconds: to fill ``share`` seconds, within bounds and ``patience``."""
+    wanted = min(max(math.ceil(share / once), FEWEST_ROUNDS), MOST_ROUNDS)
+    return wanted if wanted * once <= patience else max(FEWEST_SLOW_ROUNDS, int(patience / once))
+
+
+def in_turns(
+    takes: Mapping[K, Take], rounds: Mapping[K, int], stop: Callable[[], bool] = lambda: False
+) -> dict[K, list[float]]:
+    """Seconds of every call, mixed in a changing order, so that a noisy minute and a warm cache treat all alike.
+
+    Who has fewer rounds than the others has them spread over the whole time. After ``stop`` says so no turn begins.
+    """
+    times: dict[K, list[float]] = {name: [] for name in takes}
+    order = random.Random(0)
+    most = max((rounds[name] for name in takes), default=0)
+    for turn in range(most):
+        if stop():
+            break
+        due = [name for name in takes if (turn + 1) * rounds[name] // most > turn * rounds[name] // most]
+        for name in order.sample(due, len(due)):
+            times[name].append(takes[name]())
+    return times
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, over the rounds that were measured."""
+
+    p20: float | None = None
+    p50: float | None = None
+    p80: float | None = None
+    rounds: int | None = None
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """The quantiles of the rounds' times; nothing of none."""
+        if len(seconds) < 2:
+            return cls(*3 * seconds, 1) if seconds else cls()
+        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+        return cls(fifths[0], statistics.median(seconds), fifths[3], len(seconds))

@@ -1,0 +1,124 @@
+"""What a benchmark asks of a device: to wait, to capture a call and replay it, to time it, to count what it takes.
+
+It needs nothing but torch, and the clocks are those of `bird_kernels.clocks`. On a CPU there are no graphs: a
+captured call is the call itself, and every clock is the wall's.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bird_kernels import clocks
+from bird_kernels.clocks import Pool, Run, Take
+
+T = TypeVar("T")
+
+
+class Machine:
+    """The device of this process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether calls return before the device has done them."""
+        return self.device.type == "cuda"
+
+    def wait(self) -> None:
+        """Until the device has done what it was given; raises what went wrong there."""
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, run: Run) -> float:
+        """Of one call, the device's work included."""
+        self.wait()
+        start = time.perf_counter()
+        run()
+        self.wait()
+        return time.perf_counter() - start
+
+    def take(self, clock: str, run: Run) -> Take:
+        """What makes a call and returns its seconds: of the "wall", the "host", or the "device", whose caches are cold.
+
+        The device's clock sleeps while the host queues the call; how long that takes, a call more tells.
+        """
+        if not self.is_cuda or clock == "wall":
+            return clocks.wall(run, 0.0)
+        host = clocks.host(run, 0.0)
+        return host if clock == "host" else clocks.device(run, host())
+
+    def captured(self, run: Callable[[], T], pool: Pool = None) -> tuple[Run, T]:
+        """A replay of the call, and the result that each replay writes anew (on a CPU: that of this first call).
+
+        Raises:
+            RuntimeError: the call cannot be captured; the current stream is the one it was.
+        """
+        if not self.is_cuda:
+            return run, run()
+        stream = torch.cuda.current_stream()
+        try:
+            graph, result = clocks.capture(run, pool)
+        except Exception:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
+            torch.cuda.synchronize()
+            raise
+        return graph.replay, result
+
+    def watched(self, run: Callable[[], T]) -> tuple[T, int]:
+        """The result of a call, and the bytes it held at its worst moment beyond its inputs, result included.
+
+        Counted by PyTorch's allocators: what a matrix library takes for itself is not seen.
+        """
+        if self.is_cuda:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            result = run()
+            torch.cuda.synchronize()
+            return result, torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            result = run()
+        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return result, peak
+
+    def launches(self, run: Run) -> int | None:
+        """The kernels, copies and fills of one call on a GPU. None on a CPU, or where the profiler sees nothing."""
+        if not self.is_cuda:
+            return None
+        self.wait()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            run()
+            self.wait()
+        done = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
+        return sum(not getattr(event, "is_user_annotation", False) for event in done) or None
+
+    def release(self) -> None:
+        """Give back the memory that earlier calls left behind."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    def free_memory(self) -> int:
+        """Bytes that a measurement may take: nine tenths of what is free."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            return int(0.9 * torch.cuda.mem_get_info()[0])
+        try:
+            lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        except (OSError, StopIteration):
+            return 4 * 2**30  # not Linux: what any machine of today has
+        return int(0.9 * free)

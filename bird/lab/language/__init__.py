@@ -1,0 +1,1 @@
+"""Language models: preferences and weak-to-strong, their data, networks, trainers and judges."""

@@ -1,0 +1,148 @@
+"""Taps and torch.compile: the same features and gradients, and words where hooks would be lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bird.taps import Taps
+from tests.bird.tapped import Net, by_hand, gradients, guidance
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Any:
+    yield
+    torch.compiler.reset()
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+@pytest.mark.parametrize(
+    ("compiler", "order"),
+    [
+        ("eager", "compile-then-tap"),
+        ("aot_eager", "compile-then-tap"),
+        ("aot_eager", "tap-then-compile"),
+        pytest.param(
+            "inductor",
+            "compile-then-tap",
+            marks=pytest.mark.skipif(not _compiler(), reason="inductor needs a C++ compiler"),
+        ),
+    ],
+)
+def test_a_compiled_model_gives_the_same(net: Net, images: Tensor, compiler: str, order: str) -> None:
+    truth_taps = Taps(net, "blocks.*")
+    truth = gradients(net(images).sum() + guidance(truth_taps.pop()), net)
+    truth_taps.remove()
+    if order == "tap-then-compile":
+        taps = Taps(net, "blocks.*")
+        model = torch.compile(net, backend=compiler, fullgraph=True)
+    else:
+        model = torch.compile(net, backend=compiler, fullgraph=True)
+        taps = Taps(model, "blocks.*")
+    for _ in range(2):
+        loss = model(images).sum() + guidance(taps.pop())
+        torch.testing.assert_close(gradients(loss, net), truth, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="no features"):
+        taps.pop()
+
+
+def test_one_compiled_step_holds_model_taps_and_loss(net: Net, images: Tensor) -> None:
+    taps = Taps(net, "blocks.*")
+    truth = gradients(net(images).sum() + guidance(taps.pop()), net)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x: Tensor) -> Tensor:
+        return net(x).sum() + guidance(taps.pop())
+
+    torch.testing.assert_close(gradients(step(images), net), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_compiled_block_is_tapped(net: Net, images: Tensor, where: str) -> None:
+    truth = by_hand(net, images)["blocks.0"]
+    net.blocks[0] = torch.compile(net.blocks[0], backend="aot_eager")
+    taps = Taps(net, "blocks.0" if where == "outside" else "blocks.0.relu")
+    net(images)
+    torch.testing.assert_close(*taps.pop().values(), truth)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_taps_made_after_a_compiled_call_say_what_to_do(net: Net, images: Tensor, inplace: bool) -> None:
+    model = net
+    if inplace:
+        net.compile(backend="eager")
+    else:
+        model = torch.compile(net, backend="eager")
+    model(images)
+    taps = Taps(model, "blocks.0")
+    model(images)
+    with pytest.raises(RuntimeError, match=r"torch\.compiler\.reset\(\)"):
+        taps.pop()
+    torch.compiler.reset()
+    model(images)
+    torch.testing.assert_close(taps.pop()["blocks.0"], by_hand(net, images)["blocks.0"])
+
+
+def test_taps_removed_from_a_compiled_model_stop_recording(net: Net, images: Tensor) -> None:
+    model = torch.compile(net, backend="eager")
+    taps = Taps(model, "blocks.0")
+    model(images)
+    taps.remove()
+    model(images)
+    assert not taps._features
+
+
+def test_checkpoints_in_a_compiled_model(net: Net, images: Tensor) -> None:
+    truth_taps = Taps(net, "blocks.0")
+    truth = gradients(net(images).sum() + guidance(truth_taps.pop()), net)
+    truth_taps.remove()
+    net.how = "non-reentrant"
+    model = torch.compile(net, backend="aot_eager")
+    taps = Taps(model, "blocks.0")
+    loss = model(images).sum() + guidance(taps.pop())
+    torch.testing.assert_close(gradients(loss, net), truth, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_block_in_a_checkpoint_records_nothing_in_backward() -> None:
+    class Segment(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.rest = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)
+
+        def both(self, x: Tensor) -> Tensor:
+            return self.rest(self.block(x)).tanh()  # so that recomputation goes on after the block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.both, x, use_reentrant=False)
+
+    net = Segment()
+    net.block.compile(backend="aot_eager")
+    taps = Taps(net, "block.0")
+    for _ in range(2):
+        x = torch.randn(3, 4)
+        logits = net(x)
+        torch.testing.assert_close(taps.pop()["block.0"], net.block[0](x))
+        taps._features.clear()  # of the line above
+        logits.sum().backward()
+        with pytest.raises(RuntimeError, match="no features"):
+            taps.pop()

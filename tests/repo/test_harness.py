@@ -1,0 +1,323 @@
+"""The benchmarks' harness on a CPU: the gate, the turns, the clocks, the origin of a row, and the files."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import harness, rows
+from benchmarks.chunks import measure as chunks
+from benchmarks.harness import Candidate, Entry, Timing, Verdict
+from benchmarks.kernels import layers, results, tokens
+from benchmarks.machine import Machine
+from benchmarks.rows import Origin
+from benchmarks.steps import measure as steps
+from bird_kernels import clocks
+
+CPU = torch.device("cpu")
+
+
+def compete(*candidates: Candidate, timers: tuple[str, ...] = ("wall",), **options: Any) -> dict[str, Entry]:
+    """Answers are numbers, and 1 is right."""
+
+    def judge(answer: float) -> Verdict:
+        return Verdict(None if answer == 1 else f"off by {abs(answer - 1):g}", abs(answer - 1))
+
+    found = harness.compete(Machine(CPU), candidates, judge, timers, lambda once, takes: 5, **options)
+    return {entry.name: entry for entry in found}
+
+
+# ---------------------------------------------------------------------------------------------- the gate
+
+
+def test_who_is_wrong_or_fails_gets_no_time_and_stops_nobody() -> None:
+    def raises(error: Exception) -> Callable[[], float]:
+        def run() -> float:
+            raise error
+
+        return run
+
+    found = compete(
+        Candidate("wrong", lambda: 3.0),
+        Candidate("raises", raises(RuntimeError("no\nsuch kernel"))),
+        Candidate("refuses", raises(ValueError('backend="native" cannot run here: is not built'))),
+        Candidate("hungry", raises(torch.OutOfMemoryError("tried to allocate"))),
+        Candidate("right", lambda: 1.0),
+    )
+    assert {name: (entry.status, entry.why) for name, entry in found.items()} == {
+        "wrong": ("red", "off by 2"),
+        "raises": ("failed", "RuntimeError: no such kernel"),
+        "refuses": ("refused", 'ValueError: backend="native" cannot run here: is not built'),
+        "hungry": ("refused", "out of memory"),
+        "right": ("ok", ""),
+    }
+    assert [name for name, entry in found.items() if entry.seconds] == ["right"]
+    assert len(found["right"].seconds["wall"]) == 5
+
+
+def test_what_is_judged_is_a_call_after_the_warm_up() -> None:
+    """A compiler's own graph is made in the second or third call, and may be wrong from then on."""
+    calls: list[int] = []
+
+    def run() -> float:
+        calls.append(1)
+        return 1.0 if len(calls) <= harness.WARM_UP else 2.0
+
+    assert compete(Candidate("compiled", run, compiles=True))["compiled"].status == "red"
+
+
+def test_a_graph_is_judged_by_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[float] = []
+
+    def captured(self: Machine, run: Callable[[], float], pool: object) -> tuple[Callable[[], None], list[float]]:
+        assert pool == "pool"
+        return lambda: filled.append(run()), filled  # empty until it is replayed
+
+    monkeypatch.setattr(Machine, "captured", captured)
+    seen: list[object] = []
+    found = harness.compete(
+        Machine(CPU),
+        [Candidate("a", lambda: 1.0)],
+        lambda answer: seen.append(list(answer)) or Verdict(),  # type: ignore[func-returns-value]
+        ("graph", "host"),
+        lambda once, takes: 4,
+        pool="pool",
+    )
+    (entry,) = found
+    assert seen == [[1.0]]
+    assert {clock: len(seconds) for clock, seconds in entry.seconds.items()} == {"graph": 4, "host": 4}
+    assert len(filled) == 1 + 4
+
+
+def test_what_no_graph_holds_has_the_devices_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(self: Machine, run: object, pool: object) -> object:
+        raise RuntimeError("it waits")
+
+    monkeypatch.setattr(Machine, "captured", captured)
+    found = compete(Candidate("a", lambda: 1.0), Candidate("b", lambda: 1.0, captured=False), timers=("graph", "host"))
+    assert [set(entry.seconds) for entry in found.values()] == [{"device", "host"}] * 2
+    assert [entry.no_graph for entry in found.values()] == ["RuntimeError: it waits", ""]
+
+
+def test_nobody_begins_after_the_end() -> None:
+    begun: list[str] = []
+    over = iter([False, True, True])
+    found = compete(
+        Candidate("a", lambda: 1.0), Candidate("b", lambda: 1.0), begin=begun.append, stop=lambda: next(over)
+    )
+    assert begun == ["a", "b", ""]
+    assert (found["b"].status, found["a"].seconds) == ("left out", {"wall": []})
+
+
+def test_memory_is_watched() -> None:
+    found = compete(Candidate("a", lambda: float(torch.ones(1000).sum() / 1000)), watch=True)
+    assert 4000 <= (found["a"].peak_memory or 0) < 5000
+    assert found["a"].launches is None
+
+
+# ---------------------------------------------------------------------------------------------- turns and clocks
+
+
+def test_turns_are_mixed_and_spread() -> None:
+    calls: list[str] = []
+
+    def take(name: str) -> Callable[[], float]:
+        return lambda: calls.append(name) or float(len(calls))  # type: ignore[func-returns-value]
+
+    times = harness.in_turns({name: take(name) for name in "abc"}, {"a": 8, "b": 8, "c": 2})
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 8, "b": 8, "c": 2}
+    first, second = (i for i, name in enumerate(calls) if name == "c")
+    assert second - first > 6
+    pairs = [tuple(name for name in calls if name != "c")[2 * i : 2 * i + 2] for i in range(8)]
+    assert set(pairs) == {("a", "b"), ("b", "a")}
+
+
+def test_rounds_fill_the_share_within_bounds() -> None:
+    assert harness.rounds(0.01, share=0.25, patience=4) == 25
+    assert harness.rounds(1e-6, share=0.25, patience=4) == harness.MOST_ROUNDS
+    assert harness.rounds(0.5, share=0.25, patience=4) == harness.FEWEST_ROUNDS
+    assert harness.rounds(1.0, share=0.25, patience=4) == 4
+    assert harness.rounds(9.0, share=0.25, patience=4) == harness.FEWEST_SLOW_ROUNDS
+
+
+def test_quantiles() -> None:
+    assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == Timing(2.0, 3.5, 5.0, 6)
+    assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
+    assert Timing.of([]) == Timing(None, None, None, None)
+
+
+class FakeCuda:
+    """Writes down what is asked of ``torch.cuda``, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.log.append("synchronize"))
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.log.append(f"sleep {cycles}"))
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=self.waits("side")))
+        current = SimpleNamespace(wait_stream=self.waits("current"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.log.append("replay")))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: self.within(f"capture in {pool}"))
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: self.within("side stream"))
+        flush = SimpleNamespace(zero_=lambda: self.log.append("flush"))
+        monkeypatch.setattr(clocks, "_twice_the_cache", lambda: flush)
+        self.events = iter(["start", "end"])
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        assert enable_timing
+        name = next(self.events)
+        return SimpleNamespace(
+            record=lambda: self.log.append(name),
+            synchronize=lambda: self.log.append(f"wait for {name}"),
+            elapsed_time=lambda other: 3.0,  # ms
+        )
+
+    def waits(self, name: str) -> Callable[[object], None]:
+        return lambda other: self.log.append(f"{name} waits")
+
+    @contextlib.contextmanager
+    def within(self, name: str) -> Any:
+        self.log.append(name)
+        yield
+        self.log.append(f"end of {name}")
+
+
+def test_device_time_is_cold_and_without_the_hosts_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    take = clocks.device(lambda: cuda.log.append("run"), once=1e-3)
+    assert take() == pytest.approx(3e-3)
+    assert cuda.log == ["sleep 4000000", "flush", "start", "run", "end", "wait for end"]
+
+
+def test_a_gpus_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's starts with an empty queue and does not wait; it tells how long the device's has to sleep."""
+    cuda, machine = FakeCuda(monkeypatch), Machine(torch.device("cuda"))
+    assert machine.take("host", lambda: cuda.log.append("run"))() >= 0
+    assert cuda.log == ["synchronize", "run"]
+    cuda.log.clear()
+    machine.take("device", lambda: cuda.log.append("run"))()
+    assert cuda.log[:2] == ["synchronize", "run"]
+    assert cuda.log[3:] == ["flush", "start", "run", "end", "wait for end"]
+
+
+def test_capture_warms_up_beside_and_captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    run = lambda: cuda.log.append("run") or "result"  # type: ignore[func-returns-value]  # noqa: E731
+    replay, result = Machine(torch.device("cuda")).captured(run, (0, 1))
+    assert result == "result"
+    side = ["side waits", "side stream", "run", "run", "run", "end of side stream", "current waits"]
+    assert cuda.log == [*side, "capture in (0, 1)", "run", "end of capture in (0, 1)"]
+    replay()
+    assert cuda.log[-1] == "replay"
+
+
+# ---------------------------------------------------------------------------------------------- rows and files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Origin):
+    """One of every kind of column."""
+
+    name: str
+    count: int | None
+    seconds: float | None
+    chosen: bool = False
+
+
+def test_a_row_says_where_it_was_measured() -> None:
+    about = rows.origin(CPU)
+    assert set(about) == set(rows.columns(Origin))
+    assert about["device"].endswith(f", {torch.get_num_threads()} threads")
+    assert about["torch"] == torch.__version__
+    assert all(about[name] for name in ("python", "commit", "date", "load"))
+
+
+def test_csv_round_trip(tmp_path: Path) -> None:
+    about = rows.origin(CPU) | {"driver": "", "torch": "2.11"}
+    found = [
+        Row(**about, name='wrong: "value", off\nby 1', count=None, seconds=float("inf")),
+        Row(**about, name="", count=0, seconds=1.5e-5, chosen=True),
+        Row(**about, name="b", count=3, seconds=None),
+    ]
+    path = tmp_path / "new" / "device.csv"
+    rows.write(path, found)
+    assert rows.read(path, Row) == found
+    assert [file.name for file in path.parent.iterdir()] == ["device.csv"]
+    for columns in ("device,seconds\nhere,1\n", "a\n1\n"):
+        path.write_text(columns)
+        with pytest.raises(ValueError, match="measure again"):
+            rows.read(path, Row)
+
+
+def test_a_page_tells_what_rows_differ_in() -> None:
+    about = rows.origin(CPU)
+    found = [Row(**about | {"commit": commit}, name="a", count=1, seconds=None) for commit in ("abc", "def", "abc")]
+    text = rows.heading("Title", found)
+    assert "- commit: abc, def\n" in text
+    assert "- driver" not in text
+    assert [rows.duration(t) for t in (None, 3.0, 1.42e-3, 8.16e-6)] == ["–", "3 s", "1.42 ms", "8.16 µs"]
+
+
+def kind_of(path: Path) -> type:
+    """The rows of a committed file."""
+    if path.parent.parent.name == "corruptions":
+        return pytest.importorskip("benchmarks.corruptions.throughput").Row
+    if path.parent.parent.name == "scale":
+        return pytest.importorskip("benchmarks.scale.bench").Row
+    if path.parent.name in ("chunks", "steps"):
+        return {"chunks": chunks, "steps": steps}[path.parent.name].Row
+    return {"layers": layers.Row, "tokens": tokens.Row}.get(path.stem.rpartition("-")[2], results.Row)
+
+
+FOLDER = Path(rows.__file__).parent
+COMMITTED = sorted([*FOLDER.glob("*/results/*.csv"), *FOLDER.glob("*/results.csv")])
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: str(path.relative_to(FOLDER)))
+def test_committed_results_are_readable(path: Path, tmp_path: Path) -> None:
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    again = tmp_path / "again.csv"
+    rows.write(again, rows.read(path, kind_of(path)))
+    with again.open(encoding="utf-8", newline="") as file:
+        kept = list(csv.DictReader(file))
+    for line, copy in zip(lines, kept, strict=True):
+        for name, text in line.items():
+            assert copy[name] == text or float(copy[name]) == float(text)
+
+
+# ---------------------------------------------------------------------------------------------- two small entry points
+
+
+def test_steps_in_chunks_are_timed_behind_their_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK", 16)
+    found = chunks.times(32, repeats=1)
+    assert set(found) == {"chunked", "passes", "whole", "of passes", "of whole"}
+    assert min(found.values()) > 0
+    monkeypatch.setattr(chunks.Step, "chunked", chunks.Step.whole)
+    with pytest.raises(ValueError, match="chunked: gradient off by"):
+        chunks.times(32, repeats=1)
+
+
+def test_rows_of_steps_name_the_guidance(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.csv"
+    path.write_bytes(steps.RESULTS.read_bytes().replace(b"CPU AMD", b"CPU Other"))
+    before = len(rows.read(path, steps.Row))
+    monkeypatch.setattr(steps, "RESULTS", path)
+    monkeypatch.setattr("sys.argv", ["steps", "--network", "resnet18", "--batch", "4", "--repeats", "1", "--save"])
+    steps.main()
+    kept = rows.read(path, steps.Row)
+    assert [row.guidance for row in kept] == [""] * before + list(steps.GUIDANCE)
+    assert all(0 < row.loss < row.step for row in kept)
+    assert "resnet18" in capsys.readouterr().out
