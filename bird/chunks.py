@@ -95,7 +95,7 @@ def chunked_backward(
         pairs = _first_pass(student, teacher, chunks, loss, replay)
     shares = [loss.beta * weight for weight in loss.weights or [1.0] * len(pairs)]
     distances = [pair.settle(share * gradient) for pair, share in zip(pairs, shares, strict=True)]
-    task = _second_pass(student, teacher, chunks, loss, replay, pairs, loss.alpha * gradient)
+    task = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=loss.alpha * gradient)
 
     total, loss.last = loss.alpha * task, {"task": task}
     for (t, s), distance, share in zip(loss.pairs, distances, shares, strict=True):
@@ -129,7 +129,7 @@ def _first_pass(
         replay.record()
         chunk = chunks[i]
         _, ours = student(chunk)
-        rows = [(x, y) for _, y, x in loss._matched(teacher(chunk), ours)]
+        rows = [(x, y) for _, y, x in loss.matched(teacher(chunk), ours)]
         pairs = pairs or [_pair(loss.distance.options, x, y, len(chunks)) for x, y in rows]
         for pair, (x, y) in zip(pairs, rows, strict=True):
             pair.add(x, y)
@@ -144,6 +144,7 @@ def _second_pass(
     loss: BirdLoss,
     replay: _Replay,
     pairs: Sequence[_Kept | _Merged],
+    *,
     upstream: Tensor | float,
 ) -> Tensor:
     """Back-propagate chunk by chunk, and return the task's loss. ``upstream`` is the task's share of the gradient."""

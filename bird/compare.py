@@ -148,7 +148,7 @@ def compare(
         ValueError: no batch is large enough; a layer that is not there, or no outermost one with features; also
             whatever `bird.Taps` and `bird_kernels.cka_matrix` raise.
     """
-    require_choice("estimator", estimator, tuple(MIN_ROWS))
+    require_choice(estimator=estimator)
     same = unwrap(model_a) is unwrap(model_b)
     total, left = length_hint(loader) or None, iter(loader)
     first = [*islice(left, layers_a is None or layers_b is None)]

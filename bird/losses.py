@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -39,8 +39,13 @@ class _Guided(nn.Module):
         """What ``repr`` shows."""
         return f"alpha={self.alpha}, beta={self.beta}, pairs={self.pairs}"
 
-    def _matched(self, teacher: Features, student: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name for the log, teacher's rows, student's rows) of each pair."""
+    def matched(self, teacher: Features, student: Features) -> list[tuple[str, Tensor, Tensor]]:
+        """(name for the log, teacher's rows, student's rows) of each pair.
+
+        Raises:
+            ValueError: a layer of ``pairs`` is missing, or the two are not on one device.
+        """
+        found = []
         for t, s in self.pairs:
             theirs, ours = _named("teacher_features", teacher, t), _named("student_features", student, s)
             if theirs.device != ours.device:
@@ -48,7 +53,8 @@ class _Guided(nn.Module):
                     f"{t}/{s}: the teacher's features are on {theirs.device}, the student's on {ours.device}: move one "
                     "of the two networks, and give both the same images"
                 )
-            yield f"{t}/{s}", theirs, ours
+            found.append((f"{t}/{s}", theirs, ours))
+        return found
 
 
 class BirdLoss(_Guided):
@@ -96,11 +102,7 @@ class BirdLoss(_Guided):
         )
 
     def forward(
-        self,
-        task_loss: Tensor,
-        teacher_features: Features,
-        student_features: Features,
-        mask: Tensor | None = None,
+        self, task_loss: Tensor, teacher_features: Features, student_features: Features, mask: Tensor | None = None
     ) -> Tensor:
         """The weighted sum, a 0-d tensor.
 
@@ -114,21 +116,26 @@ class BirdLoss(_Guided):
             ValueError: a layer of ``pairs`` is not among the features; also whatever
                 `bird_kernels.cka_loss` raises. With ``group``, on every rank.
         """
-        with distributed.Reported(self.distance.options["group"]):
+        try:
             total, last = self.alpha * task_loss, {"task": task_loss.detach()}
-            names, teachers, students = zip(*self._matched(teacher_features, student_features), strict=True)
+            names, teachers, students = zip(*self.matched(teacher_features, student_features), strict=True)
+        except Exception as error:
+            distributed.report(self.distance.options["group"], error)
+            raise
         misaligned = self.distance.each(students, teachers, mask)
         if not torch.compiler.is_compiling():
             self.shapes.update(map(self._shape, students, teachers))
         total = total + self.beta * weighted_sum(misaligned, self.weights)
-        last |= {f"cka/{name}": value for name, value in zip(names, (1 - misaligned.detach()).unbind(), strict=True)}
+        for name, value in zip(names, (1 - misaligned.detach()).unbind(), strict=True):
+            last[f"cka/{name}"] = value
         self.last = last
         return total
 
     def _shape(self, student: Tensor, teacher: Tensor) -> tuple[int, int, int, str]:
         dims = self.distance.options["row_dims"]
-        n, p, q = (math.prod(sizes) for sizes in (student.shape[:dims], student.shape[dims:], teacher.shape[dims:]))
-        return n, p, q, str(torch.promote_types(student.dtype, teacher.dtype)).removeprefix("torch.")
+        p, q, prod = student.shape, teacher.shape, math.prod
+        dtype = str(torch.promote_types(student.dtype, teacher.dtype)).removeprefix("torch.")
+        return prod(p[:dims]), prod(p[dims:]), prod(q[dims:]), dtype
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
@@ -181,7 +188,7 @@ class Hints(_Guided):
             ValueError: a layer of ``pairs`` is not among the features, or shapes do not fit the widths.
         """
         total, last = self.alpha * task_loss, {"task": task_loss.detach()}
-        matched = self._matched(teacher_features, student_features)
+        matched = self.matched(teacher_features, student_features)
         for regressor, (name, teacher, student) in zip(self.regressors, matched, strict=True):
             missed = _mean_squares(regressor, name, teacher, student)
             total = total + self.beta * missed
@@ -218,7 +225,7 @@ class LwF(_Guided):
             ValueError: a layer of ``pairs`` is not among the features, or the two are not ``[N, D]`` of one shape.
         """
         total, last = self.alpha * task_loss, {"task": task_loss.detach()}
-        for name, teacher, student in self._matched(teacher_features, student_features):
+        for name, teacher, student in self.matched(teacher_features, student_features):
             if teacher.ndim != 2 or teacher.shape != student.shape:
                 raise ValueError(
                     f"lwf {name!r}: teacher and student features {list(teacher.shape)} and {list(student.shape)} came; "

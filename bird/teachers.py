@@ -42,6 +42,7 @@ class Teacher(nn.Module):
 
     Attributes:
         names: the bare paths of the tapped layers, globs written out.
+        pool: as given.
     """
 
     def __init__(self, model: nn.Module, taps: str | Sequence[str], *, pool: Pool = "mean") -> None:
@@ -49,7 +50,7 @@ class Teacher(nn.Module):
         model = unwrap(model)
         layers = find_layers(model, taps)
         self.names = tuple(layers)
-        self._pool = pool
+        self.pool = pool
         self._features: dict[str, Tensor] | None = None  # a dict only while `forward` runs
         self._cargo = [model.requires_grad_(False).eval()]  # nn.Module does not look into a list
         for name, layer in layers.items():
@@ -101,7 +102,7 @@ class Teacher(nn.Module):
     def _record(self, name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
         if self._features is None or name in self._features:
             return
-        self._features[name] = pool_rows(first_tensor(output), self._pool)
+        self._features[name] = pool_rows(first_tensor(output), self.pool)
         if len(self._features) == len(self.names) and not torch.compiler.is_compiling():
             raise _AllSeen
 

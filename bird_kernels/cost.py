@@ -187,7 +187,7 @@ def _library(problem: Problem, sheet: Sheet, symmetric: Mapping[int, float]) -> 
         products, own, other = 4 * (p * p + q * q + p * q), [(p, p, n), (q, q, n)], [(q, p, n)]
     else:  # [Zy|Zx]^T Zx in one
         products, own, other = 4 * (p * p + q * q + p * q), [(q, q, n)], [(p + q, p, n)]
-    device += sum(_product(*shape, 4, problem, sheet, _speedup(shape[0], symmetric)) for shape in own)
+    device += sum(_product(*shape, 4, problem, sheet, faster=_speedup(shape[0], symmetric)) for shape in own)
     device += sum(_product(*shape, 4, problem, sheet) for shape in other)
     device += _warm(2 * products, products, sheet)
     for d in sides:
@@ -222,7 +222,7 @@ def matrix(n: int, widths: Sequence[int], problem: Problem, sheet: Sheet) -> Cos
     return Cost(C.python_call + launches * C.library_launch, launches * C.launch + device, launches)
 
 
-def _product(m: int, n: int, k: int, size: int, problem: Problem, sheet: Sheet, faster: float = 1.0) -> float:
+def _product(m: int, n: int, k: int, size: int, problem: Problem, sheet: Sheet, *, faster: float = 1.0) -> float:
     """Microseconds of an m x n product over k, written in numbers of ``size`` bytes, without its launch."""
     units = sheet.multiprocessors
     tiles = max(C.tiles, key=lambda side: (min(_parts(m, side) * _parts(n, side), units), side))

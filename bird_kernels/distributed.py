@@ -111,8 +111,14 @@ class Reported:
         pass
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self.group is not None and isinstance(error, Exception):
-            _report(self.group, error)
+        if isinstance(error, Exception):
+            report(self.group, error)
+
+
+def report(group: object, error: Exception) -> None:
+    """What `Reported` does of an error, for `except` where a step that counts its calls has no room for a `with`."""
+    if group is not None:
+        _report(group, error)
 
 
 @uncompiled

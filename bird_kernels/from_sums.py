@@ -56,7 +56,7 @@ def _u_centred(product: Scalar, diagonal: Scalar, total: Scalar, n: Scalar) -> t
 
 
 def gradient(
-    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients, upstream: Scalar, problem: Problem,
+    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients, upstream: Scalar, *, problem: Problem,
     exact: Sums | None = None,
 ) -> Tensor:  # fmt: skip
     """dX [m, p] of some rows x [m, p], y [m, q] of those that ``s`` and ``c`` (of `evaluate`) were made from.
@@ -73,9 +73,9 @@ def gradient(
     with fp32_products(problem):
         z = backends.rows_of(x, y, mask, problem)
         if problem.estimator == "unbiased":
-            d = _unbiased(x, y, mask, z, s, exact or s, factors, c)
+            d = _unbiased(x, y, mask, s, factors, c, z=z, exact=exact or s)
         elif z is None:
-            d = _weighed(_around(x, y, mask, None, means, c, dtypes(problem)[0]), s.xx, s.xy, factors, c)
+            d = _weighed(_around(x, y, mask, None, means, c, wide=dtypes(problem)[0]), s.xx, s.xy, factors, c)
         else:
             d = _weighed(_Around(x, y, z, means), s.xx, s.xy, factors, c, wide=False)
     if mask is not None:
@@ -96,7 +96,7 @@ class _Around(NamedTuple):
 
 
 def _around(
-    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, origins: tuple[Tensor, Tensor], c: Coefficients,
+    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, origins: tuple[Tensor, Tensor], c: Coefficients, *,
     wide: torch.dtype,
 ) -> _Around:  # fmt: skip
     xs, ys = _about(x, origins[0], c.scale_x, mask, wide), _about(y, origins[1], c.scale_y, mask, wide)
@@ -118,20 +118,20 @@ def _weighed(
 
 
 def _unbiased(
-    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, s: Sums, exact: Sums, factors: tuple[Scalar, Scalar],
-    c: Coefficients,
+    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, factors: tuple[Scalar, Scalar], c: Coefficients, *,
+    z: Rows | None, exact: Sums,
 ) -> Tensor:  # fmt: skip
     """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = _around(x, y, mask, z, (s.mean_x, s.mean_y), c, wide)
+    rows = _around(x, y, mask, z, (s.mean_x, s.mean_y), c, wide=wide)
     norms = squared_norms(rows.xs), squared_norms(rows.ys)
     if x.is_cpu and not any(map(dominated, norms)):
         return _rows(rows, s, None, factors, c)
     few = largest(*norms)
     origins = bulk_mean(to(x, wide), mask)[0].double(), bulk_mean(to(y, wide), mask)[0].double()
     about = (origins[0] - s.mean_x) * c.scale_x, (origins[1] - s.mean_y) * c.scale_y
-    d = _rows(_around(x, y, mask, z, origins, c, wide), s, about, factors, c)
-    heavy = _around(x[few], y[few], None, None, origins, c, torch.float64)
+    d = _rows(_around(x, y, mask, z, origins, c, wide=wide), s, about, factors, c)
+    heavy = _around(x[few], y[few], None, None, origins, c, wide=torch.float64)
     return d.index_copy_(0, few, _rows(heavy, exact, about, factors, c).to(d.dtype))
 
 

@@ -1,4 +1,4 @@
-r"""The functions that users call: validate, plan, call.
+r"""The functions that users call: what they take, give and raise. `call` has what happens then.
 
 Everywhere, ``x`` has shape [n, ...] and ``y`` [n, ...]: the first ``row_dims`` dimensions index rows (samples), the
 rest is flattened to features; the two widths may differ. Columns are centred over the rows of the call.
@@ -7,20 +7,17 @@ rest is flattened to features; the two widths may differ. Columns are centred ov
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from . import backends, distributed, global_batch, inputs, ops, pairs, plan, reference
-from .backends.linalg import require_fp64
-from .types import RBF, Choice, Plan
+from . import call
+from .types import RBF, Options, Plan
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from .types import Problem, Statistic
+    from .types import Statistic
 
 
 def cka_loss(
@@ -96,47 +93,16 @@ def cka_loss(
     Example:
         >>> loss = 0.1 * task + 0.9 * cka_loss(student_features, teacher_features)
     """
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) and {type(x), type(y)} & {list, tuple}:
-        options = dict(
-            kernel=kernel, estimator=estimator, mask=mask, row_dims=row_dims, group=group, sqrt=sqrt, center=center,
-            backend=backend, precision=precision,
-        )  # fmt: skip
-        with distributed.Reported(group):
-            weights = pairs.numbers(weights, x)
-        return pairs.weighted_sum(cka_losses(x, y, **options), weights)  # type: ignore[arg-type]
-    if weights is not None:
-        with distributed.Reported(group):
-            raise ValueError("weights are for lists of pairs: cka_loss([x1, ...], [y1, ...], weights=[w1, ...])")
-    return _evaluate(
-        "sqrt_cka_loss" if sqrt else "cka_loss", x, y, kernel, estimator, mask, row_dims, group, backend, precision,  # type: ignore[arg-type]
-        center,
-    )  # fmt: skip
+    statistic: Statistic = "sqrt_cka_loss" if sqrt else "cka_loss"
+    options = Options(statistic, kernel, estimator, row_dims, group, center, backend, precision)
+    return call.loss(x, y, mask, options, weights)
 
 
-def cka_losses(x: Sequence[Tensor], y: Sequence[Tensor], **options: Any) -> Tensor:
-    """The losses of the pairs of two lists, [pairs], not summed; ``options`` are `cka_loss`'s, without weights."""
-    return pairs.losses(x, y, _one_of, options)
-
-
-def _one_of(
-    many: int,
-    x: Tensor,
-    y: Tensor,
-    kernel: str | RBF,
-    estimator: str,
-    mask: Tensor | None,
-    row_dims: int,
-    group: ProcessGroup | None,
-    sqrt: bool,
-    center: bool,
-    backend: str,
-    precision: str | None,
+def cka_losses(
+    x: Sequence[Tensor], y: Sequence[Tensor], *, mask: Tensor | None = None, sqrt: bool = False, **options: Any
 ) -> Tensor:
-    """`cka_loss` of one of ``many`` pairs."""
-    return _evaluate(
-        "sqrt_cka_loss" if sqrt else "cka_loss", x, y, kernel, estimator, mask, row_dims, group, backend, precision,
-        center, many,
-    )  # fmt: skip
+    """The losses of the pairs of two lists, [pairs], not summed; arguments as `cka_loss`, without weights."""
+    return call.losses(x, y, mask, Options("sqrt_cka_loss" if sqrt else "cka_loss", **options))
 
 
 def cka(
@@ -157,7 +123,8 @@ def cka(
     Returns:
         0-d tensor, fp32 (fp64 if either input is): 1 for representations of equal geometry.
     """
-    return _evaluate("cka", x, y, kernel, estimator, mask, row_dims, group, backend, precision, center)
+    options = Options("cka", kernel, estimator, row_dims, group, center, backend, precision)
+    return call.evaluate(x, y, mask, options)
 
 
 def hsic(
@@ -182,7 +149,8 @@ def hsic(
     Returns:
         0-d tensor, fp32 (fp64 if either input is).
     """
-    return _evaluate("hsic", x, y, kernel, estimator, mask, row_dims, group, backend, precision)
+    options = Options("hsic", kernel, estimator, row_dims, group, True, backend, precision)
+    return call.evaluate(x, y, mask, options)
 
 
 def gram_mse(
@@ -208,7 +176,8 @@ def gram_mse(
     Returns:
         0-d tensor, fp32 (fp64 if either input is).
     """
-    return _evaluate("gram_mse", x, y, kernel, "biased", mask, row_dims, None, backend, precision, center)
+    options = Options("gram_mse", kernel, "biased", row_dims, None, center, backend, precision)
+    return call.evaluate(x, y, mask, options)
 
 
 def centered_gram(x: Tensor, *, kernel: str | RBF = "linear") -> Tensor:
@@ -220,17 +189,7 @@ def centered_gram(x: Tensor, *, kernel: str | RBF = "linear") -> Tensor:
     Raises:
         TypeError, ValueError: as `cka_loss`.
     """
-    rbf = inputs.parse_kernel(kernel)
-    inputs.require_features("x", x, 1)
-    if rbf is not None:
-        require_fp64("a Gaussian kernel", x.device)
-        k = reference.rbf_gram(x.flatten(1), None, rbf, 0)
-        return (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()).to(ops.value_dtype(x.dtype))
-    with ops.without_autocast(x.device):
-        x = x.flatten(1).to(ops.value_dtype(x.dtype))
-        x = x - x.mean(0)
-        x = x - x.mean(0)
-        return x @ x.T
+    return call.gram(x, kernel)
 
 
 def explain(
@@ -256,56 +215,5 @@ def explain(
         tiles, floating-point operations, bytes, workspace, the floor time on known devices, and why others cannot run.
     """
     statistic: Statistic = "sqrt_cka_loss" if sqrt else "cka_loss"
-    arguments = (statistic, x, y, kernel, estimator, mask, row_dims, backend, precision, center)
-    transport = None
-    if group is None or distributed.world_size(group) == 1:
-        *_, problem = inputs.prepare(*arguments)
-    else:
-        part = global_batch.meet(group, *arguments)
-        problem, transport = part.problem, part.transport
-        if transport.name == "merged":
-            merged = Choice("library", "sums of rows travel, which the library's products are")
-            return plan.describe(problem._replace(n=len(part.x)), "cross", merged, transport=transport)
-    choice = backends.decide(problem, backend)
-    return plan.describe(problem, plan.route_of(problem, choice.backend), choice, backends.sheet_of(x), transport)
-
-
-def _evaluate(
-    statistic: Statistic,
-    x: Tensor,
-    y: Tensor,
-    kernel: str | RBF,
-    estimator: str,
-    mask: Tensor | None,
-    row_dims: int,
-    group: ProcessGroup | None,
-    backend: str,
-    precision: str | None,
-    center: bool = True,
-    many: int = 1,
-) -> Tensor:
-    """One ``statistic``, of one of ``many`` pairs."""
-    if group is not None:
-        return global_batch.evaluate(
-            group, partial(_whole, backend=backend), statistic, x, y, kernel, estimator, mask, row_dims, backend,
-            precision, center, pairs=many,
-        )  # fmt: skip
-    known = center and statistic in ("cka_loss", "cka", "hsic")
-    if known and not torch.compiler.is_compiling() and ops.at_once is not None:
-        done = ops.at_once(statistic, x, y, kernel, estimator, mask, row_dims, backend, precision)
-        if done is not None:
-            return done
-    x, y, mask, problem = inputs.prepare(statistic, x, y, kernel, estimator, mask, row_dims, backend, precision, center)
-    return _whole(x, y, mask, problem, backend)
-
-
-def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend: str) -> Tensor:
-    """The statistic of one batch: by the best backend, or by the literal formula."""
-    if backend == "reference":
-        require_fp64('backend="reference"', x.device)
-        literal = getattr(reference, problem.statistic)
-        with ops.without_autocast(x.device):
-            value: Tensor = literal(x, y, mask, problem.estimator, problem.kernel, problem.center)
-        return value.to(ops.value_dtype(x.dtype))
-    name = backends.resolve(problem, backend)
-    return ops.alignment(x, y, mask, problem, plan.route_of(problem, name), name, backend == "auto")
+    options = Options(statistic, kernel, estimator, row_dims, group, center, backend, precision)
+    return call.explain(x, y, mask, options)

@@ -12,7 +12,6 @@ so the *average* over ranks that DDP and FSDP take is the gradient of the whole 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +20,7 @@ from torch import Tensor
 from . import backends, distributed, from_sums, inputs, ops, plan, sums, transport
 from .backends.linalg import scalar
 from .moments import MIN_ROWS
-from .types import Problem, Transport
-
-Whole = Callable[[Tensor, Tensor, Tensor | None, Problem], Tensor]
+from .types import Options, Problem, Transport
 
 
 class Part(NamedTuple):
@@ -38,44 +35,23 @@ class Part(NamedTuple):
     group: Any
 
 
-@distributed.uncompiled
-def evaluate(group: Any, whole: Whole, *arguments: Any, pairs: int = 1) -> Tensor:
-    """A statistic of the rows of all ranks; ``arguments`` as `inputs.prepare`, ``whole`` computes that of one batch.
-
-    It is that of one of so many ``pairs`` in a call, of which each is agreed about by itself.
-    """
-    if distributed.world_size(group) == 1:
-        return whole(*inputs.prepare(*arguments))
-    return across(group, whole, *arguments, pairs=pairs)
-
-
-def across(group: Any, whole: Whole, *arguments: Any, pairs: int = 1) -> Tensor:
-    """`evaluate` by what travels, also where there is one rank."""
-    part = meet(group, *arguments, pairs=pairs)
-    if part.transport.name == "merged":
-        with ops.without_autocast(part.x.device):
-            value: Tensor = _Merged.apply(part.x, part.y, part.mask, part.problem, group)
-        return value
-    return whole(*gathered(part), part.problem)
-
-
-def meet(group: Any, *arguments: Any, pairs: int = 1) -> Part:
-    """This rank's checked part of a batch that all ranks agree about; arguments as `evaluate`.
+def meet(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, pairs: int = 1) -> Part:
+    """This rank's checked part of a batch that all ranks agree about, of one of so many ``pairs``.
 
     Raises:
         TypeError, ValueError, RuntimeError: something is wrong with this rank's arguments, with another's, or with what
             they amount to: on every rank.
     """
-    statistic, _, _, kernel, estimator, _, _, backend, precision, center = arguments
+    group, estimator, backend = options.group, options.estimator, options.backend
+    assert group is not None
     error, terms, numbers = None, {}, [0, 0, 0, 0]
     try:
-        x, y, mask, problem = inputs.prepare(*arguments, part=True)
+        x, y, mask, problem = inputs.prepare(x, y, mask, options, part=True)
         distributed.require_device(x.device, group)
         backends.choose(problem.dtype, problem.device, True, backend, plan.variant(problem))
-        terms = dict(
-            statistic=statistic, kernel=kernel, center=center, estimator=estimator, backend=backend,
-            precision=precision, dtype=problem.dtype, p=problem.p, q=problem.q, pairs=pairs,
-        )  # fmt: skip
+        shared = ("statistic", "kernel", "center", "estimator", "backend", "precision")
+        terms = {name: getattr(options, name) for name in shared}
+        terms |= dict(dtype=problem.dtype, p=problem.p, q=problem.q, pairs=pairs)
         numbers = [problem.n, problem.masked, problem.x_grad, problem.y_grad]
     except Exception as raised:  # whatever it is, the others must hear of it
         error = raised
@@ -88,6 +64,13 @@ def meet(group: Any, *arguments: Any, pairs: int = 1) -> Part:
     # What only some ranks ask for is computed by all, or their values would differ in the last bit.
     problem = problem._replace(n=n, masked=any(masked), x_grad=any(x_grad), y_grad=any(y_grad))
     return Part(x, y, mask, problem, list(rows), transport.choose(problem, rows, backend), group)
+
+
+def merged(part: Part) -> Tensor:
+    """The statistic of all ranks' rows, 0-d, from their sums; differentiable."""
+    with ops.without_autocast(part.x.device):
+        value: Tensor = _Merged.apply(part.x, part.y, part.mask, part.problem, part.group)
+    return value
 
 
 def gathered(part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -126,9 +109,9 @@ class _Merged(torch.autograd.Function):
         dx = dy = None
         with ops.without_autocast(x.device):
             if ctx.needs_input_grad[0]:
-                dx = from_sums.gradient(x, y, mask, s, coefficients, upstream, problem)
+                dx = from_sums.gradient(x, y, mask, s, coefficients, upstream, problem=problem)
             if ctx.needs_input_grad[1]:
-                dy = from_sums.gradient(y, x, mask, *from_sums.exchanged(s, coefficients), upstream, problem)
+                dy = from_sums.gradient(y, x, mask, *from_sums.exchanged(s, coefficients), upstream, problem=problem)
         return dx, dy, None, None, None
 
 

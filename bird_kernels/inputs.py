@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import get_args
 
 import torch
@@ -10,38 +11,34 @@ from torch import Tensor
 
 from . import backends
 from .moments import MIN_ROWS
-from .types import RBF, Precision, Problem, Statistic
+from .types import RBF, Options, Precision, Problem
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-PRECISIONS = (None, *get_args(Precision))
+CHOICES: dict[str, tuple[object, ...]] = {
+    "kernel": ("linear", "rbf"),
+    "estimator": tuple(MIN_ROWS),
+    "backend": backends.NAMES,
+    "precision": (None, *get_args(Precision)),
+}
 
 
 def prepare(
-    statistic: Statistic,
-    x: Tensor,
-    y: Tensor,
-    kernel: str | RBF,
-    estimator: str,
-    mask: Tensor | None,
-    row_dims: int,
-    backend: str,
-    precision: str | None,
-    center: bool = True,
-    *,
-    part: bool = False,
+    x: Tensor, y: Tensor, mask: Tensor | None, options: Options, part: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Problem]:
     """Checked inputs as x [n, p], y [n, q] of one dtype and mask [n], and the problem they pose.
 
     A ``part`` of a batch may have any number of rows.
+
+    Raises:
+        TypeError, ValueError: tensors or options that `bird_kernels.cka_loss` does not take.
     """
-    rbf = parse_kernel(kernel)
-    require_choice("estimator", estimator, tuple(MIN_ROWS))
+    statistic, kernel, estimator, row_dims, _, center, backend, precision = options
+    rbf = None if kernel == "linear" else parse_kernel(kernel)
+    require_choice(estimator=estimator, backend=backend, precision=precision)
     if estimator == "unbiased" and statistic == "sqrt_cka_loss":
         raise ValueError('sqrt=True needs estimator="biased": an unbiased CKA may be negative and has no root')
     if estimator == "unbiased" and not center:
         raise ValueError('center=False needs estimator="biased": the unbiased estimator is one of centred kernels')
-    require_choice("backend", backend, backends.NAMES)
-    require_choice("precision", precision, PRECISIONS)
     given = x
     x, y, mask = as_rows(x, y, mask, row_dims)
     n, needed = x.shape[0], MIN_ROWS[estimator]
@@ -59,8 +56,7 @@ def prepare(
 
 def as_rows(x: Tensor, y: Tensor, mask: Tensor | None, row_dims: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked features as x [n, p] and y [n, q] of one dtype, and mask [n]; any number of rows."""
-    require_features("x", x, row_dims)
-    require_features("y", y, row_dims)
+    require_features(row_dims, x=x, y=y)
     rows = x.shape[:row_dims]
     if y.shape[:row_dims] != rows:
         raise ValueError(
@@ -82,6 +78,36 @@ def as_rows(x: Tensor, y: Tensor, mask: Tensor | None, row_dims: int) -> tuple[T
     return x, y, mask
 
 
+def require_lists(x: object, y: object, row_dims: int) -> list[tuple[Tensor, Tensor]]:
+    """The pairs of one list x of layers and another y.
+
+    Raises:
+        TypeError, ValueError: they are not lists of as many layers, one at least, each pair with the same rows.
+    """
+    lists = (list, tuple)
+    if not (isinstance(x, lists) and isinstance(y, lists)):
+        (name, value), other = (("x", x), "y") if isinstance(x, lists) else (("y", y), "x")
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {type(value).__name__}, because {other} is no list; "
+            "for pairs of layers both must be lists of tensors"
+        )
+    named = {}
+    for name, layers in (("x", x), ("y", y)):
+        for index, layer in enumerate(layers):
+            named[f"{name}[{index}]"] = layer
+    require_features(row_dims, **named)
+    if len(x) != len(y) or not x:
+        raise ValueError(f"x and y must list the two sides of at least one pair, got {len(x)} and {len(y)} layers")
+    both = list(zip(x, y, strict=True))
+    for index, (one, other) in enumerate(both):
+        if one.shape[:row_dims] != other.shape[:row_dims]:
+            raise ValueError(
+                f"x[{index}] and y[{index}] must have the same rows, got {tuple(one.shape[:row_dims])} and "
+                f"{tuple(other.shape[:row_dims])} (row_dims={row_dims})"
+            )
+    return both
+
+
 def parse_kernel(kernel: object) -> RBF | None:
     """The `RBF` that ``kernel`` names, or None for the linear one; raises a TypeError or ValueError for others."""
     if isinstance(kernel, RBF):
@@ -92,31 +118,34 @@ def parse_kernel(kernel: object) -> RBF | None:
             'of these. If it has a feature map, pass the mapped features with kernel="linear"; other Gram matrices can '
             "be centred and compared by PyTorch's own operations, under autograd"
         )
-    require_choice("kernel", kernel, ("linear", "rbf"))
+    require_choice(kernel=kernel)
     return RBF() if kernel == "rbf" else None
 
 
-def require_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    """Raises a ValueError that lists what is allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+def require_choice(known: Mapping[str, tuple[object, ...]] = CHOICES, /, **chosen: object) -> None:
+    """Raises a ValueError that lists what is allowed, unless every value is among the ``known`` ones of its name."""
+    for name, value in chosen.items():
+        if value not in known[name]:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known[name]))}; got {value!r}")
 
 
-def require_features(name: str, value: object, row_dims: int) -> None:
-    """Raises a TypeError or ValueError unless ``value`` is a floating-point tensor of rows with features."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}; convert it with {name}.float()"
-        )
-    if row_dims < 1 or value.dim() <= row_dims:
-        raise ValueError(
-            f"{name} must have {row_dims} row dimension{'s' * (row_dims != 1)} (row_dims >= 1) and at least one "
-            f"feature dimension, got shape {tuple(value.shape)}"
-        )
-    if math.prod(value.shape[row_dims:]) == 0:
-        raise ValueError(f"{name} has no features: shape {tuple(value.shape)}")
+def require_features(row_dims: int, **named: object) -> None:
+    """Raises a TypeError or ValueError unless all values are floating-point tensors of rows with features."""
+    for name, value in named.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}; convert it with "
+                f"{name}.float()"
+            )
+        if row_dims < 1 or value.dim() <= row_dims:
+            raise ValueError(
+                f"{name} must have {row_dims} row dimension{'s' * (row_dims != 1)} (row_dims >= 1) and at least one "
+                f"feature dimension, got shape {tuple(value.shape)}"
+            )
+        if math.prod(value.shape[row_dims:]) == 0:
+            raise ValueError(f"{name} has no features: shape {tuple(value.shape)}")
 
 
 def require_mask(mask: object, rows: torch.Size, device: torch.device) -> None:

@@ -121,7 +121,7 @@ class _Measured(NamedTuple):
 def _measure(
     xs: Sequence[Tensor], ys: Sequence[Tensor] | None, estimator: str, mask: Tensor | None, row_dims: int
 ) -> _Measured:
-    inputs.require_choice("estimator", estimator, tuple(MIN_ROWS))
+    inputs.require_choice(estimator=estimator)
     layers = _require_layers("xs", xs, row_dims) + (_require_layers("ys", ys, row_dims) if ys is not None else [])
     rows, device = layers[0].shape[:row_dims], layers[0].device
     for layer in layers:
@@ -395,6 +395,5 @@ def _require_layers(name: str, layers: object, row_dims: int) -> list[Tensor]:
         raise TypeError(f"{name} must be a list of tensors, one a layer, got {type(layers).__name__}")
     if not layers:
         raise ValueError(f"{name} has no layers")
-    for index, layer in enumerate(layers):
-        inputs.require_features(f"{name}[{index}]", layer, row_dims)
+    inputs.require_features(row_dims, **{f"{name}[{index}]": layer for index, layer in enumerate(layers)})
     return list(layers)

@@ -46,7 +46,7 @@ class CKALoss(_Statistic):
 
     def each(self, xs: Sequence[Tensor], ys: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """1 - CKA of each pair of two lists, [pairs]."""
-        return cka_losses(xs, ys, mask=mask, **self.options)
+        return cka_losses(xs, ys, mask=mask, **self.options)  # type: ignore[arg-type]
 
 
 class HSICLoss(_Statistic):

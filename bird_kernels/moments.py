@@ -92,13 +92,13 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
     products. NaN and Inf stay visible. Fewer rows than the estimator needs give NaN (a masked call cannot raise without
     a host sync).
     """
-    enough = n >= MIN_ROWS[estimator]
-    n = _where(enough, n, 4.0)
+    enough, valid = n >= MIN_ROWS[estimator], 1.0
+    if enough is not True:  # too few, or a tensor that may say so
+        n, valid = _where(enough, n, 4.0), _where(enough, 1.0, float("nan"))
     if estimator == "biased":
         alpha, beta, norm = -2.0 / n, 1.0 / (n * n), (n - 1.0) * (n - 1.0)
     else:
         alpha, beta, norm = -2.0 / (n - 2.0), 1.0 / ((n - 1.0) * (n - 2.0)), n * (n - 3.0)
-    valid = _where(enough, 1.0, float("nan"))
 
     if statistic == "gram_mse":  # of matrices that are centred already: they have no other moments
         each = valid / (n * n)
@@ -109,7 +109,8 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
 
     kk, k_dead = _self_hsic(m.kk, m.r_kk, m.t_k, alpha, beta, eps)
     ll, l_dead = _self_hsic(m.ll, m.r_ll, m.t_l, alpha, beta, eps)
-    alive = valid * _where(k_dead | l_dead, 0.0, 1.0)
+    dead = k_dead | l_dead
+    alive = valid if dead is False else valid * _where(dead, 0.0, 1.0)
     d_kl = alive / (kk**0.5 * ll**0.5)
     cka = kl * d_kl
     d_kk, d_ll = -0.5 * cka / kk, -0.5 * cka / ll
@@ -129,7 +130,7 @@ def _self_hsic(kk: Scalar, r_kk: Scalar, t_k: Scalar, alpha: Scalar, beta: Scala
     total = beta * t_k * t_k
     value = kk + alpha * r_kk + total
     dead = value <= ROUNDING * eps * (kk + r_kk + total)  # False for NaN
-    return _where(dead, 1.0, value), dead
+    return value if dead is False else _where(dead, 1.0, value), dead
 
 
 def _where(condition: Scalar, a: Scalar, b: Scalar) -> Scalar:

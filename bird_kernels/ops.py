@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -47,6 +46,20 @@ class Spec(NamedTuple):
         return None if self.kernel == "linear" else RBF(sigma, self.threshold, self.flow)
 
 
+class Call(NamedTuple):
+    """How a problem is computed.
+
+    ``auto``: the backend was not asked for by name; where its kernels fail, another takes over (`backends.replace`).
+    ``module``: the backend's, which has computed it and left a stash.
+    """
+
+    problem: Problem
+    route: Route
+    backend: str
+    auto: bool = False
+    module: Any = None
+
+
 _SPEC = "str statistic, str estimator, str route, str backend, str? precision, bool x_grad, bool y_grad, "
 _SPEC += "str kernel, float[] sigma, float? threshold, bool flow, bool center"
 _STASH = ", ".join(f"Tensor {name}" for name in Stash._fields)
@@ -62,28 +75,17 @@ torch.library.define(
 
 
 def _problem(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> Problem:
-    return Problem(
-        n=x.shape[0],
-        p=x.shape[1],
-        q=y.shape[1],
-        dtype=x.dtype,
-        device=x.device,
-        statistic=spec.statistic,
-        estimator=spec.estimator,
-        precision=spec.precision,
-        masked=mask is not None,
-        x_grad=spec.x_grad,
-        y_grad=spec.y_grad,
-        kernel=spec.rbf,
-        center=spec.center,
-    )
+    sizes, asked = (x.shape[0], x.shape[1], y.shape[1]), (spec.statistic, spec.estimator, spec.precision)
+    wanted = mask is not None, spec.x_grad, spec.y_grad
+    return Problem(*sizes, x.dtype, x.device, *asked, *wanted, spec.rbf, spec.center)
 
 
-def _spec(problem: Problem, route: Route, backend: str) -> Spec:
-    p = problem
-    spec = Spec(p.statistic, p.estimator, route, backend, p.precision, p.x_grad, p.y_grad, center=p.center)
-    k = p.kernel
-    return spec if k is None else spec._replace(kernel="rbf", sigma=k.sigmas or (), threshold=k.threshold, flow=k.flow)
+def _spec(call: Call) -> Spec:
+    p, k = call.problem, call.problem.kernel
+    linear = p.statistic, p.estimator, call.route, call.backend, p.precision, p.x_grad, p.y_grad
+    if k is None:
+        return Spec(*linear, center=p.center)
+    return Spec(*linear, "rbf", k.sigmas or (), k.threshold, k.flow, p.center)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -93,12 +95,12 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False)
 
 
-def _run(function: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+def _run(function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Any:
     kind = x.device.type
     if (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         with without_autocast(x.device):
-            return function(x, *args)
-    return function(x, *args)
+            return function(x, *args, **options)
+    return function(x, *args, **options)
 
 
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
@@ -112,7 +114,7 @@ def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None,
     stash, spec = Stash(*rest[: len(Stash._fields)]), Spec(*rest[len(Stash._fields) :])
     problem = _problem(x, y, mask, spec)
     run = backends.of(problem, spec.backend).backward
-    dx, dy = _run(run, grad, x, y, mask, stash, problem, spec.route)
+    dx, dy = _run(run, grad, x, y, mask, stash, problem, route=spec.route)
     return dx, dy
 
 
@@ -146,68 +148,71 @@ def value_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def alignment(
-    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool = False
-) -> Tensor:
-    """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable.
-
-    ``auto``: the backend was not asked for by name; where its kernels fail, another takes over (`backends.replace`).
-    """
-    if torch.compiler.is_compiling() and not (problem.x_grad or problem.y_grad):
+def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+    """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable."""
+    problem = call.problem
+    wanted = problem.x_grad or problem.y_grad
+    if torch.compiler.is_compiling() and not wanted:
         # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
-        value: Tensor = torch.ops.bird.alignment(x, y, mask, *_spec(problem, route, backend))[0]
+        value: Tensor = torch.ops.bird.alignment(x, y, mask, *_spec(call))[0]
         return value
-    if _watched(x, y):
-        value = _TransformableAlignment.apply(x, y, mask, *_spec(problem, route, backend))[0]
+    if watched(x, y):
+        value = _TransformableAlignment.apply(x, y, mask, *_spec(call))[0]
         return value
-    if backend == "native":
+    if call.backend == "native":
         try:
             return _native().alignment(x, y, mask, problem)
         except Exception as error:
-            if not auto:
-                raise
-            backend = backends.replace(backend, problem, error)
-            route = route_of(problem, backend)
-    if not (problem.x_grad or problem.y_grad):
-        return forward(x, y, mask, problem, route, backend, auto)[0]
-    value = _Alignment.apply(x, y, mask, problem, route, backend, auto)
+            call = _instead(call, error)
+    if not wanted:
+        return forward(x, y, mask, call)[0]
+    value = _Alignment.apply(x, y, mask, call)
     return value
 
 
-def forward(
-    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool
-) -> tuple[Tensor, Stash, Route, str, ModuleType]:
+def forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash, Call]:
     """Value, stash, and whose they are: under ``auto`` another backend's where the first one's kernels fail."""
     while True:
+        problem, route, backend, auto, _ = call
         module = backends.of(problem, backend)
         try:
-            return *_run(module.forward, x, y, mask, problem, route), route, backend, module
+            value, stash = _run(module.forward, x, y, mask, problem, route)
+            return value, stash, Call(problem, route, backend, auto, module)
         except Exception as error:
-            if not auto:
-                raise
-            backend = backends.replace(backend, problem, error)
-            route = route_of(problem, backend)
+            call = _instead(call, error)
 
 
 def backward(
-    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route, backend: str,
-    module: ModuleType, auto: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx and dy by the ``module`` that made the stash; under ``auto`` of a forward anew by another backend where its
-    kernels fail."""
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, call: Call
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dy where they are wanted, by what made the stash, or by the operator where somebody must see it; under
+    ``auto`` of a forward anew by another backend where the kernels fail."""
+    problem = call.problem
+    if is_visible(grad, x):
+        dx, dy = _visible_backward(grad, x, y, mask, _spec(call), stash)
+        return (dx if problem.x_grad else None), (dy if problem.y_grad else None)
     while True:
         try:
-            dx, dy = _run(module.backward, grad, x, y, mask, stash, problem, route)
-            return dx, dy
+            dx, dy = _run(call.module.backward, grad, x, y, mask, stash, problem, route=call.route)
+            return (dx if problem.x_grad else None), (dy if problem.y_grad else None)
         except Exception as error:
-            if not auto:
-                raise
-            backend = backends.replace(backend, problem, error)
-            route = route_of(problem, backend)
-            _, stash, route, backend, module = forward(x, y, mask, problem, route, backend, auto)
+            _, stash, call = forward(x, y, mask, _instead(call, error))
 
 
-def _watched(x: Tensor, y: Tensor) -> bool:
+def _instead(call: Call, error: Exception) -> Call:
+    """The call by another backend. Raises ``error`` if that one was asked for by name."""
+    if not call.auto:
+        raise error
+    backend = backends.replace(call.backend, call.problem, error)
+    return Call(call.problem, route_of(call.problem, backend), backend, True)
+
+
+def is_visible(grad: Tensor, x: Tensor) -> bool:
+    """Whether a backward must be made of operators: under create_graph, or where it is being traced."""
+    return torch.is_grad_enabled() or watched(grad, x)
+
+
+def watched(x: Tensor, y: Tensor) -> bool:
     """Whether torch.compile, torch.func, a dispatch mode or a tensor subclass follows the call and must see operators;
     or the dispatcher has something to do (a lazy negative, as ``z.conj().imag`` is)."""
     return (
@@ -235,9 +240,9 @@ def _native() -> Any:
     from .backends import native
 
     def backward(
-        grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, coefficients: Tensor, k: Tensor, l: Tensor,
-        statistic: int, unbiased: bool, exact: bool, x_grad: bool, y_grad: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad = rest
         spec = Spec(
             get_args(Statistic)[statistic], "unbiased" if unbiased else "biased", "gram", "native",
             "ieee" if exact else "tf32", x_grad, y_grad,
@@ -254,24 +259,15 @@ class _Alignment(torch.autograd.Function):
     """A backend under plain autograd: no dispatcher, and the stash is saved without being returned."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, backend: str, auto: bool
-    ) -> Tensor:
-        value, stash, *ctx.whose = forward(x, y, mask, problem, route, backend, auto)
-        ctx.problem, ctx.auto = problem, auto
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
+        value, stash, ctx.call = forward(x, y, mask, call)
         ctx.save_for_backward(x, y, mask, *stash)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mask, *tensors = ctx.saved_tensors
-        problem, (route, backend, module) = ctx.problem, ctx.whose
-        if torch.is_grad_enabled() or _watched(grad, x):  # create_graph, or the backward is being traced
-            dx, dy = _visible_backward(grad, x, y, mask, _spec(problem, route, backend), tensors)
-        else:
-            stash = Stash(*tensors)
-            dx, dy = backward(grad, x, y, mask, stash, problem, route, backend, module, ctx.auto)
-        return (dx if problem.x_grad else None), (dy if problem.y_grad else None), *(None,) * 5
+        return *backward(grad, x, y, mask, Stash(*tensors), ctx.call), None, None
 
 
 def _visible_backward(

@@ -1,40 +1,24 @@
-"""Several pairs of layers in one call: one node for autograd, whatever their number and widths.
-
-Under torch.compile and torch.func, and with the options that have no common form (see `losses`), the pairs are single
-calls.
-"""
+"""Several pairs of layers in one call: one node for autograd, whatever their number and widths."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, reduce
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, distributed, inputs, ops, plan
-from .types import Problem, Route, Stash
-
-# What the common node computes; other values of these options go pair by pair.
-_COMMON = {"kernel": "linear", "group": None, "sqrt": False, "center": True}
-_DEFAULTS = _COMMON | {"estimator": "biased", "mask": None, "row_dims": 1, "backend": "auto", "precision": None}
-
-
-class _Call(NamedTuple):
-    problem: Problem
-    route: Route
-    backend: str
-    module: ModuleType | None = None  # of the backend, that computed it
+from . import backends, ops, plan
+from .ops import Call
+from .types import Problem, Stash
 
 
 class _Calls(NamedTuple):
-    """How pairs are computed: each, or all ``together`` by Triton's common launches; ``auto``: ours to choose."""
+    """How pairs are computed: each, or all ``together`` by Triton's common launches."""
 
-    each: list[_Call]
+    each: list[Call]
     together: bool
-    auto: bool
 
 
 def numbers(weights: Sequence[float] | None, x: object) -> Sequence[float] | None:
@@ -44,7 +28,7 @@ def numbers(weights: Sequence[float] | None, x: object) -> Sequence[float] | Non
         TypeError, ValueError: not one number for each pair.
     """
     if weights is None or not isinstance(x, (list, tuple)):
-        return weights  # `losses` says what is wrong with x
+        return weights  # `inputs.require_lists` says what is wrong with x
     if len(weights) != len(x):
         raise ValueError(f"weights must have one number for each pair, got {len(weights)} for {len(x)}")
     return weights if torch.compiler.is_compiling() else tuple(map(float, weights))
@@ -83,32 +67,13 @@ def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
     return vector
 
 
-def losses(x: object, y: object, single: Callable[..., Tensor], options: dict[str, Any]) -> Tensor:
-    """1 - CKA of each pair, [L], fp32 (fp64 if any pair has it); x and y are lists of L tensors.
+def losses(pairs: list[tuple[Tensor, Tensor, Tensor | None, Problem]], requested: str) -> Tensor:
+    """The statistics of two pairs and more, [L], fp32 (fp64 if any pair has it), by the ``requested`` backend.
 
-    ``single`` takes L, two tensors and the ``options``, which are `cka_loss`'s.
-
-    Raises:
-        TypeError, ValueError: not two lists of one length, no pairs, a pair whose rows differ; what ``single`` raises.
+    ``pairs`` are what `inputs.prepare` gives of each; they have one mask.
     """
-    options = _DEFAULTS | options
-    with distributed.Reported(options["group"]):
-        xs, ys = _require_lists(x, y, options["row_dims"])
-    if len(xs) == 1:
-        return single(1, xs[0], ys[0], **options).reshape(1)
-    apart = options["backend"] == "reference" or any(options[k] != v for k, v in _COMMON.items())
-    if apart or any(ops._watched(*pair) for pair in zip(xs, ys, strict=True)):
-        return _stack([single(len(xs), *pair, **options) for pair in zip(xs, ys, strict=True)])
-
-    names = "kernel", "estimator", "mask", "row_dims", "backend", "precision"
-    tensors: list[Tensor] = []
-    problems: list[Problem] = []
-    mask: Tensor | None = None
-    for pair in zip(xs, ys, strict=True):
-        *two, mask, problem = inputs.prepare("cka_loss", *pair, *(options[name] for name in names))
-        problems.append(problem)
-        tensors += two
-    calls = _calls(problems, options["backend"])
+    tensors, mask, problems = [side for x, y, *_ in pairs for side in (x, y)], pairs[0][2], [pair[3] for pair in pairs]
+    calls = _calls(problems, requested)
     if not any(problem.x_grad or problem.y_grad for problem in problems):
         return _forward(calls, mask, tensors)[0]
     value: Tensor = _Pairs.apply(calls, mask, *tensors)
@@ -121,10 +86,9 @@ def _calls(problems: list[Problem], requested: str) -> _Calls:
     asked = requested == "triton" or (auto and backends.compares(first.device))
     asked = asked and plan.together(problems)
     if asked and (backends.shares_launches(problems) if auto else backends.resolve(first, requested)):
-        return _Calls([_Call(problem, "gram", "triton") for problem in problems], True, auto)
+        return _Calls([Call(problem, "gram", "triton", auto) for problem in problems], True)
     names = [backends.resolve(problem, requested) for problem in problems]
-    each = [_Call(problem, plan.route_of(problem, name), name) for problem, name in zip(problems, names, strict=True)]
-    return _Calls(each, False, auto)
+    return _Calls([Call(p, plan.route_of(p, name), name, auto) for p, name in zip(problems, names, strict=True)], False)
 
 
 def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], _Calls]:
@@ -136,24 +100,22 @@ def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> t
             return value, list(common), calls
         except Exception as error:
             calls = _apart(calls, error)
-    each: list[_Call] = []
+    each: list[Call] = []
     values: list[Tensor] = []
     saved: list[Tensor] = []
     for call, x, y in zip(calls.each, tensors[::2], tensors[1::2], strict=True):
-        value, stash, route, name, module = ops.forward(
-            x, y, mask, call.problem, call.route, call.backend, calls.auto
-        )  # fmt: skip
-        each.append(_Call(call.problem, route, name, module))
+        value, stash, done = ops.forward(x, y, mask, call)
+        each.append(done)
         values.append(value)
         saved += stash
-    return _stack(values), saved, calls._replace(each=each)
+    return stack(values), saved, _Calls(each, False)
 
 
 def _apart(calls: _Calls, error: Exception) -> _Calls:
     """The same pairs each for itself, after the common launches that ``auto`` chose have failed."""
-    if not calls.auto:
-        raise error
     problems = [call.problem for call in calls.each]
+    if not calls.each[0].auto:
+        raise error
     backends.replace("triton", problems[0], error, "pairs")
     return _calls(problems, "auto")
 
@@ -172,61 +134,25 @@ class _Pairs(torch.autograd.Function):
         calls: _Calls = ctx.calls
         mask, *saved = ctx.saved_tensors
         tensors, saved = saved[: 2 * len(calls.each)], saved[2 * len(calls.each) :]
-        visible = torch.is_grad_enabled() or ops._watched(grad, tensors[0])  # as in `ops`
-        if calls.together:
+        if calls.together and not ops.is_visible(grad, tensors[0]):
             problems = tuple(call.problem for call in calls.each)
-            triton = backends.load("triton")
-            if not visible:
-                try:
-                    return None, None, *triton.backward_together(grad, tensors, mask, Stash(*saved), problems)
-                except Exception as error:
-                    _, saved, calls = _forward(_apart(calls, error), mask, tensors)
-            else:  # to be differentiated again, each pair by itself: what it left is found once more
-                each = zip(calls.each, tensors[::2], tensors[1::2], strict=True)
-                saved = [
-                    a
-                    for call, x, y in each
-                    for a in ops._run(triton.forward, x.detach(), y.detach(), mask, *call[:2])[1]
-                ]
+            try:
+                triton = backends.load("triton")
+                return None, None, *triton.backward_together(grad, tensors, mask, Stash(*saved), problems)
+            except Exception as error:
+                _, saved, calls = _forward(_apart(calls, error), mask, tensors)
+        elif calls.together:  # to be differentiated again, each pair by itself: what it left is found once more
+            _, saved, calls = _forward(_Calls(calls.each, False), mask, [tensor.detach() for tensor in tensors])
         fields = len(Stash._fields)
         gradients: list[Tensor | None] = []
         for i, (call, upstream) in enumerate(zip(calls.each, grad.unbind(), strict=True)):
-            problem, route, name, module = call
-            x, y = tensors[2 * i : 2 * i + 2]
             own = Stash(*saved[fields * i : fields * (i + 1)])
-            upstream = upstream.to(ops.value_dtype(problem.dtype))
-            if visible:
-                dx, dy = ops._visible_backward(upstream, x, y, mask, ops._spec(problem, route, name), own)
-            else:
-                assert module is not None
-                dx, dy = ops.backward(upstream, x, y, mask, own, problem, route, name, module, calls.auto)
-            gradients += dx if problem.x_grad else None, dy if problem.y_grad else None
+            upstream = upstream.to(ops.value_dtype(call.problem.dtype))
+            gradients += ops.backward(upstream, tensors[2 * i], tensors[2 * i + 1], mask, own, call)
         return None, None, *gradients
 
 
-def _stack(values: list[Tensor]) -> Tensor:
+def stack(values: list[Tensor]) -> Tensor:
+    """0-d values as a vector of the dtype that they promote to."""
     dtype = reduce(torch.promote_types, (value.dtype for value in values))
     return torch.stack([value.to(dtype) for value in values])
-
-
-def _require_lists(x: object, y: object, row_dims: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Both as lists, if they are lists of as many layers, each pair with the same rows."""
-    lists = (list, tuple)
-    if not (isinstance(x, lists) and isinstance(y, lists)):
-        (name, value), other = (("x", x), "y") if isinstance(x, lists) else (("y", y), "x")
-        raise TypeError(
-            f"{name} must be a torch.Tensor, got {type(value).__name__}, because {other} is no list; "
-            "for pairs of layers both must be lists of tensors"
-        )
-    for name, layers in (("x", x), ("y", y)):
-        for index, layer in enumerate(layers):
-            inputs.require_features(f"{name}[{index}]", layer, row_dims)
-    if len(x) != len(y) or not x:
-        raise ValueError(f"x and y must list the two sides of at least one pair, got {len(x)} and {len(y)} layers")
-    for index, (one, other) in enumerate(zip(x, y, strict=True)):
-        if one.shape[:row_dims] != other.shape[:row_dims]:
-            raise ValueError(
-                f"x[{index}] and y[{index}] must have the same rows, got {tuple(one.shape[:row_dims])} and "
-                f"{tuple(other.shape[:row_dims])} (row_dims={row_dims})"
-            )
-    return list(x), list(y)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import distributed, from_sums, inputs, ops, sums
 from .backends.linalg import require_fp64
-from .moments import MIN_ROWS, Coefficients, Scalar
+from .moments import Coefficients, Scalar
 from .sums import Norms, Sums
 from .types import Precision, Problem, Statistic
 
@@ -44,7 +44,7 @@ class Statistics:
     """
 
     def __init__(self, *, precision: str | None = None) -> None:
-        inputs.require_choice("precision", precision, inputs.PRECISIONS)
+        inputs.require_choice(precision=precision)
         self.precision: Precision | None = precision  # type: ignore[assignment]
         self._sums: Sums | None = None
         self._products = torch.float64  # what the products were taken in: fp32 once any of them were
@@ -166,7 +166,8 @@ class Statistics:
                 self._derivatives[estimator] = coefficients, scaled.to(self._products), scaled
             coefficients, rounded, scaled = self._derivatives[estimator]
             problem = self._problem(x, y, "cka_loss", estimator)
-            return from_sums.gradient(x, y, None, rounded, coefficients, upstream, problem, scaled).view(shape)
+            own = from_sums.gradient(x, y, None, rounded, coefficients, upstream, problem=problem, exact=scaled)
+        return own.view(shape)
 
     def to(self, device: torch.device | str) -> Statistics:
         """The same on another device; a new object unless it is there already."""
@@ -228,7 +229,7 @@ class Statistics:
         return self._sums
 
     def _evaluate(self, statistic: Statistic, estimator: str) -> tuple[Scalar, Coefficients, Sums]:
-        inputs.require_choice("estimator", estimator, tuple(MIN_ROWS))
+        inputs.require_choice(estimator=estimator)
         s = self._known()
         problem = Problem(0, *_widths(s), self._products, s.n.device, statistic, estimator)  # type: ignore[arg-type]
         return from_sums.evaluate(sums.merged([s]), problem)  # in the memory of a copy

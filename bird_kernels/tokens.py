@@ -13,7 +13,7 @@ and its gradient is zero. Nothing is read back from the device but a ``max_seqle
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .moments import MIN_ROWS
 from .sequences import mean_cka_loss
 
 Tokens = Literal["all", "last", "mean", "sequence"]
+_Given: TypeAlias = tuple[Tensor | None, Tensor | None]  # mask and cu_seqlens of a side, as users give them
 
 
 def token_cka_loss(
@@ -81,7 +82,7 @@ def token_cka_loss(
     to 3.5 c at their peak, 5 c where T = p + q (8 c with gradients of both sides). Nothing has (B T)^2 elements.
     """
     with distributed.Reported(options.get("group")):
-        ours, theirs = _layouts(x, y, tokens, mask, cu_seqlens, y_mask, y_cu_seqlens, max_seqlen)
+        ours, theirs = _layouts(x, y, tokens, (mask, cu_seqlens), (y_mask, y_cu_seqlens), max_seqlen)
         if tokens == "sequence":
             return _per_sequence(x, y, ours, theirs, estimator, options)
         x, y, mask, row_dims = _rows(x, y, tokens, ours, theirs)
@@ -89,19 +90,12 @@ def token_cka_loss(
 
 
 def _layouts(
-    x: Tensor,
-    y: Tensor,
-    tokens: Tokens,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    y_mask: Tensor | None,
-    y_cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
+    x: Tensor, y: Tensor, tokens: Tokens, given: _Given, y_given: _Given, max_seqlen: int | None
 ) -> tuple[_Layout, _Layout]:
     """Checked: where the tokens of x and those of y are."""
-    inputs.require_choice("tokens", tokens, get_args(Tokens))
-    ours = _layout("x", x, mask, cu_seqlens, max_seqlen)
-    own = y_mask is not None or y_cu_seqlens is not None
+    inputs.require_choice({"tokens": get_args(Tokens)}, tokens=tokens)
+    ours = _layout("x", x, *given, max_seqlen)
+    own = any(place is not None for place in y_given)
     if own and tokens in ("all", "sequence"):
         raise ValueError(
             f'tokens="{tokens}" compares token by token, so x and y share their layout: leave out y_mask and '
@@ -109,8 +103,7 @@ def _layouts(
         )
     if not own:
         _require_same_tokens(x, y, ours)
-        y_mask, y_cu_seqlens = mask, cu_seqlens
-    return ours, _layout("y", y, y_mask, y_cu_seqlens, max_seqlen)
+    return ours, _layout("y", y, *(y_given if own else given), max_seqlen)
 
 
 def _rows(
@@ -196,7 +189,7 @@ def _layout(
     packed = cu_seqlens is not None
     if packed and mask is not None:
         raise ValueError("give a mask (padded features [B, T, d]) or cu_seqlens (packed features [N, d]), not both")
-    inputs.require_features(name, x, 1)
+    inputs.require_features(1, **{name: x})
     if x.dim() != (2 if packed else 3):
         need = "packed: [N, d] with cu_seqlens" if packed else "padded: [B, T, d]; packed [N, d] need cu_seqlens"
         raise ValueError(f"{name} has shape {tuple(x.shape)}, which is not {need}")
@@ -300,7 +293,7 @@ def _per_sequence(
 ) -> Tensor:
     if options:
         raise ValueError(f'tokens="sequence" takes an estimator and no {", ".join(options)}: it is linear CKA')
-    inputs.require_choice("estimator", estimator, tuple(MIN_ROWS))
+    inputs.require_choice(estimator=estimator)
     (x, mask), (y, _) = _padded(x, ours), _padded(y, theirs)
     if x.shape[:2] != y.shape[:2] or x.device != y.device:
         raise ValueError(

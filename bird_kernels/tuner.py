@@ -162,7 +162,7 @@ def _prepare(problem: Problem) -> tuple[tuple[Tensor, Tensor], list[tuple[str, R
 
 def _evaluate(x: Tensor, y: Tensor, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
     """Value and gradient of x."""
-    value = ops.alignment(x, y, None, problem, plan.route_of(problem, backend), backend)
+    value = ops.alignment(x, y, None, ops.Call(problem, plan.route_of(problem, backend), backend))
     (gradient,) = torch.autograd.grad(value, x)
     return value.detach(), gradient
 
@@ -187,7 +187,7 @@ def _symmetric(x: Tensor, y: Tensor, problem: Problem, route: Route) -> Iterator
 
         def run(c: object = c) -> tuple[Tensor, Tensor]:
             value, stash = module.forward(x, y, None, problem, route, c)
-            dx, _ = module.backward(torch.ones_like(value), x, y, None, stash, problem, route)
+            dx, _ = module.backward(torch.ones_like(value), x, y, None, stash, problem, route=route)
             return value, dx
 
         yield f"symmetric {' '.join(map(str, c))}", run

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Estimator = Literal["biased", "unbiased"]
 Statistic = Literal["cka_loss", "cka", "hsic", "sqrt_cka_loss", "gram_mse"]
@@ -61,6 +64,23 @@ class RBF:
     def sigmas(self) -> tuple[float, float] | None:
         """The fixed sigmas of x and of y; None: from the batch."""
         return self.sigma if self.sigma is None or isinstance(self.sigma, tuple) else (self.sigma, self.sigma)
+
+
+class Options(NamedTuple):
+    """What a public call says besides its tensors, as the user wrote it: `inputs.prepare` checks it.
+
+    ``statistic`` is the function that was called; the others are arguments of `cka_loss`. csrc/at_once.h reads the
+    fields by their places.
+    """
+
+    statistic: Statistic
+    kernel: str | RBF = "linear"
+    estimator: str = "biased"
+    row_dims: int = 1
+    group: ProcessGroup | None = None
+    center: bool = True
+    backend: str = "auto"
+    precision: str | None = None
 
 
 class Problem(NamedTuple):

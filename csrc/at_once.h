@@ -24,6 +24,9 @@ struct Call {
   bool unbiased, exact;
 };
 
+// Where a types.Options has what.
+enum Field { STATISTIC, KERNEL, ESTIMATOR, ROW_DIMS, GROUP, CENTER, BACKEND, PRECISION, FIELDS };
+
 // Empty for what is not exactly a str.
 std::string_view text(py::handle object) {
   if (!PyUnicode_CheckExact(object.ptr())) return {};
@@ -45,7 +48,7 @@ bool is_plain(py::handle object, int64_t dim) {
   return PLAIN.isSupersetOf(tensor.key_set()) && tensor.dim() == dim;
 }
 
-// Somebody other than autograd looks on and must see operators, as ops._watched has it (torch.compile is asked after in Python).
+// Somebody other than autograd looks on and must see operators, as ops.watched has it (torch.compile is asked after in Python).
 bool is_watched() {
   using c10::DispatchKey;
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
@@ -59,14 +62,18 @@ class AtOnce {
   // that asks for that backend to come here, whatever its sizes.
   explicit AtOnce(py::function most) : most_(std::move(most)) {}
 
-  // The arguments of functional._evaluate, in its order; nothing if that call is not for us.
-  std::optional<Call> operator()(
-      py::handle statistic, py::handle x_object, py::handle y_object, py::handle kernel, py::handle estimator, py::handle mask_object,
-      py::handle row_dims, py::handle backend, py::handle precision) {
-    const std::string_view requested = text(backend), kind = text(estimator), quantity = text(statistic);
+  // x, y, a mask or None, and a types.Options; nothing if that call is not for us.
+  std::optional<Call> operator()(py::handle x_object, py::handle y_object, py::handle mask_object, const py::tuple& options) {
+    if (options.size() != FIELDS) return {};
+    const auto option = [&](Field field) { return py::handle(PyTuple_GET_ITEM(options.ptr(), field)); };
+    const py::handle row_dims = option(ROW_DIMS), backend = option(BACKEND), precision = option(PRECISION);
+    if (!option(GROUP).is_none() || option(CENTER).ptr() != Py_True) return {};
+    const std::string_view requested = text(backend), kind = text(option(ESTIMATOR)), quantity = text(option(STATISTIC));
     const bool automatic = requested == "auto", unbiased = kind == "unbiased", masked = !mask_object.is_none();
+    const bool loss = quantity == "cka_loss", cka = quantity == "cka";
+    if (!loss && !cka && quantity != "hsic") return {};
     if (!automatic && requested != "native") return {};
-    if (text(kernel) != "linear" || (!unbiased && kind != "biased")) return {};
+    if (text(option(KERNEL)) != "linear" || (!unbiased && kind != "biased")) return {};
     int overflow = 0;
     if (!PyLong_CheckExact(row_dims.ptr()) || PyLong_AsLongAndOverflow(row_dims.ptr(), &overflow) != 1) return {};
     if (!is_plain(x_object, 2) || !is_plain(y_object, 2) || (masked && !is_plain(mask_object, 1)) || is_watched()) return {};
@@ -92,7 +99,7 @@ class AtOnce {
       if (!tf32 && name != "ieee" && name != "tf32x3") return {};
     }
     if (x.numel() + y.numel() > most(automatic, backend, x_object, x)) return {};
-    const Statistic wanted = quantity == "cka_loss" ? Statistic::cka_loss : quantity == "cka" ? Statistic::cka : Statistic::hsic;
+    const Statistic wanted = loss ? Statistic::cka_loss : cka ? Statistic::cka : Statistic::hsic;
     return Call{x, y, std::move(mask), wanted, unbiased, type == at::kFloat && !tf32};
   }
 

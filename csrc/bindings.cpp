@@ -198,13 +198,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return bird::Alignment::apply(x, y, mask, statistic, unbiased, exact);
       },
       py::call_guard<py::gil_scoped_release>());
-  // A whole call of the public functions: a function of functional._evaluate's arguments that gives None for one that is Python's.
+  // A whole call of the public functions: a function of x, y, mask and types.Options that gives None for one that is Python's.
   m.def("at_once_where", [](py::function most) {
     return py::cpp_function(
         [checked = bird::AtOnce(std::move(most))](
-            py::handle statistic, py::handle x, py::handle y, py::handle kernel, py::handle estimator, py::handle mask,
-            py::handle row_dims, py::handle backend, py::handle precision) mutable -> MaybeTensor {
-          const auto call = checked(statistic, x, y, kernel, estimator, mask, row_dims, backend, precision);
+            py::handle x, py::handle y, py::handle mask, const py::tuple& options) mutable -> MaybeTensor {
+          const auto call = checked(x, y, mask, options);
           if (!call) return std::nullopt;
           const py::gil_scoped_release others_may_run;
           return bird::Alignment::apply(call->x, call->y, call->mask, static_cast<int64_t>(call->statistic), call->unbiased, call->exact);

@@ -67,7 +67,7 @@ def operator(
             x.shape[0], x.shape[1], y.shape[1], x.dtype, x.device, statistic, estimator, precision, mask is not None,
             x.requires_grad, y.requires_grad, kernel, center,
         )  # fmt: skip
-        return ops.alignment(x, y, mask, problem, route, backend)
+        return ops.alignment(x, y, mask, ops.Call(problem, route, backend))
 
     return function
 

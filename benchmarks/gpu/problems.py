@@ -142,7 +142,7 @@ def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Candidate]:
     def run(configuration: object) -> Result:
         with torch.no_grad():
             value, stash = shifted.forward(x, y, None, problem, route, configuration)
-            gradient, _ = shifted.backward(torch.ones_like(value), x, y, None, stash, problem, route)
+            gradient, _ = shifted.backward(torch.ones_like(value), x, y, None, stash, problem, route=route)
         return Result(value, gradient)
 
     device = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)

@@ -28,7 +28,7 @@ _RBF = {"triton": "bird_kernels.backends.triton.gaussian", "library": "bird_kern
 
 SHIFTED = "shifted"  # the kind of `trust.Use` that the library backend's own kernels are
 
-# "reference" is plain PyTorch under autograd, not an operator: `functional` calls it directly.
+# "reference" is plain PyTorch under autograd, not an operator: `call` runs it itself.
 NAMES = ("auto", *_MODULES, "reference")
 
 

@@ -106,7 +106,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
 
 
 def backward(
-    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, *, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     c = Coefficients(*read(stash.coefficients))
@@ -163,7 +163,6 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
 
     Without a mask a subtraction of the means: to centre with care takes a third as long as the products at 128 x 512.
     """
-    wide, _ = dtypes(problem)
     unbiased = problem.estimator == "unbiased"
     if mask is not None:
         if n < MIN_ROWS[problem.estimator]:
@@ -175,7 +174,7 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
         (xs, scale_x, _), (ys, scale_y, _) = (centre(a, mask, n, problem) for a in (x, y))
         found = plain(xs, ys, n, problem, route) if _is_normal(scale_x) and _is_normal(scale_y) else None
         return None if found is None else found._replace(scale_x=scale_x, scale_y=scale_y)
-    (xs, x_sum), (ys, y_sum) = (subtract_mean(to(a, wide), problem.center) for a in (x, y))
+    (xs, x_sum), (ys, y_sum) = subtract_mean(x, problem.center), subtract_mean(y, problem.center)
     if unbiased:  # takes row sums of K for zero: n eps |mean| counts
         (xs, x_sum), (ys, y_sum) = subtract_mean(xs), subtract_mean(ys)
         found = plain(xs, ys, n, problem, route)

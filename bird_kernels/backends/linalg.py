@@ -35,7 +35,12 @@ def to(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def subtract_mean(x: Tensor, center: bool = True) -> tuple[Tensor, Tensor]:
-    """Columns minus their means, and their sums. sum(0) takes half as long as mean(0) where x is small."""
+    """Columns minus their means, and their sums; fp32, or fp64 of fp64.
+
+    sum(0) takes half as long as mean(0) where x is small.
+    """
+    if x.dtype.itemsize == 2:
+        x = x.float()
     if not center:
         return x, x.new_zeros(1)  # nothing was subtracted
     total = x.sum(0)
@@ -204,7 +209,8 @@ def _blocks(a: Tensor) -> list[tuple[int, int]]:
     if m < 2 * smallest:
         return [(0, m)]
     block = min(max(m // 4, smallest), LARGEST_BLOCK[device])
-    return [(i, i + block if i + 2 * block <= m else m) for i in range(0, m - block + 1, block)]
+    starts = range(0, m - block + 1, block)
+    return list(zip(starts, (*starts[1:], m), strict=True))
 
 
 def self_product(a: Tensor) -> Tensor:
@@ -212,7 +218,7 @@ def self_product(a: Tensor) -> Tensor:
     blocks = _blocks(a)
     if len(blocks) < 2:
         return mm(a, a.T)
-    out = torch.empty(a.shape[0], a.shape[0], dtype=_wide(a), device=a.device)
+    out = torch.empty(a.shape[0], a.shape[0], dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
     for i, j in blocks:
         out[i:j, i:] = mm(a[i:j], a[i:].T)
         out[j:, i:j] = out[i:j, j:].T
@@ -245,10 +251,6 @@ def inner_products(a: Tensor, b: Tensor) -> tuple[Scalar, Scalar, Scalar]:
         a, b = a.view(-1), b.view(-1)
         return torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()
     return inner(a, b), inner(a, a), inner(b, b)
-
-
-def _wide(a: Tensor) -> torch.dtype:
-    return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
 _UNCHANGED = contextlib.nullcontext()
@@ -293,9 +295,9 @@ def write(value: Scalar, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def pack(scalars: tuple[Scalar, ...], device: torch.device) -> Tensor:
     """Scalars as a vector, fp64; on the CPU where the device has no fp64."""
-    if is_host(device):
+    if device.type == "cpu" or is_host(device):
         packed = torch.from_numpy(np.array(scalars))  # a third of torch.tensor's time
-        return packed.to(device) if has_fp64(device) and device.type != "cpu" else packed
+        return packed.to(device) if device.type != "cpu" and has_fp64(device) else packed
     # full() and not tensor(): a copy from the host would break CUDA graph capture.
     full = partial(torch.full, (), dtype=torch.float64, device=device)
     return torch.stack([s.double() if isinstance(s, Tensor) else full(s) for s in scalars])

@@ -73,7 +73,7 @@ def differentiate_backward_with(function: Callable[..., Any]) -> None:
 
 
 def at_once_where(most: Callable[[str, torch.dtype, torch.device], int]) -> Callable[..., Tensor | None]:
-    """A whole public call in C++, checks included: a function of the arguments of `functional._evaluate`.
+    """A whole public call in C++, checks included: a function of x, y, a mask or None, and `Options`.
 
     It gives None for a call that is not ordinary (csrc/at_once.h): not two plain matrices, too many rows, anything
     wrong, or more numbers in x and y than ``most(backend, dtype, device)``, which is asked once.
@@ -98,7 +98,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
 
 
 def backward(
-    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, *, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     _, unbiased, exact = _options(problem)

@@ -79,11 +79,11 @@ def _measured(problem: Problem) -> Configuration | None:
 
 
 def backward(
-    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, *, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     if not _is_here(problem, route):
-        return library.backward(grad, x, y, mask, stash, problem, route)
+        return library.backward(grad, x, y, mask, stash, problem, route=route)
     with device_of(x), fp32_products(problem):
         launches = _launches_of(problem, route, precision_of(problem))
         bytes_ = stash.rows if mask is None else _as_bytes(mask)  # without a mask, any pointer

@@ -137,7 +137,7 @@ def _evaluate(
     backend: ModuleType, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route
 ) -> tuple[Tensor, Tensor, Tensor]:
     value, stash = backend.forward(x, y, mask, problem, route)
-    dx, dy = backend.backward(torch.ones_like(value), x, y, mask, stash, problem, route)
+    dx, dy = backend.backward(torch.ones_like(value), x, y, mask, stash, problem, route=route)
     return value, dx, dy
 
 

@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -22,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bird_kernels
-from bird_kernels import functional, global_batch, transport
+from bird_kernels import transport
+from bird_kernels.call import across
+from bird_kernels.types import Options
 from tests.accuracy import features
 
 WORLDS = (1, 2, 3, 4)
@@ -86,10 +87,8 @@ def own(rows: Tensor | None, split: list[int], rank: int) -> Any:
 
 def grouped(x: Tensor, y: Tensor, mask: Tensor | None, case: Case, group: Any) -> Tensor:
     """The call under test, by what travels also on one rank."""
-    whole = partial(functional._whole, backend=case.backend)
-    return global_batch.across(
-        group, whole, case.statistic, x, y, "linear", case.estimator, mask, 1, case.backend, None, True
-    )
+    options = Options(case.statistic, estimator=case.estimator, group=group, backend=case.backend)
+    return across(x, y, mask, options)
 
 
 @contextlib.contextmanager

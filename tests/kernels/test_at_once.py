@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bird_kernels
 from bird_kernels import backends, ops, reference
 from bird_kernels.plan import FEW_ROWS
+from bird_kernels.types import Options
 from tests.accuracy import evaluate, features
 
 native = pytest.importorskip("bird_kernels._native", reason="the native part is not built")
@@ -116,6 +117,10 @@ ORDINARY = {
 # Right or wrong, but not for C++: it must leave them alone.
 OTHERS = {
     "another backend": ((X, Y), {"backend": "library"}),
+    "another statistic": ((X, Y), {"statistic": "gram_mse"}),
+    "a group": ((X, Y), {"group": object()}),
+    "not centred": ((X, Y), {"center": False}),
+    "a centring that is no bool": ((X, Y), {"center": 1}),
     "another kernel": ((X, Y), {"kernel": "rbf"}),
     "a kernel that is no string": ((X, Y), {"kernel": object()}),
     "another estimator": ((X, Y), {"estimator": "debiased"}),
@@ -153,16 +158,14 @@ OTHERS = {
     "mask of two dimensions": ((X, Y), {"mask": ROWS[:, None]}),
     "mask elsewhere": ((X, Y), {"mask": ROWS.to("meta")}),
 }
-DEFAULTS = {
-    "kernel": "linear", "estimator": "biased", "mask": None, "row_dims": 1, "backend": "native", "precision": None
-}  # fmt: skip
 
 
 def call(case: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device) -> tuple[Any, ...]:
-    """The arguments as `functional._evaluate` has them, tensors on the CPU moved to the device."""
-    arguments, options = case
-    given = "cka_loss", *arguments, *(DEFAULTS | options).values()
-    return tuple(a.to(device) if isinstance(a, Tensor) and a.device.type == "cpu" else a for a in given)
+    """The arguments as `call.evaluate` has them, tensors on the CPU moved to the device."""
+    (x, y), options = case
+    mask, asked = options.get("mask"), {"statistic": "cka_loss", "backend": "native"} | options
+    tensors = (a.to(device) if isinstance(a, Tensor) and a.device.type == "cpu" else a for a in (x, y, mask))
+    return *tensors, Options(**{name: value for name, value in asked.items() if name != "mask"})
 
 
 @pytest.mark.parametrize("case", ORDINARY)
@@ -195,7 +198,7 @@ def test_python_is_asked_once(device: torch.device) -> None:
     ]  # fmt: skip
     for _ in range(2):
         for backend, a, b, taken in calls:
-            value = at_once("cka", a, b, "linear", "biased", None, 1, backend, None)
+            value = at_once(a, b, None, Options("cka", backend=backend))
             assert (value is not None) == taken
     assert asked == [(backend, a.dtype, a.device) for backend, a, _, _ in calls[:3]]
 

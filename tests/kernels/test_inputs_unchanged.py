@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 import bird_kernels
-from bird_kernels import RBF, CKALoss, HSICLoss, Statistics, functional, global_batch
+from bird_kernels import RBF, CKALoss, HSICLoss, Statistics
+from bird_kernels.call import across
 from bird_kernels.matrix import hsic_matrix
+from bird_kernels.types import Options
 from tests.untouched import untouched
 
 COMPILED = pytest.mark.compiled
@@ -275,11 +277,10 @@ def test_a_group_of_ranks(
     x, y, mask = features(layout, torch.float32, device)
     if widths == "merged":
         x, y = by_features(x, y)
-    whole = partial(functional._whole, backend="library")
     estimator = estimator if center else "biased"
     for rows in (None, mask):
-        arguments = "cka_loss", x, y, "linear", estimator, rows, 1, "library", None, center
-        check(lambda: global_batch.across(group, whole, *arguments), x, y, mask)  # noqa: B023 - called at once
+        options = Options("cka_loss", estimator=estimator, group=group, center=center, backend="library")
+        check(partial(across, x, y, rows, options), x, y, mask)
     statistics = Statistics()
     statistics.update(x, y)
     check(partial(statistics.all_reduce, group), x, y)

@@ -102,7 +102,7 @@ def test_work_is_what_is_done(sides: tuple[bool, bool], route: str, monkeypatch:
     x, y = features(n, p, q)
     with FlopCounterMode(display=False) as counter:
         value, stash = library.forward(x, y, None, problem, route)
-        library.backward(torch.ones_like(value), x, y, None, stash, problem, route)
+        library.backward(torch.ones_like(value), x, y, None, stash, problem, route=route)
     counted = counter.get_total_flops()
     assert counted == pytest.approx(plan.route_flops(route, n, p, q, *sides), rel=0.02)
 

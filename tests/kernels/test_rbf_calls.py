@@ -129,7 +129,7 @@ def test_streaming_holds_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = features(256, 3, 4)
     with Largest():
         value, stash = backends.load("library", "rbf").forward(x, y, None, _problem(256), "gram")
-        backends.load("library", "rbf").backward(torch.ones(()), x, y, None, stash, _problem(256), "gram")
+        backends.load("library", "rbf").backward(torch.ones(()), x, y, None, stash, _problem(256), route="gram")
     assert 16 * 256 <= largest <= 2 * 16 * 256
     assert value.isfinite()
 

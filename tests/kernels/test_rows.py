@@ -49,8 +49,8 @@ def compute(
     parts = [(x[a:b], y[a:b], None if mask is None else mask[a:b]) for a, b in ends]
     value, c, s = from_sums.evaluate(sums.merged([sums.sums_of(*part, problem) for part in parts]), problem)
     exchanged = from_sums.exchanged(s, c)
-    dx = torch.cat([from_sums.gradient(a, b, m, s, c, upstream, problem) for a, b, m in parts])
-    dy = torch.cat([from_sums.gradient(b, a, m, *exchanged, upstream, problem) for a, b, m in parts])
+    dx = torch.cat([from_sums.gradient(a, b, m, s, c, upstream, problem=problem) for a, b, m in parts])
+    dy = torch.cat([from_sums.gradient(b, a, m, *exchanged, upstream, problem=problem) for a, b, m in parts])
     assert dx.dtype == dy.dtype == x.dtype
     return Result(torch.as_tensor(value), dx, dy)
 
@@ -168,7 +168,7 @@ def test_products_are_of_the_features_dtype(dtype: torch.dtype, monkeypatch: pyt
         monkeypatch.setattr(module, "mm", mm)
     sums.sums_of(x, y, None, problem)
     assert seen == [(dtype, dtype)] * 3
-    from_sums.gradient(x, y, None, s, c, 1.0, problem)
+    from_sums.gradient(x, y, None, s, c, 1.0, problem=problem)
     assert seen[3:] == [(dtype, dtype)]
 
 

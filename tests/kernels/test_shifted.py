@@ -42,7 +42,7 @@ def run(
     value, stash = shifted.forward(x, y, mask, problem, route, symmetric)
     shapes = shifted.stash_shapes(problem, route)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in stash._asdict().items()} == shapes
-    dx, dy = shifted.backward(torch.full_like(value, upstream), x, y, mask, stash, problem, route)
+    dx, dy = shifted.backward(torch.full_like(value, upstream), x, y, mask, stash, problem, route=route)
     assert all(tensor.is_contiguous() for tensor in (*stash, dx, dy))  # as the fake operators say
     return Result(value, dx if "x" in sides else None, dy if "y" in sides else None)
 

@@ -93,7 +93,7 @@ def counted(route: str, n: int, p: int, q: int, dtype: torch.dtype, **options: A
     with listened() as forward:
         _, stash = shifted.forward(x, y, mask, problem, route)
     with listened() as backward:
-        dx, dy = shifted.backward(grad, x, y, mask, stash, problem, route)
+        dx, dy = shifted.backward(grad, x, y, mask, stash, problem, route=route)
     wanted = problem.x_grad, problem.y_grad
     assert [d.shape for d in (dx, dy)] == [a.shape if want else (0,) for a, want in zip((x, y), wanted, strict=True)]
     assert [d.dtype for d in (dx, dy)] == [dtype, dtype]
@@ -149,7 +149,7 @@ def test_launches_of_sums(dtype: torch.dtype, masked: bool, monkeypatch: pytest.
     _, c, s = from_sums.evaluate(s, problem)
     upstream = torch.empty((), dtype=torch.float64, device=CUDA)
     with listened() as backward:
-        dx = from_sums.gradient(x, y, mask, s, c, upstream, problem)
+        dx = from_sums.gradient(x, y, mask, s, c, upstream, problem=problem)
     assert (dx.shape, dx.dtype) == (x.shape, dtype)
     assert backward.products == 1
     wide = 4 * n * p if dtype == torch.float16 else 0  # fp16's result is brought back in fp32

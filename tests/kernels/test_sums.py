@@ -36,8 +36,8 @@ def compute(
     parts = [(x[a:b], y[a:b], None if mask is None else mask[a:b]) for a, b in pairwise(cuts)]
     value, c, s = from_sums.evaluate(sums.merged([sums.sums_of(*part, problem) for part in parts]), problem)
     exchanged = from_sums.exchanged(s, c)
-    dx = torch.cat([from_sums.gradient(a, b, m, s, c, 1.0, problem) for a, b, m in parts])
-    dy = torch.cat([from_sums.gradient(b, a, m, *exchanged, 1.0, problem) for a, b, m in parts])
+    dx = torch.cat([from_sums.gradient(a, b, m, s, c, 1.0, problem=problem) for a, b, m in parts])
+    dy = torch.cat([from_sums.gradient(b, a, m, *exchanged, 1.0, problem=problem) for a, b, m in parts])
     return float(value), dx, dy
 
 

@@ -43,15 +43,15 @@ class Onlooker(TorchDispatchMode):
 
 
 def wrong(function: Callable[..., Any]) -> Callable[..., Any]:
-    def changed(*call: Any) -> Any:
-        first, *rest = function(*call)
+    def changed(*call: Any, **named: Any) -> Any:
+        first, *rest = function(*call, **named)
         return (first * 1.5, *rest)
 
     return changed
 
 
 def fails(function: Callable[..., Any]) -> Callable[..., Any]:
-    def compiler(*call: Any) -> Any:
+    def compiler(*_: Any, **named: Any) -> Any:
         raise RuntimeError("PassManager::run failed\nand much more")
 
     return compiler

@@ -74,8 +74,8 @@ def test_the_gate_comes_before_the_clock(how: str, clock: list[Any], monkeypatch
         raise RuntimeError("no such instruction\nat all")
 
     def slightly(function: Any) -> Any:
-        def changed(*call: Any) -> Any:
-            first, *rest = function(*call)
+        def changed(*call: Any, **named: Any) -> Any:
+            first, *rest = function(*call, **named)
             return (first * 1.01, *rest)
 
         return changed

@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.rows import read
 from benchmarks.scale import bench, model
-from bird_kernels import functional, global_batch, transport
+from bird_kernels import transport
+from bird_kernels.call import across
+from bird_kernels.types import Options
 
 
 def test_the_page_is_what_the_formulas_give() -> None:
@@ -78,11 +80,10 @@ def test_merging_takes_the_memory_that_the_model_says(
     choose = transport.choose
     monkeypatch.setattr(transport, "choose", lambda *args: choose(*args)._replace(name="merged"))
     x, y = torch.randn(n, p).to(dtype).requires_grad_(), torch.randn(n, q).to(dtype)
-    arguments = "cka_loss", x, y, "linear", "biased", None, 1, "auto", None, True
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with Allocations(x, y) as allocations:
-            value = global_batch.across(dist.group.WORLD, functional._whole, *arguments)
+            value = across(x, y, None, Options("cka_loss", group=dist.group.WORLD))
             (dx,) = torch.autograd.grad(value, x)
     finally:
         dist.destroy_process_group()

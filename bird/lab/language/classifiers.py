@@ -285,7 +285,8 @@ def train_classifier(
         return json.loads(finished.read_text(encoding="utf-8"))
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
     with quiet(progress):
-        trainer = _trainer(model, tokenizer, examples, training, folder, guidance, seed, place, save_every)
+        more: dict[str, Any] = dict(guidance=guidance, seed=seed, device=place, save_every=save_every)
+        trainer = _trainer(model, tokenizer, examples, training, folder, **more)
         history = {"train": trained(trainer, folder, progress), "cut": cut}
     model.eval()
     model.save(folder)
@@ -331,6 +332,7 @@ def _trainer(
     examples: list[dict[str, Any]],
     training: Training,
     folder: Path,
+    *,
     guidance: Guidance | None,
     seed: int,
     device: torch.device,

@@ -109,7 +109,7 @@ class Experiment(ABC):
     def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
 
-    def _change(self, pair: Pair, variant: str) -> tuple[Change, Training]:
+    def change(self, pair: Pair, variant: str) -> tuple[Change, Training]:
         """A variant, and how its students are trained."""
         change = self.recipe.variants[variant]
         own = {"lr": pair.lr} | {name: getattr(change, name) for name in ("epochs", "batch_size")}
@@ -117,18 +117,20 @@ class Experiment(ABC):
             self.recipe.transfer, **{name: value for name, value in own.items() if value is not None}
         )
 
-    def _limit(self, change: Change) -> int | None:
+    def limit(self, change: Change) -> int | None:
+        """How many rows count: the variant's number before the recipe's."""
         return self.recipe.data.limit if change.limit is None else change.limit
 
-    def _guiding(self, change: Change) -> dict[str, Any]:
+    def guiding(self, change: Change) -> dict[str, Any]:
         """Options of `Guidance`, the variant's before the recipe's."""
         own = {name: getattr(change, name) for name in ("alpha", "beta", "rows", "completion_only")}
         return asdict(self.recipe.guidance) | {name: value for name, value in own.items() if value is not None}
 
-    def _about(self, seed: int | None, **more: Any) -> dict[str, Any]:
+    def about(self, seed: int | None, **more: Any) -> dict[str, Any]:
+        """What a stage's results depend on, for its folder."""
         return {"protocol": PROTOCOL, "data": self.recipe.data.source, "seed": seed} | more
 
-    def _trained(
+    def trained(
         self,
         model: Classifier,
         tokenizer: PreTrainedTokenizerBase,
@@ -136,6 +138,7 @@ class Experiment(ABC):
         targets: torch.Tensor,
         training: Training,
         folder: Path,
+        *,
         seed: int,
         guidance: Guidance | None = None,
     ) -> dict[str, Any]:

@@ -90,7 +90,9 @@ def generate(
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
             draws = None if greedy else torch.stack([_draws(seed, keys[i], max_new_tokens) for i in batch]).to(device)
-            tokens = _continue([rows[i] for i in batch], model, draws, max_new_tokens, ends, temperature, top_p)
+            tokens = _continue(
+                [rows[i] for i in batch], model, draws, max_new_tokens, ends, temperature=temperature, top_p=top_p
+            )
             new = {
                 i: tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 for i, row in zip(batch, tokens, strict=True)
@@ -159,6 +161,7 @@ def _continue(
     draws: Tensor | None,
     limit: int,
     ends: set[int],
+    *,
     temperature: float,
     top_p: float,
 ) -> Iterator[list[int]]:

@@ -70,7 +70,7 @@ class Preferences(Experiment):
 
     def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         pair = self.recipe.networks[networks]
-        change, training = self._change(pair, variant)
+        change, training = self.change(pair, variant)
         teacher = self._teacher(pair, seed)
         policy = None if method == "none" else self._policy(pair, change, training, method, teacher, seed)
         responses = self._responses(pair, policy, seed)
@@ -89,7 +89,7 @@ class Preferences(Experiment):
 
     def _teacher(self, pair: Pair, seed: int) -> Stage:
         """Who tells good responses from bad ones; result: its accuracy on rows that it has not seen."""
-        about = self._about(
+        about = self.about(
             seed,
             held_out=self.recipe.data.held_out,  # what is held out leaves the rest
             network=pair.teacher,
@@ -108,8 +108,8 @@ class Preferences(Experiment):
             texts = [read(*spoken(student, prompt, response)) for prompt, response, _ in rows]
             labels = [label for *_, label in rows]
             kept = len(rows) - max(1, len(rows) // 10)
-            history = self._trained(
-                model, tokenizer, texts[:kept], certain(labels[:kept]), self.recipe.teacher, folder, seed
+            history = self.trained(
+                model, tokenizer, texts[:kept], certain(labels[:kept]), self.recipe.teacher, folder, seed=seed
             )
             found = predict(model, tokenizer, texts[kept:], max_length=self.recipe.teacher.max_length)
             return {"history": history, "accuracy": accuracy(found, labels[kept:])}
@@ -127,13 +127,13 @@ class Preferences(Experiment):
             tokenizer,
             estimator="unbiased" if method.endswith("unbiased") else "biased",
             text=self._reader(pair, tokenizer),
-            **self._guiding(change) | {"teacher_pooling": self.recipe.guidance.teacher_pooling or pair.pooling},
+            **self.guiding(change) | {"teacher_pooling": self.recipe.guidance.teacher_pooling or pair.pooling},
         )
 
     def _policy(self, pair: Pair, change: Change, training: Training, method: str, teacher: Stage, seed: int) -> Stage:
         """A student tuned on preferences."""
-        limit = self._limit(change)
-        about = self._about(
+        limit = self.limit(change)
+        about = self.about(
             seed,
             limit=limit,
             held_out=self.recipe.data.held_out,
@@ -144,7 +144,7 @@ class Preferences(Experiment):
         )
         guided = "bird" in method
         if guided:
-            about |= {"guidance": self._guiding(change)}
+            about |= {"guidance": self.guiding(change)}
 
         def make(folder: Path) -> dict[str, Any]:
             from .policies import train_policy
@@ -177,7 +177,7 @@ class Preferences(Experiment):
     def _responses(self, pair: Pair, policy: Stage | None, seed: int) -> Stage:
         """What a student answers; result: that, and signs of its health."""
         options = asdict(self.recipe.generation)
-        about = self._about(seed, network=pair.student, generation=options, held_out=self.recipe.data.held_out)
+        about = self.about(seed, network=pair.student, generation=options, held_out=self.recipe.data.held_out)
 
         def make(folder: Path) -> dict[str, Any]:
             from .data import distinct
@@ -199,7 +199,7 @@ class Preferences(Experiment):
 
     def _verdicts(self, pair: Pair, judging: Judging, responses: Stage, teacher: Stage, seed: int) -> Stage:
         """What a judge says of them; result: 1, 0 or null for each."""
-        about = self._about(seed, judge=asdict(judging))
+        about = self.about(seed, judge=asdict(judging))
 
         def make(folder: Path) -> dict[str, Any]:
             material = self.material(seed)
@@ -231,8 +231,8 @@ class Preferences(Experiment):
 
     def _aligned(self, pair: Pair, policy: Stage | None, teacher: Stage, seed: int) -> Stage:
         """How near a student's geometry is to the teacher's, on held-out texts, without bias."""
-        about = self._about(seed, network=pair.student, held_out=self.recipe.data.held_out)
-        about |= {"guidance": self._guiding(Change())}
+        about = self.about(seed, network=pair.student, held_out=self.recipe.data.held_out)
+        about |= {"guidance": self.guiding(Change())}
 
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)

@@ -44,7 +44,7 @@ class WeakToStrong(Experiment):
 
     def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         pair = self.recipe.networks[networks]
-        change, training = self._change(pair, variant)
+        change, training = self.change(pair, variant)
         weak = self._weak(pair, change, seed)
         if method == "weak":
             return Cell(networks, variant, method, seed, {"test": weak}, weak)
@@ -53,8 +53,8 @@ class WeakToStrong(Experiment):
 
     def _weak(self, pair: Pair, change: Change, seed: int) -> Stage:
         """The weak model, on half 1; result: its test probabilities, and its labels of half 2."""
-        limit = self._limit(change)
-        about = self._about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
+        limit = self.limit(change)
+        about = self.about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
         about |= {"network": pair.teacher, "pooling": pair.pooling, "training": asdict(self.recipe.teacher)}
 
         def make(folder: Path) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class WeakToStrong(Experiment):
             rows = self._rows(seed, limit)
             model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
             texts, labels = texts_and_labels(rows.weak)
-            history = self._trained(model, tokenizer, texts, certain(labels), self.recipe.teacher, folder, seed)
+            history = self.trained(model, tokenizer, texts, certain(labels), self.recipe.teacher, folder, seed=seed)
             strong, _ = texts_and_labels(rows.strong)
             length = self.recipe.teacher.max_length
             soft = predict(model, tokenizer, strong, max_length=length)
@@ -73,8 +73,8 @@ class WeakToStrong(Experiment):
 
     def _strong(self, pair: Pair, change: Change, training: Training, method: str, weak: Stage, seed: int) -> Stage:
         """A strong model, on half 2; result: its test probabilities."""
-        limit, guiding = self._limit(change), self._guiding(change)
-        about = self._about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
+        limit, guiding = self.limit(change), self.guiding(change)
+        about = self.about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
         about |= {"network": pair.student, "training": asdict(training), "method": method}
         guided = method.startswith("bird")
         if guided:
@@ -94,7 +94,7 @@ class WeakToStrong(Experiment):
                 options = guiding | {"pooling": pooling_of(pair.student), "teacher_pooling": pair.pooling}
                 estimator = "unbiased" if method.endswith("unbiased") else "biased"
                 guidance = Guidance(teacher, theirs, estimator=estimator, **options)
-            history = self._trained(model, tokenizer, texts, targets, training, folder, seed, guidance)
+            history = self.trained(model, tokenizer, texts, targets, training, folder, seed=seed, guidance=guidance)
             return {"history": history} | self._scored(model, tokenizer, rows, training.max_length)
 
         parents = () if method == "ceiling" else (weak,)

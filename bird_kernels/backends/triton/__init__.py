@@ -42,7 +42,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
 
 
 def backward(
-    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, route: Route
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, *, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     dx, dy = backward_together(grad, (x, y), mask, stash, (problem,))

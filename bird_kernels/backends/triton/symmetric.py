@@ -107,7 +107,7 @@ def symmetric_kernel(
 
 @lru_cache(maxsize=1024)
 def _launch(
-    shape: tuple[int, int, int], transposed: bool, parts: int, c: Configuration, itemsize: int, tf32: bool,
+    shape: tuple[int, int, int], transposed: bool, parts: int, c: Configuration, itemsize: int, *, tf32: bool,
     described: bool,
 ) -> Launch:  # fmt: skip
     rows, columns, _ = shape
@@ -130,7 +130,7 @@ def multiply(z: Tensor, transposed: bool, parts: int, c: Configuration, tf32: bo
     size = z.shape[transposed]
     out = torch.empty(parts, size, size, dtype=torch.float32, device=z.device)
     described = capability(z.device) >= (9, 0)
-    launch = _launch((*z.shape, z.stride(0)), transposed, parts, c, z.itemsize, tf32, described)
+    launch = _launch((*z.shape, z.stride(0)), transposed, parts, c, z.itemsize, tf32=tf32, described=described)
     sides = (z, z)
     if described:
         step = c.step // z.itemsize

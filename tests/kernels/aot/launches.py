@@ -70,7 +70,7 @@ def library(case: Case) -> None:
             continue
         x, y, mask = features(case, n, p), features(case, n, q), mask_of(case, n)
         value, stash = shifted.forward(x, y, mask, problem, route)
-        shifted.backward(value, x, y, mask, stash, problem, route)
+        shifted.backward(value, x, y, mask, stash, problem, route=route)
 
 
 def few_rows(case: Case) -> None:

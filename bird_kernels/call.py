@@ -1,0 +1,130 @@
+"""A public call on its way to a backend: it is checked, its plan made, and one pair computed or many.
+
+A call is x and y, a mask [rows] or None, and its `Options`; functional.py has what users see of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends, distributed, global_batch, inputs, ops, pairs, plan, reference
+from .backends.linalg import require_fp64
+from .types import RBF, Choice, Options, Plan, Problem
+
+
+def loss(
+    x: Tensor | Sequence[Tensor],
+    y: Tensor | Sequence[Tensor],
+    mask: Tensor | None,
+    options: Options,
+    weights: Sequence[float] | None,
+) -> Tensor:
+    """The statistic of x and y, 0-d; of two lists, its sum over the pairs, each times its weight.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `bird_kernels.cka_loss`.
+    """
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) and {type(x), type(y)} & {list, tuple}:
+        with distributed.Reported(options.group):
+            weights = pairs.numbers(weights, x)
+        return pairs.weighted_sum(losses(x, y, mask, options), weights)
+    if weights is not None:
+        with distributed.Reported(options.group):
+            raise ValueError("weights are for lists of pairs: cka_loss([x1, ...], [y1, ...], weights=[w1, ...])")
+    return evaluate(x, y, mask, options)  # type: ignore[arg-type]
+
+
+def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tensor:
+    """The statistic of each pair of two lists, [pairs], fp32 (fp64 if any pair has it).
+
+    Pairs that have no common form are single calls, and so are all under torch.compile and torch.func.
+
+    Raises:
+        TypeError, ValueError: not two lists of one length, no pairs, a pair whose rows differ; what `evaluate` raises.
+    """
+    try:
+        both = inputs.require_lists(x, y, options.row_dims)
+    except Exception as error:
+        distributed.report(options.group, error)
+        raise
+    if len(both) == 1:
+        return evaluate(*both[0], mask, options).reshape(1)
+    common = options.group is None and options.center and (options.statistic, options.kernel) == ("cka_loss", "linear")
+    if not common or options.backend == "reference" or any(ops.watched(*pair) for pair in both):
+        return pairs.stack([evaluate(*pair, mask, options, len(both)) for pair in both])
+    return pairs.losses([inputs.prepare(*pair, mask, options) for pair in both], options.backend)
+
+
+def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: int = 1) -> Tensor:
+    """The statistic of one of ``many`` pairs, 0-d, fp32 (fp64 if either side is).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `bird_kernels.cka_loss`.
+    """
+    if options.group is not None:
+        return _in_group(x, y, mask, options, many)
+    if ops.at_once is not None and not torch.compiler.is_compiling():
+        done = ops.at_once(x, y, mask, options)
+        if done is not None:
+            return done
+    return _whole(*inputs.prepare(x, y, mask, options), options.backend)
+
+
+@distributed.uncompiled
+def _in_group(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: int) -> Tensor:
+    if distributed.world_size(options.group) == 1:
+        return _whole(*inputs.prepare(x, y, mask, options), options.backend)
+    return across(x, y, mask, options, many)
+
+
+def across(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: int = 1) -> Tensor:
+    """`evaluate` by what travels between the ranks of a group, also where there is one."""
+    part = global_batch.meet(x, y, mask, options, many)
+    if part.transport.name == "merged":
+        return global_batch.merged(part)
+    return _whole(*global_batch.gathered(part), part.problem, options.backend)
+
+
+def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend: str) -> Tensor:
+    """The statistic of one batch: by the best backend, or by the literal formula."""
+    if backend == "reference":
+        require_fp64('backend="reference"', x.device)
+        literal = getattr(reference, problem.statistic)
+        with ops.without_autocast(x.device):
+            value: Tensor = literal(x, y, mask, problem.estimator, problem.kernel, problem.center)
+        return value.to(ops.value_dtype(x.dtype))
+    name = backends.resolve(problem, backend)
+    return ops.alignment(x, y, mask, ops.Call(problem, plan.route_of(problem, name), name, backend == "auto"))
+
+
+def explain(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Plan:
+    """How `evaluate` would compute this call; ranks of a group must ask together."""
+    transport = None
+    if options.group is None or distributed.world_size(options.group) == 1:
+        *_, problem = inputs.prepare(x, y, mask, options)
+    else:
+        part = global_batch.meet(x, y, mask, options)
+        problem, transport = part.problem, part.transport
+        if transport.name == "merged":
+            merged = Choice("library", "sums of rows travel, which the library's products are")
+            return plan.describe(problem._replace(n=len(part.x)), "cross", merged, transport=transport)
+    choice = backends.decide(problem, options.backend)
+    return plan.describe(problem, plan.route_of(problem, choice.backend), choice, backends.sheet_of(x), transport)
+
+
+def gram(x: Tensor, kernel: str | RBF) -> Tensor:
+    """`bird_kernels.centered_gram`."""
+    rbf = inputs.parse_kernel(kernel)
+    inputs.require_features(1, x=x)
+    if rbf is not None:
+        require_fp64("a Gaussian kernel", x.device)
+        k = reference.rbf_gram(x.flatten(1), None, rbf, 0)
+        return (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()).to(ops.value_dtype(x.dtype))
+    with ops.without_autocast(x.device):
+        x = x.flatten(1).to(ops.value_dtype(x.dtype))
+        x = x - x.mean(0)
+        x = x - x.mean(0)
+        return x @ x.T
