@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.machine import Machine
 from benchmarks.rows import message
-from bird_kernels.clocks import Pool, Take
+from bird_kernels.clocks import Take
 
 FEWEST_ROUNDS, FEWEST_SLOW_ROUNDS, MOST_ROUNDS = 5, 3, 200
 WARM_UP = 3  # calls before the gate, where something may compile
@@ -56,7 +56,6 @@ class Entry:
     verdict: Verdict = field(default_factory=Verdict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_memory: int | None = None
-    launches: int | None = None
     no_graph: str = ""
 
 
@@ -78,7 +77,6 @@ def compete(
     budget: Budget,
     *,
     watch: bool = False,
-    pool: Pool = None,
     begin: Callable[[str], None] = lambda name: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Entry]:
@@ -88,8 +86,7 @@ def compete(
     raises stops nobody. A "graph" is the replay of one; where no graph can hold a call, "device" stands for it.
 
     Args:
-        watch: memory and launches are counted too.
-        pool: of the graphs' memory, to share.
+        watch: memory is counted too.
         begin: is told which candidate is tried now, and "" when all have been.
         stop: once it says so, no candidate and no turn begins.
     """
@@ -100,7 +97,7 @@ def compete(
             yield Entry(candidate.name, "left out", "the time is over")
             continue
         try:
-            outcome = _prepare(machine, candidate, judge, clocks, watch, pool)
+            outcome = _prepare(machine, candidate, judge, clocks, watch)
         except Exception as error:  # of any kind: the others go on
             yield _failed(candidate.name, error)
             machine.release()
@@ -118,7 +115,7 @@ def compete(
 
 
 def _prepare(
-    machine: Machine, candidate: Candidate, judge: Judge, clocks: Sequence[str], watch: bool, pool: Pool
+    machine: Machine, candidate: Candidate, judge: Judge, clocks: Sequence[str], watch: bool
 ) -> _Ready | Entry:
     """The entry of a wrong candidate, or what to time of a right one."""
     entry, run = Entry(candidate.name), candidate.run
@@ -130,7 +127,7 @@ def _prepare(
         result, entry.peak_memory = machine.watched(run)
     if "graph" in clocks and candidate.captured:
         try:
-            replay, result = machine.captured(run, pool)
+            replay, result = machine.captured(run)
             replay()
             calls = {"graph": replay} | calls
         except Exception as error:  # it is timed without
@@ -147,8 +144,6 @@ def _prepare(
     if entry.verdict.red:
         entry.status, entry.why = "red", entry.verdict.red
         return entry
-    if watch:
-        entry.launches = machine.launches(calls.get("graph", run))
     takes = {clock: machine.take("device" if clock == "graph" else clock, call) for clock, call in calls.items()}
     return _Ready(entry, takes, once)
 

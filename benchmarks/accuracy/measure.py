@@ -28,20 +28,13 @@ MEANS = 0, 16, 64, 1000
 DTYPES = torch.float32, torch.bfloat16
 
 
-def pytorch_cka(x: Tensor, y: Tensor) -> Tensor:
-    """1 - CKA of the package of that name; unbiased."""
-    from cka import cka_from_features  # it loads matplotlib
-
-    return 1 - cka_from_features(x, y)[0, 0]
-
-
 # What the README calls them, the loss, and the estimator that it computes.
 LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "cka_loss": (cka_loss, "biased"),
     "cka_loss, unbiased": (partial(cka_loss, estimator="unbiased"), "unbiased"),
     "authors' formula": (providers.naive, "biased"),
     "formula in fp64": (providers.fp64, "biased"),
-    "pytorch-cka": (pytorch_cka, "unbiased"),
+    "pytorch-cka": (providers.pytorch_cka, "unbiased"),
 }
 
 

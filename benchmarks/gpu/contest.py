@@ -38,8 +38,7 @@ def compete(context: Context, candidates: Sequence[Candidate], judge: Judge, sec
 
 def _rows(entry: Entry) -> Iterator[Row]:
     about = {"candidate": entry.name, "status": entry.status}
-    _, value_error, gradient_error = entry.verdict
-    errors = {"value_error": value_error, "gradient_error": gradient_error}
+    errors = {"value_error": entry.verdict.value_error, "gradient_error": entry.verdict.gradient_error}
     if entry.status == "red":
         yield about | {"gate": entry.why} | errors
     elif entry.status != "ok":
@@ -48,10 +47,5 @@ def _rows(entry: Entry) -> Iterator[Row]:
         if not seconds:
             yield about | {"status": "left out", "timer": clock, "message": "the time is over"}
             continue
-        yield (
-            about
-            | {"gate": "", "timer": clock}
-            | asdict(Timing.of(seconds))
-            | errors
-            | ({"no_graph": entry.no_graph} if entry.no_graph else {})
-        )
+        timed = asdict(Timing.of(seconds)) | ({"no_graph": entry.no_graph} if entry.no_graph else {})
+        yield about | {"gate": "", "timer": clock} | timed | errors

@@ -7,9 +7,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.rows import message
+
+if TYPE_CHECKING:
+    from benchmarks.machine import Machine
 
 LOST = 75  # the exit status of a process whose device no longer answers; the failure has its row
 
@@ -35,9 +38,9 @@ class Phase(NamedTuple):
 class Context:
     """What an item is given: the ``machine``, the time, and what it must leave out because a process died of it."""
 
-    def __init__(self, machine: Any, report: Callable[[Row], None]) -> None:
+    def __init__(self, machine: Machine, report: Callable[[Row], None]) -> None:
         self.machine, self._report = machine, report
-        self.rehearse: bool = machine.rehearse
+        self.rehearse = not machine.is_cuda
         self.until = float("inf")
         self.items_left = 1
         self.without: set[str] = set()
@@ -61,7 +64,7 @@ def failure(candidate: str, error: BaseException) -> Row:
     return {"candidate": candidate, "status": "failed", "message": message(error)}
 
 
-def healthy_or_exit(machine: Any) -> None:
+def healthy_or_exit(machine: Machine) -> None:
     """Free memory and see that the device still answers."""
     try:
         machine.release()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -12,18 +10,18 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.gpu.machine import Machine
 from benchmarks.harness import Candidate, Judge, Verdict
 from benchmarks.kernels import estimates, gate, providers
 from benchmarks.kernels.gate import Result
 from benchmarks.kernels.layers import NETWORKS
 from benchmarks.kernels.layers import Question as Network
 from benchmarks.kernels.problems import Case
+from benchmarks.kernels.providers import PROVIDERS
+from benchmarks.machine import Machine
 from bird_kernels import plan
 
-OURS = ("library", "triton", "native", "auto")
-SYMMETRIC, SHIFTED = "bird_kernels.backends.triton.symmetric", "bird_kernels.backends.shifted"
 MATRIX_TOLERANCE = 1e-3  # of an entry
+AFFORDABLE = 5  # times the operations of the best hand-written form: what another one may need to be worth a try
 
 
 @dataclass(frozen=True)
@@ -93,35 +91,21 @@ def questions(rehearse: bool) -> list[Question]:
     return [question.tiny() if rehearse else question for question in QUESTIONS]
 
 
-def ours(backend: str, case: Case) -> providers.Loss:
-    """`bird_kernels.cka_loss` as a user would call it for this case."""
-    return partial(bird_kernels.cka_loss, backend=backend, **case.options)  # type: ignore[arg-type]
-
-
-def by_hand(case: Case) -> dict[str, providers.Loss]:
-    """The hand-written forms that are worth a try, the better first, and the authors' formula where it is small."""
-    forms: dict[str, Callable[..., Tensor]] = {"gram": providers.gram, "feature": providers.feature}
-    best = providers.better_form(case)
-    found: dict[str, providers.Loss] = {best.__name__: partial(best, **case.options)}
-    for name, form in forms.items():
-        affordable = estimates.flops(name, case) <= 2 * estimates.flops(best.__name__, case)
-        if name not in found and case.problem != "rbf" and affordable:
-            found[name] = partial(form, **case.options)
-    if case.n <= 1024 and case.p <= 4096:
-        found["authors"] = partial(providers.naive, **case.options)
-    return found
-
-
 def _pair(case: Case, machine: Machine) -> tuple[list[Candidate], Judge]:
     x, y = case.features(machine.device)
-    losses = {name: ours(name, case) for name in OURS} | by_hand(case)
-    if machine.rehearse and (case.dtype != "float32" or case.n > case.p + case.q):
+    most = AFFORDABLE * estimates.flops(providers.better_form(case).__name__, case)
+    chosen = {
+        p.name: p.build(case)
+        for p in PROVIDERS
+        if p.ours or (p.why_not(case, machine.device) is None and estimates.flops(p.name, case) <= most)
+    }
+    if not machine.is_cuda and (case.dtype != "float32" or case.n > case.p + case.q):
         for name in ("triton", "native"):  # emulated they are slow, and the interpreter multiplies bf16 as integers
-            del losses[name]
-    waits = {"gram", "authors"} if case.problem == "rbf" else set()  # the median of those that are not zero
+            del chosen[name]
+    waits = {"gram", "naive"} if case.problem == "rbf" else set()  # the median of those that are not zero
     candidates = [
         Candidate(name, gate.call(loss, x, y, case.backward), captured=name not in waits)
-        for name, loss in losses.items()
+        for name, loss in chosen.items()
     ]
     return candidates + _symmetric(case, x, y), gate.judge(case, x, y)
 
@@ -129,17 +113,17 @@ def _pair(case: Case, machine: Machine) -> tuple[list[Candidate], Judge]:
 def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Candidate]:
     """The library backend with our own kernel for a side's product with itself, a candidate a configuration.
 
-    Where this version of the package has it; without autograd's share of the host's time. At a rehearsal one, in fp32.
+    Without autograd's share of the host's time. At a rehearsal one, in fp32.
     """
     exact = case.dtype == "float32" and case.precision == "ieee"
-    if importlib.util.find_spec(SYMMETRIC) is None or case.problem == "rbf" or exact:
+    if case.problem == "rbf" or exact or not (x.is_cuda or case.dtype == "float32"):
         return []
-    if not x.is_cuda and case.dtype != "float32":
-        return []
-    symmetric, shifted = (importlib.import_module(name) for name in (SYMMETRIC, SHIFTED))
+    from bird_kernels.backends import shifted
+    from bird_kernels.backends.triton import symmetric
+
     problem, route = case.spec(x.device), plan.choose_route(case.n, case.p, case.q)
 
-    def run(configuration: object) -> Result:
+    def run(configuration: symmetric.Configuration) -> Result:
         with torch.no_grad():
             value, stash = shifted.forward(x, y, None, problem, route, configuration)
             gradient, _ = shifted.backward(torch.ones_like(value), x, y, None, stash, problem, route=route)

@@ -25,7 +25,7 @@ COLUMNS = (
 )  # fmt: skip
 KEY = ("phase", "item", "problem", "candidate", "timer", "n", "p", "q", "dtype", "precision")
 HAND_WRITTEN = ("gram", "feature", "compiled")
-CANDIDATES = ("auto", "library", "symmetric", "triton", "native", "gram", "feature", "authors", "compiled")
+CANDIDATES = ("auto", "library", "symmetric", "triton", "native", "gram", "feature", "naive", "fp64", "compiled")
 BACKENDS = ("library", "triton", "native", "symmetric")
 CLOCKS = ("graph", "device")  # the first that a row has is its time
 
@@ -61,7 +61,7 @@ def seconds(found: Sequence[Row], problem: str) -> dict[str, float]:
 
 
 def page(folder: Path) -> str:
-    """Markdown: where it was measured, the problems, the correctness calls, the ceilings, the prototypes."""
+    """Markdown: where it was measured, the problems, the correctness calls, the ceilings, the second run."""
     found = rows(folder)
     events = list(lines.read(folder / lines.EVENTS))
     return "\n\n".join(
@@ -158,14 +158,14 @@ def _rates(found: Sequence[Row]) -> str:
     cells = [["what", "clock", "median", "rate"]]
     for row in chosen:
         rate = f"{row['rate'] / 1e12:.3g} T{row['unit']}" if row.get("rate") else ""
-        cells.append([row["item"], row["timer"], duration(row["p50"]), rate])
+        cells.append([row["candidate"], row["timer"], duration(row["p50"]), rate])
     return "## Ceilings\n\n" + markdown(cells).rstrip()
 
 
 def _parts(found: Sequence[Row]) -> str:
-    """Prototypes, sweeps and checkers."""
+    """Sweeps and checkers."""
     sections = []
-    for phase in ("prototypes", "sweep", "checks"):
+    for phase in ("sweep", "checks"):
         cells = [["problem", "what", "clock", "median or status"]]
         for row in found:
             if row["phase"] == phase and row.get("timer") in (None, *CLOCKS):

@@ -19,10 +19,9 @@ from benchmarks.gpu.context import Context, Item, Row, failure
 from benchmarks.gpu.problems import Question, questions
 from benchmarks.harness import Candidate
 from benchmarks.kernels import gate, providers
-from benchmarks.kernels.problems import fp32_products
+from benchmarks.kernels.problems import fp32_switched
 
-# What torch.compile is asked: the paper's batch, a read-bound and two large ones.
-COMPILED = (0, 1, 2, 3)
+COMPILED = 4  # of the problems torch.compile is asked: the paper's batch, a read-bound and two large ones
 WARMED = ("library", "triton", "symmetric")  # those that compile; the native part is being built meanwhile
 PROFILED = ("auto", "library", "triton")
 
@@ -41,26 +40,25 @@ def warm_items(context: Context) -> Sequence[Item]:
 
 
 def _warm(question: Question, name: str, context: Context) -> Iterator[Row]:
-    start = time.perf_counter()
-    with fp32_products(question.case.precision):
-        candidates, _ = question.ask(context.machine, (name,))
-        for candidate in candidates:
-            yield from _once(candidate.run, start, context)
+    with fp32_switched(question.case.precision):
+        for candidate in question.ask(context.machine, (name,))[0]:
+            yield compiled(candidate.run, context)
 
 
 def _warm_check(check: correctness.Check, context: Context) -> Iterator[Row]:
-    start = time.perf_counter()
     device = context.machine.device
     call = partial(correctness.evaluated, check, check.mask(device), *check.features(device, seed=0))
-    with fp32_products(check.number):
-        yield from _once(call, start, context)
+    with fp32_switched(check.number):
+        yield compiled(call, context)
 
 
-def _once(run: Callable[[], object], start: float, context: Context) -> Iterator[Row]:
+def compiled(run: Callable[[], object], context: Context) -> Row:
+    """Make a call whose kernels are compiled by it; the event says how long that took."""
+    start = time.perf_counter()
     with contextlib.suppress(ValueError):  # a backend that does not do this; later phases say so
         run()
     context.machine.wait()
-    yield {"event": "compiled", "seconds": round(time.perf_counter() - start, 3)}
+    return {"event": "compiled", "seconds": round(time.perf_counter() - start, 3)}
 
 
 def items(context: Context) -> Sequence[Item]:
@@ -69,7 +67,7 @@ def items(context: Context) -> Sequence[Item]:
 
 
 def _times(question: Question, context: Context) -> Iterator[Row]:
-    with fp32_products(question.case.precision):
+    with fp32_switched(question.case.precision):
         candidates, judge = question.ask(context.machine)
         for row in compete(context, candidates, judge, context.share()):
             yield question.about | row
@@ -88,7 +86,7 @@ def _profile(question: Question, name: str, context: Context) -> Iterator[Row]:
     """A row a kernel, in the order of their first launch: how often, and microseconds altogether."""
     machine = context.machine
     about = question.about | {"candidate": name}
-    with fp32_products(question.case.precision):
+    with fp32_switched(question.case.precision):
         candidates, _ = question.ask(machine, (name,))
         if not candidates:
             return
@@ -108,18 +106,14 @@ def _profile(question: Question, name: str, context: Context) -> Iterator[Row]:
         if event.device_type == kind and not getattr(event, "is_user_annotation", False):
             kernels.setdefault(event.name, []).append(event.time_range.elapsed_us())
     for order, (kernel, elapsed) in enumerate(kernels.items()):
-        yield about | {
-            "status": "ok", "order": order, "kernel": kernel[:200], "launches": len(elapsed), "us": sum(elapsed),
-        }  # fmt: skip
+        told = {"status": "ok", "order": order, "kernel": kernel[:200], "launches": len(elapsed), "us": sum(elapsed)}
+        yield about | told
 
 
 def rival_items(context: Context) -> Sequence[Item]:
     """The better hand-written form, compiled; last, because a compilation takes up to half a minute."""
-    asked = questions(context.rehearse)
-    return [
-        Item(f"{asked[i].name} compiled", partial(_rival, asked[i]))
-        for i in COMPILED[: 1 if context.rehearse else None]
-    ]
+    asked = questions(context.rehearse)[: 1 if context.rehearse else COMPILED]
+    return [Item(f"{question.name} compiled", partial(_rival, question)) for question in asked]
 
 
 def _rival(question: Question, context: Context) -> Iterator[Row]:
@@ -129,16 +123,14 @@ def _rival(question: Question, context: Context) -> Iterator[Row]:
     torch.compiler.reset()
     loss = torch.compile(form, fullgraph=True, dynamic=False, backend="aot_eager" if context.rehearse else "inductor")
     x, y = case.features(machine.device)
-    with fp32_products(case.precision):
-        start = time.perf_counter()
+    with fp32_switched(case.precision):
         run = gate.call(loss, x, y, case.backward)
         context.step("compiled")
         try:
-            run()
-            machine.wait()
+            seconds = compiled(run, context)["seconds"]
         except Exception as error:
             yield question.about | failure("compiled", error)
             return
-        about = question.about | {"compile_seconds": time.perf_counter() - start}
+        about = question.about | {"compile_seconds": seconds}
         for row in compete(context, [Candidate("compiled", run)], gate.judge(case, x, y), context.share()):
             yield about | row

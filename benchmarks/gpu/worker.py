@@ -15,18 +15,25 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from benchmarks import rows
 from benchmarks.gpu import bare, lines
 from benchmarks.gpu.context import Context, Item, Phase, Row, failure, healthy_or_exit
+
+if TYPE_CHECKING:
+    import torch
 
 
 def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
     """Go through the phases of ``plan``, each until its time, from the item that ``options.at`` says."""
-    from benchmarks.gpu.machine import Machine
+    import torch
+
+    from benchmarks.machine import Machine
 
     phases = _phases()
-    machine = Machine(options.rehearse)
-    origin = machine.origin()
+    machine = Machine(torch.device("cpu" if options.rehearse else "cuda"))
+    origin = _origin(machine.device)
 
     def report(row: Row) -> None:
         if options.report is not None:
@@ -53,19 +60,28 @@ def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Name
     report({"finished": True})
 
 
+def _origin(device: torch.device) -> Row:
+    """Device, driver, versions and commit, as every row names them; the driver as `bird_kernels.tuning` does, too."""
+    from bird_kernels import tuning
+
+    found = rows.origin(device)
+    names = ("device", "driver", "torch", "triton", "commit", "date")
+    cuda_driver = tuning.key_of(device).driver if device.type == "cuda" else ""
+    return {name: found[name] for name in names} | {"cuda_driver": cuda_driver}
+
+
 def _phases() -> dict[str, Phase]:
     """The phases by name; imported late, because a rehearsal hides packages before torch is imported."""
-    from benchmarks.gpu import ceilings, correctness, prototypes, sweeps, times
+    from benchmarks.gpu import ceilings, correctness, sweeps, times
 
     return {
         "warm": Phase(times.warm_items, lines.EVENTS),
         "ceilings": Phase(ceilings.items, lines.ROWS),
         "correctness": Phase(correctness.items, lines.CHECKS),
         "times": Phase(times.items, lines.ROWS),
-        "prototypes": Phase(prototypes.items, lines.ROWS),
         "profiles": Phase(times.profile_items, lines.KERNELS),
         "rivals": Phase(times.rival_items, lines.ROWS),
-        # Of `benchmarks.gpu.sweep`:
+        # Of the second run:
         "precompile": Phase(sweeps.warm_items, lines.SWEEP),
         "sweep": Phase(sweeps.items, lines.SWEEP),
     }

@@ -17,7 +17,6 @@ from benchmarks.kernels.providers import Loss, better_form
 # The largest error of the value, and of the gradient relative to its norm, that still counts as right.
 TOLERANCE = {
     "float32 ieee": (2e-5, 2e-4),
-    "float32 tf32x3": (2e-5, 2e-4),
     "float32 tf32": (3e-3, 1e-2),
     "float16": (3e-3, 1e-2),
     "bfloat16": (2e-2, 5e-2),

@@ -114,38 +114,33 @@ def better_form(case: Case) -> Callable[..., Tensor]:
     return gram if case.problem == "rbf" or n * n * (p + q) <= n * (p * p + q * q + p * q) else feature
 
 
-def _hand_written(form: Callable[..., Tensor], case: Case, capture: bool) -> Loss:
+def pytorch_cka(x: Tensor, y: Tensor) -> Tensor:
+    """1 - CKA of the package of that name; unbiased."""
+    from cka import cka_from_features  # loads matplotlib: late
+
+    return 1 - cka_from_features(x, y)[0, 0]
+
+
+def _hand_written(form: Callable[..., Tensor], case: Case) -> Loss:
     return partial(form, **case.options)
 
 
-def _compiled(case: Case, capture: bool) -> Loss:
-    """Tuned, and on CUDA in the compiler's own graphs, unless a graph is going to ``capture`` it."""
+def _compiled(case: Case) -> Loss:
     torch.compiler.reset()  # one compilation per case: static shapes, no limit on recompilations
-    mode = "max-autotune-no-cudagraphs" if capture else "max-autotune"
-    return torch.compile(partial(better_form(case), **case.options), fullgraph=True, dynamic=False, mode=mode)
+    form = partial(better_form(case), **case.options)
+    return torch.compile(form, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
-def _pytorch_cka(case: Case, capture: bool) -> Loss:
-    from cka import cka_from_features  # loads matplotlib: late
-
-    return lambda x, y: 1 - cka_from_features(x, y)[0, 0]
-
-
-def _ours(backend: str, case: Case, capture: bool) -> Loss:
-    # What PyTorch's switch says needs no argument; that is how it is called.
-    precision = "tf32x3" if case.precision == "tf32x3" else None
-    return partial(bird_kernels.cka_loss, backend=backend, precision=precision, **case.options)  # type: ignore[arg-type]
+def _ours(backend: str, case: Case) -> Loss:
+    return partial(bird_kernels.cka_loss, backend=backend, **case.options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to the loss: ``build(case, capture)`` gives the function, one that a CUDA graph can capture if need be.
-
-    ``ours`` must never be wrong. ``compiles``: on CUDA it has graphs of its own unless it is captured.
-    """
+    """A way to the loss: ``build(case)`` gives the function, whose first calls may compile; ``ours`` is never wrong."""
 
     name: str
-    build: Callable[[Case, bool], Loss]
+    build: Callable[[Case], Loss]
     ours: bool = False
     compiles: bool = False
 
@@ -153,7 +148,7 @@ class Provider:
         """The reason that this provider has no part in a case, or None."""
         if self.ours:
             if self.name == "triton" and device.type == "cpu":
-                return "Triton kernels are timed on CUDA devices only"
+                return "Triton kernels are timed by ./dev gpu"
             if self.name == "auto":
                 return None
             known = self.name in backends.NAMES
@@ -162,8 +157,6 @@ class Provider:
             return backends.why_not(self.name, case.torch_dtype, device, few, asked) if known else "not in this version"
         if case.problem == "rbf" and self.name not in ("naive", "gram"):
             return "it computes the linear kernel only"
-        if case.precision == "tf32x3":
-            return "PyTorch has no tf32x3 products"
         if self.name == "naive" and case.estimator != "biased":
             return "the usual formula is the biased estimator's"
         if self.name == "pytorch-cka":
@@ -182,7 +175,7 @@ PROVIDERS = (
     Provider("gram", partial(_hand_written, gram)),
     Provider("feature", partial(_hand_written, feature)),
     Provider("compiled", _compiled, compiles=True),
-    Provider("pytorch-cka", _pytorch_cka),
+    Provider("pytorch-cka", lambda case: pytorch_cka),
     *(Provider(name, partial(_ours, name), ours=True) for name in ("library", "triton", "native", "auto")),
 )
 OURS = {provider.name for provider in PROVIDERS if provider.ours}

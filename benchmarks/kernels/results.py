@@ -23,7 +23,7 @@ Key = tuple[object, ...]
 class Finish:
     """Times and floor in seconds, memory in bytes, ceilings in bytes/s and flop/s; None is unknown.
 
-    With a red gate there is the reason and no time. ``launches`` counts kernels, copies and fills on a GPU.
+    With a red gate there is the reason and no time. ``launches`` is a GPU's: ``./dev gpu`` counts them.
     """
 
     timer: str
@@ -57,14 +57,14 @@ class Row(Finish, Case, Origin):
         return (*self.question, self.provider)
 
 
-def row(about: dict[str, str], case: Case, timer: str, entry: Entry, limits: Ceilings, device: torch.device) -> Row:
+def row(about: dict[str, str], case: Case, entry: Entry, limits: Ceilings) -> Row:
     """A contest's entry as a row; ``about`` is its origin."""
+    moved = estimates.traffic(case)
     return Row(
-        **about, **{name: getattr(case, name) for name in rows.columns(Case)}, timer=timer, provider=entry.name,
+        **about, **{name: getattr(case, name) for name in rows.columns(Case)}, timer="wall", provider=entry.name,
         red=entry.why, value_error=entry.verdict.value_error, gradient_error=entry.verdict.gradient_error,
-        **asdict(Timing.of(entry.seconds.get(timer, []))),
-        launches=entry.launches, peak_memory=entry.peak_memory, floor=estimates.floor(case, limits, device),
-        copy_ceiling=limits.copy(estimates.traffic(case, device)), product_ceiling=limits.rate(case),
+        **asdict(Timing.of(entry.seconds.get("wall", []))), launches=None, peak_memory=entry.peak_memory,
+        floor=estimates.floor(case, limits), copy_ceiling=limits.copy(moved), product_ceiling=limits.rate(case),
     )  # fmt: skip
 
 

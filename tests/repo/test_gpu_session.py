@@ -12,21 +12,23 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import bare, contest, correctness, lines, read
+from benchmarks.gpu import bare, contest, correctness, lines, read, sweeps
 from benchmarks.gpu.context import LOST, Context
 from benchmarks.gpu.correctness import Check
-from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.problems import QUESTIONS
 from benchmarks.gpu.supervise import Run, Stage
 from benchmarks.harness import Candidate, Verdict
+from benchmarks.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
-PHASES = ("ceilings", "correctness", "times", "prototypes", "profiles", "rivals")
+PHASES = ("ceilings", "correctness", "times", "profiles", "rivals")
+CPU = torch.device("cpu")
 MEASURED = ("device", "torch", "triton", "commit", "candidate", "timer", "p20", "p50", "p80", "rounds")
 PROBLEM = ("problem", "n", "p", "q", "dtype", "precision", "gate")
 
@@ -135,7 +137,7 @@ def test_a_table_has_the_ratio_to_the_best_by_hand(tmp_path: Path) -> None:
     (line,) = [line for line in read.table(tmp_path).splitlines() if line.startswith("| llm")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     whole = ["100 µs (0.50×)", "200 µs (1.00×)", "300 µs (1.50×)", "–", "refused", "400 µs (2.00×)", "200 µs (1.00×)"]
-    assert cells == ["llm", "90 µs", *whole, "–", "–"]
+    assert cells == ["llm", "90 µs", *whole, "–", "–", "–"]
 
 
 def test_a_short_run_ends_in_time(tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_a_candidate_that_fails_stops_nobody() -> None:
     def refuses() -> object:
         raise ValueError('backend="native" cannot run here: is not built')
 
-    context = Context(Machine(rehearse=True), lambda row: None)
+    context = Context(Machine(CPU), lambda row: None)
     context.without = {"deadly"}
     right, wrong = torch.ones(1), torch.zeros(1)
     candidates = [
@@ -303,7 +305,7 @@ def test_the_correctness_calls_see_what_is_wrong(
 
     right = correctness.cka_loss
     monkeypatch.setattr(correctness, "cka_loss", cka_loss)
-    found = correctness.judged(Check("library", (16, 9, 8), masked=True, pairs=2), Machine(rehearse=True))
+    found = correctness.judged(Check("library", (16, 9, 8), masked=True, pairs=2), Machine(CPU))
     red = {name for name, holds in found.items() if holds is False}
     assert red <= wrong
     assert bool(red) == bool(wrong)
@@ -318,6 +320,21 @@ def test_lines_survive_a_torn_end(tmp_path: Path) -> None:
     path.write_text('{"a"\n{"a": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
         list(lines.read(path))
+
+
+def test_the_sweep_knows_every_kernel_and_puts_launches_back() -> None:
+    """Warps and stages of the kernel that is named are others while it is asked, and of no other."""
+    launch = pytest.importorskip("bird_kernels.backends.triton.launch", reason="needs Triton")
+    found = sweeps.kernels()
+    assert len(found) > 10
+    assert all(name.endswith("_kernel") for name in found)
+    make = launch.Launch.__init__
+    kernels = [SimpleNamespace(__name__=name, arg_names=["N"]) for name in found[:2]]
+    with sweeps.launched_with(found[0], {"num_warps": 32}) as seen:
+        made = [launch.Launch(kernel, (1,), (), {"N": 1}, num_warps=4) for kernel in kernels]
+    assert [one._named["num_warps"] for one in made] == [32, 4]
+    assert seen == set(found[:2])
+    assert launch.Launch.__init__ is make
 
 
 def test_a_rehearsal_hides_what_a_bare_machine_lacks() -> None:

@@ -20,7 +20,6 @@ from benchmarks.harness import Candidate, Entry, Timing, Verdict
 from benchmarks.kernels import layers, results, tokens
 from benchmarks.machine import Machine
 from benchmarks.rows import Origin
-from benchmarks.steps import measure as steps
 from bird_kernels import clocks
 
 CPU = torch.device("cpu")
@@ -78,8 +77,7 @@ def test_what_is_judged_is_a_call_after_the_warm_up() -> None:
 def test_a_graph_is_judged_by_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[float] = []
 
-    def captured(self: Machine, run: Callable[[], float], pool: object) -> tuple[Callable[[], None], list[float]]:
-        assert pool == "pool"
+    def captured(self: Machine, run: Callable[[], float]) -> tuple[Callable[[], None], list[float]]:
         return lambda: filled.append(run()), filled  # empty until it is replayed
 
     monkeypatch.setattr(Machine, "captured", captured)
@@ -90,7 +88,6 @@ def test_a_graph_is_judged_by_its_replay(monkeypatch: pytest.MonkeyPatch) -> Non
         lambda answer: seen.append(list(answer)) or Verdict(),  # type: ignore[func-returns-value]
         ("graph", "host"),
         lambda once, takes: 4,
-        pool="pool",
     )
     (entry,) = found
     assert seen == [[1.0]]
@@ -99,7 +96,7 @@ def test_a_graph_is_judged_by_its_replay(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_no_graph_holds_has_the_devices_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def captured(self: Machine, run: object, pool: object) -> object:
+    def captured(self: Machine, run: object) -> object:
         raise RuntimeError("it waits")
 
     monkeypatch.setattr(Machine, "captured", captured)
@@ -121,7 +118,6 @@ def test_nobody_begins_after_the_end() -> None:
 def test_memory_is_watched() -> None:
     found = compete(Candidate("a", lambda: float(torch.ones(1000).sum() / 1000)), watch=True)
     assert 4000 <= (found["a"].peak_memory or 0) < 5000
-    assert found["a"].launches is None
 
 
 # ---------------------------------------------------------------------------------------------- turns and clocks
@@ -213,10 +209,10 @@ def test_a_gpus_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_capture_warms_up_beside_and_captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     run = lambda: cuda.log.append("run") or "result"  # type: ignore[func-returns-value]  # noqa: E731
-    replay, result = Machine(torch.device("cuda")).captured(run, (0, 1))
+    replay, result = Machine(torch.device("cuda")).captured(run)
     assert result == "result"
     side = ["side waits", "side stream", "run", "run", "run", "end of side stream", "current waits"]
-    assert cuda.log == [*side, "capture in (0, 1)", "run", "end of capture in (0, 1)"]
+    assert cuda.log == [*side, "capture in None", "run", "end of capture in None"]
     replay()
     assert cuda.log[-1] == "replay"
 
@@ -274,8 +270,8 @@ def kind_of(path: Path) -> type:
         return pytest.importorskip("benchmarks.corruptions.throughput").Row
     if path.parent.parent.name == "scale":
         return pytest.importorskip("benchmarks.scale.bench").Row
-    if path.parent.name in ("accuracy", "chunks", "steps"):
-        return {"accuracy": accuracy, "chunks": chunks, "steps": steps}[path.parent.name].Row
+    if path.parent.name in ("accuracy", "chunks"):
+        return {"accuracy": accuracy, "chunks": chunks}[path.parent.name].Row
     return {"layers": layers.Row, "tokens": tokens.Row}.get(path.stem.rpartition("-")[2], results.Row)
 
 
@@ -296,7 +292,7 @@ def test_committed_results_are_readable(path: Path, tmp_path: Path) -> None:
             assert copy[name] == text or float(copy[name]) == float(text)
 
 
-# ---------------------------------------------------------------------------------------------- two small entry points
+# ---------------------------------------------------------------------------------------------- steps in chunks
 
 
 def test_steps_in_chunks_are_timed_behind_their_gate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,18 +303,3 @@ def test_steps_in_chunks_are_timed_behind_their_gate(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(chunks.Step, "chunked", chunks.Step.whole)
     with pytest.raises(ValueError, match="chunked: gradient off by"):
         chunks.times(32, repeats=1)
-
-
-def test_rows_of_steps_name_the_guidance(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "results.csv"
-    path.write_bytes(steps.RESULTS.read_bytes().replace(b"CPU AMD", b"CPU Other"))
-    before = len(rows.read(path, steps.Row))
-    monkeypatch.setattr(steps, "RESULTS", path)
-    monkeypatch.setattr("sys.argv", ["steps", "--network", "resnet18", "--batch", "4", "--repeats", "1", "--save"])
-    steps.main()
-    kept = rows.read(path, steps.Row)
-    assert [row.guidance for row in kept] == [""] * before + list(steps.GUIDANCE)
-    assert all(0 < row.loss < row.step for row in kept)
-    assert "resnet18" in capsys.readouterr().out

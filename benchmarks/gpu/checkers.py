@@ -1,10 +1,4 @@
-"""The second prepared run on a GPU: warps, stages and settings of the kernels, NVIDIA's checkers, and the tests.
-
-    ./dev gpu --sweep [--minutes 5] [--out FOLDER]     after `benchmarks.gpu.session`, into the same folder or another
-    ./dev gpu --sweep --rehearse                       on any machine
-
-The checkers and, where pytest is there, the tests run beside each other after the sweeps, until the time is over.
-"""
+"""NVIDIA's checkers and, where pytest is there, the tests: beside each other, until the time is over."""
 
 from __future__ import annotations
 
@@ -19,29 +13,11 @@ from collections import deque
 from pathlib import Path
 
 from benchmarks.gpu import lines
-from benchmarks.gpu.session import arguments, begin, ended_by_signals, folder_of, warm
-from benchmarks.gpu.supervise import Run, Stage
+from benchmarks.gpu.supervise import Run
 
-STAGES = {
-    "precompile": Stage(0.30),
-    "sweep": Stage(0.60, limit=40),
-    "checks": Stage(0.98),
-}
 TESTS = ("test_cuda", "test_accuracy", "test_pairs")
 TOOLS = ("memcheck", "racecheck")
 LAST = 30  # lines of a program's output that are looked at for its row; all of it is in the log
-
-
-def main() -> None:
-    """Sweep, then check."""
-    options = arguments("sweeps and checkers on a GPU", 5.0)
-    run = Run(folder_of(options), options.minutes, options.rehearse, STAGES, lines.SWEEP, lines.SWEEP_LOG)
-    with ended_by_signals():
-        begin(run)
-        warm(run, "precompile")
-        run.drive(["sweep"])
-        check(run, commands(run.rehearse))
-    run.event("end")
 
 
 def commands(rehearse: bool) -> dict[str, list[str] | str]:
@@ -111,7 +87,3 @@ def _tell(run: Run, about: dict[str, object], program: Program) -> None:
     row = {"item": program.name, "status": outcome, "message": said, "exit": status, "tail": tail[-2000:]}
     lines.write(run.events, about | row)
     run.event("checked", item=program.name, status=outcome, message=said)
-
-
-if __name__ == "__main__":
-    main()
