@@ -185,12 +185,19 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def scaled(value: float, units: Sequence[str]) -> str:
+    """Three digits and a unit, each a thousand of the one before."""
+    *smaller, largest = units
+    for unit in smaller:
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} {largest}"
+
+
 def duration(seconds: float | None) -> str:
     """Three digits and a unit; a dash for None."""
-    if seconds is None:
-        return "–"
-    unit, size = next(((unit, size) for unit, size in (("s", 1.0), ("ms", 1e-3)) if seconds >= size), ("µs", 1e-6))
-    return f"{seconds / size:.3g} {unit}"
+    return "–" if seconds is None else scaled(seconds * 1e6, ("µs", "ms", "s"))
 
 
 def beside(seconds: float | None, base: float | None) -> str:

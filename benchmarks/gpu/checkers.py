@@ -1,4 +1,4 @@
-"""NVIDIA's checkers and, where pytest is there, the tests: beside each other, until the time is over."""
+"""NVIDIA's checkers of memory and of races, beside each other, until the time is over."""
 
 from __future__ import annotations
 
@@ -15,42 +15,27 @@ from pathlib import Path
 from benchmarks.gpu import lines
 from benchmarks.gpu.supervise import Run
 
-TESTS = ("test_cuda", "test_accuracy", "test_pairs")
 TOOLS = ("memcheck", "racecheck")
 LAST = 30  # lines of a program's output that are looked at for its row; all of it is in the log
 
 
-def commands(rehearse: bool) -> dict[str, list[str] | str]:
-    """What is run, or why it is not."""
-    python = sys.executable
-    found: dict[str, list[str] | str] = {}
-    tool = shutil.which("compute-sanitizer")
-    for name in TOOLS:
-        program = [python, "-m", "tests.kernels.sanitize", "triton"]
-        if rehearse:
-            found[name] = [python, "-c", "print('no checker at a rehearsal')"]
-        else:
-            found[name] = [tool, "--tool", name, "--error-exitcode", "9", *program] if tool else "no compute-sanitizer"
-    has = subprocess.run([python, "-c", "import pytest"], capture_output=True, check=False).returncode == 0
-    if rehearse or not has:
-        found["tests"] = "pytest is not installed"
-    else:
-        files = [f"tests/kernels/{name}.py" for name in TESTS]
-        options = ["-q", "--continue-on-collection-errors", "-p", "no:cacheprovider", "-k", "not sanitizer"]
-        found["tests"] = [python, "-m", "pytest", *files, *options]
-    return found
+def commands(rehearse: bool) -> dict[str, list[str]]:
+    """What is run; nothing where there are no such checkers."""
+    if rehearse:
+        return {name: [sys.executable, "-c", "print('no checker at a rehearsal')"] for name in TOOLS}
+    tool, program = shutil.which("compute-sanitizer"), [sys.executable, "-m", "tests.kernels.sanitize", "triton"]
+    return {name: [tool, "--tool", name, "--error-exitcode", "9", *program] for name in TOOLS} if tool else {}
 
 
-def check(run: Run, programs: dict[str, list[str] | str]) -> None:
+def check(run: Run, programs: dict[str, list[str]]) -> None:
     """Run all programs beside each other until the deadline; a row each, as soon as it has ended."""
     about = run.origin | {"phase": "checks"}
     running: dict[str, Program] = {}
+    if not programs:
+        run.event("no compute-sanitizer")
     with contextlib.ExitStack() as stack:
         for name, command in programs.items():
-            if isinstance(command, str):
-                lines.write(run.events, about | {"item": name, "status": "refused", "message": command})
-            else:
-                running[name] = Program(name, stack.enter_context(run.process(command, None)), run.log)
+            running[name] = Program(name, stack.enter_context(run.process(command, None)), run.log)
         while running and time.time() < run.until("checks"):
             time.sleep(0.05)
             for name in [name for name, program in running.items() if program.process.poll() is not None]:

@@ -20,7 +20,13 @@ OVERHEAD = 2e-4  # seconds that a take costs beyond the call: the cold cache, th
 
 
 def compete(context: Context, candidates: Sequence[Candidate], judge: Judge, seconds: float) -> Iterator[Row]:
-    """The rows of all candidates, two each, or one that says why there is no time; within ``seconds`` if they can."""
+    """The rows of all candidates, two each, or one that says why there is no time; within ``seconds`` if they can.
+
+    Of a phase that warms the event alone.
+    """
+    if context.warms:
+        yield context.warmed([candidate.run for candidate in candidates])
+        return
 
     def budget(once: float, takes: int) -> int:
         left = min(seconds, max(context.left(), 0.0))

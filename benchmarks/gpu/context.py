@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.rows import message
@@ -29,10 +30,11 @@ class Item(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """``items`` in order of their value, and the ``file`` that their rows go to."""
+    """``items`` in order of their value, and the ``file`` that their rows go to; ``warms``: to compile, not to time."""
 
     items: Callable[[Context], Sequence[Item]]
     file: str
+    warms: bool = False
 
 
 class Context:
@@ -43,6 +45,7 @@ class Context:
         self.rehearse = not machine.is_cuda
         self.until = float("inf")
         self.items_left = 1
+        self.warms = False
         self.without: set[str] = set()
 
     def left(self) -> float:
@@ -53,6 +56,15 @@ class Context:
         """Seconds that this item may take so that the later ones get as much; at a rehearsal hardly any."""
         fair = max(self.left(), 0.0) / self.items_left
         return min(fair, REHEARSED) if self.rehearse else fair
+
+    def warmed(self, runs: Iterable[Callable[[], object]]) -> Row:
+        """Calls are made for what they compile; the event says how long that took. What fails is told when timed."""
+        start = time.perf_counter()
+        for run in runs:
+            with contextlib.suppress(Exception):
+                run()
+        self.machine.wait()
+        return {"event": "compiled", "seconds": round(time.perf_counter() - start, 3)}
 
     def step(self, name: str) -> None:
         """What is tried now: if the process dies of it, the item is done again ``without`` it."""

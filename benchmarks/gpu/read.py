@@ -21,7 +21,7 @@ Row = dict[str, Any]
 COLUMNS = (
     "device", "driver", "torch", "triton", "commit", "date", "phase", "problem", "n", "p", "q", "dtype", "precision",
     "estimator", "mode", "candidate", "timer", "p20", "p50", "p80", "rounds", "status", "gate", "message",
-    "value_error", "gradient_error", "rate", "unit", "compile_seconds", "no_graph", "item",
+    "value_error", "gradient_error", "rate", "unit", "no_graph", "item",
 )  # fmt: skip
 KEY = ("phase", "item", "problem", "candidate", "timer", "n", "p", "q", "dtype", "precision")
 HAND_WRITTEN = ("gram", "feature", "compiled")
@@ -105,9 +105,9 @@ def _heading(found: Sequence[Row], events: Sequence[Row]) -> str:
     what = {name: origin.get(name, "") for name in ("device", "driver", "torch", "triton", "commit", "date")}
     what |= {name: start.get(name, "") for name in ("python", "sources")}
     lost = [
-        f"{e.get('phase')}, {e.get('item')}: {e.get('reason', '')}" for e in events if e["event"] == "lost a worker"
+        f"{e.get('phase')}, {e.get('item')}: {e.get('reason', '')}" for e in events if e.get("event") == "lost a worker"
     ]
-    cut = [f"{e['phase']} from {e['item']} on, {e['items']} items" for e in events if e["event"] == "left out"]
+    cut = [f"{e['phase']} from {e['item']} on, {e['items']} items" for e in events if e.get("event") == "left out"]
     what |= {"processes lost": "; ".join(lost), "left out": "; ".join(cut)}
     title = "# A rehearsal: tiny sizes on a CPU, whose times mean nothing" if rehearsed(events) else "# A run on a GPU"
     return f"{title}\n\n" + "\n".join(f"- {name}: {value}" for name, value in what.items() if value)

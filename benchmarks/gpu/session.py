@@ -1,7 +1,7 @@
 """The prepared runs on a GPU: is it right there, how fast is it, and what should be built next.
 
     ./dev gpu [--minutes 7] [--out FOLDER]      on a machine with CUDA
-    ./dev gpu --sweep [--minutes 5]             the second run: warps and stages, NVIDIA's checkers, tests
+    ./dev gpu --sweep [--minutes 5]             the second run: warps and stages, NVIDIA's checkers
     ./dev gpu --rehearse [--sweep]              on any machine: tiny, on the CPU, with what a bare machine has
 
 It is made for a bare machine that is lent for minutes: torch, Triton, NumPy and nvcc, no network, nothing installed,

@@ -11,14 +11,13 @@ import importlib
 import pkgutil
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
 from benchmarks.gpu.contest import compete
 from benchmarks.gpu.context import Context, Item, Row, failure
 from benchmarks.gpu.problems import Question, questions
-from benchmarks.gpu.times import compiled
 from benchmarks.kernels.problems import fp32_switched
 
 # A question by its place among the eleven, and the backend whose kernels it launches.
@@ -27,36 +26,27 @@ OPTIONS = tuple(dict(num_warps=warps, num_stages=stages) for warps in (4, 8) for
 KERNELS = "bird_kernels.backends.triton"  # the package whose modules define them, each named "..._kernel"
 TIMED = 0.25  # seconds a candidate
 
-Sweep = Callable[[Question, str, str, Context], Iterator[Row]]
-
 
 def items(context: Context) -> list[Item]:
     """A question and one of its kernels each; at a rehearsal one kernel that is launched and one that is not."""
-    found = _every(context, _sweep)
+    asked = questions(context.rehearse)
+    swept = [(asked[i], backend) for i, backend in (SWEPT[:1] if context.rehearse else SWEPT)]
+    found = [
+        Item(f"{question.name} {backend} {kernel}", partial(_sweep, question, backend, kernel))
+        for question, backend in swept
+        for kernel in kernels()
+    ]
     if context.rehearse:
-        seen = _launched(*_swept(context)[0], context)
+        seen = _launched(*swept[0], context)
         found = list({item.name.split()[-1] in seen: item for item in found}.values())
     return found
 
 
 def warm_items(context: Context) -> list[Item]:
-    """The same, compiled by several processes."""
-    found = _every(context, _warm)
+    """The same, to be shared by several processes."""
+    found = items(context)
     random.Random(0).shuffle(found)
-    return found[:2] if context.rehearse else found
-
-
-def _every(context: Context, run: Sweep) -> list[Item]:
-    return [
-        Item(f"{question.name} {backend} {kernel}", partial(run, question, backend, kernel))
-        for question, backend in _swept(context)
-        for kernel in kernels()
-    ]
-
-
-def _swept(context: Context) -> list[tuple[Question, str]]:
-    asked = questions(context.rehearse)
-    return [(asked[i], backend) for i, backend in (SWEPT[:1] if context.rehearse else SWEPT)]
+    return found
 
 
 def kernels() -> list[str]:
@@ -102,18 +92,6 @@ def _launched(question: Question, backend: str, context: Context) -> frozenset[s
     with launched_with("", {}) as seen:
         candidate.run()
     return frozenset(seen)
-
-
-def _warm(question: Question, backend: str, kernel: str, context: Context) -> Iterator[Row]:
-    def every() -> None:
-        (candidate,), _ = question.ask(context.machine, (backend,))
-        for options in OPTIONS:
-            with contextlib.suppress(Exception), launched_with(kernel, options):  # told when it is timed
-                candidate.run()
-
-    with fp32_switched(question.case.precision):
-        if kernel in _launched(question, backend, context):
-            yield compiled(every, context)
 
 
 def _sweep(question: Question, backend: str, kernel: str, context: Context) -> Iterator[Row]:

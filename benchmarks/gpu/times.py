@@ -3,10 +3,8 @@ the hand-written forms through torch.compile."""
 
 from __future__ import annotations
 
-import contextlib
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import correctness
 from benchmarks.gpu.contest import compete
-from benchmarks.gpu.context import Context, Item, Row, failure
+from benchmarks.gpu.context import Context, Item, Row
 from benchmarks.gpu.problems import Question, questions
 from benchmarks.harness import Candidate
 from benchmarks.kernels import gate, providers
@@ -28,37 +26,9 @@ PROFILED = ("auto", "library", "triton")
 
 def warm_items(context: Context) -> Sequence[Item]:
     """Calls that later phases make, once, so that Triton's cache on the disk has their kernels; mixed, to be shared."""
-    wanted = questions(context.rehearse)
-    found = [Item(f"{question.name} {name}", partial(_warm, question, name)) for question in wanted for name in WARMED]
-    found += [
-        Item(str(check), partial(_warm_check, check))
-        for check in correctness.chosen(context.rehearse)
-        if check.backend in WARMED
-    ]
+    found = [*items(context), *correctness.items(context)]
     random.Random(0).shuffle(found)
     return found[: 4 if context.rehearse else None]
-
-
-def _warm(question: Question, name: str, context: Context) -> Iterator[Row]:
-    with fp32_switched(question.case.precision):
-        for candidate in question.ask(context.machine, (name,))[0]:
-            yield compiled(candidate.run, context)
-
-
-def _warm_check(check: correctness.Check, context: Context) -> Iterator[Row]:
-    device = context.machine.device
-    call = partial(correctness.evaluated, check, check.mask(device), *check.features(device, seed=0))
-    with fp32_switched(check.number):
-        yield compiled(call, context)
-
-
-def compiled(run: Callable[[], object], context: Context) -> Row:
-    """Make a call whose kernels are compiled by it; the event says how long that took."""
-    start = time.perf_counter()
-    with contextlib.suppress(ValueError):  # a backend that does not do this; later phases say so
-        run()
-    context.machine.wait()
-    return {"event": "compiled", "seconds": round(time.perf_counter() - start, 3)}
 
 
 def items(context: Context) -> Sequence[Item]:
@@ -68,7 +38,7 @@ def items(context: Context) -> Sequence[Item]:
 
 def _times(question: Question, context: Context) -> Iterator[Row]:
     with fp32_switched(question.case.precision):
-        candidates, judge = question.ask(context.machine)
+        candidates, judge = question.ask(context.machine, WARMED if context.warms else ())
         for row in compete(context, candidates, judge, context.share()):
             yield question.about | row
 
@@ -118,19 +88,12 @@ def rival_items(context: Context) -> Sequence[Item]:
 
 def _rival(question: Question, context: Context) -> Iterator[Row]:
     """In the default mode, and captured in a graph of ours, which is what "reduce-overhead" would do."""
-    case, machine = question.case, context.machine
+    case = question.case
     form = partial(providers.better_form(case), **case.options)
     torch.compiler.reset()
     loss = torch.compile(form, fullgraph=True, dynamic=False, backend="aot_eager" if context.rehearse else "inductor")
-    x, y = case.features(machine.device)
+    x, y = case.features(context.machine.device)
     with fp32_switched(case.precision):
-        run = gate.call(loss, x, y, case.backward)
-        context.step("compiled")
-        try:
-            seconds = compiled(run, context)["seconds"]
-        except Exception as error:
-            yield question.about | failure("compiled", error)
-            return
-        about = question.about | {"compile_seconds": seconds}
-        for row in compete(context, [Candidate("compiled", run)], gate.judge(case, x, y), context.share()):
-            yield about | row
+        candidates = [Candidate("compiled", gate.call(loss, x, y, case.backward))]
+        for row in compete(context, candidates, gate.judge(case, x, y), context.share()):
+            yield question.about | row

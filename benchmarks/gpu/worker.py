@@ -44,7 +44,7 @@ def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Name
     at = options.at
     for name, until in plan:
         phase = phases[name]
-        context.until = until
+        context.until, context.warms = until, phase.warms
         items = list(phase.items(context))[options.part :: options.parts]
         for index, item in list(enumerate(items))[at:]:
             context.without = set(options.without.split(",")) if index == at else set()
@@ -75,14 +75,14 @@ def _phases() -> dict[str, Phase]:
     from benchmarks.gpu import ceilings, correctness, sweeps, times
 
     return {
-        "warm": Phase(times.warm_items, lines.EVENTS),
+        "warm": Phase(times.warm_items, lines.EVENTS, warms=True),
         "ceilings": Phase(ceilings.items, lines.ROWS),
         "correctness": Phase(correctness.items, lines.CHECKS),
         "times": Phase(times.items, lines.ROWS),
         "profiles": Phase(times.profile_items, lines.KERNELS),
         "rivals": Phase(times.rival_items, lines.ROWS),
         # Of the second run:
-        "precompile": Phase(sweeps.warm_items, lines.SWEEP),
+        "precompile": Phase(sweeps.warm_items, lines.SWEEP, warms=True),
         "sweep": Phase(sweeps.items, lines.SWEEP),
     }
 

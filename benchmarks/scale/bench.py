@@ -32,7 +32,7 @@ from benchmarks import harness, rows
 from benchmarks.harness import Candidate, Timing, Verdict
 from benchmarks.machine import Machine
 from benchmarks.rows import Origin
-from benchmarks.scale.model import size_of, time_of
+from benchmarks.scale.model import size_of
 from bird_kernels import cka_loss, plan, transport
 from bird_kernels.clocks import Run, Take
 from bird_kernels.types import Problem
@@ -208,7 +208,7 @@ objective* (last two columns). Everybody passes a gate against fp64 first.
 def cell(row: Row, base: Row) -> str:
     if row.p50 is None or base.p50 is None:
         return row.red or "-"
-    return f"{time_of(row.p50)} ({row.p50 / base.p50:.2f}×){' *' if row.chosen else ''}"
+    return rows.beside(row.p50, base.p50) + " *" * row.chosen
 
 
 def main() -> None:

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.rows import markdown
+from benchmarks.rows import duration, markdown, scaled
 from bird_kernels import cka, plan, transport
 from bird_kernels.types import Problem, Transport
 from tests import accuracy
@@ -102,7 +103,7 @@ def costs() -> str:
             chosen = shape.transport(world)
             sent = dict(zip(("merged", "gathered"), map(size_of, both(shape, world)), strict=True))
             sent[chosen.name] = f"**{sent[chosen.name]}**"
-            times = [time_of(chosen.bytes / rate) for rate in LINKS.values()]
+            times = [duration(chosen.bytes / rate) for rate in LINKS.values()]
             counts = f"{world:,}", f"{shape.n * world:,}"
             cells.append([label(shape), *counts, *sent.values(), *times, size_of(memory(shape, world))])
     return markdown(cells)
@@ -124,7 +125,7 @@ def objectives() -> str:
     cells = [["rows per rank", "ranks", "biased, average", "biased, whole", "unbiased, average", "unbiased, whole"]]
     for rows in (512, 128, 32, 8):
         values = [
-            mean([split_cka(x, y, part, estimator) for x, y in draws])
+            fmean([split_cka(x, y, part, estimator) for x, y in draws])
             for estimator in ("biased", "unbiased")
             for part in (rows, 512)
         ]
@@ -135,11 +136,7 @@ def objectives() -> str:
 def split_cka(x: Tensor, y: Tensor, rows: int, estimator: str) -> float:
     """The average of the CKA of parts of so many rows."""
     parts = zip(x.split(rows), y.split(rows), strict=True)
-    return mean([cka(a, b, estimator=estimator).item() for a, b in parts])
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    return fmean([cka(a, b, estimator=estimator).item() for a, b in parts])
 
 
 def label(shape: Shape) -> str:
@@ -150,19 +147,6 @@ def label(shape: Shape) -> str:
 def size_of(size: float) -> str:
     """Bytes for people, powers of 1000."""
     return scaled(size, ("B", "kB", "MB", "GB", "TB"))
-
-
-def scaled(value: float, units: tuple[str, ...]) -> str:
-    """Three digits and a unit, each a thousand of the one before."""
-    for unit in units[:-1]:
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} {units[-1]}"
-
-
-def time_of(seconds: float) -> str:
-    return scaled(seconds * 1e6, ("us", "ms", "s"))
 
 
 def sections() -> Iterator[tuple[str, str]]:

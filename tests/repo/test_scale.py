@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.rows import read
+from benchmarks.rows import duration, read
 from benchmarks.scale import bench, model
 from bird_kernels import transport
 from bird_kernels.call import across
@@ -92,7 +92,7 @@ def test_merging_takes_the_memory_that_the_model_says(
 
 def test_seconds_and_bytes_for_people() -> None:
     assert [model.size_of(size) for size in (999, 1_000, 2.15e9, 1.1e12)] == ["999 B", "1 kB", "2.15 GB", "1.1 TB"]
-    assert [model.time_of(t) for t in (8.16e-6, 0.00142, 3.0)] == ["8.16 us", "1.42 ms", "3 s"]
+    assert [duration(t) for t in (8.16e-6, 0.00142, 0.9999e-3, 3.0)] == ["8.16 µs", "1.42 ms", "1 ms", "3 s"]
 
 
 def test_a_wrong_contestant_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
