@@ -14,7 +14,7 @@ import random
 import statistics
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -36,8 +36,13 @@ class Verdict(NamedTuple):
     value_error: float | None = None
     gradient_error: float | None = None
 
+    @classmethod
+    def within(cls, error: float, limit: float, what: str = "") -> Verdict:
+        """Of one error; NaN is beyond every limit."""
+        return cls(None if error <= limit else f"{what}off by {error:.1e}", error)
 
-class Candidate(NamedTuple):
+
+class Contestant(NamedTuple):
     """A call that returns an answer. ``captured``: a CUDA graph can hold it; ``compiles``: so do its first calls."""
 
     name: str
@@ -58,6 +63,10 @@ class Entry:
     peak_memory: int | None = None
     no_graph: str = ""
 
+    def timing(self, clock: str) -> dict[str, Any]:
+        """The quantiles of its seconds, as a row has them."""
+        return asdict(Timing.of(self.seconds.get(clock, [])))
+
 
 class _Ready(NamedTuple):
     entry: Entry
@@ -71,7 +80,7 @@ Budget = Callable[[float, int], int]  # rounds, from the seconds of a call and h
 
 def compete(
     machine: Machine,
-    candidates: Iterable[Candidate],
+    candidates: Iterable[Contestant],
     judge: Judge,
     clocks: Sequence[str],
     budget: Budget,
@@ -114,8 +123,27 @@ def compete(
     yield from (one.entry for one in ready)
 
 
+def contest(
+    machine: Machine,
+    candidates: Iterable[Contestant],
+    judge: Judge,
+    clock: str,
+    share: float,
+    patience: float,
+    *,
+    watch: bool = False,
+    timed: bool = True,
+) -> dict[str, Entry]:
+    """What comes out of `compete` under one clock, by name: ``share`` seconds for each, slow ones ``patience``."""
+
+    def budget(once: float, takes: int) -> int:
+        return rounds(once, share, patience) if timed else 0
+
+    return {entry.name: entry for entry in compete(machine, candidates, judge, [clock], budget, watch=watch)}
+
+
 def _prepare(
-    machine: Machine, candidate: Candidate, judge: Judge, clocks: Sequence[str], watch: bool
+    machine: Machine, candidate: Contestant, judge: Judge, clocks: Sequence[str], watch: bool
 ) -> _Ready | Entry:
     """The entry of a wrong candidate, or what to time of a right one."""
     entry, run = Entry(candidate.name), candidate.run

@@ -27,7 +27,7 @@ CASES = {
 }
 
 
-def accuracy() -> str:
+def accuracy_table() -> str:
     """Errors of gradients: a row for each loss, a column for each mean, both dtypes in a cell."""
     rows = measure.committed()
     dtypes = {"float32": "fp32", "bfloat16": "bf16"}
@@ -45,9 +45,9 @@ def accuracy() -> str:
     return "\n".join([*lines, "", f"(CPU, PyTorch {torch}, {date}. 1 is a gradient of zeros, or one as wrong.)"])
 
 
-def speed() -> str:
+def speed_table() -> str:
     """Medians of five cases, and how many times that of `cka_loss` they are."""
-    rows = [row for row in results.read(SPEED) if row.estimator == "biased"]
+    rows = [row for row in results.read_kernels(SPEED) if row.estimator == "biased"]
     lines = [
         "| rows × width | authors' formula | formula in fp64 | best by hand | `cka_loss` | measured |",
         "|" + "---|" * 6,
@@ -76,10 +76,10 @@ def _cell(rival: float | str | None, ours: float) -> str:
     return f"{duration(rival)} ({f'**{ratio}**' if rival < ours else ratio})"
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "speed": speed}
+TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy_table, "speed": speed_table}
 
 
-def written(page: str) -> str:
+def with_tables(page: str) -> str:
     """The page with both tables in their places, between ``<!-- name -->`` and ``<!-- end name -->``."""
     for name, table in TABLES.items():
         block = f"<!-- {name} -->\n{table()}\n<!-- end {name} -->"
@@ -90,4 +90,4 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -27,7 +27,7 @@ COPIED = 2**32  # bytes read and written, past the cache, which is cold
 ROUNDS = 7
 
 
-def items(context: Context) -> Sequence[Item]:
+def ceiling_items(context: Context) -> Sequence[Item]:
     """Copies, products of every number at every size, and what launching costs."""
     products = [
         Item(f"{number} {'x'.join(map(str, sizes))}", partial(_product, number, sizes))

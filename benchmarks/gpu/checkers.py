@@ -13,7 +13,7 @@ from collections import deque
 from pathlib import Path
 
 from benchmarks.gpu import lines
-from benchmarks.gpu.supervise import Run
+from benchmarks.gpu.supervise import PreparedRun
 
 TOOLS = ("memcheck", "racecheck")
 LAST = 30  # lines of a program's output that are looked at for its row; all of it is in the log
@@ -27,8 +27,8 @@ def commands(rehearse: bool) -> dict[str, list[str]]:
     return {name: [tool, "--tool", name, "--error-exitcode", "9", *program] for name in TOOLS} if tool else {}
 
 
-def check(run: Run, programs: dict[str, list[str]]) -> None:
-    """Run all programs beside each other until the deadline; a row each, as soon as it has ended."""
+def check(run: PreparedRun, programs: dict[str, list[str]]) -> None:
+    """PreparedRun all programs beside each other until the deadline; a row each, as soon as it has ended."""
     about = run.origin | {"phase": "checks"}
     running: dict[str, Program] = {}
     if not programs:
@@ -62,7 +62,7 @@ class Program:
                 log.write(f"{self.name}: {text}")
 
 
-def _tell(run: Run, about: dict[str, object], program: Program) -> None:
+def _tell(run: PreparedRun, about: dict[str, object], program: Program) -> None:
     status = program.process.poll()
     if status is not None:
         program.reader.join(timeout=2)
@@ -70,5 +70,5 @@ def _tell(run: Run, about: dict[str, object], program: Program) -> None:
     tail = "".join(list(program.last))
     said = ", ".join(re.findall(r"\d+ (?:passed|failed|errors?|skipped|hazards?)|ERROR SUMMARY: \d+ errors", tail)[-4:])
     row = {"item": program.name, "status": outcome, "message": said, "exit": status, "tail": tail[-2000:]}
-    lines.write(run.events, about | row)
+    lines.append(run.events, about | row)
     run.event("checked", item=program.name, status=outcome, message=said)

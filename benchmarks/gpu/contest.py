@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from benchmarks import harness
 from benchmarks.gpu.context import Context, Row, healthy_or_exit
-from benchmarks.harness import Candidate, Entry, Judge, Timing
+from benchmarks.harness import Contestant, Entry, Judge, Timing
 
 CLOCKS = ("graph", "host")
 PATIENCE = 0.3  # of the seconds for a question: what one candidate under one clock may take at the most
@@ -19,7 +19,7 @@ SETTLING = 0.35  # of them for gates and captures
 OVERHEAD = 2e-4  # seconds that a take costs beyond the call: the cold cache, the sleep, the events
 
 
-def compete(context: Context, candidates: Sequence[Candidate], judge: Judge, seconds: float) -> Iterator[Row]:
+def timed_rows(context: Context, candidates: Sequence[Contestant], judge: Judge, seconds: float) -> Iterator[Row]:
     """The rows of all candidates, two each, or one that says why there is no time; within ``seconds`` if they can.
 
     Of a phase that warms the event alone.

@@ -70,7 +70,7 @@ class Check:
         return torch.arange(self.shape[0], device=device) % 5 != 1 if self.masked else None
 
 
-def checks() -> list[Check]:
+def every_check() -> list[Check]:
     """Some seventy, every backend in turn, the usual ones first."""
     found = []
     numbers = ("float32", "bfloat16", "tf32", "float16")
@@ -95,14 +95,14 @@ def checks() -> list[Check]:
 
 def chosen(rehearse: bool) -> list[Check]:
     """All of them, or at a rehearsal some, tiny ones."""
-    found = checks()
+    found = every_check()
     if rehearse:  # the emulated are slow, and Triton's interpreter multiplies bf16 as integers: in fp32, each kind once
         found = [replace(c, shape=TINY[c.shape]) for c in found if c.backend == "library" or c.number == "float32"]
         found = list({replace(c, estimator="", masked=False): c for c in reversed(found)}.values())[::-1]
     return found
 
 
-def items(context: Context) -> Sequence[Item]:
+def check_items(context: Context) -> Sequence[Item]:
     """A check each."""
     return [Item(str(check), partial(_check, check)) for check in chosen(context.rehearse)]
 

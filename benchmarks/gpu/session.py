@@ -23,23 +23,23 @@ import time
 from pathlib import Path
 
 from benchmarks.gpu import checkers, lines, read
-from benchmarks.gpu.supervise import Run, Stage
+from benchmarks.gpu.supervise import Deadline, PreparedRun
 from benchmarks.rows import output
 
 # Warming is compiling by many processes; correctness begins when the native part is built, or without it.
 STAGES = {
-    "warm": Stage(0.20),
-    "ceilings": Stage(0.26, limit=20),
-    "native": Stage(0.30),
-    "correctness": Stage(0.48, limit=20),
-    "times": Stage(0.80, limit=60),
-    "profiles": Stage(0.88, limit=20),
-    "rivals": Stage(0.98, limit=60),
+    "warm": Deadline(0.20),
+    "ceilings": Deadline(0.26, limit=20),
+    "native": Deadline(0.30),
+    "correctness": Deadline(0.48, limit=20),
+    "times": Deadline(0.80, limit=60),
+    "profiles": Deadline(0.88, limit=20),
+    "rivals": Deadline(0.98, limit=60),
 }
 SWEEP_STAGES = {
-    "precompile": Stage(0.30),
-    "sweep": Stage(0.60, limit=40),
-    "checks": Stage(0.98),
+    "precompile": Deadline(0.30),
+    "sweep": Deadline(0.60, limit=40),
+    "checks": Deadline(0.98),
 }
 COMPILERS = 12  # processes, where there are so many cores
 SMI = "name,driver_version,compute_cap,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
@@ -47,11 +47,13 @@ SMI = "name,driver_version,compute_cap,clocks.sm,clocks.mem,temperature.gpu,powe
 
 def main() -> None:
     """Go through the phases of one of the two runs; the first prints the table of what was found."""
-    options = arguments()
+    options = asked_for()
     minutes = options.minutes or (5.0 if options.sweep else 7.0)
     files = (SWEEP_STAGES, lines.SWEEP, lines.SWEEP_LOG) if options.sweep else (STAGES, lines.EVENTS, lines.LOG)
     default = Path("runs", "gpu", time.strftime("%Y%m%d-%H%M%S"))
-    run = Run((options.out or Path(os.environ.get("OUT") or default)).absolute(), minutes, options.rehearse, *files)
+    run = PreparedRun(
+        (options.out or Path(os.environ.get("OUT") or default)).absolute(), minutes, options.rehearse, *files
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite end still takes the processes along
     begin(run)
     if options.sweep:
@@ -61,11 +63,11 @@ def main() -> None:
         run.event("end")
     else:
         session(run)
-        run.event("end", **read.counts(run.folder))
+        run.event("end", **read.statuses(run.folder))
         print(read.summary(run.folder))
 
 
-def arguments() -> argparse.Namespace:
+def asked_for() -> argparse.Namespace:
     """What is asked for.
 
     Raises:
@@ -84,7 +86,7 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def begin(run: Run) -> None:
+def begin(run: PreparedRun) -> None:
     """The first line: what is run where.
 
     Raises:
@@ -99,7 +101,7 @@ def begin(run: Run) -> None:
     )  # fmt: skip
 
 
-def session(run: Run) -> None:
+def session(run: PreparedRun) -> None:
     """Compile, then measure."""
     with _build(run) as building:  # what is not ready at its deadline is stopped: it would disturb
         warm(run)
@@ -112,7 +114,7 @@ def session(run: Run) -> None:
     run.event("device", smi=smi(SMI))
 
 
-def _build(run: Run) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+def _build(run: PreparedRun) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     """The native part is built for this device alone."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     if run.rehearse:
@@ -122,7 +124,7 @@ def _build(run: Run) -> contextlib.AbstractContextManager[subprocess.Popen[bytes
     return run.process(command, run.folder / lines.BUILD, {"BIRD_BUILD_EXT": "1"} | known)
 
 
-def warm(run: Run, phase: str = "warm") -> None:
+def warm(run: PreparedRun, phase: str = "warm") -> None:
     """Processes that make each later call once; what they have not compiled by the deadline is compiled when needed."""
     count = 2 if run.rehearse else max(2, min(COMPILERS, (os.cpu_count() or 4) - 2))
     with contextlib.ExitStack() as stack:

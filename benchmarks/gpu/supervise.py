@@ -26,18 +26,18 @@ TICK = 0.05  # seconds between two looks at a worker
 HOPELESS = 2  # workers in a row that die before their first item
 
 
-class Stage(NamedTuple):
+class Deadline(NamedTuple):
     """``until``: the share of the whole time at which a phase ends. ``limit``: seconds for one item."""
 
     until: float
     limit: float = 60.0
 
 
-class Run:
+class PreparedRun:
     """One run: its folder, its clock, and the processes that it must not leave behind."""
 
     def __init__(
-        self, folder: Path, minutes: float, rehearse: bool, stages: Mapping[str, Stage], events: str, log: str
+        self, folder: Path, minutes: float, rehearse: bool, stages: Mapping[str, Deadline], events: str, log: str
     ) -> None:
         self.folder, self.rehearse, self.stages = folder, rehearse, stages
         self.events, self.log = folder / events, folder / log
@@ -54,7 +54,7 @@ class Run:
     def event(self, name: str, /, **more: object) -> None:
         """Write and print what happened."""
         elapsed = round(time.time() - self.start, 2)
-        lines.write(self.events, {"event": name, "at": elapsed, **more})
+        lines.append(self.events, {"event": name, "at": elapsed, **more})
         said = ", ".join(f"{key} {value}" for key, value in more.items() if value not in ("", None))
         print(f"[{elapsed:6.1f} s] {name}: {said}"[:300], flush=True)
 
@@ -115,7 +115,7 @@ class Run:
         self.event("lost a worker", phase=phase, item=item, step=step, reason=reason)
         if reason != f"exit status {LOST}":
             row = {"phase": phase, "item": item, "candidate": step, "status": "failed", "message": reason}
-            lines.write(self.folder / state["file"], self.origin | row)
+            lines.append(self.folder / state["file"], self.origin | row)
         later = place.phases[place.phases.index(phase) :]
         if time.time() >= self.until(phase):
             return Place(later[1:])
@@ -136,7 +136,7 @@ class Place(NamedTuple):
 class _Watched:
     """A worker and what it last reported."""
 
-    def __init__(self, run: Run, phases: Sequence[str], options: Sequence[str]) -> None:
+    def __init__(self, run: PreparedRun, phases: Sequence[str], options: Sequence[str]) -> None:
         self.run, self.phases, self.options = run, phases, options
         self.state: Row = {}
         self.finished = False

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
-from benchmarks.gpu.contest import compete
+from benchmarks.gpu.contest import timed_rows
 from benchmarks.gpu.context import Context, Item, Row, failure
-from benchmarks.gpu.problems import Question, questions
+from benchmarks.gpu.problems import TargetQuestion, questions_of
 from benchmarks.kernels.problems import fp32_switched
 
 # A question by its place among the eleven, and the backend whose kernels it launches.
@@ -27,9 +27,9 @@ KERNELS = "bird_kernels.backends.triton"  # the package whose modules define the
 TIMED = 0.25  # seconds a candidate
 
 
-def items(context: Context) -> list[Item]:
+def sweep_items(context: Context) -> list[Item]:
     """A question and one of its kernels each; at a rehearsal one kernel that is launched and one that is not."""
-    asked = questions(context.rehearse)
+    asked = questions_of(context.rehearse)
     swept = [(asked[i], backend) for i, backend in (SWEPT[:1] if context.rehearse else SWEPT)]
     found = [
         Item(f"{question.name} {backend} {kernel}", partial(_sweep, question, backend, kernel))
@@ -42,9 +42,9 @@ def items(context: Context) -> list[Item]:
     return found
 
 
-def warm_items(context: Context) -> list[Item]:
+def precompile_items(context: Context) -> list[Item]:
     """The same, to be shared by several processes."""
-    found = items(context)
+    found = sweep_items(context)
     random.Random(0).shuffle(found)
     return found
 
@@ -69,15 +69,15 @@ def launched_with(kernel: str, options: dict[str, int]) -> Iterator[set[str]]:
         original(self, function, *rest, **(named | options if name == kernel else named))
 
     Launch.__init__ = init  # type: ignore[method-assign]
-    forget()
+    forget_launches()
     try:
         yield seen
     finally:
         Launch.__init__ = original  # type: ignore[method-assign]
-        forget()
+        forget_launches()
 
 
-def forget() -> None:
+def forget_launches() -> None:
     """Every launch that the backends keep is prepared anew."""
     for module in [module for name, module in sys.modules.items() if name.startswith("bird_kernels.backends")]:
         for value in list(vars(module).values()):
@@ -86,7 +86,7 @@ def forget() -> None:
 
 
 @cache
-def _launched(question: Question, backend: str, context: Context) -> frozenset[str]:
+def _launched(question: TargetQuestion, backend: str, context: Context) -> frozenset[str]:
     """The kernels that this call launches."""
     (candidate,), _ = question.ask(context.machine, (backend,))
     with launched_with("", {}) as seen:
@@ -94,7 +94,7 @@ def _launched(question: Question, backend: str, context: Context) -> frozenset[s
     return frozenset(seen)
 
 
-def _sweep(question: Question, backend: str, kernel: str, context: Context) -> Iterator[Row]:
+def _sweep(question: TargetQuestion, backend: str, kernel: str, context: Context) -> Iterator[Row]:
     """The call as it is, then each variant, one after the other: a launch keeps what it was made with."""
     with fp32_switched(question.case.precision):
         if kernel not in _launched(question, backend, context):
@@ -110,7 +110,7 @@ def _sweep(question: Question, backend: str, kernel: str, context: Context) -> I
             try:
                 with launched_with(kernel, options):
                     again = [candidate._replace(name=name)]
-                    for row in compete(context, again, judge, min(TIMED, context.share())):
+                    for row in timed_rows(context, again, judge, min(TIMED, context.share())):
                         yield about | row
             except Exception as error:
                 yield about | failure(name, error)

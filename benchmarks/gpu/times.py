@@ -12,10 +12,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import correctness
-from benchmarks.gpu.contest import compete
+from benchmarks.gpu.contest import timed_rows
 from benchmarks.gpu.context import Context, Item, Row
-from benchmarks.gpu.problems import Question, questions
-from benchmarks.harness import Candidate
+from benchmarks.gpu.problems import TargetQuestion, questions_of
+from benchmarks.harness import Contestant
 from benchmarks.kernels import gate, providers
 from benchmarks.kernels.problems import fp32_switched
 
@@ -26,20 +26,20 @@ PROFILED = ("auto", "library", "triton")
 
 def warm_items(context: Context) -> Sequence[Item]:
     """Calls that later phases make, once, so that Triton's cache on the disk has their kernels; mixed, to be shared."""
-    found = [*items(context), *correctness.items(context)]
+    found = [*time_items(context), *correctness.check_items(context)]
     random.Random(0).shuffle(found)
     return found[: 4 if context.rehearse else None]
 
 
-def items(context: Context) -> Sequence[Item]:
+def time_items(context: Context) -> Sequence[Item]:
     """A question each."""
-    return [Item(question.name, partial(_times, question)) for question in questions(context.rehearse)]
+    return [Item(question.name, partial(_times, question)) for question in questions_of(context.rehearse)]
 
 
-def _times(question: Question, context: Context) -> Iterator[Row]:
+def _times(question: TargetQuestion, context: Context) -> Iterator[Row]:
     with fp32_switched(question.case.precision):
         candidates, judge = question.ask(context.machine, WARMED if context.warms else ())
-        for row in compete(context, candidates, judge, context.share()):
+        for row in timed_rows(context, candidates, judge, context.share()):
             yield question.about | row
 
 
@@ -48,11 +48,11 @@ def profile_items(context: Context) -> Sequence[Item]:
     return [
         Item(f"{question.name} {name}", partial(_profile, question, name))
         for name in PROFILED
-        for question in questions(context.rehearse)[: 1 if context.rehearse else None]
+        for question in questions_of(context.rehearse)[: 1 if context.rehearse else None]
     ]
 
 
-def _profile(question: Question, name: str, context: Context) -> Iterator[Row]:
+def _profile(question: TargetQuestion, name: str, context: Context) -> Iterator[Row]:
     """A row a kernel, in the order of their first launch: how often, and microseconds altogether."""
     machine = context.machine
     about = question.about | {"candidate": name}
@@ -82,18 +82,18 @@ def _profile(question: Question, name: str, context: Context) -> Iterator[Row]:
 
 def rival_items(context: Context) -> Sequence[Item]:
     """The better hand-written form, compiled; last, because a compilation takes up to half a minute."""
-    asked = questions(context.rehearse)[: 1 if context.rehearse else COMPILED]
+    asked = questions_of(context.rehearse)[: 1 if context.rehearse else COMPILED]
     return [Item(f"{question.name} compiled", partial(_rival, question)) for question in asked]
 
 
-def _rival(question: Question, context: Context) -> Iterator[Row]:
+def _rival(question: TargetQuestion, context: Context) -> Iterator[Row]:
     """In the default mode, and captured in a graph of ours, which is what "reduce-overhead" would do."""
     case = question.case
-    form = partial(providers.better_form(case), **case.options)
+    form = partial(providers.FORMS[providers.better_form(case)], **case.options)
     torch.compiler.reset()
     loss = torch.compile(form, fullgraph=True, dynamic=False, backend="aot_eager" if context.rehearse else "inductor")
     x, y = case.features(context.machine.device)
     with fp32_switched(case.precision):
-        candidates = [Candidate("compiled", gate.call(loss, x, y, case.backward))]
-        for row in compete(context, candidates, gate.judge(case, x, y), context.share()):
+        candidates = [Contestant("compiled", gate.call(loss, x, y, case.backward))]
+        for row in timed_rows(context, candidates, gate.judge(case, x, y), context.share()):
             yield question.about | row

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
+def go_through(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
     """Go through the phases of ``plan``, each until its time, from the item that ``options.at`` says."""
     import torch
 
@@ -52,7 +52,7 @@ def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Name
             row = {"phase": name, "item": item.name}
             if context.left() <= 0:
                 events = lines.SWEEP if phase.file == lines.SWEEP else lines.EVENTS
-                lines.write(folder / events, row | {"event": "left out", "items": len(items) - index})
+                lines.append(folder / events, row | {"event": "left out", "items": len(items) - index})
                 break
             report(row | {"index": index, "file": phase.file})
             _do(folder / phase.file, item, context, origin | row)
@@ -64,7 +64,7 @@ def _origin(device: torch.device) -> Row:
     """Device, driver, versions and commit, as every row names them; the driver as `bird_kernels.tuning` does, too."""
     from bird_kernels import tuning
 
-    found = rows.origin(device)
+    found = rows.origin_of(device)
     names = ("device", "driver", "torch", "triton", "commit", "date")
     cuda_driver = tuning.key_of(device).driver if device.type == "cuda" else ""
     return {name: found[name] for name in names} | {"cuda_driver": cuda_driver}
@@ -76,14 +76,14 @@ def _phases() -> dict[str, Phase]:
 
     return {
         "warm": Phase(times.warm_items, lines.EVENTS, warms=True),
-        "ceilings": Phase(ceilings.items, lines.ROWS),
-        "correctness": Phase(correctness.items, lines.CHECKS),
-        "times": Phase(times.items, lines.ROWS),
+        "ceilings": Phase(ceilings.ceiling_items, lines.ROWS),
+        "correctness": Phase(correctness.check_items, lines.CHECKS),
+        "times": Phase(times.time_items, lines.ROWS),
         "profiles": Phase(times.profile_items, lines.KERNELS),
         "rivals": Phase(times.rival_items, lines.ROWS),
         # Of the second run:
-        "precompile": Phase(sweeps.warm_items, lines.SWEEP, warms=True),
-        "sweep": Phase(sweeps.items, lines.SWEEP),
+        "precompile": Phase(sweeps.precompile_items, lines.SWEEP, warms=True),
+        "sweep": Phase(sweeps.sweep_items, lines.SWEEP),
     }
 
 
@@ -92,11 +92,11 @@ def _do(file: Path, item: Item, context: Context, about: Row) -> None:
     machine = context.machine
     try:
         for row in item.run(context):
-            lines.write(file, about | row)
+            lines.append(file, about | row)
         machine.wait()
     except Exception as error:  # of any kind: the others must go on
         traceback.print_exc()
-        lines.write(file, about | failure("", error))
+        lines.append(file, about | failure("", error))
     healthy_or_exit(machine)
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     if options.rehearse:
         bare.enter()
     plan = [(name, float(until)) for name, _, until in (text.partition("@") for text in options.phases)]
-    work(options.folder, plan, options)
+    go_through(options.folder, plan, options)
 
 
 if __name__ == "__main__":

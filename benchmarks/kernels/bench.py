@@ -15,10 +15,10 @@ import torch
 
 from benchmarks import rows
 from benchmarks.kernels import ceilings, estimates, plots, problems, providers, results, tables
-from benchmarks.kernels.contest import contest
+from benchmarks.kernels.contest import case_contest
 from benchmarks.kernels.problems import Case
 from benchmarks.kernels.providers import OURS
-from benchmarks.kernels.results import Row
+from benchmarks.kernels.results import KernelsRow
 
 CPU = torch.device("cpu")
 MINUTES = 8.0
@@ -29,9 +29,9 @@ class Session:
 
     def __init__(self, provider: str | None, saves: bool) -> None:
         self.provider, self.saves = provider, saves
-        self.about, self.path = rows.origin(CPU), results.path_for(CPU)
-        self.before = results.read(self.path) if saves and self.path.exists() else []
-        self.rows: list[Row] = []
+        self.about, self.path = rows.origin_of(CPU), results.path_for(CPU)
+        self.before = results.read_kernels(self.path) if saves and self.path.exists() else []
+        self.rows: list[KernelsRow] = []
         self.wrong: list[str] = []
         self.left_out: list[Case] = []
 
@@ -43,9 +43,9 @@ class Session:
             if time.monotonic() > end:
                 self.left_out.append(case)
                 continue
-            limits = limits or ceilings.measured({estimates.number(case) for case in cases})
+            limits = limits or ceilings.measured_ceilings({estimates.number(case) for case in cases})
             try:
-                found = contest(case, limits, providers.taking_part(case, CPU, self.provider), timed)
+                found = case_contest(case, limits, providers.taking_part(case, CPU, self.provider), timed)
             except Exception as error:  # the other cases go on
                 self.wrong.append(f"{case}: {rows.message(error)}")
                 continue
@@ -54,7 +54,7 @@ class Session:
             self.rows += [results.row(self.about, case, one, limits) for one in found.values()]
             print(f"{case}: {len(found)} rows", flush=True)
             if self.saves and timed:  # now and not at the end only: a machine may be taken away in the middle
-                rows.write(self.path, results.merged(self.before, self.rows))
+                rows.write_rows(self.path, results.updated(self.before, self.rows))
 
     def finish(self) -> str:
         """The page of this run; what is saved has its rows, table and plots.
@@ -65,11 +65,11 @@ class Session:
         measured = {row.question[:-1] for row in self.rows}
         whole = self.provider is None and len(measured) == len(problems.CASES)
         if self.saves and self.rows:
-            kept = self.rows if whole else results.merged(self.before, self.rows)
-            rows.write(self.path, kept)
-            rows.write_text(self.path.with_suffix(".md"), tables.page(kept))
-            plots.draw(kept, self.path.with_suffix(".png"))
-        return tables.page(self.rows) if self.rows else ""
+            kept = self.rows if whole else results.updated(self.before, self.rows)
+            rows.write_rows(self.path, kept)
+            rows.write_text(self.path.with_suffix(".md"), tables.kernels_page(kept))
+            plots.draw_plots(kept, self.path.with_suffix(".png"))
+        return tables.kernels_page(self.rows) if self.rows else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -31,7 +31,7 @@ def multiplying(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int
     return partial(torch.mm, a.T, b, **({"out_dtype": torch.float32} if wide else {}))
 
 
-def measured(numbers: Iterable[str]) -> Ceilings:
+def measured_ceilings(numbers: Iterable[str]) -> Ceilings:
     """The ceilings of this CPU for these numbers ("dtype precision"), and those that every estimate needs."""
     machine, products = Machine(torch.device("cpu")), {}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Candidate, Entry
+from benchmarks.harness import Contestant, Entry
 from benchmarks.kernels import estimates, gate
 from benchmarks.kernels.estimates import Ceilings
 from benchmarks.kernels.problems import Case, fp32_switched
@@ -18,7 +18,9 @@ SHARE = 0.25  # seconds of measuring for one provider
 PATIENCE = 1.5  # seconds of few rounds, and of the slowest call of a lost cause
 
 
-def contest(case: Case, ceilings: Ceilings, taking_part: Sequence[Provider], timed: bool = True) -> dict[str, Entry]:
+def case_contest(
+    case: Case, ceilings: Ceilings, taking_part: Sequence[Provider], timed: bool = True
+) -> dict[str, Entry]:
     """Entries by provider; ``timed`` False runs the gates alone."""
     machine = Machine(torch.device("cpu"))
     entries, able = {}, []
@@ -32,14 +34,11 @@ def contest(case: Case, ceilings: Ceilings, taking_part: Sequence[Provider], tim
     with fp32_switched(case.precision):
         x, y = case.features(machine.device)
         candidates = [
-            Candidate(one.name, gate.call(one.build(case), x, y, case.backward), compiles=one.compiles) for one in able
+            Contestant(one.name, gate.call(one.build(case), x, y, case.backward), compiles=one.compiles) for one in able
         ]
 
-        def budget(once: float, takes: int) -> int:
-            return harness.rounds(once, SHARE, PATIENCE) if timed else 0
-
-        found = harness.compete(machine, candidates, gate.judge(case, x, y), ["wall"], budget, watch=True)
-        entries |= {entry.name: entry for entry in found}
+        judge = gate.judge(case, x, y)
+        entries |= harness.contest(machine, candidates, judge, "wall", SHARE, PATIENCE, watch=True, timed=timed)
     if any(provider.compiles for provider in taking_part):
         torch.compiler.reset()  # which lets go of its memory
     return {provider.name: entries[provider.name] for provider in taking_part}

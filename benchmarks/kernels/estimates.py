@@ -55,7 +55,7 @@ def _form(provider: str, case: Case) -> str:
     if provider in OURS:
         return "ours"
     if provider == "compiled":
-        return better_form(case).__name__
+        return better_form(case)
     return {"fp64": "feature", "pytorch-cka": "gram"}.get(provider, provider)
 
 
@@ -79,6 +79,6 @@ def too_slow(provider: str, case: Case, ceilings: Ceilings, patience: float) -> 
     There is no end to the patience with ours and with the better of the hand-written forms: they are the question.
     """
     seconds = flops(provider, case) / ceilings.rate(case, provider)
-    if seconds > patience and provider not in OURS | {better_form(case).__name__}:
+    if seconds > patience and provider not in OURS | {better_form(case)}:
         return f"too slow (at least {seconds:.0f} s a call)"
     return None

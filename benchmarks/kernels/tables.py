@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from benchmarks.kernels.providers import HAND_WRITTEN, OURS, PROVIDERS
-from benchmarks.kernels.results import Row
-from benchmarks.rows import beside, duration, heading, markdown
+from benchmarks.kernels.results import KernelsRow
+from benchmarks.rows import beside, duration, heading, markdown_table
 
 BASE = "auto"  # what a user of the package gets; everything is compared with it
-Line = dict[str, Row]  # rows of one question, by provider
+Line = dict[str, KernelsRow]  # rows of one question, by provider
 
 
-def page(rows: Sequence[Row]) -> str:
+def kernels_page(rows: Sequence[KernelsRow]) -> str:
     """Markdown: the origin, then the tables."""
     sections: dict[tuple[str, str, str, str], dict[object, Line]] = {}
     for row in rows:
@@ -78,7 +78,7 @@ def _memory(name: str) -> Callable[[Line], str]:
     return cell
 
 
-def _any(line: Line) -> Row:
+def _any(line: Line) -> KernelsRow:
     return next(iter(line.values()))
 
 
@@ -87,4 +87,4 @@ def _table(lines: list[Line], columns: Sequence[tuple[str, Callable[[Line], str]
     for line in lines:
         row = _any(line)
         cells.append([row.problem, str(row.n), str(row.p), str(row.q), *(cell(line) for _, cell in columns)])
-    return markdown(cells)
+    return markdown_table(cells)

@@ -14,11 +14,11 @@ from torch import Tensor
 from benchmarks import rows
 from benchmarks.harness import Entry
 from benchmarks.kernels import bench, ceilings, compare, estimates, gate, plots, problems, providers, results, tables
-from benchmarks.kernels.contest import contest
+from benchmarks.kernels.contest import case_contest
 from benchmarks.kernels.estimates import Ceilings
 from benchmarks.kernels.problems import Case
 from benchmarks.kernels.providers import Provider
-from benchmarks.kernels.results import Row
+from benchmarks.kernels.results import KernelsRow
 
 CPU = torch.device("cpu")
 TINY = Case("bird", 12, 5, 7)
@@ -29,7 +29,7 @@ def plant(loss: Callable[[Tensor, Tensor], Tensor], name: str = "gram") -> Provi
     return Provider(name, lambda case: loss)
 
 
-def row(provider: str = "auto", p50: float | None = 1e-3, **changes: Any) -> Row:
+def row(provider: str = "auto", p50: float | None = 1e-3, **changes: Any) -> KernelsRow:
     timing: dict[str, Any] = {}
     if p50:
         timing = dict(p20=round(0.9 * p50, 9), p50=p50, p80=round(1.1 * p50, 9), rounds=7)
@@ -41,7 +41,7 @@ def row(provider: str = "auto", p50: float | None = 1e-3, **changes: Any) -> Row
         p20=None, p50=None, p80=None, rounds=None, launches=None, peak_memory=2**20, floor=1e-5,
         copy_ceiling=1e10, product_ceiling=1e11,
     )  # fmt: skip
-    return Row(**(base | timing | changes))
+    return KernelsRow(**(base | timing | changes))
 
 
 # ---------------------------------------------------------------------------------------------- the gate
@@ -53,7 +53,7 @@ def test_every_provider_that_takes_part_passes_the_gate(estimator: str, mode: st
     case = replace(TINY, estimator=estimator, mode=mode)
     part = providers.taking_part(case, CPU)
     assert {"fp64", "gram", "feature", "library", "auto"} <= {provider.name for provider in part}
-    entries = contest(case, FAST, part, timed=False)
+    entries = case_contest(case, FAST, part, timed=False)
     assert {name: entry.why for name, entry in entries.items()} == {p.name: "" for p in part}
 
 
@@ -61,10 +61,10 @@ def test_gaussian_kernels_pass_the_gate() -> None:
     case = replace(TINY, problem="rbf")
     part = providers.taking_part(case, CPU)
     assert {provider.name for provider in part} == {"naive", "gram", "library", "auto"}
-    entries = contest(case, FAST, part, timed=False)
+    entries = case_contest(case, FAST, part, timed=False)
     assert [entry.why for entry in entries.values()] == [""] * 4
-    linear = providers.gram(*case.features(CPU))
-    assert abs(linear - gate.truth(case, *case.features(CPU)).value) > 1e-3
+    linear = providers.by_grams(*case.features(CPU))
+    assert abs(linear - gate.true_result(case, *case.features(CPU)).value) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -73,29 +73,29 @@ def test_hand_written_forms_do_their_best_in_halves(dtype: str) -> None:
     case = Case("bird", 64, 96, 96, dtype, "")
     x, y = case.features(CPU)
     judge = gate.judge(case, x, y)
-    for form in (providers.gram, providers.feature):
+    for form in (providers.by_grams, providers.by_features):
         assert judge(gate.call(form, x, y, True)()).red is None
 
 
 def gradient_off(x: Tensor, y: Tensor) -> Tensor:
     extra = 0.01 * x.sum()
-    return providers.gram(x, y) + extra - extra.detach()
+    return providers.by_grams(x, y) + extra - extra.detach()
 
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (lambda x, y: providers.gram(x, y) + 1e-3, "value off by 1.0e-03"),
-        (lambda x, y: providers.gram(x, y) * torch.nan, "value off by nan"),
+        (lambda x, y: providers.by_grams(x, y) + 1e-3, "value off by 1.0e-03"),
+        (lambda x, y: providers.by_grams(x, y) * torch.nan, "value off by nan"),
         (gradient_off, "gradient off by"),
-        (lambda x, y: providers.gram(x, y.T), "RuntimeError: "),
+        (lambda x, y: providers.by_grams(x, y.T), "RuntimeError: "),
     ],
 )
 def test_a_wrong_provider_gets_no_time(wrong: Callable[[Tensor, Tensor], Tensor], reason: str) -> None:
-    entries = contest(TINY, FAST, [plant(wrong, "auto"), plant(providers.feature, "feature")])
+    entries = case_contest(TINY, FAST, [plant(wrong, "auto"), plant(providers.by_features, "feature")])
     entry = entries["auto"]
     assert reason in entry.why
-    kept = results.row(rows.origin(CPU), TINY, entry, FAST)
+    kept = results.row(rows.origin_of(CPU), TINY, entry, FAST)
     assert (kept.p50, kept.rounds, kept.red) == (None, None, entry.why)
     assert len(entries["feature"].seconds["wall"]) >= 5
 
@@ -126,7 +126,7 @@ def test_ceilings_of_a_number() -> None:
 def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "COPIED", (2**10, 2**12))
     monkeypatch.setattr(ceilings, "WIDTH", 8)
-    seen = ceilings.measured(["bfloat16"])
+    seen = ceilings.measured_ceilings(["bfloat16"])
     assert set(seen.copies) == {2**10, 2**12}
     assert set(seen.products) == {"bfloat16", "float32 ieee", "float64"}
     assert min(*seen.copies.values(), *seen.products.values()) > 0
@@ -149,9 +149,9 @@ def test_what_takes_too_long_is_not_called() -> None:
     for asked in ("feature", "auto"):  # the better form here, and ours
         assert estimates.too_slow(asked, case, slow, patience=0.0) is None
     called: list[int] = []
-    spy = plant(lambda x, y: called.append(1) or providers.gram(x, y))
+    spy = plant(lambda x, y: called.append(1) or providers.by_grams(x, y))
     slow.products["float32 ieee"] = 1e5
-    entries = contest(case, slow, [spy, plant(providers.feature, "feature")])
+    entries = case_contest(case, slow, [spy, plant(providers.by_features, "feature")])
     assert entries["gram"].why == "too slow (at least 8 s a call)"
     assert entries["feature"].why == ""
     assert called == []
@@ -181,24 +181,24 @@ def two_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A device with two tiny cases; the folder of its results."""
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     monkeypatch.setattr(problems, "CASES", (TINY, replace(TINY, n=16)))
-    monkeypatch.setattr(bench.ceilings, "measured", lambda numbers: FAST)
+    monkeypatch.setattr(bench.ceilings, "measured_ceilings", lambda numbers: FAST)
     return tmp_path
 
 
 def test_a_run_from_case_to_files(two_cases: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--save", "--problem", "12x"]) == 0
     path = results.path_for(CPU)
-    part = results.read(path)
+    part = results.read_kernels(path)
     assert {kept.n for kept in part} == {12}
     assert {kept.provider for kept in part} >= {"naive", "fp64", "gram", "feature", "library", "auto"}
     assert all(kept.p50 and kept.peak_memory and kept.floor and kept.launches is None for kept in part)
     assert "forward+backward, float32 ieee, biased" in capsys.readouterr().out
 
-    rows.write(path, [*part, replace(part[0], provider="of a provider that is no more")])
+    rows.write_rows(path, [*part, replace(part[0], provider="of a provider that is no more")])
     bench.main(["--save", "--problem", "16x"])
-    assert len(results.read(path)) == 2 * len(part) + 1  # it was asked for one case only
+    assert len(results.read_kernels(path)) == 2 * len(part) + 1  # it was asked for one case only
     bench.main(["--save"])
-    assert {kept.provider for kept in results.read(path)} == {kept.provider for kept in part}
+    assert {kept.provider for kept in results.read_kernels(path)} == {kept.provider for kept in part}
     assert "forward+backward, float32 ieee, biased" in path.with_suffix(".md").read_text()
 
 
@@ -207,10 +207,10 @@ def test_rows_are_kept_while_a_run_goes_on(two_cases: Path, monkeypatch: pytest.
 
     def spied(*args: Any) -> dict[str, Entry]:
         path = results.path_for(CPU)
-        kept.append(len(results.read(path)) if path.exists() else 0)
-        return contest(*args)
+        kept.append(len(results.read_kernels(path)) if path.exists() else 0)
+        return case_contest(*args)
 
-    monkeypatch.setattr(bench, "contest", spied)
+    monkeypatch.setattr(bench, "case_contest", spied)
     bench.main(["--save", "--provider", "gram"])
     assert kept == [0, 1]
 
@@ -218,7 +218,7 @@ def test_rows_are_kept_while_a_run_goes_on(two_cases: Path, monkeypatch: pytest.
 def test_a_run_fails_where_ours_is_wrong(
     two_cases: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = [plant(lambda x, y: providers.gram(x, y) + 1e-3, name) for name in ("auto", "naive")]
+    wrong = [plant(lambda x, y: providers.by_grams(x, y) + 1e-3, name) for name in ("auto", "naive")]
     monkeypatch.setattr(providers, "PROVIDERS", wrong)
     assert bench.main(["--gates"]) == 1
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
@@ -246,7 +246,7 @@ def test_compare_finds_the_planted_regression(tmp_path: Path, capsys: pytest.Cap
     ]
     files = tmp_path / "before.csv", tmp_path / "after.csv"
     for file, found in zip(files, (before, after), strict=True):
-        rows.write(file, found)
+        rows.write_rows(file, found)
     assert compare.main([str(file) for file in files]) == 1
     text = capsys.readouterr().out
     marked = [line.split()[10] for line in text.splitlines() if "REGRESSION" in line]
@@ -261,7 +261,7 @@ def test_compare_finds_the_planted_regression(tmp_path: Path, capsys: pytest.Cap
 
 def test_table_from_planted_rows() -> None:
     lines = [row(p50=2e-3), row("gram", 3e-3), row("feature", 5e-3), row("naive", None, red="out of memory")]
-    page = tables.page([*lines, row("auto", 4e-6, mode="forward"), row("feature", 8e-6, mode="forward")])
+    page = tables.kernels_page([*lines, row("auto", 4e-6, mode="forward"), row("feature", 8e-6, mode="forward")])
     both, forward = page.split("\n## ")[1:]
     heading, _, line = [part for part in both.splitlines() if part.startswith("|")][:3]
     named = dict(zip(*([cell.strip() for cell in text.split("|")] for text in (heading, line)), strict=True))
@@ -271,10 +271,5 @@ def test_table_from_planted_rows() -> None:
     assert "| bird    | 128 | 512 | 512 | 1" in both.split("Peak memory beyond the inputs, MiB.")[1]
 
 
-@pytest.mark.parametrize("path", sorted(results.RESULTS.glob("*-threads.csv")), ids=lambda path: path.stem)
-def test_committed_pages_are_their_rows(path: Path) -> None:
-    assert path.with_suffix(".md").read_text(encoding="utf-8") == tables.page(results.read(path))
-
-
 def test_no_plot_of_a_few_rows(tmp_path: Path) -> None:
-    assert plots.draw([row()], tmp_path / "device.png") == []
+    assert plots.draw_plots([row()], tmp_path / "device.png") == []
