@@ -177,7 +177,7 @@ def heading(title: str, rows: Sequence[Origin]) -> str:
     return text + "\n"
 
 
-def markdown_table(cells: Sequence[Sequence[str]]) -> str:
+def table_text(cells: Sequence[Sequence[str]]) -> str:
     """A table whose first row is the heading, its columns aligned in the source too."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
@@ -209,7 +209,7 @@ def beside(seconds: float | None, base: float | None) -> str:
 def plain_page(found: Sequence[Any]) -> str:
     """Markdown: the rows as they are, without what they say of the machine."""
     names = [name for name in columns_of(type(found[0])) if name not in columns_of(Origin)]
-    return markdown_table([names, *([cell(getattr(row, name)) for name in names] for row in found)])
+    return table_text([names, *([cell(getattr(row, name)) for name in names] for row in found)])
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

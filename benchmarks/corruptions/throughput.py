@@ -123,7 +123,7 @@ def corruptions_page(found: list[CorruptionsRow]) -> str:
         f"Sum over the five severities, 32 x 32 in colour. Medians of {first.rounds} rounds in turns: the usual way on "
         f"{first.usual_images} pictures,\none at a time, and ours on a batch of {first.batch}: "
         f"{CLOCKS if first.ours_two_threads else 'elapsed time on the device, one thread for the usual way'}.\n"
-        f"{first.libraries}.\n\n{rows.markdown_table(cells)}"
+        f"{first.libraries}.\n\n{rows.table_text(cells)}"
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import lines
-from benchmarks.rows import beside, duration, markdown_table, write_cells
+from benchmarks.rows import beside, duration, table_text, write_cells
 
 Row = dict[str, Any]
 
@@ -130,7 +130,7 @@ def problems_table(folder: Path) -> str:
         why = {row["candidate"]: row["status"] for row in found if row["problem"] == problem}
         shown = [_cell(times.get(name), best, why.get(name, "")) for name in CANDIDATES]
         cells.append([problem, duration(target), *shown])
-    return markdown_table(cells).rstrip() if problems else ""
+    return table_text(cells).rstrip() if problems else ""
 
 
 def _cell(time: float | None, best: float | None, why: str) -> str:
@@ -159,7 +159,7 @@ def _rates(found: Sequence[Row]) -> str:
     for row in chosen:
         rate = f"{row['rate'] / 1e12:.3g} T{row['unit']}" if row.get("rate") else ""
         cells.append([row["candidate"], row["timer"], duration(row["p50"]), rate])
-    return "## Ceilings\n\n" + markdown_table(cells).rstrip()
+    return "## Ceilings\n\n" + table_text(cells).rstrip()
 
 
 def _parts(found: Sequence[Row]) -> str:
@@ -172,7 +172,7 @@ def _parts(found: Sequence[Row]) -> str:
                 time = duration(row["p50"]) if row.get("p50") else f"{row['status']} {row.get('message', '')}"
                 cells.append([row.get("problem", ""), row.get("candidate", row["item"]), row.get("timer", ""), time])
         if len(cells) > 1:
-            sections.append(f"## {phase.capitalize()}\n\n{markdown_table(cells)}")
+            sections.append(f"## {phase.capitalize()}\n\n{table_text(cells)}")
     return "\n".join(sections).strip()
 
 

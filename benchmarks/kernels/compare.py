@@ -15,7 +15,7 @@ from statistics import geometric_mean
 from benchmarks.kernels import results
 from benchmarks.kernels.providers import OURS
 from benchmarks.kernels.results import KernelsRow, Key
-from benchmarks.rows import markdown_table
+from benchmarks.rows import table_text
 
 THRESHOLD = 1.1
 Rows = Sequence[KernelsRow]
@@ -53,7 +53,7 @@ def comparison(
             means.append([name, str(len(ratios)), f"{geometric_mean(ratios):.3f}"])
     count = sum(regressed(*pair, threshold) for pair in both)
     lines = [
-        f"before: {_origin(before)}", f"after:  {_origin(after)}", "", markdown_table(cells), markdown_table(means),
+        f"before: {_origin(before)}", f"after:  {_origin(after)}", "", table_text(cells), table_text(means),
         *(f"gone: {_name(key)}" for key in old if key not in new),
         *(f"new: {_name(key)}" for key in new if key not in old),
         f"{count} regressions of ours in {len(both)} rows that both have",

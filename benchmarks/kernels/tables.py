@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.kernels.providers import HAND_WRITTEN, OURS, PROVIDERS
 from benchmarks.kernels.results import KernelsRow
-from benchmarks.rows import beside, duration, heading, markdown_table
+from benchmarks.rows import beside, duration, heading, table_text
 
 BASE = "auto"  # what a user of the package gets; everything is compared with it
 Line = dict[str, KernelsRow]  # rows of one question, by provider
@@ -87,4 +87,4 @@ def _table(lines: list[Line], columns: Sequence[tuple[str, Callable[[Line], str]
     for line in lines:
         row = _any(line)
         cells.append([row.problem, str(row.n), str(row.p), str(row.q), *(cell(line) for _, cell in columns)])
-    return markdown_table(cells)
+    return table_text(cells)

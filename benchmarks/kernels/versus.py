@@ -80,7 +80,7 @@ class Benchmark:
             cells.append(
                 [*map(rows.cell, question), row.provider, row.red or rows.beside(row.p50, base.p50), error, memory]
             )
-        return rows.heading(self.name.capitalize(), found) + self.explanation + "\n" + rows.markdown_table(cells)
+        return rows.heading(self.name.capitalize(), found) + self.explanation + "\n" + rows.table_text(cells)
 
     def main(self, description: str | None) -> None:
         """Ask everything, print the page, and keep it if asked to."""

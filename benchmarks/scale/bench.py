@@ -188,7 +188,7 @@ def scale_page(found: list[ScaleRow]) -> str:
         ckas = [f"{1 - value:.3f}" if value is not None else "–" for value in (base.whole_value, line["average"].value)]
         cells.append([", ".join(f"{size:,}" for size in shape), *shown, *sent, *ckas])
     title = f"Global batches: {found[0].ranks} ranks over gloo"
-    return f"{rows.heading(title, found)}{EXPLANATION}\n{rows.markdown_table(cells)}"
+    return f"{rows.heading(title, found)}{EXPLANATION}\n{rows.table_text(cells)}"
 
 
 EXPLANATION = """\

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.rows import duration, markdown_table, with_unit
+from benchmarks.rows import duration, table_text, with_unit
 from bird_kernels import cka, plan, transport
 from bird_kernels.types import Problem, Transport
 from tests import accuracy
@@ -106,7 +106,7 @@ def costs() -> str:
             times = [duration(chosen.bytes / rate) for rate in LINKS.values()]
             counts = f"{world:,}", f"{shape.n * world:,}"
             cells.append([label(shape), *counts, *sent.values(), *times, size_of(memory_of_rank(shape, world))])
-    return markdown_table(cells)
+    return table_text(cells)
 
 
 def turning_points() -> str:
@@ -118,7 +118,7 @@ def turning_points() -> str:
             with_unit(flops_of_rank(shape, world, name) / 1e9, ("Gflop", "Tflop")) for name in ("merged", "gathered")
         ]
         cells.append([label(shape), f"{world:,} ranks, {world * shape.n:,} rows", *amounts])
-    return markdown_table(cells)
+    return table_text(cells)
 
 
 def objectives() -> str:
@@ -132,7 +132,7 @@ def objectives() -> str:
             for part in (rows, 512)
         ]
         cells.append([str(rows), str(512 // rows), *(f"{value:.3f}" for value in values)])
-    return markdown_table(cells)
+    return table_text(cells)
 
 
 def split_cka(x: Tensor, y: Tensor, rows: int, estimator: str) -> float:
