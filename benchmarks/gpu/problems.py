@@ -19,7 +19,7 @@ from benchmarks.kernels.versus import judge_of
 from benchmarks.machine import Machine
 from bird_kernels import plan
 
-AFFORDABLE = 5  # times the operations of the best hand-written form: what another one may need to be worth a try
+AFFORDABLE = 15  # times the operations of the best hand-written form: what another one may need to be worth a try
 
 
 @dataclass(frozen=True)
