@@ -127,22 +127,30 @@ def _check(check: Check, context: Context) -> Iterator[Row]:
 
 
 def judged(check: Check, machine: Machine) -> Row:
-    """A True or False for everything that must hold, and in words what does not."""
+    """A True or False for everything that must hold, in words what does not, and the errors of the first features."""
     xs, ys = check.features(machine.device, seed=0)
     call = partial(evaluated, check, check.mask(machine.device))
     first = call(xs, ys)
     found: Row = {"second call": same(first, call(xs, ys))}
     found["repeats"] = all(same(first, call(xs, ys)) for _ in range(REPEATS if machine.is_cuda else 1))
-    for name, holds in (("accurate", _accurate), ("streams", _overlaps), ("replay", _replays), ("no wait", _runs_on)):
+    draws = _drawn(check, machine, call)
+    found |= {f"{name}_error": error for name, error in accuracy.errors(draws[0][0], draws[2][0]).items()}
+    holds: dict[str, Callable[[], bool]] = {
+        "accurate": lambda: accuracy.assert_no_worse(*draws) is None,
+        "streams": partial(_overlaps, check, machine, call),
+        "replay": partial(_replays, check, machine, call),
+        "no wait": partial(_runs_on, check, machine, call),
+    }
+    for name, held in holds.items():
         try:
-            found[name] = holds(check, machine, call)
-        except (AssertionError, RuntimeError) as error:  # too large an error, a capture that fails, a wait: the others
-            found |= {name: False, "message": message(error)}  # are kept
+            found[name] = held()
+        except (AssertionError, RuntimeError) as error:  # of errors, a capture, a wait: the other findings are kept
+            found |= {name: False, "message": message(error)}
     return found
 
 
-def _accurate(check: Check, machine: Machine, call: Call) -> bool:
-    """Raises where our errors are larger than plain PyTorch's allow; medians over some draws of features."""
+def _drawn(check: Check, machine: Machine, call: Call) -> tuple[list[Result], list[Result], list[Result]]:
+    """Ours, plain PyTorch's in the same dtype, and the truth, for some draws of features."""
     mask, ours, plains, truths = check.mask(machine.device), [], [], []
     for draw in range(DRAWS if machine.is_cuda else 2):
         xs, ys = check.features(machine.device, 100 * draw)
@@ -150,8 +158,7 @@ def _accurate(check: Check, machine: Machine, call: Call) -> bool:
         ours.append(Result(value, torch.cat(gradients[: len(xs)], 1), torch.cat(gradients[len(xs) :], 1)))
         plains.append(_summed([_plain(check, mask, x, y) for x, y in zip(xs, ys, strict=True)]))
         truths.append(_summed([_truth(check, mask, x, y) for x, y in zip(xs, ys, strict=True)]))
-    accuracy.assert_no_worse(ours, plains, truths)
-    return True
+    return ours, plains, truths
 
 
 def _overlaps(check: Check, machine: Machine, call: Call) -> bool:
