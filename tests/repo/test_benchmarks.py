@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import rows
 from benchmarks.harness import Entry
 from benchmarks.kernels import bench, ceilings, compare, estimates, gate, plots, problems, providers, results, tables
-from benchmarks.kernels.contest import case_contest
+from benchmarks.kernels.bench import case_contest
 from benchmarks.kernels.estimates import Ceilings
 from benchmarks.kernels.problems import Case
 from benchmarks.kernels.providers import Provider
