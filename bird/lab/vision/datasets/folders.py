@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,16 +112,12 @@ def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
 
 def _keep(images: np.ndarray, cache: Path, stem: str) -> None:
     """Write the cache and remove those of earlier states of the folder; only warn if that cannot be done."""
-    own = cache.with_name(f"{cache.name}.{os.getpid()}")  # ranks that decode at the same time write files of their own
     try:
-        with atomic(own) as partial, partial.open("wb") as file:
-            np.save(file, images)
-        own.replace(cache)
+        with atomic(cache) as partial:
+            np.save(partial, images)
         for old in set(cache.parent.glob(f"{glob.escape(stem)}*.npy")) - {cache}:
             old.unlink(missing_ok=True)
     except OSError as error:  # a folder that others own, a full disk
-        with contextlib.suppress(OSError):
-            partial.unlink()
         warnings.warn(f"the decoded images cannot be kept, the next run decodes again: {error}", stacklevel=2)
 
 
