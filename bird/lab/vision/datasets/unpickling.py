@@ -96,6 +96,7 @@ def _evaluate(data: bytes) -> object:
         del stack[start:]
         return values
 
+    argument: Any
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
         if number >= MOST_INSTRUCTIONS:
