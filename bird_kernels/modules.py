@@ -1,4 +1,4 @@
-"""The functions as nn.Modules, for configuration and containers. No parameters, no state."""
+"""`cka_loss` and `hsic` as nn.Modules without parameters or state, for configurations and containers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CKALoss(_Statistic):
 
 
 class HSICLoss(_Statistic):
-    """`hsic` as a module: minimising it makes x and y independent (the sign is HSIC's own)."""
+    """`hsic` as a module. Its value is HSIC itself, not its negative: minimising it makes x and y independent."""
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """HSIC of x [n, ...] and y [n, ...]; 0-d."""

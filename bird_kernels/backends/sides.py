@@ -1,4 +1,4 @@
-"""Both sides of a linear problem, centred, with their products: what a forward keeps and a backward is made of."""
+"""What the library backend's forward computes of a linear problem and its backward needs: centred sides, products."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from .linalg import inner, mm, self_product, self_product_norm
 
 
 class Sides(NamedTuple):
-    """Both sides, centred and scaled, and what the backward needs of their products; fields as in `Stash`.
+    """Both sides, centred and scaled, and their products; fields of a `Stash` as there.
 
-    ``kl``, ``kk`` and ``ll`` are <K,L>, <K,K> and <L,L> of centred matrices; unbiased: of U-centred ones. ``rows``
-    [3, n] (unbiased) holds kappa, lambda, and 1 for the rows that are apart; ``sum_k`` and ``sum_l`` are the sums of
-    kappa and lambda if that is all that the gradient needs beside the products (`unbiased.plain`), else 0.
+    ``kl``, ``kk`` and ``ll`` are <K,L>, <K,K> and <L,L> of centred Gram matrices, unbiased of U-centred ones. ``rows``
+    [3, n] (unbiased only) holds the squared row norms kappa of x and lambda of y, and 1 for rows that are kept apart
+    (`dominating`). ``sum_k`` and ``sum_l`` are the sums of kappa and lambda if the gradient needs nothing else besides
+    the products (`unbiased.plain`), else 0.
     """
 
     xs: Tensor
@@ -36,8 +37,8 @@ class Sides(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``sums`` are
-    `Sides`' of its own and of the other side."""
+    """What the gradient of one side needs: on the gram route ``cross`` is the other side's Gram matrix, ``product`` its
+    own; on the cross route other^T own, own^T own. ``sums`` are `Sides`' (own, other)."""
 
     own: Tensor
     other: Tensor
@@ -58,10 +59,10 @@ def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor
 
 
 def kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [n, d] with zeros in the rows that do not count."""
+    """x [n, d] with zeros in the rows where ``mask`` [n] is False."""
     return x if mask is None else torch.where(mask[:, None], x, 0.0)
 
 
 def empty(like: Tensor, size: int | tuple[int, ...]) -> Tensor:
-    """One each: an operator's outputs must not share memory."""
+    """A new tensor, fp64 or fp32, for a stash entry without use: an operator's outputs must not share memory."""
     return like.new_empty(size, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
