@@ -90,15 +90,16 @@ def _spec(call: Call) -> Spec:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast reaches into an operator's kernel and would round its fp32 products; some devices have none."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if _autocasts(device.type) else contextlib.nullcontext()
+
+
+def _autocasts(kind: str) -> bool:
+    return (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
 
 
 def _run(function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Any:
-    kind = x.device.type
-    if (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
-        with without_autocast(x.device):
+    if _autocasts(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **options)
     return function(x, *args, **options)
 

@@ -36,14 +36,14 @@ class Sides(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``sums`` are
-    `Sides`' of its own and of the other side."""
+    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``rows``
+    (unbiased) are kappa and lambda, or the reverse, and the rows apart; ``sums`` `Sides`' of its own and the other."""
 
     own: Tensor
     other: Tensor
     cross: Tensor
     product: Tensor
-    rows: Tensor
+    rows: tuple[Tensor, ...]
     scale: Scalar
     n: Scalar
     sums: tuple[Scalar, Scalar]
