@@ -37,6 +37,7 @@ from .linalg import (
     halves,
     inner,
     inner_products,
+    kept,
     lesser,
     pack,
     power_of_two,
@@ -51,7 +52,7 @@ from .linalg import (
     weighted_sum_mm,
     write,
 )
-from .sides import Side, Sides, by_columns, empty, kept
+from .sides import Side, Sides, by_columns
 from .unbiased import add_rows, amid, plain, plain_gradient
 
 
@@ -113,24 +114,26 @@ def backward(
     upstream = scalar(grad)
     dx = dy = None
     gram = route == "gram"
+    # Of a matrix of finite numbers a row that does not count is zero, and so is its gradient.
+    zero = gram and (mask is None or all(isinstance(a, float) and math.isfinite(a) for a in c[:6]))
     rows = stash.rows.unbind() if problem.estimator == "unbiased" else ()
     with fp32_products(problem):
         if problem.x_grad:
             cross = stash.yy if gram else stash.xy
             own = Side(stash.xs, stash.ys, cross, stash.xx, rows, c.scale_x, c.n, (c.sum_k, c.sum_l))
-            dx = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_kk, upstream, mask, route)
+            dx = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_kk, upstream, mask, route, zero)
         if problem.y_grad:
             cross = stash.xx if gram else stash.xy.T
             rows = (rows[1], rows[0], rows[2]) if rows else ()
             own = Side(stash.ys, stash.xs, cross, stash.yy, rows, c.scale_y, c.n, (c.sum_l, c.sum_k))
-            dy = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_ll, upstream, mask, route)
+            dy = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_ll, upstream, mask, route, zero)
     return x.new_empty(0) if dx is None else to(dx, x.dtype), y.new_empty(0) if dy is None else to(dy, y.dtype)
 
 
 def _gradient(
-    side: Side, d_cross: Scalar, d_own: Scalar, upstream: Scalar, mask: Tensor | None, route: Route
+    side: Side, d_cross: Scalar, d_own: Scalar, upstream: Scalar, mask: Tensor | None, route: Route, zero: bool
 ) -> Tensor:
-    """Gradient of one side, by the formulas of the module."""
+    """Gradient of one side, by the formulas of the module; ``zero`` if it is that already where ``mask`` is False."""
     d_cross, d_own, factors = _folded(d_cross, d_own, upstream, side.scale)
     if route == "cross":
         d = add_scaled_mm(scaled_mm(side.other, side.cross * d_cross), side.own, side.product * d_own)
@@ -142,9 +145,7 @@ def _gradient(
         d = weighted_sum_mm(side.cross, d_cross, side.product, d_own, side.own)
     for factor in factors:
         d = d * factor
-    if mask is None or (not factors and route == "gram" and math.isfinite(d_cross) and math.isfinite(d_own)):
-        return d  # of finite factors a row that does not count is zero already
-    return d.masked_fill_(~mask[:, None], 0.0)
+    return d if mask is None or (zero and not factors) else d.masked_fill_(~mask[:, None], 0.0)
 
 
 def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> tuple[Scalar, Scalar, list[Scalar]]:
@@ -166,18 +167,17 @@ def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> 
 def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Problem, route: Route) -> Sides | None:
     """The plain way, if its outcome says that this was good enough; a CPU can look.
 
-    A subtraction of the means: to centre with care takes a third as long as the products at 128 x 512. Rows that do not
-    count are multiplied by zero, which is a fourth of `torch.where`; what they hold of NaN and Inf is seen in the end.
+    A subtraction of the means: to centre with care takes a third as long as the products at 128 x 512.
     """
     if n < MIN_ROWS[problem.estimator]:
         return None
-    wide, _ = dtypes(problem)
-    x, y, keep, ours = to(x, wide), to(y, wide), None, False
+    if x.dtype.itemsize == 2:
+        x, y = x.float(), y.float()
+    keep = x_sum = y_sum = None
     if mask is not None:
-        keep, ours = mask.to(wide), True
-        x, y = x * keep[:, None], y * keep[:, None]
-    x_sum = y_sum = None
+        x, y, keep = kept(x, mask), kept(y, mask), mask.to(x.dtype)
     if problem.center:
+        ours = mask is not None
         (x, x_sum), (y, y_sum) = subtract_mean(x, n, keep, ours), subtract_mean(y, n, keep, ours)
     if problem.estimator == "unbiased":  # takes row sums of K for zero: n eps |mean| counts
         (x, x_sum), (y, y_sum) = subtract_mean(x, n, keep, True), subtract_mean(y, n, keep, True)
@@ -187,7 +187,10 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
         sides = found
     else:
         sides = _products(x, y, 1.0, 1.0, problem, route)
-    return sides if _sound(sides.kk, x_sum, n) and _sound(sides.ll, y_sum, n) else None
+    kk, ll = sides.kk, sides.ll
+    if problem.statistic == "gram_mse" and route == "gram":  # has them of the difference
+        kk, ll = inner(sides.xx, sides.xx), inner(sides.yy, sides.yy)
+    return sides if _sound(kk, x_sum, n) and _sound(ll, y_sum, n) else None
 
 
 def _sound(kk: float, total: Tensor | None, n: float) -> bool:
@@ -228,7 +231,8 @@ def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: 
 def _products(xs: Tensor, ys: Tensor, scale_x: Scalar, scale_y: Scalar, problem: Problem, route: Route) -> Sides:
     """The products of one route and their inner products; biased."""
     if route == "gram":
-        xx, yy, xy = self_product(xs), self_product(ys), empty(xs, (0, 0))
+        xx, yy = self_product(xs), self_product(ys)
+        xy = xx.new_empty(0, 0)
         if problem.statistic == "gram_mse":  # the difference itself is exact where the matrices agree
             difference = xx - yy
             kk = inner(difference, difference)
@@ -237,4 +241,4 @@ def _products(xs: Tensor, ys: Tensor, scale_x: Scalar, scale_y: Scalar, problem:
             kl, kk, ll = inner_products(xx, yy)
     else:
         xx, xy, yy, kl, kk, ll = by_columns(xs, ys, problem)
-    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, xy, empty(xs, 0))
+    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, xy, xx.new_empty(0))

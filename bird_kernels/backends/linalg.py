@@ -34,6 +34,17 @@ def to(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [n, d] with zeros in the rows that do not count."""
+    if mask is None:
+        return x
+    if x.is_cpu:  # a fourth of the time of `where`, if these rows hold no NaN or Inf
+        product = x * mask[:, None]
+        if math.isfinite(product.sum().item()):
+            return product
+    return torch.where(mask[:, None], x, 0.0)
+
+
 def subtract_mean(x: Tensor, n: float, keep: Tensor | None, ours: bool = False) -> tuple[Tensor, Tensor]:
     """Columns minus their means over ``n`` rows, and their sums; in the memory of x if that is ``ours``.
 
@@ -64,7 +75,7 @@ def centre(
     wide, operand = dtypes(problem)
     x = to(x, wide)
     if not problem.center:
-        x = x if mask is None else torch.where(mask[:, None], x, 0.0)
+        x = kept(x, mask)
         first = second = x.new_zeros(x.shape[1])
     elif mask is None:
         first = x.mean(0)
@@ -74,7 +85,7 @@ def centre(
     else:
         keep = mask.to(wide)
         rows = at_least(1.0, count)
-        x = torch.where(mask[:, None], x, 0.0)
+        x = kept(x, mask)
         first = x.sum(0) / rows
         x.addr_(keep, first, alpha=-1.0)
         second = x.sum(0) / rows

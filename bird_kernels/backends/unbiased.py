@@ -30,6 +30,7 @@ from .linalg import (
     dtypes,
     exact,
     inner_products,
+    kept,
     power_of_two,
     row_count,
     scalar,
@@ -37,7 +38,7 @@ from .linalg import (
     to,
     weighted_sum,
 )
-from .sides import Side, Sides, by_columns, empty, kept
+from .sides import Side, Sides, by_columns
 
 # Of what the unbiased self-HSIC is a difference of, the share that has to be left (CPU): 1 / 0.02 roundings are let
 # pass. Below, rows dominate, or there are a dozen of them: the way without cancellation.
@@ -87,7 +88,8 @@ def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> S
     """Of sides about their means: the row sums without the diagonals are minus the diagonals. A CPU's way, which looks:
     None where rows dominate or too little is left."""
     if route == "gram":
-        xx, yy, xy = self_product(xs), self_product(ys), empty(xs, (0, 0))
+        xx, yy = self_product(xs), self_product(ys)
+        xy = xx.new_empty(0, 0)
         rows = torch.stack([xx.diagonal(), yy.diagonal(), xx.new_ones(len(xx))])
         xx.fill_diagonal_(0.0), yy.fill_diagonal_(0.0)
         kl, kk, ll = inner_products(xx, yy)
@@ -121,7 +123,7 @@ def _by_rows(x: tuple[Tensor, Scalar], y: tuple[Tensor, Scalar], n: Scalar, mask
     xx, yy = (u_centred_(gram, n, mask) for gram in (xx, yy))
     kl, kk, ll = inner_products(xx, yy)
     kk, ll = alive(kk, noises[0]), alive(ll, noises[1])
-    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, empty(xs, (0, 0)), xx.new_zeros(3, len(xx)))
+    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, xx.new_empty(0, 0), xx.new_zeros(3, len(xx)))
 
 
 def _about_bulk(x: Tensor, mask: Tensor | None, problem: Problem) -> tuple[Tensor, Scalar]:
