@@ -13,21 +13,19 @@ from .backends.dominating import alive, bulk_mean, dominated, largest, squared_n
 from .backends.linalg import at_least, dtypes, fp32_products, inner, scalar, to
 from .backends.rows import Rows, Term, weighed
 from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
-from .sums import Norms, Sums, merged, scaled, times, trace
+from .sums import Norms, Sums, scaled, times, trace
 from .types import Problem
 
 
-def evaluate(s: Sums, problem: Problem, keep: bool = False) -> tuple[Scalar, Coefficients, Sums]:
+def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
     """The value of ``problem.statistic``, and what `gradient` needs: the coefficients, and the sums that they scale,
-    the products in the memory of ``s`` unless that is to ``keep`` what it holds.
+    the products in the memory of ``s``.
 
     The features are brought to a root mean square near 1 by powers of two, so that the squares of the products fit in
-    fp32. Not on a CPU where they are near 1 already.
+    fp32.
     """
     n = scalar(s.n)
     scale_x, scale_y = _unit(s.xx, n), _unit(s.yy, n)
-    if keep and not (isinstance(scale_x, float) and scale_x == scale_y == 1.0):
-        s = merged([s])
     s = scaled(s, scale_x, scale_y)
     kl, kk, ll = inner(s.xy, s.xy), inner(s.xx, s.xx), inner(s.yy, s.yy)
     sum_k = sum_l = 0.0
@@ -188,11 +186,11 @@ def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
 
 
 def _unit(product: Tensor, count: Scalar) -> Scalar:
-    """2^k that brings the largest feature's root mean square into [1/2, 1); on a CPU 1 for what is near that."""
+    """2^k that brings the largest feature's root mean square into [1/2, 1)."""
     peak = product.diagonal().amax()
     if isinstance(count, float):
         square = peak.item() / max(count, 1.0)
-        return 1.0 if not 0.0 < square < math.inf or 1e-6 < square < 1e6 else 2.0 ** -math.frexp(square**0.5)[1]
+        return 2.0 ** -math.frexp(square**0.5)[1] if 0.0 < square < math.inf else 1.0
     peak = (peak.double() / count.clamp(min=1.0)).sqrt()
     finite = torch.isfinite(peak) & (peak > 0.0)
     exponent = torch.frexp(torch.where(finite, peak, 1.0)).exponent
@@ -202,7 +200,5 @@ def _unit(product: Tensor, count: Scalar) -> Scalar:
 def _about(x: Tensor, mean: Tensor, scale: Scalar, mask: Tensor | None, wide: torch.dtype) -> Tensor:
     """(x - mean) * scale in ``wide``; the mean in two parts, so that fp32 loses none of its fp64 digits that count."""
     high = mean.to(wide)
-    x = (to(x, wide) - high).sub_((mean - high).to(wide))
-    if isinstance(scale, Tensor) or scale != 1.0:
-        x.mul_(scale)
+    x = (to(x, wide) - high).sub_((mean - high).to(wide)).mul_(scale)
     return x if mask is None else torch.where(mask[:, None], x, 0.0)

@@ -230,7 +230,8 @@ class Statistics:
         inputs.require_choice(estimator=estimator)
         s = self._known()
         problem = Problem(0, *_widths(s), self._products, s.n.device, statistic, estimator)  # type: ignore[arg-type]
-        return from_sums.evaluate(s if estimator == "unbiased" else s._replace(norms=None), problem, keep=True)
+        wanted = s if estimator == "unbiased" else s._replace(norms=None)
+        return from_sums.evaluate(sums.merged([wanted]), problem)  # in the memory of a copy
 
     def _value(self, statistic: Statistic, estimator: str) -> Tensor:
         value, _, _ = self._evaluate(statistic, estimator)

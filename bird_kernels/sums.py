@@ -290,8 +290,6 @@ def _norms(xs: Tensor, ys: Tensor, look: bool) -> Norms | None:
 def scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:
     """The sums of a x and b y but for the means, which stay those of x and y; the products in the memory of ``s``."""
     norms = s.norms
-    if isinstance(a, float) and a == b == 1.0:
-        return s
     if norms is not None:
         powers = (a**3, a * a * b, a * b * b, b**3, a**4, (a * b) ** 2, b**4, a**2, b**2)
         norms = Norms(*(value * power for value, power in zip(norms, powers, strict=True)))

@@ -114,38 +114,39 @@ def backward(
     upstream = scalar(grad)
     dx = dy = None
     gram = route == "gram"
-    # Of a matrix of finite numbers a row that does not count is zero, and so is its gradient.
-    zero = gram and (mask is None or all(isinstance(a, float) and math.isfinite(a) for a in c[:6]))
+    numbers = *c[:6], upstream
+    if mask is not None and gram and x.is_cpu and problem.estimator == "biased" and all(map(math.isfinite, numbers)):
+        mask = None  # a row that does not count is zero, and so is its gradient
     rows = stash.rows.unbind() if problem.estimator == "unbiased" else ()
     with fp32_products(problem):
         if problem.x_grad:
             cross = stash.yy if gram else stash.xy
             own = Side(stash.xs, stash.ys, cross, stash.xx, rows, c.scale_x, c.n, (c.sum_k, c.sum_l))
-            dx = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_kk, upstream, mask, route, zero)
+            dx = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_kk, upstream, mask, route)
         if problem.y_grad:
             cross = stash.xx if gram else stash.xy.T
             rows = (rows[1], rows[0], rows[2]) if rows else ()
             own = Side(stash.ys, stash.xs, cross, stash.yy, rows, c.scale_y, c.n, (c.sum_l, c.sum_k))
-            dy = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_ll, upstream, mask, route, zero)
+            dy = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_ll, upstream, mask, route)
     return x.new_empty(0) if dx is None else to(dx, x.dtype), y.new_empty(0) if dy is None else to(dy, y.dtype)
 
 
 def _gradient(
-    side: Side, d_cross: Scalar, d_own: Scalar, upstream: Scalar, mask: Tensor | None, route: Route, zero: bool
+    side: Side, d_cross: Scalar, d_own: Scalar, upstream: Scalar, mask: Tensor | None, route: Route
 ) -> Tensor:
-    """Gradient of one side, by the formulas of the module; ``zero`` if it is that already where ``mask`` is False."""
+    """Gradient of one side, by the formulas of the module."""
     d_cross, d_own, factors = _folded(d_cross, d_own, upstream, side.scale)
     if route == "cross":
         d = add_scaled_mm(scaled_mm(side.other, side.cross * d_cross), side.own, side.product * d_own)
         if side.rows:
             d = add_rows(d, side, d_cross, d_own)
     elif side.rows and isinstance(side.sums[0], float) and side.sums[0] > 0.0:
-        d = plain_gradient(side, d_cross, d_own, mask)
+        d = plain_gradient(side, d_cross, d_own)
     else:  # biased, or U-centred
         d = weighted_sum_mm(side.cross, d_cross, side.product, d_own, side.own)
     for factor in factors:
         d = d * factor
-    return d if mask is None or (zero and not factors) else d.masked_fill_(~mask[:, None], 0.0)
+    return d if mask is None else d.masked_fill_(~mask[:, None], 0.0)
 
 
 def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> tuple[Scalar, Scalar, list[Scalar]]:
@@ -169,7 +170,7 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
 
     A subtraction of the means: to centre with care takes a third as long as the products at 128 x 512.
     """
-    if n < MIN_ROWS[problem.estimator]:
+    if n < MIN_ROWS[problem.estimator] or (problem.statistic == "gram_mse" and route == "gram"):
         return None
     if x.dtype.itemsize == 2:
         x, y = x.float(), y.float()
@@ -177,20 +178,14 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
     if mask is not None:
         x, y, keep = kept(x, mask), kept(y, mask), mask.to(x.dtype)
     if problem.center:
-        ours = mask is not None
-        (x, x_sum), (y, y_sum) = subtract_mean(x, n, keep, ours), subtract_mean(y, n, keep, ours)
+        x, x_sum = subtract_mean(x, n, keep, keep is not None)
+        y, y_sum = subtract_mean(y, n, keep, keep is not None)
     if problem.estimator == "unbiased":  # takes row sums of K for zero: n eps |mean| counts
         (x, x_sum), (y, y_sum) = subtract_mean(x, n, keep, True), subtract_mean(y, n, keep, True)
-        found = plain(x, y, n, problem, route)
-        if found is None:
-            return None
-        sides = found
+        sides = plain(x, y, n, problem, route)
     else:
         sides = _products(x, y, 1.0, 1.0, problem, route)
-    kk, ll = sides.kk, sides.ll
-    if problem.statistic == "gram_mse" and route == "gram":  # has them of the difference
-        kk, ll = inner(sides.xx, sides.xx), inner(sides.yy, sides.yy)
-    return sides if _sound(kk, x_sum, n) and _sound(ll, y_sum, n) else None
+    return sides if sides and _sound(sides.kk, x_sum, n) and _sound(sides.ll, y_sum, n) else None
 
 
 def _sound(kk: float, total: Tensor | None, n: float) -> bool:

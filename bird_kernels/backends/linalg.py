@@ -71,8 +71,7 @@ def centre(
     """Columns minus their means, times a power of two that brings the largest entry near 1; that; the means' two parts.
 
     The mean is taken twice: the second one is the rounding of the first. It makes a constant column exactly zero, where
-    one pass leaves eps * |mean| that looks like variance. Not subtracted if the problem says not to centre. Where
-    scalars are Python floats, columns near 1 are left as they are, and the power is 1.
+    one pass leaves eps * |mean| that looks like variance. Not subtracted if the problem says not to centre.
     """
     wide, operand = dtypes(problem)
     x = to(x, wide)
@@ -93,13 +92,8 @@ def centre(
         second = x.sum(0) / rows
         x.addr_(keep, second, alpha=-1.0)
     scale = power_of_two(x)
-    if not problem.center:
-        x = x * scale  # it may still be the caller's
-    elif isinstance(scale, Tensor) or not 1e-3 < scale < 1e3:
-        x.mul_(scale)
-    else:
-        scale = 1.0
-    return to(x, operand), scale, (first, second)
+    # Without a mean to subtract x may still be the caller's.
+    return to(x.mul_(scale) if problem.center else x * scale, operand), scale, (first, second)
 
 
 # Exponents of the scales: of fp32 so that a scaled number of 2^-126 is normal, of fp64 so that 2^k is finite.

@@ -88,8 +88,7 @@ def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> S
     """Of sides about their means: the row sums without the diagonals are minus the diagonals. A CPU's way, which looks:
     None where rows dominate or too little is left."""
     if route == "gram":
-        xx, yy = self_product(xs), self_product(ys)
-        xy = xx.new_empty(0, 0)
+        xx, yy, xy = self_product(xs), self_product(ys), xs.new_empty(0, 0)
         rows = torch.stack([xx.diagonal(), yy.diagonal(), xx.new_ones(len(xx))])
         xx.fill_diagonal_(0.0), yy.fill_diagonal_(0.0)
         kl, kk, ll = inner_products(xx, yy)
@@ -144,19 +143,15 @@ def _about_rest(x: Tensor, mask: Tensor | None, rest: Tensor, count: Scalar, pro
     return z * scale, scale
 
 
-def plain_gradient(side: Side, d_cross: float, d_own: float, mask: Tensor | None) -> Tensor:
-    """dX by rows of what `plain` found: rho = -diagonal, so all that stands behind the products in the formula of
-    `library` fits into the matrix before it multiplies X. Over d_cross, which is not zero."""
+def plain_gradient(side: Side, d_cross: float, d_own: float) -> Tensor:
+    """dX by rows of what `plain` found: rho is minus the diagonal, so all of the formula in `library` fits into the
+    matrix that multiplies X, here over ``d_cross``, which is not zero."""
     n, ratio = side.n, d_own / d_cross
     kappa, lam, _ = side.rows
     sum_own, sum_other = side.sums
     matrix, diagonal = torch.add(side.cross, side.product, alpha=ratio), torch.add(lam, kappa, alpha=ratio)
-    if mask is None:
-        matrix.add_(diagonal, alpha=1.0 / (n - 2.0))
-    else:
-        matrix.addr_(mask.to(matrix.dtype), diagonal, alpha=1.0 / (n - 2.0))
     constant = (sum_other + ratio * sum_own) / ((n - 1.0) * (n - 2.0))
-    matrix.diagonal().add_(diagonal, alpha=-2.0 / (n - 2.0)).add_(constant)
+    matrix.add_(diagonal, alpha=1.0 / (n - 2.0)).diagonal().add_(diagonal, alpha=-2.0 / (n - 2.0)).add_(constant)
     return torch.addmm(side.own, matrix, side.own, beta=0.0, alpha=d_cross)
 
 
