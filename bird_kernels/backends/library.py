@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..moments import MIN_ROWS, Coefficients, Moments, Scalar, combine
 from ..types import Problem, Route, Shapes, Stash
+from .dominating import how_many, marked
 from .linalg import (
     add_scaled_mm,
     at_least,
@@ -39,6 +40,7 @@ from .linalg import (
     inner_products,
     lesser,
     pack,
+    padded,
     power_of_two,
     read,
     row_count,
@@ -51,7 +53,8 @@ from .linalg import (
     weighted_sum,
     write,
 )
-from .sides import Side, Sides, by_columns, empty, kept
+from .rows import Shift, Term, places, shifted, wanted, weighed, whole
+from .sides import Shifted, Side, Sides, by_columns, empty, kept
 from .unbiased import add_rows, amid, plain
 
 
@@ -60,16 +63,17 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def stash_shapes(problem: Problem, route: Route) -> Shapes:
-    """Shape and dtype of every tensor of the stash."""
+def stash_shapes(problem: Problem, route: Route, rows: int | None = None) -> Shapes:
+    """Shape and dtype of every tensor of the stash; z has so many ``rows``, n if None."""
     n, p, q = problem.n, problem.p, problem.q
     wide, operand = dtypes(problem)
-    gram = route == "gram"
+    gram, shifts = route == "gram", _shifts(problem, route)
     keep_y = problem.y_grad or not gram
+    few = how_many(n, problem.device) if problem.estimator == "unbiased" and not gram else 0
     return dict(
         coefficients=((len(Coefficients._fields),), torch.float64),
-        xs=((n, p), operand),
-        ys=((n, q) if keep_y else (0,), operand),
+        xs=((rows or n, padded(q) + padded(p) + 8), problem.dtype) if shifts else ((n, p), operand),
+        ys=((few + 1, padded(q) + p), wide) if shifts else ((n, q) if keep_y else (0,), operand),
         xx=((n, n) if gram else (p, p), wide),
         yy=((n, n) if gram else ((q, q) if problem.y_grad else (0,)), wide),
         xy=((0, 0) if gram else (q, p), wide),
@@ -77,15 +81,26 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     )
 
 
-def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
-    """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
+def _shifts(problem: Problem, route: Route) -> bool:
+    """Whether the stash holds shifted rows."""
+    return wanted(problem) and route == "cross" and problem.estimator == "unbiased"
+
+
+def forward(
+    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, shift: Shift = shifted
+) -> tuple[Tensor, Stash]:
+    """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None; ``shift`` makes the
+    rows of the unbiased cross route."""
     wide, _ = dtypes(problem)
     count = row_count(x, mask)
+    looks = x.is_cpu and not wanted(problem)
     with fp32_products(problem):
-        sides = _looked(x, y, mask, count, problem, route) if x.is_cpu else None
-        if sides is None:
+        sides = _looked(x, y, mask, count, problem, route) if looks else None
+        if shift is not shifted:
+            sides = amid(x, y, mask, count, problem, route, shift)
+        elif sides is None:
             (near_x, x_unit), (near_y, y_unit) = _near_one(x, y, mask, problem)
-            if x.is_cpu and (x_unit, y_unit) != (1.0, 1.0):
+            if looks and (x_unit, y_unit) != (1.0, 1.0):
                 sides = _looked(near_x, near_y, mask, count, problem, route)
             if sides is None:
                 careful = _careful if problem.estimator == "biased" else amid
@@ -100,7 +115,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
         d_kl, d_kk, d_ll, sides.kl, sides.kk, sides.ll, sides.sum_k, sides.sum_l, sides.scale_x, sides.scale_y,
         at_least(MIN_ROWS[problem.estimator], count),  # with fewer the derivatives are NaN already
     )  # fmt: skip
-    ys = sides.ys if problem.y_grad or route == "cross" else sides.ys.new_empty(0)
+    ys = sides.ys if problem.y_grad or route == "cross" or _shifts(problem, route) else sides.ys.new_empty(0)
     stash = Stash(pack(coefficients, x.device), sides.xs, ys, sides.xx, sides.yy, sides.xy, sides.rows)
     return write(value, wide, x.device), stash
 
@@ -111,17 +126,23 @@ def backward(
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     c = Coefficients(*read(stash.coefficients))
     upstream = scalar(grad)
-    dx = dy = None
-    gram = route == "gram"
+    dx = dy = of_x = of_y = None
+    gram, xs, ys = route == "gram", stash.xs, stash.ys
     with fp32_products(problem):
+        if _shifts(problem, route):
+            z, beside, place_x, place_y = stash.xs, stash.ys, *places(problem.p, problem.q)
+            few = marked(stash.rows[2]) if len(beside) > 1 else None
+            of_x, of_y = Shifted(z, beside, few, place_x, place_y), Shifted(z, beside, few, place_y, place_x)
+            if few is not None:
+                xs, ys = (whole(z, place, beside[:, place], few, problem.n) for place in (place_x, place_y))
         if problem.x_grad:
             products = (stash.yy, stash.xx) if gram else (stash.xy, stash.xx)
-            own = Side(stash.xs, stash.ys, *products, stash.rows, c.scale_x, c.n, (c.sum_k, c.sum_l))
+            own = Side(xs, ys, *products, stash.rows, c.scale_x, c.n, (c.sum_k, c.sum_l), of_x)
             dx = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_kk, upstream, mask, route)
         if problem.y_grad:
             products = (stash.xx, stash.yy) if gram else (stash.xy.T, stash.yy)
             rows = torch.stack([stash.rows[i] for i in (1, 0, 2)]) if len(stash.rows) else stash.rows
-            own = Side(stash.ys, stash.xs, *products, rows, c.scale_y, c.n, (c.sum_l, c.sum_k))
+            own = Side(ys, xs, *products, rows, c.scale_y, c.n, (c.sum_l, c.sum_k), of_y)
             dy = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_ll, upstream, mask, route)
     return x.new_empty(0) if dx is None else to(dx, x.dtype), y.new_empty(0) if dy is None else to(dy, y.dtype)
 
@@ -131,7 +152,9 @@ def _gradient(
 ) -> Tensor:
     """Gradient of one side, by the formulas of the module."""
     d_cross, d_own, factors = _folded(d_cross, d_own, upstream, side.scale)
-    if route == "gram":
+    if side.shifted is not None:
+        d = _by_shifted(side, d_cross, d_own)
+    elif route == "gram":
         d = scaled_mm(weighted_sum(side.cross, d_cross, side.product, d_own), side.own)
     else:
         d = add_scaled_mm(scaled_mm(side.other, side.cross * d_cross), side.own, side.product * d_own)
@@ -140,6 +163,15 @@ def _gradient(
     for factor in factors:
         d = d * factor
     return d if mask is None else d.masked_fill_(~mask[:, None], 0.0)
+
+
+def _by_shifted(side: Side, d_cross: Scalar, d_own: Scalar) -> Tensor:
+    """other cross d_cross + own product d_own of the cross route, in fp32."""
+    assert side.shifted is not None
+    z, beside, few, own, other = side.shifted
+    terms = ((own, side.product, d_own), (other, side.cross, d_cross))
+    d = weighed(z, len(side.own), tuple(Term(place, beside[-1, place], *by) for place, *by in terms))
+    return d if few is None else d.index_copy_(0, few, sum(beside[:-1, place] @ (a * b) for place, a, b in terms))
 
 
 def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> tuple[Scalar, Scalar, list[Scalar]]:

@@ -13,7 +13,7 @@ of 8, which keeps every row of z aligned. Other problems (`takes`; the unbiased 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def takes(problem: Problem) -> bool:
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash; ``rows`` holds means of z (cross) or row sums of K and L (gram)."""
     if not _is_here(problem, route):
-        return library.stash_shapes(problem, route)
+        return library.stash_shapes(problem, route, _geometry(problem, route)[0] if takes(problem) else None)
     n, pa, qa, rows = problem.n, padded(problem.p), padded(problem.q), _geometry(problem, route)[0]
     cross = route == "cross"
     keep_y = problem.y_grad and not cross
@@ -64,8 +64,10 @@ def forward(
     ``symmetric``: how our own kernel multiplies a side with itself (halves and tf32); None: the library does, unless
     that kernel was measured to be faster on this device (`tuning`).
     """
-    if not _is_here(problem, route):
+    if not takes(problem):
         return library.forward(x, y, mask, problem, route)
+    if not _is_here(problem, route):
+        return library.forward(x, y, mask, problem, route, partial(rows_of, problem=problem))
     symmetric = symmetric or _measured(problem)
     with device_of(x), fp32_products(problem):
         return _launches_of(problem, route, precision_of(problem)).forward(x, y, mask, symmetric)
@@ -94,11 +96,11 @@ def backward(
 def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Rows:
     """`rows.shifted` in two launches; ``problem`` is one of these rows that the cross route takes."""
     with device_of(x):
-        launches = _launches_of(problem, "cross", precision_of(problem))
+        launches = _launches_of(problem._replace(estimator="biased"), "cross", precision_of(problem))
         z, qa, both = x.new_empty((launches.rows, launches.width)), launches.qa, launches.width - 8
         _, _, sums, scales, _, shifts = launches.shifted(x, y, mask, z[:, qa:], z, z[:, both:])
-    totals = sums.view(-1, launches.width).sum(0, dtype=torch.float64)
-    return described(z, shifts, scales, totals, problem.p, problem.q)
+    totals, (scale_x, scale_y) = sums.view(-1, launches.width).sum(0, dtype=torch.float64), scales.double()
+    return described(z, totals[-8], shifts, (scale_x, scale_y), totals, problem.p, problem.q)
 
 
 class _Launches:

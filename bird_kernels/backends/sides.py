@@ -35,6 +35,18 @@ class Sides(NamedTuple):
     sum_l: Scalar = 0.0
 
 
+class Shifted(NamedTuple):
+    """The rows of `Side` as they are multiplied where that is not as they are: columns ``own`` and ``other`` of z
+    (`rows.Rows`), whose means are the last row of ``beside`` [k + 1, *]. The others are the rows ``few`` [k], zero in
+    z, about these means."""
+
+    z: Tensor
+    beside: Tensor
+    few: Tensor | None
+    own: slice
+    other: slice
+
+
 class Side(NamedTuple):
     """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``sums`` are
     `Sides`' of its own and of the other side."""
@@ -47,6 +59,7 @@ class Side(NamedTuple):
     scale: Scalar
     n: Scalar
     sums: tuple[Scalar, Scalar]
+    shifted: Shifted | None = None
 
 
 def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Scalar, Scalar, Scalar]:

@@ -11,32 +11,21 @@ from torch import Tensor
 
 from ..moments import ROUNDING, Scalar
 from ..types import Problem, Route
-from .dominating import (
-    alive,
-    bulk_mean,
-    columns,
-    largest,
-    location,
-    marked,
-    noise,
-    squared_norms,
-    u_centred_,
-    uneven,
-    without,
-)
+from .dominating import alive, bulk_mean, columns, largest, marked, noise, squared_norms, u_centred_, uneven
 from .linalg import (
     at_least,
-    centre,
     dtypes,
     exact,
+    inner,
     inner_products,
     power_of_two,
-    row_count,
+    read,
     scalar,
     self_product,
     to,
     weighted_sum,
 )
+from .rows import Shift, apart, joined, products, shifted, wanted, whole
 from .sides import Side, Sides, by_columns, empty, kept
 
 # Of what the unbiased self-HSIC is a difference of, the share that has to be left (CPU): 1 / 0.02 roundings are let
@@ -44,43 +33,38 @@ from .sides import Side, Sides, by_columns, empty, kept
 LEFT = 0.02
 
 
-def amid(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:
+def amid(
+    x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route, shift: Shift = shifted
+) -> Sides:
     """The unbiased estimator whatever the rows: about the mean of those that do not dominate."""
     n = at_least(4.0, count)
     if route == "gram":
         return _by_rows(_about_bulk(x, mask, problem), _about_bulk(y, mask, problem), n, mask)
-    wide, operand = dtypes(problem)
-    # About a location first: there may be no rows but those that are apart.
-    x, y = (kept(to(a, wide) - location(to(a, wide), mask), mask) for a in (x, y))
-    norms = [squared_norms(a) for a in (x, y)]
-    few = largest(*norms)
-    rest = without(mask, few, len(x))
-    apart = torch.zeros_like(norms[0]).scatter_(0, few, 1.0)
-    left = row_count(x, rest)  # of those that are apart some may not count
-    zs, scales = zip(*(_about_rest(a, mask, rest, left, problem) for a in (x, y)), strict=True)
-    bulk = [torch.where(rest[:, None], z, 0.0).to(operand) for z in zs]
-    xx, xy, yy, kl, kk, ll = by_columns(bulk[0], bulk[1], problem)
-    kappa, lam = (squared_norms(to(z, wide)) for z in bulk)
-    eps = torch.finfo(wide).eps
-    # Of the bulk a difference is taken: what is left of it has the rounding of its terms.
-    lost = [ROUNDING * eps * (a + scalar(exact(b) @ exact(b))) for a, b in ((kk, kappa), (ll, lam))]
-    e, f = (columns(z, few) for z in zs)
-    r, s = exact(e.sum(1) - kappa), exact(f.sum(1) - lam)
-    twice = 2.0 - exact(apart)  # the products of two rows, of which one is apart, stand in E once
-    kl, kk, ll = (
-        products + scalar(exact((a * b).sum(1)) @ twice - exact(i) @ exact(j))
-        for products, a, b, i, j in ((kl, e, f, kappa, lam), (kk, e, e, kappa, kappa), (ll, f, f, lam, lam))
-    )
-    kl, kk, ll = (
-        products + scalar(2.0 * (a @ b) / -(n - 2.0) + a.sum() * b.sum() / ((n - 1.0) * (n - 2.0)))
-        for products, a, b in ((kl, r, s), (kk, r, r), (ll, s, s))
-    )
-    kk, ll = (
-        alive(a, scalar(noise(z, squared_norms(z), few, eps)) + b)
-        for a, z, b in ((kk, zs[0], lost[0]), (ll, zs[1], lost[1]))
-    )
-    rows = torch.stack([kappa, lam, apart])
-    return Sides(zs[0].to(operand), zs[1].to(operand), scales[0], scales[1], kl, kk, ll, xx, yy, xy, rows)
+    rows, few, *heavy = apart(shift(x, y, mask), x, y, mask)
+    xx, xy, yy = products(rows)
+    kk, kl, ll = (inner(a, a) for a in (xx, xy, yy))
+    eps = torch.finfo(xx.dtype).eps
+    beside = [torch.cat([a, rows.mean(side)[None]]) for a, side in zip(heavy, (rows.x, rows.y), strict=True)]
+    xs, ys = (whole(rows.z, side.place, a, few, len(x)) for a, side in zip(beside, (rows.x, rows.y), strict=True))
+    few_columns = torch.stack([columns(a, few) for a in (xs, ys)])  # E and F [2, n, k]
+    norms = torch.stack([squared_norms(a) for a in (xs, ys)])
+    diagonals = norms.index_fill(1, few, 0.0)  # kappa and lambda of the others
+    taken = torch.zeros_like(norms[0]).index_fill_(0, few, 1.0)
+    twice = 2.0 - exact(taken)  # the products of two rows, of which one is apart, stand in E once
+    ks, rs = exact(diagonals), exact(few_columns.sum(2)) - exact(diagonals)
+    k_dots = ks @ ks.T
+    totals = rs.sum(1)
+    rest = exact((few_columns[:, None] * few_columns).sum(3)) @ twice - k_dots
+    rest = rest - 2.0 / (n - 2.0) * (rs @ rs.T) + torch.outer(totals, totals) / ((n - 1.0) * (n - 2.0))
+    of_kk, of_kl, _, of_ll = read(rest.flatten())
+    # Of the others a difference is taken: what is left of it has the rounding of its terms.
+    lost = [ROUNDING * eps * (a + b) for a, b in zip((kk, ll), read(k_dots.diagonal()), strict=True)]
+    noises = [scalar(noise(a, b, few, eps)) for a, b in ((xs, norms[0]), (ys, norms[1]))]
+    kk, ll = (alive(a + b, c + d) for a, b, c, d in zip((kk, ll), (of_kk, of_ll), noises, lost, strict=True))
+    saved = (rows.z, joined(*beside)) if wanted(problem) else (xs, ys)
+    own = torch.cat([diagonals, taken[None]])
+    yy = yy if problem.y_grad else empty(xs, 0)
+    return Sides(*saved, rows.x.scale, rows.y.scale, kl + of_kl, kk, ll, xx, yy, xy, own)
 
 
 def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> Sides | None:
@@ -134,15 +118,6 @@ def _about_bulk(x: Tensor, mask: Tensor | None, problem: Problem) -> tuple[Tenso
     return (z * scale).to(operand), scale
 
 
-def _about_rest(x: Tensor, mask: Tensor | None, rest: Tensor, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
-    """x about the mean of the ``count`` rows of ``rest``, in fp32 or better, brought near 1 by a power of two; that."""
-    wide = problem._replace(device=torch.device("cpu"))  # for operands that are not rounded
-    _, _, (first, second) = centre(x, rest, count, wide)
-    z = kept(x - first - second, mask)
-    scale = power_of_two(z)
-    return z * scale, scale
-
-
 def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar, route: Route) -> Tensor:
     """The unbiased estimator's share of dX: what stands behind the products in the formulas of `library`."""
     own, n = to(side.own, d.dtype), at_least(4.0, side.n)
@@ -156,14 +131,13 @@ def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar, route: Route
         return d.add_(diagonal @ own, alpha=1.0 / (n - 2.0))
     if route == "gram":  # `_by_rows`: the matrices are U-centred
         return d
-    few = marked(apart)
+    few = side.shifted.few if side.shifted is not None else marked(apart)
     e = columns(own, few) * d_own
     e += columns(to(side.other, d.dtype), few) * d_cross
     diagonal = diagonal * (1.0 - apart)
     rho = e.sum(1) - diagonal
     share = rho / (n - 2.0)
     u = share - exact(rho).sum().to(d.dtype) / ((n - 1.0) * (n - 2.0))
-    d = torch.addmm(d, e, own[few])
-    d += (u + share - diagonal)[:, None] * own
-    d -= torch.outer(u, own.sum(0))
-    return d.sub_(share @ own)
+    d.addcmul_((u + share - diagonal)[:, None], own)
+    ones, left = torch.ones_like(u), -(share @ own)
+    return d.addmm_(torch.cat([e, u[:, None], ones[:, None]], 1), torch.cat([own[few], -own.sum(0)[None], left[None]]))
