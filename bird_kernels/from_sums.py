@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .backends.dominating import alive, dominated, squared_norms
-from .backends.linalg import at_least, dtypes, fp32_products, inner, scalar, to
-from .backends.rows import Rows, Term, apart, centred, mean, shifted, weighed, wide_of
+from .backends.linalg import at_least, fp32_products, inner, scalar, to
+from .backends.rows import Rows, Term, apart, centred, mean, weighed, wide_of
 from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
 from .sums import Norms, Sums, scaled, times, trace
 from .types import Problem
@@ -73,22 +72,12 @@ def gradient(
     with fp32_products(problem):
         z = backends.rows_of(x, y, mask, problem)
         if problem.estimator == "unbiased":
-            d = _unbiased(x, y, mask, s, factors, c, z, exact or s)
-        elif z is None:
-            wide = dtypes(problem)[0]
-            xs, ys = (_about(*by, mask, wide) for by in ((x, s.mean_x, c.scale_x), (y, s.mean_y, c.scale_y)))
-            d = _products(xs, ys, s.xx, s.xy, factors)
+            d = _unbiased(x, y, mask, z, s, factors, c, exact or s)
         else:
             d = weighed(z.z, len(x), _terms(z, (s.mean_x, s.mean_y), s.xx, s.xy, factors, c), wide=False)
     if mask is not None:
         d = d.masked_fill(~mask[:, None], 0.0)
     return to(d, x.dtype)
-
-
-def _products(xs: Tensor, ys: Tensor, xx: Tensor, xy: Tensor, factors: tuple[Scalar, Scalar]) -> Tensor:
-    """ys (xy factors[0]) + xs (xx factors[1]) of products about the rows' origins."""
-    d = ys @ to(xy * factors[0], ys.dtype)
-    return torch.addmm(d, xs, to(xx * factors[1], xs.dtype), out=d)
 
 
 def _terms(
@@ -105,39 +94,39 @@ def _terms(
 
 
 def _unbiased(
-    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, factors: tuple[Scalar, Scalar], c: Coefficients,
-    z: Rows | None, exact: Sums,
+    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows, s: Sums, factors: tuple[Scalar, Scalar], c: Coefficients,
+    exact: Sums,
 ) -> Tensor:  # fmt: skip
     """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
-    if z is None and not x.is_cuda:  # which may look
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        xs, ys = (_about(*by, mask, wide) for by in ((x, s.mean_x, c.scale_x), (y, s.mean_y, c.scale_y)))
-        if not any(dominated(squared_norms(side)) for side in (xs, ys)):
-            return _rows(partial(_products, xs, ys, factors=factors), xs, ys, s, None, factors, c)
-    rest, few, *_ = apart(shifted(x, y, mask) if z is None else z, x, y, mask)
-    origins = mean(rest, rest.x), mean(rest, rest.y)
+    few = None
+    if x.is_cuda or any(dominated(squared_norms(centred(z.z, side.place, z.mean(side)))) for side in (z.x, z.y)):
+        z, few, *_ = apart(z, x, y, mask)
+    origins = mean(z, z.x), mean(z, z.y)
     about = (origins[0] - s.mean_x) * c.scale_x, (origins[1] - s.mean_y) * c.scale_y
     xs, ys = (
-        centred(rest.z, side.place, rest.mean(side))[: len(x)] * (scale / side.scale)
-        for side, scale in ((rest.x, c.scale_x), (rest.y, c.scale_y))
+        centred(z.z, side.place, z.mean(side))[: len(x)] * (scale / side.scale)
+        for side, scale in ((z.x, c.scale_x), (z.y, c.scale_y))
     )
 
     def product(xx: Tensor, xy: Tensor) -> Tensor:
-        return weighed(rest.z, len(x), _terms(rest, origins, xx, xy, factors, c))
+        return weighed(z.z, len(x), _terms(z, origins, xx, xy, factors, c))
 
     d = _rows(product, xs, ys, s, about, factors, c)
-    heavy_x, heavy_y = (
-        (a[few].double() - origin) * scale for a, origin, scale in ((x, origins[0], c.scale_x), (y, origins[1], c.scale_y))
-    )
-    heavy = _rows(partial(_products, heavy_x, heavy_y, factors=factors), heavy_x, heavy_y, exact, about, factors, c)
-    return d.index_copy_(0, few, heavy.to(d.dtype))
+    if few is None:
+        return d
+    xs, ys = ((a[few].double() - origins[i]) * (c.scale_x, c.scale_y)[i] for i, a in enumerate((x, y)))
+
+    def product(xx: Tensor, xy: Tensor) -> Tensor:
+        return ys @ (xy.double() * factors[0]) + xs @ (xx.double() * factors[1])
+
+    return d.index_copy_(0, few, to(_rows(product, xs, ys, exact, about, factors, c), d.dtype))
 
 
 def _rows(
-    product: Callable[[Tensor, Tensor], Tensor], xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor] | None,
+    product: Callable[[Tensor, Tensor], Tensor], xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor],
     factors: tuple[Scalar, Scalar], c: Coefficients,
 ) -> Tensor:  # fmt: skip
-    r"""dX [m, p] of rows xs, ys about an origin that is ``about`` = (u, v) from the merged means; None: there.
+    r"""dX [m, p] of rows xs, ys about an origin that is ``about`` = (u, v) from the merged means.
 
     The estimator does not depend on the origin, its rounding does. With a and b the ``factors``, A and C about that
     origin, T = sum(x) = -n u and T' = sum(y) = -n v over all rows, r_i = x_i T - kappa_i and s_i = y_i T' - lambda_i
@@ -153,26 +142,22 @@ def _rows(
     assert norms is not None
     xx, xy, kx, lx = s.xx, s.xy, norms.kx, norms.lx
     total_k, total_l = -c.sum_k, -c.sum_l  # of the row sums r and s
-    column = None
-    if about is not None:
-        u, v = about
-        uu, vv = u @ u, v @ v
-        kx = kx - 2.0 * times(xx, u) - u * (c.sum_k + n * uu)
-        lx = lx - 2.0 * times(xy.T, v) - u * (c.sum_l + n * vv)
-        xx, xy = xx + n * torch.outer(u, u), xy + n * torch.outer(v, u)
-        column, other_column = -n * u, -n * v
-        total_k, total_l = total_k + n * (n - 1.0) * scalar(uu), total_l + n * (n - 1.0) * scalar(vv)
-        kx, lx = kx - times(xx, column), lx - times(xy.T, other_column)
+    u, v = about
+    uu, vv = u @ u, v @ v
+    kx = kx - 2.0 * times(xx, u) - u * (c.sum_k + n * uu)
+    lx = lx - 2.0 * times(xy.T, v) - u * (c.sum_l + n * vv)
+    xx, xy = xx + n * torch.outer(u, u), xy + n * torch.outer(v, u)
+    column, other_column = -n * u, -n * v
+    total_k, total_l = total_k + n * (n - 1.0) * scalar(uu), total_l + n * (n - 1.0) * scalar(vv)
+    kx, lx = kx - times(xx, column), lx - times(xy.T, other_column)
     wide = xs.dtype
     d = product(xx, xy)
     diagonal = squared_norms(ys) * a + squared_norms(xs) * b
-    rho = -diagonal
-    if column is not None:
-        rho = rho + (ys @ to(other_column, wide)) * a + (xs @ to(column, wide)) * b
+    rho = (ys @ to(other_column, wide)) * a + (xs @ to(column, wide)) * b - diagonal
     rest = rho / (n - 2.0) - (a * total_l + b * total_k) / ((n - 1.0) * (n - 2.0))
-    d += (rest + rho / (n - 2.0) - diagonal)[:, None] * xs
+    d.addcmul_((rest + rho / (n - 2.0) - diagonal)[:, None], xs)
     d += to((lx * a + kx * b) / (n - 2.0), wide)
-    return d if column is None else d.sub_(torch.outer(rest, to(column, wide)))
+    return d.addr_(rest, to(column, wide), alpha=-1)
 
 
 def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
@@ -190,10 +175,3 @@ def _unit(product: Tensor, count: Tensor) -> Scalar:
     finite = torch.isfinite(peak) & (peak > 0.0)
     exponent = torch.frexp(torch.where(finite, peak, 1.0)).exponent
     return scalar(torch.ldexp(torch.ones_like(peak), -exponent))
-
-
-def _about(x: Tensor, mean: Tensor, scale: Scalar, mask: Tensor | None, wide: torch.dtype) -> Tensor:
-    """(x - mean) * scale in ``wide``; the mean in two parts, so that fp32 loses none of its fp64 digits that count."""
-    high = mean.to(wide)
-    x = (to(x, wide) - high).sub_((mean - high).to(wide)).mul_(scale)
-    return x if mask is None else torch.where(mask[:, None], x, 0.0)

@@ -95,20 +95,27 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
     enough, valid = n >= MIN_ROWS[estimator], 1.0
     if enough is not True:  # too few, or a tensor that may say so
         n, valid = _where(enough, n, 4.0), _where(enough, 1.0, float("nan"))
-    if estimator == "biased":
-        alpha, beta, norm = -2.0 / n, 1.0 / (n * n), (n - 1.0) * (n - 1.0)
-    else:
-        alpha, beta, norm = -2.0 / (n - 2.0), 1.0 / ((n - 1.0) * (n - 2.0)), n * (n - 3.0)
-
     if statistic == "gram_mse":  # of matrices that are centred already: they have no other moments
         each = valid / (n * n)
         return Combined(each * (m.kk - 2.0 * m.kl + m.ll), -2.0 * each, each, each)
-    kl = m.kl + alpha * m.r_kl + beta * m.t_k * m.t_l
+
+    def hsic(product: Scalar, rows: Scalar, totals: Scalar) -> tuple[Scalar, Scalar]:
+        """HSIC times its norm, and the size of what it is a sum of."""
+        if isinstance(rows, float) and rows == 0.0:
+            return product, product
+        if estimator == "biased":
+            alpha, beta = -2.0 / n, 1.0 / (n * n)
+        else:
+            alpha, beta = -2.0 / (n - 2.0), 1.0 / ((n - 1.0) * (n - 2.0))
+        return product + alpha * rows + beta * totals, product + rows + beta * totals
+
+    kl, _ = hsic(m.kl, m.r_kl, m.t_k * m.t_l)
     if statistic == "hsic":
+        norm = (n - 1.0) * (n - 1.0) if estimator == "biased" else n * (n - 3.0)
         return Combined(valid * kl / norm, valid / norm, 0.0 * kl, 0.0 * kl)
 
-    kk, k_dead = _self_hsic(m.kk, m.r_kk, m.t_k, alpha, beta, eps)
-    ll, l_dead = _self_hsic(m.ll, m.r_ll, m.t_l, alpha, beta, eps)
+    kk, k_dead = _self_hsic(*hsic(m.kk, m.r_kk, m.t_k * m.t_k), eps)
+    ll, l_dead = _self_hsic(*hsic(m.ll, m.r_ll, m.t_l * m.t_l), eps)
     dead = k_dead | l_dead
     alive = valid if dead is False else valid * _where(dead, 0.0, 1.0)
     d_kl = alive / (kk**0.5 * ll**0.5)
@@ -125,15 +132,18 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
     return Combined(1.0 - cka, -d_kl, -d_kk, -d_ll)
 
 
-def _self_hsic(kk: Scalar, r_kk: Scalar, t_k: Scalar, alpha: Scalar, beta: Scalar, eps: float) -> tuple[Scalar, Scalar]:
-    """HSIC(K,K) * norm, made safe to divide by, and whether it vanishes."""
-    total = beta * t_k * t_k
-    value = kk + alpha * r_kk + total
-    dead = value <= ROUNDING * eps * (kk + r_kk + total)  # False for NaN
+def _self_hsic(value: Scalar, terms: Scalar, eps: float) -> tuple[Scalar, Scalar]:
+    """HSIC(K,K) times its norm, made safe to divide by, and whether it vanishes."""
+    dead = value <= ROUNDING * eps * terms  # False for NaN
     return value if dead is False else _where(dead, 1.0, value), dead
 
 
 def _where(condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
-    if isinstance(condition, torch.Tensor):
-        return torch.where(condition, a, b)
-    return a if condition else b
+    """a or b, of which one may be a tensor: each number of a torch.where is a launch."""
+    if not isinstance(condition, torch.Tensor):
+        return a if condition else b
+    if isinstance(b, torch.Tensor) and not isinstance(a, torch.Tensor):
+        return b.masked_fill(condition, a)
+    if isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
+        return a.masked_fill(~condition, b)
+    return torch.where(condition, a, b)

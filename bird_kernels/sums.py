@@ -29,8 +29,8 @@ from torch import Tensor
 
 from . import backends, distributed
 from .backends import rows
-from .backends.dominating import dominated, squared_norms
-from .backends.linalg import as_tensor, centre, dtypes, fp32_products, mm, row_count, self_product, to
+from .backends.dominating import squared_norms, uneven
+from .backends.linalg import as_tensor, dtypes, fp32_products, to
 from .moments import Scalar
 from .transport import upper_blocks, upper_size
 from .types import Problem
@@ -84,17 +84,15 @@ def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums
         return _none(x, y, dtypes(problem)[0], unbiased)
     with fp32_products(problem):
         z = backends.rows_of(x, y, mask, problem)
-        if z is None:
-            found = _of_centred(x, y, mask, problem, look=unbiased and problem.dtype != torch.float64)
-        else:
-            found = None if unbiased else _of_rows(z, problem)
-        if found is not None:
-            return found
-        rest, few, *_ = rows.apart(rows.shifted(x, y, mask) if z is None else z, x, y, mask)
-        bulk, known = _of_rows(rest, problem), None if mask is None else mask[few]
-        heavy = _of_centred(x[few].double(), y[few].double(), known, problem._replace(dtype=torch.float64))
-    assert heavy is not None
-    return include(bulk.to(torch.float64), heavy)
+        if not unbiased:
+            return _of_rows(z, problem)
+        if not x.is_cuda:  # which may look
+            found = _of_rows(z, problem)
+            if problem.dtype == torch.float64 or not _dominated(found):
+                return found
+        rest, few, *_ = rows.apart(z, x, y, mask)
+        heavy = rows.shifted(x[few].double(), y[few].double(), None if mask is None else mask[few])
+        return include(_of_rows(rest, problem).to(torch.float64), _of_rows(heavy, problem))
 
 
 def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
@@ -102,25 +100,15 @@ def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
     norms = None
     if problem.estimator == "unbiased":
         norms = _norms(*(rows.centred(z.z, side.place, z.mean(side)) for side in (z.x, z.y)))
-    xx, xy, yy = rows.products(z)
-    sums = Sums(as_tensor(z.n, z.z.device), rows.mean(z, z.x), rows.mean(z, z.y), xx, xy, yy, norms)
-    return scaled(sums, *(_unscaled(side.scale, problem.dtype) for side in (z.x, z.y)))
+    sums = Sums(as_tensor(z.n, z.z.device), rows.mean(z, z.x), rows.mean(z, z.y), *rows.products(z), norms)
+    return scaled(sums, *(_unscaled(side.scale, sums.xx.dtype) for side in (z.x, z.y)))
 
 
-def _of_centred(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, look: bool = False) -> Sums | None:
-    """`sums_of` rows that need no shift, all alike; None if a ``look`` finds some that dominate."""
-    count = row_count(x, mask)
-    xs, scale_x, means_x = centre(x, mask, count, problem)
-    ys, scale_y, means_y = centre(y, mask, count, problem)
-    norms = None
-    if problem.estimator == "unbiased":
-        if look and any(dominated(squared_norms(side)) for side in (xs, ys)):
-            return None
-        norms = _norms(xs, ys)
-    mean_x, mean_y = (first.double() + second.double() for first, second in (means_x, means_y))
-    products = self_product(xs.T), mm(ys.T, xs), self_product(ys.T)
-    sums = Sums(as_tensor(count, x.device), mean_x, mean_y, *products, norms)
-    return scaled(sums, *(_unscaled(scale, problem.dtype) for scale in (scale_x, scale_y)))
+def _dominated(s: Sums) -> bool:
+    """Whether rows dominate, by the sums of these."""
+    assert s.norms is not None
+    each = (s.norms.kk, s.xx), (s.norms.ll, s.yy)
+    return any(uneven(squares.item(), trace(product).item(), s.n.item()) for squares, product in each)
 
 
 def _unscaled(scale: Scalar, dtype: torch.dtype) -> Scalar:

@@ -7,6 +7,8 @@ in fp32 everything does. So the origin is put amid the rows that do not dominate
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -110,14 +112,14 @@ def bulk_mean(x: Tensor, keep: Tensor | None) -> Tensor:
     return middle + torch.where(near, z, 0.0).sum(-2, keepdim=True) / near.sum(-2, keepdim=True).clamp(min=1)
 
 
-def picked(x: Tensor, few: Tensor) -> Tensor:
+def rows_at(x: Tensor, few: Tensor) -> Tensor:
     """Rows ``few`` [..., k] of x [..., n, d]: [..., k, d]."""
     return x.gather(-2, few[..., None].expand(*few.shape, x.shape[-1]))
 
 
 def columns(x: Tensor, few: Tensor) -> Tensor:
     """Columns ``few`` [..., k] of the Gram matrix of x [..., n, d]: [..., n, k], the diagonal zero; of halves fp32."""
-    return mm(x, picked(x, few).mT).scatter(-2, few[..., None, :], 0.0)
+    return mm(x, rows_at(x, few).mT).scatter(-2, few[..., None, :], 0.0)
 
 
 def u_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
@@ -138,21 +140,35 @@ def u_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
     return gram if keep is None else gram.masked_fill_(~(keep[..., :, None] & keep[..., None, :]), 0.0)
 
 
-def noise(x: Tensor, norms: Tensor, few: Tensor | None, eps: float) -> Tensor:
-    """Largest <K, K> of the off-diagonal entries of K = X X^T that are rounding alone: [...], fp64.
+def h_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
+    """A Gram matrix [m, m] of which ``n`` rows count, those of ``keep``, doubly centred in its own memory; zero where
+    all of it is rounding."""
+    room, sums = gram.trace(), gram.sum(1, keepdim=True) / n
+    shift = (sums - sums.sum() / (2.0 * n)).to(gram.dtype)
+    gram -= shift
+    gram -= shift.T
+    if keep is not None:
+        gram.masked_fill_(~(keep[:, None] & keep), 0.0)
+    return gram.mul_(~(gram.norm() <= ROUNDING * torch.finfo(gram.dtype).eps * room))  # NaN stays
 
-    x [..., n, d] has the squared norms [..., n]. An entry K_ij is off by some eps sum_k |x_ik x_jk|, which is far less
-    than eps |x_i| |x_j| where two rows dominate in different features: it is taken for two of the rows ``few``
+
+def noise(sides: Sequence[Tensor], norms: Tensor, few: Tensor | None, eps: float) -> Tensor:
+    """Largest <K, K> of the off-diagonal entries of K = X X^T that are rounding alone, for each of the ``sides`` X
+    [..., n, d]: [sides, ...], fp64.
+
+    ``norms`` [sides, ..., n] are their squared norms. An entry K_ij is off by some eps sum_k |x_ik x_jk|, which is far
+    less than eps |x_i| |x_j| where two rows dominate in different features: it is taken for two of the rows ``few``
     [..., k], None all of them; for others |x_i| |x_j|. ROUNDING eps allows for what centring adds.
     """
-    size, norms = (x if few is None else picked(x, few)).abs(), exact(norms)
-    among = mm(size, size.mT)
+    picked = [(x if few is None else rows_at(x, few)).abs() for x in sides]
+    among = torch.stack([mm(x, x.mT) for x in picked])
     among.diagonal(dim1=-2, dim2=-1).zero_()
     bound = exact(squared_norms(among)).sum(-1)
     if few is not None:
-        rest = norms.scatter(-1, few.to(norms.device), 0.0)  # a CPU's where x's has no fp64
-        total, all_ = rest.sum(-1), norms.sum(-1)
-        bound = bound + total * (2.0 * all_ - total) - rest.square().sum(-1)
+        norms = exact(norms)
+        rest = norms.scatter(-1, few.to(norms.device).expand(*norms.shape[:-1], -1), 0.0)
+        total = rest.sum(-1)
+        bound += total * (2.0 * norms.sum(-1) - total) - rest.square().sum(-1)
     return (ROUNDING * eps) ** 2 * bound
 
 

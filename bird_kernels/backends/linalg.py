@@ -240,6 +240,8 @@ def inner(a: Tensor, b: Tensor) -> Scalar:
         if a.numel() <= ONE_THREAD_DOT and a.is_contiguous() and b.is_contiguous():
             return torch.dot(a.view(-1), b.view(-1)).item()
         return (a * b).sum().item()
+    if a is b and a.is_cuda:  # in one pass
+        return torch.linalg.vector_norm(a, dtype=torch.float64).square()
     rows = torch.linalg.vecdot(a, b)
     return scalar(rows.sum(dtype=torch.float64) if has_fp64(rows.device) else exact(rows).sum())
 

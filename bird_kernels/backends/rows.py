@@ -86,28 +86,36 @@ def described(
     return Rows(z, n, *(Columns(place, shifts[place], scale, totals[place]) for place, scale in sides))
 
 
-def shifted(x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
-    """x [n, p] and y [n, q] of one dtype, with mask bool [n] or None, in plain PyTorch."""
+def shifted(x: Tensor, y: Tensor, mask: Tensor | None, center: bool = True, one_scale: bool = False) -> Rows:
+    """x [n, p] and y [n, q] of one dtype, with mask bool [n] or None, in plain PyTorch.
+
+    Without ``center`` nothing is shifted, and all means count as zero. ``one_scale``: both sides have the same.
+    """
     (n, p), q, wide = x.shape, y.shape[1], wide_of(x)
     z = x.new_zeros(n, padded(q) + padded(p) + 8)
     counted = z[:, -8:-6]
     counted.fill_(1.0) if mask is None else counted.copy_(mask[:, None])  # an assigned number is copied from the host
-    shifts, scales = torch.zeros(z.shape[1], dtype=wide, device=x.device), []
-    for side, start in ((x, padded(q)), (y, 0)):
-        near = to(side, wide)
-        shift = location(near, mask)[0]
-        spread = location((near - shift).abs(), mask)[0] if side.dtype != wide else shift
-        if side.dtype != wide:
-            shift = torch.where(shift.abs() > NEAR * spread, to(to(shift, side.dtype), wide), 0.0)
-        near = kept(near - shift, mask)
-        scale = power_of_two(near)
+    shifts, near, scales = torch.zeros(z.shape[1], dtype=wide, device=x.device), [], []
+    for side, place in zip((x, y), places(p, q), strict=True):
+        own = spread = to(side, wide)
+        if center:
+            shift = location(own, mask)[0]
+            if side.dtype != wide:
+                spread = location((own - shift).abs(), mask)[0]
+                shift = torch.where(shift.abs() > NEAR * spread, to(to(shift, side.dtype), wide), 0.0)
+            own, shifts[place] = own - shift, shift
+        own = kept(own, mask)
+        scale = power_of_two(own)
         if side.dtype == torch.float16:  # beside the largest the others would lose bits
-            scale = lesser(scale * ROOM, power_of_two(spread))
-        place = slice(start, start + side.shape[1])
-        z[:, place], shifts[place] = near * scale, shift
+            scale = lesser(scale * ROOM, power_of_two(spread if center else own))
+        near.append(own)
         scales.append(scale)
-    count = row_count(x, mask)
-    return described(z, count, shifts, (scales[0], scales[1]), z.sum(0, dtype=wide), p, q)
+    if one_scale:
+        scales = [lesser(*scales)] * 2
+    for own, scale, place in zip(near, scales, places(p, q), strict=True):
+        z[:, place] = own * scale
+    totals = z.sum(0, dtype=wide)
+    return described(z, row_count(x, mask), shifts, (scales[0], scales[1]), totals if center else 0.0 * totals, p, q)
 
 
 def apart(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, Tensor, Tensor, Tensor]:
@@ -158,14 +166,17 @@ def centred(z: Tensor, place: slice, mean: Tensor) -> Tensor:
     return torch.addcmul(z[:, place], z[:, -8, None], mean, value=-1.0)
 
 
-def whole(z: Tensor, place: slice, beside: Tensor, few: Tensor, n: int) -> Tensor:
-    """The first ``n`` of these rows, with those that are ``beside`` z (`sides.Shifted`) in their places: [n, d]."""
-    return centred(z, place, beside[-1])[:n].index_copy_(0, few, beside[:-1])
+def beside_z(rows: Rows, *heavy: Tensor) -> Tensor:
+    """What is kept beside z, columns as in z: the ``heavy`` rows of `apart`, and the means [1 or k + 1, *]."""
+    of_x, of_y = (rows.mean(side)[None] for side in (rows.x, rows.y))
+    if heavy:
+        of_x, of_y = torch.cat([heavy[0], of_x]), torch.cat([heavy[1], of_y])
+    return torch.cat([pad(of_y, (0, rows.x.place.start - rows.y.place.stop)), of_x], 1)
 
 
-def joined(of_x: Tensor, of_y: Tensor) -> Tensor:
-    """x's and y's columns side by side as in z."""
-    return torch.cat([pad(of_y, (0, padded(of_y.shape[1]) - of_y.shape[1])), of_x], 1)
+def whole(z: Tensor, place: slice, beside: Tensor, few: Tensor) -> Tensor:
+    """Columns ``place`` of z about their means, with the rows ``few`` that are ``beside`` z in their places: [n, d]."""
+    return centred(z, place, beside[-1]).index_copy_(0, few, beside[:-1])
 
 
 class Term(NamedTuple):

@@ -18,14 +18,14 @@ from .linalg import (
     exact,
     inner,
     inner_products,
+    pack,
     power_of_two,
     read,
-    scalar,
     self_product,
     to,
     weighted_sum,
 )
-from .rows import Shift, apart, joined, products, shifted, wanted, whole
+from .rows import Rows, Shift, apart, beside_z, products, shifted, wanted, whole
 from .sides import Side, Sides, by_columns, empty, kept
 
 # Of what the unbiased self-HSIC is a difference of, the share that has to be left (CPU): 1 / 0.02 roundings are let
@@ -39,32 +39,38 @@ def amid(
     """The unbiased estimator whatever the rows: about the mean of those that do not dominate."""
     n = at_least(4.0, count)
     if route == "gram":
-        return _by_rows(_about_bulk(x, mask, problem), _about_bulk(y, mask, problem), n, mask)
+        if not wanted(problem):
+            return _by_rows(_about_bulk(x, mask, problem), _about_bulk(y, mask, problem), n, mask)
+        rows = shift(x, y, mask)
+        return with_rows(_by_rows(*((rows.z[:, side.place], 1.0) for side in (rows.x, rows.y)), n, mask), rows)
     rows, few, *heavy = apart(shift(x, y, mask), x, y, mask)
     xx, xy, yy = products(rows)
-    kk, kl, ll = (inner(a, a) for a in (xx, xy, yy))
     eps = torch.finfo(xx.dtype).eps
-    beside = [torch.cat([a, rows.mean(side)[None]]) for a, side in zip(heavy, (rows.x, rows.y), strict=True)]
-    xs, ys = (whole(rows.z, side.place, a, few, len(x)) for a, side in zip(beside, (rows.x, rows.y), strict=True))
-    few_columns = torch.stack([columns(a, few) for a in (xs, ys)])  # E and F [2, n, k]
+    beside = beside_z(rows, *heavy)
+    xs, ys = (whole(rows.z[: len(x)], side.place, beside[:, side.place], few) for side in (rows.x, rows.y))
     norms = torch.stack([squared_norms(a) for a in (xs, ys)])
     diagonals = norms.index_fill(1, few, 0.0)  # kappa and lambda of the others
     taken = torch.zeros_like(norms[0]).index_fill_(0, few, 1.0)
-    twice = 2.0 - exact(taken)  # the products of two rows, of which one is apart, stand in E once
-    ks, rs = exact(diagonals), exact(few_columns.sum(2)) - exact(diagonals)
-    k_dots = ks @ ks.T
-    totals = rs.sum(1)
-    rest = exact((few_columns[:, None] * few_columns).sum(3)) @ twice - k_dots
-    rest = rest - 2.0 / (n - 2.0) * (rs @ rs.T) + torch.outer(totals, totals) / ((n - 1.0) * (n - 2.0))
-    of_kk, of_kl, _, of_ll = read(rest.flatten())
+    e = torch.stack([columns(a, few) for a in (xs, ys)])  # K_S and L_S [2, n, k]
+    kappas, sums = exact(diagonals), exact(e.sum(2)) - exact(diagonals)  # and r_K, r_L [2, n]
+    # <K,K>, <K,L>, <L,K> and <L,L> [2, 2]; the products of two rows, of which one is apart, stand in E once.
+    whole_products = pack(tuple(inner(a, a) for a in (xx, xy, xy, yy)), x.device).view(2, 2)
+    dots, totals = kappas @ kappas.T, sums.sum(1)
+    found = whole_products + exact((e[:, None] * e).sum(3)) @ (2.0 - exact(taken)) - dots
+    found += torch.outer(totals, totals) / ((n - 1.0) * (n - 2.0)) - 2.0 / (n - 2.0) * (sums @ sums.T)
     # Of the others a difference is taken: what is left of it has the rounding of its terms.
-    lost = [ROUNDING * eps * (a + b) for a, b in zip((kk, ll), read(k_dots.diagonal()), strict=True)]
-    noises = [scalar(noise(a, b, few, eps)) for a, b in ((xs, norms[0]), (ys, norms[1]))]
-    kk, ll = (alive(a + b, c + d) for a, b, c, d in zip((kk, ll), (of_kk, of_ll), noises, lost, strict=True))
-    saved = (rows.z, joined(*beside)) if wanted(problem) else (xs, ys)
-    own = torch.cat([diagonals, taken[None]])
+    bound = noise((xs, ys), norms, few, eps) + ROUNDING * eps * (whole_products + dots).diagonal()
+    kk, kl, _, ll = read(found.flatten())
+    kk, ll = (alive(a, b) for a, b in zip((kk, ll), read(bound), strict=True))
     yy = yy if problem.y_grad else empty(xs, 0)
-    return Sides(*saved, rows.x.scale, rows.y.scale, kl + of_kl, kk, ll, xx, yy, xy, own)
+    diagonals = torch.cat([diagonals, taken[None]])
+    sides = Sides(xs, ys, rows.x.scale, rows.y.scale, kl, kk, ll, xx, yy, xy, diagonals)
+    return sides._replace(xs=rows.z, ys=beside) if wanted(problem) else sides
+
+
+def with_rows(sides: Sides, rows: Rows) -> Sides:
+    """The same, saved as shifted rows and their means."""
+    return sides._replace(xs=rows.z, ys=beside_z(rows), scale_x=rows.x.scale, scale_y=rows.y.scale)
 
 
 def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> Sides | None:
@@ -99,14 +105,12 @@ def _by_rows(x: tuple[Tensor, Scalar], y: tuple[Tensor, Scalar], n: Scalar, mask
     (xs, scale_x), (ys, scale_y) = x, y
     eps = torch.finfo(torch.float64 if xs.dtype == torch.float64 else torch.float32).eps
     xx, yy = self_product(xs), self_product(ys)
-    few = [None if xs.is_cpu else largest(gram.diagonal()) for gram in (xx, yy)]
-    noises = [
-        scalar(noise(z, gram.diagonal(), some, eps)) for z, gram, some in zip((xs, ys), (xx, yy), few, strict=True)
-    ]
+    norms = torch.stack([xx.diagonal(), yy.diagonal()])
+    bound = read(noise((xs, ys), norms, None if xs.is_cpu else largest(*norms), eps))
     xx, yy = (u_centred_(gram, n, mask) for gram in (xx, yy))
     kl, kk, ll = inner_products(xx, yy)
-    kk, ll = alive(kk, noises[0]), alive(ll, noises[1])
-    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, empty(xs, (0, 0)), xx.new_zeros(3, len(xx)))
+    kk, ll = alive(kk, bound[0]), alive(ll, bound[1])
+    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, empty(xs, (0, 0)), torch.zeros_like(xx[:3]))
 
 
 def _about_bulk(x: Tensor, mask: Tensor | None, problem: Problem) -> tuple[Tensor, Scalar]:
@@ -120,24 +124,23 @@ def _about_bulk(x: Tensor, mask: Tensor | None, problem: Problem) -> tuple[Tenso
 
 def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar, route: Route) -> Tensor:
     """The unbiased estimator's share of dX: what stands behind the products in the formulas of `library`."""
-    own, n = to(side.own, d.dtype), at_least(4.0, side.n)
     kappa, lam, apart = side.rows
     sum_own, sum_other = side.sums
+    is_plain = isinstance(sum_own, float) and sum_own > 0.0
+    if route == "gram" and not is_plain:  # `_by_rows`: the matrices are U-centred
+        return d
+    own, n = to(side.own, d.dtype), at_least(4.0, side.n)
     diagonal = weighted_sum(lam, d_cross, kappa, d_own)
-    if isinstance(sum_own, float) and sum_own > 0.0:  # `plain`: rho = -diagonal, no rows stand apart, T = 0
+    if is_plain:  # rho = -diagonal, no rows stand apart, T = 0
         constant = (d_cross * sum_other + d_own * sum_own) / ((n - 1.0) * (n - 2.0))
         factor = -2.0 / (n - 2.0) if route == "gram" else -n / (n - 2.0)
         d.addcmul_((diagonal * factor + constant)[:, None], own)
         return d.add_(diagonal @ own, alpha=1.0 / (n - 2.0))
-    if route == "gram":  # `_by_rows`: the matrices are U-centred
-        return d
     few = side.shifted.few if side.shifted is not None else marked(apart)
-    e = columns(own, few) * d_own
-    e += columns(to(side.other, d.dtype), few) * d_cross
-    diagonal = diagonal * (1.0 - apart)
-    rho = e.sum(1) - diagonal
+    e = weighted_sum(columns(to(side.other, d.dtype), few), d_cross, columns(own, few), d_own)
+    rho, heavy = e.sum(1) - diagonal, own[few]
     share = rho / (n - 2.0)
     u = share - exact(rho).sum().to(d.dtype) / ((n - 1.0) * (n - 2.0))
     d.addcmul_((u + share - diagonal)[:, None], own)
-    ones, left = torch.ones_like(u), -(share @ own)
-    return d.addmm_(torch.cat([e, u[:, None], ones[:, None]], 1), torch.cat([own[few], -own.sum(0)[None], left[None]]))
+    left = torch.cat([e, u[:, None], torch.ones_like(u)[:, None]], 1)
+    return d.addmm_(left, torch.cat([heavy, -heavy.sum(0)[None], -(share @ own)[None]]))
