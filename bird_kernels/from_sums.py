@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.dominating import alive, dominated, squared_norms
+from .backends.dominating import alive, squared_norms
 from .backends.linalg import at_least, fp32_products, inner, scalar, to
-from .backends.rows import Rows, Term, apart, centred, mean, weighed, wide_of
+from .backends.rows import Rows, Term, bulk, centred, mean, weighed, wide_of
 from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
 from .sums import Norms, Sums, scaled, times, trace
 from .types import Problem
@@ -87,7 +87,7 @@ def _terms(
     each = (z.x, origins[0], xx, factors[1] * c.scale_x), (z.y, origins[1], xy, factors[0] * c.scale_y)
     wide = wide_of(z.z)
     x, y = (
-        Term(side.place, to((origin - side.shift) * side.scale, wide), to(matrix, wide), factor / side.scale)
+        Term(side.place, to((origin - side.shift) * side.scale, wide), to(matrix, wide) * (factor / side.scale))
         for side, origin, matrix, factor in each
     )
     return x, y
@@ -98,28 +98,20 @@ def _unbiased(
     exact: Sums,
 ) -> Tensor:  # fmt: skip
     """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
-    few = None
-    if x.is_cuda or any(dominated(squared_norms(centred(z.z, side.place, z.mean(side)))) for side in (z.x, z.y)):
-        z, few, *_ = apart(z, x, y, mask)
+    z, few = bulk(z, x, y, mask)
     origins = mean(z, z.x), mean(z, z.y)
     about = (origins[0] - s.mean_x) * c.scale_x, (origins[1] - s.mean_y) * c.scale_y
     xs, ys = (
         centred(z.z, side.place, z.mean(side))[: len(x)] * (scale / side.scale)
         for side, scale in ((z.x, c.scale_x), (z.y, c.scale_y))
     )
-
-    def product(xx: Tensor, xy: Tensor) -> Tensor:
-        return weighed(z.z, len(x), _terms(z, origins, xx, xy, factors, c))
-
-    d = _rows(product, xs, ys, s, about, factors, c)
+    d = _rows(lambda xx, xy: weighed(z.z, len(x), _terms(z, origins, xx, xy, factors, c)), xs, ys, s, about, factors, c)
     if few is None:
         return d
     xs, ys = ((a[few].double() - origins[i]) * (c.scale_x, c.scale_y)[i] for i, a in enumerate((x, y)))
-
-    def product(xx: Tensor, xy: Tensor) -> Tensor:
-        return ys @ (xy.double() * factors[0]) + xs @ (xx.double() * factors[1])
-
-    return d.index_copy_(0, few, to(_rows(product, xs, ys, exact, about, factors, c), d.dtype))
+    a, b = factors
+    few_d = _rows(lambda xx, xy: ys @ (xy.double() * a) + xs @ (xx.double() * b), xs, ys, exact, about, factors, c)
+    return d.index_copy_(0, few, to(few_d, d.dtype))
 
 
 def _rows(
@@ -141,14 +133,13 @@ def _rows(
     norms, n = s.norms, c.n
     assert norms is not None
     xx, xy, kx, lx = s.xx, s.xy, norms.kx, norms.lx
-    total_k, total_l = -c.sum_k, -c.sum_l  # of the row sums r and s
     u, v = about
     uu, vv = u @ u, v @ v
     kx = kx - 2.0 * times(xx, u) - u * (c.sum_k + n * uu)
     lx = lx - 2.0 * times(xy.T, v) - u * (c.sum_l + n * vv)
     xx, xy = xx + n * torch.outer(u, u), xy + n * torch.outer(v, u)
     column, other_column = -n * u, -n * v
-    total_k, total_l = total_k + n * (n - 1.0) * scalar(uu), total_l + n * (n - 1.0) * scalar(vv)
+    total_k, total_l = n * (n - 1.0) * scalar(uu) - c.sum_k, n * (n - 1.0) * scalar(vv) - c.sum_l  # of r and s
     kx, lx = kx - times(xx, column), lx - times(xy.T, other_column)
     wide = xs.dtype
     d = product(xx, xy)

@@ -95,27 +95,20 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
     enough, valid = n >= MIN_ROWS[estimator], 1.0
     if enough is not True:  # too few, or a tensor that may say so
         n, valid = _where(enough, n, 4.0), _where(enough, 1.0, float("nan"))
+    alpha = beta = 0.0
+    if isinstance(m.r_kk, torch.Tensor) or m.r_kk or m.r_ll:  # else centred already
+        left, pairs = (n, n * n) if estimator == "biased" else (n - 2.0, (n - 1.0) * (n - 2.0))
+        alpha, beta = -2.0 / left, 1.0 / pairs
     if statistic == "gram_mse":  # of matrices that are centred already: they have no other moments
         each = valid / (n * n)
         return Combined(each * (m.kk - 2.0 * m.kl + m.ll), -2.0 * each, each, each)
-
-    def hsic(product: Scalar, rows: Scalar, totals: Scalar) -> tuple[Scalar, Scalar]:
-        """HSIC times its norm, and the size of what it is a sum of."""
-        if isinstance(rows, float) and rows == 0.0:
-            return product, product
-        if estimator == "biased":
-            alpha, beta = -2.0 / n, 1.0 / (n * n)
-        else:
-            alpha, beta = -2.0 / (n - 2.0), 1.0 / ((n - 1.0) * (n - 2.0))
-        return product + alpha * rows + beta * totals, product + rows + beta * totals
-
-    kl, _ = hsic(m.kl, m.r_kl, m.t_k * m.t_l)
+    kl = m.kl + alpha * m.r_kl + beta * m.t_k * m.t_l
     if statistic == "hsic":
-        norm = (n - 1.0) * (n - 1.0) if estimator == "biased" else n * (n - 3.0)
+        norm = n * (n - 3.0) if estimator == "unbiased" else (n - 1.0) * (n - 1.0)
         return Combined(valid * kl / norm, valid / norm, 0.0 * kl, 0.0 * kl)
 
-    kk, k_dead = _self_hsic(*hsic(m.kk, m.r_kk, m.t_k * m.t_k), eps)
-    ll, l_dead = _self_hsic(*hsic(m.ll, m.r_ll, m.t_l * m.t_l), eps)
+    kk, k_dead = _self_hsic(m.kk, m.r_kk, m.t_k, alpha, beta, eps)
+    ll, l_dead = _self_hsic(m.ll, m.r_ll, m.t_l, alpha, beta, eps)
     dead = k_dead | l_dead
     alive = valid if dead is False else valid * _where(dead, 0.0, 1.0)
     d_kl = alive / (kk**0.5 * ll**0.5)
@@ -132,18 +125,17 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
     return Combined(1.0 - cka, -d_kl, -d_kk, -d_ll)
 
 
-def _self_hsic(value: Scalar, terms: Scalar, eps: float) -> tuple[Scalar, Scalar]:
-    """HSIC(K,K) times its norm, made safe to divide by, and whether it vanishes."""
-    dead = value <= ROUNDING * eps * terms  # False for NaN
+def _self_hsic(kk: Scalar, r_kk: Scalar, t_k: Scalar, alpha: Scalar, beta: Scalar, eps: float) -> tuple[Scalar, Scalar]:
+    """HSIC(K,K) * norm, made safe to divide by, and whether it vanishes."""
+    total = beta * t_k * t_k
+    value = kk + alpha * r_kk + total
+    dead = value <= ROUNDING * eps * (kk + r_kk + total)  # False for NaN
     return value if dead is False else _where(dead, 1.0, value), dead
 
 
 def _where(condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
-    """a or b, of which one may be a tensor: each number of a torch.where is a launch."""
     if not isinstance(condition, torch.Tensor):
         return a if condition else b
     if isinstance(b, torch.Tensor) and not isinstance(a, torch.Tensor):
-        return b.masked_fill(condition, a)
-    if isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor):
-        return a.masked_fill(~condition, b)
+        return b.masked_fill(condition, a)  # a number of a torch.where is a launch
     return torch.where(condition, a, b)

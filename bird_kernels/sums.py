@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import backends, distributed
 from .backends import rows
-from .backends.dominating import squared_norms, uneven
+from .backends.dominating import squared_norms
 from .backends.linalg import as_tensor, dtypes, fp32_products, to
 from .moments import Scalar
 from .transport import upper_blocks, upper_size
@@ -84,15 +84,12 @@ def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums
         return _none(x, y, dtypes(problem)[0], unbiased)
     with fp32_products(problem):
         z = backends.rows_of(x, y, mask, problem)
-        if not unbiased:
-            return _of_rows(z, problem)
-        if not x.is_cuda:  # which may look
-            found = _of_rows(z, problem)
-            if problem.dtype == torch.float64 or not _dominated(found):
-                return found
-        rest, few, *_ = rows.apart(z, x, y, mask)
+        z, few = rows.bulk(z, x, y, mask) if unbiased else (z, None)
+        sums = _of_rows(z, problem)
+        if few is None:
+            return sums
         heavy = rows.shifted(x[few].double(), y[few].double(), None if mask is None else mask[few])
-        return include(_of_rows(rest, problem).to(torch.float64), _of_rows(heavy, problem))
+        return include(sums.to(torch.float64), _of_rows(heavy, problem))
 
 
 def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
@@ -102,13 +99,6 @@ def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
         norms = _norms(*(rows.centred(z.z, side.place, z.mean(side)) for side in (z.x, z.y)))
     sums = Sums(as_tensor(z.n, z.z.device), rows.mean(z, z.x), rows.mean(z, z.y), *rows.products(z), norms)
     return scaled(sums, *(_unscaled(side.scale, sums.xx.dtype) for side in (z.x, z.y)))
-
-
-def _dominated(s: Sums) -> bool:
-    """Whether rows dominate, by the sums of these."""
-    assert s.norms is not None
-    each = (s.norms.kk, s.xx), (s.norms.ll, s.yy)
-    return any(uneven(squares.item(), trace(product).item(), s.n.item()) for squares, product in each)
 
 
 def _unscaled(scale: Scalar, dtype: torch.dtype) -> Scalar:

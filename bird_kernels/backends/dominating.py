@@ -59,12 +59,12 @@ def largest(*norms: Tensor) -> Tensor:
     """
     both = torch.stack(norms)
     score = (both / (both.median(-1, keepdim=True).values + 1e-12 * both.amax(-1, keepdim=True))).sum(0)
-    return score.topk(how_many(score.shape[-1], score.device)).indices
+    return score.topk(how_many(score.shape[-1], score.device)).indices.sort().values
 
 
 def marked(apart: Tensor) -> Tensor:
     """The rows of `largest` again, from a vector [n] that is 1 for them and 0 for the others."""
-    return apart.topk(how_many(len(apart), apart.device)).indices
+    return apart.topk(how_many(len(apart), apart.device)).indices.sort().values
 
 
 def how_many(n: int, device: torch.device) -> int:
@@ -138,18 +138,6 @@ def u_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
     gram -= shift.mT
     diagonal.zero_()
     return gram if keep is None else gram.masked_fill_(~(keep[..., :, None] & keep[..., None, :]), 0.0)
-
-
-def h_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
-    """A Gram matrix [m, m] of which ``n`` rows count, those of ``keep``, doubly centred in its own memory; zero where
-    all of it is rounding."""
-    room, sums = gram.trace(), gram.sum(1, keepdim=True) / n
-    shift = (sums - sums.sum() / (2.0 * n)).to(gram.dtype)
-    gram -= shift
-    gram -= shift.T
-    if keep is not None:
-        gram.masked_fill_(~(keep[:, None] & keep), 0.0)
-    return gram.mul_(~(gram.norm() <= ROUNDING * torch.finfo(gram.dtype).eps * room))  # NaN stays
 
 
 def noise(sides: Sequence[Tensor], norms: Tensor, few: Tensor | None, eps: float) -> Tensor:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..moments import MIN_ROWS, Coefficients, Moments, Scalar, combine
 from ..types import Problem, Route, Shapes, Stash
-from .dominating import h_centred_, how_many, marked
+from .dominating import how_many, marked
 from .linalg import (
     add_scaled_mm,
     at_least,
@@ -53,9 +53,9 @@ from .linalg import (
     weighted_sum,
     write,
 )
-from .rows import Shift, Term, places, products, shifted, wanted, weighed, whole
+from .rows import Shift, Term, places, shifted, wanted, weighed, whole
 from .sides import Shifted, Side, Sides, by_columns, empty, kept
-from .unbiased import add_rows, amid, plain, with_rows
+from .unbiased import add_rows, amid, plain
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -64,16 +64,19 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def stash_shapes(problem: Problem, route: Route, rows: int | None = None) -> Shapes:
-    """Shape and dtype of every tensor of the stash; z has so many ``rows``, n if None."""
+    """Shape and dtype of every tensor of the stash. Where rows are shifted, ``xs`` is z, of so many ``rows``, n if
+    None, and ``ys`` the rows beside it."""
     n, p, q = problem.n, problem.p, problem.q
     wide, operand = dtypes(problem)
-    gram, shifts = route == "gram", wanted(problem)
-    keep_y = problem.y_grad or not gram
-    few = how_many(n, problem.device) if problem.estimator == "unbiased" and not gram else 0
+    gram = route == "gram"
+    of_x, of_y = ((n, p), operand), ((n, q) if problem.y_grad or not gram else (0,), operand)
+    if _shifts(problem, route):
+        of_x = (rows or n, padded(q) + padded(p) + 8), problem.dtype
+        of_y = (how_many(n, problem.device) + 1, padded(q) + p), wide
     return dict(
         coefficients=((len(Coefficients._fields),), torch.float64),
-        xs=((rows or n, padded(q) + padded(p) + 8), problem.dtype) if shifts else ((n, p), operand),
-        ys=((few + 1, padded(q) + p), wide) if shifts else ((n, q) if keep_y else (0,), operand),
+        xs=of_x,
+        ys=of_y,
         xx=((n, n) if gram else (p, p), wide),
         yy=((n, n) if gram else ((q, q) if problem.y_grad else (0,)), wide),
         xy=((0, 0) if gram else (q, p), wide),
@@ -81,19 +84,23 @@ def stash_shapes(problem: Problem, route: Route, rows: int | None = None) -> Sha
     )
 
 
+def _shifts(problem: Problem, route: Route) -> bool:
+    return wanted(problem) and problem.estimator == "unbiased" and route == "cross"
+
+
 def forward(
     x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, shift: Shift = shifted
 ) -> tuple[Tensor, Stash]:
-    """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None; ``shift`` makes the
-    rows of the unbiased cross route."""
+    """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     wide, _ = dtypes(problem)
     count = row_count(x, mask)
-    looks = x.is_cpu and not wanted(problem)
+    shifts = _shifts(problem, route)
+    looks = x.is_cpu and not shifts
     with fp32_products(problem):
-        sides = _looked(x, y, mask, count, problem, route) if looks else None
-        if shift is not shifted:
-            sides = amid(x, y, mask, count, problem, route, shift)
-        elif sides is None:
+        sides = amid(x, y, mask, count, problem, route, shift) if shifts else None
+        if looks:
+            sides = _looked(x, y, mask, count, problem, route)
+        if sides is None:
             (near_x, x_unit), (near_y, y_unit) = _near_one(x, y, mask, problem)
             if looks and (x_unit, y_unit) != (1.0, 1.0):
                 sides = _looked(near_x, near_y, mask, count, problem, route)
@@ -110,7 +117,7 @@ def forward(
         d_kl, d_kk, d_ll, sides.kl, sides.kk, sides.ll, sides.sum_k, sides.sum_l, sides.scale_x, sides.scale_y,
         at_least(MIN_ROWS[problem.estimator], count),  # with fewer the derivatives are NaN already
     )  # fmt: skip
-    ys = sides.ys if problem.y_grad or route == "cross" or wanted(problem) else sides.ys.new_empty(0)
+    ys = sides.ys if problem.y_grad or route == "cross" else sides.ys.new_empty(0)
     stash = Stash(pack(coefficients, x.device), sides.xs, ys, sides.xx, sides.yy, sides.xy, sides.rows)
     return write(value, wide, x.device), stash
 
@@ -124,14 +131,10 @@ def backward(
     dx = dy = of_x = of_y = None
     gram, xs, ys = route == "gram", stash.xs, stash.ys
     with fp32_products(problem):
-        if wanted(problem):
-            z, beside, place_x, place_y = stash.xs[: problem.n], stash.ys, *places(problem.p, problem.q)
-            few = marked(stash.rows[2]) if len(beside) > 1 else None
-            of_x, of_y = Shifted(z, beside, few, place_x, place_y), Shifted(z, beside, few, place_y, place_x)
-            if few is not None:
-                xs, ys = (whole(z, place, beside[:, place], few) for place in (place_x, place_y))
-            elif gram:  # each as it is multiplied: with the ones, for the sums of the rounded matrix
-                xs, ys = (z[:, place.start :] for place in (place_x, place_y))
+        if _shifts(problem, route):
+            z, beside, few, at = xs[: problem.n], ys, marked(stash.rows[2]), places(problem.p, problem.q)
+            of_x, of_y = Shifted(z, beside, few, *at), Shifted(z, beside, few, *at[::-1])
+            xs, ys = (whole(z, place, beside[:, place], few) for place in at)
         if problem.x_grad:
             products = (stash.yy, stash.xx) if gram else (stash.xy, stash.xx)
             own = Side(xs, ys, *products, stash.rows, c.scale_x, c.n, (c.sum_k, c.sum_l), of_x)
@@ -151,26 +154,18 @@ def _gradient(
     d_cross, d_own, factors = _folded(d_cross, d_own, upstream, side.scale)
     if route == "gram":
         d = scaled_mm(weighted_sum(side.cross, d_cross, side.product, d_own), side.own)
-        if side.shifted is not None:
-            mean = side.shifted.beside[-1, side.shifted.own]
-            d = d[:, : len(mean)].addr(d[:, -8], mean, alpha=-1)
-    elif side.shifted is not None:
-        d = _weighed(side, side.shifted, d_cross, d_own)
-    else:
+    elif side.shifted is None:
         d = add_scaled_mm(scaled_mm(side.other, side.cross * d_cross), side.own, side.product * d_own)
+    else:
+        z, beside, few, own, other = side.shifted
+        terms = (own, side.product * d_own), (other, side.cross * d_cross)
+        d = weighed(z, len(z), tuple(Term(place, beside[-1, place], matrix) for place, matrix in terms))
+        d.index_copy_(0, few, sum(beside[:-1, place] @ matrix for place, matrix in terms))
     if len(side.rows):
         d = add_rows(d, side, d_cross, d_own, route)
     for factor in factors:
         d = d * factor
     return d if mask is None else d.masked_fill_(~mask[:, None], 0.0)
-
-
-def _weighed(side: Side, by: Shifted, d_cross: Scalar, d_own: Scalar) -> Tensor:
-    """other cross d_cross + own product d_own of the cross route, in fp32: of all rows of z."""
-    z, beside, few, own, other = by
-    terms = ((own, side.product, d_own), (other, side.cross, d_cross))
-    d = weighed(z, len(z), tuple(Term(place, beside[-1, place], *by) for place, *by in terms))
-    return d if few is None else d.index_copy_(0, few, sum(beside[:-1, place] @ (a * b) for place, a, b in terms))
 
 
 def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> tuple[Scalar, Scalar, list[Scalar]]:
@@ -213,7 +208,7 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
             return None
         sides = found
     else:
-        sides = _products(xs, ys, problem, route)
+        sides = _products(xs, ys, 1.0, 1.0, problem, route)
     return sides if _sound(sides.kk, x_sum, n) and _sound(sides.ll, y_sum, n) else None
 
 
@@ -232,20 +227,14 @@ def _near_one(
     x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem
 ) -> tuple[tuple[Tensor, Scalar], tuple[Tensor, Scalar]]:
     """Both sides times powers of two, and these: the sums and squares of what is far from 1 leave the range of fp32."""
-    narrow = wide = dtypes(problem)[0]
-    if wanted(problem):  # as they are multiplied; fp16 has a range whose sums and squares fit
-        narrow = problem.dtype
-        if narrow == torch.float16:
-            return (x, 1.0), (y, 1.0)
+    wide, _ = dtypes(problem)
     x, y = (kept(to(a, wide), mask) for a in (x, y))
     units = power_of_two(x), power_of_two(y)
     if problem.statistic == "gram_mse":  # K - L needs one for both
         units = (lesser(*units),) * 2
     if all(isinstance(u, float) and 1e-5 < u < 1e5 for u in units):  # fourth powers fit
-        units = 1.0, 1.0
-    else:
-        x, y = x * units[0], y * units[1]
-    return (to(x, narrow), units[0]), (to(y, narrow), units[1])
+        return (x, 1.0), (y, 1.0)
+    return (x * units[0], units[0]), (y * units[1], units[1])
 
 
 def _is_normal(unit: float) -> bool:
@@ -255,36 +244,18 @@ def _is_normal(unit: float) -> bool:
 
 def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:
     """Columns minus their means, with care, brought near 1; biased."""
-    if wanted(problem):
-        return _by_shifted(x, y, mask, count, problem, route)
     xs, scale_x, _ = centre(x, mask, count, problem)
     ys, scale_y, _ = centre(y, mask, count, problem)
     if problem.statistic == "gram_mse":  # K - L needs one scale for both
         scale = lesser(scale_x, scale_y)
         xs, ys, scale_x, scale_y = xs * (scale / scale_x), ys * (scale / scale_y), scale, scale
-    return _products(xs, ys, problem, route)._replace(scale_x=scale_x, scale_y=scale_y)
+    return _products(xs, ys, scale_x, scale_y, problem, route)
 
 
-def _by_shifted(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:
-    """`_careful` with shifted rows, centred in their products."""
-    rows = shifted(x, y, mask, problem.center, problem.statistic == "gram_mse")
-    if route == "gram":
-        sides = _products(*(rows.z[:, side.place] for side in (rows.x, rows.y)), problem, route, count, mask)
-    else:
-        xx, xy, yy = products(rows)
-        kl, kk, ll = (inner(a, a) for a in (xy, xx, yy))
-        sides = Sides(x, y, 1.0, 1.0, kl, kk, ll, xx, yy if problem.y_grad else empty(xx, 0), xy, empty(xx, 0))
-    return with_rows(sides, rows)
-
-
-def _products(
-    xs: Tensor, ys: Tensor, problem: Problem, route: Route, count: Scalar | None = None, mask: Tensor | None = None
-) -> Sides:
-    """The products of one route and their inner products; biased. ``count``: the products are what is centred."""
+def _products(xs: Tensor, ys: Tensor, scale_x: Scalar, scale_y: Scalar, problem: Problem, route: Route) -> Sides:
+    """The products of one route and their inner products; biased."""
     if route == "gram":
         xx, yy, xy = self_product(xs), self_product(ys), empty(xs, (0, 0))
-        if count is not None and problem.center:
-            xx, yy = (h_centred_(gram, count, mask) for gram in (xx, yy))
         if problem.statistic == "gram_mse":  # the difference itself is exact where the matrices agree
             difference = xx - yy
             kk = inner(difference, difference)
@@ -293,4 +264,4 @@ def _products(
             kl, kk, ll = inner_products(xx, yy)
     else:
         xx, xy, yy, kl, kk, ll = by_columns(xs, ys, problem)
-    return Sides(xs, ys, 1.0, 1.0, kl, kk, ll, xx, yy, xy, empty(xs, 0))
+    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, xy, empty(xs, 0))

@@ -295,7 +295,7 @@ def write(value: Scalar, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def as_tensor(value: Scalar, device: torch.device) -> Tensor:
-    """A scalar as a 0-d tensor, fp64. (full() and not tensor(): a copy from the host would break CUDA graph capture.)"""
+    """A scalar as a 0-d tensor, fp64; not by tensor(): a copy from the host would break CUDA graph capture."""
     return value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
 
 

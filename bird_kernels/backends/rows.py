@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from ..moments import ROUNDING, Scalar
 from ..types import Problem
-from .dominating import largest, location
+from .dominating import dominated, largest, location, squared_norms
 from .linalg import at_least, lesser, mm, padded, power_of_two, row_count, scalar, self_product, to
 from .sides import kept
 
@@ -86,36 +86,26 @@ def described(
     return Rows(z, n, *(Columns(place, shifts[place], scale, totals[place]) for place, scale in sides))
 
 
-def shifted(x: Tensor, y: Tensor, mask: Tensor | None, center: bool = True, one_scale: bool = False) -> Rows:
-    """x [n, p] and y [n, q] of one dtype, with mask bool [n] or None, in plain PyTorch.
-
-    Without ``center`` nothing is shifted, and all means count as zero. ``one_scale``: both sides have the same.
-    """
+def shifted(x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
+    """x [n, p] and y [n, q] of one dtype, with mask bool [n] or None, in plain PyTorch."""
     (n, p), q, wide = x.shape, y.shape[1], wide_of(x)
     z = x.new_zeros(n, padded(q) + padded(p) + 8)
     counted = z[:, -8:-6]
     counted.fill_(1.0) if mask is None else counted.copy_(mask[:, None])  # an assigned number is copied from the host
-    shifts, near, scales = torch.zeros(z.shape[1], dtype=wide, device=x.device), [], []
+    shifts, scales = torch.zeros(z.shape[1], dtype=wide, device=x.device), []
     for side, place in zip((x, y), places(p, q), strict=True):
-        own = spread = to(side, wide)
-        if center:
-            shift = location(own, mask)[0]
-            if side.dtype != wide:
-                spread = location((own - shift).abs(), mask)[0]
-                shift = torch.where(shift.abs() > NEAR * spread, to(to(shift, side.dtype), wide), 0.0)
-            own, shifts[place] = own - shift, shift
-        own = kept(own, mask)
+        own = to(side, wide)
+        shift = spread = location(own, mask)[0]
+        if side.dtype != wide:
+            spread = location((own - shift).abs(), mask)[0]
+            shift = torch.where(shift.abs() > NEAR * spread, to(to(shift, side.dtype), wide), 0.0)
+        own = kept(own - shift, mask)
         scale = power_of_two(own)
-        if side.dtype == torch.float16:  # beside the largest the others would lose bits
-            scale = lesser(scale * ROOM, power_of_two(spread if center else own))
-        near.append(own)
+        if side.dtype == torch.float16:  # brought near 1 by the largest, the others would lose bits
+            scale = lesser(scale * ROOM, power_of_two(spread))
+        z[:, place], shifts[place] = own * scale, shift
         scales.append(scale)
-    if one_scale:
-        scales = [lesser(*scales)] * 2
-    for own, scale, place in zip(near, scales, places(p, q), strict=True):
-        z[:, place] = own * scale
-    totals = z.sum(0, dtype=wide)
-    return described(z, row_count(x, mask), shifts, (scales[0], scales[1]), totals if center else 0.0 * totals, p, q)
+    return described(z, row_count(x, mask), shifts, (scales[0], scales[1]), z.sum(0, dtype=wide), p, q)
 
 
 def apart(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, Tensor, Tensor, Tensor]:
@@ -128,13 +118,21 @@ def apart(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, 
     few = largest(*(torch.linalg.vector_norm(a, dim=1, dtype=wide).square() for a in near))
     z.index_fill_(0, few, 0.0)
     totals = z.sum(0, dtype=wide)
-    rest = Rows(z, scalar(totals[-8]), *(side._replace(total=totals[side.place]) for side in rows[2:]))
+    of_x, of_y = (side._replace(total=totals[side.place]) for side in (rows.x, rows.y))
+    rest = Rows(z, scalar(totals[-8]), of_x, of_y)
     known = None if mask is None else mask[few]
-    heavy = (
+    heavy_x, heavy_y = (
         kept((to(features[few], wide) - side.shift) * side.scale - rest.mean(side), known)
         for side, features in ((rest.x, x), (rest.y, y))
     )
-    return rest, few, *heavy
+    return rest, few, heavy_x, heavy_y
+
+
+def bulk(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, Tensor | None]:
+    """The rows, and None; but where some dominate, and on a GPU, which cannot look, what `apart` leaves of them, and
+    its indices."""
+    norms = (squared_norms(centred(rows.z, side.place, rows.mean(side))) for side in (rows.x, rows.y))
+    return apart(rows, x, y, mask)[:2] if x.is_cuda or any(map(dominated, norms)) else (rows, None)
 
 
 def mean(rows: Rows, side: Columns) -> Tensor:
@@ -166,12 +164,10 @@ def centred(z: Tensor, place: slice, mean: Tensor) -> Tensor:
     return torch.addcmul(z[:, place], z[:, -8, None], mean, value=-1.0)
 
 
-def beside_z(rows: Rows, *heavy: Tensor) -> Tensor:
-    """What is kept beside z, columns as in z: the ``heavy`` rows of `apart`, and the means [1 or k + 1, *]."""
-    of_x, of_y = (rows.mean(side)[None] for side in (rows.x, rows.y))
-    if heavy:
-        of_x, of_y = torch.cat([heavy[0], of_x]), torch.cat([heavy[1], of_y])
-    return torch.cat([pad(of_y, (0, rows.x.place.start - rows.y.place.stop)), of_x], 1)
+def beside_z(rows: Rows, heavy_x: Tensor, heavy_y: Tensor) -> Tensor:
+    """The rows of `apart`, and below them the means, columns as in z: [k + 1, *]."""
+    x, y = (torch.cat([a, rows.mean(side)[None]]) for a, side in ((heavy_x, rows.x), (heavy_y, rows.y)))
+    return torch.cat([pad(y, (0, rows.x.place.start - rows.y.place.stop)), x], 1)
 
 
 def whole(z: Tensor, place: slice, beside: Tensor, few: Tensor) -> Tensor:
@@ -180,13 +176,11 @@ def whole(z: Tensor, place: slice, beside: Tensor, few: Tensor) -> Tensor:
 
 
 class Term(NamedTuple):
-    """A summand of `weighed`: columns ``place`` of z minus ``mean`` [d], times ``matrix`` [d, p] and ``factor``; fp32
-    or fp64."""
+    """A summand of `weighed`: columns ``place`` of z minus ``mean`` [d], times ``matrix`` [d, p]; fp32 or fp64."""
 
     place: slice
     mean: Tensor
     matrix: Tensor
-    factor: Scalar
 
 
 def weighed(z: Tensor, n: int, terms: tuple[Term, ...], wide: bool = True) -> Tensor:
@@ -197,8 +191,8 @@ def weighed(z: Tensor, n: int, terms: tuple[Term, ...], wide: bool = True) -> Te
     p = terms[0].matrix.shape[1]
     w = terms[0].matrix.new_zeros(z.shape[1], padded(p))
     means = w.new_zeros(z.shape[1])
-    for term in terms:
-        w[term.place, :p], means[term.place] = term.matrix * term.factor, term.mean
+    for place, mean_, matrix in terms:
+        w[place, :p], means[place] = matrix, mean_
     near: Scalar = 1.0
     if z.dtype == torch.float16:  # its range is short: weights and bias are brought near 1, the result back in fp32
         w[-8] = torch.mv(w.T, means)

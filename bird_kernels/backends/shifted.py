@@ -41,7 +41,7 @@ def takes(problem: Problem) -> bool:
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash; ``rows`` holds means of z (cross) or row sums of K and L (gram)."""
     if not _is_here(problem, route):
-        return library.stash_shapes(problem, route, _geometry(problem, route)[0] if takes(problem) else None)
+        return library.stash_shapes(problem, route, _geometry(problem, "cross")[0])
     n, pa, qa, rows = problem.n, padded(problem.p), padded(problem.q), _geometry(problem, route)[0]
     cross = route == "cross"
     keep_y = problem.y_grad and not cross
@@ -64,8 +64,6 @@ def forward(
     ``symmetric``: how our own kernel multiplies a side with itself (halves and tf32); None: the library does, unless
     that kernel was measured to be faster on this device (`tuning`).
     """
-    if not takes(problem):
-        return library.forward(x, y, mask, problem, route)
     if not _is_here(problem, route):
         return library.forward(x, y, mask, problem, route, partial(rows_of, problem=problem))
     symmetric = symmetric or _measured(problem)

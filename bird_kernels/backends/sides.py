@@ -36,13 +36,12 @@ class Sides(NamedTuple):
 
 
 class Shifted(NamedTuple):
-    """The rows of `Side` as they are multiplied where that is not as they are: columns ``own`` and ``other`` of z
-    (`rows.Rows`), whose means are the last row of ``beside`` [k + 1, *]. The others are the rows ``few`` [k], zero in
-    z, about these means."""
+    """The rows of `Side` as they are multiplied: columns ``own`` and ``other`` of z (`rows.Rows`), but the rows ``few``
+    [k], which are ``beside`` it (`rows.beside_z`)."""
 
     z: Tensor
     beside: Tensor
-    few: Tensor | None
+    few: Tensor
     own: slice
     other: slice
 

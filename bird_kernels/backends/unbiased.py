@@ -11,22 +11,10 @@ from torch import Tensor
 
 from ..moments import ROUNDING, Scalar
 from ..types import Problem, Route
-from .dominating import alive, bulk_mean, columns, largest, marked, noise, squared_norms, u_centred_, uneven
-from .linalg import (
-    at_least,
-    dtypes,
-    exact,
-    inner,
-    inner_products,
-    pack,
-    power_of_two,
-    read,
-    self_product,
-    to,
-    weighted_sum,
-)
-from .rows import Rows, Shift, apart, beside_z, products, shifted, wanted, whole
-from .sides import Side, Sides, by_columns, empty, kept
+from .dominating import alive, columns, largest, marked, noise, squared_norms, u_centred_, uneven
+from .linalg import at_least, dtypes, exact, inner, inner_products, pack, read, self_product, to, weighted_sum
+from .rows import Shift, apart, beside_z, products, shifted, wanted, whole
+from .sides import Side, Sides, by_columns, empty
 
 # Of what the unbiased self-HSIC is a difference of, the share that has to be left (CPU): 1 / 0.02 roundings are let
 # pass. Below, rows dominate, or there are a dozen of them: the way without cancellation.
@@ -39,10 +27,9 @@ def amid(
     """The unbiased estimator whatever the rows: about the mean of those that do not dominate."""
     n = at_least(4.0, count)
     if route == "gram":
-        if not wanted(problem):
-            return _by_rows(_about_bulk(x, mask, problem), _about_bulk(y, mask, problem), n, mask)
-        rows = shift(x, y, mask)
-        return with_rows(_by_rows(*((rows.z[:, side.place], 1.0) for side in (rows.x, rows.y)), n, mask), rows)
+        rows, (_, operand) = shifted(x, y, mask), dtypes(problem)
+        xs, ys = (to(rows.z[:, side.place], operand).contiguous() for side in (rows.x, rows.y))
+        return _by_rows(xs, ys, n, mask)._replace(scale_x=rows.x.scale, scale_y=rows.y.scale)
     rows, few, *heavy = apart(shift(x, y, mask), x, y, mask)
     xx, xy, yy = products(rows)
     eps = torch.finfo(xx.dtype).eps
@@ -66,11 +53,6 @@ def amid(
     diagonals = torch.cat([diagonals, taken[None]])
     sides = Sides(xs, ys, rows.x.scale, rows.y.scale, kl, kk, ll, xx, yy, xy, diagonals)
     return sides._replace(xs=rows.z, ys=beside) if wanted(problem) else sides
-
-
-def with_rows(sides: Sides, rows: Rows) -> Sides:
-    """The same, saved as shifted rows and their means."""
-    return sides._replace(xs=rows.z, ys=beside_z(rows), scale_x=rows.x.scale, scale_y=rows.y.scale)
 
 
 def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> Sides | None:
@@ -100,9 +82,8 @@ def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> S
     return Sides(xs, ys, 1.0, 1.0, kl, kk, ll, xx, yy, xy, rows, sum_k, sum_l)
 
 
-def _by_rows(x: tuple[Tensor, Scalar], y: tuple[Tensor, Scalar], n: Scalar, mask: Tensor | None) -> Sides:
-    """U-centred Gram matrices of sides and their scales, which need nothing of `add_rows`: its rows are zero."""
-    (xs, scale_x), (ys, scale_y) = x, y
+def _by_rows(xs: Tensor, ys: Tensor, n: Scalar, mask: Tensor | None) -> Sides:
+    """U-centred Gram matrices, which need nothing of `add_rows`: its rows are zero."""
     eps = torch.finfo(torch.float64 if xs.dtype == torch.float64 else torch.float32).eps
     xx, yy = self_product(xs), self_product(ys)
     norms = torch.stack([xx.diagonal(), yy.diagonal()])
@@ -110,16 +91,7 @@ def _by_rows(x: tuple[Tensor, Scalar], y: tuple[Tensor, Scalar], n: Scalar, mask
     xx, yy = (u_centred_(gram, n, mask) for gram in (xx, yy))
     kl, kk, ll = inner_products(xx, yy)
     kk, ll = alive(kk, bound[0]), alive(ll, bound[1])
-    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, empty(xs, (0, 0)), torch.zeros_like(xx[:3]))
-
-
-def _about_bulk(x: Tensor, mask: Tensor | None, problem: Problem) -> tuple[Tensor, Scalar]:
-    """x about the mean of the rows that do not dominate, brought near 1 by a power of two; that."""
-    wide, operand = dtypes(problem)
-    x = to(x, wide)
-    z = kept(x - bulk_mean(x, mask), mask)
-    scale = power_of_two(z)
-    return (z * scale).to(operand), scale
+    return Sides(xs, ys, 1.0, 1.0, kl, kk, ll, xx, yy, empty(xs, (0, 0)), torch.zeros_like(xx[:3]))
 
 
 def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar, route: Route) -> Tensor:
@@ -136,7 +108,7 @@ def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar, route: Route
         factor = -2.0 / (n - 2.0) if route == "gram" else -n / (n - 2.0)
         d.addcmul_((diagonal * factor + constant)[:, None], own)
         return d.add_(diagonal @ own, alpha=1.0 / (n - 2.0))
-    few = side.shifted.few if side.shifted is not None else marked(apart)
+    few = marked(apart) if side.shifted is None else side.shifted.few
     e = weighted_sum(columns(to(side.other, d.dtype), few), d_cross, columns(own, few), d_own)
     rho, heavy = e.sum(1) - diagonal, own[few]
     share = rho / (n - 2.0)
