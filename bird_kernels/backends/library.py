@@ -180,8 +180,8 @@ def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> 
             return d_cross * factor, d_own * factor, []
         unit = math.ldexp(1.0, math.frexp(peak)[1]) if 0.0 < peak < math.inf else 1.0
         d_cross, d_own = d_cross / unit, d_own / unit
-    parts = halves(unit), halves(upstream), halves(scale)
-    return d_cross, d_own, [part[i] for i in (0, 1) for part in parts]
+    firsts, seconds = zip(halves(unit), halves(upstream), halves(scale), strict=True)
+    return d_cross, d_own, [a * b * c for a, b, c in (firsts, seconds)]
 
 
 def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Problem, route: Route) -> Sides | None:
