@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.dominating import alive, squared_norms
+from .backends.dominating import alive, dominated, squared_norms
 from .backends.linalg import at_least, fp32_products, inner, scalar, to
-from .backends.rows import Rows, Term, bulk, centred, mean, weighed, wide_of
+from .backends.rows import Rows, Term, apart, centred, mean, shifted, weighed, wide_of
+from .backends.sides import kept
 from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
 from .sums import Norms, Sums, scaled, times, trace
 from .types import Problem
@@ -73,11 +74,30 @@ def gradient(
         z = backends.rows_of(x, y, mask, problem)
         if problem.estimator == "unbiased":
             d = _unbiased(x, y, mask, z, s, factors, c, exact or s)
+        elif z is None:
+            d = _products(*_about(x, y, mask, s, c), s.xx, s.xy, factors)
         else:
             d = weighed(z.z, len(x), _terms(z, (s.mean_x, s.mean_y), s.xx, s.xy, factors, c), wide=False)
     if mask is not None:
         d = d.masked_fill(~mask[:, None], 0.0)
     return to(d, x.dtype)
+
+
+def _about(x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """Both sides about the merged means, times `Coefficients`' scales, in fp32 or fp64; the means in two parts, so that
+    fp32 loses none of their fp64 digits that count."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    xs, ys = (
+        kept((to(a, wide) - to(mean, wide)).sub_(to(mean - to(mean, wide), wide)).mul_(scale), mask)
+        for a, mean, scale in ((x, s.mean_x, c.scale_x), (y, s.mean_y, c.scale_y))
+    )
+    return xs, ys
+
+
+def _products(xs: Tensor, ys: Tensor, xx: Tensor, xy: Tensor, factors: tuple[Scalar, Scalar]) -> Tensor:
+    """ys (xy factors[0]) + xs (xx factors[1]) of products about the rows' origins."""
+    d = ys @ to(xy * factors[0], ys.dtype)
+    return torch.addmm(d, xs, to(xx * factors[1], xs.dtype), out=d)
 
 
 def _terms(
@@ -94,11 +114,16 @@ def _terms(
 
 
 def _unbiased(
-    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows, s: Sums, factors: tuple[Scalar, Scalar], c: Coefficients,
+    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, s: Sums, factors: tuple[Scalar, Scalar], c: Coefficients,
     exact: Sums,
 ) -> Tensor:  # fmt: skip
     """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
-    z, few = bulk(z, x, y, mask)
+    if z is None:
+        xs, ys = _about(x, y, mask, s, c)
+        if not x.is_cuda and not any(dominated(squared_norms(a)) for a in (xs, ys)):  # which may look
+            return _rows(lambda xx, xy: _products(xs, ys, xx, xy, factors), xs, ys, s, None, factors, c)
+        z = shifted(to(x, xs.dtype), to(y, xs.dtype), mask)
+    z, few, *_ = apart(z, x, y, mask)
     origins = mean(z, z.x), mean(z, z.y)
     about = (origins[0] - s.mean_x) * c.scale_x, (origins[1] - s.mean_y) * c.scale_y
     xs, ys = (
@@ -106,19 +131,16 @@ def _unbiased(
         for side, scale in ((z.x, c.scale_x), (z.y, c.scale_y))
     )
     d = _rows(lambda xx, xy: weighed(z.z, len(x), _terms(z, origins, xx, xy, factors, c)), xs, ys, s, about, factors, c)
-    if few is None:
-        return d
     xs, ys = ((a[few].double() - origins[i]) * (c.scale_x, c.scale_y)[i] for i, a in enumerate((x, y)))
-    a, b = factors
-    few_d = _rows(lambda xx, xy: ys @ (xy.double() * a) + xs @ (xx.double() * b), xs, ys, exact, about, factors, c)
-    return d.index_copy_(0, few, to(few_d, d.dtype))
+    heavy = _rows(lambda xx, xy: _products(xs, ys, xx, xy, factors), xs, ys, exact, about, factors, c)
+    return d.index_copy_(0, few, to(heavy, d.dtype))
 
 
 def _rows(
-    product: Callable[[Tensor, Tensor], Tensor], xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor],
+    product: Callable[[Tensor, Tensor], Tensor], xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor] | None,
     factors: tuple[Scalar, Scalar], c: Coefficients,
 ) -> Tensor:  # fmt: skip
-    r"""dX [m, p] of rows xs, ys about an origin that is ``about`` = (u, v) from the merged means.
+    r"""dX [m, p] of rows xs, ys about an origin that is ``about`` = (u, v) from the merged means; None: there.
 
     The estimator does not depend on the origin, its rounding does. With a and b the ``factors``, A and C about that
     origin, T = sum(x) = -n u and T' = sum(y) = -n v over all rows, r_i = x_i T - kappa_i and s_i = y_i T' - lambda_i
@@ -133,22 +155,26 @@ def _rows(
     norms, n = s.norms, c.n
     assert norms is not None
     xx, xy, kx, lx = s.xx, s.xy, norms.kx, norms.lx
-    u, v = about
-    uu, vv = u @ u, v @ v
-    kx = kx - 2.0 * times(xx, u) - u * (c.sum_k + n * uu)
-    lx = lx - 2.0 * times(xy.T, v) - u * (c.sum_l + n * vv)
-    xx, xy = xx + n * torch.outer(u, u), xy + n * torch.outer(v, u)
-    column, other_column = -n * u, -n * v
-    total_k, total_l = n * (n - 1.0) * scalar(uu) - c.sum_k, n * (n - 1.0) * scalar(vv) - c.sum_l  # of r and s
-    kx, lx = kx - times(xx, column), lx - times(xy.T, other_column)
+    total_k, total_l, column = -c.sum_k, -c.sum_l, None  # of the row sums r and s
+    if about is not None:
+        u, v = about
+        uu, vv = u @ u, v @ v
+        kx = kx - 2.0 * times(xx, u) - u * (c.sum_k + n * uu)
+        lx = lx - 2.0 * times(xy.T, v) - u * (c.sum_l + n * vv)
+        xx, xy = xx + n * torch.outer(u, u), xy + n * torch.outer(v, u)
+        column, other_column = -n * u, -n * v
+        total_k, total_l = total_k + n * (n - 1.0) * scalar(uu), total_l + n * (n - 1.0) * scalar(vv)
+        kx, lx = kx - times(xx, column), lx - times(xy.T, other_column)
     wide = xs.dtype
     d = product(xx, xy)
     diagonal = squared_norms(ys) * a + squared_norms(xs) * b
-    rho = (ys @ to(other_column, wide)) * a + (xs @ to(column, wide)) * b - diagonal
+    rho = -diagonal
+    if column is not None:
+        rho = rho + (ys @ to(other_column, wide)) * a + (xs @ to(column, wide)) * b
     rest = rho / (n - 2.0) - (a * total_l + b * total_k) / ((n - 1.0) * (n - 2.0))
     d.addcmul_((rest + rho / (n - 2.0) - diagonal)[:, None], xs)
     d += to((lx * a + kx * b) / (n - 2.0), wide)
-    return d.addr_(rest, to(column, wide), alpha=-1)
+    return d if column is None else d.addr_(rest, to(column, wide), alpha=-1)
 
 
 def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from . import backends, distributed
 from .backends import rows
-from .backends.dominating import squared_norms
-from .backends.linalg import as_tensor, dtypes, fp32_products, to
+from .backends.dominating import dominated, squared_norms
+from .backends.linalg import as_tensor, centre, dtypes, fp32_products, mm, row_count, self_product, to
 from .moments import Scalar
 from .transport import upper_blocks, upper_size
 from .types import Problem
@@ -84,12 +84,18 @@ def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums
         return _none(x, y, dtypes(problem)[0], unbiased)
     with fp32_products(problem):
         z = backends.rows_of(x, y, mask, problem)
-        z, few = rows.bulk(z, x, y, mask) if unbiased else (z, None)
-        sums = _of_rows(z, problem)
-        if few is None:
-            return sums
+        if z is None and not (unbiased and x.is_cuda):
+            found = _of_centred(x, y, mask, problem)
+            if found is not None:
+                return found
+        if z is None:
+            wide, _ = dtypes(problem)
+            z = rows.shifted(to(x, wide), to(y, wide), mask)
+        if not unbiased:
+            return _of_rows(z, problem)
+        bulk, few, *_ = rows.apart(z, x, y, mask)
         heavy = rows.shifted(x[few].double(), y[few].double(), None if mask is None else mask[few])
-        return include(sums.to(torch.float64), _of_rows(heavy, problem))
+        return include(_of_rows(bulk, problem).to(torch.float64), _of_rows(heavy, problem))
 
 
 def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
@@ -99,6 +105,20 @@ def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
         norms = _norms(*(rows.centred(z.z, side.place, z.mean(side)) for side in (z.x, z.y)))
     sums = Sums(as_tensor(z.n, z.z.device), rows.mean(z, z.x), rows.mean(z, z.y), *rows.products(z), norms)
     return scaled(sums, *(_unscaled(side.scale, sums.xx.dtype) for side in (z.x, z.y)))
+
+
+def _of_centred(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums | None:
+    """`sums_of` rows that need no shift, all alike; None if some dominate, unbiased."""
+    count, norms = row_count(x, mask), None
+    (xs, scale_x, means_x), (ys, scale_y, means_y) = (centre(a, mask, count, problem) for a in (x, y))
+    if problem.estimator == "unbiased":
+        if xs.dtype != torch.float64 and any(dominated(squared_norms(a)) for a in (xs, ys)):
+            return None
+        norms = _norms(xs, ys)
+    mean_x, mean_y = (first.double() + second.double() for first, second in (means_x, means_y))
+    products = self_product(xs.T), mm(ys.T, xs), self_product(ys.T)
+    sums = Sums(as_tensor(count, x.device), mean_x, mean_y, *products, norms)
+    return scaled(sums, *(_unscaled(scale, problem.dtype) for scale in (scale_x, scale_y)))
 
 
 def _unscaled(scale: Scalar, dtype: torch.dtype) -> Scalar:

@@ -16,7 +16,6 @@ from .. import cost, tuning
 from ..plan import FEW_ROWS, are_few, route_of, variant
 from ..types import RBF, Choice, Cost, Estimator, Precision, Problem, Sheet, Variant
 from . import rows, trust
-from .linalg import dtypes, to
 
 # A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
 _MODULES = {name: f"bird_kernels.backends.{name}" for name in ("native", "triton", "library")}
@@ -57,11 +56,11 @@ def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
 
 
-def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows:
-    """Rows x [n, p], y [n, q], with mask bool [n] or None, shifted: by Triton where its kernels work, else in plain
-    PyTorch."""
+def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows | None:
+    """Rows x [n, p], y [n, q], with mask bool [n] or None, shifted for products on a GPU: by Triton where its kernels
+    work, else in plain PyTorch. None for fp64 and on other devices, where centring costs no digits."""
     if not rows.wanted(problem):
-        return rows.shifted(to(x, dtypes(problem)[0]), to(y, dtypes(problem)[0]), mask)
+        return None
     p, q = x.shape[1], y.shape[1]
     kind = problem._replace(n=max(len(x), p + q + 1), p=p, q=q, masked=mask is not None, estimator="biased")
     if not (_shifts(problem.dtype, problem.device) and works("library", kind)):

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from ..moments import ROUNDING, Scalar
 from ..types import Problem
-from .dominating import dominated, largest, location, squared_norms
+from .dominating import largest, location
 from .linalg import at_least, lesser, mm, padded, power_of_two, row_count, scalar, self_product, to
 from .sides import kept
 
@@ -126,13 +126,6 @@ def apart(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, 
         for side, features in ((rest.x, x), (rest.y, y))
     )
     return rest, few, heavy_x, heavy_y
-
-
-def bulk(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, Tensor | None]:
-    """The rows, and None; but where some dominate, and on a GPU, which cannot look, what `apart` leaves of them, and
-    its indices."""
-    norms = (squared_norms(centred(rows.z, side.place, rows.mean(side))) for side in (rows.x, rows.y))
-    return apart(rows, x, y, mask)[:2] if x.is_cuda or any(map(dominated, norms)) else (rows, None)
 
 
 def mean(rows: Rows, side: Columns) -> Tensor:
