@@ -22,10 +22,9 @@ from torch.nn.functional import pad
 from ..moments import ROUNDING, Scalar
 from ..types import Problem
 from .dominating import largest, location
-from .linalg import at_least, lesser, mm, padded, power_of_two, row_count, scalar, self_product, to
+from .linalg import PART, at_least, lesser, mm, padded, power_of_two, row_count, scalar, self_product, to
 from .sides import kept
 
-PART = 16384  # rows of a product: matrix units round towards zero, and long sums drift
 NEAR = 7.5  # mean distances from a location, six standard deviations of a normal distribution
 ROOM = 2.0**15  # fp16: what is this much larger than the spread still fits
 
