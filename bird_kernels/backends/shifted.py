@@ -8,7 +8,8 @@ multiply by, rounded to the features' dtype, and one product with z; fp16 scales
     gram    K = Zx Zx^T, L = Zy Zy^T,  dX = [2 d_kl L + 4 d_kk K | row sums] [Zx; -mean]
 
 The bias and the row sums centre z in the gradient; they are taken of the rounded matrix. Widths are padded to multiples
-of 8, which keeps every row of z aligned. Other problems (`takes`; the unbiased cross route) are `library`'s.
+of 8, which keeps every row of z aligned. Other problems (`takes`) are `library`'s; so is the unbiased cross route, of
+rows shifted here.
 """
 
 from __future__ import annotations
