@@ -59,7 +59,7 @@ def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
 def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows | None:
     """Rows x [n, p], y [n, q], with mask bool [n] or None, shifted for products on a GPU: by Triton where its kernels
     work, else in plain PyTorch. None for fp64 and on other devices, where centring costs no digits."""
-    if not compares(problem.device) or problem.dtype == torch.float64:
+    if not rows.wanted(problem):
         return None
     p, q = x.shape[1], y.shape[1]
     kind = problem._replace(n=max(len(x), p + q + 1), p=p, q=q, masked=mask is not None, estimator="biased")

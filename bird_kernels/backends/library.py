@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..moments import MIN_ROWS, Coefficients, Moments, Scalar, combine
 from ..types import Problem, Route, Shapes, Stash
+from .dominating import how_many, marked
 from .linalg import (
     add_scaled_mm,
     at_least,
@@ -40,6 +41,7 @@ from .linalg import (
     kept,
     lesser,
     pack,
+    padded,
     power_of_two,
     read,
     row_count,
@@ -52,7 +54,8 @@ from .linalg import (
     weighted_sum_mm,
     write,
 )
-from .sides import Side, Sides, by_columns
+from .rows import Shift, Term, places, shifted, wanted, weighed, whole
+from .sides import Shifted, Side, Sides, by_columns
 from .unbiased import add_rows, amid, plain, plain_gradient
 
 
@@ -61,16 +64,20 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def stash_shapes(problem: Problem, route: Route) -> Shapes:
-    """Shape and dtype of every tensor of the stash."""
+def stash_shapes(problem: Problem, route: Route, rows: int | None = None) -> Shapes:
+    """Shape and dtype of every tensor of the stash. Where rows are shifted, ``xs`` is z, of so many ``rows``, n if
+    None, and ``ys`` the rows beside it."""
     n, p, q = problem.n, problem.p, problem.q
     wide, operand = dtypes(problem)
     gram = route == "gram"
-    keep_y = problem.y_grad or not gram
+    of_x, of_y = ((n, p), operand), ((n, q) if problem.y_grad or not gram else (0,), operand)
+    if _shifts(problem, route):
+        of_x = (rows or n, padded(q) + padded(p) + 8), problem.dtype
+        of_y = (how_many(n, problem.device) + 1, padded(q) + p), wide
     return dict(
         coefficients=((len(Coefficients._fields),), torch.float64),
-        xs=((n, p), operand),
-        ys=((n, q) if keep_y else (0,), operand),
+        xs=of_x,
+        ys=of_y,
         xx=((n, n) if gram else (p, p), wide),
         yy=((n, n) if gram else ((q, q) if problem.y_grad else (0,)), wide),
         xy=((0, 0) if gram else (q, p), wide),
@@ -78,15 +85,25 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     )
 
 
-def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
+def _shifts(problem: Problem, route: Route) -> bool:
+    return wanted(problem) and problem.estimator == "unbiased" and route == "cross"
+
+
+def forward(
+    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, shift: Shift = shifted
+) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     wide, _ = dtypes(problem)
     count = row_count(x, mask)
+    shifts = _shifts(problem, route)
+    looks = x.is_cpu and not shifts
     with fp32_products(problem):
-        sides = _looked(x, y, mask, count, problem, route) if x.is_cpu else None
+        sides = amid(x, y, mask, count, problem, route, shift) if shifts else None
+        if looks:
+            sides = _looked(x, y, mask, count, problem, route)
         if sides is None:
             (near_x, x_unit), (near_y, y_unit) = _near_one(x, y, mask, problem)
-            if x.is_cpu and (x_unit, y_unit) != (1.0, 1.0):
+            if looks and (x_unit, y_unit) != (1.0, 1.0):
                 sides = _looked(near_x, near_y, mask, count, problem, route)
             if sides is None:
                 careful = _careful if problem.estimator == "biased" else amid
@@ -112,21 +129,25 @@ def backward(
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     c = Coefficients(*read(stash.coefficients))
     upstream = scalar(grad)
-    dx = dy = None
-    gram = route == "gram"
+    dx = dy = of_x = of_y = None
+    gram, xs, ys = route == "gram", stash.xs, stash.ys
     numbers = *c[:6], upstream
     if mask is not None and gram and x.is_cpu and problem.estimator == "biased" and all(map(math.isfinite, numbers)):
         mask = None  # a row that does not count is zero, and so is its gradient
     rows = stash.rows.unbind() if problem.estimator == "unbiased" else ()
     with fp32_products(problem):
+        if _shifts(problem, route):
+            z, beside, few, at = xs[: problem.n], ys, marked(stash.rows[2]), places(problem.p, problem.q)
+            of_x, of_y = Shifted(z, beside, few, *at), Shifted(z, beside, few, *at[::-1])
+            xs, ys = (whole(z, place, beside[:, place], few) for place in at)
         if problem.x_grad:
             cross = stash.yy if gram else stash.xy
-            own = Side(stash.xs, stash.ys, cross, stash.xx, rows, c.scale_x, c.n, (c.sum_k, c.sum_l))
+            own = Side(xs, ys, cross, stash.xx, rows, c.scale_x, c.n, (c.sum_k, c.sum_l), of_x)
             dx = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_kk, upstream, mask, route)
         if problem.y_grad:
             cross = stash.xx if gram else stash.xy.T
             rows = (rows[1], rows[0], rows[2]) if rows else ()
-            own = Side(stash.ys, stash.xs, cross, stash.yy, rows, c.scale_y, c.n, (c.sum_l, c.sum_k))
+            own = Side(ys, xs, cross, stash.yy, rows, c.scale_y, c.n, (c.sum_l, c.sum_k), of_y)
             dy = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_ll, upstream, mask, route)
     return x.new_empty(0) if dx is None else to(dx, x.dtype), y.new_empty(0) if dy is None else to(dy, y.dtype)
 
@@ -136,14 +157,19 @@ def _gradient(
 ) -> Tensor:
     """Gradient of one side, by the formulas of the module."""
     d_cross, d_own, factors = _folded(d_cross, d_own, upstream, side.scale)
-    if route == "cross":
+    if side.shifted is not None:
+        z, beside, few, own, other = side.shifted
+        terms = (own, side.product * d_own), (other, side.cross * d_cross)
+        d = weighed(z, len(z), tuple(Term(place, beside[-1, place], matrix) for place, matrix in terms))
+        d.index_copy_(0, few, sum(beside[:-1, place] @ matrix for place, matrix in terms))
+    elif route == "cross":
         d = add_scaled_mm(scaled_mm(side.other, side.cross * d_cross), side.own, side.product * d_own)
-        if side.rows:
-            d = add_rows(d, side, d_cross, d_own)
     elif side.rows and isinstance(side.sums[0], float) and side.sums[0] > 0.0:
         d = plain_gradient(side, d_cross, d_own)
     else:  # biased, or U-centred
         d = weighted_sum_mm(side.cross, d_cross, side.product, d_own, side.own)
+    if route == "cross" and side.rows:
+        d = add_rows(d, side, d_cross, d_own)
     for factor in factors:
         d = d * factor
     return d if mask is None else d.masked_fill_(~mask[:, None], 0.0)
@@ -161,8 +187,8 @@ def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> 
             return d_cross * factor, d_own * factor, []
         unit = math.ldexp(1.0, math.frexp(peak)[1]) if 0.0 < peak < math.inf else 1.0
         d_cross, d_own = d_cross / unit, d_own / unit
-    parts = halves(unit), halves(upstream), halves(scale)
-    return d_cross, d_own, [part[i] for i in (0, 1) for part in parts]
+    firsts, seconds = zip(halves(unit), halves(upstream), halves(scale), strict=True)
+    return d_cross, d_own, [a * b * c for a, b, c in (firsts, seconds)]
 
 
 def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Problem, route: Route) -> Sides | None:

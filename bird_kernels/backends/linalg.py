@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -268,6 +267,8 @@ def inner(a: Tensor, b: Tensor) -> Scalar:
         if a.numel() <= ONE_THREAD_DOT and a.is_contiguous() and b.is_contiguous():
             return torch.dot(a.view(-1), b.view(-1)).item()
         return (a * b).sum().item()
+    if a is b and a.is_cuda:  # in one pass
+        return torch.linalg.vector_norm(a, dtype=torch.float64).square()
     rows = torch.linalg.vecdot(a, b)
     return scalar(rows.sum(dtype=torch.float64) if has_fp64(rows.device) else exact(rows).sum())
 
@@ -320,11 +321,14 @@ def write(value: Scalar, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.scalar_tensor(value, dtype=dtype, device=device)
 
 
+def as_tensor(value: Scalar, device: torch.device) -> Tensor:
+    """A scalar as a 0-d tensor, fp64; not by tensor(): a copy from the host would break CUDA graph capture."""
+    return value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
+
+
 def pack(scalars: tuple[Scalar, ...], device: torch.device) -> Tensor:
     """Scalars as a vector, fp64; on the CPU where the device has no fp64."""
     if device.type == "cpu" or is_host(device):
         packed = torch.from_numpy(np.array(scalars))  # a third of torch.tensor's time
         return packed.to(device) if device.type != "cpu" and has_fp64(device) else packed
-    # full() and not tensor(): a copy from the host would break CUDA graph capture.
-    full = partial(torch.full, (), dtype=torch.float64, device=device)
-    return torch.stack([s.double() if isinstance(s, Tensor) else full(s) for s in scalars])
+    return torch.stack([as_tensor(s, device) for s in scalars])

@@ -8,12 +8,13 @@ multiply by, rounded to the features' dtype, and one product with z; fp16 scales
     gram    K = Zx Zx^T, L = Zy Zy^T,  dX = [2 d_kl L + 4 d_kk K | row sums] [Zx; -mean]
 
 The bias and the row sums centre z in the gradient; they are taken of the rounded matrix. Widths are padded to multiples
-of 8, which keeps every row of z aligned. Other problems (`takes`; the unbiased cross route) are `library`'s.
+of 8, which keeps every row of z aligned. Other problems (`takes`) are `library`'s; so is the unbiased cross route, of
+rows shifted here.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def takes(problem: Problem) -> bool:
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash; ``rows`` holds means of z (cross) or row sums of K and L (gram)."""
     if not _is_here(problem, route):
-        return library.stash_shapes(problem, route)
+        return library.stash_shapes(problem, route, _geometry(problem, "cross")[0])
     n, pa, qa, rows = problem.n, padded(problem.p), padded(problem.q), _geometry(problem, route)[0]
     cross = route == "cross"
     keep_y = problem.y_grad and not cross
@@ -65,7 +66,7 @@ def forward(
     that kernel was measured to be faster on this device (`tuning`).
     """
     if not _is_here(problem, route):
-        return library.forward(x, y, mask, problem, route)
+        return library.forward(x, y, mask, problem, route, partial(rows_of, problem=problem))
     symmetric = symmetric or _measured(problem)
     with device_of(x), fp32_products(problem):
         return _launches_of(problem, route, precision_of(problem)).forward(x, y, mask, symmetric)
@@ -94,11 +95,11 @@ def backward(
 def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Rows:
     """`rows.shifted` in two launches; ``problem`` is one of these rows that the cross route takes."""
     with device_of(x):
-        launches = _launches_of(problem, "cross", precision_of(problem))
+        launches = _launches_of(problem._replace(estimator="biased"), "cross", precision_of(problem))
         z, qa, both = x.new_empty((launches.rows, launches.width)), launches.qa, launches.width - 8
         _, _, sums, scales, _, shifts = launches.shifted(x, y, mask, z[:, qa:], z, z[:, both:])
-    totals = sums.view(-1, launches.width).sum(0, dtype=torch.float64)
-    return described(z, shifts, scales, totals, problem.p, problem.q)
+    totals, (scale_x, scale_y) = sums.view(-1, launches.width).sum(0, dtype=torch.float64), scales.double()
+    return described(z, totals[-8], shifts, (scale_x, scale_y), totals, problem.p, problem.q)
 
 
 class _Launches:

@@ -34,6 +34,17 @@ class Sides(NamedTuple):
     sum_l: Scalar = 0.0
 
 
+class Shifted(NamedTuple):
+    """The rows of `Side` as they are multiplied: columns ``own`` and ``other`` of z (`rows.Rows`), but the rows ``few``
+    [k], which are ``beside`` it (`rows.beside_z`)."""
+
+    z: Tensor
+    beside: Tensor
+    few: Tensor
+    own: slice
+    other: slice
+
+
 class Side(NamedTuple):
     """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``rows``
     (unbiased) are kappa and lambda, or the reverse, and the rows apart; ``sums`` `Sides`' of its own and the other."""
@@ -46,6 +57,7 @@ class Side(NamedTuple):
     scale: Scalar
     n: Scalar
     sums: tuple[Scalar, Scalar]
+    shifted: Shifted | None = None
 
 
 def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Scalar, Scalar, Scalar]:
