@@ -27,9 +27,9 @@ SWEPT = ((0, "triton"), (1, "library"), (2, "library"), (4, "triton"), (7, "trit
 OPTIONS = tuple(dict(num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (1, 2, 3, 4))
 # Those that a version of the package does not have are passed over.
 SETTINGS: dict[tuple[str, str], tuple[int, ...]] = {
-    ("bird_kernels.backends.shifted", "ROWS"): (32, 128),
-    ("bird_kernels.backends.shifted", "MOST_SHARES"): (32, 128),
-    ("bird_kernels.backends.shifted", "LOCATED"): (16, 64),
+    ("bird_kernels.backends.triton.shift", "SHIFTED"): (32, 128),
+    ("bird_kernels.backends.triton.shift", "SHARES"): (32,),
+    ("bird_kernels.backends.triton.shift", "LOCATED"): (16, 64),
     ("bird_kernels.backends.shifted", "PART"): (4096, 8192, 32_768),
     ("bird_kernels.backends.triton.small", "REDUCED"): (4, 16),
     ("bird_kernels.plan", "PROGRAMS"): (66, 264),
