@@ -50,6 +50,11 @@ class Tiling(NamedTuple):
     chunk: int = 0
 
 
+# Of distances and of the RBF gradient. Not split: a kernel is a function of the whole distance. With inner steps of 64
+# the gradients of halves spill 56 to 232 bytes on sm_80, sm_90 and sm_100.
+RBF_TILING = Tiling(64, 32)
+
+
 def small_tiling(problems: Sequence[Problem]) -> Tiling:
     """Tiles of the forward's products of launch-bound pairs: the columns are split until the GPU is full."""
     first = problems[0]
@@ -58,14 +63,6 @@ def small_tiling(problems: Sequence[Problem]) -> Tiling:
     programs = max(CROWD * PROGRAMS // _upper(ceil_div(first.n, block)), len(widths))
     chunk = ceil_div(sum(ceil_div(d, step) for d in widths), programs) * step
     return Tiling(block, step, tuple(ceil_div(d, chunk) for d in widths), chunk)
-
-
-def rbf_tiling(problem: Problem) -> Tiling:
-    """Tiles of distances and of the gradient. Not split: a kernel is a function of the whole distance.
-
-    With inner steps of 64 the gradients of halves spill 56 to 232 bytes on sm_80, sm_90 and sm_100.
-    """
-    return Tiling(64, 32)
 
 
 def together(problems: Sequence[Problem]) -> bool:
@@ -237,7 +234,7 @@ def _tile(problem: Problem, route: Route, backend: str) -> str:
     if backend != "triton":
         strips = f" in strips of {strip_rows(problem)} rows, {'kept' if keeps_kernels(problem) else 'streamed'}"
         return "library products" + (strips if problem.kernel else "")
-    t = rbf_tiling(problem) if problem.kernel else small_tiling([problem])
+    t = RBF_TILING if problem.kernel else small_tiling([problem])
     count = 2 * _upper(ceil_div(problem.n, t.block)) if problem.kernel else _upper(ceil_div(problem.n, t.block))
     split = f", split {' + '.join(map(str, t.splits))} ways" if t.splits else ""
     launched = sum(launches(problem))

@@ -248,7 +248,7 @@ class _Gaussian:
     def __init__(self, problem: Problem, precision: str) -> None:
         n, p, q = problem.n, problem.p, problem.q
         self.problem, self.stash = problem, stash_shapes(problem, "gram").values()
-        t = plan.rbf_tiling(problem)
+        t = plan.RBF_TILING
         tiles, self.blocks = ceil_div(n, t.block), ceil_div(n, double.HEIGHT)
         decided = dict(
             n=n, p=p, q=q, MASKED=problem.masked, STATISTIC=problem.statistic, UNBIASED=problem.estimator == "unbiased",
