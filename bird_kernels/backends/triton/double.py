@@ -50,9 +50,18 @@ def shifts_of(rows, centring, index, side, n):
 
 
 @triton.jit
-def both_shifts(rows, centring, index, side, n, a, b):
-    """a * (the other side's shifts) + b * (one's own); fp32."""
-    return shifts_of(rows, centring, index, 1 - side, n) * a + shifts_of(rows, centring, index, side, n) * b
+def mixed_centring_of(coefficients, side, a, b, UNBIASED: tl.constexpr):
+    """The same of a L + b K (``side`` 1: a K + b L): what row sums of either are multiplied by, and the correction."""
+    share, k, l = centring_of(coefficients, UNBIASED)
+    return share * a, share * b, tl.where(side == 0, l, k) * a + tl.where(side == 0, k, l) * b
+
+
+@triton.jit
+def mixed_shifts_of(rows, centring, index, side, n):
+    """The shifts of these rows of a L + b K (``side`` 1: a K + b L); fp32."""
+    other = tl.load(rows + (1 - side) * n + index, mask=index < n, other=0.0)
+    own = tl.load(rows + side * n + index, mask=index < n, other=0.0)
+    return (other * centring[0] + own * centring[1] - centring[2]).to(tl.float32)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .centre import counts
-from .double import both_shifts, centring_of, store_totals
+from .double import mixed_centring_of, mixed_shifts_of, store_totals
 from .reduce import KK, KL, ROWS, arrive, finish, store_sizes, sum_slots, weights_of
 from .shift import padded_width, rounded
 
@@ -239,8 +239,8 @@ def gram_mix_kernel(
     if NEAR:
         tl.store(factor, outer.to(tl.float32), mask=tl.program_id(0) == 0)
     i = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
-    counted_i, centring = counts(mask, i, n, MASKED)[:, None], centring_of(coefficients, UNBIASED)
-    shifts_i = both_shifts(rows, centring, i, SIDE, n, a, b)[:, None]
+    counted_i, centring = counts(mask, i, n, MASKED)[:, None], mixed_centring_of(coefficients, SIDE, a, b, UNBIASED)
+    shifts_i = mixed_shifts_of(rows, centring, i, SIDE, n)[:, None]
     own, other = grams + tl.cast(n, tl.int64) * n * SIDE, grams + tl.cast(n, tl.int64) * n * (1 - SIDE)
     total = tl.zeros([HEIGHT, LENGTH], tl.float32)
     for start in range(0, n, LENGTH):
@@ -248,7 +248,7 @@ def gram_mix_kernel(
         inside = (i < n)[:, None] & (j < n)[None, :]
         offsets = i[:, None].to(tl.int64) * n + j[None, :]
         tile = tl.load(other + offsets, mask=inside, other=0.0) * a + tl.load(own + offsets, mask=inside, other=0.0) * b
-        tile -= shifts_i + both_shifts(rows, centring, j, SIDE, n, a, b)[None, :]
+        tile -= shifts_i + mixed_shifts_of(rows, centring, j, SIDE, n)[None, :]
         keep = counted_i & counts(mask, j, n, MASKED)[None, :]
         if UNBIASED:
             keep = keep & (i[:, None] != j[None, :])

@@ -22,7 +22,7 @@ from ..library_rbf import bandwidth_of
 from ..library_rbf.strips import SAME, Strips
 from . import double
 from .centre import counts, largest_of, rows_counted
-from .double import both_shifts, centring_of, moments_kernel
+from .double import mixed_centring_of, mixed_shifts_of, moments_kernel
 from .launch import Launch, aligned, as_bytes, device_of, many_steps, precision_of
 from .reduce import COEFFICIENTS, KK, ROOM_K, ROWS, SUM_K, WIDTH, arrive, store_sizes, sum_slots, upper_tile, weights_of
 from .shift import Shift, padded_width
@@ -187,8 +187,8 @@ def rbf_backward_kernel(
     level = tl.load(side + LEVEL).to(tl.float32)
     own = grams + one.to(tl.int64) * n * n
     other = grams + (1 - one).to(tl.int64) * n * n
-    counted_i, centring = counts(mask, i, n, MASKED)[:, None], centring_of(coefficients, UNBIASED)
-    shifts_i = both_shifts(rows, centring, i, one, n, a, b)[:, None]
+    counted_i, centring = counts(mask, i, n, MASKED)[:, None], mixed_centring_of(coefficients, one, a, b, UNBIASED)
+    shifts_i = mixed_shifts_of(rows, centring, i, one, n)[:, None]
     there = (columns < width)[None, :]
 
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -199,7 +199,7 @@ def rbf_backward_kernel(
         offsets = i.to(tl.int64)[:, None] * n + j[None, :]
         k = tl.load(own + offsets, mask=counted, other=0.0)
         m = tl.load(other + offsets, mask=counted, other=0.0) * a + k * b
-        m -= shifts_i + both_shifts(rows, centring, j, one, n, a, b)[None, :]
+        m -= shifts_i + mixed_shifts_of(rows, centring, j, one, n)[None, :]
         w = tl.where(counted, m * ((k + level) * inner_kernel), 0.0).to(dtype)
         sums += tl.sum(w.to(tl.float32), 1)
         places = j.to(tl.int64)[:, None] * width + columns[None, :]

@@ -26,7 +26,7 @@ from ...plan import ceil_div, small_tiling
 from ...types import Problem, Shapes, Stash
 from . import double
 from .centre import counts, largest_of, rows_counted, scale_of, shifted_tile, store_location
-from .double import both_shifts, centring_of, moments_kernel, store_totals
+from .double import mixed_centring_of, mixed_shifts_of, moments_kernel, store_totals
 from .launch import Launch, aligned, as_bytes, few_steps, many_steps
 from .reduce import COEFFICIENTS, KK, ROWS, SCALE_X, WIDTH, arrive, finish, store_sizes, upper_tile, weights_of
 
@@ -250,8 +250,8 @@ def backward_kernel(
     outer, a, b = weights_of(coefficients, side, size, grad + pair * stride_grad)
     scale = tl.load(coefficients + SCALE_X + side).to(tl.float32)
     if UNBIASED:
-        centring = centring_of(coefficients, True)
-        shifts_i = both_shifts(rows, centring, i, side, n, a, b)[:, None]
+        centring = mixed_centring_of(coefficients, side, a, b, True)
+        shifts_i = mixed_shifts_of(rows, centring, i, side, n)[:, None]
 
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(0, n, STEP):
@@ -260,7 +260,7 @@ def backward_kernel(
         offsets = i[:, None] * n + j[None, :]
         m = tl.load(other + offsets, mask=inside, other=0.0) * a + tl.load(own + offsets, mask=inside, other=0.0) * b
         if UNBIASED:
-            m -= shifts_i + both_shifts(rows, centring, j, side, n, a, b)[None, :]
+            m -= shifts_i + mixed_shifts_of(rows, centring, j, side, n)[None, :]
             m = tl.where(i[:, None] == j[None, :], 0.0, m)
         counted = counts(mask, j, n, MASKED)
         tile = shifted_tile(x, locations + start_location, scale, counted, j, columns, d)
