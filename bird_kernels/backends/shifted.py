@@ -23,8 +23,8 @@ from .. import tuning
 from ..plan import ceil_div
 from ..types import Problem, Route, Shapes, Stash
 from . import library
-from .linalg import fp32_products, mm, padded
-from .rows import PART, Rows, described, rounded_product
+from .linalg import PART, fp32_products, mm, padded
+from .rows import Rows, described, rounded_product
 from .triton import double, finish
 from .triton.launch import Launch, aligned, as_bytes, device_of, precision_of
 from .triton.reduce import COEFFICIENTS
