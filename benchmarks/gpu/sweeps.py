@@ -34,7 +34,6 @@ SETTINGS: dict[tuple[str, str], tuple[int, ...]] = {
     ("bird_kernels.backends.triton.small", "REDUCED"): (4, 16),
     ("bird_kernels.plan", "PROGRAMS"): (66, 264),
     ("bird_kernels.plan", "CROWD"): (2, 8),
-    ("bird_kernels.plan", "BLOCKS"): (12, 48),
 }
 KERNELS = "bird_kernels.backends.triton"  # the package whose modules define them, each named "..._kernel"
 TIMED = 0.25  # seconds a candidate

@@ -1,8 +1,8 @@
 r"""The library backend's linear kernels on CUDA: shifted operands, library products, one finishing launch.
 
 Launches of a forward: two that shift both sides (`triton.shift`), the library's two products, on the Gram route one for
-row sums, and one that centres, sums and combines (`triton.finish`). A gradient is a launch that forms the matrix to
-multiply by, rounded to the features' dtype, and one product with z; fp16 scales its result in a third.
+row sums, and one that centres and combines (`triton.finish`, `triton.double`). A gradient is a launch that forms the
+matrix to multiply by, rounded to the features' dtype, and one product with z; fp16 scales its result in a third.
 
     cross   z = [Zy | Zx | 1 1 0 ..],  P = [Zy | Zx]^T Zx and Zy^T Zy,  dX = z [2 d_kl C; 4 d_kk A; bias]
     gram    K = Zx Zx^T, L = Zy Zy^T,  dX = [2 d_kl L + 4 d_kk K | row sums] [Zx; -mean]

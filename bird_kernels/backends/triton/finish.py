@@ -1,9 +1,7 @@
 r"""What follows the library's products of shifted operands: centring of the small results, moments, weights.
 
-The programs of a finishing launch centre their tiles, leave their shares of the moments in fp64 slots, and the last one
-to arrive combines them (`reduce`). Products of features are centred in fp64 (cross); Gram matrices are centred in fp32,
-by shifts that fp64 made of their row sums. Tiles are squared in fp64 all the same: rows that dominate have products
-whose squares leave fp32's range.
+Products of features (cross) are centred and squared in fp64: the programs leave their shares of the moments in slots,
+and the last one to arrive combines them (`reduce`). Of Gram matrices the rows are summed here, and `double` goes on.
 """
 
 from __future__ import annotations
