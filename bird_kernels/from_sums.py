@@ -73,7 +73,7 @@ def gradient(
     with fp32_products(problem):
         z = backends.rows_of(x, y, mask, problem)
         if problem.estimator == "unbiased":
-            d = _unbiased(x, y, mask, z, s, factors, c, exact or s)
+            d = _unbiased(x, y, mask, z, s, factors, c=c, exact=exact or s)
         elif z is None:
             d = _products(*_about(x, y, mask, s, c), s.xx, s.xy, factors)
         else:
@@ -114,14 +114,14 @@ def _terms(
 
 
 def _unbiased(
-    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, s: Sums, factors: tuple[Scalar, Scalar], c: Coefficients,
-    exact: Sums,
+    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, s: Sums, factors: tuple[Scalar, Scalar], *,
+    c: Coefficients, exact: Sums,
 ) -> Tensor:  # fmt: skip
     """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
     if z is None:
         xs, ys = _about(x, y, mask, s, c)
         if not x.is_cuda and not any(dominated(squared_norms(a)) for a in (xs, ys)):  # which may look
-            return _rows(lambda xx, xy: _products(xs, ys, xx, xy, factors), xs, ys, s, None, factors, c)
+            return _rows(lambda xx, xy: _products(xs, ys, xx, xy, factors), xs, ys, s, None, factors, c=c)
         z = shifted(to(x, xs.dtype), to(y, xs.dtype), mask)
     z, few, *_ = apart(z, x, y, mask)
     origins = mean(z, z.x), mean(z, z.y)
@@ -130,15 +130,17 @@ def _unbiased(
         centred(z.z, side.place, z.mean(side))[: len(x)] * (scale / side.scale)
         for side, scale in ((z.x, c.scale_x), (z.y, c.scale_y))
     )
-    d = _rows(lambda xx, xy: weighed(z.z, len(x), _terms(z, origins, xx, xy, factors, c)), xs, ys, s, about, factors, c)
+    d = _rows(
+        lambda xx, xy: weighed(z.z, len(x), _terms(z, origins, xx, xy, factors, c)), xs, ys, s, about, factors, c=c
+    )
     xs, ys = ((a[few].double() - origins[i]) * (c.scale_x, c.scale_y)[i] for i, a in enumerate((x, y)))
-    heavy = _rows(lambda xx, xy: _products(xs, ys, xx, xy, factors), xs, ys, exact, about, factors, c)
+    heavy = _rows(lambda xx, xy: _products(xs, ys, xx, xy, factors), xs, ys, exact, about, factors, c=c)
     return d.index_copy_(0, few, to(heavy, d.dtype))
 
 
 def _rows(
     product: Callable[[Tensor, Tensor], Tensor], xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor] | None,
-    factors: tuple[Scalar, Scalar], c: Coefficients,
+    factors: tuple[Scalar, Scalar], *, c: Coefficients,
 ) -> Tensor:  # fmt: skip
     r"""dX [m, p] of rows xs, ys about an origin that is ``about`` = (u, v) from the merged means; None: there.
 

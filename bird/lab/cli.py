@@ -333,7 +333,7 @@ def _shapes_of(folder: Path) -> list[list[Any]]:
 
 def _tuned(index: int) -> str:
     key = tuning.key_of(torch.device("cuda", index))
-    table = tuning.table(key)
+    table = tuning.table_of(key)
     if table is None:
         return "not tuned: `auto` follows a cost model; `bird tune` measures"
     return f"tuned {table.when}, {len(table.rows)} measurements"

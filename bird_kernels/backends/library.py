@@ -98,7 +98,7 @@ def forward(
     shifts = _shifts(problem, route)
     looks = x.is_cpu and not shifts
     with fp32_products(problem):
-        sides = amid(x, y, mask, count, problem, route, shift) if shifts else None
+        sides = amid(x, y, mask, count, problem, route, shift=shift) if shifts else None
         if looks:
             sides = _looked(x, y, mask, count, problem, route)
         if sides is None:

@@ -77,7 +77,7 @@ def places(p: int, q: int) -> tuple[slice, slice]:
 
 
 def described(
-    z: Tensor, n: Scalar, shifts: Tensor, scales: tuple[Scalar, Scalar], totals: Tensor, p: int, q: int
+    z: Tensor, n: Scalar, shifts: Tensor, scales: tuple[Scalar, Scalar], totals: Tensor, *, p: int, q: int
 ) -> Rows:
     """`Rows` from z, the shifts [*] and column sums [*] of its columns, and the scales of x and y."""
     sides = zip(places(p, q), scales, strict=True)
@@ -103,7 +103,7 @@ def shifted(x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
             scale = lesser(scale * ROOM, power_of_two(spread))
         z[:, place], shifts[place] = own * scale, shift
         scales.append(scale)
-    return described(z, row_count(x, mask), shifts, (scales[0], scales[1]), z.sum(0, dtype=wide), p, q)
+    return described(z, row_count(x, mask), shifts, (scales[0], scales[1]), z.sum(0, dtype=wide), p=p, q=q)
 
 
 def apart(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, Tensor, Tensor, Tensor]:

@@ -22,7 +22,7 @@ LEFT = 0.02
 
 
 def amid(
-    x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route, shift: Shift = shifted
+    x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route, *, shift: Shift = shifted
 ) -> Sides:
     """The unbiased estimator whatever the rows: about the mean of those that do not dominate."""
     n = at_least(4.0, count)

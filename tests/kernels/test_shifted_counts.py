@@ -64,7 +64,8 @@ class Count(TorchDispatchMode):
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors, which have no addresses, and no device to make the current one."""
     monkeypatch.setattr(shifted, "device_of", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(shifted, "aligned", lambda *tensors: True)
+    for module in (shifted, shift):
+        monkeypatch.setattr(module, "aligned", lambda *tensors: True)
     with FakeTensorMode():
         yield
 
@@ -74,9 +75,9 @@ def listened() -> Iterator[Count]:
     """Counts operators, and launches of our kernels, which launch nothing."""
     count = Count()
 
-    def call(self: Any, known: Any, *args: Any) -> None:
+    def call(self: Any, known: Any, memory: dict[str, Any]) -> None:
         name = self._kernel.fn.__name__
-        count.add(name, list(args), shift.SAMPLE if name == "locate_kernel" else None)
+        count.add(name, list(self.arguments(memory)), shift.SAMPLE if name == "locate_kernel" else None)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch.Launch, "__call__", call)
