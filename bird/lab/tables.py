@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -25,7 +26,9 @@ def origin() -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Standard deviation over the seeds, 0 for a single one."""
+    """Standard deviation over the seeds, 0 for a single one; NaN if one of them is."""
+    if any(map(math.isnan, values)):  # on which `stdev` fails in Python 3.11
+        return math.nan
     return stdev(values) if len(values) > 1 else 0.0
 
 

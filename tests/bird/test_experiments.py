@@ -17,12 +17,13 @@ import torch
 from bird import Taps, Teacher, cka
 from bird.lab import cli, stages
 from bird.lab.statistics import paired_p
+from bird.lab.vision import evaluation
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision import recipe as recipes
 from bird.lab.vision import report as reproduction
-from bird.lab.vision import scoring
+from bird.lab.vision.corruptions import corrupt
 from bird.lab.vision.data import Images, to_float
-from bird.lab.vision.evaluation import accuracy, robustness
+from bird.lab.vision.evaluation import accuracy
 from bird.lab.vision.experiment import Experiment
 from tests.bird.official_files import write_image
 
@@ -94,7 +95,7 @@ def test_what_is_shared_is_made_once(experiment: Experiment) -> None:
 
 def test_scores_are_those_of_an_independent_evaluation(experiment: Experiment) -> None:
     data = experiments._splits(experiment.recipe.student, 1, None)
-    test = scoring.first(data.test, 60)
+    test = evaluation.first(data.test, 60)
     assert len(test) == 60
     assert len(data.test) == 143  # a fifth of each class
     cells = {c.method: c for c in experiment.cells(variants=["plain"]) if c.seed == 1}
@@ -106,9 +107,11 @@ def test_scores_are_those_of_an_independent_evaluation(experiment: Experiment) -
         score = cell.score.result(experiment.root)
         assert score is not None
         assert score["clean"] == accuracy(model, test)
-        exact = robustness(model, test, experiment.recipe.scoring.corruptions).corrupted
-        for name, accuracies in exact.items():  # bytes or not may change a picture or two
-            assert score["corrupted"][name] == pytest.approx(accuracies, abs=2.5 / 60)
+        for name in experiment.recipe.scoring.corruptions:
+            for severity, share in enumerate(score["corrupted"][name], start=1):
+                view = corrupt(to_float(test.images), name, severity, index=torch.arange(60))
+                view = (view.double() * 255).round().float() / 255
+                assert share == (model.eval()(view).argmax(dim=1) == test.labels).sum().item() / 60
         teacher = experiments.Made("plain", experiment.recipe.teacher, cells["none"].alignment.parents[1])
         theirs = Teacher(teacher.model(experiment.root, torch.device("cpu")), "block3")
         layer = "layer3" if source == "student" else "block3"
@@ -236,22 +239,20 @@ def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_kept_pictures_are_those_of_the_data_asked_for() -> None:
     data = Images(torch.arange(256, dtype=torch.uint8).repeat(4, 1, 1, 4).view(4, 1, 32, 32), torch.arange(4))
-    what = recipes.Scoring(("contrast",))
-    first = list(scoring.corrupted(data, what, ("a",)))
+    first = list(evaluation.corrupted(data, ["contrast"], "a"))
     assert [name for name, _ in first] == ["contrast"] * 5
-    again = list(scoring.corrupted(data.select(torch.arange(2)), what, ("a",)))
+    again = list(evaluation.corrupted(data.select(torch.arange(2)), ["contrast"], "a"))
     assert len(again[0][1]) == 4  # kept
-    other = list(scoring.corrupted(data.select(torch.arange(2)), what, ("b",)))
+    other = list(evaluation.corrupted(data.select(torch.arange(2)), ["contrast"], "b"))
     assert len(other[0][1]) == 2
 
 
 def test_pictures_that_are_too_many_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     data = Images(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.arange(4))
-    what = recipes.Scoring(("contrast",))
     for kept, count in ((4 * 1024 * 5, 1), (4 * 1024 * 5 - 1, 0)):  # bytes of five severities
-        monkeypatch.setattr(scoring, "KEPT", kept)
-        list(scoring.corrupted(data, what, ("c", kept)))
-        assert len(scoring._kept) == count
+        monkeypatch.setattr(evaluation, "KEPT", kept)
+        list(evaluation.corrupted(data, ["contrast"], ("c", kept)))
+        assert len(evaluation._kept) == count
 
 
 def changed(folder: Path, old: str, new: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bird.lab.vision.comparison import ranking_table, regression_table
-from bird.lab.vision.pictures import scatter
+from bird.lab.vision.figures import scatter
 from bird.lab.vision.selection import Properties, Ranking, Row, regress
 
 linear_model = pytest.importorskip("sklearn.linear_model", reason="the truth here: pip install bird-kernels[vision]")

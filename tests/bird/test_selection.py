@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bird.lab.vision import extraction
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.corruptions import Mixture, corrupt
-from bird.lab.vision.data import Images, Splits, load_fashion, to_float
+from bird.lab.vision.data import Images, Splits, to_float
 from bird.lab.vision.models import PlainNet
 from bird.lab.vision.selection import (
     Properties,
@@ -30,6 +30,7 @@ from bird.lab.vision.selection import (
 )
 from bird.lab.vision.training import fit
 from bird.teachers import Teacher
+from tests.bird.shipped import fashion
 
 linear_model = pytest.importorskip(
     "sklearn.linear_model", reason="probes are an extra: pip install bird-kernels[vision]"
@@ -68,7 +69,7 @@ class Pixels(nn.Module):
 
 @pytest.fixture(scope="module")
 def data() -> Splits:
-    return load_fashion([2, 4, 6], limit_per_class=30)
+    return fashion([2, 4, 6], limit_per_class=30)
 
 
 def sides(first: list[int], second: list[int], labels: list[int]) -> Splits:
@@ -373,7 +374,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_a_robust_teacher_is_told_from_one_of_clean_images_and_from_an_untrained_one() -> None:
     corruptions = ("gaussian_noise", "defocus_blur", "contrast")
-    own, data = (load_fashion(classes, limit_per_class=60) for classes in (range(5), range(5, 10)))
+    own, data = (fashion(classes, limit_per_class=60) for classes in (range(5), range(5, 10)))
     teachers = {}
     for name, steps, augment in (("untrained", 0, None), ("clean", 80, None), ("robust", 80, Mixture(corruptions))):
         torch.manual_seed(0)

@@ -73,7 +73,7 @@ def _draw(recipe: Recipe, groups: Mapping[Group, Results], path: Path) -> None:
             shown = values.mean(1).tolist(), interval.low, interval.high
             bars.setdefault(", ".join(filter(None, group)), {})[recipe.titles[method]] = shown
     label = f"good responses, %, by the {judge}" if preference else "test accuracy, %"
-    figures.shares(bars, path, title=recipe.title, label=label)
+    figures.shares(bars, path, title=recipe.title, y_label=label)
 
 
 def _collect(experiment: Experiment, cells: Sequence[Cell]) -> tuple[dict[Group, Results], list[Cell]]:

@@ -18,8 +18,8 @@ from ..tables import percent
 from .comparison import ranking_table, regression_table
 from .evaluation import Robustness
 from .experiment import Candidate, Experiment
+from .figures import scatter
 from .methods import METHODS
-from .pictures import scatter
 from .regression import PREDICTORS, Properties, Regression, Row, regress
 from .selection import Ranking
 

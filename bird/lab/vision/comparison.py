@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from ...files import write_json
 from ..statistics import pgr
 from ..tables import markdown, percent
 from .checkpoints import History
@@ -43,12 +40,6 @@ class Outcome:
         """Mean accuracy over the held-out corruptions and the teacher's, each once."""
         accuracies = {**self.seen.corrupted, **self.held_out.corrupted}
         return fmean(fmean(severities) for severities in accuracies.values())
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Outcome:
-        """Undo `dataclasses.asdict`."""
-        parts = {"held_out": Robustness, "seen": Robustness, "history": History}
-        return cls(**(data | {name: part(**data[name]) for name, part in parts.items()}))
 
 
 @dataclass(frozen=True)
@@ -102,31 +93,12 @@ class Comparison:
         return [pgr(*(o.held_out.pooled if pooled else o.held_out.robust for o in outcomes)) for outcomes in three]
 
 
-COLUMNS: dict[str, Callable[[Outcome], float]] = {
-    "clean": lambda outcome: outcome.held_out.clean,
-    "held-out corruptions": lambda outcome: outcome.held_out.robust,
-    "teacher's corruptions": lambda outcome: outcome.seen.robust,
-}
-
-
 PROPERTY_NAMES = {
     "probe_accuracy": "probe accuracy",
     "complementary_knowledge": "complementary knowledge",
     "usefulness_min": "usefulness, worst corruption",
     "usefulness_mean": "usefulness, mean corruption",
 }
-
-
-def table(comparison: Comparison) -> str:
-    """A Markdown table, aligned to be read as it is: a row per method, accuracies in percent."""
-    rows = [["method", *COLUMNS, "gap recovered", "CKA to teacher"]]
-    for method in comparison.methods:
-        outcomes = comparison.of(method)
-        accuracies = [percent([column(outcome) for outcome in outcomes]) for column in COLUMNS.values()]
-        recovered = percent(comparison.recovered(method)) if method in comparison.contenders else ""
-        cka = f"{fmean(outcome.cka for outcome in outcomes):.2f}"
-        rows.append([method, *accuracies, recovered, cka])
-    return markdown(rows)
 
 
 def ranking_table(ranking: Ranking) -> str:
@@ -158,23 +130,3 @@ def regression_table(regression: Regression) -> str:
     fit = regression.fit
     rows.append([f"all, {regression.n} rows", "", percent([fit.r2]), percent([fit.r2_loo])])
     return markdown(rows)
-
-
-def write_results(comparison: Comparison, about: dict[str, Any], path: Path) -> None:
-    """Write ``results.json``: what was run, the figures of each method seed by seed, and every outcome whole.
-
-    Accuracies and shares are fractions of 1. ``pooled`` is the paper's robust accuracy, in which clean images
-    count as severity 0.
-    """
-    summary = {
-        method: {
-            "clean": [o.held_out.clean for o in comparison.of(method)],
-            "held_out": [o.held_out.robust for o in comparison.of(method)],
-            "pooled": [o.held_out.pooled for o in comparison.of(method)],
-            "seen": [o.seen.robust for o in comparison.of(method)],
-            "gap_recovered": comparison.recovered(method),
-            "cka": [o.cka for o in comparison.of(method)],
-        }
-        for method in comparison.methods
-    }
-    write_json(about | {"summary": summary, "outcomes": [asdict(o) for o in comparison.outcomes]}, path)

@@ -27,11 +27,10 @@ from .corruptions import Mixture
 from .data import Splits
 from .datasets import DATASETS
 from .datasets import load as load_data
-from .evaluation import accuracy, alignment
+from .evaluation import accuracy, alignment, first, robustness
 from .methods import METHODS, Transfer
-from .models import MODELS, build
+from .models import build
 from .recipe import Budget, Recipe, Source, Variant
-from .scoring import corrupted, first
 from .selection import rank_teachers
 from .training import Augment, fit
 
@@ -136,9 +135,9 @@ class Experiment:
         with torch.device("meta"):
             for pair in recipe.networks.values():
                 teacher, student = _build(pair.teacher, recipe.teacher), _build(pair.student, recipe.student)
-                for change in changes:
-                    find_layers(teacher, change.teacher_layer or MODELS[pair.teacher].guide)
-                    find_layers(student, change.student_layer or MODELS[pair.student].guide)
+                for guiding, guided in (layers for change in changes for layers in change.pairs(pair)):
+                    find_layers(teacher, guiding)
+                    find_layers(student, guided)
 
     def candidates(
         self,
@@ -152,12 +151,12 @@ class Experiment:
         for name in self.recipe.networks if networks is None else networks:
             for variant in self.recipe.variants if variants is None else variants:
                 for seed in range(self.recipe.seeds if seeds is None else seeds):
-                    stage = self._measured(*self._pair(name, variant, seed), seed)
-                    found.append(Candidate(name, variant, seed, stage))
+                    teacher, student, pairs = self._pair(name, variant, seed)
+                    found.append(Candidate(name, variant, seed, self._measured(teacher, student, pairs[-1], seed)))
         return found
 
-    def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[str, str]]:
-        """Teacher, student, and the layers between which something moves."""
+    def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[tuple[str, str], ...]]:
+        """Teacher, student, and the pairs of layers between which something moves."""
         recipe, pair, change = self.recipe, self.recipe.networks[name], self.recipe.variants[variant]
         corruptions = recipe.corruptions if change.teacher_corruptions is None else change.teacher_corruptions
         budget = recipe.pretraining
@@ -166,17 +165,13 @@ class Experiment:
         source = change.teacher or recipe.teacher
         teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget)
         student = self._pretrained("student", recipe.student, pair.student, (), seed, recipe.pretraining)
-        layers = (
-            change.teacher_layer or MODELS[pair.teacher].guide,
-            change.student_layer or MODELS[pair.student].guide,
-        )
-        return teacher, student, layers
+        return teacher, student, change.pairs(pair)
 
     def _cell(self, name: str, variant: str, method: str, seed: int) -> Cell:
-        teacher, student, layers = self._pair(name, variant, seed)
-        made = self._moved(teacher, student, layers, self.recipe.variants[variant], method, seed)
-        layer = layers[METHODS[method].start == "student"]
-        score, aligned = self._scored(made, seed), self._aligned(made, layer, teacher, layers[0], seed)
+        teacher, student, pairs = self._pair(name, variant, seed)
+        made = self._moved(teacher, student, pairs, self.recipe.variants[variant], method, seed)
+        layer = pairs[-1][METHODS[method].start == "student"]
+        score, aligned = self._scored(made, seed), self._aligned(made, layer, teacher, pairs[-1][0], seed)
         return Cell(name, variant, method, seed, score, aligned, made.stage)
 
     def _pretrained(
@@ -189,7 +184,7 @@ class Experiment:
         budget: Budget,
     ) -> Made:
         """A teacher or a student; with one seed and network they begin with different weights."""
-        about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": asdict(budget)}
+        about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": budget.about()}
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(source, seed)
@@ -214,7 +209,7 @@ class Experiment:
         return Made(network, source, Stage(role, about, make, title=f"{network} on {source.data}, seed {seed}"))
 
     def _moved(
-        self, teacher: Made, student: Made, layers: tuple[str, str], change: Variant, method: str, seed: int
+        self, teacher: Made, student: Made, pairs: tuple[tuple[str, str], ...], change: Variant, method: str, seed: int
     ) -> Made:
         """What a method makes of a teacher and a student."""
         recipe, known = self.recipe, METHODS[method]
@@ -225,21 +220,21 @@ class Experiment:
         parents = (teacher.stage, student.stage) if guided else (starts.stage,)
         about = self._about(recipe.student, seed) | {
             "method": method,
-            "budget": asdict(recipe.transfer),
+            "budget": recipe.transfer.about(),
             "batch_size": change.batch_size,
             "corruptions": recipe.corruptions if known.corrupted else (),
         }
         weights = {"alpha": change.alpha, "beta": change.beta}
         if guided:
-            about |= {"layers": layers, "weights": weights}
+            about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(recipe.student, seed)
             changes: dict[str, Any] = {"compile": self.compile}
             changes |= {} if change.batch_size is None else {"batch_size": change.batch_size}
             transfer = Transfer(
-                teacher=(teacher.network, layers[0]),
-                student=(student.network, layers[1]),
+                networks=(teacher.network, student.network),
+                pairs=pairs,
                 settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
                 augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
@@ -266,11 +261,8 @@ class Experiment:
 
         def make(folder: Path) -> dict[str, Any]:
             test = first(self._data(source, seed).test, scoring.images).to(self.device)
-            model = made.model(self.root, self.device)
-            accuracies: dict[str, list[float]] = {name: [] for name in scoring.corruptions}
-            for name, images in corrupted(test, scoring, (source, scoring, self.data_root, self.device)):
-                accuracies[name].append(accuracy(model, images))
-            return {"clean": accuracy(model, test), "corrupted": accuracies}
+            key = source, scoring, self.data_root, self.device
+            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions, key))
 
         return Stage(
             "score", self._about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made)

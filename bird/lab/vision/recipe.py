@@ -31,9 +31,8 @@ The package ships one for every table of the paper (`names`); `read` also takes 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..recipe import made, parsed, require_known
@@ -43,11 +42,6 @@ from .datasets import DATASETS
 from .methods import METHODS
 from .models import MODELS
 from .steps import steps_per_epoch
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
 
 AUGMENTS = ("none", "crop", "crop-flip")
 
@@ -88,11 +82,16 @@ class Budget:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     amp: str | None = None
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"say epochs or steps, one of them, got epochs={self.epochs}, steps={self.steps}")
         self.settings(self.batch_size, 0)  # says what is wrong with the rest
+
+    def about(self) -> dict[str, Any]:
+        """For the names of stages, which are older than ``chunk_size``: it is named where it is used."""
+        return {name: value for name, value in asdict(self).items() if name != "chunk_size" or value is not None}
 
     def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
         """For a training set of so many samples; ``changes`` of the batch size leave the number of steps as it is."""
@@ -156,8 +155,8 @@ class Variant:
         batch_size: with the same number of steps.
         alpha: weight of the task in guided methods.
         beta: weight of the guidance in guided methods.
-        teacher_layer: guiding layer, a path in the teacher; the default is the network's own.
-        student_layer: guided layer.
+        teacher_layer: guiding layer, a path in the teacher, or several; the default is the network's own.
+        student_layer: guided layer; as many, each guided by the one at its place. CKA is reported of the last ones.
     """
 
     teacher: Source | None = None
@@ -167,14 +166,29 @@ class Variant:
     batch_size: int | None = None
     alpha: float | None = None
     beta: float | None = None
-    teacher_layer: str | None = None
-    student_layer: str | None = None
+    teacher_layer: str | tuple[str, ...] | None = None
+    student_layer: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("teacher_steps", 1), ("batch_size", MIN_BATCH), ("alpha", 0), ("beta", 0)):
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name} must be at least {least}, and finite, not {value}")
+
+    def pairs(self, networks: Networks) -> tuple[tuple[str, str], ...]:
+        """The guiding and the guided layer of each pair.
+
+        Raises:
+            ValueError: they are not equally many.
+        """
+        chosen = (networks.teacher, self.teacher_layer), (networks.student, self.student_layer)
+        theirs, ours = ((MODELS[name].guide if own is None else own) for name, own in chosen)
+        theirs, ours = ((side,) if isinstance(side, str) else side for side in (theirs, ours))
+        if len(theirs) != len(ours):
+            raise ValueError(
+                f"{len(theirs)} layers cannot guide {len(ours)}: teacher_layer {theirs}, student_layer {ours}"
+            )
+        return tuple(zip(theirs, ours, strict=True))
 
 
 @dataclass(frozen=True)
