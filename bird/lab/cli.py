@@ -18,13 +18,14 @@ import torch
 import bird_kernels
 from bird_kernels import tuner, tuning
 
+from .experiment import Cell
 from .language import recipe as language_recipes
 from .recipe import names, parsed
 from .stages import complete, side_by_side
 from .vision import candidates
 from .vision import recipe as vision_recipes
-from .vision import report as reproduction
-from .vision.experiment import Candidate, Cell, Experiment
+from .vision import report as vision_reports
+from .vision.experiment import VisionExperiment
 from .vision.methods import METHODS
 
 DEMO = "fashion/demo"
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sized(recipe: vision_recipes.Recipe, options: argparse.Namespace) -> vision_recipes.Recipe:
+def _sized(recipe: vision_recipes.VisionRecipe, options: argparse.Namespace) -> vision_recipes.VisionRecipe:
     """The demo's recipe with as many steps, images a step and images in memory as asked for."""
     steps = QUICK if options.quick and options.steps is None else options.steps
     asked = {"steps": steps, "batch_size": options.batch, "chunk_size": options.chunk}
@@ -162,7 +163,7 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(experiment: Any, command: str, choice: dict[str, Any]) -> list[Cell] | list[Candidate]:
+def _asked(experiment: Any, command: str, choice: dict[str, Any]) -> list[Cell]:
     return experiment.candidates(**choice) if command == "select" else experiment.cells(**choice)
 
 
@@ -187,16 +188,16 @@ def _report(options: argparse.Namespace) -> int:
 def _write(experiment: Any, command: str, choice: dict[str, Any]) -> None:
     if command == "select":
         folder = experiment.root / "teachers" / _named(experiment.recipe.name, choice)
-        text = candidates.write(experiment, experiment.candidates(**choice), folder)
+        text = candidates.write_teachers(experiment, experiment.candidates(**choice), folder)
     else:
         report = experiment.root / "reports" / _named(experiment.recipe.name, choice)
         folder = experiment.root if command == "demo" else report
-        if isinstance(experiment, Experiment):
-            text = reproduction.write(experiment, experiment.cells(**choice), folder)
+        if isinstance(experiment, VisionExperiment):
+            text = vision_reports.write_vision_report(experiment, experiment.cells(**choice), folder)
         else:
             from .language import report
 
-            text = report.write(experiment, experiment.cells(**choice), folder)
+            text = report.write_language_report(experiment, experiment.cells(**choice), folder)
     _say(f"\n{text}\nIn {folder}/ with files and pictures.")
 
 
@@ -207,11 +208,13 @@ def _named(recipe: str, choice: dict[str, Any]) -> str:
     return "-".join([recipe, *parts, *seeds]).replace(" ", "-").replace(",", "")
 
 
-def _parse(name: str, table: Mapping[str, Any]) -> vision_recipes.Recipe | language_recipes.Recipe:
+def _parse(name: str, table: Mapping[str, Any]) -> vision_recipes.VisionRecipe | language_recipes.LanguageRecipe:
     return language_recipes.parse(name, table) if "kind" in table else vision_recipes.parse(name, table)
 
 
-def _language(recipe: language_recipes.Recipe, options: argparse.Namespace, device: torch.device, jobs: int) -> Any:
+def _language(
+    recipe: language_recipes.LanguageRecipe, options: argparse.Namespace, device: torch.device, jobs: int
+) -> Any:
     """An experiment with language models, whose libraries load here."""
     if options.command == "select" or getattr(options, "compile", False):
         what = "select" if options.command == "select" else "--compile"
@@ -243,9 +246,9 @@ def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) ->
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
     choice |= {"seeds": options.seeds}
-    if isinstance(recipe, language_recipes.Recipe):
+    if isinstance(recipe, language_recipes.LanguageRecipe):
         return _language(recipe, options, device, jobs), choice
-    experiment = Experiment(
+    experiment = VisionExperiment(
         _sized(recipe, options) if options.command == "demo" else recipe,
         options.out,
         device,

@@ -45,7 +45,7 @@ def canvas(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figure
         figure.savefig(partial, format="png", dpi=110)
 
 
-def label(axes: Axes, title: str) -> None:
+def title_panel(axes: Axes, title: str) -> None:
     """Head a panel."""
     axes.set_title(title, fontsize=10, color=INK, loc="left")
 
@@ -71,6 +71,6 @@ def shares(
                 axes.vlines(x, 100 * low, 100 * high, color=INK, linewidth=1.5)
                 axes.plot([x + 0.18] * len(seeds), [100 * share for share in seeds], ".", color=INK, markersize=5)
             axes.set_xticks(range(len(methods)), [m.replace(" + ", "\n+ ").replace(", ", ",\n") for m in methods])
-            label(axes, name)
+            title_panel(axes, name)
             axes.grid(axis="y", color=GRID)
         panels[0].set_ylabel(y_label, color=INK)

@@ -19,7 +19,7 @@ from torchvision import datasets as torchvision_datasets
 from bird.lab.recipe import data_root
 from bird.lab.vision.data import Images
 from bird.lab.vision.datasets import DATASETS, load
-from bird.lab.vision.datasets.batches import stack
+from bird.lab.vision.datasets.batches import stack_batches
 from bird.lab.vision.datasets.grey import read_idx
 from bird.lab.vision.datasets.unpickling import load_batch
 from tests.bird import official_files as official
@@ -160,7 +160,7 @@ def test_batches_fill_one_array() -> None:
             yield Path("x"), np.full((100, 3072), k, np.uint8), np.full(100, k)
 
     tracemalloc.start()
-    data = stack(batches(), 2000)
+    data = stack_batches(batches(), 2000)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert data.images[::100, 0, 0, 0].tolist() == data.labels[::100].tolist() == list(range(20))

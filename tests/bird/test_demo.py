@@ -19,8 +19,8 @@ from bird.lab import cli
 from bird.lab.stages import complete, lineage
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision.data import Images
-from bird.lab.vision.experiment import Experiment
-from bird.lab.vision.recipe import Recipe, read
+from bird.lab.vision.experiment import VisionExperiment
+from bird.lab.vision.recipe import VisionRecipe, read
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,7 +89,7 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_numbers(tmp_path: Path) -
     assert not list(broken.rglob(".partial*"))
 
 
-def sized(*arguments: str) -> Recipe:
+def sized(*arguments: str) -> VisionRecipe:
     options = cli._parser().parse_args(["demo", *arguments])
     experiment, _ = cli._experiment(options, torch.device("cpu"), 1)
     return experiment.recipe
@@ -110,7 +110,8 @@ def test_the_demo_is_a_recipe_at_the_size_asked_for() -> None:
 def test_a_stage_is_named_after_the_images_in_memory_only_where_they_are_said() -> None:
     names = []
     for recipe in (sized(), sized("--chunk", "16"), sized("--chunk", "32")):
-        stages = lineage(Experiment(recipe, Path(), torch.device("cpu")).cells(methods=["bird"], seeds=1)[0].wanted)
+        experiment = VisionExperiment(recipe, Path(), torch.device("cpu"))
+        stages = lineage(experiment.cells(methods=["bird"], seeds=1)[0].wanted)
         names.append([stage.key for stage in stages])
         assert ("chunk_size" in stages[0].about["budget"]) == (recipe.transfer.chunk_size is not None)
     assert not set(names[0]) & set(names[1])
@@ -120,7 +121,7 @@ def test_a_stage_is_named_after_the_images_in_memory_only_where_they_are_said() 
 def test_test_images_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other test images every weight and history stays as it was; only the scores change."""
     recipe, device = sized("--quick", "--steps", "8"), torch.device("cpu")
-    runs = [Experiment(recipe, tmp_path / name, device, progress=False) for name in ("as it is", "other")]
+    runs = [VisionExperiment(recipe, tmp_path / name, device, progress=False) for name in ("as it is", "other")]
     cells = [run.cells(methods=["bird", "ceiling"]) for run in runs]
     real = experiments._splits
 
@@ -134,12 +135,13 @@ def test_test_images_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr("bird.lab.vision.evaluation._kept", {})
         complete([stage for cell in of for stage in cell.wanted], run.root)
     for ours, theirs in zip(*cells, strict=True):
+        assert ours.training is not None
         for stage in lineage([ours.training]):
             a, b = (torch.load(stage.folder(run.root) / "model.pt", weights_only=True) for run in runs)
             assert all(a[name].equal(b[name]) for name in b)
             a, b = ((stage.result(run.root) or {})["histories"] for run in runs)
             assert a == b
-        assert ours.score.result(runs[0].root) != theirs.score.result(runs[1].root)
+        assert ours.scores["score"].result(runs[0].root) != theirs.scores["score"].result(runs[1].root)
 
 
 def test_the_command_line_explains_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

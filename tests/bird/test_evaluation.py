@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bird.lab.statistics import pgr
 from bird.lab.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bird.lab.vision.data import Images, to_float
-from bird.lab.vision.evaluation import Robustness, accuracy, alignment, robustness
+from bird.lab.vision.evaluation import Robustness, accuracy, layer_alignment, robustness
 from bird.teachers import Teacher
 from tests.bird.shipped import fashion
 
@@ -116,9 +116,9 @@ def test_alignment_is_cka_over_all_the_images() -> None:
         x, y = (model[0](pixels).mean(dim=(2, 3)).double().numpy() for model in (first, second))
     expected = song(x, y) / np.sqrt(song(x, x) * song(y, y))
     for batch_size in (40, 9):
-        value = alignment(teacher, first, "0", "0", data, batch_size=batch_size)
+        value = layer_alignment(teacher, first, "0", "0", data, batch_size=batch_size)
         assert value == pytest.approx(expected, rel=5e-6)
-    biased = alignment(teacher, first, "0", "0", data, estimator="biased")
+    biased = layer_alignment(teacher, first, "0", "0", data, estimator="biased")
     assert biased - expected > 1e-5  # another estimator
     assert not first[1]._forward_hooks
     assert not first[0]._forward_hooks

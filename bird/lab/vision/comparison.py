@@ -9,10 +9,10 @@ from functools import partial
 from statistics import fmean
 
 from ..statistics import pgr
-from ..tables import markdown, percent
+from ..tables import markdown_table, percent
 from .checkpoints import History
 from .evaluation import Robustness
-from .selection import Ranking, Regression, Row
+from .regression import Regression, TeacherRow
 
 
 @dataclass(frozen=True)
@@ -101,22 +101,20 @@ PROPERTY_NAMES = {
 }
 
 
-def ranking_table(ranking: Ranking) -> str:
-    """A Markdown table of teachers, the most promising first: shares in percent, usefulness in standard deviations.
+def teachers_table(rows: Sequence[TeacherRow]) -> str:
+    """A Markdown table of teachers: shares in percent, usefulness in standard deviations.
 
-    Robust accuracies after the transfer stand at the end where any is known, predicted ones first if they decided.
+    Robust accuracies after the transfer stand at the end where any is known.
     """
-    columns: dict[str, Callable[[Row], str]] = {"teacher": lambda row: row.name}
-    if ranking.by == "prediction":
-        columns["predicted accuracy"] = lambda row: percent([ranking.scores[row.name]])
+    columns: dict[str, Callable[[TeacherRow], str]] = {"teacher": lambda row: row.name}
     for name, title in PROPERTY_NAMES.items():
         columns[title] = partial(_property, name)
-    if any(row.accuracy is not None for row in ranking.rows):
+    if any(row.accuracy is not None for row in rows):
         columns["accuracy after transfer"] = lambda row: "" if row.accuracy is None else percent([row.accuracy])
-    return markdown([list(columns), *([cell(row) for cell in columns.values()] for row in ranking.rows)])
+    return markdown_table([list(columns), *([cell(row) for cell in columns.values()] for row in rows)])
 
 
-def _property(name: str, row: Row) -> str:
+def _property(name: str, row: TeacherRow) -> str:
     value: float = getattr(row.properties, name)
     return f"{value:.2f}" if name.startswith("usefulness") else percent([value])
 
@@ -129,4 +127,4 @@ def regression_table(regression: Regression) -> str:
         rows.append([PROPERTY_NAMES[name], f"{coefficient:+.2f}", percent([alone.r2]), percent([alone.r2_loo])])
     fit = regression.fit
     rows.append([f"all, {regression.n} rows", "", percent([fit.r2]), percent([fit.r2_loo])])
-    return markdown(rows)
+    return markdown_table(rows)

@@ -118,7 +118,7 @@ def _quantised(data: Images, name: str, severity: int) -> Images:
     return Images(torch.cat(parts), data.labels)
 
 
-def alignment(
+def layer_alignment(
     teacher: Teacher,
     student: nn.Module,
     teacher_layer: str,

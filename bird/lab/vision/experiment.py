@@ -8,7 +8,6 @@ transfer, and needs one stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ...features import find_layers
 from ...teachers import Teacher
+from ..experiment import Cell, Experiment
 from ..recipe import data_root, grid
 from ..stages import Stage
 from ..tensors import load, save
@@ -27,49 +27,14 @@ from .corruptions import Mixture
 from .data import Splits
 from .datasets import DATASETS
 from .datasets import load as load_data
-from .evaluation import accuracy, alignment, first, robustness
+from .evaluation import accuracy, first, layer_alignment, robustness
 from .methods import METHODS, Transfer
 from .models import build
-from .recipe import Budget, Recipe, Source, Variant
-from .selection import rank_teachers
+from .recipe import Budget, Source, Variant, VisionRecipe, as_plain
+from .selection import measure_teacher
 from .training import Augment, fit
 
 PROTOCOL = 2  # part of every stage's name: raised when the same settings no longer mean the same
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry of a table."""
-
-    networks: str
-    variant: str
-    method: str
-    seed: int
-    score: Stage  # result: {"clean": accuracy, "corrupted": {name: [accuracy of each severity]}}
-    alignment: Stage  # result: {"cka": to the teacher, unbiased, over clean test images}
-    training: Stage  # that made the model
-
-    @property
-    def wanted(self) -> list[Stage]:
-        """What completes it."""
-        return [self.score, self.alignment]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A teacher for a student."""
-
-    networks: str
-    variant: str
-    seed: int
-    properties: (
-        Stage  # result: {"properties": `bird.lab.vision.selection.Properties`, "student_probe_accuracy": a share of 1}
-    )
-
-    @property
-    def wanted(self) -> list[Stage]:
-        """What completes it."""
-        return [self.properties]
 
 
 @dataclass(frozen=True)
@@ -95,39 +60,25 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A recipe as stages.
+class VisionExperiment(Experiment):
+    """A recipe of images as stages.
+
+    A cell's ``score`` is ``{"clean": accuracy, "corrupted": {name: [accuracy of each severity]}}``, its ``alignment``
+    ``{"cka": to the teacher, unbiased, over clean test images}``.
 
     Args:
-        recipe: what to run.
-        root: the folder of the stages' folders.
-        device: where networks are trained; like the rest from here on it is no part of a stage's name.
-        data_root: the folder of the data sets, see `bird.lab.vision.datasets.load`.
-        progress: bars for training; None for on a terminal only.
         compile: train compiled models, see `bird.lab.vision.checkpoints.Settings`.
     """
 
-    recipe: Recipe
-    root: Path
-    device: torch.device
-    data_root: Path | None = None
-    progress: bool | None = None
+    recipe: VisionRecipe
     compile: bool = False
 
-    def cells(self, **choice: Any) -> list[Cell]:
-        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.lab.recipe.grid`."""
-        return [self._cell(*entry) for entry in grid(self.recipe, **choice)]
+    extra = "vision"
+    libraries = "matplotlib", "scipy"
 
     def check(self) -> None:
-        """Look before hours of work: is all the data there, and has every network the layers that are asked of it?
-
-        Raises:
-            FileNotFoundError: a data set is missing: which files are expected where.
-            ValueError: an unknown layer (the nearest are listed).
-            ImportError: a network's, or the pictures', library is missing.
-        """
-        from matplotlib.figure import Figure  # noqa: F401 - what a report needs in the end
-
+        """As of `Experiment`; also, has every network the layers that are asked of it?"""
+        super().check()
         recipe = self.recipe
         changes = recipe.variants.values()
         for source in dict.fromkeys([recipe.student, recipe.teacher, *(v.teacher for v in changes if v.teacher)]):
@@ -139,20 +90,19 @@ class Experiment:
                     find_layers(teacher, guiding)
                     find_layers(student, guided)
 
-    def candidates(
-        self,
-        *,
-        networks: Sequence[str] | None = None,
-        variants: Sequence[str] | None = None,
-        seeds: int | None = None,
-    ) -> list[Candidate]:
-        """The teacher and the student of every pair of networks, variant and seed, or of some."""
+    def candidates(self, *, seeds: int | None = None, **choice: Any) -> list[Cell]:
+        """A cell for the teacher and the student of every pair of networks, variant and seed, or of some.
+
+        Its ``properties`` are ``{"properties": of the teacher, see `bird.lab.vision.regression.Properties`,
+        "student_probe_accuracy": a share of 1}``.
+        """
+        first = dict.fromkeys((name, variant) for name, variant, *_ in grid(self.recipe, **choice, seeds=1))
         found = []
-        for name in self.recipe.networks if networks is None else networks:
-            for variant in self.recipe.variants if variants is None else variants:
-                for seed in range(self.recipe.seeds if seeds is None else seeds):
-                    teacher, student, pairs = self._pair(name, variant, seed)
-                    found.append(Candidate(name, variant, seed, self._measured(teacher, student, pairs[-1], seed)))
+        for name, variant in first:
+            for seed in range(self.recipe.seeds if seeds is None else seeds):
+                teacher, student, pairs = self._pair(name, variant, seed)
+                stage = self._measured(teacher, student, pairs[-1], seed)
+                found.append(Cell(name, variant, "", seed, {"properties": stage}))
         return found
 
     def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[tuple[str, str], ...]]:
@@ -167,12 +117,15 @@ class Experiment:
         student = self._pretrained("student", recipe.student, pair.student, (), seed, recipe.pretraining)
         return teacher, student, change.pairs(pair)
 
-    def _cell(self, name: str, variant: str, method: str, seed: int) -> Cell:
-        teacher, student, pairs = self._pair(name, variant, seed)
+    def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
+        """The stages of an entry."""
+        teacher, student, pairs = self._pair(networks, variant, seed)
         made = self._moved(teacher, student, pairs, self.recipe.variants[variant], method, seed)
         layer = pairs[-1][METHODS[method].start == "student"]
-        score, aligned = self._scored(made, seed), self._aligned(made, layer, teacher, pairs[-1][0], seed)
-        return Cell(name, variant, method, seed, score, aligned, made.stage)
+        aligned = self._aligned(made, layer, teacher, pairs[-1][0], seed)
+        return Cell(
+            networks, variant, method, seed, {"score": self._scored(made, seed), "alignment": aligned}, made.stage
+        )
 
     def _pretrained(
         self,
@@ -184,7 +137,7 @@ class Experiment:
         budget: Budget,
     ) -> Made:
         """A teacher or a student; with one seed and network they begin with different weights."""
-        about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": budget.about()}
+        about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": as_plain(budget)}
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(source, seed)
@@ -220,7 +173,7 @@ class Experiment:
         parents = (teacher.stage, student.stage) if guided else (starts.stage,)
         about = self._about(recipe.student, seed) | {
             "method": method,
-            "budget": recipe.transfer.about(),
+            "budget": as_plain(recipe.transfer),
             "batch_size": change.batch_size,
             "corruptions": recipe.corruptions if known.corrupted else (),
         }
@@ -274,7 +227,7 @@ class Experiment:
         def make(folder: Path) -> dict[str, Any]:
             test = first(self._data(source, seed).test, self.recipe.scoring.images)
             model, guide = (m.model(self.root, self.device) for m in (made, teacher))
-            return {"cka": alignment(Teacher(guide, [teacher_layer]), model, teacher_layer, layer, test)}
+            return {"cka": layer_alignment(Teacher(guide, [teacher_layer]), model, teacher_layer, layer, test)}
 
         about = self._about(source, None) | {"images": self.recipe.scoring.images, "layers": (teacher_layer, layer)}
         return Stage("alignment", about, make, (made.stage, teacher.stage), self._of(made))
@@ -287,8 +240,8 @@ class Experiment:
             data = self._data(recipe.student, seed)
             few = replace(data, validation=first(data.validation, recipe.scoring.images))
             guide, model = (m.model(self.root, self.device) for m in (teacher, student))
-            ranking = rank_teachers(
-                {"teacher": Teacher(guide, [layers[0]])},
+            found = measure_teacher(
+                Teacher(guide, [layers[0]]),
                 model,
                 layers[1],
                 few,
@@ -297,10 +250,7 @@ class Experiment:
                 cache=self.root / "features",
                 progress=self.progress,
             )
-            return {
-                "properties": asdict(ranking.rows[0].properties),
-                "student_probe_accuracy": ranking.student_probe_accuracy,
-            }
+            return found._asdict() | {"properties": asdict(found.properties)}
 
         about = self._about(recipe.student, seed) | {
             "images": recipe.scoring.images,

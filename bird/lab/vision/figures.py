@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..figures import BASELINE, COLOURS, GRID, INK, PALETTE, canvas, label
+from ..figures import BASELINE, COLOURS, GRID, INK, PALETTE, canvas, title_panel
 from ..tables import spread
 from .comparison import PROPERTY_NAMES, Comparison, Outcome
-from .selection import PREDICTORS, Regression, Row
+from .regression import PREDICTORS, Regression, TeacherRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -90,20 +90,20 @@ def curves(comparison: Comparison, path: Path, *, title: str) -> None:
                 axes.plot([each[0]["step"] for each in points], means, color=COLOURS.get(method), label=method)
         left.set_yscale("log")
         for axes, text in ((left, "task loss in training"), (right, "validation accuracy, clean, %")):
-            label(axes, text)
+            title_panel(axes, text)
             axes.set_xlabel("step", color=INK)
             axes.grid(color=GRID)
         right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def scatter(
-    rows: Sequence[Row],
+    rows: Sequence[TeacherRow],
     path: Path,
     *,
     title: str,
     baseline: float | None = None,
     regression: Regression | None = None,
-    kinds: Sequence[str] | None = None,
+    kinds: Sequence[str],
 ) -> None:
     """Draw teachers into the PNG ``path``, written atomically, one panel for each of the three properties.
 
@@ -116,7 +116,7 @@ def scatter(
         title: of the picture.
         baseline: the untouched student's robust accuracy, a share of 1, as a line.
         regression: of these rows: its R² go into the panels' titles.
-        kinds: of each row: points are told apart by it, in a legend; None to write every row's name beside its point.
+        kinds: of each row: points are told apart by it, in a legend.
 
     Raises:
         ValueError: no rows.
@@ -125,7 +125,7 @@ def scatter(
     if not rows:
         raise ValueError("there are no teachers to draw")
     tried = [row for row in rows if row.accuracy is not None]
-    marked = None if kinds is None else {row.name: kind for row, kind in zip(rows, kinds, strict=True)}
+    marked = {row.name: kind for row, kind in zip(rows, kinds, strict=True)}
     with canvas(path, title, (13, 4.4 if tried else 1.6 + 0.35 * len(rows))) as figure:
         for axes, name in zip(figure.subplots(1, len(PREDICTORS), sharey=True), PREDICTORS, strict=True):
             if tried:
@@ -135,33 +135,27 @@ def scatter(
             axes.locator_params(axis="x", nbins=5)
             alone = None if regression is None else regression.alone.get(name)
             known = "" if alone is None else f"\nR² alone {alone.r2:.2f}, left out {alone.r2_loo:.2f}"
-            label(axes, f"{PROPERTY_NAMES[name]}{known}")
+            title_panel(axes, f"{PROPERTY_NAMES[name]}{known}")
         if tried:
             figure.axes[0].set_ylabel("robust accuracy after transfer, %", color=INK)
-            if marked is not None:
-                figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
 
 
 def _draw_promise(
-    axes: Axes, name: str, rows: Sequence[Row], baseline: float | None, kinds: Mapping[str, str] | None
+    axes: Axes, name: str, rows: Sequence[TeacherRow], baseline: float | None, kinds: Mapping[str, str]
 ) -> None:
     points = {row.name: (getattr(row.properties, name), 100 * row.accuracy) for row in rows if row.accuracy is not None}
-    if kinds is None:
-        axes.plot(*zip(*points.values(), strict=True), "o", color=PALETTE[0], markersize=7)
-        for label, point in points.items():
-            axes.annotate(label, point, (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK)
-    else:
-        for number, kind in enumerate(dict.fromkeys(kinds.values())):
-            of = [point for label, point in points.items() if kinds[label] == kind]
-            marker, colour = "osD^v"[number // len(PALETTE) % 5], PALETTE[number % len(PALETTE)]
-            axes.plot(*zip(*of, strict=True), marker, color=colour, markersize=7, label=kind)
+    for number, kind in enumerate(dict.fromkeys(kinds[name] for name in points)):
+        of = [point for name, point in points.items() if kinds[name] == kind]
+        marker, colour = "osD^v"[number // len(PALETTE) % 5], PALETTE[number % len(PALETTE)]
+        axes.plot(*zip(*of, strict=True), marker, color=colour, markersize=7, label=kind)
     if baseline is not None:
         axes.axhline(100 * baseline, color=BASELINE, linewidth=1.6, linestyle="--", zorder=0)
     axes.margins(0.15)
     axes.grid(color=GRID)
 
 
-def _draw_property(axes: Axes, name: str, rows: Sequence[Row]) -> None:
+def _draw_property(axes: Axes, name: str, rows: Sequence[TeacherRow]) -> None:
     """Bars, the first teacher on top."""
     axes.barh(range(len(rows)), [getattr(row.properties, name) for row in rows], color=PALETTE[0], height=0.6)
     axes.set_yticks(range(len(rows)), [row.name for row in rows])

@@ -89,10 +89,6 @@ class Budget:
             raise ValueError(f"say epochs or steps, one of them, got epochs={self.epochs}, steps={self.steps}")
         self.settings(self.batch_size, 0)  # says what is wrong with the rest
 
-    def about(self) -> dict[str, Any]:
-        """For the names of stages, which are older than ``chunk_size``: it is named where it is used."""
-        return {name: value for name, value in asdict(self).items() if name != "chunk_size" or value is not None}
-
     def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
         """For a training set of so many samples; ``changes`` of the batch size leave the number of steps as it is."""
         steps = self.steps if self.epochs is None else self.epochs * steps_per_epoch(samples, self.batch_size)
@@ -192,7 +188,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class VisionRecipe:
     """One experiment; the parts are described at their classes.
 
     Args:
@@ -227,6 +223,11 @@ class Recipe:
     scoring: Scoring = Scoring()
     paper_pgr: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """Methods as tables call them."""
+        return {name: method.title for name, method in METHODS.items()}
+
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
@@ -243,7 +244,12 @@ class Recipe:
             raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
 
 
-def read(recipe: str) -> Recipe:
+def as_plain(part: Budget | VisionRecipe) -> dict[str, Any]:
+    """For the names of stages, and reports. They are older than ``chunk_size``: it is named where it is used."""
+    return asdict(part, dict_factory=lambda items: {k: v for k, v in items if (k, v) != ("chunk_size", None)})
+
+
+def read(recipe: str) -> VisionRecipe:
     """A recipe by its name (`names`), or from a TOML file by its path.
 
     Raises:
@@ -252,7 +258,7 @@ def read(recipe: str) -> Recipe:
     return parsed(recipe, parse)
 
 
-def parse(name: str, data: Mapping[str, Any]) -> Recipe:
+def parse(name: str, data: Mapping[str, Any]) -> VisionRecipe:
     """What a file says, checked."""
     if "kind" in data:
         raise ValueError("it is of language models: `bird.lab.language.recipe.parse` reads it")
@@ -271,7 +277,7 @@ def parse(name: str, data: Mapping[str, Any]) -> Recipe:
     }
     if "variants" in table:
         table["variants"] = {key: _variant(f"variants.{key}", value) for key, value in table["variants"].items()}
-    return made("the recipe", Recipe, table)
+    return made("the recipe", VisionRecipe, table)
 
 
 def _variant(where: str, table: Mapping[str, Any]) -> Variant:
