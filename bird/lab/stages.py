@@ -151,7 +151,7 @@ def require_same(old: Mapping[str, Any], new: Mapping[str, Any], whose: str, adv
     """
     changes = [
         f"{name} was {old.get(name)}, is {new.get(name)}"
-        for name in dict.fromkeys([*new, *old])
+        for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
     if changes:

@@ -118,7 +118,5 @@ def test_alignment_is_cka_over_all_the_images() -> None:
     for batch_size in (40, 9):
         value = layer_alignment(teacher, first, "0", "0", data, batch_size=batch_size)
         assert value == pytest.approx(expected, rel=5e-6)
-    biased = layer_alignment(teacher, first, "0", "0", data, estimator="biased")
-    assert biased - expected > 1e-5  # another estimator
     assert not first[1]._forward_hooks
     assert not first[0]._forward_hooks

@@ -80,17 +80,12 @@ class Comparison:
         """The outcomes of a method, seed by seed."""
         return [outcome for outcome in self.outcomes if outcome.method == method]
 
-    def recovered(self, method: str, *, pooled: bool = False) -> list[float]:
-        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed; NaN where there is none.
-
-        Args:
-            method: its name.
-            pooled: whether clean images count as severity 0, as in the paper.
-        """
+    def recovered(self, method: str) -> list[float]:
+        """Share of the gap in pooled accuracy that a method recovers, seed by seed; NaN where there is none."""
         if not self.gap:
             return [math.nan] * len(self.seeds)
         three = zip(self.of(method), self.of(self.baseline), self.of(self.ceiling), strict=True)
-        return [pgr(*(o.held_out.pooled if pooled else o.held_out.robust for o in outcomes)) for outcomes in three]
+        return [pgr(*(outcome.held_out.pooled for outcome in outcomes)) for outcomes in three]
 
 
 PROPERTY_NAMES = {

@@ -125,12 +125,11 @@ def layer_alignment(
     student_layer: str,
     data: Images,
     *,
-    estimator: str = "unbiased",
     batch_size: int = 500,
 ) -> float:
     """CKA between two layers over all the images at once, in eval mode.
 
-    It is unbiased unless asked otherwise: the biased one would depend on how many images there are.
+    It is unbiased: the biased one would depend on how many images there are.
     """
     rows: list[tuple[Tensor, Tensor]] = []
     with evaluating(student) as device, Taps(student, [student_layer]) as taps:
@@ -139,7 +138,7 @@ def layer_alignment(
             student(x)
             rows.append((taps.pop()[student_layer], teacher(x)[teacher_layer]))
         ours, theirs = (torch.cat(side) for side in zip(*rows, strict=True))
-        return cka(ours, theirs, estimator=estimator).item()
+        return cka(ours, theirs, estimator="unbiased").item()
 
 
 def _channels_last(x: Tensor) -> Tensor:

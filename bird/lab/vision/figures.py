@@ -57,7 +57,7 @@ def recovered(
             for group, (name, comparison) in enumerate(comparisons.items()):
                 if method not in comparison.contenders:
                     continue
-                values = [100 * share for share in comparison.recovered(method, pooled=True)]
+                values = [100 * share for share in comparison.recovered(method)]
                 x = group + 0.85 * ((turn + 0.5) / len(methods) - 0.5)
                 width = 0.8 / len(methods)
                 new = None if method in labelled else method

@@ -79,7 +79,7 @@ def _table(recipe: VisionRecipe, pair: Networks, comparison: Comparison) -> str:
                 percent([o.seen.robust for o in outcomes]),
                 percent([o.all_corruptions for o in outcomes]),
                 f"{shares[name]:.1f}" if name in shares else "",
-                percent(comparison.recovered(title, pooled=True)) if title in told else "",
+                percent(comparison.recovered(title)) if title in told else "",
                 f"{fmean(o.cka for o in outcomes):.2f}",
             ]
         )
@@ -192,7 +192,7 @@ def _numbers(comparisons: Mapping[Group, Comparison]) -> list[dict[str, Any]]:
     rows = []
     for (networks, variant), comparison in comparisons.items():
         for title in comparison.methods:
-            for outcome, recovered in zip(comparison.of(title), comparison.recovered(title, pooled=True), strict=True):
+            for outcome, recovered in zip(comparison.of(title), comparison.recovered(title), strict=True):
                 rows.append(
                     {
                         "networks": networks,
