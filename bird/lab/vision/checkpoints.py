@@ -157,7 +157,8 @@ class TrainingRun:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("last.pt", "best.pt", "shapes.json"):  # of a run that was killed while it wrote
-                (folder / f"{PARTIAL}{name}").unlink(missing_ok=True)
+                for left in folder.glob(f"{PARTIAL}*.{name}"):
+                    left.unlink(missing_ok=True)
 
     def save(self, step: int) -> None:
         """Write ``last.pt``."""
