@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
     fp32.
     """
     n = scalar(s.n)
-    scale_x, scale_y = _unit(s.xx, s.n), _unit(s.yy, s.n)
+    scale_x, scale_y = _unit(s.xx, n), _unit(s.yy, n)
     s = scaled(s, scale_x, scale_y)
     kl, kk, ll = inner(s.xy, s.xy), inner(s.xx, s.xx), inner(s.yy, s.yy)
     sum_k = sum_l = 0.0
@@ -184,9 +185,13 @@ def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
     )
 
 
-def _unit(product: Tensor, count: Tensor) -> Scalar:
+def _unit(product: Tensor, count: Scalar) -> Scalar:
     """2^k that brings the largest feature's root mean square into [1/2, 1)."""
-    peak = (product.diagonal().amax().double() / count.clamp(min=1.0)).sqrt()
+    peak = product.diagonal().amax()
+    if isinstance(count, float):
+        square = peak.item() / max(count, 1.0)
+        return 2.0 ** -math.frexp(square**0.5)[1] if 0.0 < square < math.inf else 1.0
+    peak = (peak.double() / count.clamp(min=1.0)).sqrt()
     finite = torch.isfinite(peak) & (peak > 0.0)
     exponent = torch.frexp(torch.where(finite, peak, 1.0)).exponent
     return scalar(torch.ldexp(torch.ones_like(peak), -exponent))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import backends, distributed
 from .backends import rows
-from .backends.dominating import dominated, largest, location, squared_norms, without
+from .backends.dominating import largest, location, squared_norms, uneven, without
 from .backends.linalg import (
     centre,
     dtypes,
@@ -275,12 +275,16 @@ def _none(x: Tensor, y: Tensor, wide: torch.dtype, norms: bool) -> Sums:
 def _norms(xs: Tensor, ys: Tensor, look: bool) -> Norms | None:
     """Of rows about their means; None if a ``look`` finds some that dominate."""
     kappa, lam = squared_norms(xs), squared_norms(ys)
-    if look and (dominated(kappa) or dominated(lam)):
-        return None
+    powers = torch.stack([kappa, lam, torch.ones_like(kappa)]).double()
+    powers = torch.mm(powers, powers.T)
+    if look:
+        (squares_k, _, sum_k), (_, squares_l, sum_l), _ = powers.tolist()
+        if uneven(squares_k, sum_k, len(xs)) or uneven(squares_l, sum_l, len(xs)):
+            return None
+    kk, kl, k, _, ll, l, *_ = powers.view(-1).unbind()
     eps = torch.finfo(xs.dtype).eps
     kx, ky, lx, ly = ((weights @ rows).double() for weights in (kappa, lam) for rows in (xs, ys))
-    k, l = kappa.double(), lam.double()
-    return Norms(kx, ky, lx, ly, k @ k, k @ l, l @ l, eps * k.sum(), eps * l.sum())
+    return Norms(kx, ky, lx, ly, kk, kl, ll, eps * k, eps * l)
 
 
 def scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..moments import ROUNDING, Scalar
 from .dominating import location
-from .linalg import PART, mm, pack, padded, power_of_two, self_product
-from .sides import kept
+from .linalg import PART, kept, mm, pack, padded, power_of_two, self_product
 
 NEAR = 7.5  # mean distances from a location, six standard deviations of a normal distribution
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..moments import Scalar
@@ -36,14 +35,14 @@ class Sides(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``sums`` are
-    `Sides`' of its own and of the other side."""
+    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``rows``
+    (unbiased) are kappa and lambda, or the reverse, and the rows apart; ``sums`` `Sides`' of its own and the other."""
 
     own: Tensor
     other: Tensor
     cross: Tensor
     product: Tensor
-    rows: Tensor
+    rows: tuple[Tensor, ...]
     scale: Scalar
     n: Scalar
     sums: tuple[Scalar, Scalar]
@@ -52,16 +51,6 @@ class Side(NamedTuple):
 def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Scalar, Scalar, Scalar]:
     """A = X^T X, C = Y^T X, B = Y^T Y (empty if no gradient of y is wanted); |C|^2, |A|^2, |B|^2."""
     xx, xy = self_product(xs.T), mm(ys.T, xs)
-    yy = self_product(ys.T) if problem.y_grad else empty(xs, 0)
+    yy = self_product(ys.T) if problem.y_grad else xx.new_empty(0)
     ll = inner(yy, yy) if problem.y_grad else self_product_norm(ys.T)
     return xx, xy, yy, inner(xy, xy), inner(xx, xx), ll
-
-
-def kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [n, d] with zeros in the rows that do not count."""
-    return x if mask is None else torch.where(mask[:, None], x, 0.0)
-
-
-def empty(like: Tensor, size: int | tuple[int, ...]) -> Tensor:
-    """One each: an operator's outputs must not share memory."""
-    return like.new_empty(size, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)

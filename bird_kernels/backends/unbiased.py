@@ -30,6 +30,7 @@ from .linalg import (
     dtypes,
     exact,
     inner_products,
+    kept,
     power_of_two,
     row_count,
     scalar,
@@ -37,7 +38,7 @@ from .linalg import (
     to,
     weighted_sum,
 )
-from .sides import Side, Sides, by_columns, empty, kept
+from .sides import Side, Sides, by_columns
 
 # Of what the unbiased self-HSIC is a difference of, the share that has to be left (CPU): 1 / 0.02 roundings are let
 # pass. Below, rows dominate, or there are a dozen of them: the way without cancellation.
@@ -87,20 +88,19 @@ def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> S
     """Of sides about their means: the row sums without the diagonals are minus the diagonals. A CPU's way, which looks:
     None where rows dominate or too little is left."""
     if route == "gram":
-        xx, yy, xy = self_product(xs), self_product(ys), empty(xs, (0, 0))
-        kappa, lam = (gram.diagonal().clone() for gram in (xx, yy))
-        for gram in (xx, yy):
-            gram.diagonal().zero_()
+        xx, yy, xy = self_product(xs), self_product(ys), xs.new_empty(0, 0)
+        rows = torch.stack([xx.diagonal(), yy.diagonal(), xx.new_ones(len(xx))])
+        xx.fill_diagonal_(0.0), yy.fill_diagonal_(0.0)
         kl, kk, ll = inner_products(xx, yy)
     else:
         xx, xy, yy, kl, kk, ll = by_columns(xs, ys, problem)
-        kappa, lam = squared_norms(xs), squared_norms(ys)
-    rows = torch.stack([kappa, lam, torch.zeros_like(kappa)])
-    k, l, _ = rows.double()
-    sum_k, sum_l, squares_k, squares_l = k.sum().item(), l.sum().item(), (k @ k).item(), (l @ l).item()
+        rows = torch.stack([squared_norms(xs), squared_norms(ys), xs.new_ones(len(xs))])
+    powers = rows.double()
+    (squares_k, product, sum_k), (_, squares_l, sum_l), _ = torch.mm(powers, powers.T).tolist()
     if uneven(squares_k, sum_k, n) or uneven(squares_l, sum_l, n):
         return None
-    dots = (k @ l).item(), squares_k, squares_l
+    rows[2].zero_()
+    dots = product, squares_k, squares_l
     totals = [a * b / ((n - 1.0) * (n - 2.0)) for a, b in ((sum_k, sum_l), (sum_k, sum_k), (sum_l, sum_l))]
     terms = kk + squares_k + totals[1], ll + squares_l + totals[2]
     share = 2.0 / (n - 2.0) if route == "gram" else n / (n - 2.0)  # the diagonals are still in products of columns
@@ -122,7 +122,7 @@ def _by_rows(x: tuple[Tensor, Scalar], y: tuple[Tensor, Scalar], n: Scalar, mask
     xx, yy = (u_centred_(gram, n, mask) for gram in (xx, yy))
     kl, kk, ll = inner_products(xx, yy)
     kk, ll = alive(kk, noises[0]), alive(ll, noises[1])
-    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, empty(xs, (0, 0)), xx.new_zeros(3, len(xx)))
+    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, xx.new_empty(0, 0), xx.new_zeros(3, len(xx)))
 
 
 def _about_bulk(x: Tensor, mask: Tensor | None, problem: Problem) -> tuple[Tensor, Scalar]:
@@ -143,19 +143,28 @@ def _about_rest(x: Tensor, mask: Tensor | None, rest: Tensor, count: Scalar, pro
     return z * scale, scale
 
 
-def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar, route: Route) -> Tensor:
-    """The unbiased estimator's share of dX: what stands behind the products in the formulas of `library`."""
+def plain_gradient(side: Side, d_cross: float, d_own: float) -> Tensor:
+    """dX by rows of what `plain` found: rho is minus the diagonal, so all of the formula in `library` fits into the
+    matrix that multiplies X, here over ``d_cross``, which is not zero."""
+    n, ratio = side.n, d_own / d_cross
+    kappa, lam, _ = side.rows
+    sum_own, sum_other = side.sums
+    matrix, diagonal = torch.add(side.cross, side.product, alpha=ratio), torch.add(lam, kappa, alpha=ratio)
+    constant = (sum_other + ratio * sum_own) / ((n - 1.0) * (n - 2.0))
+    matrix.add_(diagonal, alpha=1.0 / (n - 2.0)).diagonal().add_(diagonal, alpha=-2.0 / (n - 2.0)).add_(constant)
+    return torch.addmm(side.own, matrix, side.own, beta=0.0, alpha=d_cross)
+
+
+def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar) -> Tensor:
+    """The unbiased estimator's share of dX by columns: what stands behind the products in the formula of `library`."""
     own, n = to(side.own, d.dtype), at_least(4.0, side.n)
     kappa, lam, apart = side.rows
     sum_own, sum_other = side.sums
     diagonal = weighted_sum(lam, d_cross, kappa, d_own)
     if isinstance(sum_own, float) and sum_own > 0.0:  # `plain`: rho = -diagonal, no rows stand apart, T = 0
         constant = (d_cross * sum_other + d_own * sum_own) / ((n - 1.0) * (n - 2.0))
-        factor = -2.0 / (n - 2.0) if route == "gram" else -n / (n - 2.0)
-        d.addcmul_((diagonal * factor + constant)[:, None], own)
+        d.addcmul_((diagonal * (-n / (n - 2.0)) + constant)[:, None], own)
         return d.add_(diagonal @ own, alpha=1.0 / (n - 2.0))
-    if route == "gram":  # `_by_rows`: the matrices are U-centred
-        return d
     few = marked(apart)
     e = columns(own, few) * d_own
     e += columns(to(side.other, d.dtype), few) * d_cross
