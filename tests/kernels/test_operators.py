@@ -16,6 +16,7 @@ from bird_kernels import backends, ops
 from bird_kernels.ops import Spec
 from bird_kernels.types import Problem, Stash
 from tests.accuracy import evaluate, features, operator, poison
+from tests.selection import short
 
 COMPILED = pytest.mark.compiled
 N, P, Q = 37, 21, 30
@@ -28,6 +29,12 @@ def mask(device: torch.device) -> Tensor:
     return torch.arange(N, device=device) % 3 != 1
 
 
+@short(
+    "a mask and both sides are in every check; the rest once",
+    lambda masked, sides, estimator, route: (
+        (masked and sides in ("x", "xy")) or (estimator == "biased" and route == "gram")
+    ),
+)
 @pytest.mark.parametrize("sides", ["x", "xy", *(pytest.param(sides, marks=COMPILED) for sides in ("y", ""))])
 @pytest.mark.parametrize("masked", [True, pytest.param(False, marks=COMPILED)])
 def test_opcheck(
@@ -108,6 +115,10 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@short(
+    "a mask changes nothing about sizes",
+    lambda dynamic, masked: dynamic == masked,
+)
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -147,6 +158,10 @@ def test_dynamic_shapes_compile_once(row_dims: int, backend: str, device: torch.
     assert len(graphs) == 1
 
 
+@short(
+    "to Inductor a backend is a word among the operator's arguments",
+    lambda backend: backend == "library",
+)
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.skipif(
