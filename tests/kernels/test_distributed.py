@@ -5,14 +5,12 @@ Ranks are processes over gloo, started once for each world size (tests/kernels/r
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import start_processes
 
 from bird_kernels import cka_loss, transport
 from bird_kernels.types import Problem
@@ -21,6 +19,7 @@ from tests.accuracy import features, truth
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
+from tests.groups import start
 from tests.kernels import rank_calls, rank_errors, ranks
 from tests.kernels.ranks import CASES, ROWS, SPLITS, WORLDS, Case
 
@@ -32,12 +31,11 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3}  # of
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     """ask(world, case): what each rank returned."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(["tests.kernels.rank_training", "torch._dynamo", "torch.distributed.fsdp"])
     results: dict[int, list[dict[str, Any]]] = {}
 
     def asked(world: int, case: object) -> list[Any]:
         if world not in results:
-            start_processes(ranks.work, (world, str(folder)), nprocs=world, start_method="forkserver")
+            start(ranks.work, (world, str(folder)), world)
             results[world] = [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
         found = []
         for rank, theirs in enumerate(results[world]):
