@@ -22,6 +22,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
 from tests.groups import start
 from tests.kernels import rank_calls, rank_errors, ranks
 from tests.kernels.ranks import CASES, ROWS, SPLITS, WORLDS, Case
+from tests.selection import short
 
 Ask = Callable[..., list[Any]]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3}  # of gradients; bf16 keeps eight bits
@@ -47,6 +48,13 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     return asked
 
 
+few = short(
+    "every case of two ranks, and of three of which one has no rows; of one and of four, fp64 shows a wrong sum",
+    lambda case, world: world in (2, 3) or case.dtype == torch.float64,
+)
+
+
+@few
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients_are_those_of_the_whole_batch(case: Case, world: int, ask: Ask) -> None:
@@ -165,6 +173,7 @@ def test_chunks_of_all_ranks(kernel: str, world: int, ask: Ask) -> None:
     assert max(ask(world, f"chunks{kernel}")) < 1e-10
 
 
+@few
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bytes_are_those_of_the_plan(case: Case, world: int, ask: Ask) -> None:

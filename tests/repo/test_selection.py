@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -130,3 +131,15 @@ def test_what_a_file_concerns(changed: str, concerned: bool, tmp_path: Path, mon
 def test_slices_that_are_none_are_refused(part: str) -> None:
     with pytest.raises(ValueError, match=f"BIRD_SLICE={part} is none of the slices 1/8 to 8/8"):
         selection.in_slice("a", part)
+
+
+def test_large_grids_say_what_is_short_and_why(request: pytest.FixtureRequest) -> None:
+    """Of the tests that were collected with this one."""
+    cases = Counter(item.nodeid.partition("[")[0] for item in request.session.items if not _reason(item))
+    assert {name: count for name, count in cases.items() if count > 100} == {}
+    assert all(len(why.split()) > 2 for why in map(_reason, request.session.items) if why)
+
+
+def _reason(item: pytest.Item) -> str:
+    marker = item.get_closest_marker("short")
+    return marker.args[0] if marker else ""
