@@ -10,18 +10,7 @@ import torch
 from torch import Tensor
 
 from bird.losses import Hints, LwF
-from tests.bird.test_losses import PAIRS, TASK, WIDTHS, features, wide
-
-
-@pytest.fixture
-def teacher() -> dict[str, Tensor]:
-    return features(0, WIDTHS[0])
-
-
-@pytest.fixture
-def student() -> dict[str, Tensor]:
-    return {name: value.requires_grad_() for name, value in features(1, WIDTHS[1]).items()}
-
+from tests.bird.guided import PAIRS, TASK, WIDTHS, features, wide
 
 # Hints
 

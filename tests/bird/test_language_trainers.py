@@ -35,6 +35,7 @@ from tests.bird.trainers import (
     teachers_means,
     weights,
 )
+from tests.selection import short
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
@@ -59,6 +60,10 @@ def test_without_guidance_it_trains_as_the_trainer_itself(make: Any, plain: type
     assert logged(ours, "cka_loss") == pytest.approx([1 - value for value in logged(ours, "cka")])
 
 
+@short(
+    "every choice of rows, and the other estimator once",
+    lambda rows, estimator: estimator == "biased" or rows == "both",
+)
 @pytest.mark.parametrize("rows", ["both", "chosen", "rejected", "prompt"])
 @pytest.mark.parametrize("estimator", ["biased", "unbiased"])
 def test_value_and_gradient_are_the_formulas(rows: str, estimator: str, tmp_path: Path) -> None:
@@ -96,6 +101,7 @@ def test_alpha_zero_is_geometry_alone(tmp_path: Path) -> None:
     assert trainer.model.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0
 
 
+@short("the losses are TRL's own: that BIRD leaves one alone says it of all", lambda loss_type: loss_type == "ipo")
 @pytest.mark.parametrize("loss_type", ["ipo", "hinge", "apo_zero"])
 def test_other_losses_and_kept_references(loss_type: str, tmp_path: Path) -> None:
     changes = {"loss_type": [loss_type], "precompute_ref_log_probs": True}

@@ -11,34 +11,9 @@ from torch import Tensor, nn
 import bird
 import bird_kernels
 from bird.losses import BirdLoss, Hints, LwF
+from tests.bird.guided import PAIRS, TASK, WIDTHS, features, wide
 
-PAIRS = [("layer4", "features.3"), ("layer3", "features.2")]
-WIDTHS = {"layer4": 5, "layer3": 7}, {"features.3": 6, "features.2": 4}
-TASK = torch.tensor(1.75)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Any:
-    yield
-    torch.compiler.reset()
-
-
-def features(seed: int, widths: dict[str, int], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(16, width, generator=generator, dtype=torch.float64).to(dtype) + 0.5
-        for name, width in widths.items()
-    }
-
-
-@pytest.fixture
-def teacher() -> dict[str, Tensor]:
-    return features(0, WIDTHS[0])
-
-
-@pytest.fixture
-def student() -> dict[str, Tensor]:
-    return {name: value.requires_grad_() for name, value in features(1, WIDTHS[1]).items()}
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def cka(x: Tensor, y: Tensor) -> Tensor:
@@ -47,10 +22,6 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     centre = torch.eye(n, dtype=torch.float64) - 1 / n
     k, l = (centre @ (z.double() @ z.double().T) @ centre for z in (x, y))
     return (k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()
-
-
-def wide(student: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().double().requires_grad_() for name, value in student.items()}
 
 
 # BIRD

@@ -24,6 +24,7 @@ from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.problems import QUESTIONS
 from benchmarks.gpu.supervise import Run, Stage
 from benchmarks.harness import Candidate, Verdict
+from tests.selection import short
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("ceilings", "correctness", "times", "prototypes", "profiles", "rivals")
@@ -147,6 +148,7 @@ def test_a_short_run_ends_in_time(tmp_path: Path) -> None:
     assert [event["event"] for event in lines.read(tmp_path / "run" / lines.EVENTS)][-1] == "end"
 
 
+@short("the supervisor, the files and the reader are the first run's, which is in the short set", lambda: False)
 def test_the_second_run(tmp_path: Path) -> None:
     """Sweeps beside the call as it is, and a row for each checker."""
     run = rehearsal(tmp_path, 8, "--sweep")

@@ -25,6 +25,9 @@ def test_grid(a, b): ...
 @pytest.mark.parametrize("a", range(6))
 def test_both(a): ...
 
+@short("said by another", lambda: False)
+def test_more(): ...
+
 @pytest.mark.slow
 def test_slow(): ...
 
@@ -69,7 +72,7 @@ def collected(suite: Path, *options: str, part: str = "") -> set[str]:
 
 def test_the_short_set_and_the_slices_are_all(suite: Path) -> None:
     everything = collected(suite, "--all")
-    assert len(everything) == 108
+    assert len(everything) == 109
     assert collected(suite) == SHORT
     one, two = (collected(suite, part=part) for part in ("1/2", "2/2"))
     assert SHORT < one < everything
