@@ -49,7 +49,10 @@ def in_slice(nodeid: str, part: str) -> bool:
 
 
 def quick(items: list[pytest.Item], changed: Iterable[str]) -> list[pytest.Item]:
-    """Some cases of every test in files that `concern` what changed, and of every other file the first that is fast."""
+    """Some cases of every test in files that `concerns` finds concerned, and of every other file the first not `slow`.
+
+    So a file begins with a test that is fast.
+    """
     files = defaultdict(list)
     for item in items:
         files[item.path].append(item)

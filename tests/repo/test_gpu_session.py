@@ -54,6 +54,27 @@ def all_rows(folder: Path) -> list[dict[str, object]]:
     return [row for name in (lines.ROWS, lines.CHECKS, lines.KERNELS) for row in lines.read(folder / name)]
 
 
+def test_a_table_has_the_ratio_to_the_best_by_hand(tmp_path: Path) -> None:
+    about = dict(phase="times", problem="llm", target=9e-5, status="ok", n=8, p=4, q=4, dtype="bfloat16", precision="")
+    times = {
+        "auto": 1e-4,
+        "library": 2e-4,
+        "gram": 4e-4,
+        "feature": 2e-4,
+        "symmetric 64 64": 3e-4,
+        "symmetric 128 64": 5e-4,
+    }
+    for candidate, p50 in times.items():
+        for timer, factor in (("graph", 1), ("host", 9)):
+            row = about | dict(item="llm", candidate=candidate, timer=timer, p50=factor * p50)
+            lines.write(tmp_path / lines.ROWS, row)
+    lines.write(tmp_path / lines.ROWS, about | dict(item="llm", candidate="native", status="refused"))
+    (line,) = [line for line in read.table(tmp_path).splitlines() if line.startswith("| llm")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    whole = ["100 µs (0.50×)", "200 µs (1.00×)", "300 µs (1.50×)", "–", "refused", "400 µs (2.00×)", "200 µs (1.00×)"]
+    assert cells == ["llm", "90 µs", *whole, "–", "–"]
+
+
 def test_every_phase_comes_through(folder: Path) -> None:
     found = all_rows(folder)
     bad = [row for row in found if row["status"] not in ("ok", "refused")]
@@ -116,27 +137,6 @@ def test_reading_what_is_no_run(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert done.stderr.endswith("holds no results of ./dev gpu\n")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_table_has_the_ratio_to_the_best_by_hand(tmp_path: Path) -> None:
-    about = dict(phase="times", problem="llm", target=9e-5, status="ok", n=8, p=4, q=4, dtype="bfloat16", precision="")
-    times = {
-        "auto": 1e-4,
-        "library": 2e-4,
-        "gram": 4e-4,
-        "feature": 2e-4,
-        "symmetric 64 64": 3e-4,
-        "symmetric 128 64": 5e-4,
-    }
-    for candidate, p50 in times.items():
-        for timer, factor in (("graph", 1), ("host", 9)):
-            row = about | dict(item="llm", candidate=candidate, timer=timer, p50=factor * p50)
-            lines.write(tmp_path / lines.ROWS, row)
-    lines.write(tmp_path / lines.ROWS, about | dict(item="llm", candidate="native", status="refused"))
-    (line,) = [line for line in read.table(tmp_path).splitlines() if line.startswith("| llm")]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    whole = ["100 µs (0.50×)", "200 µs (1.00×)", "300 µs (1.50×)", "–", "refused", "400 µs (2.00×)", "200 µs (1.00×)"]
-    assert cells == ["llm", "90 µs", *whole, "–", "–"]
 
 
 def test_a_short_run_ends_in_time(tmp_path: Path) -> None:
