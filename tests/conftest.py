@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: not for emulated kernels, which are slow; compiled ones run it")
+    config.addinivalue_line("markers", "smoke: what --quick runs of its file, whose first test takes seconds")
     config.addinivalue_line("markers", "short(why, keep): the cells of a grid that run without --all")
 
 

@@ -49,10 +49,7 @@ def in_slice(nodeid: str, part: str) -> bool:
 
 
 def quick(items: list[pytest.Item], changed: Iterable[str]) -> list[pytest.Item]:
-    """Some cases of every test in files that `concerns` finds concerned, and of every other file the first not `slow`.
-
-    So a file begins with a test that is fast.
-    """
+    """Some cases of every test in files that something changed `concerns`; of other files one: `smoke`, or the first."""
     files = defaultdict(list)
     for item in items:
         files[item.path].append(item)
@@ -64,7 +61,8 @@ def quick(items: list[pytest.Item], changed: Iterable[str]) -> list[pytest.Item]
                 tests[item.nodeid.partition("[")[0]].append(item)
             chosen += [item for cases in tests.values() for item in cases[:: -(-len(cases) // SAMPLE)]]
         else:
-            chosen += [item for item in of_file if not item.get_closest_marker("slow")][:1]
+            fast = [item for item in of_file if not item.get_closest_marker("slow")]
+            chosen += [item for item in fast if item.get_closest_marker("smoke")][:1] or fast[:1]
     return chosen
 
 

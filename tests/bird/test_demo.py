@@ -57,16 +57,6 @@ def kill_once_there(run: subprocess.Popen[str], path: Path) -> None:
     run.wait()
 
 
-def test_the_command_line_sets_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: list[demo.Plan] = []
-    monkeypatch.setattr(demo, "run", lambda folder, plan, *rest, **options: plans.append(plan))
-    command = ["demo", "--out", str(tmp_path), "--device", "cpu"]
-    assert cli.main([*command, "--batch", "32768", "--chunk", "512"]) == 0
-    assert cli.main([*command, "--quick", "--steps", "7"]) == 0
-    chosen = [plan.settings(0) for plan in plans]
-    assert [(s.steps, s.batch_size, s.chunk_size) for s in chosen] == [(1000, 32768, 512), (7, 64, None)]
-
-
 def test_killed_and_resumed_it_ends_with_the_same_numbers(tmp_path: Path) -> None:
     whole, broken = start(tmp_path / "whole"), tmp_path / "broken"
     kill_once_there(start(broken), broken / "seed0/teacher/last.pt")
@@ -211,6 +201,17 @@ def test_the_command_line_explains_itself(tmp_path: Path, capsys: pytest.Capture
     assert "seeds must be at least 1, not 0" in capsys.readouterr().err
     assert cli.main(["demo", "--out", str(tmp_path / "b"), "--device", "cpu", "--steps", "0"]) == 2
     assert "steps must be at least 1, not 0" in capsys.readouterr().err
+
+
+@pytest.mark.smoke
+def test_the_command_line_sets_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[demo.Plan] = []
+    monkeypatch.setattr(demo, "run", lambda folder, plan, *rest, **options: plans.append(plan))
+    command = ["demo", "--out", str(tmp_path), "--device", "cpu"]
+    assert cli.main([*command, "--batch", "32768", "--chunk", "512"]) == 0
+    assert cli.main([*command, "--quick", "--steps", "7"]) == 0
+    chosen = [plan.settings(0) for plan in plans]
+    assert [(s.steps, s.batch_size, s.chunk_size) for s in chosen] == [(1000, 32768, 512), (7, 64, None)]
 
 
 def test_info_names_every_backend_and_why_it_is_missing(

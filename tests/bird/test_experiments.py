@@ -81,12 +81,6 @@ def experiment(folder: Path) -> Experiment:
     return Experiment(recipes.read(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
 
 
-def test_paired_p() -> None:
-    a, b = [0.61, 0.64, 0.7, 0.66], [0.6, 0.61, 0.71, 0.6]
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    assert paired_p(differences) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
-
-
 def test_what_is_shared_is_made_once(experiment: Experiment) -> None:
     kinds = [path.name.split("-")[0] for path in experiment.root.iterdir() if (path / "result.json").exists()]
     count = {kind: kinds.count(kind) for kind in kinds}
@@ -204,6 +198,13 @@ def test_what_is_missing_is_said(experiment: Experiment, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"0 of 24 cells of try are done in .*, and no seed of all methods"):
         reproduction.write(empty, empty.cells(), tmp_path / "report")
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.smoke
+def test_paired_p() -> None:
+    a, b = [0.61, 0.64, 0.7, 0.66], [0.6, 0.61, 0.71, 0.6]
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    assert paired_p(differences) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
 
 
 def test_stages_do_not_depend_on_where(experiment: Experiment, tmp_path: Path) -> None:

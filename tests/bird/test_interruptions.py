@@ -49,13 +49,6 @@ def run(script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "last.pt")
-    save({"step": 1}, tmp_path / "last.pt")
-    assert load(tmp_path / "last.pt") == {"step": 1}
-
-
 # Kills
 
 
@@ -216,6 +209,14 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(ValueError, match=r"last\.pt comes from another model: choose another folder"):
         train(other, tmp_path, steps=6, resume=True)
+
+
+@pytest.mark.smoke
+def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load(tmp_path / "last.pt")
+    save({"step": 1}, tmp_path / "last.pt")
+    assert load(tmp_path / "last.pt") == {"step": 1}
 
 
 # Labels

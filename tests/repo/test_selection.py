@@ -88,10 +88,12 @@ def test_quick_is_one_fast_case_or_some_of_each_test() -> None:
         return [item.nodeid.partition("::")[2] for item in selection.quick(items, changed)]
 
     assert chosen() == ["test_grid[0]"]
+    items.append(_Item(Path("test_suite.py"), "test_suite.py::test_smoke"))
+    assert chosen() == ["test_smoke"]
     with mock.patch.object(selection, "concerns", lambda path, changed: changed == "bird/own.py"):
-        assert chosen("bird/other.py") == ["test_grid[0]"]
+        assert chosen("bird/other.py") == ["test_smoke"]
         grid = [f"test_grid[{k}]" for k in (0, 3, 6, 9)]
-        assert chosen("bird/own.py", "bird/other.py") == ["test_slow", *grid, "test_plain"]
+        assert chosen("bird/own.py", "bird/other.py") == ["test_slow", *grid, "test_plain", "test_smoke"]
 
 
 class _Item:
@@ -101,7 +103,7 @@ class _Item:
         self.path, self.nodeid = path, name
 
     def get_closest_marker(self, name: str) -> bool:
-        return name == "slow" and self.nodeid.endswith("::test_slow")
+        return self.nodeid.endswith(f"::test_{name}")
 
 
 @pytest.mark.parametrize(
