@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = 4  # cases of one test that `--quick` runs, where its file is concerned
+SAMPLE, MOST = 4, 300  # cases that `--quick` runs of one test whose file is concerned, and of all such tests
 
 
 def short(why: str, keep: Callable[..., bool]) -> pytest.MarkDecorator:
@@ -49,21 +49,26 @@ def in_slice(nodeid: str, part: str) -> bool:
 
 
 def quick(items: list[pytest.Item], changed: Iterable[str]) -> list[pytest.Item]:
-    """Some cases of every test in files that something changed `concerns`; of other files one: `smoke`, or the first."""
+    """Some cases of the tests in files that a change `concerns`; of every other file one: `smoke`, or the first."""
     files = defaultdict(list)
     for item in items:
         files[item.path].append(item)
-    chosen = []
+    concerned, chosen = [], []
     for path, of_file in files.items():
         if any(concerns(path, name) for name in changed):
             tests = defaultdict(list)
             for item in of_file:
                 tests[item.nodeid.partition("[")[0]].append(item)
-            chosen += [item for cases in tests.values() for item in cases[:: -(-len(cases) // SAMPLE)]]
+            concerned += [item for cases in tests.values() for item in spread(cases, SAMPLE)]
         else:
             fast = [item for item in of_file if not item.get_closest_marker("slow")]
             chosen += [item for item in fast if item.get_closest_marker("smoke")][:1] or fast[:1]
-    return chosen
+    return spread(concerned, MOST) + chosen
+
+
+def spread(items: list[pytest.Item], most: int) -> list[pytest.Item]:
+    """At most so many of them, evenly from the first on."""
+    return items[:: max(1, -(-len(items) // most))]
 
 
 def concerns(test: Path, changed: str) -> bool:
