@@ -171,7 +171,7 @@ class Choice(NamedTuple):
     """Which backend computes a problem, and why.
 
     ``rejected`` has the reasons why better backends cannot run, by name. ``predicted`` has the cost model's figures,
-    ``measured`` measured microseconds, by candidate: a backend, or "symmetric ..." (`tuning.Row`).
+    ``measured`` measured microseconds, by candidate: a backend, or "symmetric ..." (`tuning.Measurement`).
     """
 
     backend: str

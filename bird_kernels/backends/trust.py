@@ -74,7 +74,7 @@ def warn(use: Use, instead: str) -> None:
     )
 
 
-def forget() -> None:
+def forget_trials() -> None:
     """Forget all results, as in a new process."""
     _works.clear()
     _broken.clear()
@@ -90,7 +90,7 @@ def _options_of(problem: Problem) -> Problem:
     return problem._replace(n=0, p=0, q=0, kernel=problem.kernel and RBF())
 
 
-def tried(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
+def failure_of(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
     """Test the kernels on a small problem with the same options: return the exception, or None and record success.
 
     During the capture of a CUDA graph or under a dispatch mode nothing is run, since they would record it, and the

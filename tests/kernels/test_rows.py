@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from bird_kernels import backends, from_sums, reference, sums
-from bird_kernels.backends import linalg, rows
+from bird_kernels.backends import library, linalg, rows, unbiased
 from bird_kernels.types import Problem
 from tests.accuracy import Result, errors, features, poison, truth
+from tests.kernels import test_dominating_rows as dominating
+from tests.selection import short
 
 pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
@@ -28,7 +30,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As if the tests' device were a GPU, with Triton or without."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton does not exist for this system")
-    monkeypatch.setattr(backends, "compares", lambda device: True)
+    monkeypatch.setattr(rows, "wanted", lambda problem: problem.dtype != torch.float64)
     monkeypatch.setattr(backends, "_shifts", lambda dtype, device: request.param == "triton")
     return request.param
 
@@ -65,6 +67,10 @@ def assert_right(x: Tensor, y: Tensor, mask: Tensor | None = None, looser: float
     assert max(off.values()) <= looser * gradient, off
 
 
+@short(
+    "all in fp32; halves with most of what changes",
+    lambda dtype, cuts, masked: dtype == FLOAT32 or (cuts is not None and masked),
+)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cuts", [None, CUTS], ids=["whole", "parts"])
 def test_values_and_gradients(
@@ -74,6 +80,10 @@ def test_values_and_gradients(
     assert_right(x, y, torch.arange(70, device=device) % 5 != 2 if masked else None, cuts=cuts, estimator=estimator)
 
 
+@short(
+    "every mean in fp32, the largest in halves",
+    lambda dtype, mean: dtype == FLOAT32 or mean == 1000,
+)
 @pytest.mark.parametrize("mean", [0, 4.1, 1000])
 def test_means(dtype: torch.dtype, estimator: str, mean: float, device: torch.device) -> None:
     """No digit is lost to the mean, whether a column is shifted or not."""
@@ -92,6 +102,10 @@ def test_a_sorted_set_in_parts(dtype: torch.dtype, device: torch.device) -> None
     assert_right((x + drift).to(dtype), (y - drift).to(dtype), cuts=[0, 100, 200, 300], looser=10.0)
 
 
+@short(
+    "every constant in fp32; in halves the one that is furthest from 0",
+    lambda dtype, constant: dtype == FLOAT32 or constant == -3e4,
+)
 @pytest.mark.parametrize("constant", [0.0, 0.1, -3e4])
 def test_a_side_without_variance(dtype: torch.dtype, estimator: str, constant: float, device: torch.device) -> None:
     x = torch.full((61, 5), constant, device=device, dtype=dtype)
@@ -103,6 +117,10 @@ def test_a_side_without_variance(dtype: torch.dtype, estimator: str, constant: f
         assert not found.dy.any()
 
 
+@short(
+    "the estimators share it in halves",
+    lambda dtype, estimator: dtype == FLOAT32 or estimator == "unbiased",
+)
 def test_rows_that_do_not_count(dtype: torch.dtype, estimator: str, device: torch.device) -> None:
     """NaN among them; a part has no others."""
     x, y = features(60, 5, 7, dtype=dtype, device=device)
@@ -145,6 +163,51 @@ def test_a_row_that_dominates(device: torch.device) -> None:
     assert_right(x, y, cuts=[0, 40, 80], estimator="unbiased", looser=6.0)
 
 
+@pytest.mark.parametrize("where", ["both", "apart"])
+@pytest.mark.parametrize(("count", "size"), [(1, 3e3), (1, 1e4), (5, 1e4)])
+def test_rows_that_dominate_are_no_less_exact(
+    dtype: torch.dtype, count: int, size: float, where: str, way: str
+) -> None:
+    """In halves too, and in a part without such a row."""
+    true = dominating.case(64 if way == "triton" else 600, count, size, dtype, where)
+    upstream = dominating.loss_scale(true)
+    for cuts in (None, [0, 31, len(true.x)]):
+        found = compute(true.x, true.y, cuts=cuts, estimator="unbiased", upstream=upstream)
+        assert abs(1.0 - found.value - true.value) <= ALLOWED[FLOAT32][0]
+        assert found.dx is not None
+        error, eps = (found.dx.double() / -upstream - true.dx).norm(), torch.finfo(FLOAT32).eps
+        bar = 1e-5 if dtype == FLOAT32 else 2.0 * ALLOWED[dtype][1]
+        assert error <= bar * true.dx.norm() + dominating.COPIES * eps * true.terms
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_one_batch_of_the_unbiased_cross_route(
+    dtype: torch.dtype, size: float, masked: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library backend's, as on a GPU: value and both gradients."""
+    for module in (library, unbiased):
+        monkeypatch.setattr(module, "wanted", rows.wanted)
+    x, y, _, dx, terms = dominating.case(64, 1, size, dtype)
+    mask, upstream = None, dominating.loss_scale(dominating.case(64, 1, size, dtype))
+    if masked:  # more rows, which do not count
+        mask = torch.arange(80) % 5 != 3
+        x, y = (
+            torch.full((80, a.shape[1]), torch.nan, dtype=dtype).index_copy(0, mask.nonzero()[:, 0], a) for a in (x, y)
+        )
+    module = pytest.importorskip("bird_kernels.backends.shifted") if way == "triton" else library
+    problem = Problem(*x.shape, y.shape[1], dtype, x.device, "cka_loss", "unbiased", None, masked, True, True)
+    value, stash = module.forward(x, y, mask, problem, "cross")
+    shapes = module.stash_shapes(problem, "cross")
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in stash._asdict().items()} == shapes
+    grads = module.backward(torch.full_like(value, upstream), x, y, mask, stash, problem, route="cross")
+    true = truth(x, y, "unbiased", mask=mask, upstream=upstream)
+    off = errors(Result(value, *grads), true)
+    assert off["value"] <= ALLOWED[FLOAT32][0]
+    bar = (1e-5 if dtype == FLOAT32 else 2.0 * ALLOWED[dtype][1]) + 2e-6 * terms / dx.norm().item()
+    assert max(off["dx"], off["dy"]) <= bar, off
+
+
 def test_long_sums_go_in_parts(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "PART", 128)
     x, y = features(300, 12, 20, dtype=dtype, device=device, mean=2.0)
@@ -172,6 +235,10 @@ def test_products_are_of_the_features_dtype(dtype: torch.dtype, monkeypatch: pyt
     assert seen[3:] == [(dtype, dtype)]
 
 
+@short(
+    "the unbiased estimator needs all sums of the biased one, and more",
+    lambda dtype, estimator: dtype == FLOAT32 or estimator == "unbiased",
+)
 def test_bitwise_repeatable_from_poisoned_memory(dtype: torch.dtype, estimator: str, device: torch.device) -> None:
     x, y = features(70, 13, 21, dtype=dtype, device=device, mean=2.0)
     mask = torch.arange(70, device=device) % 5 != 2
