@@ -47,8 +47,7 @@ def host(run: Run, once: float) -> Take:
 def device(run: Run, once: float) -> Take:
     """Seconds from the start of the call's first to the end of its last operation on the device, with cold caches.
 
-    The device sleeps while the host, which takes ``once`` seconds for it, queues the call: so gaps between operations
-    are the device's own, and not those of a slow host.
+    The device sleeps while the host, in ``once`` seconds, queues the call: gaps between operations are its own.
     """
     flush = _twice_the_cache()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -1,9 +1,8 @@
 """The cost model: predicted microseconds of each candidate on a GPU for which there are no measurements (`tuning`).
 
-It is a pure function of sizes, dtypes and the device's data sheet, and queries no device. A kernel's time is that of
-its launch plus the longest of three: its matrix products at the library's efficiency, its traffic at the memory's, its
-instructions at the schedulers'. **No constant below was measured by us on a GPU**: each names its source, and the
-predictions are good to a third at best.
+A pure function of sizes, dtypes and the data sheet; no device is queried. A kernel takes its launch plus the longest of
+its matrix products at the library's efficiency, its traffic at the memory's, and its instructions at the schedulers'.
+**No constant below was measured by us on a GPU**: each names its source. Predictions are good to a third at best.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ class Constants(NamedTuple):
     library_launch: float = 8.0
     triton_launch: float = 7.0
     native_launch: float = 2.0
-    # Public: cuBLAS reaches 0.49 (H800), 0.68 (A100), 0.98 (RTX 4090) of the half-precision peak at 8192 (flash-muon's
-    # README).
+    # Public: cuBLAS reaches 0.49 (H800), 0.68 (A100), 0.98 (RTX 4090) of this peak at 8192 (flash-muon's README).
     half: float = 0.65
     tf32: float = 0.75  # estimate: 400 of 494 TFLOP/s for large products, less for others
     fp32: float = 0.75  # estimate: 50 of 67
@@ -84,9 +82,8 @@ class Constants(NamedTuple):
 
 
 C = Constants()
-# Public, for Hopper, the lowest figures: how many times as fast as the library a symmetric product kernel is, by the
-# side of its result. Others report 1.56 to 1.9 from 4096 on (flash-muon's README: H800, A100, RTX 4090), and losses at
-# 1024.
+# Public, Hopper, the lowest figures: the speed of a symmetric product kernel over the library's, by the side of its
+# result. Others report 1.56 to 1.9 from 4096 on (flash-muon's README: H800, A100, RTX 4090), and losses at 1024.
 SYMMETRIC = {4096: 1.26, 8192: 1.46}
 
 

@@ -71,11 +71,10 @@ def require_device(device: torch.device, group: dist.ProcessGroup) -> None:
 def agree(
     group: dist.ProcessGroup, error: Exception | None, terms: Mapping[str, object], numbers: Sequence[int]
 ) -> list[list[int]]:
-    """Return the ``numbers`` (up to `NUMBERS`) of every rank, after checking that all ranks can go on together.
+    """The ``numbers`` (up to `NUMBERS`) of every rank, if no rank passes an ``error`` and all pass equal ``terms``.
 
-    Each rank passes its ``error``, if it has one, and its ``terms``, which must be equal on all ranks: a 64-bit hash of
-    their ``repr`` is compared. The headers are one all-gather of six 64-bit integers per rank, over the CPU if the
-    group has a backend for it (gloo); with NCCL alone it waits for the GPU.
+    Of terms a 64-bit hash of their ``repr`` is compared. The headers are one all-gather of six 64-bit integers per
+    rank, over the CPU if the group has a backend for it (gloo); with NCCL alone it waits for the GPU.
 
     Raises:
         Exception: ``error``, on the rank that passed it.

@@ -36,9 +36,7 @@ class Part(NamedTuple):
 
 
 def meet(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, pairs: int = 1) -> Part:
-    """Check this rank's arguments, and together with all ranks that they fit; return this rank's part of the batch.
-
-    ``pairs`` is the length of the list of pairs that x and y belong to, which ranks must agree on.
+    """Check this rank's arguments, of one of ``pairs`` pairs, and with all ranks that they fit; return its part.
 
     Raises:
         TypeError, ValueError, RuntimeError: on every rank, if the arguments of any rank are wrong, if they do not fit

@@ -20,9 +20,8 @@ sums of a linear Gram matrix are zero, and without its diagonal they are minus t
 estimator needs the first three moments alone. If the Gram matrices are centred themselves (biased H K H, unbiased
 `backends.dominating.u_centred_`), the other five moments are zero for both estimators.
 
-Everything here works on Python floats and on 0-d fp64 tensors alike. On a CPU the eight numbers are read once and are
-floats from there on, since a dozen 0-d tensor operations cost more than the Gram matrices at n = 128; on a GPU they
-stay tensors, so that nothing synchronises.
+Everything here works on floats and on 0-d fp64 tensors alike: a CPU reads the eight numbers once, since a dozen 0-d
+tensor operations cost more than the Gram matrices at n = 128; on a GPU they stay tensors, and nothing synchronises.
 """
 
 from __future__ import annotations
@@ -35,9 +34,8 @@ from .types import Estimator, Statistic
 
 Scalar: TypeAlias = Any  # a float or a 0-d fp64 tensor
 
-# A self-HSIC, HSIC(K, K), of up to ROUNDING * eps times the sum of its terms counts as zero. That of one-hot rows, zero
-# if unbiased, stayed below 25 eps times that sum when computed over n = 4..512, three scales and two means, in fp32 and
-# fp64, by both routes. Features that vary have n/d of that sum.
+# HSIC(K, K) up to ROUNDING * eps times the sum of its terms counts as zero. That of one-hot rows, zero if unbiased, was
+# below 25 eps times it (n = 4..512, three scales, two means, fp32, fp64, both routes). Features that vary have n/d.
 ROUNDING = 64.0
 
 MIN_ROWS = {"biased": 2, "unbiased": 4}
@@ -89,12 +87,11 @@ class Coefficients(NamedTuple):
 
 
 def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, eps: float) -> Combined:
-    """The value of ``statistic`` by the module's formulas, and its derivatives; ``n`` is the number of rows.
+    """The value of ``statistic`` by the module's formulas, and its derivatives, for ``n`` rows that count.
 
     A side without variance has CKA 0 and zero derivatives. The unbiased self-HSIC is a difference of ``kk``, ``r_kk``
     and ``t_k``, so "without" means: not above ROUNDING * ``eps`` times their sum, with ``eps`` the rounding unit of the
-    products. NaN and Inf propagate. Fewer rows than the estimator needs give NaN, because a masked call could not raise
-    without a synchronisation.
+    products. NaN and Inf propagate. Too few rows give NaN: a masked call could not raise without a synchronisation.
     """
     enough, valid = n >= MIN_ROWS[estimator], 1.0
     if enough is not True:  # too few rows, or a tensor, whose value is not read

@@ -1,8 +1,7 @@
 r"""The published equations, written literally in fp64: the truth that every other backend is tested against.
 
-It is slow on purpose (dense centring matrices, n x n products), differentiable to any order, and imports no other file
-of the package. ``backend="reference"`` runs it, and a double backward differentiates it. A row *counts* unless the
-mask, bool [n] or None, is False there. Features are x [n, p] and y [n, q].
+Slow on purpose (dense centring matrices, n x n products), differentiable to any order, without imports of ours.
+``backend="reference"`` runs it, a double backward differentiates it. A row *counts* unless its mask (bool [n]) is False.
 """
 
 from __future__ import annotations

@@ -53,8 +53,7 @@ def mean_cka_loss(x: Tensor, y: Tensor, mask: Tensor | None, estimator: Estimato
 def _centred(x: Tensor, keep: Tensor | None, rows: Tensor) -> Tensor:
     """x minus the column means of each sequence, whose row counts are ``rows`` [B, 1]; zero where ``keep`` is False.
 
-    The mean is subtracted twice, as in `linalg.centre`: the second is the rounding error of the first, and needs no
-    gradient.
+    Twice, as in `linalg.centre`: the second mean is the rounding error of the first, and needs no gradient.
     """
     if keep is not None:
         x = torch.where(keep, x, 0.0)

@@ -127,8 +127,7 @@ def _of_rows(
 ) -> Tensor:
     """`cka_loss` of the rows that count; on a CPU the others are dropped first, since reading the mask is cheap there.
 
-    That leaves fewer rows and avoids the slower centring of masked rows: with 576 and 384 features, 4,096 tokens take
-    0.8 of the time, 256 last tokens 0.7.
+    With fewer rows and without masked centring, 4,096 tokens of 576 and 384 features take 0.8 of the time, 256 0.7.
     """
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if mask is not None and mask.is_cpu and not traced and options.get("group") is None:

@@ -39,8 +39,8 @@ def tune(
 ) -> tuning.Table:
     """Measure ``problems``, each (rows, student's width, teacher's width) and a dtype, until ``minutes`` are over.
 
-    Rows are added to the table in the user's cache folder one by one, so an interrupted run loses nothing; they replace
-    earlier rows of the same problem and candidate. ``say`` is given a line of text for each candidate.
+    Rows are added to the table in the user's cache one by one, so an interrupted run loses nothing, and replace those
+    of the same problem and candidate. ``say`` gets a line of text for each candidate.
 
     Raises:
         OSError: the cache folder cannot be written to; checked before anything is measured.

@@ -130,8 +130,7 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of a Stash, by field
 class Transport(NamedTuple):
     """What the ranks of a group send each other in one call: merged sums or gathered rows (`transport`).
 
-    ``world`` ranks have ``rows`` rows together. Each sends ``bytes`` at the least, with the other transport it would
-    send ``other_bytes``.
+    ``world`` ranks have ``rows`` rows in all. Each sends at least ``bytes``; by the other transport ``other_bytes``.
     """
 
     name: TransportName

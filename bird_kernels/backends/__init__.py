@@ -1,7 +1,6 @@
-"""The table of backends: which modules they are, which can run here and why others cannot, which one ``auto`` takes.
+"""The backends, imported at their first use: which can run here, why others cannot, and which one ``auto`` takes.
 
-A *fused* backend (native, triton) has kernels of its own; the library backend runs PyTorch's matrix products. Modules
-are imported at their first use.
+A *fused* backend (native, triton) has kernels of its own; the library backend runs PyTorch's matrix products.
 """
 
 from __future__ import annotations
@@ -163,8 +162,7 @@ def resolve(problem: Problem, requested: str) -> str:
 def _usable(options: tuple[Any, ...], few_rows: bool, variant: Variant) -> str:
     """`choose` under "auto" while a call is being compiled; the backend's kernels are tested on both routes.
 
-    They are tested now because a compiled call cannot change its backend when it runs. ``options`` are the fields of a
-    `Problem` from dtype to y_grad.
+    A compiled call cannot change its backend when it runs. ``options`` are a `Problem`'s fields from dtype to y_grad.
     """
     kernel = RBF() if variant == 'kernel="rbf"' else None
     by_rows, by_features = (Problem(n, 1, 1, *options)._replace(kernel=kernel) for n in (2, 4))

@@ -75,9 +75,8 @@ def differentiate_backward_with(function: Callable[..., Any]) -> None:
 def at_once_where(most: Callable[[str, torch.dtype, torch.device], int]) -> Callable[..., Tensor | None]:
     """A function of x, y, a mask or None, and `Options` that makes a whole public call in C++, checks included.
 
-    It returns None if Python must make the call (csrc/at_once.h): x and y are not plain matrices, there are too many
-    rows or unusual options, an argument is wrong, or x and y together have more numbers than ``most(backend, dtype,
-    device)``, whose results are cached.
+    It returns None if Python must make the call (csrc/at_once.h): no plain matrices, too many rows, unusual options, a
+    wrong argument, or more numbers in x and y together than ``most(backend, dtype, device)``, which is cached.
     """
     at_once: Callable[..., Tensor | None] = _native().at_once_where(most)
     return at_once

@@ -16,8 +16,7 @@ class Sides(NamedTuple):
 
     ``kl``, ``kk`` and ``ll`` are <K,L>, <K,K> and <L,L> of centred Gram matrices, unbiased of U-centred ones. ``rows``
     [3, n] (unbiased only) holds the squared row norms kappa of x and lambda of y, and 1 for rows that are kept apart
-    (`dominating`). ``sum_k`` and ``sum_l`` are the sums of kappa and lambda if the gradient needs nothing else besides
-    the products (`unbiased.plain`), else 0.
+    (`dominating`). ``sum_k``, ``sum_l``: the sums of kappa and lambda, by `unbiased.plain` alone, else 0.
     """
 
     xs: Tensor

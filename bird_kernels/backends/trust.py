@@ -93,8 +93,7 @@ def _options_of(problem: Problem) -> Problem:
 def failure_of(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
     """Test the kernels on a small problem with the same options: return the exception, or None and record success.
 
-    During the capture of a CUDA graph or under a dispatch mode nothing is run, since they would record it, and the
-    result is None; a later call tests. None also if memory runs out.
+    None, too, in the capture of a CUDA graph, under a dispatch mode and if memory runs out: then a later call tests.
     """
     if torch._C._len_torch_dispatch_stack() > 0:
         return None
