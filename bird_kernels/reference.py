@@ -1,7 +1,7 @@
 r"""The published equations, written literally in fp64: the truth that every other backend is tested against.
 
 Slow on purpose (dense centring matrices, n x n products), differentiable to any order, without imports of ours.
-``backend="reference"`` runs it, a double backward differentiates it. A row *counts* unless ``mask`` (bool [n]) is False.
+``backend="reference"`` runs it, a double backward differentiates it. A row *counts* unless its mask (bool) is False.
 """
 
 from __future__ import annotations
