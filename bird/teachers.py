@@ -28,7 +28,8 @@ class Teacher(nn.Module):
     Optimizers, DDP, ``parent.apply(init)`` and ``parent.requires_grad_()`` pass it by, and the parent's
     ``state_dict`` is the same with and without it: checkpoints stay the size of the student, and the teacher
     comes from its own file, the same in every process of a distributed run. Only what moves or casts reaches
-    it: ``.to()``, ``.cuda()``, ``.half()``, on the teacher or on a parent.
+    it: ``.to()``, ``.cuda()``, ``.half()``, on the teacher or on a parent. ``parent.to_empty()`` leaves its weights as
+    they are, and a network that accelerate has placed (``device_map``, ``cpu_offload``) stays where it is.
 
     DDP and `torch.compile` wrappers around the model are taken off: there are no gradients to reduce, and a
     compiled graph cannot be cut. Compile the teacher instead, or what calls it; a compiler leaves out the
@@ -95,8 +96,10 @@ class Teacher(nn.Module):
         return f"{type(self.model).__name__}, taps={list(self.names)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
-        # The one way that .to(), .cuda(), .half() and the like take, from here and from a parent.
-        self.model._apply(fn, recurse)
+        # The one way that .to(), .cuda(), .half() and the like take, from here and from a parent. What accelerate has
+        # placed on several devices, or off them, has hooks that move it.
+        if not any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            self.model._apply(functools.partial(_moved, fn), recurse)
         return super()._apply(fn, recurse)
 
     def _record(self, name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
@@ -105,6 +108,15 @@ class Teacher(nn.Module):
         self._features[name] = pool_rows(first_tensor(output), self.pool)
         if len(self._features) == len(self.names) and not torch.compiler.is_compiling():
             raise _AllSeen
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """A weight where, and as what, ``fn`` puts it; its values stay, though ``parent.to_empty()`` would lose them."""
+    moved = fn(tensor)
+    if tensor.is_meta and not moved.is_meta:
+        raise RuntimeError("the teacher has no weights yet (meta tensors): load them before a parent is made real")
+    of_its_own_kind = type(tensor) not in (Tensor, nn.Parameter)  # quantized weights, which know how to move
+    return moved if moved is tensor or moved.is_meta or of_its_own_kind else moved.copy_(tensor)
 
 
 class _AllSeen(BaseException):
