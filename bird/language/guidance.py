@@ -158,13 +158,9 @@ class Guide:
         self.teacher_layer = guidance.teacher_layer or backbone(guide)
         _require_encoder(self.network, find_layers(guide, self.teacher_layer))
         self.teacher = Teacher(guide, [self.teacher_layer], pool="none")
+        pairs = [(self.teacher_layer, self.layer)]
         self.loss = BirdLoss(
-            guidance.alpha,
-            guidance.beta,
-            [(self.teacher_layer, self.layer)],
-            kernel=guidance.kernel,
-            estimator=guidance.estimator,
-            group=group,
+            guidance.alpha, guidance.beta, pairs, kernel=guidance.kernel, estimator=guidance.estimator, group=group
         )
         self.tokenizer: Any = tokenizer or _tokenizer_of(without_adapters(student))
         if self.tokenizer is None:
@@ -322,15 +318,15 @@ def _has_backbone(model: nn.Module) -> bool:
 
 
 def _require_encoder(network: Any, layers: dict[str, nn.Module]) -> None:
-    """Of what reads with an encoder and writes with a decoder, whose tokens have no place in the text's mask."""
+    """Raises a ValueError for layers of a decoder beside an encoder: the text's mask is not of their tokens."""
     if not getattr(getattr(network, "config", None), "is_encoder_decoder", False):
         return
     encoder = network.get_encoder()
     if outside := [name for name, layer in layers.items() if layer not in {*encoder.modules()}]:
         names = [name for name, module in network.named_modules() if module is encoder]
         raise ValueError(
-            f"{type(network).__name__} reads with an encoder, and {outside} is of its decoder, which has other tokens "
-            f"than the attention mask: name a layer of the encoder, such as {names[0]!r}"
+            f"{type(network).__name__} reads with an encoder, and {outside[0]!r} lies outside of it, where the text's "
+            f"attention mask is not that of the tokens: name a layer of the encoder, such as {names[0]!r}"
         )
 
 

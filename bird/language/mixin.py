@@ -35,12 +35,11 @@ class BirdMixin:
 
     A batch with fewer rows than the estimator needs, the last of an epoch say, trains on the task alone.
 
-    Logged with the trainer's own metrics: ``cka`` of teacher and student, ``cka_loss`` (1 - CKA), ``task_loss`` (the
-    trainer's own loss), ``teacher_truncated`` (how many texts were cut, with ``Guidance(truncation=)``); in evaluation
-    and prediction the same behind their prefix (``eval_cka``), over the batches of that set. All are means, or numbers,
-    over the processes.
+    Logged with the trainer's own metrics, over all processes: ``cka`` of teacher and student, ``cka_loss`` (1 - CKA),
+    ``task_loss`` (the trainer's own loss), and with ``Guidance(truncation=)`` ``teacher_truncated``, the number of texts
+    that were cut; in evaluation and prediction the same of that set's batches behind a prefix: ``eval_cka``.
 
-    What the mixin adds to a trainer has names that begin with ``bird_``.
+    The attributes that the mixin adds to a trainer begin with ``bird_``, or with ``_bird_``.
 
     Args:
         guidance: what guides; all other arguments are the trainer's.
@@ -66,7 +65,7 @@ class BirdMixin:
         self._bird_totals: Tensor | None = None  # of training since it was logged
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, after which nothing of the guidance stays on the student."""
+        """The trainer's own, which leaves no tap on the student."""
         self.bird_guide.release()  # ``model_init`` makes another student
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
@@ -106,11 +105,7 @@ class BirdMixin:
                 self.bird_guide.release()
 
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """``alpha`` times the trainer's loss, and ``beta`` times the distance of the geometries."""
         guide = self.bird_guide
@@ -133,16 +128,10 @@ class BirdMixin:
         # whole already; then so must the guidance be.
         batches = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
         later = batches if model.training and not self._bird_is_share(num_items_in_batch) else 1
-        rows = guide.student_rows(sequences)
-        if step is not None:
-            distance, pull = step.next(rows)
-            guided = None if distance is None else later * (pull + (distance / batches))
-        else:
-            distance = self._bird_distance(rows, sequences)
-            guided = None if distance is None else distance * later / batches
-        loss = guide.loss.alpha * task
-        if guided is not None and distance is not None:
-            loss = loss + guide.loss.beta * guided
+        rows, loss = guide.student_rows(sequences), guide.loss.alpha * task
+        distance, pull = (self._bird_distance(rows, sequences), 0) if step is None else step.next(rows)
+        if distance is not None:
+            loss = loss + guide.loss.beta * (later * (pull + distance / batches))
         self._bird_noted.append((task.detach() * (batches / later), None if distance is None else distance.detach()))
         return (loss, result[1]) if return_outputs else loss
 
@@ -159,7 +148,11 @@ class BirdMixin:
         Raises:
             ValueError: no ids or mask.
         """
-        ids, mask = ids_and_mask(inputs)
+        if missing := [name for name in ("input_ids", "attention_mask") if name not in inputs]:
+            raise ValueError(
+                f"a batch has no {' and no '.join(missing)}, only {[*inputs]}: rows are padded sequences with a mask"
+            )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         labels, completion = inputs.get("labels"), inputs.get("completion_mask")
         config = getattr(self.model, "config", None)  # type: ignore[attr-defined]
         of_tokens = isinstance(labels, Tensor) and labels.shape == ids.shape and not labels.is_floating_point()
@@ -174,7 +167,7 @@ class BirdMixin:
         for batch in step.batches:
             inputs = trainer._prepare_inputs(batch)
             sequences = self.bird_sequences(inputs)
-            step.states.append(random_state(self._bird_devices()))
+            step.states.append(random_state({trainer.args.device} - {torch.device("cpu")}))
             with torch.no_grad():
                 self.bird_guide.taps.listen()
                 self._bird_pass(model, inputs)
@@ -192,21 +185,16 @@ class BirdMixin:
         extra = {"use_cache": False, "logits_to_keep": 1}  # the head's output is not needed
         model(**known, **{name: value for name, value in extra.items() if name in forward})
 
-    def _bird_devices(self) -> set[torch.device]:
-        device = self.args.device  # type: ignore[attr-defined]
-        return set() if device.type == "cpu" else {device}
-
     def _bird_distance(self, rows: Tensor, sequences: Sequences) -> Tensor | None:
-        if not self.bird_guide.can_compare(len(rows)):
-            return None
-        return self.bird_guide.loss.distance(rows, self.bird_guide.teacher_rows(sequences).to(rows.device))
+        guide = self.bird_guide
+        many = guide.can_compare(len(rows))
+        return guide.loss.distance(rows, guide.teacher_rows(sequences).to(rows.device)) if many else None
 
     def _bird_is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the trainer's loss of a batch is its share of the optimizer step's: what `Trainer` itself asks."""
         trainer: Any = self
-        declared: bool | None = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if declared is not None:
-            return declared
+        if (declared := getattr(trainer, "loss_is_scaled_for_ga", None)) is not None:
+            return bool(declared)
         by_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_items or trainer.compute_loss_func is not None
 
@@ -255,20 +243,6 @@ class _Accumulated:
         self.number += 1
         pull = (rows * gradient).sum()
         return self.distance, pull - pull.detach()
-
-
-def ids_and_mask(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Of a padded batch.
-
-    Raises:
-        ValueError: it has none.
-    """
-    missing = [name for name in ("input_ids", "attention_mask") if name not in inputs]
-    if missing:
-        raise ValueError(
-            f"a batch has no {' and no '.join(missing)}, only {list(inputs)}: rows are padded sequences with a mask"
-        )
-    return inputs["input_ids"], inputs["attention_mask"]
 
 
 def _require_plain_parallelism(trainer: Any) -> None:
