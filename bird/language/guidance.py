@@ -51,14 +51,15 @@ class Guidance:
     Args:
         teacher: any network of transformers, an encoder or a decoder with whatever head; it is frozen, and runs no
             further than its guiding layer. `copy.deepcopy` one that you go on training.
-        tokenizer: the teacher's; it must be a fast one for ``completion_only``. None: the teacher is given the ids of
-            the student's tokens, once its own tokenizer, found by its ``name_or_path``, shows the same vocabulary.
+        tokenizer: the teacher's; None: the one of its ``name_or_path``. A teacher of the student's vocabulary is given
+            the ids of the student's tokens, unless ``text`` is given too; any other reads the text, for which
+            ``completion_only`` needs a fast tokenizer.
         alpha: weight of the trainer's own loss.
         beta: weight of the guidance. The published weights of vision, 0.1 and 0.9, are the defaults.
         layer: guided layer, a path in the student as it was before PEFT; None: the backbone's output, which is the
             final hidden state, after the last norm. Of an encoder-decoder network it has to be in the encoder.
         teacher_layer: guiding layer, the same.
-        pooling: of the student's tokens, see `bird.language.pool_tokens`. ``"all"`` needs the student's tokenizer on
+        pooling: of the student's tokens, see `bird.language.pool_tokens`. ``"all"`` needs the student's vocabulary on
             both sides.
         teacher_pooling: of the teacher's; None: as the student's. ``"mean"`` suits sentence encoders, ``"first"``
             classifiers of BERT's kind.
@@ -139,7 +140,7 @@ class Guide:
 
     Raises:
         ValueError: an unknown layer (the nearest are listed), or one in the decoder of an encoder-decoder network; a
-            tokenizer that is not known, or is not of the vocabulary that it must be.
+            tokenizer that is not known, or is of another vocabulary where tokens are compared.
     """
 
     def __init__(
@@ -166,9 +167,11 @@ class Guide:
         if self.tokenizer is None:
             raise ValueError("the student's tokenizer is not known: give processing_class")
         reader: Any = copy.copy(guidance.tokenizer or _tokenizer_of(self.network))
-        self.hands_on = guidance.tokenizer is None or guidance.pooling == "all"
-        if self.hands_on:
-            _require_same_vocabulary(self.tokenizer, reader)
+        if reader is None:
+            raise ValueError("it is not known which tokenizer the teacher reads with: give it, tokenizer=")
+        self.hands_on = guidance.text is concatenated and self.tokenizer.get_vocab() == reader.get_vocab()
+        if guidance.pooling == "all" and not self.hands_on:
+            raise ValueError('pooling="all" compares tokens: give no text=, and a teacher of the student\'s vocabulary')
         reader.truncation_side = guidance.truncation or "right"
         self.reader, self.window = reader, window_of(self.network, reader)
 
@@ -264,7 +267,7 @@ class Guide:
         """What the student's tokens say, and from where to where in it the marked ones reach."""
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         text: str = decode(ids)
-        edges = F.pad(torch.tensor(marked).ne(0).int(), (1, 1)).diff().nonzero().flatten().tolist()
+        edges = F.pad(torch.tensor(marked, device="cpu").ne(0).int(), (1, 1)).diff().nonzero().flatten().tolist()
         # A token may be a part of a character, or lose its space at the beginning, so none is decoded by itself.
         places = [len(commonprefix([text, decode(ids[:edge])])) for edge in edges]  # noqa: RUF071 -- by character
         return text, [*zip(places[::2], places[1::2], strict=True)]
@@ -341,16 +344,6 @@ def _tokenizer_of(network: nn.Module) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _require_same_vocabulary(ours: Any, theirs: Any) -> None:
-    if theirs is None:
-        raise ValueError("it is not known which tokenizer the teacher reads with: give the teacher's own, tokenizer=")
-    if ours.get_vocab() != theirs.get_vocab():
-        raise ValueError(
-            f"the student's {len(ours)} tokens are not the teacher's {len(theirs)}: give the teacher's own tokenizer, "
-            'tokenizer= (and a pooling other than "all", which compares tokens)'
-        )
-
-
 def window_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many tokens a network takes: what its tokenizer says, and its table of positions.
 
@@ -368,4 +361,5 @@ def _unpadded(table: Tensor, mask: Tensor) -> list[list[int]]:
 
 def _table(rows: list[list[int]]) -> Tensor:
     """Padded on the right by 0, whatever the side that the student pads on: networks count positions from the left."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    tensors = [torch.tensor(row, dtype=torch.long, device="cpu") for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)

@@ -36,8 +36,8 @@ class BirdMixin:
     A batch with fewer rows than the estimator needs, the last of an epoch say, trains on the task alone.
 
     Logged with the trainer's own metrics, over all processes: ``cka`` of teacher and student, ``cka_loss`` (1 - CKA),
-    ``task_loss`` (the trainer's own loss), and with ``Guidance(truncation=)`` ``teacher_truncated``, the number of texts
-    that were cut; in evaluation and prediction the same of that set's batches behind a prefix: ``eval_cka``.
+    ``task_loss`` (the trainer's own loss), and with ``Guidance(truncation=)`` ``teacher_truncated``, the number of the
+    texts that were cut; in evaluation and prediction the same of that set's batches behind a prefix: ``eval_cka``.
 
     The attributes that the mixin adds to a trainer begin with ``bird_``, or with ``_bird_``.
 

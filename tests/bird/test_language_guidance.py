@@ -19,7 +19,7 @@ from bird.language import Guidance, pool_tokens
 from bird.language.guidance import Guide, Sequences
 from bird.language.mixin import _require_plain_parallelism
 from bird.taps import FirstPass
-from tests.bird.tiny import bytes_tokenizer, guidance, letters_tokenizer, saved, student, teacher
+from tests.bird.tiny import bytes_tokenizer, guidance, letters_tokenizer, student, teacher
 
 TEXTS = ["a good film", "bad", "so so, but long enough."]
 
@@ -34,12 +34,6 @@ def batch(texts: list[str], side: str = "right", more: int = 0, prompt: int = 2)
         ids[number, places], mask[number, places] = torch.tensor(row), 1
         completion[number, places] = torch.arange(len(row)).ge(prompt).long()
     return Sequences(ids, mask, completion)
-
-
-def published(model: Any) -> Any:
-    """As if it had been loaded from the folder that has the students' tokenizer."""
-    model.name_or_path = saved("decoder")
-    return model
 
 
 def rows_of(guide: Guide, model: Any, sequences: Sequences) -> Tensor:
@@ -94,8 +88,8 @@ def test_padding_changes_nothing(kind: str, completion_only: bool) -> None:
     torch.manual_seed(3)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
     guide = {
-        "llama": guidance(teacher=published(student(seed=5)), tokenizer=None, completion_only=completion_only),
-        "gpt2": guidance(teacher=published(gpt2), tokenizer=None, completion_only=completion_only),
+        "llama": guidance(teacher=student(seed=5), tokenizer=bytes_tokenizer(), completion_only=completion_only),
+        "gpt2": guidance(teacher=gpt2, tokenizer=bytes_tokenizer(), completion_only=completion_only),
         "bert": guidance(completion_only=completion_only),
     }[kind]
     model = student()
@@ -141,8 +135,8 @@ def test_completions_alone_are_pooled() -> None:
 
 
 def test_all_tokens_as_rows() -> None:
-    model, other = student(), published(student(seed=4))
-    guide = Guide(Guidance(other, pooling="all"), model, bytes_tokenizer())
+    model, other = student(), student(seed=4)
+    guide = Guide(Guidance(other, bytes_tokenizer(), pooling="all"), model, bytes_tokenizer())
     sequences = batch(TEXTS, "left")
     ours, theirs = rows_of(guide, model, sequences), guide.teacher_rows(sequences)
     assert len(ours) == len(theirs) == sum(map(len, TEXTS))
@@ -153,7 +147,7 @@ def test_all_tokens_as_rows() -> None:
 @pytest.mark.parametrize("bare", [BertModel, LlamaModel])
 def test_backbones_without_a_head_are_teachers(bare: type) -> None:
     guide = teacher(kind=bare) if bare is BertModel else student(kind=bare)
-    chosen = guidance(teacher=published(guide), tokenizer=letters_tokenizer() if bare is BertModel else None)
+    chosen = guidance(teacher=guide, tokenizer=letters_tokenizer() if bare is BertModel else bytes_tokenizer())
     rows = Guide(chosen, student(), bytes_tokenizer()).teacher_rows(batch(TEXTS))
     tokenizer = letters_tokenizer() if bare is BertModel else bytes_tokenizer()
     wanted = guide(**tokenizer(TEXTS[2], return_tensors="pt")).last_hidden_state[0].mean(0)
@@ -186,7 +180,7 @@ def test_choices_that_do_not_exist(changes: dict[str, Any], why: str) -> None:
     [
         ({"layer": "model.layer.0"}, r"no layer is called.*'model\.layers\.0'"),
         ({"teacher_layer": "encoder"}, "no layer is called"),
-        ({"tokenizer": None}, "not known which tokenizer the teacher reads with: give the teacher's own"),
+        ({"tokenizer": None}, "not known which tokenizer the teacher reads with: give it"),
         ({"teacher": torch.nn.Linear(3, 3)}, None),
     ],
 )

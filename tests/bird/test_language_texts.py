@@ -31,7 +31,7 @@ from transformers import (
 from trl import SFTConfig
 
 from bird.language import BirdSFTTrainer, BirdTrainer, Guidance
-from bird.language.guidance import Guide, Sequences, window_of
+from bird.language.guidance import Guide, Sequences, concatenated, window_of
 from tests.bird.tiny import bytes_tokenizer, guidance, letters_tokenizer, saved, settings, student, teacher
 
 TURNS = (
@@ -172,7 +172,7 @@ def test_decoders_of_encoder_decoder_networks_are_refused_at_construction() -> N
 def test_encoders_of_encoder_decoder_networks_guide_and_are_guided(tmp_path: Path) -> None:
     """Labels as long as the text are the decoder's tokens, no mask of the encoder's; batches are accumulated too."""
     tokenizer = bytes_tokenizer()
-    rows = [{**tokenizer(text), "labels": [4, 5, -100, 7]} for text in ("good", "ill.", "so s", "fine") * 2]
+    rows = [{**tokenizer(text), "labels": [-100, 5, 6, 7]} for text in ("good", "ill.", "so s", "fine") * 2]
     texts: list[str] = []
     few = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
     trainer = BirdTrainer(
@@ -221,30 +221,41 @@ def test_prompt_learning_has_its_tokens_in_front(kind: str) -> None:
 
 
 def test_equal_sizes_are_no_equal_vocabulary() -> None:
-    """A BERT of 257 letters was fed a Llama's bytes."""
-    with pytest.raises(ValueError, match="not known which tokenizer the teacher reads with"):
-        Guide(Guidance(teacher(vocab_size=257)), student(), bytes_tokenizer())
+    """A BERT of 257 letters was fed a Llama's bytes. Its own tokenizer reads the text, where it can be found."""
     other = teacher(kind=BertModel, vocab_size=257)
-    other.name_or_path = saved("encoder")
-    with pytest.raises(ValueError, match=r"257 tokens are not the teacher's 33: give the teacher's own tokenizer"):
+    with pytest.raises(ValueError, match=r"not known which tokenizer the teacher reads with: give it, tokenizer="):
         Guide(Guidance(other), student(), bytes_tokenizer())
+    other.name_or_path = saved("encoder")
+    rows = Guide(Guidance(other, pooling="mean"), student(), bytes_tokenizer()).teacher_rows(marked(["a good"], [[]]))
+    wanted = states("a good", other, letters_tokenizer(special=True)).mean(0)
+    torch.testing.assert_close(rows[0], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_vocabulary_is_looked_up_by_name_on_both_sides(tmp_path: Path) -> None:
+def test_ids_are_handed_on_to_a_teacher_of_the_same_vocabulary(tmp_path: Path) -> None:
+    """Special tokens too, whoever says which tokenizer it is; sizes that networks have are not asked."""
     padded = student(seed=3, vocab_size=264)  # rows that no token uses, as networks have for a GPU's sake
-    padded.name_or_path = saved("decoder")
-    Guide(Guidance(padded), student(), bytes_tokenizer())
+    sequences, found = marked(["good<end>", "ill<end>"], [[], []]), []
     named = student()
     named.name_or_path = saved("decoder")
-    Guide(Guidance(padded), named, None)
+    with pytest.raises(ValueError, match="the student's tokenizer is not known: give processing_class"):
+        Guide(Guidance(padded, bytes_tokenizer()), student(), None)
+    for own, name, tokenizer in ((bytes_tokenizer(), "", None), (None, saved("decoder"), bytes_tokenizer())):
+        padded.name_or_path = name
+        found.append(Guide(Guidance(padded, own, pooling="all"), named, tokenizer).teacher_rows(sequences))
+    assert len(found[0]) == 5 + 4
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0][:5], states("good<end>", padded.model, bytes_tokenizer()), rtol=1e-4, atol=1e-5)
     more = bytes_tokenizer()
     more.add_tokens(["<|new|>"])
-    with pytest.raises(ValueError, match=r"258 tokens are not the teacher's 257"):
-        Guide(Guidance(padded), named, more)
+    for tokenizer, text in ((more, concatenated), (bytes_tokenizer(), lambda prompt, completion: prompt + completion)):
+        assert not Guide(Guidance(padded, text=text), named, tokenizer).hands_on
+        with pytest.raises(
+            ValueError, match=r"compares tokens: give no text=, and a teacher of the student's vocabulary"
+        ):
+            Guide(Guidance(padded, pooling="all", text=text), named, tokenizer)
     padded.name_or_path = str(tmp_path / "nothing")
     with pytest.raises(ValueError, match="not known which tokenizer"):
         Guide(Guidance(padded), named, None)
-    Guide(Guidance(padded, bytes_tokenizer(), pooling="all"), student(), bytes_tokenizer())
 
 
 # ---------------------------------------------------------------------------------------------- what is too long
