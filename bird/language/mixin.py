@@ -164,10 +164,11 @@ class BirdMixin:
         """Rows of student and teacher of every batch of the step, without graphs."""
         trainer: Any = self
         ours, theirs = [], []
+        others = [trainer.args.device] if trainer.args.device.type != "cpu" else []  # which is "cpu:1" on a second rank
         for batch in step.batches:
             inputs = trainer._prepare_inputs(batch)
             sequences = self.bird_sequences(inputs)
-            step.states.append(random_state({trainer.args.device} - {torch.device("cpu")}))
+            step.states.append(random_state(others))
             with torch.no_grad():
                 self.bird_guide.taps.listen()
                 self._bird_pass(model, inputs)
