@@ -28,7 +28,7 @@ def cka_loss(
     estimator: str = "biased",
     mask: Tensor | None = None,
     row_dims: int = 1,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | Tensor] | Tensor | None = None,
     group: ProcessGroup | None = None,
     sqrt: bool = False,
     center: bool = True,
@@ -59,7 +59,7 @@ def cka_loss(
             matter, its gradient is zero). Equal to the call on the selected rows; shapes do not change and nothing is
             read back from the device, so fewer selected rows than the estimator needs give NaN instead of an error.
         row_dims: how many leading dimensions index rows; 2 for tokens [batch, time, width].
-        weights: one number for each pair of the lists; None: 1 each.
+        weights: one number for each pair of the lists, or a tensor [pairs], which gets its gradient; None: 1 each.
         group: a torch.distributed ProcessGroup (`torch.distributed.group.WORLD` is all ranks, once initialised): the
             loss of the rows of *all* its ranks, the same number on each. Ranks may have different numbers of rows, none
             too. Every rank must make the call, with the same widths, dtypes and options. None: this process alone.

@@ -286,4 +286,4 @@ def _at_the_end(text: str, end: str, offsets: Sequence[tuple[int, int]]) -> list
 
 
 def _table(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device="cpu")
