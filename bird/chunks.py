@@ -297,7 +297,7 @@ class _Replay:
 
     def __init__(self, model: nn.Module) -> None:
         self.devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
-        self.states: list[dict[object, Any]] = []
+        self.states: list[dict[Any, Any]] = []
         self.samples: list[list[Tensor]] = []  # of each chunk's features, a pair's student's and teacher's
         self.buffers = [
             (module._buffers, name, buffer, None if buffer is None else buffer.clone())
@@ -336,23 +336,25 @@ class _Replay:
         return contextlib.nullcontext() if self.parallel is None else self.parallel.no_sync()
 
 
-_GLOBAL = {  # how the state of each global generator is read and set
+_GLOBAL: dict[
+    object, tuple[Callable[[], Any], Callable[[Any], None]]
+] = {  # how the state of each global generator is read and set
     "torch": (torch.get_rng_state, torch.set_rng_state),
     "numpy": (np.random.get_state, np.random.set_state),
     "python": (random.getstate, random.setstate),
 }
 
 
-def random_state(devices: Iterable[torch.device]) -> dict[object, Any]:
+def random_state(devices: Iterable[torch.device]) -> dict[Any, Any]:
     """Where the global generators stand: Python's, NumPy's, PyTorch's of the CPU and of these other devices."""
-    own = {name: read() for name, (read, _) in _GLOBAL.items()}
+    own: dict[Any, Any] = {name: read() for name, (read, _) in _GLOBAL.items()}
     return own | {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
 
 
-def set_random_state(state: Mapping[object, Any]) -> None:
+def set_random_state(state: Mapping[Any, Any]) -> None:
     """Undo `random_state`."""
     for name, own in state.items():
         if isinstance(name, torch.device):
             torch.get_device_module(name).set_rng_state(own, name)
         else:
-            _GLOBAL[name][1](own)  # type: ignore[index]
+            _GLOBAL[name][1](own)
