@@ -250,7 +250,8 @@ def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Ten
         )
     with torch.autocast(teacher.device.type, enabled=False):
         # A copy of what came from torch.inference_mode(), which autograd does not save.
-        return F.mse_loss(regressor(student.to(wide)), teacher.to(wide, copy=teacher.is_inference()))
+        copy = not torch.compiler.is_compiling() and teacher.is_inference()
+        return F.mse_loss(regressor(student.to(wide)), teacher.to(wide, copy=copy))
 
 
 def _checked(name: str, weight: Weight) -> Weight:

@@ -33,7 +33,7 @@ def prepare(
         TypeError, ValueError: tensors or options that `bird_kernels.cka_loss` does not take.
     """
     statistic, kernel, estimator, row_dims, _, center, backend, precision = options
-    if torch._C._is_tracing() and backend != "reference":
+    if torch.jit.is_tracing() and backend != "reference":
         refuse_tracing()
     rbf = None if kernel == "linear" else parse_kernel(kernel)
     require_choice(estimator=estimator, backend=backend, precision=precision)
@@ -49,10 +49,10 @@ def prepare(
             f'estimator="{estimator}" needs at least {needed} rows, got {n} (x has shape {tuple(given.shape)})'
         )
     recording = torch.is_grad_enabled()
-    if recording and (x.is_inference() or y.is_inference() or (mask is not None and mask.is_inference())):
+    if recording and not torch.compiler.is_compiling() and (x.is_inference() or y.is_inference() or mask is not None):
         # Rows of a teacher under torch.inference_mode(): autograd saves a copy, never them.
         x, y = (a.clone() if a.is_inference() else a for a in (x, y))
-        mask = None if mask is None else mask.clone()
+        mask = mask.clone() if mask is not None and mask.is_inference() else mask
     problem = Problem(
         n, x.shape[1], y.shape[1], x.dtype, x.device, statistic, estimator, precision,  # type: ignore[arg-type]
         mask is not None, recording and x.requires_grad, recording and y.requires_grad, rbf, center,
@@ -189,7 +189,7 @@ def _strided(name: str, value: Tensor) -> Tensor:
 
 def refuse_tracing() -> None:
     """Raises a RuntimeError under `torch.jit.trace`, which would keep the numbers of its example as constants."""
-    if torch._C._is_tracing():
+    if torch.jit.is_tracing():
         raise RuntimeError(
             "torch.jit.trace (and torch.onnx.export on top of it) would keep this call's numbers as constants: use "
             'torch.export or torch.compile, or backend="reference", which is PyTorch\'s own operations'

@@ -65,7 +65,7 @@ class Statistics:
         require_fp64("Statistics", x.device)
         if self._sums is not None:
             _require_same("x and y", (x.shape[1], y.shape[1], x.device), self._sums)
-        with torch.no_grad(), torch.inference_mode(False), ops.without_autocast(x.device):
+        with torch.inference_mode(False), torch.no_grad(), ops.without_autocast(x.device):
             part = sums.sums_of(x, y, mask, self._problem(x, y, "cka", "unbiased"))
             self._add(part, ops.value_dtype(x.dtype))
 
