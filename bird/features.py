@@ -52,7 +52,7 @@ def find_layers(model: nn.Module, names: str | Sequence[str]) -> dict[str, nn.Mo
             Containers without an output of their own (ModuleList, ModuleDict) do not count as layers.
         TypeError: a name is no string.
     """
-    patterns = [names] if isinstance(names, str) else list(names)
+    patterns = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"layers go by their module paths, not by {patterns}: the outermost are {[*top_layers(model)]}")
     if not patterns:
@@ -157,8 +157,10 @@ class Rows:
         self.time_first = any(map(_is_time_first, around))
         self.sizes = [*map(_sizes, reversed(around))]  # from the layer itself outwards
 
-    def __call__(self, output: Any, inputs: Sequence[torch.Size] = ()) -> Tensor:
+    def __call__(self, output: Any, inputs: Sequence[torch.Size] = (), mask: Tensor | None = None) -> Tensor:
         """The rows ``[N, D]`` of what the layer returned, where the model was given tensors of these shapes.
+
+        A mean is of the tokens that ``mask`` ``[N, T]`` counts, if the output is ``[N, T, D]`` of as many.
 
         Raises:
             ValueError: the layout is unclear, or the rows are not as many as the samples; also as `pool_rows`.
@@ -166,6 +168,11 @@ class Rows:
         features, pool = first_tensor(output), self.pool
         if pool == "mean" and not features.is_nested and features.ndim > 2:
             pool = self._layout(features)
+            if mask is not None and pool == "channels_last" and features.shape[:-1] == mask.shape:
+                wide = torch.promote_types(features.dtype, torch.float32)
+                counts = mask.to(features.device) != 0
+                total = torch.where(counts[:, :, None], features, 0.0).sum(1, dtype=wide)
+                return (total / counts.sum(1, keepdim=True)).to(features.dtype)
         rows = pool_rows(features, pool)
         if inputs and not callable(pool) and pool != "none":
             batch = [size for shape in inputs for size in shape[: 1 + (pool == "time_first")]]
@@ -195,6 +202,13 @@ _ASK = (
     "say as pool= how its output is laid out, 'channels_first', 'channels_last' or 'time_first' ([T, N, D]), or give a "
     "callable that returns [N, D]; {'layer': ...} is for this layer alone"
 )
+
+
+def rows_of(model: nn.Module, layers: Mapping[str, nn.Module], pool: Pools) -> dict[str, Rows]:
+    """`Rows` of each layer by name; raises a ValueError if ``pool`` names others."""
+    if isinstance(pool, Mapping) and not pool.keys() <= layers.keys():
+        raise ValueError(f"pool names {[*pool]}, but the layers are {[*layers]}")
+    return {name: Rows(model, name, layer, pool) for name, layer in layers.items()}
 
 
 def _is_time_first(module: nn.Module) -> bool:

@@ -26,10 +26,13 @@ class _Guided(nn.Module):
 
     def __init__(self, alpha: Weight, beta: Weight, pairs: Sequence[tuple[str, str]]) -> None:
         super().__init__()
-        self.alpha, self.beta = _checked("alpha", alpha), _checked("beta", beta)
+        for name, weight in (("alpha", alpha), ("beta", beta)):
+            if not (math.isfinite(_number(weight)) and _number(weight) >= 0):
+                raise ValueError(f"{name} must be finite and not negative, not {weight!r}")
         listed = [tuple(pair) for pair in pairs]
         if not listed or any(len(pair) != 2 for pair in listed):
             raise ValueError(f"pairs must list one or more (teacher_layer, student_layer), not {pairs!r}")
+        self.alpha, self.beta = (w if isinstance(w, Tensor) else float(w) for w in (alpha, beta))
         self.pairs = [(teacher, student) for teacher, student in listed]
         self.last: dict[str, Tensor] = {}
 
@@ -254,17 +257,16 @@ def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Ten
         return F.mse_loss(regressor(student.to(wide)), teacher.to(wide, copy=copy))
 
 
-def _checked(name: str, weight: Weight) -> Weight:
-    number = float(weight.detach() if isinstance(weight, Tensor) else weight)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{name} must be finite and not negative, not {weight!r}")
-    return weight if isinstance(weight, Tensor) else number
+def _number(weight: Weight) -> float:
+    return float(weight.detach() if isinstance(weight, Tensor) else weight)
 
 
 def _one_for_each(weights: Sequence[Weight] | Tensor, pairs: Sequence[tuple[str, str]]) -> list[float] | Tensor:
-    listed = [float(_checked("weights", weight)) for weight in weights]
+    listed = [*map(_number, weights)]
     if len(listed) != len(pairs):
         raise ValueError(f"weights must have one number for each pair, got {len(listed)} for {len(pairs)}")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in listed):
+        raise ValueError(f"weights must be finite and not negative, not {listed}")
     if isinstance(weights, Tensor):
         return weights
     if any(isinstance(weight, Tensor) and weight.requires_grad for weight in weights):

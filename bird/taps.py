@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from .features import Passes, Pools, Rows, find_layers, shapes_of, unwrap
+from .features import Passes, Pools, find_layers, rows_of, shapes_of, unwrap
 
 
 class Taps:
@@ -44,12 +44,14 @@ class Taps:
 
     Attributes:
         names: the bare paths of the tapped layers, globs written out.
+        masks: ``{layer: [N, T]}``, to be set before a forward: which tokens count in the means of ``[N, T, D]``.
     """
 
     def __init__(self, model: nn.Module, names: str | Sequence[str], *, pool: Pools = "mean") -> None:
         layers = find_layers(model, names)
         self.names = tuple(layers)
-        self._rows = {name: Rows(model, name, layer, pool) for name, layer in layers.items()}
+        self.masks: dict[str, Tensor] = {}
+        self._rows = rows_of(model, layers, pool)
         self._passes, self._called = Passes(), False
         root = unwrap(model)
         self._handles = [
@@ -102,7 +104,7 @@ class Taps:
     def _record(self, name: str, layer: nn.Module, _args: Any, output: Any) -> None:
         # Pooled at once, before a later in-place layer can overwrite the output; and in a recomputation too,
         # which must save the same tensors for backward as the first run did.
-        rows = self._rows[name](output, self._passes.now.inputs)
+        rows = self._rows[name](output, self._passes.now.inputs, self.masks.get(name))
         if torch.compiler.is_compiling():
             # Traced code cannot ask autograd. A checkpoint inside the graph is the compiler's affair; when a compiled
             # block lies inside a checkpoint, it runs for the second time outside of any forward, on a GPU in a thread

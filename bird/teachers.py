@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import Passes, Pools, Rows, find_layers, shapes_of, unwrap
+from .features import Passes, Pools, find_layers, rows_of, shapes_of, unwrap
 
 
 class Teacher(nn.Module):
@@ -51,7 +51,7 @@ class Teacher(nn.Module):
         model = unwrap(model)
         layers = find_layers(model, taps)
         self.names = tuple(layers)
-        self.rows = {name: Rows(model, name, layer, pool) for name, layer in layers.items()}
+        self.rows = rows_of(model, layers, pool)
         self._passes = Passes()
         self._cargo = [model.requires_grad_(False).eval()]  # nn.Module does not look into a list
         for name, layer in layers.items():
