@@ -14,14 +14,14 @@ import random
 import statistics
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from benchmarks.machine import Machine
 from benchmarks.rows import message
-from bird_kernels.clocks import Pool, Take
+from bird_kernels.clocks import Take
 
 FEWEST_ROUNDS, FEWEST_SLOW_ROUNDS, MOST_ROUNDS = 5, 3, 200
 WARM_UP = 3  # calls before the gate, where something may compile
@@ -36,8 +36,13 @@ class Verdict(NamedTuple):
     value_error: float | None = None
     gradient_error: float | None = None
 
+    @classmethod
+    def within(cls, error: float, limit: float, what: str = "") -> Verdict:
+        """Of one error; NaN is beyond every limit."""
+        return cls(None if error <= limit else f"{what}off by {error:.1e}", error)
 
-class Candidate(NamedTuple):
+
+class Contestant(NamedTuple):
     """A call that returns an answer. ``captured``: a CUDA graph can hold it; ``compiles``: so do its first calls."""
 
     name: str
@@ -56,8 +61,11 @@ class Entry:
     verdict: Verdict = field(default_factory=Verdict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_memory: int | None = None
-    launches: int | None = None
     no_graph: str = ""
+
+    def timing(self, clock: str) -> dict[str, Any]:
+        """The quantiles of its seconds, as a row has them."""
+        return asdict(Timing.of(self.seconds.get(clock, [])))
 
 
 class _Ready(NamedTuple):
@@ -72,13 +80,12 @@ Budget = Callable[[float, int], int]  # rounds, from the seconds of a call and h
 
 def compete(
     machine: Machine,
-    candidates: Iterable[Candidate],
+    candidates: Iterable[Contestant],
     judge: Judge,
     clocks: Sequence[str],
     budget: Budget,
     *,
     watch: bool = False,
-    pool: Pool = None,
     begin: Callable[[str], None] = lambda name: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Entry]:
@@ -88,8 +95,7 @@ def compete(
     raises stops nobody. A "graph" is the replay of one; where no graph can hold a call, "device" stands for it.
 
     Args:
-        watch: memory and launches are counted too.
-        pool: of the graphs' memory, to share.
+        watch: memory is counted too.
         begin: is told which candidate is tried now, and "" when all have been.
         stop: once it says so, no candidate and no turn begins.
     """
@@ -100,7 +106,7 @@ def compete(
             yield Entry(candidate.name, "left out", "the time is over")
             continue
         try:
-            outcome = _prepare(machine, candidate, judge, clocks, watch, pool)
+            outcome = _prepare(machine, candidate, judge, clocks, watch)
         except Exception as error:  # of any kind: the others go on
             yield _failed(candidate.name, error)
             machine.release()
@@ -117,8 +123,27 @@ def compete(
     yield from (one.entry for one in ready)
 
 
+def contest(
+    machine: Machine,
+    candidates: Iterable[Contestant],
+    judge: Judge,
+    clock: str,
+    share: float,
+    patience: float,
+    *,
+    watch: bool = False,
+    timed: bool = True,
+) -> dict[str, Entry]:
+    """What comes out of `compete` under one clock, by name: ``share`` seconds for each, slow ones ``patience``."""
+
+    def budget(once: float, takes: int) -> int:
+        return rounds(once, share, patience) if timed else 0
+
+    return {entry.name: entry for entry in compete(machine, candidates, judge, [clock], budget, watch=watch)}
+
+
 def _prepare(
-    machine: Machine, candidate: Candidate, judge: Judge, clocks: Sequence[str], watch: bool, pool: Pool
+    machine: Machine, candidate: Contestant, judge: Judge, clocks: Sequence[str], watch: bool
 ) -> _Ready | Entry:
     """The entry of a wrong candidate, or what to time of a right one."""
     entry, run = Entry(candidate.name), candidate.run
@@ -130,7 +155,7 @@ def _prepare(
         result, entry.peak_memory = machine.watched(run)
     if "graph" in clocks and candidate.captured:
         try:
-            replay, result = machine.captured(run, pool)
+            replay, result = machine.captured(run)
             replay()
             calls = {"graph": replay} | calls
         except Exception as error:  # it is timed without
@@ -147,8 +172,6 @@ def _prepare(
     if entry.verdict.red:
         entry.status, entry.why = "red", entry.verdict.red
         return entry
-    if watch:
-        entry.launches = machine.launches(calls.get("graph", run))
     takes = {clock: machine.take("device" if clock == "graph" else clock, call) for clock, call in calls.items()}
     return _Ready(entry, takes, once)
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bird_kernels import clocks
-from bird_kernels.clocks import Pool, Run, Take
+from bird_kernels.clocks import Run, Take
 
 T = TypeVar("T")
 
@@ -56,7 +54,7 @@ class Machine:
         host = clocks.host(run, 0.0)
         return host if clock == "host" else clocks.device(run, host())
 
-    def captured(self, run: Callable[[], T], pool: Pool = None) -> tuple[Run, T]:
+    def captured(self, run: Callable[[], T]) -> tuple[Run, T]:
         """A replay of the call, and the result that each replay writes anew (on a CPU: that of this first call).
 
         Raises:
@@ -66,7 +64,7 @@ class Machine:
             return run, run()
         stream = torch.cuda.current_stream()
         try:
-            graph, result = clocks.capture(run, pool)
+            graph, result = clocks.capture(run, None)
         except Exception:
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind
             torch.cuda.synchronize()
@@ -94,31 +92,8 @@ class Machine:
             peak = max(peak, held)
         return result, peak
 
-    def launches(self, run: Run) -> int | None:
-        """The kernels, copies and fills of one call on a GPU. None on a CPU, or where the profiler sees nothing."""
-        if not self.is_cuda:
-            return None
-        self.wait()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-            run()
-            self.wait()
-        done = [event for event in recorded.events() if event.device_type == DeviceType.CUDA]
-        return sum(not getattr(event, "is_user_annotation", False) for event in done) or None
-
     def release(self) -> None:
         """Give back the memory that earlier calls left behind."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.empty_cache()
-
-    def free_memory(self) -> int:
-        """Bytes that a measurement may take: nine tenths of what is free."""
-        if self.is_cuda:
-            torch.cuda.empty_cache()
-            return int(0.9 * torch.cuda.mem_get_info()[0])
-        try:
-            lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-            free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        except (OSError, StopIteration):
-            return 4 * 2**30  # not Linux: what any machine of today has
-        return int(0.9 * free)

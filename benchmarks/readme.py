@@ -5,13 +5,14 @@ python -m benchmarks.readme    # writes them into README.md
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.accuracy import measure
+from benchmarks.kernels import results, tables
+from benchmarks.rows import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "README.md"
@@ -26,7 +27,7 @@ CASES = {
 }
 
 
-def accuracy() -> str:
+def accuracy_table() -> str:
     """Errors of gradients: a row for each loss, a column for each mean, both dtypes in a cell."""
     rows = measure.committed()
     dtypes = {"float32": "fp32", "bfloat16": "bf16"}
@@ -44,21 +45,20 @@ def accuracy() -> str:
     return "\n".join([*lines, "", f"(CPU, PyTorch {torch}, {date}. 1 is a gradient of zeros, or one as wrong.)"])
 
 
-def speed() -> str:
+def speed_table() -> str:
     """Medians of five cases, and how many times that of `cka_loss` they are."""
-    with SPEED.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["estimator"] == "biased"]
+    rows = [row for row in results.read_kernels(SPEED) if row.estimator == "biased"]
     lines = [
         "| rows × width | authors' formula | formula in fp64 | best by hand | `cka_loss` | measured |",
         "|" + "---|" * 6,
     ]
-    for title, (problem, n, width, dtype, mode) in CASES.items():
-        case = {"problem": problem, "n": str(n), "p": str(width), "q": str(width), "dtype": dtype, "mode": mode}
-        found = {row["provider"]: row for row in rows if case.items() <= row.items()}
-        ours = float(found["auto"]["p50"])
-        best = min((found[name] for name in ("gram", "feature") if name in found), key=lambda row: _seconds(row))
-        cells = [_cell(found.get("naive"), ours), _cell(found.get("fp64"), ours), _cell(best, ours), _time(ours)]
-        lines.append(f"| {title} | " + " | ".join([*cells, found["auto"]["date"]]) + " |")
+    for title, (problem, n, width, *numbers) in CASES.items():
+        case = [problem, n, width, width, *numbers]
+        found = {row.provider: row for row in rows if [row.problem, row.n, row.p, row.q, row.dtype, row.mode] == case}
+        ours = found["auto"].p50
+        rivals = [found[name].p50 or found[name].red if name in found else None for name in ("naive", "fp64")]
+        cells = [_cell(rival, ours) for rival in (*rivals, tables.hand_written(found))]
+        lines.append(f"| {title} | " + " | ".join([*cells, duration(ours), found["auto"].date]) + " |")
     return "\n".join(lines)
 
 
@@ -68,29 +68,18 @@ def _error(error: float) -> str:
     return f"{error:.0e}".replace("e-0", "e-") if error < 0.095 else f"{error:.2g}"
 
 
-def _seconds(row: dict[str, str]) -> float:
-    return float(row["p50"] or "inf")
+def _cell(rival: float | str | None, ours: float) -> str:
+    """A time and how many times ours it is, bold where it is less; or the reason why there is none."""
+    if rival is None or isinstance(rival, str):
+        return rival.replace(" a call)", ")") if rival else "–"
+    ratio = f"{rival / ours:.2g}×" if rival < 10 * ours else f"{rival / ours:.0f}×"
+    return f"{duration(rival)} ({f'**{ratio}**' if rival < ours else ratio})"
 
 
-def _cell(row: dict[str, str] | None, ours: float) -> str:
-    if row is None:
-        return "–"
-    if row["red"]:
-        return row["red"].replace(" a call)", ")")
-    seconds = _seconds(row)
-    ratio = f"{seconds / ours:.2g}×" if seconds < 10 * ours else f"{seconds / ours:.0f}×"
-    return f"{_time(seconds)} (**{ratio}**)" if seconds < ours else f"{_time(seconds)} ({ratio})"
+TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy_table, "speed": speed_table}
 
 
-def _time(seconds: float) -> str:
-    unit, factor = ("s", 1.0) if seconds >= 1 else ("ms", 1e3)
-    return f"{seconds * factor:.3g} {unit}"
-
-
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy, "speed": speed}
-
-
-def written(page: str) -> str:
+def with_tables(page: str) -> str:
     """The page with both tables in their places, between ``<!-- name -->`` and ``<!-- end name -->``."""
     for name, table in TABLES.items():
         block = f"<!-- {name} -->\n{table()}\n<!-- end {name} -->"
@@ -101,4 +90,4 @@ def written(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -45,7 +45,7 @@ class Origin:
     omp_wait_policy: str
 
 
-def origin(device: torch.device) -> dict[str, str]:
+def origin_of(device: torch.device) -> dict[str, str]:
     """The fields of `Origin` for what is measured now."""
     import torch
 
@@ -97,14 +97,14 @@ def version_of(package: str) -> str:
 # ---------------------------------------------------------------------------------------------- rows and files
 
 
-def columns(kind: type) -> dict[str, str]:
+def columns_of(kind: type) -> dict[str, str]:
     """The columns of a row's dataclass with their types; a field that takes no part in comparisons is none."""
     return {column.name: str(column.type) for column in fields(kind) if column.compare}
 
 
-def write(path: Path, rows: Sequence[Any]) -> None:
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """Replace a CSV file by these rows of one dataclass, whole or not at all."""
-    names = list(columns(type(rows[0])))
+    names = list(columns_of(type(rows[0])))
     write_cells(path, [names, *([getattr(row, name) for name in names] for row in rows)])
 
 
@@ -122,13 +122,13 @@ def cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def read(path: Path, kind: type[R]) -> list[R]:
+def load_rows(path: Path, kind: type[R]) -> list[R]:
     """The rows of a CSV file.
 
     Raises:
         ValueError: its columns are not a row's.
     """
-    kinds = columns(kind)
+    kinds = columns_of(kind)
     needed = {column.name for column in fields(kind) if column.compare and column.default is MISSING}
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
@@ -170,14 +170,14 @@ def slug(name: str) -> str:
 def heading(title: str, rows: Sequence[Origin]) -> str:
     """The top of a page: what all rows share of their origin, and where they differ every value."""
     text = f"# {title}\n\n"
-    for name in columns(Origin):
+    for name in columns_of(Origin):
         values = dict.fromkeys(str(getattr(row, name)) for row in rows)
         if any(values):
             text += f"- {name.replace('_', ' ')}: {', '.join(value or 'not set' for value in values)}\n"
     return text + "\n"
 
 
-def markdown(cells: Sequence[Sequence[str]]) -> str:
+def table_text(cells: Sequence[Sequence[str]]) -> str:
     """A table whose first row is the heading, its columns aligned in the source too."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
@@ -185,12 +185,19 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_unit(value: float, units: Sequence[str]) -> str:
+    """Three digits and a unit, each a thousand of the one before."""
+    *smaller, largest = units
+    for unit in smaller:
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} {largest}"
+
+
 def duration(seconds: float | None) -> str:
     """Three digits and a unit; a dash for None."""
-    if seconds is None:
-        return "–"
-    unit, size = next(((unit, size) for unit, size in (("s", 1.0), ("ms", 1e-3)) if seconds >= size), ("µs", 1e-6))
-    return f"{seconds / size:.3g} {unit}"
+    return "–" if seconds is None else with_unit(seconds * 1e6, ("µs", "ms", "s"))
 
 
 def beside(seconds: float | None, base: float | None) -> str:
@@ -199,10 +206,10 @@ def beside(seconds: float | None, base: float | None) -> str:
     return duration(seconds) + ratio
 
 
-def page(found: Sequence[Any]) -> str:
+def plain_page(found: Sequence[Any]) -> str:
     """Markdown: the rows as they are, without what they say of the machine."""
-    names = [name for name in columns(type(found[0])) if name not in columns(Origin)]
-    return markdown([names, *([cell(getattr(row, name)) for name in names] for row in found)])
+    names = [name for name in columns_of(type(found[0])) if name not in columns_of(Origin)]
+    return table_text([names, *([cell(getattr(row, name)) for name in names] for row in found)])
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -212,10 +219,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def finish(path: Path, found: Sequence[Any], text: str, save: bool) -> None:
+def conclude(path: Path, found: Sequence[Any], text: str, save: bool) -> None:
     """Print the page of the rows; where it is asked for, keep the rows in ``path`` and the page beside them."""
     print(text)
     if save:
-        write(path, found)
+        write_rows(path, found)
         write_text(path.with_suffix(".md"), text)
         print(path)

@@ -27,7 +27,7 @@ from trl import DPOConfig
 from bird.language import BirdDPOTrainer, Guidance  # 1: instead of trl.DPOTrainer
 
 
-def network(kind: Any, name: str | None, tiny: Any) -> tuple[Any, PreTrainedTokenizerFast]:
+def network(kind: Any, name: str | None, tiny: Any) -> tuple[Any, Any]:
     """A network and its tokenizer, by a hub id or a folder; without either a tiny one that reads bytes."""
     if name is not None:
         return kind.from_pretrained(name), AutoTokenizer.from_pretrained(name)

@@ -28,25 +28,18 @@ MEANS = 0, 16, 64, 1000
 DTYPES = torch.float32, torch.bfloat16
 
 
-def pytorch_cka(x: Tensor, y: Tensor) -> Tensor:
-    """1 - CKA of the package of that name; unbiased."""
-    from cka import cka_from_features  # it loads matplotlib
-
-    return 1 - cka_from_features(x, y)[0, 0]
-
-
 # What the README calls them, the loss, and the estimator that it computes.
 LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "cka_loss": (cka_loss, "biased"),
     "cka_loss, unbiased": (partial(cka_loss, estimator="unbiased"), "unbiased"),
     "authors' formula": (providers.naive, "biased"),
     "formula in fp64": (providers.fp64, "biased"),
-    "pytorch-cka": (pytorch_cka, "unbiased"),
+    "pytorch-cka": (providers.pytorch_cka, "unbiased"),
 }
 
 
 @dataclass(frozen=True)
-class Row:
+class AccuracyRow:
     """One cell of the table, and what it was computed with."""
 
     loss: str
@@ -68,7 +61,7 @@ def features(mean: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
     return (x + mean).to(dtype), (y + mean).to(dtype)
 
 
-def gradient(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+def gradient_of(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """Of the loss with respect to x, in fp64."""
     x = x.detach().requires_grad_()
     (found,) = torch.autograd.grad(loss(x, y), x)
@@ -81,34 +74,36 @@ def error(name: str, mean: int, dtype: torch.dtype) -> float:
     worst = 0.0
     for seed in SEEDS:
         x, y = features(mean, dtype, seed)
-        truth = gradient(partial(providers.gram, estimator=estimator), x.double(), y.double())
-        off = float((gradient(loss, x, y) - truth).norm() / truth.norm())
+        truth = gradient_of(partial(providers.by_grams, estimator=estimator), x.double(), y.double())
+        off = float((gradient_of(loss, x, y) - truth).norm() / truth.norm())
         worst = off if off != off else max(worst, off)
         if worst != worst:
             break
     return worst
 
 
-def measured() -> list[Row]:
+def every_cell() -> list[AccuracyRow]:
     """All cells."""
     date = datetime.date.today().isoformat()
     return [
-        Row(name, estimator, str(dtype).removeprefix("torch."), mean, error(name, mean, dtype), torch.__version__, date)
+        AccuracyRow(
+            name, estimator, str(dtype).removeprefix("torch."), mean, error(name, mean, dtype), torch.__version__, date
+        )
         for dtype in DTYPES
         for name, (_, estimator) in LOSSES.items()
         for mean in MEANS
     ]
 
 
-def committed() -> list[Row]:
+def committed() -> list[AccuracyRow]:
     """The rows of the file."""
-    return rows.read(RESULTS, Row)
+    return rows.load_rows(RESULTS, AccuracyRow)
 
 
 def main() -> None:
     """Measure and write."""
     torch.set_num_threads(1)
-    rows.write(RESULTS, [replace(row, error=float(f"{row.error:.2g}")) for row in measured()])
+    rows.write_rows(RESULTS, [replace(row, error=float(f"{row.error:.2g}")) for row in every_cell()])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import harness, rows
-from benchmarks.harness import Candidate, Verdict
+from benchmarks.harness import Contestant, Verdict
 from benchmarks.machine import Machine
 from bird import BirdLoss, Taps, Teacher, chunked_backward
 from bird.lab.vision.models import PlainNet, ResNet
@@ -39,7 +39,7 @@ TOLERANCE = 1e-3  # of the gradient, relative to its norm
 
 
 @dataclass(frozen=True)
-class Row:
+class ChunksRow:
     """One figure; ``rows``: of the batch."""
 
     what: str
@@ -126,7 +126,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def memory(way: str, n: int) -> float:
+def peak_beyond(way: str, n: int) -> float:
     """What `_memory` finds in a new process, where freed memory goes back to the system."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.chunks.measure", "--memory", way, str(n)]
@@ -144,7 +144,7 @@ def _memory(way: str, n: int) -> float:
     return peak() - before
 
 
-def times(n: int, repeats: int) -> dict[str, float]:
+def times_of_ways(n: int, repeats: int) -> dict[str, float]:
     """Median seconds of a step on n images, one way after the other in turns.
 
     Raises:
@@ -157,7 +157,7 @@ def times(n: int, repeats: int) -> dict[str, float]:
         error = 0.0 if gradient is None else float((gradient - truth).norm() / truth.norm())
         return Verdict(None if error <= TOLERANCE else f"gradient off by {error:.1e}", gradient_error=error)
 
-    candidates = [Candidate(way, partial(step.gradient, way, n), captured=False) for way in WAYS]
+    candidates = [Contestant(way, partial(step.gradient, way, n), captured=False) for way in WAYS]
     entries = list(harness.compete(Machine(torch.device("cpu")), candidates, judge, ["wall"], lambda *_: repeats))
     wrong = [f"{entry.name}: {entry.why}" for entry in entries if entry.status != "ok"]
     if wrong:
@@ -177,13 +177,13 @@ def main() -> None:
         print(_memory(options.memory[0], int(options.memory[1])))
         return
     torch.set_num_threads(1)
-    figures = [("peak memory, MB", way, n, memory(way, n)) for way, sizes in PEAKS.items() for n in sizes]
-    for name, value in times(TIMED, options.repeats).items():
+    figures = [("peak memory, MB", way, n, peak_beyond(way, n)) for way, sizes in PEAKS.items() for n in sizes]
+    for name, value in times_of_ways(TIMED, options.repeats).items():
         figures.append(("chunked, in units" if name.startswith("of") else "seconds a step", name, TIMED, value))
-    origin = rows.origin(torch.device("cpu"))
+    origin = rows.origin_of(torch.device("cpu"))
     about = {name: origin[name] for name in ("device", "torch", "commit", "date", "load")}
-    found = [Row(*figure, **about) for figure in figures]
-    rows.finish(RESULTS, found, rows.page(found), options.save)
+    found = [ChunksRow(*figure, **about) for figure in figures]
+    rows.conclude(RESULTS, found, rows.plain_page(found), options.save)
 
 
 if __name__ == "__main__":

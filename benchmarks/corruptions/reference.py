@@ -31,31 +31,31 @@ Array = np.ndarray
 Random = np.random.Generator
 
 
-def gaussian_noise(image: Array, severity: int, rng: Random) -> Array:
+def _gaussian_noise(image: Array, severity: int, rng: Random) -> Array:
     scale = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     return _clip(image / 255 + rng.normal(scale=scale, size=image.shape))
 
 
-def shot_noise(image: Array, severity: int, rng: Random) -> Array:
+def _shot_noise(image: Array, severity: int, rng: Random) -> Array:
     photons = (500, 250, 100, 75, 50)[severity - 1]
     return _clip(rng.poisson(image / 255 * photons) / photons)
 
 
-def impulse_noise(image: Array, severity: int, rng: Random) -> Array:
+def _impulse_noise(image: Array, severity: int, rng: Random) -> Array:
     return random_noise(image / 255, mode="s&p", amount=(0.01, 0.02, 0.03, 0.05, 0.07)[severity - 1], rng=rng)
 
 
-def speckle_noise(image: Array, severity: int, rng: Random) -> Array:
+def _speckle_noise(image: Array, severity: int, rng: Random) -> Array:
     scale = (0.06, 0.1, 0.12, 0.16, 0.2)[severity - 1]
     x = image / 255
     return _clip(x + x * rng.normal(scale=scale, size=image.shape))
 
 
-def gaussian_blur(image: Array, severity: int, rng: Random) -> Array:
+def _gaussian_blur(image: Array, severity: int, rng: Random) -> Array:
     return _clip(gaussian(image / 255, sigma=(0.4, 0.6, 0.7, 0.8, 1)[severity - 1], channel_axis=-1))
 
 
-def defocus_blur(image: Array, severity: int, rng: Random) -> Array:
+def _defocus_blur(image: Array, severity: int, rng: Random) -> Array:
     radius, alias = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))[severity - 1]
     across, down = np.meshgrid(np.arange(-8, 9), np.arange(-8, 9))
     disk = (across**2 + down**2 <= radius**2).astype(np.float32)
@@ -63,7 +63,7 @@ def defocus_blur(image: Array, severity: int, rng: Random) -> Array:
     return _clip(cv2.filter2D(image / 255, -1, kernel))
 
 
-def glass_blur(image: Array, severity: int, rng: Random) -> Array:
+def _glass_blur(image: Array, severity: int, rng: Random) -> Array:
     sigma, rounds = ((0.05, 1), (0.25, 1), (0.4, 1), (0.25, 2), (0.4, 2))[severity - 1]
     x = np.uint8(gaussian(image / 255, sigma=sigma, channel_axis=-1) * 255)
     height, width = x.shape[:2]
@@ -76,18 +76,18 @@ def glass_blur(image: Array, severity: int, rng: Random) -> Array:
     return _clip(gaussian(x / 255, sigma=sigma, channel_axis=-1))
 
 
-def motion_blur(image: Array, severity: int, rng: Random) -> Array:
+def _motion_blur(image: Array, severity: int, rng: Random) -> Array:
     radius, sigma = ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))[severity - 1]
     return _streak(image / 255, radius, sigma, rng.uniform(-45, 45))
 
 
-def zoom_blur(image: Array, severity: int, rng: Random) -> Array:
+def _zoom_blur(image: Array, severity: int, rng: Random) -> Array:
     factors = np.arange(1, (1.06, 1.11, 1.16, 1.21, 1.26)[severity - 1], 0.01)
     x = (image / 255).astype(np.float32)
     return _clip((x + sum(_magnified(x, factor) for factor in factors)) / (len(factors) + 1))
 
 
-def snow(image: Array, severity: int, rng: Random) -> Array:
+def _snow(image: Array, severity: int, rng: Random) -> Array:
     mean, scale, zoom, bar, radius, sigma, kept = (
         (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
         (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
@@ -105,7 +105,7 @@ def snow(image: Array, severity: int, rng: Random) -> Array:
     return _clip(x + flakes + np.rot90(flakes, k=2))
 
 
-def frost(image: Array, severity: int, rng: Random) -> Array:
+def _frost(image: Array, severity: int, rng: Random) -> Array:
     kept, added = ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[severity - 1]
     picture = _frost_pictures()[rng.integers(0, 5)]
     top, left = (rng.integers(0, size) for size in picture.shape[:2])
@@ -114,7 +114,7 @@ def frost(image: Array, severity: int, rng: Random) -> Array:
     return _clip(kept * image / 255 + added * ice)
 
 
-def fog(image: Array, severity: int, rng: Random) -> Array:
+def _fog(image: Array, severity: int, rng: Random) -> Array:
     thick, decay = ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))[severity - 1]
     x = image / 255
     height, width = x.shape[:2]
@@ -122,26 +122,26 @@ def fog(image: Array, severity: int, rng: Random) -> Array:
     return _clip((x + thick * light) * x.max() / (x.max() + thick))
 
 
-def brightness(image: Array, severity: int, rng: Random) -> Array:
+def _brightness(image: Array, severity: int, rng: Random) -> Array:
     hsv = rgb2hsv(image / 255)
     hsv[..., 2] = _clip(hsv[..., 2] + (0.05, 0.1, 0.15, 0.2, 0.3)[severity - 1])
     return _clip(hsv2rgb(hsv))
 
 
-def saturate(image: Array, severity: int, rng: Random) -> Array:
+def _saturate(image: Array, severity: int, rng: Random) -> Array:
     times, plus = ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))[severity - 1]
     hsv = rgb2hsv(image / 255)
     hsv[..., 1] = _clip(hsv[..., 1] * times + plus)
     return _clip(hsv2rgb(hsv))
 
 
-def contrast(image: Array, severity: int, rng: Random) -> Array:
+def _contrast(image: Array, severity: int, rng: Random) -> Array:
     x = image / 255
     mean = x.mean(axis=(0, 1), keepdims=True)
     return _clip((x - mean) * (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1] + mean)
 
 
-def elastic_transform(image: Array, severity: int, rng: Random) -> Array:
+def _elastic_transform(image: Array, severity: int, rng: Random) -> Array:
     reach, sigma, jitter = ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03))[
         severity - 1
     ]
@@ -164,20 +164,20 @@ def elastic_transform(image: Array, severity: int, rng: Random) -> Array:
     )
 
 
-def pixelate(image: Array, severity: int, rng: Random) -> Array:
+def _pixelate(image: Array, severity: int, rng: Random) -> Array:
     share = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
     picture = Image.fromarray(image)
     small = picture.resize((int(picture.width * share), int(picture.height * share)), Image.Resampling.BOX)
     return np.asarray(small.resize(picture.size, Image.Resampling.BOX)) / 255
 
 
-def jpeg_compression(image: Array, severity: int, rng: Random) -> Array:
+def _jpeg_compression(image: Array, severity: int, rng: Random) -> Array:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=(80, 65, 58, 50, 40)[severity - 1])
     return np.asarray(Image.open(file)) / 255
 
 
-def spatter(image: Array, severity: int, rng: Random) -> Array:
+def _spatter(image: Array, severity: int, rng: Random) -> Array:
     mean, scale, sigma, bar, thick = (
         (0.62, 0.1, 0.7, 0.7, 0.5),
         (0.65, 0.1, 0.8, 0.7, 0.5),
@@ -260,4 +260,4 @@ def _frost_pictures() -> Array:
     return np.minimum(textures(torch.device("cpu")).numpy()[..., None] * tint, 1)
 
 
-REFERENCE: dict[str, Callable[[Array, int, Random], Array]] = {name: globals()[name] for name in CORRUPTIONS}
+REFERENCE: dict[str, Callable[[Array, int, Random], Array]] = {name: globals()[f"_{name}"] for name in CORRUPTIONS}

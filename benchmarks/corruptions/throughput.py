@@ -37,7 +37,7 @@ LIBRARIES = ("numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(Origin):
+class CorruptionsRow(Origin):
     """One corruption at one severity; seconds per image."""
 
     libraries: str
@@ -51,7 +51,7 @@ class Row(Origin):
     ours_two_threads: float | None
 
 
-def measure(batch: int, usual_images: int, turns: int, device: torch.device) -> list[Row]:
+def measure(batch: int, usual_images: int, turns: int, device: torch.device) -> list[CorruptionsRow]:
     """All corruptions at all severities, in turns."""
     rng = np.random.default_rng(0)
     smooth = [cv2.resize(picture, (32, 32), interpolation=cv2.INTER_CUBIC) for picture in rng.random((batch, 6, 6, 3))]
@@ -79,10 +79,10 @@ def measure(batch: int, usual_images: int, turns: int, device: torch.device) -> 
     for take in takes.values():
         take()  # which fills the tables
     seconds = harness.in_turns(takes, dict.fromkeys(takes, turns))
-    about = rows.origin(device) | {"libraries": " ".join(f"{n} {version(n)}" for n in LIBRARIES)}
+    about = rows.origin_of(device) | {"libraries": " ".join(f"{n} {version(n)}" for n in LIBRARIES)}
     about |= {"device": re.sub(r", \d+ threads$", "", about["device"])}
     return [
-        Row(
+        CorruptionsRow(
             **about, corruption=name, severity=severity, batch=batch, usual_images=usual_images, rounds=turns,
             **{"ours_two_threads": None} | {way: median(seconds[(name, severity), way]) for way in ways},
         )
@@ -107,7 +107,7 @@ def _time(
 CLOCKS = "processor time with one thread, elapsed time with two, which suffers from the load"
 
 
-def page(found: list[Row]) -> str:
+def corruptions_page(found: list[CorruptionsRow]) -> str:
     """Markdown: the sum over the five severities of each corruption, then of all."""
     groups = {name: [row for row in found if row.corruption == name] for name in CORRUPTIONS}
     groups["all 19"] = found
@@ -123,7 +123,7 @@ def page(found: list[Row]) -> str:
         f"Sum over the five severities, 32 x 32 in colour. Medians of {first.rounds} rounds in turns: the usual way on "
         f"{first.usual_images} pictures,\none at a time, and ours on a batch of {first.batch}: "
         f"{CLOCKS if first.ours_two_threads else 'elapsed time on the device, one thread for the usual way'}.\n"
-        f"{first.libraries}.\n\n{rows.markdown(cells)}"
+        f"{first.libraries}.\n\n{rows.table_text(cells)}"
     )
 
 
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of ours (default: cpu)")
     options = parser.parse_args()
     found = measure(options.batch, options.usual, options.rounds, options.device)
-    rows.finish(RESULTS / f"{rows.slug(found[0].device)}.csv", found, page(found), options.save)
+    rows.conclude(RESULTS / f"{rows.slug(found[0].device)}.csv", found, corruptions_page(found), options.save)
 
 
 if __name__ == "__main__":

@@ -6,44 +6,17 @@ The imports of everything else fail as they would where it is not installed. Thi
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, PathFinder
 from types import ModuleType
 
 # torch, triton and numpy with what they depend on; transformers with its own; what builds an extension; ourselves.
-INSTALLED = frozenset(
-    [
-        "torch",
-        "torchgen",
-        "functorch",
-        "triton",
-        "numpy",
-        "filelock",
-        "fsspec",
-        "jinja2",
-        "markupsafe",
-        "mpmath",
-        "networkx",
-        "sympy",
-        "typing_extensions",
-        "nvidia",
-        "setuptools",
-        "pkg_resources",
-        "packaging",
-        "ninja",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "huggingface_hub",
-        "regex",
-        "yaml",
-        "requests",
-        "bird",
-        "bird_kernels",
-        "benchmarks",
-        "tests",
-    ]
+INSTALLED = re.compile(
+    "torch|torchgen|functorch|triton|numpy|filelock|fsspec|jinja2|markupsafe|mpmath|networkx|sympy|typing_extensions|"
+    "nvidia|setuptools|pkg_resources|packaging|ninja|transformers|tokenizers|safetensors|huggingface_hub|regex|yaml|"
+    "requests|bird|bird_kernels|benchmarks|tests"
 )
 VARIABLES = {
     "TRITON_INTERPRET": "1",
@@ -63,7 +36,7 @@ class Visible(PathFinder):
     ) -> ModuleSpec | None:
         """None where a bare machine has no such package."""
         top = fullname.partition(".")[0]
-        visible = top in INSTALLED or top in sys.stdlib_module_names or top.startswith("_")
+        visible = INSTALLED.fullmatch(top) or top in sys.stdlib_module_names or top.startswith("_")
         return super().find_spec(fullname, path, target) if visible else None
 
 

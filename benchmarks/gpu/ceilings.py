@@ -9,7 +9,8 @@ import torch
 
 from benchmarks.gpu.context import Context, Item, Row
 from benchmarks.harness import Timing
-from benchmarks.kernels.problems import fp32_products
+from benchmarks.kernels.ceilings import copying, multiplying
+from benchmarks.kernels.problems import fp32_switched
 
 # m, n, k of a product [m, k] x [k, n]: a square one, and those that the eleven problems are made of.
 PRODUCTS = (
@@ -22,11 +23,11 @@ PRODUCTS = (
     (512, 512, 2048),
 )
 NUMBERS = ("bfloat16", "bfloat16 to float32", "float16 to float32", "float32 tf32", "float32 ieee")
-COPIED = 2**32  # bytes read and written
+COPIED = 2**32  # bytes read and written, past the cache, which is cold
 ROUNDS = 7
 
 
-def items(context: Context) -> Sequence[Item]:
+def ceiling_items(context: Context) -> Sequence[Item]:
     """Copies, products of every number at every size, and what launching costs."""
     products = [
         Item(f"{number} {'x'.join(map(str, sizes))}", partial(_product, number, sizes))
@@ -34,54 +35,33 @@ def items(context: Context) -> Sequence[Item]:
         for number in NUMBERS
         if not (number == "float32 ieee" and sizes[0] == 8192)  # a fiftieth of a second a call
     ]
-    launching = [
-        Item("empty launch", _launch),
-        Item("replay of 3 empty kernels", _replay),
-        Item("backward of nothing", _autograd),
-    ]
-    return [Item("copy", _copy), *products[:5], *launching, *products[5:]]
+    return [Item("copy", _copy), *products[:5], Item("launches", _launches), *products[5:]]
 
 
 def _copy(context: Context) -> Iterator[Row]:
     moved = 2**16 if context.rehearse else COPIED
-    source = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=context.machine.device)
-    target = torch.empty_like(source)
-    yield _timed(context, "copy", lambda: target.copy_(source), moved=moved)
+    yield _timed(context, "copy", copying(context.machine.device, moved), moved=moved)
 
 
 def _product(number: str, sizes: tuple[int, int, int], context: Context) -> Iterator[Row]:
     m, n, k = sizes
     kind, _, rest = number.partition(" ")
-    dtype = getattr(torch, kind)
-    a, b = (torch.randn(shape, device=context.machine.device).to(dtype) for shape in ((k, m), (k, n)))
-    wide = rest == "to float32"
-    if wide and not context.machine.is_cuda:
-        multiply: Callable[[], object] = lambda: torch.mm(a.T, b).float()  # noqa: E731 - no such products on a CPU
-    else:
-        multiply = partial(torch.mm, a.T, b, **({"out_dtype": torch.float32} if wide else {}))
-    with fp32_products(rest):
-        yield _timed(context, f"mm {number}", multiply, flops=2 * m * n * k) | dict(
+    multiply = multiplying(context.machine.device, getattr(torch, kind), *sizes, wide=rest == "to float32")
+    with fp32_switched(rest):
+        yield _timed(context, f"mm {number} {m}x{n}x{k}", multiply, flops=2 * m * n * k) | dict(
             n=k, p=n, q=m, dtype=kind, precision=rest * (kind == "float32")
         )
 
 
-def _launch(context: Context) -> Iterator[Row]:
-    one = torch.zeros(1, device=context.machine.device)
-    for name, run in {"host": lambda: one.add_(1), "device": lambda: one.add_(1)}.items():
-        yield _timed(context, "empty launch", run, clock=name)
-
-
-def _replay(context: Context) -> Iterator[Row]:
-    one = torch.zeros(1, device=context.machine.device)
-    replay, _ = context.machine.captured(lambda: [one.add_(1) for _ in range(3)])
-    yield _timed(context, "replay of 3 empty kernels", replay)
-    yield _timed(context, "replay of 3 empty kernels", replay, clock="host")
-
-
-def _autograd(context: Context) -> Iterator[Row]:
+def _launches(context: Context) -> Iterator[Row]:
+    """Of an empty kernel, of a graph of three, and of autograd's machinery."""
     one = torch.zeros(1, device=context.machine.device, requires_grad=True)
-    run = lambda: torch.autograd.grad(one * 2, one)  # noqa: E731
-    yield _timed(context, "multiply and its backward", run, clock="host")
+    other = torch.zeros_like(one)
+    replay, _ = context.machine.captured(lambda: [other.add_(1) for _ in range(3)])
+    for clock in ("host", "device"):
+        yield _timed(context, "empty launch", lambda: other.add_(1), clock)
+        yield _timed(context, "replay of 3 empty kernels", replay, clock)
+    yield _timed(context, "multiply and its backward", lambda: torch.autograd.grad(one * 2, one), "host")
 
 
 def _timed(

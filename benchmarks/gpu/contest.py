@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from benchmarks import harness
 from benchmarks.gpu.context import Context, Row, healthy_or_exit
-from benchmarks.harness import Candidate, Entry, Judge, Timing
+from benchmarks.harness import Contestant, Entry, Judge, Timing
 
 CLOCKS = ("graph", "host")
 PATIENCE = 0.3  # of the seconds for a question: what one candidate under one clock may take at the most
@@ -19,8 +19,14 @@ SETTLING = 0.35  # of them for gates and captures
 OVERHEAD = 2e-4  # seconds that a take costs beyond the call: the cold cache, the sleep, the events
 
 
-def compete(context: Context, candidates: Sequence[Candidate], judge: Judge, seconds: float) -> Iterator[Row]:
-    """The rows of all candidates, two each, or one that says why there is no time; within ``seconds`` if they can."""
+def timed_rows(context: Context, candidates: Sequence[Contestant], judge: Judge, seconds: float) -> Iterator[Row]:
+    """The rows of all candidates, two each, or one that says why there is no time; within ``seconds`` if they can.
+
+    Of a phase that warms the event alone.
+    """
+    if context.warms:
+        yield context.warmed([candidate.run for candidate in candidates])
+        return
 
     def budget(once: float, takes: int) -> int:
         left = min(seconds, max(context.left(), 0.0))
@@ -38,8 +44,7 @@ def compete(context: Context, candidates: Sequence[Candidate], judge: Judge, sec
 
 def _rows(entry: Entry) -> Iterator[Row]:
     about = {"candidate": entry.name, "status": entry.status}
-    _, value_error, gradient_error = entry.verdict
-    errors = {"value_error": value_error, "gradient_error": gradient_error}
+    errors = {"value_error": entry.verdict.value_error, "gradient_error": entry.verdict.gradient_error}
     if entry.status == "red":
         yield about | {"gate": entry.why} | errors
     elif entry.status != "ok":
@@ -48,10 +53,5 @@ def _rows(entry: Entry) -> Iterator[Row]:
         if not seconds:
             yield about | {"status": "left out", "timer": clock, "message": "the time is over"}
             continue
-        yield (
-            about
-            | {"gate": "", "timer": clock}
-            | asdict(Timing.of(seconds))
-            | errors
-            | ({"no_graph": entry.no_graph} if entry.no_graph else {})
-        )
+        timed = asdict(Timing.of(seconds)) | ({"no_graph": entry.no_graph} if entry.no_graph else {})
+        yield about | {"gate": "", "timer": clock} | timed | errors

@@ -6,8 +6,8 @@ the sizes, n <= p + q or not.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.context import Context, Item, Row
-from benchmarks.gpu.machine import Machine
-from benchmarks.kernels.problems import fp32_products
+from benchmarks.kernels.problems import fp32_switched
+from benchmarks.machine import Machine
 from benchmarks.rows import message
 from bird_kernels import RBF, cka_loss
 from tests import accuracy
 from tests.accuracy import Result
 
 BACKENDS = ("library", "triton", "native")
-FLOOR = 1e-6
 REPEATS = 30
-DRAWS = 5  # of features: of two roundings that are equally good either may be lucky on one
+DRAWS = 5
+Call = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
 GRAM, CROSS = ((128, 96, 130), (37, 61, 29), (130, 65, 70)), ((520, 65, 33), (1030, 96, 40))
 WIDE, MANY = (64, 12_000, 9000), (40_000, 64, 48)
 TINY = {shape: (16, 9, 8) if shape[0] <= shape[1] + shape[2] else (40, 6, 5) for shape in (*GRAM, *CROSS, WIDE, MANY)}
@@ -70,7 +70,7 @@ class Check:
         return torch.arange(self.shape[0], device=device) % 5 != 1 if self.masked else None
 
 
-def checks() -> list[Check]:
+def every_check() -> list[Check]:
     """Some seventy, every backend in turn, the usual ones first."""
     found = []
     numbers = ("float32", "bfloat16", "tf32", "float16")
@@ -95,19 +95,14 @@ def checks() -> list[Check]:
 
 def chosen(rehearse: bool) -> list[Check]:
     """All of them, or at a rehearsal some, tiny ones."""
-    found = checks()
-    if rehearse:
-        # Emulated kernels know no tf32 as PyTorch's CPU does not, and Triton's interpreter multiplies bf16 as integers.
-        numbers = {"library": ("bfloat16", "tf32"), "native": ("bfloat16",), "triton": ()}
-        found = [check for check in found if check.number in ("float32", "float16", *numbers[check.backend])]
-        found = [replace(check, shape=TINY[check.shape]) for check in found]
-        # The emulated are slow: one of each kind of call, whatever its dtype.
-        kinds = {(c.backend, c.shape, c.pairs, c.rbf, c.number * (c.backend == "library")): c for c in reversed(found)}
-        found = list(reversed(kinds.values()))
+    found = every_check()
+    if rehearse:  # the emulated are slow, and Triton's interpreter multiplies bf16 as integers: in fp32, each kind once
+        found = [replace(c, shape=TINY[c.shape]) for c in found if c.backend == "library" or c.number == "float32"]
+        found = list({replace(c, estimator="", masked=False): c for c in reversed(found)}.values())[::-1]
     return found
 
 
-def items(context: Context) -> Sequence[Item]:
+def check_items(context: Context) -> Sequence[Item]:
     """A check each."""
     return [Item(str(check), partial(_check, check)) for check in chosen(context.rehearse)]
 
@@ -115,8 +110,13 @@ def items(context: Context) -> Sequence[Item]:
 def _check(check: Check, context: Context) -> Iterator[Row]:
     about = {key: value for key, value in vars(check).items() if key != "shape"}
     about |= dict(zip("npq", check.shape, strict=True), candidate=check.backend)
+    device = context.machine.device
     try:
-        with fp32_products("tf32" if check.number == "tf32" else ""):
+        with fp32_switched("tf32" if check.number == "tf32" else ""):
+            if context.warms:
+                call = partial(evaluated, check, check.mask(device), *check.features(device, seed=0))
+                yield context.warmed([call] * (check.backend != "native"))  # which is being built meanwhile
+                return
             found = judged(check, context.machine)
         wrong = [name for name, right in found.items() if right is False]
         yield about | found | {"status": "red" if wrong else "ok", "gate": ", ".join(wrong)}
@@ -127,43 +127,78 @@ def _check(check: Check, context: Context) -> Iterator[Row]:
 
 
 def judged(check: Check, machine: Machine) -> Row:
-    """Errors, and a True or False for everything that must hold."""
+    """A True or False for everything that must hold, in words what does not, and the errors of the first features."""
     xs, ys = check.features(machine.device, seed=0)
     call = partial(evaluated, check, check.mask(machine.device))
     first = call(xs, ys)
-    found = _accuracy(check, machine, call)
-    found["second call"] = same(first, call(xs, ys))
-    found["repeats"] = all(same(first, call(xs, ys)) for _ in range(1 if machine.rehearse else REPEATS))
-    found["streams"] = all(same(first, result) for result in machine.on_two_streams(lambda: call(xs, ys)))
-    for name, holds in (("replay", _replays), ("no wait", _never_waits)):
+    found: Row = {"second call": same(first, call(xs, ys))}
+    found["repeats"] = all(same(first, call(xs, ys)) for _ in range(REPEATS if machine.is_cuda else 1))
+    draws = _drawn(check, machine, call)
+    found |= {f"{name}_error": error for name, error in accuracy.errors(draws[0][0], draws[2][0]).items()}
+    holds: dict[str, Callable[[], bool]] = {
+        "accurate": lambda: accuracy.assert_no_worse(*draws) is None,
+        "streams": partial(_overlaps, check, machine, call),
+        "replay": partial(_replays, check, machine, call),
+        "no wait": partial(_runs_on, check, machine, call),
+    }
+    for name, held in holds.items():
         try:
-            found[name] = holds(check, machine, call)
-        except RuntimeError as error:  # a capture that fails, a wait: the other findings are kept
+            found[name] = held()
+        except (AssertionError, RuntimeError) as error:  # of errors, a capture, a wait: the other findings are kept
             found |= {name: False, "message": message(error)}
     return found
 
 
-def _never_waits(check: Check, machine: Machine, call: partial[list[Tensor]]) -> bool:
+def _drawn(check: Check, machine: Machine, call: Call) -> tuple[list[Result], list[Result], list[Result]]:
+    """Ours, plain PyTorch's in the same dtype, and the truth, for some draws of features."""
+    mask, ours, plains, truths = check.mask(machine.device), [], [], []
+    for draw in range(DRAWS if machine.is_cuda else 2):
+        xs, ys = check.features(machine.device, 100 * draw)
+        value, *gradients = call(xs, ys)
+        ours.append(Result(value, torch.cat(gradients[: len(xs)], 1), torch.cat(gradients[len(xs) :], 1)))
+        plains.append(_summed([_plain(check, mask, x, y) for x, y in zip(xs, ys, strict=True)]))
+        truths.append(_summed([_truth(check, mask, x, y) for x, y in zip(xs, ys, strict=True)]))
+    return ours, plains, truths
+
+
+def _overlaps(check: Check, machine: Machine, call: Call) -> bool:
+    """Two calls on two streams at once give what one gives."""
+    xs, ys = check.features(machine.device, seed=0)
+    expected, found = call(xs, ys), []
+    machine.wait()
+    for _ in range(2):
+        with torch.cuda.stream(torch.cuda.Stream()) if machine.is_cuda else contextlib.nullcontext():
+            found.append(call(xs, ys))
+    machine.wait()
+    return all(same(expected, result) for result in found)
+
+
+def _replays(check: Check, machine: Machine, call: Call) -> bool:
+    """A graph captured on some features, replayed on others, gives what a call on those gives."""
+    xs, ys = check.features(machine.device, seed=1)
+    expected = call(xs, ys)
+    others, more = check.features(machine.device, seed=2)
+    inputs = [*others, *more]
+    replay, result = machine.captured(lambda: call(inputs[: len(xs)], inputs[len(xs) :]))
+    for place, fresh in zip(inputs, (*xs, *ys), strict=True):
+        place.copy_(fresh)
+    replay()
+    machine.wait()
+    return same(result if machine.is_cuda else call(inputs[: len(xs)], inputs[len(xs) :]), expected)
+
+
+def _runs_on(check: Check, machine: Machine, call: Call) -> bool:
     """Raises where the call waits for the device."""
     xs, ys = check.features(machine.device, seed=0)
-    with machine.waiting_is_an_error():
+    machine.wait()
+    try:
+        if machine.is_cuda:
+            torch.cuda.set_sync_debug_mode("error")
         call(xs, ys)
+    finally:
+        if machine.is_cuda:
+            torch.cuda.set_sync_debug_mode("default")
     return True
-
-
-def _accuracy(check: Check, machine: Machine, call: partial[list[Tensor]]) -> Row:
-    """Medians over some draws: our errors, and what plain PyTorch's errors allow."""
-    mask = check.mask(machine.device)
-    draws = []
-    for seed in range(2 if machine.rehearse else DRAWS):
-        xs, ys = check.features(machine.device, 100 * seed)
-        draws.append(_errors(check, mask, xs, ys, call(xs, ys)))
-    found: Row = {}
-    for name, floor in (("value", FLOOR * check.pairs), ("dx", FLOOR), ("dy", FLOOR)):
-        found[f"{name}_error"], theirs = (statistics.median(one[side][name] for one in draws) for side in (0, 1))
-        found[f"{name}_bar"] = 2 * theirs + floor
-    found["accurate"] = all(found[f"{name}_error"] <= found[f"{name}_bar"] for name in ("value", "dx", "dy"))
-    return found
 
 
 def evaluated(check: Check, mask: Tensor | None, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
@@ -182,45 +217,15 @@ def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def _replays(check: Check, machine: Machine, call: partial[list[Tensor]]) -> bool:
-    """A graph captured on some features, replayed on others, gives what a call on those gives."""
-    xs, ys = check.features(machine.device, seed=1)
-    expected = call(xs, ys)
-    others, more = check.features(machine.device, seed=2)
-    inputs = [*others, *more]
-    replay, result = machine.captured(lambda: call(inputs[: len(xs)], inputs[len(xs) :]))
-    for place, fresh in zip(inputs, (*xs, *ys), strict=True):
-        place.copy_(fresh)
-    replay()
-    machine.wait()
-    return same(result if machine.is_cuda else call(inputs[: len(xs)], inputs[len(xs) :]), expected)
-
-
-def _errors(
-    check: Check, mask: Tensor | None, xs: Sequence[Tensor], ys: Sequence[Tensor], found: Sequence[Tensor]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Our errors and those of plain PyTorch: of the summed value, and the largest of a pair's gradients."""
+def _plain(check: Check, mask: Tensor | None, x: Tensor, y: Tensor) -> Result:
+    """What plain PyTorch gives in the same dtype."""
     n, p, q = check.shape
     rows = slice(None) if mask is None else mask
     if check.rbf:
         form = accuracy.plain_rbf(RBF(), check.estimator)
     else:
         form = accuracy.plain("gram" if n <= p + q else "cross", check.estimator)
-    pairs = list(zip(xs, ys, strict=True))
-    truths = [_truth(check, mask, x, y) for x, y in pairs]
-    plains = [accuracy.evaluate(lambda a, b: form(a[rows], b[rows]), x, y) for x, y in pairs]
-    gradients = zip(found[1 : 1 + len(xs)], found[1 + len(xs) :], strict=True)
-    results = [plain._replace(dx=dx, dy=dy) for plain, (dx, dy) in zip(plains, gradients, strict=True)]
-    ours, theirs = _largest(results, truths), _largest(plains, truths)
-    total = sum(float(true.value) for true in truths)
-    ours["value"] = abs(float(found[0]) - total) if found[0].isfinite() else float("inf")
-    theirs["value"] = abs(sum(float(plain.value) for plain in plains) - total)
-    return ours, theirs
-
-
-def _largest(results: Sequence[Result], truths: Sequence[Result]) -> dict[str, float]:
-    each = [accuracy.errors(result, true) for result, true in zip(results, truths, strict=True)]
-    return {name: max(errors[name] for errors in each) for name in ("dx", "dy")}
+    return accuracy.evaluate(lambda a, b: form(a[rows], b[rows]), x, y)
 
 
 def _truth(check: Check, mask: Tensor | None, x: Tensor, y: Tensor) -> Result:
@@ -229,3 +234,9 @@ def _truth(check: Check, mask: Tensor | None, x: Tensor, y: Tensor) -> Result:
         kernel = RBF() if check.rbf else None
         return accuracy.truth(x, y, check.estimator, mask=mask, kernel=kernel)
     return accuracy.evaluate(accuracy.plain("cross", check.estimator), x.double(), y.double())
+
+
+def _summed(results: Sequence[Result]) -> Result:
+    """Of the sum of several pairs' losses: its value, and the gradients of all students and all teachers."""
+    values, dxs, dys = zip(*results, strict=True)
+    return Result(torch.stack(values).double().sum(), torch.cat(dxs, 1), torch.cat(dys, 1))

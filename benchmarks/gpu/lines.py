@@ -23,7 +23,7 @@ BUILD, LOG = "build.log", "log.txt"
 SWEEP, SWEEP_LOG = "sweep.jsonl", "sweep-log.txt"
 
 
-def write(path: Path, row: Mapping[str, object]) -> None:
+def append(path: Path, row: Mapping[str, object]) -> None:
     """Append one row: numbers, texts, lists of them; a number that is not finite is written as a text."""
     text = json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -34,7 +34,7 @@ def write(path: Path, row: Mapping[str, object]) -> None:
         os.close(descriptor)
 
 
-def read(path: Path) -> Iterator[dict[str, object]]:
+def read_lines(path: Path) -> Iterator[dict[str, object]]:
     """The rows of a file, none where it does not exist; a torn last line is left out.
 
     Raises:

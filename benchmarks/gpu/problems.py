@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-import bird_kernels
-from benchmarks.gpu.machine import Machine
-from benchmarks.harness import Candidate, Judge, Verdict
+from benchmarks.harness import Contestant, Judge
 from benchmarks.kernels import estimates, gate, providers
 from benchmarks.kernels.gate import Result
-from benchmarks.kernels.layers import NETWORKS
-from benchmarks.kernels.layers import Question as Network
+from benchmarks.kernels.layers import NETWORKS, TOLERANCE, Call, LayersQuestion, literal_matrix, our_matrix
 from benchmarks.kernels.problems import Case
+from benchmarks.kernels.providers import PROVIDERS
+from benchmarks.kernels.versus import judge_of
+from benchmarks.machine import Machine
 from bird_kernels import plan
 
-OURS = ("library", "triton", "native", "auto")
-SYMMETRIC, SHIFTED = "bird_kernels.backends.triton.symmetric", "bird_kernels.backends.shifted"
-MATRIX_TOLERANCE = 1e-3  # of an entry
+AFFORDABLE = 15  # times the operations of the best hand-written form: what another one may need to be worth a try
 
 
 @dataclass(frozen=True)
-class Question:
+class TargetQuestion:
     """A problem with its sizes in ``case``; ``target`` in seconds: what the design hopes for on an H200 (an estimate).
 
     ``network`` is there for a matrix of layers, whose case counts the layers' widths together.
@@ -47,7 +43,7 @@ class Question:
             mode=c.mode, target=self.target,
         )  # fmt: skip
 
-    def tiny(self) -> Question:
+    def tiny(self) -> TargetQuestion:
         """The same at a rehearsal: a size for each route."""
         c = self.case
         if self.network:
@@ -55,7 +51,7 @@ class Question:
         n, p, q = (12, 9, 7) if c.n <= c.p + c.q or c.problem == "rbf" else (40, 8, 4)
         return replace(self, case=replace(c, n=n, p=p, q=q))
 
-    def ask(self, machine: Machine, names: Sequence[str] = ()) -> tuple[list[Candidate], Judge]:
+    def ask(self, machine: Machine, names: Sequence[str] = ()) -> tuple[list[Contestant], Judge]:
         """All candidates, or those whose names begin with these words, and who judges what they return."""
         chosen, judge = _matrix(self, machine) if self.network else _pair(self.case, machine)
         return [one for one in chosen if not names or one.name.split()[0] in names], judge
@@ -69,110 +65,79 @@ FP32 = dict(dtype="float32", precision="ieee")
 WIDTHS = sum(NETWORKS["ResNet18"])
 # Smallest claim first: what a run that is cut short should have.
 QUESTIONS = (
-    Question("bird 128x512 fp32", _case("bird", 128, 512, **FP32), 7e-6),
-    Question("llm 4096x1024 bf16", _case("llm", 4096, 1024), 90e-6),
-    Question("llm 65536x1024 bf16", _case("llm", 65_536, 1024), 1.05e-3),
-    Question("conv 128x802816 bf16", _case("conv", 128, 802_816), 0.27e-3),
-    Question("bird 512x2048 bf16", _case("bird", 512, 2048), 20e-6),
-    Question("llm 4096x1024 tf32", _case("llm", 4096, 1024, "float32", "tf32"), 130e-6),
-    Question("llm 16384x4096 bf16", _case("llm", 16_384, 4096), 3.6e-3),
-    Question("rbf 1024x512 fp32", _case("rbf", 1024, 512, **FP32), 0.2e-3),
-    Question(
+    TargetQuestion("bird 128x512 fp32", _case("bird", 128, 512, **FP32), 7e-6),
+    TargetQuestion("llm 4096x1024 bf16", _case("llm", 4096, 1024), 90e-6),
+    TargetQuestion("llm 65536x1024 bf16", _case("llm", 65_536, 1024), 1.05e-3),
+    TargetQuestion("conv 128x802816 bf16", _case("conv", 128, 802_816), 0.27e-3),
+    TargetQuestion("bird 512x2048 bf16", _case("bird", 512, 2048), 20e-6),
+    TargetQuestion("llm 4096x1024 tf32", _case("llm", 4096, 1024, "float32", "tf32"), 130e-6),
+    TargetQuestion("llm 16384x4096 bf16", _case("llm", 16_384, 4096), 3.6e-3),
+    TargetQuestion("rbf 1024x512 fp32", _case("rbf", 1024, 512, **FP32), 0.2e-3),
+    TargetQuestion(
         "matrix 18x18 n=1000 fp32",
-        Case("matrix", 1000, WIDTHS, WIDTHS, mode="forward"),
+        Case("matrix", 1000, WIDTHS, WIDTHS, estimator="unbiased", mode="forward"),
         0.4e-3,
         network="ResNet18",
     ),
-    Question("llm 4096x1024 fp32", _case("llm", 4096, 1024, **FP32), 0.9e-3),
-    Question("rbf 8192x512 fp32", _case("rbf", 8192, 512, **FP32), 6e-3),
+    TargetQuestion("llm 4096x1024 fp32", _case("llm", 4096, 1024, **FP32), 0.9e-3),
+    TargetQuestion("rbf 8192x512 fp32", _case("rbf", 8192, 512, **FP32), 6e-3),
 )
 
 
-def questions(rehearse: bool) -> list[Question]:
+def questions_of(rehearse: bool) -> list[TargetQuestion]:
     """All of them, at the sizes of this run."""
     return [question.tiny() if rehearse else question for question in QUESTIONS]
 
 
-def ours(backend: str, case: Case) -> providers.Loss:
-    """`bird_kernels.cka_loss` as a user would call it for this case."""
-    return partial(bird_kernels.cka_loss, backend=backend, **case.options)  # type: ignore[arg-type]
-
-
-def by_hand(case: Case) -> dict[str, providers.Loss]:
-    """The hand-written forms that are worth a try, the better first, and the authors' formula where it is small."""
-    forms: dict[str, Callable[..., Tensor]] = {"gram": providers.gram, "feature": providers.feature}
-    best = providers.better_form(case)
-    found: dict[str, providers.Loss] = {best.__name__: partial(best, **case.options)}
-    for name, form in forms.items():
-        affordable = estimates.flops(name, case) <= 2 * estimates.flops(best.__name__, case)
-        if name not in found and case.problem != "rbf" and affordable:
-            found[name] = partial(form, **case.options)
-    if case.n <= 1024 and case.p <= 4096:
-        found["authors"] = partial(providers.naive, **case.options)
-    return found
-
-
-def _pair(case: Case, machine: Machine) -> tuple[list[Candidate], Judge]:
+def _pair(case: Case, machine: Machine) -> tuple[list[Contestant], Judge]:
     x, y = case.features(machine.device)
-    losses = {name: ours(name, case) for name in OURS} | by_hand(case)
-    if machine.rehearse and (case.dtype != "float32" or case.n > case.p + case.q):
+    most = AFFORDABLE * estimates.flops(providers.better_form(case), case)
+    chosen = {
+        p.name: p.build(case)
+        for p in PROVIDERS
+        if p.ours or (p.why_not(case, machine.device) is None and estimates.flops(p.name, case) <= most)
+    }
+    if not machine.is_cuda and (case.dtype != "float32" or case.n > case.p + case.q):
         for name in ("triton", "native"):  # emulated they are slow, and the interpreter multiplies bf16 as integers
-            del losses[name]
-    waits = {"gram", "authors"} if case.problem == "rbf" else set()  # the median of those that are not zero
+            del chosen[name]
+    waits = {"gram", "naive"} if case.problem == "rbf" else set()  # the median of those that are not zero
     candidates = [
-        Candidate(name, gate.call(loss, x, y, case.backward), captured=name not in waits)
-        for name, loss in losses.items()
+        Contestant(name, gate.call(loss, x, y, case.backward), captured=name not in waits)
+        for name, loss in chosen.items()
     ]
     return candidates + _symmetric(case, x, y), gate.judge(case, x, y)
 
 
-def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Candidate]:
+def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Contestant]:
     """The library backend with our own kernel for a side's product with itself, a candidate a configuration.
 
-    Where this version of the package has it; without autograd's share of the host's time. At a rehearsal one, in fp32.
+    Without autograd's share of the host's time. At a rehearsal one, in fp32.
     """
     exact = case.dtype == "float32" and case.precision == "ieee"
-    if importlib.util.find_spec(SYMMETRIC) is None or case.problem == "rbf" or exact:
+    if case.problem == "rbf" or exact or not (x.is_cuda or case.dtype == "float32"):
         return []
-    if not x.is_cuda and case.dtype != "float32":
-        return []
-    symmetric, shifted = (importlib.import_module(name) for name in (SYMMETRIC, SHIFTED))
+    from bird_kernels.backends import shifted
+    from bird_kernels.backends.triton import symmetric
+
     problem, route = case.spec(x.device), plan.choose_route(case.n, case.p, case.q)
 
-    def run(configuration: object) -> Result:
+    def run(configuration: symmetric.Configuration) -> Result:
         with torch.no_grad():
             value, stash = shifted.forward(x, y, None, problem, route, configuration)
             gradient, _ = shifted.backward(torch.ones_like(value), x, y, None, stash, problem, route=route)
         return Result(value, gradient)
 
     device = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
-    found = [Candidate(f"symmetric {' '.join(map(str, c))}", partial(run, c)) for c in symmetric.fitting(device)]
+    found = [Contestant(f"symmetric {' '.join(map(str, c))}", partial(run, c)) for c in symmetric.fitting(device)]
     return found if x.is_cuda else found[:1]
 
 
-def matrix_by_hand(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """CKA of every layer with every layer, biased, as it is best written: all centred Grams, flattened, one product."""
-
-    def flat(side: Sequence[Tensor]) -> Tensor:
-        centred = [x - x.mean(0) for x in side]
-        grams = torch.stack([(x @ x.T).flatten() for x in centred])
-        return grams / torch.linalg.vector_norm(grams, dim=1, keepdim=True)
-
-    return flat(xs) @ flat(ys).T
-
-
-def _matrix(question: Question, machine: Machine) -> tuple[list[Candidate], Judge]:
-    network = Network("matrix", question.network, question.case.n)
+def _matrix(question: TargetQuestion, machine: Machine) -> tuple[list[Contestant], Judge]:
+    network = LayersQuestion("matrix", question.network, question.case.n)
     xs, ys = (network.layers(seed, machine.device) for seed in (1, 2))
-    true = cache(lambda: matrix_by_hand([x.double() for x in xs], [y.double() for y in ys]))
+    true = cache(lambda: literal_matrix([x.double() for x in xs], [y.double() for y in ys]))
 
-    def judge(result: object) -> Verdict:
-        assert isinstance(result, Tensor)
-        error = float((result.double() - true()).abs().max().nan_to_num(torch.inf))
-        return Verdict(None if error <= MATRIX_TOLERANCE else f"value off by {error:.1e}", error)
+    def candidate(name: str, matrix: Call) -> Contestant:
+        return Contestant(name, torch.no_grad()(partial(matrix, xs, ys)))
 
-    def call(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
-        return torch.no_grad()(partial(function, xs, ys))
-
-    candidates = [Candidate("auto", call(bird_kernels.cka_matrix)), Candidate("gram", call(matrix_by_hand))]
-    return candidates, judge
+    return [candidate("auto", our_matrix), candidate("gram", literal_matrix)], judge_of(true, TOLERANCE)

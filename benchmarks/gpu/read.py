@@ -14,38 +14,38 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import lines
-from benchmarks.rows import beside, duration, markdown, write_cells
+from benchmarks.rows import beside, duration, table_text, write_cells
 
 Row = dict[str, Any]
 
 COLUMNS = (
     "device", "driver", "torch", "triton", "commit", "date", "phase", "problem", "n", "p", "q", "dtype", "precision",
     "estimator", "mode", "candidate", "timer", "p20", "p50", "p80", "rounds", "status", "gate", "message",
-    "value_error", "gradient_error", "rate", "unit", "compile_seconds", "no_graph", "item",
+    "value_error", "gradient_error", "rate", "unit", "no_graph", "item",
 )  # fmt: skip
 KEY = ("phase", "item", "problem", "candidate", "timer", "n", "p", "q", "dtype", "precision")
 HAND_WRITTEN = ("gram", "feature", "compiled")
-CANDIDATES = ("auto", "library", "symmetric", "triton", "native", "gram", "feature", "authors", "compiled")
+CANDIDATES = ("auto", "library", "symmetric", "triton", "native", "gram", "feature", "naive", "fp64", "compiled")
 BACKENDS = ("library", "triton", "native", "symmetric")
 CLOCKS = ("graph", "device")  # the first that a row has is its time
 
 
 def rows(folder: Path) -> list[Row]:
     """All that was timed; of a question that was asked twice, because a process died of it, the last answer."""
-    swept = [row for row in lines.read(folder / lines.SWEEP) if "status" in row and "phase" in row]
-    found = {tuple(row.get(name, "") for name in KEY): row for row in (*lines.read(folder / lines.ROWS), *swept)}
+    swept = [row for row in lines.read_lines(folder / lines.SWEEP) if "status" in row and "phase" in row]
+    found = {tuple(row.get(name, "") for name in KEY): row for row in (*lines.read_lines(folder / lines.ROWS), *swept)}
     return list(found.values())
 
 
-def checks(folder: Path) -> list[Row]:
+def checks_of(folder: Path) -> list[Row]:
     """The correctness calls."""
-    return list({str(row["item"]): row for row in lines.read(folder / lines.CHECKS)}.values())
+    return list({str(row["item"]): row for row in lines.read_lines(folder / lines.CHECKS)}.values())
 
 
-def counts(folder: Path) -> dict[str, str]:
+def statuses(folder: Path) -> dict[str, str]:
     """How many rows came out how, by phase."""
     found: dict[str, Counter[str]] = {}
-    for row in [*rows(folder), *checks(folder), *lines.read(folder / lines.KERNELS)]:
+    for row in [*rows(folder), *checks_of(folder), *lines.read_lines(folder / lines.KERNELS)]:
         found.setdefault(str(row["phase"]), Counter())[str(row["status"])] += 1
     return {phase: " ".join(f"{n} {status}" for status, n in c.items()) for phase, c in found.items()}
 
@@ -60,12 +60,12 @@ def seconds(found: Sequence[Row], problem: str) -> dict[str, float]:
     return times
 
 
-def page(folder: Path) -> str:
-    """Markdown: where it was measured, the problems, the correctness calls, the ceilings, the prototypes."""
+def run_page(folder: Path) -> str:
+    """Markdown: where it was measured, the problems, the correctness calls, the ceilings, the second run."""
     found = rows(folder)
-    events = list(lines.read(folder / lines.EVENTS))
+    events = list(lines.read_lines(folder / lines.EVENTS))
     return "\n\n".join(
-        filter(None, (_heading(found, events), table(folder), _correct(folder), _rates(found), _parts(found)))
+        filter(None, (_heading(found, events), problems_table(folder), _correct(folder), _rates(found), _parts(found)))
     ) + "\n"  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def tuning_table(folder: Path, path: Path) -> int:
 
 def summary(folder: Path) -> str:
     """What the end of a run prints: the table, what is wrong, the ceilings."""
-    return "\n\n".join(filter(None, (table(folder), _correct(folder), _rates(rows(folder)))))
+    return "\n\n".join(filter(None, (problems_table(folder), _correct(folder), _rates(rows(folder)))))
 
 
 def rehearsed(events: Sequence[Row]) -> bool:
@@ -105,15 +105,15 @@ def _heading(found: Sequence[Row], events: Sequence[Row]) -> str:
     what = {name: origin.get(name, "") for name in ("device", "driver", "torch", "triton", "commit", "date")}
     what |= {name: start.get(name, "") for name in ("python", "sources")}
     lost = [
-        f"{e.get('phase')}, {e.get('item')}: {e.get('reason', '')}" for e in events if e["event"] == "lost a worker"
+        f"{e.get('phase')}, {e.get('item')}: {e.get('reason', '')}" for e in events if e.get("event") == "lost a worker"
     ]
-    cut = [f"{e['phase']} from {e['item']} on, {e['items']} items" for e in events if e["event"] == "left out"]
+    cut = [f"{e['phase']} from {e['item']} on, {e['items']} items" for e in events if e.get("event") == "left out"]
     what |= {"processes lost": "; ".join(lost), "left out": "; ".join(cut)}
     title = "# A rehearsal: tiny sizes on a CPU, whose times mean nothing" if rehearsed(events) else "# A run on a GPU"
     return f"{title}\n\n" + "\n".join(f"- {name}: {value}" for name, value in what.items() if value)
 
 
-def table(folder: Path) -> str:
+def problems_table(folder: Path) -> str:
     """A line a problem: medians, and in brackets how many times the best hand-written form's.
 
     Of the configurations of the symmetric kernel the fastest stands for all.
@@ -130,7 +130,7 @@ def table(folder: Path) -> str:
         why = {row["candidate"]: row["status"] for row in found if row["problem"] == problem}
         shown = [_cell(times.get(name), best, why.get(name, "")) for name in CANDIDATES]
         cells.append([problem, duration(target), *shown])
-    return markdown(cells).rstrip() if problems else ""
+    return table_text(cells).rstrip() if problems else ""
 
 
 def _cell(time: float | None, best: float | None, why: str) -> str:
@@ -138,7 +138,7 @@ def _cell(time: float | None, best: float | None, why: str) -> str:
 
 
 def _correct(folder: Path) -> str:
-    found = checks(folder)
+    found = checks_of(folder)
     if not found:
         return ""
     by_backend: dict[str, Counter[str]] = {}
@@ -158,21 +158,21 @@ def _rates(found: Sequence[Row]) -> str:
     cells = [["what", "clock", "median", "rate"]]
     for row in chosen:
         rate = f"{row['rate'] / 1e12:.3g} T{row['unit']}" if row.get("rate") else ""
-        cells.append([row["item"], row["timer"], duration(row["p50"]), rate])
-    return "## Ceilings\n\n" + markdown(cells).rstrip()
+        cells.append([row["candidate"], row["timer"], duration(row["p50"]), rate])
+    return "## Ceilings\n\n" + table_text(cells).rstrip()
 
 
 def _parts(found: Sequence[Row]) -> str:
-    """Prototypes, sweeps and checkers."""
+    """Sweeps and checkers."""
     sections = []
-    for phase in ("prototypes", "sweep", "checks"):
+    for phase in ("sweep", "checks"):
         cells = [["problem", "what", "clock", "median or status"]]
         for row in found:
             if row["phase"] == phase and row.get("timer") in (None, *CLOCKS):
                 time = duration(row["p50"]) if row.get("p50") else f"{row['status']} {row.get('message', '')}"
                 cells.append([row.get("problem", ""), row.get("candidate", row["item"]), row.get("timer", ""), time])
         if len(cells) > 1:
-            sections.append(f"## {phase.capitalize()}\n\n{markdown(cells)}")
+            sections.append(f"## {phase.capitalize()}\n\n{table_text(cells)}")
     return "\n".join(sections).strip()
 
 
@@ -182,15 +182,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, help="default: the same folder")
     options = parser.parse_args()
-    if not rows(options.folder) and not checks(options.folder):
+    if not rows(options.folder) and not checks_of(options.folder):
         raise SystemExit(f"{options.folder} holds no results of ./dev gpu")
     target: Path = options.to or options.folder
     target.mkdir(parents=True, exist_ok=True)
     write_cells(target / "rows.csv", [COLUMNS, *([row.get(n) for n in COLUMNS] for row in rows(options.folder))])
-    text = page(options.folder)
+    text = run_page(options.folder)
     (target / "page.md").write_text(text, encoding="utf-8")
     print(text)
-    if rehearsed(list(lines.read(options.folder / lines.EVENTS))):
+    if rehearsed(list(lines.read_lines(options.folder / lines.EVENTS))):
         print("no tuning.json: a rehearsal measures nothing")
         return
     try:

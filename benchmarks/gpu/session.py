@@ -1,7 +1,8 @@
-"""One prepared run on a GPU: is it right there, how fast is it, and what should be built next.
+"""The prepared runs on a GPU: is it right there, how fast is it, and what should be built next.
 
     ./dev gpu [--minutes 7] [--out FOLDER]      on a machine with CUDA
-    ./dev gpu --rehearse                        on any machine: tiny sizes, on the CPU, with what a bare machine has
+    ./dev gpu --sweep [--minutes 5]             the second run: warps and stages, NVIDIA's checkers
+    ./dev gpu --rehearse [--sweep]              on any machine: tiny, on the CPU, with what a bare machine has
 
 It is made for a bare machine that is lent for minutes: torch, Triton, NumPy and nvcc, no network, nothing installed,
 the source tree as it is. Phases come in the order of their value and end at their deadlines; what is known is on the
@@ -19,65 +20,73 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.gpu import lines, read
-from benchmarks.gpu.supervise import Run, Stage
+from benchmarks.gpu import checkers, lines, read
+from benchmarks.gpu.supervise import Deadline, PreparedRun
 from benchmarks.rows import output
 
 # Warming is compiling by many processes; correctness begins when the native part is built, or without it.
 STAGES = {
-    "warm": Stage(0.20),
-    "ceilings": Stage(0.26, limit=20),
-    "native": Stage(0.30),
-    "correctness": Stage(0.45, limit=20),
-    "times": Stage(0.70, limit=60),
-    "prototypes": Stage(0.84, limit=30),
-    "profiles": Stage(0.91, limit=20),
-    "rivals": Stage(0.98, limit=60),
+    "warm": Deadline(0.20),
+    "ceilings": Deadline(0.26, limit=20),
+    "native": Deadline(0.30),
+    "correctness": Deadline(0.48, limit=20),
+    "times": Deadline(0.80, limit=60),
+    "profiles": Deadline(0.88, limit=20),
+    "rivals": Deadline(0.98, limit=60),
+}
+SWEEP_STAGES = {
+    "precompile": Deadline(0.30),
+    "sweep": Deadline(0.60, limit=40),
+    "checks": Deadline(0.98),
 }
 COMPILERS = 12  # processes, where there are so many cores
 SMI = "name,driver_version,compute_cap,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
 
 
 def main() -> None:
-    """Run all phases, then print the table of what was found."""
-    options = arguments("the prepared run on a GPU", 7.0)
-    run = Run(folder_of(options), options.minutes, options.rehearse, STAGES, lines.EVENTS, lines.LOG)
-    with ended_by_signals():
-        begin(run)
+    """Go through the phases of one of the two runs; the first prints the table of what was found."""
+    options = asked_for()
+    minutes = options.minutes or (5.0 if options.sweep else 7.0)
+    files = (SWEEP_STAGES, lines.SWEEP, lines.SWEEP_LOG) if options.sweep else (STAGES, lines.EVENTS, lines.LOG)
+    default = Path("runs", "gpu", time.strftime("%Y%m%d-%H%M%S"))
+    run = PreparedRun(
+        (options.out or Path(os.environ.get("OUT") or default)).absolute(), minutes, options.rehearse, *files
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite end still takes the processes along
+    begin(run)
+    if options.sweep:
+        warm(run, "precompile")
+        run.drive(["sweep"])
+        checkers.check(run, checkers.commands(run.rehearse))
+        run.event("end")
+    else:
         session(run)
-    run.event("end", **read.counts(run.folder))
-    print(read.summary(run.folder))
+        run.event("end", **read.statuses(run.folder))
+        print(read.summary(run.folder))
 
 
-def arguments(description: str, minutes: float) -> argparse.Namespace:
-    """What both scripts are told.
+def asked_for() -> argparse.Namespace:
+    """What is asked for.
 
     Raises:
         SystemExit: there is no GPU, and this is no rehearsal.
     """
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--minutes", type=float, default=minutes, help="for everything (default %(default)s)")
+    parser = argparse.ArgumentParser("./dev gpu", description="a prepared run on a GPU")
+    parser.add_argument("--sweep", action="store_true", help="the second run, into the same folder or another")
+    parser.add_argument("--minutes", type=float, help="for everything (default: 7, of the second run 5)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on the CPU, with a bare machine's packages")
     parser.add_argument("--out", type=Path, help="the folder of the results (default: $OUT, or one in runs/gpu)")
     options = parser.parse_args()
-    if not 0.0 < options.minutes < 1440.0:
+    if options.minutes is not None and not 0.0 < options.minutes < 1440.0:
         parser.error(f"--minutes must be a positive number, not {options.minutes:g}")
     if not options.rehearse and not smi("name"):
         raise SystemExit("this needs a CUDA device, and nvidia-smi names none here; --rehearse runs on the CPU")
     return options
 
 
-def folder_of(options: argparse.Namespace) -> Path:
-    """Where the files go: a new folder, or one without files of ours."""
-    default = Path("runs", "gpu", time.strftime("%Y%m%d-%H%M%S"))
-    folder: Path = options.out or Path(os.environ.get("OUT") or default)
-    return folder.absolute()
-
-
-def begin(run: Run) -> None:
+def begin(run: PreparedRun) -> None:
     """The first line: what is run where.
 
     Raises:
@@ -92,7 +101,7 @@ def begin(run: Run) -> None:
     )  # fmt: skip
 
 
-def session(run: Run) -> None:
+def session(run: PreparedRun) -> None:
     """Compile, then measure."""
     with _build(run) as building:  # what is not ready at its deadline is stopped: it would disturb
         warm(run)
@@ -101,11 +110,11 @@ def session(run: Run) -> None:
             time.sleep(0.1)
         status = building.poll()
         run.event("native build", status="not ready" if status is None else status)
-    run.drive(["correctness", "times", "prototypes", "profiles", "rivals"])
+    run.drive(["correctness", "times", "profiles", "rivals"])
     run.event("device", smi=smi(SMI))
 
 
-def _build(run: Run) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+def _build(run: PreparedRun) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     """The native part is built for this device alone."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     if run.rehearse:
@@ -115,7 +124,7 @@ def _build(run: Run) -> contextlib.AbstractContextManager[subprocess.Popen[bytes
     return run.process(command, run.folder / lines.BUILD, {"BIRD_BUILD_EXT": "1"} | known)
 
 
-def warm(run: Run, phase: str = "warm") -> None:
+def warm(run: PreparedRun, phase: str = "warm") -> None:
     """Processes that make each later call once; what they have not compiled by the deadline is compiled when needed."""
     count = 2 if run.rehearse else max(2, min(COMPILERS, (os.cpu_count() or 4) - 2))
     with contextlib.ExitStack() as stack:
@@ -140,13 +149,6 @@ def sources() -> str:
             if path.is_file():
                 digest.update(path.relative_to(lines.ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """A polite end (SIGTERM) still takes the processes along."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    yield
 
 
 if __name__ == "__main__":

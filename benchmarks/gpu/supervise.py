@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,18 +26,18 @@ TICK = 0.05  # seconds between two looks at a worker
 HOPELESS = 2  # workers in a row that die before their first item
 
 
-class Stage(NamedTuple):
+class Deadline(NamedTuple):
     """``until``: the share of the whole time at which a phase ends. ``limit``: seconds for one item."""
 
     until: float
     limit: float = 60.0
 
 
-class Run:
+class PreparedRun:
     """One run: its folder, its clock, and the processes that it must not leave behind."""
 
     def __init__(
-        self, folder: Path, minutes: float, rehearse: bool, stages: Mapping[str, Stage], events: str, log: str
+        self, folder: Path, minutes: float, rehearse: bool, stages: Mapping[str, Deadline], events: str, log: str
     ) -> None:
         self.folder, self.rehearse, self.stages = folder, rehearse, stages
         self.events, self.log = folder / events, folder / log
@@ -54,7 +54,7 @@ class Run:
     def event(self, name: str, /, **more: object) -> None:
         """Write and print what happened."""
         elapsed = round(time.time() - self.start, 2)
-        lines.write(self.events, {"event": name, "at": elapsed, **more})
+        lines.append(self.events, {"event": name, "at": elapsed, **more})
         said = ", ".join(f"{key} {value}" for key, value in more.items() if value not in ("", None))
         print(f"[{elapsed:6.1f} s] {name}: {said}"[:300], flush=True)
 
@@ -97,17 +97,70 @@ class Run:
         place = Place(phases)
         died_early = 0
         while place.phases and time.time() < self.end:
-            options = ["--at", str(place.at), "--without", ",".join(sorted(place.without))]
-            with _Watched(self, place.phases, options) as worker:
-                reason = worker.wait()
+            state, reason = self._watched(place)
             if reason is None:
                 return
-            died_early = 0 if worker.state else died_early + 1
+            died_early = 0 if "phase" in state else died_early + 1
             if died_early == HOPELESS:
                 self.event("gave up", phases=" ".join(place.phases), reason=reason)
                 return
-            if worker.state:
-                place = self._after(place, worker.state, reason)
+            if "phase" in state:
+                place = self._after(place, state, reason)
+
+    def _watched(self, place: Place) -> tuple[Row, str | None]:
+        """What a worker reported last, and None once it has gone through its phases, or why it ended or had to be."""
+        pipe, other = os.pipe()
+        options = ["--at", str(place.at), "--without", ",".join(sorted(place.without)), "--report", str(other)]
+        state: Row = {}
+        rest = b""
+        with (
+            os.fdopen(pipe, "rb", buffering=0) as messages,
+            self.process(self.worker(place.phases, *options), self.log, pass_fds=[other]) as process,
+        ):
+            os.close(other)
+            while True:
+                ended = process.poll() is not None  # asked first: what it said before its end is still read
+                waiting = select.select([messages], [], [], 0 if ended else TICK)[0]
+                said = messages.read(2**16) if waiting else b""
+                if said:
+                    *whole, rest = (rest + said).split(b"\n")
+                    for text in whole:
+                        state = self._heard(json.loads(text), state)
+                elif ended:
+                    break
+                elif waiting:  # it has closed the pipe and is about to end
+                    time.sleep(TICK)
+                reason = self._overdue(state)
+                if reason is not None:
+                    return state, reason
+        status = process.returncode
+        if status == 0 and "finished" in state:
+            return state, None
+        return state, f"exit status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
+
+    def _heard(self, message: Row, state: Row) -> Row:
+        """The state after a message: the item that is being done, and the step."""
+        if "origin" in message:
+            self.origin = message["origin"]
+            self.event("worker", **message["origin"])
+            return state
+        if "phase" not in message:
+            return state | message
+        if message["phase"] != state.get("phase"):
+            self.event("phase", name=message["phase"])
+        return message | {"since": time.time()}
+
+    def _overdue(self, state: Row) -> str | None:
+        now = time.time()
+        if now > self.end - TICK:
+            return "the time of the run was over"
+        if "phase" not in state:
+            return None
+        grace = min(5.0, 0.02 * self.seconds)
+        if now > self.until(state["phase"]) + grace:
+            return "the time of the phase was over"
+        limit = self.stages[state["phase"]].limit * (10 if self.rehearse else 1)
+        return f"took more than {limit:g} s" if now - state["since"] > limit else None
 
     def _after(self, place: Place, state: Row, reason: str) -> Place:
         """Where the next worker begins; what this one was trying gets its row, unless it wrote that itself."""
@@ -115,7 +168,7 @@ class Run:
         self.event("lost a worker", phase=phase, item=item, step=step, reason=reason)
         if reason != f"exit status {LOST}":
             row = {"phase": phase, "item": item, "candidate": step, "status": "failed", "message": reason}
-            lines.write(self.folder / state["file"], self.origin | row)
+            lines.append(self.folder / state["file"], self.origin | row)
         later = place.phases[place.phases.index(phase) :]
         if time.time() >= self.until(phase):
             return Place(later[1:])
@@ -131,67 +184,3 @@ class Place(NamedTuple):
     phases: Sequence[str]
     at: int = 0
     without: set[str] = set()  # noqa: RUF012 - never changed
-
-
-class _Watched:
-    """A worker and what it last reported."""
-
-    def __init__(self, run: Run, phases: Sequence[str], options: Sequence[str]) -> None:
-        self.run, self.phases, self.options = run, phases, options
-        self.state: Row = {}
-        self.finished = False
-
-    def __enter__(self) -> _Watched:
-        self.pipe, other = os.pipe()
-        command = self.run.worker(self.phases, *self.options, "--report", str(other))
-        self.stack = contextlib.ExitStack()
-        self.process = self.stack.enter_context(self.run.process(command, self.run.log, pass_fds=[other]))
-        os.close(other)
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
-
-    def _read(self) -> None:
-        with os.fdopen(self.pipe, encoding="utf-8") as messages:
-            for text in messages:
-                message = json.loads(text)
-                if "origin" in message:
-                    self.run.origin = message["origin"]
-                    self.run.event("worker", **message["origin"])
-                elif "finished" in message:
-                    self.finished = True
-                elif "step" in message:
-                    self.state = self.state | message
-                else:
-                    if message["phase"] != self.state.get("phase"):
-                        self.run.event("phase", name=message["phase"])
-                    self.state = message | {"since": time.time()}
-
-    def wait(self) -> str | None:
-        """None when it has gone through its phases, or why it ended or had to be ended."""
-        reason = None
-        while reason is None and self.process.poll() is None:
-            time.sleep(TICK)
-            reason = self._overdue()
-        if reason is not None:
-            return reason
-        self.reader.join(timeout=1)
-        status = self.process.returncode
-        if status == 0 and self.finished:
-            return None
-        return f"exit status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
-
-    def _overdue(self) -> str | None:
-        now, run, state = time.time(), self.run, self.state
-        if now > run.end - TICK:
-            return "the time of the run was over"
-        if not state:
-            return None
-        grace = min(5.0, 0.02 * run.seconds)
-        if now > run.until(state["phase"]) + grace:
-            return "the time of the phase was over"
-        limit = run.stages[state["phase"]].limit * (10 if run.rehearse else 1)
-        return f"took more than {limit:g} s" if now - state["since"] > limit else None

@@ -1,110 +1,59 @@
-"""What else the kernels could be launched with: warps and stages, kernel by kernel, and numbers that cut the work.
+"""What else the kernels could be launched with: warps and stages, kernel by kernel.
 
-Every launch of the package is a `Launch`, whose warps and stages are replaced here by name of the kernel; a setting is
-a module's constant. A whole call is timed each time, behind the gate, beside the call as it is.
+Every launch of the package is a `Launch`, whose warps and stages are replaced here by name of the kernel. A whole call
+is timed each time, behind the gate, beside the call as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.resources
+import pkgutil
 import random
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
-from benchmarks.gpu.contest import compete
+from benchmarks.gpu.contest import timed_rows
 from benchmarks.gpu.context import Context, Item, Row, failure
-from benchmarks.gpu.problems import Question, questions
-from benchmarks.harness import Candidate, Judge
-from benchmarks.kernels.problems import fp32_products
+from benchmarks.gpu.problems import TargetQuestion, questions_of
+from benchmarks.kernels.problems import fp32_switched
 
 # A question by its place among the eleven, and the backend whose kernels it launches.
 SWEPT = ((0, "triton"), (1, "library"), (2, "library"), (4, "triton"), (7, "triton"), (10, "triton"))
 OPTIONS = tuple(dict(num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (1, 2, 3, 4))
-# Those that a version of the package does not have are passed over.
-SETTINGS: dict[tuple[str, str], tuple[int, ...]] = {
-    ("bird_kernels.backends.shifted", "ROWS"): (32, 128),
-    ("bird_kernels.backends.shifted", "MOST_SHARES"): (32, 128),
-    ("bird_kernels.backends.shifted", "LOCATED"): (16, 64),
-    ("bird_kernels.backends.shifted", "PART"): (4096, 8192, 32_768),
-    ("bird_kernels.backends.triton.small", "REDUCED"): (4, 16),
-    ("bird_kernels.plan", "PROGRAMS"): (66, 264),
-    ("bird_kernels.plan", "CROWD"): (2, 8),
-    ("bird_kernels.plan", "BLOCKS"): (12, 48),
-}
 KERNELS = "bird_kernels.backends.triton"  # the package whose modules define them, each named "..._kernel"
 TIMED = 0.25  # seconds a candidate
 
-Variant = tuple[str, Callable[[], contextlib.AbstractContextManager[Any]]]
 
-
-def items(context: Context) -> Sequence[Item]:
-    """A question and one of its kernels or settings each; at a rehearsal one kernel that is launched and one not."""
-    found = _every(context, _sweep)
+def sweep_items(context: Context) -> list[Item]:
+    """A question and one of its kernels each; at a rehearsal one kernel that is launched and one that is not."""
+    asked = questions_of(context.rehearse)
+    swept = [(asked[i], backend) for i, backend in (SWEPT[:1] if context.rehearse else SWEPT)]
+    found = [
+        Item(f"{question.name} {backend} {kernel}", partial(_sweep, question, backend, kernel))
+        for question, backend in swept
+        for kernel in kernels()
+    ]
     if context.rehearse:
-        (question, backend), *_ = _swept(context)
-        seen = _launched(question, backend, context)
-        by_use = {item.name.split()[-1] in seen: item for item in found}
-        found = list(by_use.values())
+        seen = _launched(*swept[0], context)
+        found = list({item.name.split()[-1] in seen: item for item in found}.values())
     return found
 
 
-def warm_items(context: Context) -> Sequence[Item]:
-    """The same, compiled by several processes."""
-    found = _every(context, _warm)
+def precompile_items(context: Context) -> list[Item]:
+    """The same, to be shared by several processes."""
+    found = sweep_items(context)
     random.Random(0).shuffle(found)
-    return found[:2] if context.rehearse else found
-
-
-def _every(context: Context, run: Callable[..., Iterator[Row]]) -> list[Item]:
-    return [
-        Item(f"{question.name} {backend} {what}", partial(run, question, backend, what, variants))
-        for question, backend in _swept(context)
-        for what, variants in _variants().items()
-    ]
-
-
-def _swept(context: Context) -> list[tuple[Question, str]]:
-    asked = questions(context.rehearse)
-    chosen = ((0, "triton"),) if context.rehearse else SWEPT
-    return [(asked[i], backend) for i, backend in chosen]
-
-
-def _variants() -> dict[str, list[Variant]]:
-    """What is varied, by name: each kernel's options, each setting's values."""
-    found: dict[str, list[Variant]] = {}
-    for kernel in kernels():
-        found[kernel] = [
-            (f"{kernel} {o['num_warps']} warps, {o['num_stages']} stages", partial(launched_with, kernel, o))
-            for o in OPTIONS
-        ]
-    for (module, name), values in SETTINGS.items():
-        if hasattr(_imported(module), name):
-            found[name] = [(f"{name} {value}", partial(set_to, module, name, value)) for value in values]
     return found
 
 
 def kernels() -> list[str]:
     """The names of the package's Triton kernels."""
     package = importlib.import_module(KERNELS)
-    for path in sorted(importlib.resources.files(package).iterdir(), key=str):
-        if path.name.endswith(".py") and path.name != "__init__.py":
-            importlib.import_module(f"{KERNELS}.{path.name[:-3]}")
-    return sorted({
-        name for module in list(sys.modules) if module.startswith(KERNELS) for name in vars(sys.modules[module])
-        if name.endswith("_kernel")
-    })  # fmt: skip
-
-
-def _imported(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        return None
+    modules = [importlib.import_module(f"{KERNELS}.{module.name}") for module in pkgutil.iter_modules(package.__path__)]
+    return sorted({name for module in modules for name in vars(module) if name.endswith("_kernel")})
 
 
 @contextlib.contextmanager
@@ -120,29 +69,15 @@ def launched_with(kernel: str, options: dict[str, int]) -> Iterator[set[str]]:
         original(self, function, *rest, **(named | options if name == kernel else named))
 
     Launch.__init__ = init  # type: ignore[method-assign]
-    forget()
+    forget_launches()
     try:
         yield seen
     finally:
         Launch.__init__ = original  # type: ignore[method-assign]
-        forget()
+        forget_launches()
 
 
-@contextlib.contextmanager
-def set_to(module: str, name: str, value: int) -> Iterator[None]:
-    """A module's constant has another value."""
-    place = importlib.import_module(module)
-    before = getattr(place, name)
-    setattr(place, name, value)
-    forget()
-    try:
-        yield
-    finally:
-        setattr(place, name, before)
-        forget()
-
-
-def forget() -> None:
+def forget_launches() -> None:
     """Every launch that the backends keep is prepared anew."""
     for module in [module for name, module in sys.modules.items() if name.startswith("bird_kernels.backends")]:
         for value in list(vars(module).values()):
@@ -150,54 +85,32 @@ def forget() -> None:
                 value.cache_clear()
 
 
-def _asked(question: Question, backend: str, context: Context) -> tuple[Candidate, Judge]:
-    (candidate,), judge = question.ask(context.machine, (backend,))
-    return candidate, judge
-
-
 @cache
-def _launched(question: Question, backend: str, context: Context) -> frozenset[str]:
+def _launched(question: TargetQuestion, backend: str, context: Context) -> frozenset[str]:
     """The kernels that this call launches."""
-    candidate, _ = _asked(question, backend, context)
+    (candidate,), _ = question.ask(context.machine, (backend,))
     with launched_with("", {}) as seen:
         candidate.run()
     return frozenset(seen)
 
 
-def _concerns(what: str, question: Question, backend: str, context: Context) -> bool:
-    """Whether this call launches the kernel that is varied; of a setting nobody knows, if it launches any."""
-    seen = _launched(question, backend, context)
-    return what in seen if what.endswith("_kernel") else bool(seen)
-
-
-def _warm(question: Question, backend: str, what: str, variants: Sequence[Variant], context: Context) -> Iterator[Row]:
-    start = time.perf_counter()
-    with fp32_products(question.case.precision):
-        if not _concerns(what, question, backend, context):
-            return
-        candidate, _ = _asked(question, backend, context)
-        for _, changed in variants:
-            with contextlib.suppress(Exception), changed():  # told when it is timed
-                candidate.run()
-    yield {"event": "compiled", "seconds": round(time.perf_counter() - start, 3)}
-
-
-def _sweep(question: Question, backend: str, what: str, variants: Sequence[Variant], context: Context) -> Iterator[Row]:
+def _sweep(question: TargetQuestion, backend: str, kernel: str, context: Context) -> Iterator[Row]:
     """The call as it is, then each variant, one after the other: a launch keeps what it was made with."""
-    with fp32_products(question.case.precision):
-        if not _concerns(what, question, backend, context):
+    with fp32_switched(question.case.precision):
+        if kernel not in _launched(question, backend, context):
             return
-        candidate, judge = _asked(question, backend, context)
-        as_it_is: Variant = ("as it is", contextlib.nullcontext)
-        for name, changed in (as_it_is, *variants[: 1 if context.rehearse else None]):
+        (candidate,), judge = question.ask(context.machine, (backend,))
+        about = question.about | {"backend": backend}
+        for options in ({}, *OPTIONS[: 1 if context.rehearse else None]):
+            name = "{} {num_warps} warps, {num_stages} stages".format(kernel, **options) if options else "as it is"
             if name in context.without:
                 continue
             if context.left() <= 0:
                 return
             try:
-                with changed():
+                with launched_with(kernel, options):
                     again = [candidate._replace(name=name)]
-                    for row in compete(context, again, judge, min(TIMED, context.share())):
-                        yield question.about | {"backend": backend} | row
+                    for row in timed_rows(context, again, judge, min(TIMED, context.share())):
+                        yield about | row
             except Exception as error:
-                yield question.about | {"backend": backend} | failure(name, error)
+                yield about | failure(name, error)

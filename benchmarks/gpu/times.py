@@ -3,10 +3,8 @@ the hand-written forms through torch.compile."""
 
 from __future__ import annotations
 
-import contextlib
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -14,64 +12,34 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import correctness
-from benchmarks.gpu.contest import compete
-from benchmarks.gpu.context import Context, Item, Row, failure
-from benchmarks.gpu.problems import Question, questions
-from benchmarks.harness import Candidate
+from benchmarks.gpu.contest import timed_rows
+from benchmarks.gpu.context import Context, Item, Row
+from benchmarks.gpu.problems import TargetQuestion, questions_of
+from benchmarks.harness import Contestant
 from benchmarks.kernels import gate, providers
-from benchmarks.kernels.problems import fp32_products
+from benchmarks.kernels.problems import fp32_switched
 
-# What torch.compile is asked: the paper's batch, a read-bound and two large ones.
-COMPILED = (0, 1, 2, 3)
+COMPILED = 4  # of the problems torch.compile is asked: the paper's batch, a read-bound and two large ones
 WARMED = ("library", "triton", "symmetric")  # those that compile; the native part is being built meanwhile
 PROFILED = ("auto", "library", "triton")
 
 
 def warm_items(context: Context) -> Sequence[Item]:
     """Calls that later phases make, once, so that Triton's cache on the disk has their kernels; mixed, to be shared."""
-    wanted = questions(context.rehearse)
-    found = [Item(f"{question.name} {name}", partial(_warm, question, name)) for question in wanted for name in WARMED]
-    found += [
-        Item(str(check), partial(_warm_check, check))
-        for check in correctness.chosen(context.rehearse)
-        if check.backend in WARMED
-    ]
+    found = [*time_items(context), *correctness.check_items(context)]
     random.Random(0).shuffle(found)
     return found[: 4 if context.rehearse else None]
 
 
-def _warm(question: Question, name: str, context: Context) -> Iterator[Row]:
-    start = time.perf_counter()
-    with fp32_products(question.case.precision):
-        candidates, _ = question.ask(context.machine, (name,))
-        for candidate in candidates:
-            yield from _once(candidate.run, start, context)
-
-
-def _warm_check(check: correctness.Check, context: Context) -> Iterator[Row]:
-    start = time.perf_counter()
-    device = context.machine.device
-    call = partial(correctness.evaluated, check, check.mask(device), *check.features(device, seed=0))
-    with fp32_products(check.number):
-        yield from _once(call, start, context)
-
-
-def _once(run: Callable[[], object], start: float, context: Context) -> Iterator[Row]:
-    with contextlib.suppress(ValueError):  # a backend that does not do this; later phases say so
-        run()
-    context.machine.wait()
-    yield {"event": "compiled", "seconds": round(time.perf_counter() - start, 3)}
-
-
-def items(context: Context) -> Sequence[Item]:
+def time_items(context: Context) -> Sequence[Item]:
     """A question each."""
-    return [Item(question.name, partial(_times, question)) for question in questions(context.rehearse)]
+    return [Item(question.name, partial(_times, question)) for question in questions_of(context.rehearse)]
 
 
-def _times(question: Question, context: Context) -> Iterator[Row]:
-    with fp32_products(question.case.precision):
-        candidates, judge = question.ask(context.machine)
-        for row in compete(context, candidates, judge, context.share()):
+def _times(question: TargetQuestion, context: Context) -> Iterator[Row]:
+    with fp32_switched(question.case.precision):
+        candidates, judge = question.ask(context.machine, WARMED if context.warms else ())
+        for row in timed_rows(context, candidates, judge, context.share()):
             yield question.about | row
 
 
@@ -80,15 +48,15 @@ def profile_items(context: Context) -> Sequence[Item]:
     return [
         Item(f"{question.name} {name}", partial(_profile, question, name))
         for name in PROFILED
-        for question in questions(context.rehearse)[: 1 if context.rehearse else None]
+        for question in questions_of(context.rehearse)[: 1 if context.rehearse else None]
     ]
 
 
-def _profile(question: Question, name: str, context: Context) -> Iterator[Row]:
+def _profile(question: TargetQuestion, name: str, context: Context) -> Iterator[Row]:
     """A row a kernel, in the order of their first launch: how often, and microseconds altogether."""
     machine = context.machine
     about = question.about | {"candidate": name}
-    with fp32_products(question.case.precision):
+    with fp32_switched(question.case.precision):
         candidates, _ = question.ask(machine, (name,))
         if not candidates:
             return
@@ -108,37 +76,24 @@ def _profile(question: Question, name: str, context: Context) -> Iterator[Row]:
         if event.device_type == kind and not getattr(event, "is_user_annotation", False):
             kernels.setdefault(event.name, []).append(event.time_range.elapsed_us())
     for order, (kernel, elapsed) in enumerate(kernels.items()):
-        yield about | {
-            "status": "ok", "order": order, "kernel": kernel[:200], "launches": len(elapsed), "us": sum(elapsed),
-        }  # fmt: skip
+        told = {"status": "ok", "order": order, "kernel": kernel[:200], "launches": len(elapsed), "us": sum(elapsed)}
+        yield about | told
 
 
 def rival_items(context: Context) -> Sequence[Item]:
     """The better hand-written form, compiled; last, because a compilation takes up to half a minute."""
-    asked = questions(context.rehearse)
-    return [
-        Item(f"{asked[i].name} compiled", partial(_rival, asked[i]))
-        for i in COMPILED[: 1 if context.rehearse else None]
-    ]
+    asked = questions_of(context.rehearse)[: 1 if context.rehearse else COMPILED]
+    return [Item(f"{question.name} compiled", partial(_rival, question)) for question in asked]
 
 
-def _rival(question: Question, context: Context) -> Iterator[Row]:
+def _rival(question: TargetQuestion, context: Context) -> Iterator[Row]:
     """In the default mode, and captured in a graph of ours, which is what "reduce-overhead" would do."""
-    case, machine = question.case, context.machine
-    form = partial(providers.better_form(case), **case.options)
+    case = question.case
+    form = partial(providers.FORMS[providers.better_form(case)], **case.options)
     torch.compiler.reset()
     loss = torch.compile(form, fullgraph=True, dynamic=False, backend="aot_eager" if context.rehearse else "inductor")
-    x, y = case.features(machine.device)
-    with fp32_products(case.precision):
-        start = time.perf_counter()
-        run = gate.call(loss, x, y, case.backward)
-        context.step("compiled")
-        try:
-            run()
-            machine.wait()
-        except Exception as error:
-            yield question.about | failure("compiled", error)
-            return
-        about = question.about | {"compile_seconds": time.perf_counter() - start}
-        for row in compete(context, [Candidate("compiled", run)], gate.judge(case, x, y), context.share()):
-            yield about | row
+    x, y = case.features(context.machine.device)
+    with fp32_switched(case.precision):
+        candidates = [Contestant("compiled", gate.call(loss, x, y, case.backward))]
+        for row in timed_rows(context, candidates, gate.judge(case, x, y), context.share()):
+            yield question.about | row

@@ -15,18 +15,25 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from benchmarks import rows
 from benchmarks.gpu import bare, lines
 from benchmarks.gpu.context import Context, Item, Phase, Row, failure, healthy_or_exit
 
+if TYPE_CHECKING:
+    import torch
 
-def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
+
+def go_through(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Namespace) -> None:
     """Go through the phases of ``plan``, each until its time, from the item that ``options.at`` says."""
-    from benchmarks.gpu.machine import Machine
+    import torch
+
+    from benchmarks.machine import Machine
 
     phases = _phases()
-    machine = Machine(options.rehearse)
-    origin = machine.origin()
+    machine = Machine(torch.device("cpu" if options.rehearse else "cuda"))
+    origin = _origin(machine.device)
 
     def report(row: Row) -> None:
         if options.report is not None:
@@ -37,7 +44,7 @@ def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Name
     at = options.at
     for name, until in plan:
         phase = phases[name]
-        context.until = until
+        context.until, context.warms = until, phase.warms
         items = list(phase.items(context))[options.part :: options.parts]
         for index, item in list(enumerate(items))[at:]:
             context.without = set(options.without.split(",")) if index == at else set()
@@ -45,7 +52,7 @@ def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Name
             row = {"phase": name, "item": item.name}
             if context.left() <= 0:
                 events = lines.SWEEP if phase.file == lines.SWEEP else lines.EVENTS
-                lines.write(folder / events, row | {"event": "left out", "items": len(items) - index})
+                lines.append(folder / events, row | {"event": "left out", "items": len(items) - index})
                 break
             report(row | {"index": index, "file": phase.file})
             _do(folder / phase.file, item, context, origin | row)
@@ -53,21 +60,30 @@ def work(folder: Path, plan: Sequence[tuple[str, float]], options: argparse.Name
     report({"finished": True})
 
 
+def _origin(device: torch.device) -> Row:
+    """Device, driver, versions and commit, as every row names them; the driver as `bird_kernels.tuning` does, too."""
+    from bird_kernels import tuning
+
+    found = rows.origin_of(device)
+    names = ("device", "driver", "torch", "triton", "commit", "date")
+    cuda_driver = tuning.key_of(device).driver if device.type == "cuda" else ""
+    return {name: found[name] for name in names} | {"cuda_driver": cuda_driver}
+
+
 def _phases() -> dict[str, Phase]:
     """The phases by name; imported late, because a rehearsal hides packages before torch is imported."""
-    from benchmarks.gpu import ceilings, correctness, prototypes, sweeps, times
+    from benchmarks.gpu import ceilings, correctness, sweeps, times
 
     return {
-        "warm": Phase(times.warm_items, lines.EVENTS),
-        "ceilings": Phase(ceilings.items, lines.ROWS),
-        "correctness": Phase(correctness.items, lines.CHECKS),
-        "times": Phase(times.items, lines.ROWS),
-        "prototypes": Phase(prototypes.items, lines.ROWS),
+        "warm": Phase(times.warm_items, lines.EVENTS, warms=True),
+        "ceilings": Phase(ceilings.ceiling_items, lines.ROWS),
+        "correctness": Phase(correctness.check_items, lines.CHECKS),
+        "times": Phase(times.time_items, lines.ROWS),
         "profiles": Phase(times.profile_items, lines.KERNELS),
         "rivals": Phase(times.rival_items, lines.ROWS),
-        # Of `benchmarks.gpu.sweep`:
-        "precompile": Phase(sweeps.warm_items, lines.SWEEP),
-        "sweep": Phase(sweeps.items, lines.SWEEP),
+        # Of the second run:
+        "precompile": Phase(sweeps.precompile_items, lines.SWEEP, warms=True),
+        "sweep": Phase(sweeps.sweep_items, lines.SWEEP),
     }
 
 
@@ -76,11 +92,11 @@ def _do(file: Path, item: Item, context: Context, about: Row) -> None:
     machine = context.machine
     try:
         for row in item.run(context):
-            lines.write(file, about | row)
+            lines.append(file, about | row)
         machine.wait()
     except Exception as error:  # of any kind: the others must go on
         traceback.print_exc()
-        lines.write(file, about | failure("", error))
+        lines.append(file, about | failure("", error))
     healthy_or_exit(machine)
 
 
@@ -111,7 +127,7 @@ def main() -> None:
     if options.rehearse:
         bare.enter()
     plan = [(name, float(until)) for name, _, until in (text.partition("@") for text in options.phases)]
-    work(options.folder, plan, options)
+    go_through(options.folder, plan, options)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""`cka_loss` beside what its users could write instead, on named problems: ``./dev bench``.
+"""`cka_loss` beside what its users could write instead, on named problems, on this CPU: ``./dev bench``.
 
 Every provider passes the gate first: its value and gradient against a float64 truth of the same features. Where it is
 red no time is taken: of a rival the table says why, and where ours is wrong the run fails. The rows of a case are kept
-as soon as they are known.
+as soon as they are known. A GPU has a run of its own, ``./dev gpu``.
 """
 
 from __future__ import annotations
@@ -13,27 +13,55 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks import rows
-from benchmarks.harness import Entry
-from benchmarks.kernels import ceilings, estimates, plots, problems, providers, results, tables
-from benchmarks.kernels.contest import Contest
-from benchmarks.kernels.problems import Case
-from benchmarks.kernels.providers import OURS
-from benchmarks.kernels.results import Row
+from benchmarks import harness, rows
+from benchmarks.harness import Contestant, Entry
+from benchmarks.kernels import ceilings, estimates, gate, plots, problems, providers, results, tables
+from benchmarks.kernels.estimates import Ceilings
+from benchmarks.kernels.problems import Case, fp32_switched
+from benchmarks.kernels.providers import OURS, Provider
+from benchmarks.kernels.results import KernelsRow
 from benchmarks.machine import Machine
-from benchmarks.rows import message
 
-MINUTES = 8.0  # a GPU that is lent for ten minutes a call has time for them
+CPU = torch.device("cpu")
+MINUTES = 8.0
+SHARE = 0.25  # seconds of measuring for one provider
+PATIENCE = 1.5  # seconds of few rounds, and of the slowest call of a lost cause
+
+
+def case_contest(case: Case, limits: Ceilings, taking_part: Sequence[Provider], timed: bool = True) -> dict[str, Entry]:
+    """Entries by provider: who need not try, then the gate for each, then the times of those that are right, in turns.
+
+    ``timed`` False runs the gates alone.
+    """
+    machine = Machine(CPU)
+    entries, able = {}, []
+    for provider in taking_part:
+        patience = PATIENCE * (20 if provider.name == "naive" else 1)  # the README's comparison
+        why = estimates.too_slow(provider.name, case, limits, patience)
+        if why is None:
+            able.append(provider)
+        else:
+            entries[provider.name] = Entry(provider.name, "refused", why)
+    with fp32_switched(case.precision):
+        x, y = case.features(machine.device)
+        candidates = [
+            Contestant(one.name, gate.call(one.build(case), x, y, case.backward), compiles=one.compiles) for one in able
+        ]
+        judge = gate.judge(case, x, y)
+        entries |= harness.contest(machine, candidates, judge, "wall", SHARE, PATIENCE, watch=True, timed=timed)
+    if any(provider.compiles for provider in taking_part):
+        torch.compiler.reset()  # which lets go of its memory
+    return {provider.name: entries[provider.name] for provider in taking_part}
 
 
 class Session:
-    """The run on one device: what was measured, what is wrong, and which cases there was no time for."""
+    """One run: what was measured, what is wrong, and which cases there was no time for."""
 
-    def __init__(self, device: torch.device, provider: str | None, saves: bool) -> None:
-        self.device, self.provider, self.saves = device, provider, saves
-        self.about, self.path = rows.origin(device), results.path_for(device)
-        self.before = results.read(self.path) if saves and self.path.exists() else []
-        self.rows: list[Row] = []
+    def __init__(self, provider: str | None, saves: bool) -> None:
+        self.provider, self.saves = provider, saves
+        self.about, self.path = rows.origin_of(CPU), results.path_for(CPU)
+        self.before = results.read_kernels(self.path) if saves and self.path.exists() else []
+        self.rows: list[KernelsRow] = []
         self.wrong: list[str] = []
         self.left_out: list[Case] = []
 
@@ -45,22 +73,18 @@ class Session:
             if time.monotonic() > end:
                 self.left_out.append(case)
                 continue
-            Machine(self.device).release()
-            limits = limits or ceilings.measured(self.device, {estimates.number(case) for case in cases})
-            taking_part = providers.taking_part(case, self.device, self.provider)
+            limits = limits or ceilings.measured_ceilings({estimates.number(case) for case in cases})
             try:
-                entries = Contest(case, self.device, limits).run(taking_part, timed)
+                found = case_contest(case, limits, providers.taking_part(case, CPU, self.provider), timed)
             except Exception as error:  # the other cases go on
-                self.wrong.append(f"{case}: {message(error)}")
+                self.wrong.append(f"{case}: {rows.message(error)}")
                 continue
-            self.wrong += [f"{case}: {entry.name}: {entry.why}" for entry in _broken(entries)]
-            self.rows += [
-                results.row(self.about, case, timer, entry, limits, self.device)
-                for (_, timer), entry in entries.items()
-            ]
-            print(f"{case}: {len(entries)} rows", flush=True)
+            bad = [one for one in found.values() if one.name in OURS and one.status in ("red", "failed")]
+            self.wrong += [f"{case}: {one.name}: {one.why}" for one in bad]
+            self.rows += [results.row(self.about, case, one, limits) for one in found.values()]
+            print(f"{case}: {len(found)} rows", flush=True)
             if self.saves and timed:  # now and not at the end only: a machine may be taken away in the middle
-                rows.write(self.path, results.merged(self.before, self.rows))
+                rows.write_rows(self.path, results.updated(self.before, self.rows))
 
     def finish(self) -> str:
         """The page of this run; what is saved has its rows, table and plots.
@@ -69,43 +93,32 @@ class Session:
         none.
         """
         measured = {row.question[:-1] for row in self.rows}
-        whole = self.provider is None and len(measured) == len(problems.cases(self.device))
+        whole = self.provider is None and len(measured) == len(problems.CASES)
         if self.saves and self.rows:
-            kept = self.rows if whole else results.merged(self.before, self.rows)
-            rows.write(self.path, kept)
-            rows.write_text(self.path.with_suffix(".md"), tables.page(kept))
-            plots.draw(kept, self.path.with_suffix(".png"))
-        return tables.page(self.rows) if self.rows else ""
-
-
-def _broken(entries: dict[tuple[str, str], Entry]) -> list[Entry]:
-    """Ours that are wrong or raise; each once."""
-    bad = {id(e): e for e in entries.values() if e.name in OURS and e.status in ("red", "failed")}
-    return list(bad.values())
+            kept = self.rows if whole else results.updated(self.before, self.rows)
+            rows.write_rows(self.path, kept)
+            rows.write_text(self.path.with_suffix(".md"), tables.kernels_page(kept))
+            plots.draw_plots(kept, self.path.with_suffix(".png"))
+        return tables.kernels_page(self.rows) if self.rows else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the cases; the exit status is 1 where ours is wrong."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser("./dev bench", description=__doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default, help=f"default here: {default}")
     parser.add_argument("--problem", help="cases whose name holds this or matches it as a glob: llm, 'llm*bfloat16*'")
     parser.add_argument("--provider", help="only these providers, as a glob")
     parser.add_argument("--save", action="store_true", help="keep the results in benchmarks/kernels/results/")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no case after this long (%(default)s)")
     parser.add_argument("--gates", action="store_true", help="the gates alone: nothing is timed or kept")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device here")
-    cases = problems.cases(device, options.problem)
+    cases = problems.cases(options.problem)
     if not cases:
-        parser.error(f"no case of this device has {options.problem!r} in its name")
+        parser.error(f"no case has {options.problem!r} in its name")
     for provider in providers.PROVIDERS:
-        reason = provider.why_not(Case("", 128, 512, 512), device) if provider.ours else None
+        reason = provider.why_not(Case("", 128, 512, 512), CPU) if provider.ours else None
         if reason:
-            print(f"not measured on {device.type}: {provider.name}, {reason}")
-    session = Session(device, options.provider, options.save and not options.gates)
+            print(f"not measured here: {provider.name}, {reason}")
+    session = Session(options.provider, options.save and not options.gates)
     session.run(cases, options.minutes, timed=not options.gates)
     print(session.finish())
     if session.left_out:

@@ -1,46 +1,47 @@
-"""What this device reaches at its best, measured in the same run: a big copy, and big products of every number."""
+"""What a device reaches at its best: copies and products to time, and what a CPU made of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
 from benchmarks.kernels.estimates import Ceilings
-from benchmarks.kernels.problems import fp32_products
+from benchmarks.kernels.problems import fp32_switched
 from benchmarks.machine import Machine
 
-# Bytes read and written. On a GPU past its cache, which is cold when a call is timed; a CPU's is warm.
-COPIED = {"cuda": (2**31,), "cpu": (2**18, 2**20, 2**22, 2**24, 2**26, 2**29)}
-WIDTH = {"cuda": 8192, "cpu": 1536}
+COPIED = (2**18, 2**20, 2**22, 2**24, 2**26, 2**29)  # bytes read and written; the caches are warm
+WIDTH = 1536
 REPEATS = 5
 
 
-def measured(device: torch.device, numbers: Iterable[str]) -> Ceilings:
-    """The ceilings of a device for these numbers ("dtype precision"), and those that every estimate needs."""
-    wanted = {"float64", "float32 ieee", *numbers}
-    if "float32 tf32x3" in wanted:
-        wanted = (wanted - {"float32 tf32x3"}) | {"float32 tf32"}
-    copies = {size: _copy(device, size) for size in COPIED[device.type]}
-    return Ceilings(copies, {number: _products(device, number) for number in sorted(wanted)})
-
-
-def _copy(device: torch.device, moved: int) -> float:
+def copying(device: torch.device, moved: int) -> Callable[[], object]:
+    """A copy that reads and writes ``moved`` bytes."""
     # Ones: what was never written but with zeros may be one page of memory, over and over.
     source = torch.ones(moved // 2, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return moved / _fastest(device, lambda: target.copy_(source))
+    return partial(torch.empty_like(source).copy_, source)
 
 
-def _products(device: torch.device, number: str) -> float:
-    dtype, _, precision = number.partition(" ")
-    width = WIDTH[device.type] // (2 if dtype == "float64" else 1)
-    a, b = (torch.randn(width, width, device=device).to(getattr(torch, dtype)) for _ in range(2))
-    with fp32_products(precision):
-        return 2 * width**3 / _fastest(device, lambda: a @ b)
+def multiplying(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, wide: bool) -> Callable[[], object]:
+    """The product [m, k] x [k, n] of this dtype; ``wide``: to fp32."""
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((k, m), (k, n)))
+    if wide and device.type == "cpu":
+        return lambda: torch.mm(a.T, b).float()  # it has no such products
+    return partial(torch.mm, a.T, b, **({"out_dtype": torch.float32} if wide else {}))
 
 
-def _fastest(device: torch.device, call: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls, the first of which does not count."""
-    machine = Machine(device)
-    return min([machine.seconds(call) for _ in range(REPEATS + 1)][1:])
+def measured_ceilings(numbers: Iterable[str]) -> Ceilings:
+    """The ceilings of this CPU for these numbers ("dtype precision"), and those that every estimate needs."""
+    machine, products = Machine(torch.device("cpu")), {}
+
+    def fastest(call: Callable[[], object]) -> float:
+        return min([machine.seconds(call) for _ in range(REPEATS + 1)][1:])  # the first does not count
+
+    for number in sorted({"float64", "float32 ieee", *numbers}):
+        dtype, _, precision = number.partition(" ")
+        width = WIDTH // (2 if dtype == "float64" else 1)
+        with fp32_switched(precision):
+            call = multiplying(machine.device, getattr(torch, dtype), width, width, width, False)
+            products[number] = 2 * width**3 / fastest(call)
+    return Ceilings({size: size / fastest(copying(machine.device, size)) for size in COPIED}, products)

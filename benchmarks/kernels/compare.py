@@ -14,18 +14,19 @@ from statistics import geometric_mean
 
 from benchmarks.kernels import results
 from benchmarks.kernels.providers import OURS
-from benchmarks.kernels.results import Key, Row
-from benchmarks.rows import markdown
+from benchmarks.kernels.results import KernelsRow, Key
+from benchmarks.rows import table_text
 
 THRESHOLD = 1.1
+Rows = Sequence[KernelsRow]
 
 
-def ratio(before: Row, after: Row) -> float | None:
+def ratio(before: KernelsRow, after: KernelsRow) -> float | None:
     """Median after over median before, above 1 is slower; None where one of the two has no time."""
     return None if before.p50 is None or after.p50 is None else after.p50 / before.p50
 
 
-def regressed(before: Row, after: Row, threshold: float = THRESHOLD) -> bool:
+def regressed(before: KernelsRow, after: KernelsRow, threshold: float = THRESHOLD) -> bool:
     """Whether ours is slower beyond threshold and noise, or has turned red."""
     if after.provider not in OURS or before.p50 is None or before.p80 is None:
         return False
@@ -34,7 +35,9 @@ def regressed(before: Row, after: Row, threshold: float = THRESHOLD) -> bool:
     return after.p50 > threshold * before.p50 and after.p20 > before.p80
 
 
-def report(before: Sequence[Row], after: Sequence[Row], threshold: float = THRESHOLD) -> tuple[str, int]:
+def comparison(
+    before: Sequence[KernelsRow], after: Sequence[KernelsRow], threshold: float = THRESHOLD
+) -> tuple[str, int]:
     """The text, and how many regressions it lists."""
     old, new = {row.key: row for row in before}, {row.key: row for row in after}
     both = [(old[key], new[key]) for key in old if key in new]
@@ -50,7 +53,7 @@ def report(before: Sequence[Row], after: Sequence[Row], threshold: float = THRES
             means.append([name, str(len(ratios)), f"{geometric_mean(ratios):.3f}"])
     count = sum(regressed(*pair, threshold) for pair in both)
     lines = [
-        f"before: {_origin(before)}", f"after:  {_origin(after)}", "", markdown(cells), markdown(means),
+        f"before: {_origin(before)}", f"after:  {_origin(after)}", "", table_text(cells), table_text(means),
         *(f"gone: {_name(key)}" for key in old if key not in new),
         *(f"new: {_name(key)}" for key in new if key not in old),
         f"{count} regressions of ours in {len(both)} rows that both have",
@@ -62,11 +65,11 @@ def _name(key: Key) -> str:
     return " ".join(str(part) for part in key if part != "")
 
 
-def _time(row: Row) -> str:
+def _time(row: KernelsRow) -> str:
     return row.red or "not timed" if row.p50 is None else f"{row.p50:.3g} s"
 
 
-def _origin(rows: Sequence[Row]) -> str:
+def _origin(rows: Sequence[KernelsRow]) -> str:
     return "; ".join(dict.fromkeys(f"{row.device}, torch {row.torch}, {row.commit}, {row.date}" for row in rows))
 
 
@@ -77,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("after", type=Path)
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="a ratio up to it is no regression")
     given = parser.parse_args(arguments)
-    text, count = report(results.read(given.before), results.read(given.after), given.threshold)
+    text, count = comparison(results.read_kernels(given.before), results.read_kernels(given.after), given.threshold)
     print(text)
     return 1 if count else 0
 

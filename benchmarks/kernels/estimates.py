@@ -1,8 +1,4 @@
-"""What a call will take, before it is made: the floor, the work and the memory of each provider. Pure arithmetic.
-
-Memory counts matrices that are alive together, as PyTorch's allocator was seen to hold them; it decides whether a call
-is made at all, so it is meant to be right within a third, not exact.
-"""
+"""What a call will take, before it is made: the floor, and the work of each provider. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -14,8 +10,6 @@ from benchmarks.kernels.problems import Case
 from benchmarks.kernels.providers import OURS, better_form
 from bird_kernels import plan
 from bird_kernels.types import Route
-
-GIB = 2**30
 
 
 class Ceilings(NamedTuple):
@@ -29,8 +23,6 @@ class Ceilings(NamedTuple):
         if provider == "fp64":
             return self.products["float64"]
         exact = self.products["float32 ieee"]
-        if case.precision == "tf32x3":
-            return max(self.products["float32 tf32"] / 3, exact)
         return max(self.products[number(case)], exact)  # a CPU without units for halves does better in fp32
 
     def copy(self, moved: int) -> float:
@@ -43,16 +35,16 @@ def number(case: Case) -> str:
     return f"{case.dtype} {case.precision}".strip()
 
 
-def floor(case: Case, ceilings: Ceilings, device: torch.device) -> float:
+def floor(case: Case, ceilings: Ceilings) -> float:
     """Seconds below which no call can be: the cheaper route's products, or the bytes that must move."""
     flops = plan.route_flops(_route(case), case.n, case.p, case.q, case.backward, False)
-    moved = traffic(case, device)
+    moved = traffic(case)
     return max(flops / ceilings.rate(case), moved / ceilings.copy(moved))
 
 
-def traffic(case: Case, device: torch.device) -> int:
+def traffic(case: Case) -> int:
     """Bytes that the cheaper route must move."""
-    return plan.minimum_bytes(case.spec(device), _route(case))
+    return plan.minimum_bytes(case.spec(torch.device("cpu")), _route(case))
 
 
 def _route(case: Case) -> Route:
@@ -63,7 +55,7 @@ def _form(provider: str, case: Case) -> str:
     if provider in OURS:
         return "ours"
     if provider == "compiled":
-        return better_form(case).__name__
+        return better_form(case)
     return {"fp64": "feature", "pytorch-cka": "gram"}.get(provider, provider)
 
 
@@ -81,42 +73,12 @@ def flops(provider: str, case: Case) -> float:
     return forward + backward * case.backward
 
 
-def memory(provider: str, case: Case) -> int:
-    """Bytes of one call beyond its inputs, gradient included."""
-    n, p, q = case.n, case.p, case.q
-    size = case.torch_dtype.itemsize
-    wide = 8 if provider == "fp64" else 4
-    form = _form(provider, case)
-    gradient = n * p * size * case.backward
-    copies = n * (p + q) * (wide + (size if size < wide else 0))  # centred, and rounded again
-    if form == "naive":
-        matrices = 19 if case.problem == "rbf" else 11
-        return n * n * size * (matrices if case.backward else 5) + gradient
-    if form == "gram":
-        matrices = 9 if case.problem == "rbf" else 4
-        return n * n * 4 * (matrices if case.backward else 3) + copies + gradient
-    if form == "feature":
-        return (p * p + q * q + p * q) * wide * (2 if case.backward else 1) + copies + gradient
-    route = _route(case)
-    square = 2 * n * n if route == "gram" else p * p + q * q + p * q
-    return square * 8 + copies + gradient
-
-
-def needed(provider: str, case: Case) -> int:
-    """Bytes that the device must hold for a measurement: inputs, a call, and gradients in float64 to judge it by."""
-    n, p, q = case.n, case.p, case.q
-    return n * (p + q) * case.torch_dtype.itemsize + 24 * n * p * case.backward + memory(provider, case)
-
-
-def why_not_run(provider: str, case: Case, ceilings: Ceilings, available: int, patience: float) -> str | None:
-    """The reason not even to try: more bytes than are ``available``, more seconds than ``patience``; or None.
+def too_slow(provider: str, case: Case, ceilings: Ceilings, patience: float) -> str | None:
+    """The reason not even to try: a call takes more seconds than ``patience``; or None.
 
     There is no end to the patience with ours and with the better of the hand-written forms: they are the question.
     """
-    wanted = needed(provider, case)
-    if wanted > available:
-        return f"out of memory (needs {wanted / GIB:.1f} GiB)"
     seconds = flops(provider, case) / ceilings.rate(case, provider)
-    if seconds > patience and provider not in OURS | {better_form(case).__name__}:
+    if seconds > patience and provider not in OURS | {better_form(case)}:
         return f"too slow (at least {seconds:.0f} s a call)"
     return None

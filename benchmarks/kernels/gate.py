@@ -12,12 +12,11 @@ from torch import Tensor
 from benchmarks.harness import Judge, Verdict
 from benchmarks.kernels import estimates
 from benchmarks.kernels.problems import Case
-from benchmarks.kernels.providers import Loss, better_form
+from benchmarks.kernels.providers import FORMS, Loss, better_form
 
 # The largest error of the value, and of the gradient relative to its norm, that still counts as right.
 TOLERANCE = {
     "float32 ieee": (2e-5, 2e-4),
-    "float32 tf32x3": (2e-5, 2e-4),
     "float32 tf32": (3e-3, 1e-2),
     "float16": (3e-3, 1e-2),
     "bfloat16": (2e-2, 5e-2),
@@ -47,26 +46,24 @@ def call(loss: Loss, x: Tensor, y: Tensor, backward: bool) -> Callable[[], Resul
     return forward_backward if backward else forward
 
 
-def truth(case: Case, x: Tensor, y: Tensor) -> Result:
+def true_result(case: Case, x: Tensor, y: Tensor) -> Result:
     """The loss and its gradient from the same features in float64: a hand-written form under autograd."""
-    loss = partial(better_form(case), **case.options)
+    loss = partial(FORMS[better_form(case)], **case.options)
     result = call(loss, x.double(), y.double(), backward=True)()
     return Result(result.value.detach(), result.gradient)
 
 
 def judge(case: Case, x: Tensor, y: Tensor) -> Judge:
     """Errors of value and gradient against the truth, which is computed when it is first needed; NaN is wrong too."""
-    true = cache(lambda: truth(case, x, y))
+    true = cache(lambda: true_result(case, x, y))
     value_limit, gradient_limit = TOLERANCE[estimates.number(case)]
 
     def judged(result: Result) -> Verdict:
-        value = abs(result.value.item() - true().value.item())
-        if not value <= value_limit:
-            return Verdict(f"value off by {value:.1e}", value)
-        if result.gradient is None:
-            return Verdict(None, value)
+        value = Verdict.within(abs(result.value.item() - true().value.item()), value_limit, "value ")
+        if value.red or result.gradient is None:
+            return value
         distance = (result.gradient.double() - true().gradient).norm()
-        gradient = float(distance / true().gradient.norm())
-        return Verdict(None if gradient <= gradient_limit else f"gradient off by {gradient:.1e}", value, gradient)
+        gradient = Verdict.within(float(distance / true().gradient.norm()), gradient_limit, "gradient ")
+        return Verdict(gradient.red, value.value_error, gradient.value_error)
 
     return judged

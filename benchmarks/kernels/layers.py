@@ -17,7 +17,7 @@ from torch import Tensor
 
 import bird_kernels
 from benchmarks.kernels import providers
-from benchmarks.kernels.versus import Answer, Benchmark, Calls, Finish
+from benchmarks.kernels.versus import Answer, Answered, Benchmark, Calls
 from benchmarks.rows import Origin
 
 NETWORKS = {
@@ -33,7 +33,7 @@ Call = Callable[[Layers, Layers], Answer]
 
 
 @dataclass(frozen=True)
-class Question:
+class LayersQuestion:
     """``what`` of a network's layers on ``n`` samples; ``mean``: of the features, in units of their spread, added."""
 
     what: str
@@ -65,20 +65,20 @@ class Question:
         if self.network == "ResNet50":
             calls = {name: call for name, call in calls.items() if name != "loop of cka"}  # 2500 calls
         exact = [[x.double() for x in side] for side in (xs, ys)]
-        truth = _each(providers.gram)(*exact) if self.what == "pairs" else literal_matrix(xs, ys)
+        truth = (_each(providers.by_grams) if self.what == "pairs" else literal_matrix)(*exact)
         return {name: partial(call, xs, ys) for name, call in calls.items()}, truth
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(Finish, Question, Origin):
+class LayersRow(Answered, LayersQuestion, Origin):
     """One measurement."""
 
 
-def ours(xs: Layers, ys: Layers) -> Answer:
+def our_matrix(xs: Layers, ys: Layers) -> Answer:
     return (bird_kernels.cka_matrix(xs, None if ys is xs else ys, estimator="unbiased"),)
 
 
-def pytorch_cka(xs: Layers, ys: Layers) -> Answer:
+def _pytorch_cka(xs: Layers, ys: Layers) -> Answer:
     from cka import cka_from_features  # loads matplotlib, and is not everywhere: late
 
     return (cka_from_features(xs, ys),)
@@ -90,10 +90,10 @@ def loop_of_cka(xs: Layers, ys: Layers) -> Answer:
 
 
 def literal_matrix(xs: Layers, ys: Layers) -> Answer:
-    """The truth: Gram matrices of centred features in fp64, hollow, all of them at once."""
+    """Best written by hand, and in fp64 the truth: Gram matrices of centred features, hollow, all of them at once."""
 
     def grams(side: Layers) -> tuple[Tensor, Tensor]:
-        centred = [x.double() - x.double().mean(0) for x in side]
+        centred = [x - x.mean(0) for x in side]
         hollow = torch.stack([x @ x.T for x in centred])
         hollow.diagonal(dim1=1, dim2=2).zero_()
         return hollow, hollow.sum(1)
@@ -122,20 +122,20 @@ def _each(loss: Callable[[Tensor, Tensor], Tensor]) -> Call:
     return _summed(lambda xs, ys: torch.stack([loss(x, y) for x, y in zip(xs, ys, strict=True)]).sum())
 
 
-MATRIX: dict[str, Call] = {"cka_matrix": ours, "pytorch-cka": pytorch_cka, "loop of cka": loop_of_cka}
+MATRIX: dict[str, Call] = {"cka_matrix": our_matrix, "pytorch-cka": _pytorch_cka, "loop of cka": loop_of_cka}
 PAIRS: dict[str, Call] = {
     "cka_loss of lists": _summed(bird_kernels.cka_loss),
     "loop of cka_loss": _each(bird_kernels.cka_loss),
-    "hand-written Grams": _each(providers.gram),
+    "hand-written Grams": _each(providers.by_grams),
 }
 QUESTIONS = [
-    *(Question(what, name, n) for name in NETWORKS for n in (512, 1000) for what in ("matrix, itself", "matrix")),
-    Question("matrix", "ResNet18", 512, mean=10.0),
-    *(Question("pairs", name, 128) for name in NETWORKS),
+    *(LayersQuestion(what, name, n) for name in NETWORKS for n in (512, 1000) for what in ("matrix, itself", "matrix")),
+    LayersQuestion("matrix", "ResNet18", 512, mean=10.0),
+    *(LayersQuestion("pairs", name, 128) for name in NETWORKS),
 ]
 
 
-LAYERS = Benchmark("layers", QUESTIONS, Row, TOLERANCE, """\
+LAYERS = Benchmark("layers", QUESTIONS, LayersRow, TOLERANCE, """\
 Median of a call, and in brackets how many times the first provider's; fp32, unbiased (pairs: biased, forward and
 backward). The mean is in units of the spread. Errors against fp64; memory beyond the inputs, result included.
 """)  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.kernels.providers import OURS, PROVIDERS
-from benchmarks.kernels.results import Row
+from benchmarks.kernels.results import KernelsRow
 from benchmarks.kernels.tables import BASE, Line, best_rival
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ COLOURS = {provider.name: f"C{index}" for index, provider in enumerate(PROVIDERS
 Alike = tuple[str, ...]  # what the rows of a panel agree in
 
 
-def draw(rows: Iterable[Row], path: Path) -> list[Path]:
+def draw_plots(rows: Iterable[KernelsRow], path: Path) -> list[Path]:
     """One picture: three panels for each kind of row that there is enough of. None without matplotlib."""
     panels = {
         alike: list(lines.values())
@@ -44,7 +44,7 @@ def draw(rows: Iterable[Row], path: Path) -> list[Path]:
     return [path]
 
 
-def _panels(rows: Iterable[Row]) -> dict[Alike, dict[tuple[int, int], Line]]:
+def _panels(rows: Iterable[KernelsRow]) -> dict[Alike, dict[tuple[int, int], Line]]:
     """Rows that agree in everything that is no axis, by n and d; equal widths, since the axes show one.
 
     Where two problems have a case of the same sizes, the first one's rows are shown: they were measured in turns.
@@ -60,15 +60,15 @@ def _panels(rows: Iterable[Row]) -> dict[Alike, dict[tuple[int, int], Line]]:
     return found
 
 
-def _n(row: Row) -> int:
+def _n(row: KernelsRow) -> int:
     return row.n
 
 
-def _d(row: Row) -> int:
+def _d(row: KernelsRow) -> int:
     return row.p
 
 
-def _swept(lines: Sequence[Line], axis: Callable[[Row], int]) -> list[Line]:
+def _swept(lines: Sequence[Line], axis: Callable[[KernelsRow], int]) -> list[Line]:
     """The lines along one axis at the value of the other that has most of them, in order."""
     other = _d if axis is _n else _n
     by_value: dict[int, dict[int, Line]] = {}
@@ -79,11 +79,11 @@ def _swept(lines: Sequence[Line], axis: Callable[[Row], int]) -> list[Line]:
     return [most[key] for key in sorted(most)]
 
 
-def _common(lines: list[Line], axis: Callable[[Row], int]) -> int:
+def _common(lines: list[Line], axis: Callable[[KernelsRow], int]) -> int:
     return axis(next(iter(lines[0].values())))
 
 
-def _curves(axes: Axes, lines: list[Line], axis: Callable[[Row], int], title: str, label: str) -> None:
+def _curves(axes: Axes, lines: list[Line], axis: Callable[[KernelsRow], int], title: str, label: str) -> None:
     for name in dict.fromkeys(name for line in lines for name in line):
         points = [(axis(line[name]), line[name].p50) for line in lines if name in line]
         width, style = 2.4 if name == BASE else 1.2, {"linestyle": "-" if name in OURS else "--"}

@@ -1,4 +1,4 @@
-"""The problems that are measured, by name; the numbers they are measured in; and which of them a device gets."""
+"""What a question is: sizes, numbers, mode, and features to ask it with; and those that ``./dev bench`` asks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Case:
 
     ``problem`` names a family of sizes; that of "rbf" has Gaussian kernels, their bandwidths the median, constant.
     ``precision`` is that of fp32 products, and empty for other dtypes. ``compiled``: torch.compile is asked too, which
-    takes up to a minute on a GPU; no part of the case's identity.
+    takes long; no part of the case's identity.
     """
 
     problem: str
@@ -85,8 +85,8 @@ class Case:
 
 
 @contextlib.contextmanager
-def fp32_products(precision: str) -> Iterator[None]:
-    """PyTorch's own switch for fp32 products, set as a user would; tf32x3 is no choice of PyTorch's and leaves IEEE."""
+def fp32_switched(precision: str) -> Iterator[None]:
+    """PyTorch's own switch for fp32 products, set as a user would."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
@@ -113,36 +113,12 @@ def _cases(
     ]
 
 
-FP32, TF32, TF32X3 = "float32 ieee", "float32 tf32", "float32 tf32x3"
-BF16, FP16 = "bfloat16", "float16"
-
+FP32, BF16 = "float32 ieee", "bfloat16"
 PAPER = ((128, 512), (128, 512, 1280))  # ResNet18 learns from ResNet18, and from MobileNetV2
 WIDTHS = ((128, 64), (128, 128), (128, 256), *PAPER, (128, 128, 768), (128, 1024), (128, 2048, 512), (128, 2048))
-LARGEST_MAP = ((128, 802_816),)  # 256 channels of 56 x 56, not pooled
 
 # Not the full product: each block asks one question. What the README claims comes first, while time is left.
-CUDA = tuple(
-    dict.fromkeys(
-        _cases("bird", PAPER[:1], FP32, BF16, modes=BOTH, compiled=True)
-        + _cases("llm", ((65_536, 1024), (16_384, 4096)), BF16, compiled=True)
-        + _cases("conv", LARGEST_MAP, BF16, modes=BOTH, compiled=True)
-        + _cases("bird", PAPER, FP32, TF32, TF32X3, BF16, FP16)
-        + _cases("bird", PAPER[:1], FP32, BF16, estimators=("unbiased",), modes=BOTH)
-        + _cases("llm", ((8192, 2048),), FP32, TF32, TF32X3, BF16, FP16)
-        + _cases("llm", ((8192, 2048),), FP32, BF16, estimators=("unbiased",))
-        + _cases("bird", WIDTHS, FP32, BF16)
-        + _cases("batch", tuple((2**i, 512) for i in range(5, 17)), FP32, BF16)
-        + _cases("llm", tuple((n, d) for n in (1024, 4096) for d in (576, 1024, 2048, 4096, 8192)), BF16)
-        + _cases("llm", ((4096, 896, 4096), (65_536, 2048), (65_536, 8192)), BF16)
-        + _cases("llm", ((4096, 1024),), FP32, TF32)
-        + _cases("conv", ((128, 25_088), (128, 100_352), (512, 25_088), (1024, 100_352)), BF16)
-        + _cases("conv", ((128, 25_088), *LARGEST_MAP), FP32)
-        + _cases("bird", WIDTHS, FP32, modes=FORWARD)
-        + _cases("rbf", ((128, 512), (1024, 512), (4096, 1024)), FP32, BF16)
-    )
-)
-
-CPU = tuple(
+CASES = tuple(
     dict.fromkeys(
         _cases("bird", PAPER, FP32, modes=FORWARD, compiled=True)
         + _cases("bird", WIDTHS, FP32, compiled=True)
@@ -159,7 +135,6 @@ CPU = tuple(
 )
 
 
-def cases(device: torch.device, pattern: str | None = None) -> list[Case]:
-    """The cases of a device whose name holds ``pattern`` or matches it as a glob: "bird", "llm*bfloat16*"."""
-    chosen = CUDA if device.type == "cuda" else CPU
-    return [case for case in chosen if pattern is None or pattern in str(case) or fnmatch(str(case), pattern)]
+def cases(pattern: str | None = None) -> list[Case]:
+    """Those whose name holds ``pattern`` or matches it as a glob: "bird", "llm*bfloat16*"."""
+    return [case for case in CASES if pattern is None or pattern in str(case) or fnmatch(str(case), pattern)]

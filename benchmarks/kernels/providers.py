@@ -44,7 +44,7 @@ def naive(x: Tensor, y: Tensor, kernel: str = "linear", estimator: str = "biased
     return 1 - hsic(x, y) / (hsic(x, x).sqrt() * hsic(y, y).sqrt())
 
 
-def gram(x: Tensor, y: Tensor, estimator: str = "biased", kernel: str = "linear") -> Tensor:
+def by_grams(x: Tensor, y: Tensor, estimator: str = "biased", kernel: str = "linear") -> Tensor:
     """Centre the columns, two Grams, three sums: ``n^2 (p + q)`` products, the best plain form at small n."""
     x, y = _centred(x), _centred(y)
     if kernel == "rbf":
@@ -67,12 +67,12 @@ def gram(x: Tensor, y: Tensor, estimator: str = "biased", kernel: str = "linear"
     return 1 - hsic(k, l, rows_k, rows_l) / (own * other).sqrt()
 
 
-def feature(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
+def by_features(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
     """Centre the columns, three cross-products: ``n (p^2 + q^2 + p q)``, the best plain form at large n."""
     x, y = _centred(x), _centred(y)
     # Sums of squares and not norms: as fast, and torch's norm of 4096^2 numbers in fp32 is off by 4e-4.
     cross, own, other = (_wide(a.T @ b).square().sum() for a, b in ((y, x), (x, x), (y, y)))
-    if estimator == "unbiased":  # the same as in `gram`, from the squared row norms alone: the rows of K sum to zero
+    if estimator == "unbiased":  # as in `by_grams`, from the squared row norms alone: the rows of K sum to zero
         n = x.shape[0]
         kappa, lam = _wide(x).square().sum(1), _wide(y).square().sum(1)
 
@@ -87,7 +87,7 @@ def feature(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
 
 def fp64(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
     """The feature form on a float64 copy: what losses in public code do for accuracy."""
-    return feature(x.double(), y.double(), estimator).to(torch.float32)
+    return by_features(x.double(), y.double(), estimator).to(torch.float32)
 
 
 def _gaussian(x: Tensor) -> Tensor:
@@ -108,44 +108,42 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 2 else x
 
 
-def better_form(case: Case) -> Callable[..., Tensor]:
+FORMS: dict[str, Callable[..., Tensor]] = {"gram": by_grams, "feature": by_features}
+
+
+def better_form(case: Case) -> str:
     """The hand-written form with fewer products for this case."""
     n, p, q = case.n, case.p, case.q
-    return gram if case.problem == "rbf" or n * n * (p + q) <= n * (p * p + q * q + p * q) else feature
+    return "gram" if case.problem == "rbf" or n * n * (p + q) <= n * (p * p + q * q + p * q) else "feature"
 
 
-def _hand_written(form: Callable[..., Tensor], case: Case, capture: bool) -> Loss:
+def pytorch_cka(x: Tensor, y: Tensor) -> Tensor:
+    """1 - CKA of the package of that name; unbiased."""
+    from cka import cka_from_features  # loads matplotlib: late
+
+    return 1 - cka_from_features(x, y)[0, 0]
+
+
+def _hand_written(form: Callable[..., Tensor], case: Case) -> Loss:
     return partial(form, **case.options)
 
 
-def _compiled(case: Case, capture: bool) -> Loss:
-    """Tuned, and on CUDA in the compiler's own graphs, unless a graph is going to ``capture`` it."""
+def _compiled(case: Case) -> Loss:
     torch.compiler.reset()  # one compilation per case: static shapes, no limit on recompilations
-    mode = "max-autotune-no-cudagraphs" if capture else "max-autotune"
-    return torch.compile(partial(better_form(case), **case.options), fullgraph=True, dynamic=False, mode=mode)
+    form = partial(FORMS[better_form(case)], **case.options)
+    return torch.compile(form, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
 
 
-def _pytorch_cka(case: Case, capture: bool) -> Loss:
-    from cka import cka_from_features  # loads matplotlib: late
-
-    return lambda x, y: 1 - cka_from_features(x, y)[0, 0]
-
-
-def _ours(backend: str, case: Case, capture: bool) -> Loss:
-    # What PyTorch's switch says needs no argument; that is how it is called.
-    precision = "tf32x3" if case.precision == "tf32x3" else None
-    return partial(bird_kernels.cka_loss, backend=backend, precision=precision, **case.options)  # type: ignore[arg-type]
+def _ours(backend: str, case: Case) -> Loss:
+    return partial(bird_kernels.cka_loss, backend=backend, **case.options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """A way to the loss: ``build(case, capture)`` gives the function, one that a CUDA graph can capture if need be.
-
-    ``ours`` must never be wrong. ``compiles``: on CUDA it has graphs of its own unless it is captured.
-    """
+    """A way to the loss: ``build(case)`` gives the function, whose first calls may compile; ``ours`` is never wrong."""
 
     name: str
-    build: Callable[[Case, bool], Loss]
+    build: Callable[[Case], Loss]
     ours: bool = False
     compiles: bool = False
 
@@ -153,7 +151,7 @@ class Provider:
         """The reason that this provider has no part in a case, or None."""
         if self.ours:
             if self.name == "triton" and device.type == "cpu":
-                return "Triton kernels are timed on CUDA devices only"
+                return "Triton kernels are timed by ./dev gpu"
             if self.name == "auto":
                 return None
             known = self.name in backends.NAMES
@@ -162,8 +160,6 @@ class Provider:
             return backends.why_not(self.name, case.torch_dtype, device, few, asked) if known else "not in this version"
         if case.problem == "rbf" and self.name not in ("naive", "gram"):
             return "it computes the linear kernel only"
-        if case.precision == "tf32x3":
-            return "PyTorch has no tf32x3 products"
         if self.name == "naive" and case.estimator != "biased":
             return "the usual formula is the biased estimator's"
         if self.name == "pytorch-cka":
@@ -179,14 +175,13 @@ class Provider:
 PROVIDERS = (
     Provider("naive", partial(_hand_written, naive)),
     Provider("fp64", partial(_hand_written, fp64)),
-    Provider("gram", partial(_hand_written, gram)),
-    Provider("feature", partial(_hand_written, feature)),
+    *(Provider(name, partial(_hand_written, form)) for name, form in FORMS.items()),
     Provider("compiled", _compiled, compiles=True),
-    Provider("pytorch-cka", _pytorch_cka),
+    Provider("pytorch-cka", lambda case: pytorch_cka),
     *(Provider(name, partial(_ours, name), ours=True) for name in ("library", "triton", "native", "auto")),
 )
 OURS = {provider.name for provider in PROVIDERS if provider.ours}
-HAND_WRITTEN = ("gram", "feature")  # the faster of the two is what a careful user would have
+HAND_WRITTEN = tuple(FORMS)  # the faster of the two is what a careful user would have
 
 
 def taking_part(case: Case, device: torch.device, pattern: str | None = None) -> Sequence[Provider]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks import rows
-from benchmarks.harness import Entry, Timing
+from benchmarks.harness import Entry
 from benchmarks.kernels import estimates
 from benchmarks.kernels.estimates import Ceilings
 from benchmarks.kernels.problems import Case
@@ -20,10 +20,10 @@ Key = tuple[object, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finish:
+class Measures:
     """Times and floor in seconds, memory in bytes, ceilings in bytes/s and flop/s; None is unknown.
 
-    With a red gate there is the reason and no time. ``launches`` counts kernels, copies and fills on a GPU.
+    With a red gate there is the reason and no time. ``launches`` is a GPU's: ``./dev gpu`` counts them.
     """
 
     timer: str
@@ -43,13 +43,13 @@ class Finish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(Finish, Case, Origin):
+class KernelsRow(Measures, Case, Origin):
     """One measurement."""
 
     @property
     def question(self) -> Key:
         """Case and timer: rows of one question compete."""
-        return (*(getattr(self, name) for name in rows.columns(Case)), self.timer)
+        return (*(getattr(self, name) for name in rows.columns_of(Case)), self.timer)
 
     @property
     def key(self) -> Key:
@@ -57,14 +57,14 @@ class Row(Finish, Case, Origin):
         return (*self.question, self.provider)
 
 
-def row(about: dict[str, str], case: Case, timer: str, entry: Entry, limits: Ceilings, device: torch.device) -> Row:
+def row(about: dict[str, str], case: Case, entry: Entry, limits: Ceilings) -> KernelsRow:
     """A contest's entry as a row; ``about`` is its origin."""
-    return Row(
-        **about, **{name: getattr(case, name) for name in rows.columns(Case)}, timer=timer, provider=entry.name,
+    moved = estimates.traffic(case)
+    return KernelsRow(
+        **about, **{name: getattr(case, name) for name in rows.columns_of(Case)}, timer="wall", provider=entry.name,
         red=entry.why, value_error=entry.verdict.value_error, gradient_error=entry.verdict.gradient_error,
-        **asdict(Timing.of(entry.seconds.get(timer, []))),
-        launches=entry.launches, peak_memory=entry.peak_memory, floor=estimates.floor(case, limits, device),
-        copy_ceiling=limits.copy(estimates.traffic(case, device)), product_ceiling=limits.rate(case),
+        **entry.timing("wall"), launches=None, peak_memory=entry.peak_memory,
+        floor=estimates.floor(case, limits), copy_ceiling=limits.copy(moved), product_ceiling=limits.rate(case),
     )  # fmt: skip
 
 
@@ -73,11 +73,11 @@ def path_for(device: torch.device) -> Path:
     return RESULTS / f"{rows.slug(rows.device_name(device))}.csv"
 
 
-def read(path: Path) -> list[Row]:
+def read_kernels(path: Path) -> list[KernelsRow]:
     """The rows of a file."""
-    return rows.read(path, Row)
+    return rows.load_rows(path, KernelsRow)
 
 
-def merged(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+def updated(old: Iterable[KernelsRow], new: Iterable[KernelsRow]) -> list[KernelsRow]:
     """Old rows, each replaced where there is a new one with the same key, and the new ones that have no old one."""
     return list(({row.key: row for row in old} | {row.key: row for row in new}).values())

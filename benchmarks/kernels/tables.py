@@ -1,32 +1,22 @@
-"""Rows as a page for people: for each kind of number, mode and timer a line per problem and a column per provider."""
+"""Rows as a page for people: for each kind of number and mode a line per problem and a column per provider."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from benchmarks.kernels.providers import HAND_WRITTEN, OURS, PROVIDERS
-from benchmarks.kernels.results import Row
-from benchmarks.rows import beside, duration, heading, markdown
+from benchmarks.kernels.results import KernelsRow
+from benchmarks.rows import beside, duration, heading, table_text
 
 BASE = "auto"  # what a user of the package gets; everything is compared with it
-TIMERS = {
-    "wall": "Time of a call",
-    "host": "Time of the host in a call",
-    "device": "Time of the device in a call, caches cold",
-    "graph": "Time of a CUDA graph's replay, caches cold",
-}
-DETAILS: tuple[tuple[str, str, Callable[[int], str]], ...] = (
-    ("Launches", "launches", str),
-    ("Peak memory beyond the inputs, MiB", "peak_memory", lambda size: f"{size / 2**20:.3g}"),
-)
-Line = dict[str, Row]  # rows of one question, by provider
+Line = dict[str, KernelsRow]  # rows of one question, by provider
 
 
-def page(rows: Sequence[Row]) -> str:
+def kernels_page(rows: Sequence[KernelsRow]) -> str:
     """Markdown: the origin, then the tables."""
-    sections: dict[tuple[str, str, str, str, str], dict[object, Line]] = {}
+    sections: dict[tuple[str, str, str, str], dict[object, Line]] = {}
     for row in rows:
-        title = row.timer, row.mode, row.dtype, row.precision, row.estimator
+        title = row.mode, row.dtype, row.precision, row.estimator
         sections.setdefault(title, {}).setdefault(row.question, {})[row.provider] = row
     parts = [heading("Kernel benchmarks", rows) + EXPLANATION]
     parts += [_section(*title, list(lines.values())) for title, lines in sections.items()]
@@ -36,23 +26,19 @@ def page(rows: Sequence[Row]) -> str:
 EXPLANATION = f"""\
 Median of a call, and how many times that of `{BASE}` it is. *Hand-written* is the faster of the two forms that a user
 would write, *floor* what no call can beat: the cheaper route's products at the rate of a big product on this device, or
-the bytes that must move at the rate of a copy of as many. *Launches* are the kernels, copies and fills of one call; its
-memory includes the gradient.
+the bytes that must move at the rate of a copy of as many. A call's memory includes the gradient.
 """
 
 
-def _section(timer: str, mode: str, dtype: str, precision: str, estimator: str, lines: list[Line]) -> str:
+def _section(mode: str, dtype: str, precision: str, estimator: str, lines: list[Line]) -> str:
     names = [p.name for p in PROVIDERS if any(p.name in line for line in lines)]
-    title = f"## {mode}, {' '.join(filter(None, (dtype, precision)))}, {estimator}: {TIMERS[timer].lower()}\n"
+    title = f"## {mode}, {' '.join(filter(None, (dtype, precision)))}, {estimator}: time of a call\n"
     columns: list[tuple[str, Callable[[Line], str]]] = [(name, _cell(name)) for name in names]
     if set(HAND_WRITTEN) <= set(names):
         columns.append(("hand-written", _best_by_hand))
     columns.append(("floor", lambda line: duration(_any(line).floor)))
-    text = f"{title}\n{_table(lines, columns)}"
-    for what, column, show in DETAILS:
-        if any(getattr(row, column) is not None for line in lines for row in line.values()):
-            text += f"\n{what}.\n\n{_table(lines, [(name, _detail(name, column, show)) for name in names])}"
-    return text
+    memory = _table(lines, [(name, _memory(name)) for name in names])
+    return f"{title}\n{_table(lines, columns)}\nPeak memory beyond the inputs, MiB.\n\n{memory}"
 
 
 def _cell(name: str) -> Callable[[Line], str]:
@@ -84,15 +70,15 @@ def _compared(seconds: float, line: Line) -> str:
     return beside(seconds, line[BASE].p50 if BASE in line else None)
 
 
-def _detail(name: str, column: str, show: Callable[[int], str]) -> Callable[[Line], str]:
+def _memory(name: str) -> Callable[[Line], str]:
     def cell(line: Line) -> str:
-        value = getattr(line[name], column) if name in line else None
-        return "–" if value is None else show(value)
+        size = line[name].peak_memory if name in line else None
+        return "–" if size is None else f"{size / 2**20:.3g}"
 
     return cell
 
 
-def _any(line: Line) -> Row:
+def _any(line: Line) -> KernelsRow:
     return next(iter(line.values()))
 
 
@@ -101,4 +87,4 @@ def _table(lines: list[Line], columns: Sequence[tuple[str, Callable[[Line], str]
     for line in lines:
         row = _any(line)
         cells.append([row.problem, str(row.n), str(row.p), str(row.q), *(cell(line) for _, cell in columns)])
-    return markdown(cells)
+    return table_text(cells)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import bird_kernels
 from benchmarks.kernels import providers
-from benchmarks.kernels.versus import Answer, Benchmark, Calls, Finish
+from benchmarks.kernels.versus import Answer, Answered, Benchmark, Calls
 from benchmarks.rows import Origin
 
 TOLERANCE = 1e-4
@@ -23,7 +23,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student [B, T, p], teacher 
 
 
 @dataclass(frozen=True)
-class Question:
+class TokensQuestion:
     """Which ``tokens`` of a batch of ``B`` sequences of up to ``T`` tokens are compared."""
 
     tokens: str
@@ -60,7 +60,7 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(Finish, Question, Origin):
+class TokensRow(Answered, TokensQuestion, Origin):
     """One measurement."""
 
 
@@ -89,30 +89,30 @@ CALLS: dict[str, dict[str, Loss]] = {
     "all": {
         "token_cka_loss": _ours("all"),
         "cka_loss of x[mask]": _rows(bird_kernels.cka_loss),
-        "hand-written, x[mask]": _rows(providers.feature),
+        "hand-written, x[mask]": _rows(providers.by_features),
     },
     "last": {
         "token_cka_loss": _ours("last"),
         "cka_loss of the last": _last(bird_kernels.cka_loss),
-        "hand-written, the last": _last(providers.gram),
+        "hand-written, the last": _last(providers.by_grams),
     },
     "sequence": {
         "token_cka_loss": _ours("sequence"),
         "loop of cka_loss": _loop(bird_kernels.cka_loss),
-        "hand-written loop": _loop(providers.gram),
+        "hand-written loop": _loop(providers.by_grams),
     },
 }
 QUESTIONS = [
-    Question("all", 16, 256, 576, 384),
-    Question("all", 32, 128, 256, 384),
-    Question("last", 256, 32, 576, 384),
-    Question("sequence", 32, 128, 256, 256),
-    Question("sequence", 64, 64, 576, 384),
-    Question("sequence", 8, 512, 256, 384),
+    TokensQuestion("all", 16, 256, 576, 384),
+    TokensQuestion("all", 32, 128, 256, 384),
+    TokensQuestion("last", 256, 32, 576, 384),
+    TokensQuestion("sequence", 32, 128, 256, 256),
+    TokensQuestion("sequence", 64, 64, 576, 384),
+    TokensQuestion("sequence", 8, 512, 256, 384),
 ]
 
 
-TOKENS = Benchmark("tokens", QUESTIONS, Row, TOLERANCE, """\
+TOKENS = Benchmark("tokens", QUESTIONS, TokensRow, TOLERANCE, """\
 Median of forward and backward, and in brackets how many times that of `token_cka_loss`; fp32, biased, half to all of T
 tokens valid. Errors of value and gradient against fp64; memory beyond the inputs, result included.
 """)  # fmt: skip

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness, rows
-from benchmarks.harness import Candidate, Timing, Verdict
+from benchmarks.harness import Contestant, Judge, Verdict
 from benchmarks.machine import Machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,7 +22,7 @@ Calls = dict[str, Callable[[], Answer]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finish:
+class Answered:
     """What came out for one call: seconds, bytes beyond the inputs, largest error; a ``red`` one has no time."""
 
     provider: str
@@ -56,22 +55,21 @@ class Benchmark:
     def ask(self, question: Question, device: torch.device) -> list[Any]:
         """Every provider past the gate, then timed in turns."""
         calls, truth = question.contest(device)
-        candidates = [Candidate(name, call, captured=False) for name, call in calls.items()]
-        judge = partial(_judged, truth=truth, tolerance=self.tolerance)
-        entries = harness.compete(Machine(device), candidates, judge, ["device"], _budget, watch=True)
-        found = {entry.name: entry for entry in entries}
-        about = rows.origin(device) | vars(question)
+        candidates = [Contestant(name, call, captured=False) for name, call in calls.items()]
+        judge = judge_of(lambda: truth, self.tolerance)
+        found = harness.contest(Machine(device), candidates, judge, "device", SHARE, PATIENCE, watch=True)
+        about = rows.origin_of(device) | vars(question)
         return [
             self.row(
                 **about, provider=name, red=found[name].why, error=found[name].verdict.value_error,
-                **asdict(Timing.of(found[name].seconds.get("device", []))), peak_memory=found[name].peak_memory,
+                **found[name].timing("device"), peak_memory=found[name].peak_memory,
             )
             for name in calls
         ]  # fmt: skip
 
     def page(self, found: Sequence[Any]) -> str:
         """Markdown: the origin, then a line for each row."""
-        asked = list(rows.columns(type(self.questions[0])))
+        asked = list(rows.columns_of(type(self.questions[0])))
         cells = [[*asked, "provider", "time", "error", "memory, MiB"]]
         first: dict[tuple[object, ...], Any] = {}
         for row in found:
@@ -82,7 +80,7 @@ class Benchmark:
             cells.append(
                 [*map(rows.cell, question), row.provider, row.red or rows.beside(row.p50, base.p50), error, memory]
             )
-        return rows.heading(self.name.capitalize(), found) + self.explanation + "\n" + rows.markdown(cells)
+        return rows.heading(self.name.capitalize(), found) + self.explanation + "\n" + rows.table_text(cells)
 
     def main(self, description: str | None) -> None:
         """Ask everything, print the page, and keep it if asked to."""
@@ -98,16 +96,16 @@ class Benchmark:
         ]
         found = [row for question in chosen for row in self.ask(question, device)]
         path = RESULTS / f"{rows.slug(rows.device_name(device))}-{self.name}.csv"
-        rows.finish(path, found, self.page(found), options.save)
+        rows.conclude(path, found, self.page(found), options.save)
 
 
-def _budget(once: float, takes: int) -> int:
-    return harness.rounds(once, SHARE, PATIENCE)
+def judge_of(truth: Callable[[], Answer], tolerance: float) -> Judge:
+    """By the largest distance of an answer's parts from the truth's, which is asked for when it is needed."""
 
+    def judge(answer: Answer) -> Verdict:
+        return Verdict.within(max(map(_distance, answer, truth())), tolerance)
 
-def _judged(answer: Answer, truth: Answer, tolerance: float) -> Verdict:
-    error = max(_distance(got, true) for got, true in zip(answer, truth, strict=True))
-    return Verdict(None if error <= tolerance else f"off by {error:.1e}", error)
+    return judge
 
 
 def _distance(got: Tensor, true: Tensor) -> float:

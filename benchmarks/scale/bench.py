@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.multiprocessing import spawn
 
 from benchmarks import harness, rows
-from benchmarks.harness import Candidate, Timing, Verdict
+from benchmarks.harness import Contestant, Verdict
 from benchmarks.machine import Machine
 from benchmarks.rows import Origin
-from benchmarks.scale.model import size_of, time_of
+from benchmarks.scale.model import size_of
 from bird_kernels import cka_loss, plan, transport
 from bird_kernels.clocks import Run, Take
 from bird_kernels.types import Problem
@@ -46,7 +46,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(Origin):
+class ScaleRow(Origin):
     """One contestant on one shape: each rank's rows n, bytes that it sends (ours), seconds of forward and backward."""
 
     ranks: int
@@ -93,7 +93,7 @@ CONTESTANTS: dict[str, Loss] = {
 }  # fmt: skip
 
 
-def truth(x: Tensor, y: Tensor) -> accuracy.Result:
+def whole_truth(x: Tensor, y: Tensor) -> accuracy.Result:
     """The hand-written loss in fp64, under autograd: the literal formula would take minutes at 8,192 rows."""
     route = plan.choose_route(len(x), x.shape[1], y.shape[1])
     return accuracy.evaluate(accuracy.plain(route), x.double(), y.double(), sides="x")
@@ -114,21 +114,24 @@ class Ranks(Machine):
         return partial(self.seconds, run)
 
 
-def compete(shape: tuple[int, int, int]) -> list[Row]:
+def contest_of(shape: tuple[int, int, int]) -> list[ScaleRow]:
     """All contestants on one shape; every rank runs this, the first one's rows count."""
     rank, world = dist.get_rank(), dist.get_world_size()
     n, p, q = shape
     x, y = accuracy.features(n * world, p, q)
     own = slice(rank * n, (rank + 1) * n)
-    whole, parts = truth(x, y), truth(x[own], y[own])
+    whole, parts = whole_truth(x, y), whole_truth(x[own], y[own])
     mine, teacher = x[own].clone().requires_grad_(), y[own].clone()
     chosen = transport.choose(Problem(n * world, p, q, x.dtype, x.device), [n] * world, "auto")
     sent = {chosen.name: chosen.bytes, ("gathered" if chosen.name == "merged" else "merged"): chosen.other_bytes}
     values: dict[str, float] = {}
 
     def call(name: str, loss: Loss) -> tuple[str, Tensor, Tensor]:
-        value = loss(mine, teacher)
-        return name, value.detach(), torch.autograd.grad(value, mine)[0]
+        try:
+            value = loss(mine, teacher)
+            return name, value.detach(), torch.autograd.grad(value, mine)[0]
+        except Exception as error:  # on this rank, perhaps on no other: past the harness, they must not wait for it
+            raise SystemExit(f"{name}: {rows.message(error)}") from error
 
     def judge(answer: tuple[str, Tensor, Tensor]) -> Verdict:
         """The largest errors of all ranks, so that all come to the same verdict; and the mean of their values."""
@@ -140,61 +143,52 @@ def compete(shape: tuple[int, int, int]) -> list[Row]:
         dist.all_reduce(worst[:2], dist.ReduceOp.MAX)
         dist.all_reduce(worst[2:])
         off, error, values[name] = worst.tolist()
-        return Verdict(None if off <= GATE else f"off by {off:.1e}", gradient_error=error)
+        return Verdict.within(off, GATE)._replace(gradient_error=error)
 
-    candidates = [Candidate(name, partial(call, name, loss), captured=False) for name, loss in CONTESTANTS.items()]
-    entries = harness.compete(Ranks(x.device), candidates, judge, ["wall"], _budget)
-    found = {}
-    for entry in entries:
-        if entry.status == "failed":  # on this rank, perhaps on no other: they must not wait for it
-            raise RuntimeError(f"{entry.name}: {entry.why}")
-        found[entry.name] = entry
-    about = rows.origin(x.device) | dict(ranks=world, n=n, p=p, q=q, whole_value=whole.value.item())
+    candidates = [Contestant(name, partial(call, name, loss), captured=False) for name, loss in CONTESTANTS.items()]
+    found = harness.contest(Ranks(x.device), candidates, judge, "wall", SHARE, PATIENCE)
+    about = rows.origin_of(x.device) | dict(ranks=world, n=n, p=p, q=q, whole_value=whole.value.item())
     return [
-        Row(
+        ScaleRow(
             **about, name=name, chosen=name == chosen.name, value=values.get(name), red=found[name].why,
             gradient_error=found[name].verdict.gradient_error, sent=sent.get(name),
-            **asdict(Timing.of(found[name].seconds.get("wall", []))),
+            **found[name].timing("wall"),
         )
         for name in CONTESTANTS
     ]  # fmt: skip
 
 
-def _budget(once: float, takes: int) -> int:
-    return harness.rounds(once, SHARE, PATIENCE)
-
-
-def work(rank: int, world: int, shapes: list[tuple[int, int, int]], folder: str) -> None:
+def rank_main(rank: int, world: int, shapes: list[tuple[int, int, int]], folder: str) -> None:
     warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_gather is deprecated", FutureWarning)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    found = [row for shape in shapes for row in compete(shape)]
+    found = [row for shape in shapes for row in contest_of(shape)]
     if rank == 0:
         (Path(folder) / "rows.json").write_text(json.dumps([asdict(row) for row in found]))
     gc.collect()  # whoever holds on to the group keeps gloo's threads alive, which may abort the process at its end
     dist.destroy_process_group()
 
 
-def measured(world: int, shapes: list[tuple[int, int, int]]) -> list[Row]:
+def on_ranks(world: int, shapes: list[tuple[int, int, int]]) -> list[ScaleRow]:
     """The contest on so many ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(work, (world, shapes, folder), nprocs=world)
-        return [Row(**row) for row in json.loads((Path(folder) / "rows.json").read_text())]
+        spawn(rank_main, (world, shapes, folder), nprocs=world)
+        return [ScaleRow(**row) for row in json.loads((Path(folder) / "rows.json").read_text())]
 
 
-def page(found: list[Row]) -> str:
+def scale_page(found: list[ScaleRow]) -> str:
     """Markdown: origin, then a line per shape."""
     names = list(CONTESTANTS)
     cells = [["rows of each rank, p, q", *names, "sent, merged", "sent, gathered", "CKA, whole", "CKA, average"]]
     for shape in dict.fromkeys((row.n, row.p, row.q) for row in found):
         line = {row.name: row for row in found if (row.n, row.p, row.q) == shape}
         base = next(row for row in line.values() if row.chosen)
-        shown = [cell(line[name], base) for name in names]
+        shown = [_cell(line[name], base) for name in names]
         sent = [size_of(line[name].sent or 0) for name in ("merged", "gathered")]
         ckas = [f"{1 - value:.3f}" if value is not None else "–" for value in (base.whole_value, line["average"].value)]
         cells.append([", ".join(f"{size:,}" for size in shape), *shown, *sent, *ckas])
     title = f"Global batches: {found[0].ranks} ranks over gloo"
-    return f"{rows.heading(title, found)}{EXPLANATION}\n{rows.markdown(cells)}"
+    return f"{rows.heading(title, found)}{EXPLANATION}\n{rows.table_text(cells)}"
 
 
 EXPLANATION = """\
@@ -205,10 +199,10 @@ objective* (last two columns). Everybody passes a gate against fp64 first.
 """
 
 
-def cell(row: Row, base: Row) -> str:
+def _cell(row: ScaleRow, base: ScaleRow) -> str:
     if row.p50 is None or base.p50 is None:
         return row.red or "-"
-    return f"{time_of(row.p50)} ({row.p50 / base.p50:.2f}×){' *' if row.chosen else ''}"
+    return rows.beside(row.p50, base.p50) + " *" * row.chosen
 
 
 def main() -> None:
@@ -216,13 +210,13 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    found = measured(arguments.ranks, list(SHAPES))
-    rows.finish(path_of(found), found, page(found), arguments.save)
+    found = on_ranks(arguments.ranks, list(SHAPES))
+    rows.conclude(path_of(found), found, scale_page(found), arguments.save)
     if any(row.red for row in found):
         raise SystemExit("a contestant is wrong")
 
 
-def path_of(found: list[Row]) -> Path:
+def path_of(found: list[ScaleRow]) -> Path:
     """The file of rows, named by device and ranks."""
     return RESULTS / f"{rows.slug(f'{found[0].device} {found[0].ranks} ranks')}.csv"
 

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.rows import markdown
+from benchmarks.rows import duration, table_text, with_unit
 from bird_kernels import cka, plan, transport
 from bird_kernels.types import Problem, Transport
 from tests import accuracy
@@ -26,7 +27,7 @@ LINKS = {"NVLink": 450e9, "InfiniBand": 50e9, "Ethernet": 12.5e9}  # bytes/s tha
 
 
 @dataclass(frozen=True)
-class Shape:
+class RankShape:
     """What each rank brings: rows, student's and teacher's width, and the dtype of both."""
 
     name: str
@@ -45,21 +46,21 @@ class Shape:
 
 
 SHAPES = (
-    Shape("images, narrow", 128, 512, 512, torch.float32),
-    Shape("images, wide", 64, 2048, 2048),
-    Shape("sentences", 32, 768, 4096),
-    Shape("tokens", 16384, 4096, 4096),
+    RankShape("images, narrow", 128, 512, 512, torch.float32),
+    RankShape("images, wide", 64, 2048, 2048),
+    RankShape("sentences", 32, 768, 4096),
+    RankShape("tokens", 16384, 4096, 4096),
 )
 
 
-def both(shape: Shape, world: int) -> tuple[int, int]:
+def both(shape: RankShape, world: int) -> tuple[int, int]:
     """Bytes that each rank sends: merged, gathered."""
     chosen = shape.transport(world)
     sizes = chosen.bytes, chosen.other_bytes
     return sizes if chosen.name == "merged" else (sizes[1], sizes[0])
 
 
-def memory(shape: Shape, world: int) -> int:
+def memory_of_rank(shape: RankShape, world: int) -> int:
     """Bytes on each rank beyond its inputs and gradient, biased, gradient of the student.
 
     Gathered: what the local computation keeps, and what travels, twice.
@@ -71,7 +72,7 @@ def memory(shape: Shape, world: int) -> int:
     return plan.workspace(shape.problem(rows), plan.choose_route(rows, shape.p, shape.q), "library") + 2 * travelling
 
 
-def merged_memory(shape: Shape) -> int:
+def merged_memory(shape: RankShape) -> int:
     """The peak of the merged way: products beside centred rows, products beside what travels, or the backward, in which
     half precision has a wide copy of the teacher's rows first, and a wide gradient then."""
     n, p, q, wide = shape.n, shape.p, shape.q, max(shape.dtype.itemsize, 4)
@@ -82,14 +83,14 @@ def merged_memory(shape: Shape) -> int:
     return max(rows + products, products + travelling, backward)
 
 
-def work(shape: Shape, world: int, name: str) -> int:
+def flops_of_rank(shape: RankShape, world: int, name: str) -> int:
     """Floating-point operations of each rank, forward and backward: its own rows' if merged, the whole if gathered."""
     rows = shape.n if name == "merged" else shape.n * world
     route = "cross" if name == "merged" else plan.choose_route(rows, shape.p, shape.q)
     return plan.route_flops(route, rows, shape.p, shape.q, True, False)
 
 
-def crossover(shape: Shape) -> int:
+def crossover(shape: RankShape) -> int:
     """The fewest ranks from which on sums are fewer bytes than rows."""
     return next(world for world in range(2, 1 << 20) if shape.transport(world).name == "merged")
 
@@ -102,10 +103,10 @@ def costs() -> str:
             chosen = shape.transport(world)
             sent = dict(zip(("merged", "gathered"), map(size_of, both(shape, world)), strict=True))
             sent[chosen.name] = f"**{sent[chosen.name]}**"
-            times = [time_of(chosen.bytes / rate) for rate in LINKS.values()]
+            times = [duration(chosen.bytes / rate) for rate in LINKS.values()]
             counts = f"{world:,}", f"{shape.n * world:,}"
-            cells.append([label(shape), *counts, *sent.values(), *times, size_of(memory(shape, world))])
-    return markdown(cells)
+            cells.append([label(shape), *counts, *sent.values(), *times, size_of(memory_of_rank(shape, world))])
+    return table_text(cells)
 
 
 def turning_points() -> str:
@@ -113,9 +114,11 @@ def turning_points() -> str:
     cells = [["each rank's rows", "sums are fewer bytes from", "work of each rank, merged", "gathered, there"]]
     for shape in SHAPES:
         world = crossover(shape)
-        amounts = [scaled(work(shape, world, name) / 1e9, ("Gflop", "Tflop")) for name in ("merged", "gathered")]
+        amounts = [
+            with_unit(flops_of_rank(shape, world, name) / 1e9, ("Gflop", "Tflop")) for name in ("merged", "gathered")
+        ]
         cells.append([label(shape), f"{world:,} ranks, {world * shape.n:,} rows", *amounts])
-    return markdown(cells)
+    return table_text(cells)
 
 
 def objectives() -> str:
@@ -124,45 +127,28 @@ def objectives() -> str:
     cells = [["rows per rank", "ranks", "biased, average", "biased, whole", "unbiased, average", "unbiased, whole"]]
     for rows in (512, 128, 32, 8):
         values = [
-            mean([split_cka(x, y, part, estimator) for x, y in draws])
+            fmean([split_cka(x, y, part, estimator) for x, y in draws])
             for estimator in ("biased", "unbiased")
             for part in (rows, 512)
         ]
         cells.append([str(rows), str(512 // rows), *(f"{value:.3f}" for value in values)])
-    return markdown(cells)
+    return table_text(cells)
 
 
 def split_cka(x: Tensor, y: Tensor, rows: int, estimator: str) -> float:
     """The average of the CKA of parts of so many rows."""
     parts = zip(x.split(rows), y.split(rows), strict=True)
-    return mean([cka(a, b, estimator=estimator).item() for a, b in parts])
+    return fmean([cka(a, b, estimator=estimator).item() for a, b in parts])
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def label(shape: Shape) -> str:
+def label(shape: RankShape) -> str:
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[shape.dtype]
     return f"{shape.name}: {shape.n:,} x {shape.p:,} and {shape.q:,}, {dtype}"
 
 
 def size_of(size: float) -> str:
     """Bytes for people, powers of 1000."""
-    return scaled(size, ("B", "kB", "MB", "GB", "TB"))
-
-
-def scaled(value: float, units: tuple[str, ...]) -> str:
-    """Three digits and a unit, each a thousand of the one before."""
-    for unit in units[:-1]:
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} {units[-1]}"
-
-
-def time_of(seconds: float) -> str:
-    return scaled(seconds * 1e6, ("us", "ms", "s"))
+    return with_unit(size, ("B", "kB", "MB", "GB", "TB"))
 
 
 def sections() -> Iterator[tuple[str, str]]:
@@ -171,7 +157,7 @@ def sections() -> Iterator[tuple[str, str]]:
         yield function.__name__, function()
 
 
-def written(page: str) -> str:
+def with_parts(page: str) -> str:
     """The page with its generated parts anew."""
     for name, text in sections():
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -180,7 +166,7 @@ def written(page: str) -> str:
     return page
 
 
-def draw(path: Path) -> None:
+def draw_picture(path: Path) -> None:
     """Bytes that each rank sends against the number of ranks, both transports, for each shape."""
     from matplotlib.figure import Figure
 
@@ -202,5 +188,5 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    draw(PICTURE)
+    PAGE.write_text(with_parts(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_picture(PICTURE)

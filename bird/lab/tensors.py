@@ -1,11 +1,12 @@
-"""Tensors in files: written atomically, read without running code."""
+"""Tensors and arrays in files: written atomically, read without running code."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from ..files import atomic
@@ -44,3 +45,21 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise ValueError(UNREADABLE.format(path))
     return state
+
+
+def load_array(path: Path, mmap_mode: Literal["r", "c"] | None = None) -> np.ndarray:
+    """Read the array of a ``.npy`` file; no object in it is made. ``mmap_mode`` as of `numpy.load`.
+
+    Raises:
+        OSError: there is no such file, or it may not be read.
+        ValueError: it is damaged, or something else.
+    """
+    try:
+        found = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header fails in any way: SyntaxError, OverflowError, MemoryError, ...
+        raise ValueError(f"{path}: no whole .npy file: {error or type(error).__name__}") from error
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"{path}: no .npy file, but an archive")
+    return found

@@ -27,6 +27,8 @@ SMALLEST_BLOCK, LARGEST_BLOCK = {"cpu": 128, "cuda": 2048}, {"cpu": 512, "cuda":
 LONG_ROWS, SMALLEST_BLOCK_OF_LONG_ROWS = 1024, 64
 # Up to here a dot product (MKL) and a sum (PyTorch) run on one thread. To wake a second one costs 80 us.
 ONE_THREAD_DOT, ONE_THREAD_SUM = 1 << 13, 1 << 15
+# Terms of a sum of products that are added up at a time: matrix units truncate, and so do long sums of a CPU.
+PART = 16_384
 FP32_MAX = torch.finfo(torch.float32).max
 
 
@@ -162,8 +164,15 @@ def dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices or of batches of them, in fp32 for half operands, whose products are exact on a CPU as well."""
+    """a @ b of matrices or of batches of them, in fp32 for half operands, whose products are exact on a CPU as well.
+
+    Longer sums than `PART` go in parts on a CPU, whose library adds up all terms of a narrow result one after the
+    other: with 10^6 rows of 8 features X^T X is 4.5e-4 off in one product, in parts 8.5e-7, in less time.
+    """
     times = torch.mm if a.dim() == 2 else torch.bmm
+    if a.is_cpu and a.shape[-1] > PART and a.dtype != torch.float64:
+        first, *others = (mm(left, right) for left, right in zip(a.split(PART, -1), b.split(PART, -2), strict=True))
+        return sum(others, first)
     if a.dtype not in (torch.float16, torch.bfloat16):
         return times(a, b)
     return times(a, b, out_dtype=torch.float32) if a.is_cuda else times(a.float(), b.float())

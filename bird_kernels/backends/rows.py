@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..moments import ROUNDING, Scalar
 from .dominating import location
-from .linalg import mm, pack, padded, power_of_two, self_product
+from .linalg import PART, mm, pack, padded, power_of_two, self_product
 from .sides import kept
 
-PART = 16384  # rows of a product: matrix units round towards zero, and long sums drift
 NEAR = 7.5  # mean distances from a location, six standard deviations of a normal distribution
 
 

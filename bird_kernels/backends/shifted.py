@@ -22,8 +22,8 @@ from .. import tuning
 from ..moments import Coefficients
 from ..types import Problem, Route, Shapes, Stash
 from . import library
-from .linalg import fp32_products, mm, padded
-from .rows import PART, Rows, described, rounded_product
+from .linalg import PART, fp32_products, mm, padded
+from .rows import Rows, described, rounded_product
 from .triton import finish, shift
 from .triton.launch import Launch, aligned, device_of, precision_of
 from .triton.symmetric import Configuration, multiply

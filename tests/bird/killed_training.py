@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -52,7 +53,13 @@ def die_at(moment: str, count: int) -> Callable[[], None]:
 
     fsync, replace = os.fsync, Path.replace
     if moment in ("torn", "written"):
-        files.os.fsync = lambda file: (fsync(file), met(file if moment == "torn" else None))[0]
+
+        def watched(file: int) -> None:
+            fsync(file)
+            if stat.S_ISREG(os.fstat(file).st_mode):  # the folder is synced as well, once the name is there
+                met(file if moment == "torn" else None)
+
+        files.os.fsync = watched
     elif moment == "placed":
         Path.replace = lambda path, target: (replace(path, target), met())[0]  # type: ignore[method-assign]
     return met if moment == "step" else lambda: None

@@ -194,7 +194,8 @@ def test_idx_files_are_checked(tmp_path: Path) -> None:
         (b"\x00\x00\x0d" + good[3:], "not an IDX file of unsigned bytes"),  # floats
         (good[:9], "not an IDX file"),
         (good[:-1], r"the header says \[2, 3\], 6 bytes, but 5 follow"),
-        (good + b"1", "but 7 follow"),
+        (good + b"1", "but more follow"),
+        (b"\x00\x00\x08\x02" + 2 * b"\xff" * 4, "at most 1073741824 are read"),
     ):
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=message):

@@ -121,8 +121,8 @@ def test_a_changed_folder_is_decoded_again(tiny: Path, decodings: list[Path]) ->
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: Any, images: np.ndarray) -> None:
-        file.write(b"the beginning")
+    def full(file: Path, images: np.ndarray) -> None:
+        file.write_bytes(b"the beginning")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)

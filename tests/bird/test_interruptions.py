@@ -140,7 +140,7 @@ def test_a_write_that_fails_removes_what_it_began(tmp_path: Path, monkeypatch: p
 
 
 def test_what_a_killed_write_left_is_removed_by_the_next_run(tmp_path: Path) -> None:
-    for name in (".partial.best.pt", ".partial.last.pt", "notes.txt"):
+    for name in (".partial.0a1b2c3d.best.pt", ".partial.4e5f6a7b.last.pt", "notes.txt"):
         (tmp_path / name).write_text("half")
     train(network(), tmp_path, steps=1, resume=True)
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith("events")} == {"last.pt", "notes.txt"}

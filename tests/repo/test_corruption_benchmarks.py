@@ -24,7 +24,7 @@ def test_every_case_is_measured_and_kept(
     finally:
         torch.set_num_threads(threads)
     (path,) = tmp_path.glob("*.csv")
-    kept = rows.read(path, throughput.Row)
+    kept = rows.load_rows(path, throughput.CorruptionsRow)
     assert [(row.corruption, row.severity) for row in kept] == [(n, s) for n in CORRUPTIONS for s in range(1, 6)]
     assert all(min(row.usual, row.ours, row.ours_two_threads or 0) > 0 for row in kept)
     total = sum(row.usual for row in kept) / sum(row.ours for row in kept)

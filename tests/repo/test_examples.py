@@ -1,7 +1,8 @@
-"""The launch examples, as a user starts them: two processes give the numbers of one."""
+"""The examples, as a user starts them: what they print is what they promise."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -21,13 +22,20 @@ pytestmark = [
 ]
 
 
+def printed(*command: str, folder: Path = ROOT) -> str:
+    """What Python prints, started in a folder with these arguments."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def ckas(launcher: tuple[str, ...], processes: int, script: str) -> list[float]:
     """The CKAs that an example prints, first and last step."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, str(processes), f"examples/{script}"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-    assert run.returncode == 0, run.stderr
-    return [float(cka) for cka in re.findall(rf"CKA (\S+) of 64 rows on {processes} processes", run.stdout)]
+    text = printed(*launcher, str(processes), f"examples/{script}")
+    return [float(cka) for cka in re.findall(rf"CKA (\S+) of 64 rows on {processes} processes", text)]
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +54,34 @@ def test_accelerate(one_process: list[float]) -> None:
     assert ckas(ACCELERATE, 2, "with_accelerate.py") == pytest.approx(one_process, abs=1e-5)
 
 
-def test_dpo() -> None:
+@pytest.mark.parametrize(("script", "steps"), [("dpo.py", 6), ("trl_sft.py", 6)])
+def test_trainers_of_trl(script: str, steps: int) -> None:
     pytest.importorskip("trl", reason="the example is a run of TRL's")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "examples/dpo.py"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    rows = re.findall(r"loss (\S+)  DPO (\S+)  CKA to the teacher (\S+)", run.stdout)
-    assert len(rows) == 6
+    text = printed(f"examples/{script}")
+    rows = re.findall(r"loss (\S+?),?  ?(?:DPO|of the task) (\S+?),?  ?CKA to the teacher (\S+)", text)
+    assert len(rows) == steps
     for loss, task, cka in (map(float, row) for row in rows):
         assert loss == pytest.approx(0.1 * task + 0.9 * (1 - cka), abs=1e-4)
+
+
+LOOP = str(ROOT / "examples/own_loop.py")
+
+
+def test_a_loop_of_ones_own_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision", reason="the example's networks")
+    whole = printed(LOOP, "--steps", "4", "--checkpoint", "whole", folder=tmp_path).splitlines()
+    assert [line.split(":")[0] for line in whole] == [f"step {i}" for i in range(1, 5)]
+    begun, resumed = (printed(LOOP, "--steps", steps, folder=tmp_path).splitlines() for steps in ("2", "4"))
+    assert resumed[0] == "2 of 4 steps are done: own_loop.safetensors"
+    assert begun + resumed[1:] == whole
+    assert (tmp_path / "own_loop.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_a_loop_over_a_folder_of_images(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("torchvision.datasets", reason="the example's networks")
+    for i, (image, _) in enumerate(datasets.FakeData(6, (3, 80, 70))):
+        (tmp_path / "images" / f"class {i % 3}").mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "images" / f"class {i % 3}" / f"{i}.png")
+    text = printed(LOOP, "--images", "images", "--steps", "1", folder=tmp_path)
+    ((loss, cka),) = re.findall(r"step 1: loss (\S+), CKA (\S+)", text)
+    assert 0 < float(loss) - 0.9 * (1 - float(cka)) < 0.1 * 2 * math.log(3)  # of three classes, by chance

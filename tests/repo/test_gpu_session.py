@@ -12,21 +12,23 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import bare, contest, correctness, lines, read
+from benchmarks.gpu import bare, contest, correctness, lines, read, sweeps
 from benchmarks.gpu.context import LOST, Context
 from benchmarks.gpu.correctness import Check
-from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.problems import QUESTIONS
-from benchmarks.gpu.supervise import Run, Stage
-from benchmarks.harness import Candidate, Verdict
+from benchmarks.gpu.supervise import Deadline, PreparedRun
+from benchmarks.harness import Contestant, Verdict
+from benchmarks.machine import Machine
 
 ROOT = Path(__file__).resolve().parents[2]
-PHASES = ("ceilings", "correctness", "times", "prototypes", "profiles", "rivals")
+PHASES = ("ceilings", "correctness", "times", "profiles", "rivals")
+CPU = torch.device("cpu")
 MEASURED = ("device", "torch", "triton", "commit", "candidate", "timer", "p20", "p50", "p80", "rounds")
 PROBLEM = ("problem", "n", "p", "q", "dtype", "precision", "gate")
 
@@ -50,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def all_rows(folder: Path) -> list[dict[str, object]]:
-    return [row for name in (lines.ROWS, lines.CHECKS, lines.KERNELS) for row in lines.read(folder / name)]
+    return [row for name in (lines.ROWS, lines.CHECKS, lines.KERNELS) for row in lines.read_lines(folder / name)]
 
 
 def test_every_phase_comes_through(folder: Path) -> None:
@@ -58,14 +60,14 @@ def test_every_phase_comes_through(folder: Path) -> None:
     bad = [row for row in found if row["status"] not in ("ok", "refused")]
     assert not bad, bad[:3]
     assert {row["phase"] for row in found if row["status"] == "ok"} == set(PHASES)
-    events = [event["event"] for event in lines.read(folder / lines.EVENTS)]
+    events = [event["event"] for event in lines.read_lines(folder / lines.EVENTS)]
     assert events[0] == "start"
     assert events[-1] == "end"
     assert not {"left out", "lost a worker", "gave up"} & set(events)
 
 
 def test_rows_say_what_they_are(folder: Path) -> None:
-    timed = [row for row in lines.read(folder / lines.ROWS) if row["status"] == "ok"]
+    timed = [row for row in lines.read_lines(folder / lines.ROWS) if row["status"] == "ok"]
     for row in timed:
         names = MEASURED + (PROBLEM if row["phase"] != "ceilings" else ())
         assert [name for name in names if name not in row] == [], row
@@ -130,12 +132,12 @@ def test_a_table_has_the_ratio_to_the_best_by_hand(tmp_path: Path) -> None:
     for candidate, p50 in times.items():
         for timer, factor in (("graph", 1), ("host", 9)):
             row = about | dict(item="llm", candidate=candidate, timer=timer, p50=factor * p50)
-            lines.write(tmp_path / lines.ROWS, row)
-    lines.write(tmp_path / lines.ROWS, about | dict(item="llm", candidate="native", status="refused"))
-    (line,) = [line for line in read.table(tmp_path).splitlines() if line.startswith("| llm")]
+            lines.append(tmp_path / lines.ROWS, row)
+    lines.append(tmp_path / lines.ROWS, about | dict(item="llm", candidate="native", status="refused"))
+    (line,) = [line for line in read.problems_table(tmp_path).splitlines() if line.startswith("| llm")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     whole = ["100 µs (0.50×)", "200 µs (1.00×)", "300 µs (1.50×)", "–", "refused", "400 µs (2.00×)", "200 µs (1.00×)"]
-    assert cells == ["llm", "90 µs", *whole, "–", "–"]
+    assert cells == ["llm", "90 µs", *whole, "–", "–", "–"]
 
 
 def test_a_short_run_ends_in_time(tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_a_short_run_ends_in_time(tmp_path: Path) -> None:
     said, _ = run.communicate(timeout=100)
     assert run.returncode == 0, said
     assert time.time() - start < 12 + 8  # seconds; a loaded machine takes some to start Python
-    assert [event["event"] for event in lines.read(tmp_path / "run" / lines.EVENTS)][-1] == "end"
+    assert [event["event"] for event in lines.read_lines(tmp_path / "run" / lines.EVENTS)][-1] == "end"
 
 
 def test_the_second_run(tmp_path: Path) -> None:
@@ -154,14 +156,14 @@ def test_the_second_run(tmp_path: Path) -> None:
     assert run.returncode == 0, said
     assert {path.name for path in tmp_path.iterdir()} == {lines.SWEEP, lines.SWEEP_LOG}
     rows = read.rows(tmp_path)
-    assert {row["status"] for row in rows} == {"ok", "refused"}
+    assert {row["status"] for row in rows} == {"ok"}
     swept = [row for row in rows if row["phase"] == "sweep"]
     assert {"as it is"} < {row["candidate"] for row in swept}
     assert any("warps" in str(row["candidate"]) for row in swept)
     assert all(row["p50"] > 0 for row in swept)
     checked = {row["item"]: row["status"] for row in rows if row["phase"] == "checks"}
-    assert checked == {"memcheck": "ok", "racecheck": "ok", "tests": "refused"}
-    assert "| as it is " in read.page(tmp_path)
+    assert checked == {"memcheck": "ok", "racecheck": "ok"}
+    assert "| as it is " in read.run_page(tmp_path)
 
 
 def test_killed_in_the_middle(tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ WORKER = """
 """
 
 
-class Faked(Run):
+class Faked(PreparedRun):
     """Its workers are the script above."""
 
     def worker(self, phases: list[str], *options: str) -> list[str]:  # type: ignore[override]
@@ -228,7 +230,7 @@ class Faked(Run):
 
 @pytest.fixture
 def faked(tmp_path: Path) -> Faked:
-    stages = {"a": Stage(0.9, limit=2.0), "b": Stage(0.9), "c": Stage(0.95)}
+    stages = {"a": Deadline(0.9, limit=2.0), "b": Deadline(0.9), "c": Deadline(0.95)}
     return Faked(tmp_path, 0.3, False, stages, lines.EVENTS, lines.LOG)
 
 
@@ -242,17 +244,17 @@ def test_workers_that_die_are_replaced(faked: Faked) -> None:
         "c0",
         "c1",
     ]
-    failures = [(row["item"], row["message"], row["device"]) for row in lines.read(faked.folder / lines.ROWS)]
+    failures = [(row["item"], row["message"], row["device"]) for row in lines.read_lines(faked.folder / lines.ROWS)]
     assert failures[:2] == [("item 1", "ended by SIGABRT", "D"), ("item 2", "took more than 2 s", "D")]
     assert [item for item, *_ in failures[2:]] == ["item 1"]  # b's worker writes its own row before exit status LOST
-    lost = [e["reason"] for e in lines.read(faked.folder / lines.EVENTS) if e["event"] == "lost a worker"]
+    lost = [e["reason"] for e in lines.read_lines(faked.folder / lines.EVENTS) if e["event"] == "lost a worker"]
     assert f"exit status {LOST}" in lost
 
 
 def test_hopeless_workers_are_given_up(faked: Faked) -> None:
     faked.worker = lambda *_: [sys.executable, "-c", "raise SystemExit(3)"]  # type: ignore[method-assign]
     faked.drive(["a"])
-    events = [event["event"] for event in lines.read(faked.folder / lines.EVENTS)]
+    events = [event["event"] for event in lines.read_lines(faked.folder / lines.EVENTS)]
     assert events == ["gave up"]
 
 
@@ -266,14 +268,16 @@ def test_a_candidate_that_fails_stops_nobody() -> None:
     def refuses() -> object:
         raise ValueError('backend="native" cannot run here: is not built')
 
-    context = Context(Machine(rehearse=True), lambda row: None)
+    context = Context(Machine(CPU), lambda row: None)
     context.without = {"deadly"}
     right, wrong = torch.ones(1), torch.zeros(1)
     candidates = [
-        Candidate("raises", raises), Candidate("wrong", lambda: wrong), Candidate("refuses", refuses),
-        Candidate("deadly", lambda: os.abort()), Candidate("right", lambda: right),
+        Contestant("raises", raises), Contestant("wrong", lambda: wrong), Contestant("refuses", refuses),
+        Contestant("deadly", lambda: os.abort()), Contestant("right", lambda: right),
     ]  # fmt: skip
-    rows = list(contest.compete(context, candidates, lambda r: Verdict(None if r is right else "off by 1", 0.5), 0.1))
+    rows = list(
+        contest.timed_rows(context, candidates, lambda r: Verdict(None if r is right else "off by 1", 0.5), 0.1)
+    )
     assert [(row["candidate"], row["status"]) for row in rows] == [
         ("raises", "failed"), ("wrong", "red"), ("refuses", "refused"), ("right", "ok"), ("right", "ok"),
     ]  # fmt: skip
@@ -303,7 +307,7 @@ def test_the_correctness_calls_see_what_is_wrong(
 
     right = correctness.cka_loss
     monkeypatch.setattr(correctness, "cka_loss", cka_loss)
-    found = correctness.judged(Check("library", (16, 9, 8), masked=True, pairs=2), Machine(rehearse=True))
+    found = correctness.judged(Check("library", (16, 9, 8), masked=True, pairs=2), Machine(CPU))
     red = {name for name, holds in found.items() if holds is False}
     assert red <= wrong
     assert bool(red) == bool(wrong)
@@ -311,13 +315,28 @@ def test_the_correctness_calls_see_what_is_wrong(
 
 def test_lines_survive_a_torn_end(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    lines.write(path, {"a": float("nan"), "b": (1, 2)})
-    lines.write(path, {"a": 1.5})
+    lines.append(path, {"a": float("nan"), "b": (1, 2)})
+    lines.append(path, {"a": 1.5})
     path.write_text(path.read_text() + '{"a": 2')
-    assert list(lines.read(path)) == [{"a": "nan", "b": [1, 2]}, {"a": 1.5}]
+    assert list(lines.read_lines(path)) == [{"a": "nan", "b": [1, 2]}, {"a": 1.5}]
     path.write_text('{"a"\n{"a": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
-        list(lines.read(path))
+        list(lines.read_lines(path))
+
+
+def test_the_sweep_knows_every_kernel_and_puts_launches_back() -> None:
+    """Warps and stages of the kernel that is named are others while it is asked, and of no other."""
+    launch = pytest.importorskip("bird_kernels.backends.triton.launch", reason="needs Triton")
+    found = sweeps.kernels()
+    assert len(found) > 10
+    assert all(name.endswith("_kernel") for name in found)
+    make = launch.Launch.__init__
+    kernels = [SimpleNamespace(__name__=name, arg_names=["N"]) for name in found[:2]]
+    with sweeps.launched_with(found[0], {"num_warps": 32}) as seen:
+        made = [launch.Launch(kernel, (1,), (), {"N": 1}, num_warps=4) for kernel in kernels]
+    assert [one._named["num_warps"] for one in made] == [32, 4]
+    assert seen == set(found[:2])
+    assert launch.Launch.__init__ is make
 
 
 def test_a_rehearsal_hides_what_a_bare_machine_lacks() -> None:

@@ -16,17 +16,16 @@ import torch
 from benchmarks import harness, rows
 from benchmarks.accuracy import measure as accuracy
 from benchmarks.chunks import measure as chunks
-from benchmarks.harness import Candidate, Entry, Timing, Verdict
-from benchmarks.kernels import layers, results, tokens
+from benchmarks.harness import Contestant, Entry, Timing, Verdict
+from benchmarks.kernels import layers, results, tables, tokens
 from benchmarks.machine import Machine
 from benchmarks.rows import Origin
-from benchmarks.steps import measure as steps
 from bird_kernels import clocks
 
 CPU = torch.device("cpu")
 
 
-def compete(*candidates: Candidate, timers: tuple[str, ...] = ("wall",), **options: Any) -> dict[str, Entry]:
+def compete(*candidates: Contestant, timers: tuple[str, ...] = ("wall",), **options: Any) -> dict[str, Entry]:
     """Answers are numbers, and 1 is right."""
 
     def judge(answer: float) -> Verdict:
@@ -47,11 +46,11 @@ def test_who_is_wrong_or_fails_gets_no_time_and_stops_nobody() -> None:
         return run
 
     found = compete(
-        Candidate("wrong", lambda: 3.0),
-        Candidate("raises", raises(RuntimeError("no\nsuch kernel"))),
-        Candidate("refuses", raises(ValueError('backend="native" cannot run here: is not built'))),
-        Candidate("hungry", raises(torch.OutOfMemoryError("tried to allocate"))),
-        Candidate("right", lambda: 1.0),
+        Contestant("wrong", lambda: 3.0),
+        Contestant("raises", raises(RuntimeError("no\nsuch kernel"))),
+        Contestant("refuses", raises(ValueError('backend="native" cannot run here: is not built'))),
+        Contestant("hungry", raises(torch.OutOfMemoryError("tried to allocate"))),
+        Contestant("right", lambda: 1.0),
     )
     assert {name: (entry.status, entry.why) for name, entry in found.items()} == {
         "wrong": ("red", "off by 2"),
@@ -72,25 +71,23 @@ def test_what_is_judged_is_a_call_after_the_warm_up() -> None:
         calls.append(1)
         return 1.0 if len(calls) <= harness.WARM_UP else 2.0
 
-    assert compete(Candidate("compiled", run, compiles=True))["compiled"].status == "red"
+    assert compete(Contestant("compiled", run, compiles=True))["compiled"].status == "red"
 
 
 def test_a_graph_is_judged_by_its_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[float] = []
 
-    def captured(self: Machine, run: Callable[[], float], pool: object) -> tuple[Callable[[], None], list[float]]:
-        assert pool == "pool"
+    def captured(self: Machine, run: Callable[[], float]) -> tuple[Callable[[], None], list[float]]:
         return lambda: filled.append(run()), filled  # empty until it is replayed
 
     monkeypatch.setattr(Machine, "captured", captured)
     seen: list[object] = []
     found = harness.compete(
         Machine(CPU),
-        [Candidate("a", lambda: 1.0)],
+        [Contestant("a", lambda: 1.0)],
         lambda answer: seen.append(list(answer)) or Verdict(),  # type: ignore[func-returns-value]
         ("graph", "host"),
         lambda once, takes: 4,
-        pool="pool",
     )
     (entry,) = found
     assert seen == [[1.0]]
@@ -99,11 +96,13 @@ def test_a_graph_is_judged_by_its_replay(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_no_graph_holds_has_the_devices_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def captured(self: Machine, run: object, pool: object) -> object:
+    def captured(self: Machine, run: object) -> object:
         raise RuntimeError("it waits")
 
     monkeypatch.setattr(Machine, "captured", captured)
-    found = compete(Candidate("a", lambda: 1.0), Candidate("b", lambda: 1.0, captured=False), timers=("graph", "host"))
+    found = compete(
+        Contestant("a", lambda: 1.0), Contestant("b", lambda: 1.0, captured=False), timers=("graph", "host")
+    )
     assert [set(entry.seconds) for entry in found.values()] == [{"device", "host"}] * 2
     assert [entry.no_graph for entry in found.values()] == ["RuntimeError: it waits", ""]
 
@@ -112,16 +111,15 @@ def test_nobody_begins_after_the_end() -> None:
     begun: list[str] = []
     over = iter([False, True, True])
     found = compete(
-        Candidate("a", lambda: 1.0), Candidate("b", lambda: 1.0), begin=begun.append, stop=lambda: next(over)
+        Contestant("a", lambda: 1.0), Contestant("b", lambda: 1.0), begin=begun.append, stop=lambda: next(over)
     )
     assert begun == ["a", "b", ""]
     assert (found["b"].status, found["a"].seconds) == ("left out", {"wall": []})
 
 
 def test_memory_is_watched() -> None:
-    found = compete(Candidate("a", lambda: float(torch.ones(1000).sum() / 1000)), watch=True)
+    found = compete(Contestant("a", lambda: float(torch.ones(1000).sum() / 1000)), watch=True)
     assert 4000 <= (found["a"].peak_memory or 0) < 5000
-    assert found["a"].launches is None
 
 
 # ---------------------------------------------------------------------------------------------- turns and clocks
@@ -213,10 +211,10 @@ def test_a_gpus_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_capture_warms_up_beside_and_captures_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
     run = lambda: cuda.log.append("run") or "result"  # type: ignore[func-returns-value]  # noqa: E731
-    replay, result = Machine(torch.device("cuda")).captured(run, (0, 1))
+    replay, result = Machine(torch.device("cuda")).captured(run)
     assert result == "result"
     side = ["side waits", "side stream", "run", "run", "run", "end of side stream", "current waits"]
-    assert cuda.log == [*side, "capture in (0, 1)", "run", "end of capture in (0, 1)"]
+    assert cuda.log == [*side, "capture in None", "run", "end of capture in None"]
     replay()
     assert cuda.log[-1] == "replay"
 
@@ -235,32 +233,32 @@ class Row(Origin):
 
 
 def test_a_row_says_where_it_was_measured() -> None:
-    about = rows.origin(CPU)
-    assert set(about) == set(rows.columns(Origin))
+    about = rows.origin_of(CPU)
+    assert set(about) == set(rows.columns_of(Origin))
     assert about["device"].endswith(f", {torch.get_num_threads()} threads")
     assert about["torch"] == torch.__version__
     assert all(about[name] for name in ("python", "commit", "date", "load"))
 
 
 def test_csv_round_trip(tmp_path: Path) -> None:
-    about = rows.origin(CPU) | {"driver": "", "torch": "2.11"}
+    about = rows.origin_of(CPU) | {"driver": "", "torch": "2.11"}
     found = [
         Row(**about, name='wrong: "value", off\nby 1', count=None, seconds=float("inf")),
         Row(**about, name="", count=0, seconds=1.5e-5, chosen=True),
         Row(**about, name="b", count=3, seconds=None),
     ]
     path = tmp_path / "new" / "device.csv"
-    rows.write(path, found)
-    assert rows.read(path, Row) == found
+    rows.write_rows(path, found)
+    assert rows.load_rows(path, Row) == found
     assert [file.name for file in path.parent.iterdir()] == ["device.csv"]
     for columns in ("device,seconds\nhere,1\n", "a\n1\n"):
         path.write_text(columns)
         with pytest.raises(ValueError, match="measure again"):
-            rows.read(path, Row)
+            rows.load_rows(path, Row)
 
 
 def test_a_page_tells_what_rows_differ_in() -> None:
-    about = rows.origin(CPU)
+    about = rows.origin_of(CPU)
     found = [Row(**about | {"commit": commit}, name="a", count=1, seconds=None) for commit in ("abc", "def", "abc")]
     text = rows.heading("Title", found)
     assert "- commit: abc, def\n" in text
@@ -268,57 +266,52 @@ def test_a_page_tells_what_rows_differ_in() -> None:
     assert [rows.duration(t) for t in (None, 3.0, 1.42e-3, 8.16e-6)] == ["–", "3 s", "1.42 ms", "8.16 µs"]
 
 
-def kind_of(path: Path) -> type:
-    """The rows of a committed file."""
-    if path.parent.parent.name == "corruptions":
-        return pytest.importorskip("benchmarks.corruptions.throughput").Row
-    if path.parent.parent.name == "scale":
-        return pytest.importorskip("benchmarks.scale.bench").Row
-    if path.parent.name in ("accuracy", "chunks", "steps"):
-        return {"accuracy": accuracy, "chunks": chunks, "steps": steps}[path.parent.name].Row
-    return {"layers": layers.Row, "tokens": tokens.Row}.get(path.stem.rpartition("-")[2], results.Row)
-
-
 FOLDER = Path(rows.__file__).parent
 COMMITTED = sorted([*FOLDER.glob("*/results/*.csv"), *FOLDER.glob("*/results.csv")])
 
 
+def benchmark_of(path: Path) -> tuple[type, Callable[[list[Any]], str] | None]:
+    """The rows of a committed file, and what makes the page beside it."""
+    if path.name == "results.csv":
+        return {"accuracy": accuracy.AccuracyRow, "chunks": chunks.ChunksRow}[path.parent.name], None
+    if path.parent.parent.name != "kernels":
+        name = {"corruptions": "throughput", "scale": "bench"}[path.parent.parent.name]
+        module = pytest.importorskip(f"benchmarks.{path.parent.parent.name}.{name}")
+        return (
+            (module.CorruptionsRow, module.corruptions_page)
+            if name == "throughput"
+            else (module.ScaleRow, module.scale_page)
+        )
+    several = {"layers": layers.LAYERS, "tokens": tokens.TOKENS}.get(path.stem.rpartition("-")[2])
+    return (several.row, several.page) if several else (results.KernelsRow, tables.kernels_page)
+
+
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: str(path.relative_to(FOLDER)))
-def test_committed_results_are_readable(path: Path, tmp_path: Path) -> None:
+def test_committed_results_come_back(path: Path, tmp_path: Path) -> None:
+    """Numbers to the digit; columns that are newer than a file are empty. The page beside it says what its rows say."""
+    kind, page = benchmark_of(path)
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     again = tmp_path / "again.csv"
-    rows.write(again, rows.read(path, kind_of(path)))
+    found = rows.load_rows(path, kind)
+    rows.write_rows(again, found)
     with again.open(encoding="utf-8", newline="") as file:
         kept = list(csv.DictReader(file))
     for line, copy in zip(lines, kept, strict=True):
         for name, text in line.items():
             assert copy[name] == text or float(copy[name]) == float(text)
+    if page is not None:
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == page(found)
 
 
-# ---------------------------------------------------------------------------------------------- two small entry points
+# ---------------------------------------------------------------------------------------------- steps in chunks
 
 
 def test_steps_in_chunks_are_timed_behind_their_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK", 16)
-    found = chunks.times(32, repeats=1)
+    found = chunks.times_of_ways(32, repeats=1)
     assert set(found) == {"chunked", "passes", "whole", "of passes", "of whole"}
     assert min(found.values()) > 0
     monkeypatch.setattr(chunks.Step, "chunked", chunks.Step.whole)
     with pytest.raises(ValueError, match="chunked: gradient off by"):
-        chunks.times(32, repeats=1)
-
-
-def test_rows_of_steps_name_the_guidance(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "results.csv"
-    path.write_bytes(steps.RESULTS.read_bytes().replace(b"CPU AMD", b"CPU Other"))
-    before = len(rows.read(path, steps.Row))
-    monkeypatch.setattr(steps, "RESULTS", path)
-    monkeypatch.setattr("sys.argv", ["steps", "--network", "resnet18", "--batch", "4", "--repeats", "1", "--save"])
-    steps.main()
-    kept = rows.read(path, steps.Row)
-    assert [row.guidance for row in kept] == [""] * before + list(steps.GUIDANCE)
-    assert all(0 < row.loss < row.step for row in kept)
-    assert "resnet18" in capsys.readouterr().out
+        chunks.times_of_ways(32, repeats=1)

@@ -73,3 +73,23 @@ def test_few_positional_parameters() -> None:
                 if count > MOST_POSITIONAL:
                     wrong.append(f"{file}:{node.lineno} {node.name} takes {count}")
     assert not wrong, "\n".join(wrong)
+
+
+def public(folder: str) -> Iterator[tuple[str, str]]:
+    """(name, file) of every class and public function at the top of a file."""
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                yield node.name, path.relative_to(ROOT).as_posix()
+
+
+def test_the_benchmarks_have_names_of_their_own() -> None:
+    """A class or a public function of a benchmark is in one file, and none of the packages has its name."""
+    homes: dict[str, set[str]] = {}
+    for folder in ("benchmarks", "bird", "bird_kernels"):
+        for name, file in public(folder):
+            if name != "main" and not file.startswith("benchmarks/reproduction/"):
+                homes.setdefault(name, set()).add(file)
+    shared = {name: files for name, files in homes.items() if len(files) > 1}
+    assert len(homes) > 500
+    assert [name for name, files in shared.items() if any(file.startswith("benchmarks/") for file in files)] == []

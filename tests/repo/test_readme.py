@@ -63,7 +63,7 @@ def test_the_readme_shows_what_was_measured() -> None:
     from benchmarks import readme
 
     page = README.read_text(encoding="utf-8")
-    assert readme.written(page) == page, "python -m benchmarks.readme writes it anew"
+    assert readme.with_tables(page) == page, "python -m benchmarks.readme writes it anew"
 
 
 def test_links_lead_somewhere(tracked: list[Path]) -> None:

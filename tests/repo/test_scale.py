@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.rows import read
+from benchmarks.rows import duration, load_rows
 from benchmarks.scale import bench, model
 from bird_kernels import transport
 from bird_kernels.call import across
@@ -21,7 +21,7 @@ from bird_kernels.types import Options
 
 def test_the_page_is_what_the_formulas_give() -> None:
     page = model.PAGE.read_text(encoding="utf-8")
-    assert model.written(page) == page, "python -m benchmarks.scale.model writes it anew"
+    assert model.with_parts(page) == page, "python -m benchmarks.scale.model writes it anew"
     assert model.PICTURE.exists()
 
 
@@ -87,12 +87,12 @@ def test_merging_takes_the_memory_that_the_model_says(
             (dx,) = torch.autograd.grad(value, x)
     finally:
         dist.destroy_process_group()
-    assert 1 <= allocations.peak(dx) / model.merged_memory(model.Shape("", n, p, q, dtype)) < 1.03
+    assert 1 <= allocations.peak(dx) / model.merged_memory(model.RankShape("", n, p, q, dtype)) < 1.03
 
 
 def test_seconds_and_bytes_for_people() -> None:
     assert [model.size_of(size) for size in (999, 1_000, 2.15e9, 1.1e12)] == ["999 B", "1 kB", "2.15 GB", "1.1 TB"]
-    assert [model.time_of(t) for t in (8.16e-6, 0.00142, 3.0)] == ["8.16 us", "1.42 ms", "3 s"]
+    assert [duration(t) for t in (8.16e-6, 0.00142, 0.9999e-3, 3.0)] == ["8.16 µs", "1.42 ms", "1 ms", "3 s"]
 
 
 def test_a_wrong_contestant_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,14 +101,14 @@ def test_a_wrong_contestant_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(bench, "SHARE", 0.0)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        rows = bench.compete((12, 5, 4))
+        rows = bench.contest_of((12, 5, 4))
     finally:
         dist.destroy_process_group()
     by_name = {row.name: row for row in rows}
     assert {name for name, row in by_name.items() if row.red} == {"autograd"}
     assert (by_name["autograd"].p50, by_name["autograd"].rounds) == (None, None)
     assert all(by_name[name].rounds == 5 for name in ("merged", "gathered", "average"))
-    assert "off by" in bench.page(rows)
+    assert "off by" in bench.scale_page(rows)
 
 
 def test_ranks_take_turns_together(
@@ -120,7 +120,7 @@ def test_ranks_take_turns_together(
     monkeypatch.setattr("sys.argv", ["bench", "--save"])
     bench.main()
     (path,) = tmp_path.glob("*.csv")
-    rows = read(path, bench.Row)
+    rows = load_rows(path, bench.ScaleRow)
     assert [(row.name, row.red, row.ranks) for row in rows] == [(name, "", 2) for name in bench.CONTESTANTS]
     assert all(row.rounds and row.rounds >= 3 for row in rows)
     assert "# Global batches: 2 ranks over gloo" in capsys.readouterr().out

@@ -7,19 +7,25 @@ its like hold, and leave retries, back-off and strict reading to this file all t
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import hashlib
 import http.client
 import json
 import logging
+import math
 import os
+import re
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ..stages import Lines
@@ -27,7 +33,10 @@ from .data import Prompt
 from .verdicts import SAFETY, Verdict, fill, paired, parse
 
 _LOG = logging.getLogger(__name__)
-_LONGEST = 60.0  # seconds of back-off; a server may ask for more
+_LONGEST = 60.0  # seconds of back-off
+_LONGEST_ASKED = 600.0  # seconds that a server may ask for; one that asks for more gets the back-off
+_LARGEST = 1 << 20  # bytes of an answer
+_REFUSED_AT_FIRST = 3  # items in a row: then it is not the items
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -38,27 +47,87 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return
 
 
+class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Plain and encrypted connections, of which the last one can be cut."""
+
+    sock: socket.socket | None = None
+
+    def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
+        """As urllib's, and remembers the socket."""
+
+        def made(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
+            connection: http.client.HTTPConnection = http_class(*args, **kwargs)
+            connect = connection.connect
+
+            def remembered() -> None:
+                connect()
+                self.sock = connection.sock
+
+            connection.connect = remembered  # type: ignore[method-assign]
+            return connection
+
+        return super().do_open(made, req, **options)
+
+    @contextlib.contextmanager
+    def deadline(self, seconds: float) -> Iterator[None]:
+        """Cut the connection of what runs inside after so many seconds.
+
+        The timeout of a socket is for each piece that arrives: a server that sends a byte a minute never meets it.
+        """
+        done, end, self.sock = threading.Event(), time.monotonic() + seconds, None
+
+        def watch() -> None:
+            while not done.wait(min(0.2, seconds / 4)):
+                if time.monotonic() > end and self.sock is not None:
+                    with contextlib.suppress(OSError):
+                        socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # below any encryption
+
+        threading.Thread(target=watch, daemon=True).start()
+        late = _Again(f"no whole answer within {seconds:g} s")
+        try:
+            yield
+        except (OSError, ValueError, http.client.HTTPException):
+            if time.monotonic() > end:
+                raise late from None
+            raise
+        finally:
+            done.set()
+        if time.monotonic() > end:  # what was read may have been cut
+            raise late
+
+
 @dataclass
 class Endpoint:
     """A language model that a server runs, asked for one word at temperature 0, one request at a time.
 
     The protocol is OpenAI's ``POST /v1/chat/completions``, which vLLM, llama.cpp and most providers speak. Answers
-    are kept by model, template, prompt and response, so that an interrupted run goes on, and a judge whose words or
-    parsing change asks nothing twice.
+    are kept by all that decides them (address, model, template, `max_tokens`, prompt and response), so that an
+    interrupted run goes on, and a judge whose words or parsing change asks nothing twice.
+
+    Some responses get no answer: the server's filter or context window refuses the item (400, 413, 422), or the answer
+    is cut off at ``max_tokens`` before either word, as a reasoning model's may be. Such an item has the verdict None,
+    is not kept, and is counted in ``unjudged``; each kind is logged once.
 
     Args:
         url: in full, such as ``"http://localhost:8000/v1/chat/completions"``.
         model: as the server calls it.
         key_variable: the environment variable that holds the key, or None if the server wants none.
+        key_header: the header that carries the key: "Authorization" as a bearer's, "api-key" for Azure.
         name: in results; empty for the model's.
         template: the question, with ``{prompt}`` and ``{response}``.
         words: the answers for good and for bad, see `bird.lab.language.verdicts.parse`.
         cache: a file of answers, JSON lines, for one process at a time; None to keep none.
         per_minute: requests, at most.
-        timeout: seconds that the server may be silent.
-        retries: how often a request is sent again after 429, 5xx, silence, a broken connection or what is not JSON.
-        backoff: seconds before the first of these, twice as long before each next one; or what the server asks for.
-        max_tokens: enough for either word.
+        timeout: seconds from a request to the end of its answer, which has at most 1 MB.
+        retries: how often a request is sent again after 408, 429, 5xx, silence, a broken connection or what is no chat
+            completion.
+        backoff: seconds before the first of these, twice as long before each next one, at most 60; or what the server
+            asks for, up to 600.
+        max_tokens: enough for either word; a reasoning model needs some hundred. Sent as ``max_completion_tokens`` to
+            a server that asks for that, and ``temperature`` is left out for one that refuses it.
+
+    Attributes:
+        unjudged: how many items got no answer, by the reason.
 
     Raises:
         ValueError: ``url`` is not of HTTP or holds a password, the template has no ``{response}``, an option is out
@@ -77,6 +146,7 @@ class Endpoint:
     retries: int = 6
     backoff: float = 1
     max_tokens: int = 8
+    key_header: str = "Authorization"
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -86,7 +156,10 @@ class Endpoint:
             raise ValueError("per_minute, timeout and max_tokens must be above 0, retries and backoff at least 0")
         fill(self.template, "", "")
         self.name = self.name or self.model
-        self._opener = urllib.request.build_opener(_NoRedirects())
+        self._watched = _Watched()
+        self._opener = urllib.request.build_opener(_NoRedirects(), self._watched)
+        self._names = {"temperature": "temperature", "max_tokens": "max_tokens"}  # what the server calls these
+        self.unjudged: Counter[str] = Counter()
         self._lines = None if self.cache is None else Lines(self.cache)
         rows = [] if self._lines is None else self._lines.rows
         if any(not isinstance(row.get(part), str) for row in rows for part in ("key", "answer")):
@@ -95,25 +168,38 @@ class Endpoint:
         self._next = 0.0  # when the next request may go
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """None where the first word is neither of the two.
+        """None where the first word of an answer is neither of the two, or there is none.
 
         Raises:
             ValueError: the key's variable is not set, or what it holds cannot be a key.
-            RuntimeError: the server refuses (4xx, with its message), or still fails after all retries. What was
-                answered is kept.
+            RuntimeError: the server refuses the key or the address, or each of the first three items (4xx, with its
+                message), or still fails after all retries. What was answered is kept.
         """
-        found = []
+        found: list[Verdict] = []
+        refused = 0
         for prompt, response in paired(prompts, responses):
             question = fill(self.template, prompt, response)
-            about = [self.model, self.template, prompt, response]
+            about = [self._place(), self.model, self.template, self.max_tokens, prompt, response]
             identity = hashlib.sha256(json.dumps(about, default=dict).encode()).hexdigest()
             if identity not in self._answers:
-                answer = self._ask(question)
-                self._answers[identity] = answer
-                if self._lines is not None:
-                    self._lines.append({"key": identity, "answer": answer})
+                try:
+                    self._keep(identity, self._ask(question))
+                except _Unjudged as item:
+                    refused += item.refused
+                    if item.refused and refused == len(found) + 1 == _REFUSED_AT_FIRST:
+                        raise RuntimeError(f"{self._place()} refuses each item: {item}") from None
+                    if not self.unjudged[item.reason]:
+                        _LOG.warning("%s: %s (said once)", self._place(), item)
+                    self.unjudged[item.reason] += 1
+                    found.append(None)
+                    continue
             found.append(parse(self._answers[identity], self.words))
         return found
+
+    def _keep(self, identity: str, answer: str) -> None:
+        self._answers[identity] = answer
+        if self._lines is not None:
+            self._lines.append({"key": identity, "answer": answer})
 
     def _ask(self, question: str) -> str:
         key = self._key()
@@ -130,26 +216,49 @@ class Endpoint:
         raise AssertionError("unreachable")
 
     def _send(self, question: str, key: str | None) -> str:
-        """The server's answer; all errors leave without what they came from, which may hold the key."""
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-            "max_tokens": self.max_tokens,
-        }
+        """The server's answer; neither it nor an error holds the key, whatever the server echoes."""
+        secret = key or "\0"
+        options = {"temperature": 0, "max_tokens": self.max_tokens}
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": question}]}
+        body |= {self._names[name]: value for name, value in options.items() if self._names[name]}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         if key is not None:
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
+            value = f"Bearer {key}" if self.key_header == "Authorization" else key
+            request.add_unredirected_header(self.key_header, value)
         try:
-            with self._opener.open(request, timeout=self.timeout) as reply:
-                return _content(reply.read())
-        except urllib.error.HTTPError as error:
-            message = f"{error.code} {error.reason}: {_text(error)}".replace(key or "\0", "[key]")[:500]
-            if error.code != 429 and error.code < 500:
-                raise RuntimeError(f"{self._place()} refuses: {message}") from None
-            raise _Again(message, _retry_after(error.headers.get("Retry-After"))) from None
-        except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-            raise _Again(f"{type(error).__name__}: {error}".replace(key or "\0", "[key]")) from None
+            with self._watched.deadline(self.timeout):
+                try:
+                    with self._opener.open(request, timeout=self.timeout) as reply:
+                        raw = reply.read(_LARGEST + 1)
+                    status, reason, headers = 200, "", reply.headers
+                except urllib.error.HTTPError as error:
+                    status, reason, headers = error.code, str(error.reason), error.headers
+                    raw = error.read(10_000)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+            raise _Again(f"{type(error).__name__}: {error}".replace(secret, "[key]")) from None
+        if len(raw) > _LARGEST:
+            raise RuntimeError(f"{self._place()} answers with more than {_LARGEST} bytes: is this a chat completion?")
+        answer = _answer(raw.decode(errors="replace").replace(secret, "[key]"), status)
+        if answer.error is not None:
+            message = f"{answer.status} {reason}: {answer.error}"[:500]
+            raise self._failure(answer.status, message, _asked_pause(headers))
+        text = re.sub(r"<think>.*?</think>", "", answer.text, flags=re.DOTALL)
+        if answer.is_cut and parse(text, self.words) is None:
+            raise _Unjudged("cut off", f"an answer is cut off at {self.max_tokens} tokens: raise max_tokens")
+        return text.strip()
+
+    def _failure(self, status: int, message: str, pause: float) -> Exception:
+        """What an error of a server means: to ask again, otherwise or not at all, or to leave the item out."""
+        if status in (408, 429) or status >= 500:
+            return _Again(message, pause)
+        if status in (400, 422):
+            for name in self._names:
+                if self._names[name] == name and name in message:  # it does not take this option
+                    self._names[name] = "max_completion_tokens" if name == "max_tokens" else ""
+                    return _Again(f"{message} (asked without {name})")
+        if status in (400, 413, 422):
+            return _Unjudged(f"refused ({status})", message, refused=True)
+        return RuntimeError(f"{self._place()} refuses: {message}")
 
     def _key(self) -> str | None:
         if self.key_variable is None:
@@ -186,36 +295,61 @@ class _Again(Exception):
         self.pause = pause
 
 
-def _content(body: bytes) -> str:
-    """What the model said; nothing, if the server's filter left nothing."""
-    try:
-        content = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        raise _Again("the reply is not a chat completion") from None
-    if content is not None and not isinstance(content, str):
-        raise _Again("the reply is not a chat completion")
-    return content or ""
+class _Unjudged(Exception):
+    """An item has no answer; another one may.
+
+    Args:
+        reason: in a word or two, to count by.
+        message: what the server said, or what to do.
+        refused: whether the server refused the item.
+    """
+
+    def __init__(self, reason: str, message: str, refused: bool = False) -> None:
+        super().__init__(message)
+        self.reason, self.refused = reason, refused
 
 
-def _text(error: urllib.error.HTTPError) -> str:
-    """The message in an error's body, or the body."""
-    try:
-        raw = error.read(10_000).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return ""
-    try:
-        return str(json.loads(raw)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return raw
+class _Answer(NamedTuple):
+    """What a server sent: the model's ``text``, and whether it was cut off; or a ``status`` with its ``error``."""
+
+    text: str
+    is_cut: bool = False
+    status: int = 200
+    error: str | None = None
 
 
-def _retry_after(header: str | None) -> float:
-    """Seconds, of a number or a date; 0 if there is neither."""
+def _answer(body: str, status: int) -> _Answer:
+    """Of a reply's body; some servers send errors with the status 200."""
     try:
-        return max(0.0, float(int(header or "")))
+        content = json.loads(body)
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(header or "").timestamp() - time.time())
-    except (ValueError, TypeError, IndexError):
-        return 0.0
+        content = None
+    error = content.get("error") if isinstance(content, dict) else None
+    if status == 200 and error is None:
+        try:
+            choice = content["choices"][0]
+            text = choice["message"]["content"]
+            if isinstance(text, list):  # parts, of which those with text count
+                text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
+            if text is not None and not isinstance(text, str):
+                raise TypeError
+            return _Answer(text or "", choice.get("finish_reason") == "length")
+        except (AttributeError, LookupError, TypeError):
+            raise _Again("the reply is not a chat completion") from None
+    if isinstance(error, dict):
+        message, code = error.get("message"), error.get("code")
+        named = code if isinstance(code, int) and 400 <= code < 600 else 400
+        return _Answer("", False, named if status == 200 else status, str(message or error))
+    return _Answer("", False, 400 if status == 200 else status, str(error or body))
+
+
+def _asked_pause(headers: Mapping[str, str]) -> float:
+    """Seconds that a server asks for, in milliseconds, seconds or a date; 0 if it does not, or for too many."""
+    pause = 0.0
+    header = headers.get("Retry-After") or ""
+    with contextlib.suppress(ValueError, TypeError, IndexError, OverflowError):
+        pause = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    for text, unit in ((header, 1.0), (headers.get("retry-after-ms") or "", 1000.0)):
+        with contextlib.suppress(ValueError):
+            pause = float(text) / unit
+    return pause if math.isfinite(pause) and 0.0 < pause <= _LONGEST_ASKED else 0.0

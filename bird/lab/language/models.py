@@ -97,7 +97,8 @@ def load(
         dtype: of the weights.
 
     Raises:
-        ValueError: an unknown head, classes without a classifier or the reverse, an encoder as a causal model.
+        ValueError: an unknown head, classes without a classifier or the reverse, an encoder as a causal model, a
+            network that needs code from its own folder.
         FileNotFoundError: the package, the folder or the hub is not there, or has no such network; what to do.
         ImportError: transformers or gguf is not installed.
     """
@@ -112,20 +113,25 @@ def load(
         raise ValueError(f"{name} is an encoder, which cannot be a causal model")
     transformers = _transformers()
     place = locate(name)
-    options = {"gguf_file": place.name} if place is not None and place.is_file() else {}
+    options: dict[str, Any] = {"gguf_file": place.name} if place is not None and place.is_file() else {}
+    plain = options | {"trust_remote_code": False}  # without it transformers asks on the terminal, and runs at a "y"
     where = name if place is None else str(place.parent if options else place)
     if known is not None and known.hub is not None:
         where = known.hub
     labels = {} if classes is None else {"num_labels": classes}
     try:
         with _quiet(transformers) if place is not None else nullcontext(), _seeded(seed):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **plain)
             model = getattr(transformers, HEADS[head]).from_pretrained(
-                where, dtype=dtype, use_safetensors=True, **options, **labels
+                where, dtype=dtype, use_safetensors=True, **plain, **labels
             )
             model = _plain(model, getattr(transformers, HEADS[head])) if options else model
     except OSError as error:
         raise FileNotFoundError(f"{where} cannot be loaded as {HEADS[head]}: {error}\n{_advice(name)}") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(f"{where} wants to run code of its own, which is not done here: choose another") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -171,7 +171,8 @@ class Run:
         if folder is not None and self.writes:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("last.pt", "best.pt", "shapes.json"):  # of a run that was killed while it wrote
-                (folder / f"{PARTIAL}{name}").unlink(missing_ok=True)
+                for left in folder.glob(f"{PARTIAL}*.{name}"):
+                    left.unlink(missing_ok=True)
 
     def _shared(self, name: str) -> Any:
         module = self.modules[name] if name in self.modules else None  # noqa: SIM401 - ModuleDict has no get

@@ -25,6 +25,7 @@ from ...features import Pool, evaluating, unwrap
 from ...files import atomic
 from ...taps import Taps
 from ...teachers import Teacher
+from ..tensors import load_array
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from .data import Images, to_float
 
@@ -144,8 +145,8 @@ class Extractor:
                 np.save(partial, found, allow_pickle=False)
             return found
         try:
-            found = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            found = load_array(path)
+        except (ValueError, OSError) as error:
             raise ValueError(f"{path} does not hold features ({error}): delete it") from error
         if found.dtype != np.float32 or found.ndim != 3 or found.shape[:2] != (4 if versions else 1, len(images)):
             raise ValueError(f"{path} does not hold these features, but {found.dtype} {found.shape}: delete it")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ...recipe import data_root
+from ...tensors import load_array
 from ..data import Images, check_classes, of_classes
 from .catalogue import DATASETS
 from .folders import class_names, read_classes
@@ -82,7 +83,7 @@ def load_corrupted(
 def _read_block(paths: list[Path], counts: Counts, severity: int) -> tuple[Images, ...]:
     """One of the five blocks of a CIFAR file, uint8 ``[5 * n, 32, 32, 3]``; only its part of the disk is read."""
     (count,) = counts
-    images, labels = (_array(path) for path in paths)
+    images, labels = (load_array(path, "r") for path in paths)
     if images.dtype != np.uint8 or images.shape != (len(SEVERITIES) * count, 32, 32, 3):
         raise ValueError(f"{paths[0]}: {images.dtype} {list(images.shape)}, not uint8 [{5 * count}, 32, 32, 3]")
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
@@ -90,13 +91,6 @@ def _read_block(paths: list[Path], counts: Counts, severity: int) -> tuple[Image
     block = slice((severity - 1) * count, severity * count)
     pixels = np.ascontiguousarray(images[block].transpose(0, 3, 1, 2))
     return (Images(torch.from_numpy(pixels), torch.from_numpy(labels[block].astype(np.int64))),)
-
-
-def _array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (EOFError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_folder(paths: list[Path], counts: Counts) -> tuple[Images, ...]:

@@ -12,17 +12,18 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ....files import atomic
+from ...tensors import load_array
 from ..data import Images
 from .layout import Counts
 
@@ -30,16 +31,38 @@ SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", "
 _CHUNK = 256  # images that a thread decodes in one go
 
 
+# Pillow's names of the formats behind SUFFIXES. Left to itself it would take a file by its content alone, and an EPS
+# called .png would start Ghostscript.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+
+
 def _decode(path: Path) -> np.ndarray:
     """One image, uint8 ``[3, 32, 32]``."""
     from PIL import Image, ImageOps
 
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file")
     try:
-        with Image.open(path) as image:
-            small = ImageOps.fit(image.convert("RGB"), (32, 32), Image.Resampling.BOX)
+        with Image.open(path, formats=_FORMATS) as image:
+            small = ImageOps.fit(_eight_bits(image).convert("RGB"), (32, 32), Image.Resampling.BOX)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises them all
         raise ValueError(f"{path} cannot be decoded: {error}") from error
     return np.asarray(small).transpose(2, 0, 1)
+
+
+def _eight_bits(image: Any) -> Any:
+    """The image with 8 bits a channel: Pillow's own conversion cuts off all that is above 255.
+
+    Raises:
+        ValueError: its numbers have no known range.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 0 to 65,535
+        return Image.fromarray(np.rint(np.asarray(image) / 257.0).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are {'whole' if image.mode == 'I' else 'real'} numbers, and not of 8 or 16 bits")
+    return image
 
 
 def _decode_all(files: Sequence[Path], label: str) -> np.ndarray:
@@ -74,8 +97,8 @@ def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
     """
     stem = f"{folder.name}.32x32-"
     cache = folder.with_name(f"{stem}{_fingerprint(folder, files)}.npy")
-    with contextlib.suppress(FileNotFoundError, EOFError, ValueError):  # the last two: damaged, or not ours
-        images = np.load(cache, mmap_mode="c", allow_pickle=False)
+    with contextlib.suppress(FileNotFoundError, ValueError):  # the latter: damaged, or not ours
+        images = load_array(cache, "c")
         if images.shape == (len(files), 3, 32, 32) and images.dtype == np.uint8:
             return images
     try:
@@ -89,16 +112,12 @@ def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
 
 def _keep(images: np.ndarray, cache: Path, stem: str) -> None:
     """Write the cache and remove those of earlier states of the folder; only warn if that cannot be done."""
-    own = cache.with_name(f"{cache.name}.{os.getpid()}")  # ranks that decode at the same time write files of their own
     try:
-        with atomic(own) as partial, partial.open("wb") as file:
-            np.save(file, images)
-        own.replace(cache)
+        with atomic(cache) as partial:
+            np.save(partial, images)
         for old in set(cache.parent.glob(f"{glob.escape(stem)}*.npy")) - {cache}:
             old.unlink(missing_ok=True)
     except OSError as error:  # a folder that others own, a full disk
-        with contextlib.suppress(OSError):
-            partial.unlink()
         warnings.warn(f"the decoded images cannot be kept, the next run decodes again: {error}", stacklevel=2)
 
 
@@ -115,6 +134,12 @@ def class_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
+def _images(folder: Path) -> list[Path]:
+    """The image files below a folder, sorted; none that is hidden, or in a hidden folder: copies, thumbnails."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
 def read_classes(folder: Path, names: Sequence[str], inner: str = "") -> Images:
     """Images of ``folder/NAME/inner/**``, label k for the k-th name, sorted by path within a class.
 
@@ -126,7 +151,7 @@ def read_classes(folder: Path, names: Sequence[str], inner: str = "") -> Images:
     files: list[Path] = []
     counts = []
     for name in names:
-        of_class = sorted(path for path in (folder / name / inner).rglob("*") if path.suffix.lower() in SUFFIXES)
+        of_class = _images(folder / name / inner)
         if not of_class:
             raise ValueError(f"{folder / name / inner} has no images ({', '.join(sorted(SUFFIXES))})")
         files += of_class

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from ..data import Images
 from .layout import Counts
 
+LARGEST = 1 << 30  # bytes of an IDX file's data; Fashion-MNIST has 47 MB
+
 
 def read_idx(path: Path) -> np.ndarray:
     """Read an IDX file of unsigned bytes, gzipped if its name ends in ``.gz``.
@@ -21,20 +23,25 @@ def read_idx(path: Path) -> np.ndarray:
     The header is big-endian: two zeros, type 8, the rank, and one uint32 size for each dimension.
 
     Raises:
-        ValueError: not such a file, or its data is cut short or longer than the header says.
+        ValueError: not such a file, its data is cut short or longer than the header says, or the header says more than
+            `LARGEST` bytes.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read()
+            start = file.read(4)
+            if start[:3] != b"\x00\x00\x08" or len(start) < 4 or len(sizes := file.read(4 * start[3])) < 4 * start[3]:
+                raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {start!r}")
+            shape = [int(size) for size in np.frombuffer(sizes, ">u4")]
+            count = math.prod(shape)
+            if count > LARGEST:
+                raise ValueError(f"{path}: the header says {shape}, {count} bytes; at most {LARGEST} are read")
+            data = file.read(count + 1)  # no more than that: a gzip file may hold a thousand times its size
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
-    if raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {raw[:4]!r}")
-    shape = [int(size) for size in np.frombuffer(raw, ">u4", count=raw[3], offset=4)]
-    data = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
-    if len(data) != math.prod(shape):
-        raise ValueError(f"{path}: the header says {shape}, {math.prod(shape)} bytes, but {len(data)} follow")
-    return data.reshape(shape)
+    if len(data) != count:
+        found = f"{len(data)} follow" if len(data) < count else "more follow"
+        raise ValueError(f"{path}: the header says {shape}, {count} bytes, but {found}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _padded(images: Path, labels: Path) -> Images:

@@ -1,57 +1,206 @@
-"""Arrays out of pickles without running what else a pickle could hold.
+"""Arrays, lists, numbers and strings out of pickles, by a reader that has no other values.
 
-The official CIFAR and ImageNet-32 batches are pickled dicts of a NumPy array and lists. A pickle is a program,
-and can call whatever it names; here it may name what rebuilds an array, and nothing else.
+The official CIFAR and ImageNet-32 batches are pickled dicts of a NumPy array and lists. A pickle is a program. Python's
+unpickler can be told which functions the program may call, but NumPy's own are enough to write outside an array: they
+trust the type and the shape that the file gives them. This reader walks through the program's instructions itself
+(`pickletools.genops`, which runs nothing), knows the few that such files need, and makes each array from bytes whose
+type and size it has checked.
 """
 
 from __future__ import annotations
 
-import pickle
+import math
+import pickletools
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+LARGEST_FILE = 1 << 31  # bytes; the largest official batch has 473 MB
+MOST_INSTRUCTIONS = 4_000_000  # a batch of ImageNet-32 takes 400,000; each may make an object of some 100 bytes
 
-def _encode(text: str, encoding: str) -> bytes:
-    """What ``_codecs.encode`` does in a pickle: Python 3 writes bytes as latin-1 text in the older protocols."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes as {encoding!r} text")
-    return text.encode("latin1")
-
-
-_RECONSTRUCT = np.empty(0).__reduce__()[0]  # NumPy's own, which has moved from module to module
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,  # NumPy 2
-    ("_codecs", "encode"): _encode,
+_CALLABLE = {
+    "numpy ndarray": "array",
+    "numpy dtype": "dtype",
+    "numpy.core.multiarray _reconstruct": "reconstruct",
+    "numpy._core.multiarray _reconstruct": "reconstruct",  # NumPy 2
+    "_codecs encode": "encode",
 }
+_NUMBERS = frozenset({"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"})
+_TEXTS = frozenset({"STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"})
+_TEXTS |= frozenset({"UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"})
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Every global that a pickle names comes through here."""
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no such file needs: refused")
-        return _ALLOWED[module, name]
+@dataclass
+class _Named:
+    """A function or type that a pickle names: one of `_CALLABLE`'s values."""
+
+    kind: str
+
+
+@dataclass
+class _Type:
+    """A pickled NumPy type: ``code`` such as "u1", and the byte order that its state tells."""
+
+    code: str
+    order: str = "|"
+
+
+@dataclass
+class _Array:
+    """A pickled array, which its state fills."""
+
+    value: np.ndarray | None = None
 
 
 def load_batch(path: Path) -> dict[str, Any]:
     """Read a pickled dict of arrays, lists, numbers and strings, as Python 2 or 3 wrote it.
 
     Returns:
-        the dict, its keys as str.
+        the dict, its keys as str. Arrays are read-only.
 
     Raises:
-        ValueError: the file names any other global (which is not called), is cut short, or holds no dict.
+        ValueError: the file is larger than 2 GiB, is cut short, holds no dict, or asks for anything else than such
+            values; nothing that it names is called.
     """
-    with path.open("rb") as file:
-        try:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-        except Exception as error:  # a broken pickle fails in any way: EOFError, KeyError, UnicodeDecodeError, ...
-            raise ValueError(f"{path}: {error or type(error).__name__}") from error
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise ValueError(f"{path}: {size} bytes; a batch of images has at most {LARGEST_FILE}")
+    try:
+        content = _evaluate(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # a broken pickle fails in any way: IndexError, KeyError, TypeError, ...
+        raise ValueError(f"{path} is no whole pickle of arrays and lists: {error or type(error).__name__}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a pickled {type(content).__name__}, not a dict")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+    return {
+        key.decode("latin1") if isinstance(key, bytes) else key: value.value if isinstance(value, _Array) else value
+        for key, value in content.items()
+    }
+
+
+def _evaluate(data: bytes) -> object:
+    """The value of a pickle; `_Named`, `_Type` and `_Array` stand for what is NumPy's."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        values = stack[start:]
+        del stack[start:]
+        return values
+
+    argument: Any
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        name = opcode.name
+        if number >= MOST_INSTRUCTIONS:
+            raise ValueError(f"more than {MOST_INSTRUCTIONS} instructions, which no batch of images needs")
+        if name in _NUMBERS or name in _TEXTS:
+            stack.append(argument)
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
+            memo[argument] = stack[-1]
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("EMPTY_LIST", "EMPTY_DICT"):
+            stack.append([] if name == "EMPTY_LIST" else {})
+        elif name in ("APPEND", "APPENDS"):
+            values = since_mark() if name == "APPENDS" else [stack.pop()]
+            _a(list, stack[-1]).extend(values)
+        elif name in ("SETITEM", "SETITEMS"):
+            values = since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+            _put(_a(dict, stack[-1]), values)
+        elif name in ("LIST", "TUPLE", "DICT"):
+            values = since_mark()
+            stack.append(values if name == "LIST" else tuple(values) if name == "TUPLE" else _put({}, values))
+        elif name in _TUPLES:
+            count = _TUPLES[name]
+            values = stack[len(stack) - count :]
+            if len(values) < count:
+                raise ValueError("it is damaged: a tuple of more values than there are")
+            stack[len(stack) - count :] = [tuple(values)]
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            if name == "STACK_GLOBAL":
+                argument = " ".join(_a(str, part) for part in (stack.pop(-2), stack.pop()))
+            if argument not in _CALLABLE:
+                raise ValueError(f"it asks for {'.'.join(argument.split(' '))}, which no such file needs: refused")
+            stack.append(_Named(_CALLABLE[argument]))
+        elif name == "REDUCE":
+            arguments = _a(tuple, stack.pop())
+            stack.append(_called(_a(_Named, stack.pop()).kind, arguments))
+        elif name == "BUILD":
+            state = _a(tuple, stack.pop())
+            _restore(stack[-1], state)
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME", "POP"):
+            raise ValueError(f"it has the instruction {name}, which no such file needs: refused")
+        elif name == "POP":
+            stack.pop()
+    raise ValueError("it is cut short")
+
+
+def _a(kind: type[Any], value: Any) -> Any:
+    """``value``, if it is of the kind that an instruction needs."""
+    if type(value) is not kind:
+        raise ValueError(f"it is damaged: a {type(value).__name__} where a {kind.__name__} is needed")
+    return value
+
+
+def _put(into: dict[Any, Any], values: list[Any]) -> dict[Any, Any]:
+    """Keys and values in turns, into a dict. Keys are text: to hash a tuple of tuples may take for ever."""
+    if len(values) % 2:
+        raise ValueError("it is damaged: a key without a value")
+    for key, value in zip(values[::2], values[1::2], strict=True):
+        if type(key) not in (str, bytes):
+            raise ValueError(f"a key is a {type(key).__name__}, and must be text")
+        into[key] = value
+    return into
+
+
+def _called(kind: str, arguments: tuple[Any, ...]) -> object:
+    """What a call of one of `_CALLABLE` stands for."""
+    if kind == "reconstruct":
+        return _Array()
+    if kind == "dtype":
+        code = arguments[0].decode("latin1") if isinstance(arguments[0], bytes) else arguments[0]
+        if not re.fullmatch(r"[iu][1248]|f[248]", _a(str, code)):
+            raise ValueError(f"an array of {code!r}: refused, it must be of numbers")
+        return _Type(code)
+    if kind == "encode":  # Python 3 writes bytes as latin-1 text in the older protocols
+        text, encoding = arguments
+        if encoding != "latin1":
+            raise ValueError(f"bytes as {encoding!r} text")
+        return _a(str, text).encode("latin1")
+    raise ValueError("it calls numpy.ndarray, which no such file needs: refused")
+
+
+def _restore(what: object, state: tuple[Any, ...]) -> None:
+    """The state of a type, ``(version, byte order, ...)``, or of an array, ``(version, shape, type, order, bytes)``."""
+    if isinstance(what, _Type):
+        order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
+        if order not in ("<", ">", "|", "="):
+            raise ValueError(f"a byte order of {order!r}")
+        what.order = order
+        return
+    _, shape, kind, by_columns, raw = state
+    shape, kind = _a(tuple, shape), _a(_Type, kind)
+    if isinstance(raw, str):  # Python 2's
+        raw = raw.encode("latin1")
+    if not all(type(size) is int and 0 <= size <= LARGEST_FILE for size in shape) or len(shape) > 4:
+        raise ValueError(f"an array of the shape {str(shape)[:60]}")
+    dtype = np.dtype(kind.order + kind.code)
+    if math.prod(shape) * dtype.itemsize != len(_a(bytes, raw)):
+        raise ValueError(f"an array {list(shape)} of {kind.code} has {len(raw)} bytes: it is damaged")
+    _a(_Array, what).value = np.frombuffer(raw, dtype).reshape(shape, order="F" if by_columns else "C")

@@ -1,0 +1,136 @@
+"""Batches of images from pickles: what a hostile or damaged file may do, which is nothing but be refused."""
+
+from __future__ import annotations
+
+import pickle
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bird.lab.vision.datasets.unpickling import load_batch
+from tests.bird import official_files as official
+
+MEMORY, SECONDS = 1 << 30, 100  # of a child with NumPy and PyTorch imported; the attacks took 6 GB, or for ever
+
+# Reads each file of a folder and prints how many were read, and how many refused by a ValueError that names the file.
+CHILD = """
+import sys
+from pathlib import Path
+from bird.lab.vision.datasets.unpickling import load_batch
+read = refused = 0
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        content = load_batch(path)
+        if "data" in content:
+            bytes(memoryview(content["data"])) if hasattr(content["data"], "dtype") else None
+        read += 1
+    except ValueError as error:
+        assert str(path) in str(error)
+        refused += 1
+print(read, refused)
+"""
+
+
+def read_in_child(folder: Path) -> tuple[int, int]:
+    """Files of a folder that are read and that are refused, by a process that a fault would end."""
+
+    def limit() -> None:
+        used = 3 << 30  # address space, not memory: libraries map more than they use
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder)],
+        capture_output=True, text=True, timeout=SECONDS, preexec_fn=limit, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]  # a signal is a negative one
+    read, refused = done.stdout.split()
+    return int(read), int(refused)
+
+
+def array_pickle(code: bytes, state: bytes, shape: bytes, raw: bytes) -> bytes:
+    """{"data": an array} in protocol 0, with what is to be said of its type, shape and bytes."""
+    return (
+        b"(dS'data'\ncnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n" + shape
+        + b"cnumpy\ndtype\n(S'" + code + b"'\nI0\nI1\ntR" + state + b"bI00\nS'" + raw + b"'\ntbs."
+    )  # fmt: skip
+
+
+SIMPLE = b"(I3\nS'|'\nNNNI-1\nI-1\nI0\nt"
+TWICE = b"".join(b"q%ch%c\x86" % (level, level) for level in range(60))
+ATTACKS = {
+    # A type of objects turns bytes into addresses; a type's state may give it any size; a shape may not fit its bytes.
+    "objects": (array_pickle(b"O8", SIMPLE, b"(I1\nt", b"AAAAAAAA"), "'O8'"),
+    "size in the state": (array_pickle(b"u1", b"(I3\nS'|'\nNNNI1000000\nI8\nI0\nt", b"(I2\nt", b"AA"), None),
+    "fields in the state": (array_pickle(b"V8", SIMPLE, b"(I1\nt", b"AAAAAAAA"), "'V8'"),
+    "shape": (array_pickle(b"u1", SIMPLE, b"(I1000\nt", b"AA"), r"\[1000\] of u1 has 2 bytes"),
+    "negative shape": (array_pickle(b"u1", SIMPLE, b"(I-2\nt", b"AA"), "of the shape"),
+    "vast shape": (array_pickle(b"u1", SIMPLE, b"(I65536\nI65536\nI65536\nI65536\nt", b""), "is damaged"),
+    "no bytes": (array_pickle(b"u1", SIMPLE, b"(I1\nt", b"A").replace(b"S'A'", b"I5"), "a int where a bytes"),
+    # 13 bytes that reserve 6 GB in Python's own unpickler.
+    "memo": (b"\x80\x02}r\xff\xff\xff\x2fNNNNs.", "damaged|key|more|pop"),
+    # Tuples of the same tuple twice, 60 levels: 2^60 steps to hash.
+    "hash": (b"}(I1\nI1\n\x86" + b"2\x86" * 60 + b"I1\nu.", "DUP"),
+    "hash by memo": (b"}(I1\nI1\n\x86" + TWICE + b"I1\nu.", "a tuple, and must be text"),
+    "deep": (b"(d" + b"S'a'\n" + b"(l" * 200_000 + b"a" * 199_999 + b"s.", None),
+    "calls the array type": (b"cnumpy\nndarray\n(I9\ntR.", "calls numpy.ndarray"),
+    "huge text": (b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.", "but only 1 remain"),
+}  # fmt: skip
+
+
+def test_attacks_are_refused(tmp_path: Path) -> None:
+    for name, (content, _) in ATTACKS.items():
+        (tmp_path / name).write_bytes(content)
+    harmless = [name for name, (_, words) in ATTACKS.items() if words is None]
+    assert read_in_child(tmp_path) == (len(harmless), len(ATTACKS) - len(harmless))  # before any is read here
+    for name, (_, words) in ATTACKS.items():
+        if words is not None:
+            with pytest.raises(ValueError, match=words):
+                load_batch(tmp_path / name)
+
+
+def test_too_many_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte is an instruction, and makes an object of 56: a file of 2 GB would take 100."""
+    monkeypatch.setattr("bird.lab.vision.datasets.unpickling.MOST_INSTRUCTIONS", 1000)
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(b"]" * 2000 + b".")
+    with pytest.raises(ValueError, match="more than 1000 instructions"):
+        load_batch(path)
+
+
+def test_a_vast_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "data_batch_1"
+    with path.open("wb") as file:
+        file.truncate(3 << 30)  # takes no room on the disk
+    with pytest.raises(ValueError, match="at most 2147483648"):
+        load_batch(path)
+
+
+def test_damaged_files_end_in_one_kind_of_error(tmp_path: Path) -> None:
+    """1,200 changes of whole files: bytes overwritten, taken out, doubled, the end cut off."""
+    rows = np.arange(4 * 12, dtype=np.uint8).reshape(4, 12)
+    whole = [official.python2_pickle({"data": rows, "labels": [0, 1, 2, 3]})]
+    whole += [
+        pickle.dumps({"data": rows, "labels": [0, 1, 2, 3], "names": ["a", "b"]}, protocol) for protocol in (0, 2, 4)
+    ]
+    random = np.random.default_rng(0)
+    for number in range(1200):
+        content = bytearray(whole[number % len(whole)])
+        for _ in range(random.integers(1, 4)):
+            place = int(random.integers(len(content) or 1))
+            change = random.integers(4)
+            if change == 0 and content:
+                content[place] = random.integers(256)
+            elif change == 1:
+                del content[place : place + int(random.integers(1, 9))]
+            elif change == 2:
+                content[place:place] = content[place : place + int(random.integers(1, 9))]
+            else:
+                del content[max(place, 1) :]
+        (tmp_path / f"{number:04}").write_bytes(content)
+    read, refused = read_in_child(tmp_path)
+    assert read + refused == 1200
+    assert refused > 600  # the changes do reach what is checked; others hit the pixels
