@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bird_kernels import Statistics, cka_loss, distributed, inputs
 from bird_kernels.plan import choose_route
 
-from .losses import BirdLoss, Weight
+from .losses import BirdLoss
 
 Chunk = TypeVar("Chunk")
 Features = Mapping[str, Tensor]
@@ -98,20 +98,18 @@ def chunked_backward(
     with distributed.Reported(loss.distance.options["group"]):
         pairs = _first_pass(student, teacher, chunks, loss, replay)
     shares = [loss.beta * weight for weight in ([1.0] * len(pairs) if loss.weights is None else loss.weights)]
-    distances = [pair.settle(_value(share) * gradient) for pair, share in zip(pairs, shares, strict=True)]
-    task = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=_value(loss.alpha) * gradient)
+    with torch.no_grad():  # of what is learned among them the gradient comes last
+        upstream, *upstreams = (share * gradient for share in (loss.alpha, *shares))
+    distances = [pair.settle(factor) for pair, factor in zip(pairs, upstreams, strict=True)]
+    task = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=upstream)
 
     total, loss.last = loss.alpha * task, {"task": task}
     for (t, s), distance, share in zip(loss.pairs, distances, shares, strict=True):
         total = total + share * distance
         loss.last[f"cka/{t}/{s}"] = 1 - distance
-    if total.requires_grad:  # alpha, beta or weights are learned
+    if total.requires_grad:
         total.backward(torch.ones_like(total).mul_(gradient))
     return total.detach()
-
-
-def _value(weight: Weight) -> Weight:
-    return weight.detach() if isinstance(weight, Tensor) else weight
 
 
 def _start(chunks: Sequence[object], loss: BirdLoss) -> None:
