@@ -237,6 +237,25 @@ def test_statistics_are_updated_in_inference_mode_and_outside() -> None:
     assert gradient.norm() > 0
 
 
+# ------------------------------------------------------------------------------------ backends
+
+
+def test_every_backend_takes_them(backend: str, device: torch.device) -> None:
+    """The second call of the native backend is C++ from end to end."""
+    x, y = features(32, 16, 12, device=device)
+    leaf, upstream = x.clone().requires_grad_(), torch.tensor([1.0, -2.0], device=device)
+    for _ in range(2):
+        (expected,) = torch.autograd.grad(cka_loss(leaf, y, backend=backend), leaf)
+    with torch.inference_mode():
+        there = y.clone()
+    (found,) = torch.autograd.grad(cka_loss(leaf, there, backend=backend), leaf)
+    assert found.equal(expected)
+    (found,) = torch.autograd.grad(cka_loss(leaf, y, backend=backend), leaf, upstream, is_grads_batched=True)
+    torch.testing.assert_close(found, upstream[:, None, None] * expected, rtol=1e-6, atol=1e-9)
+    with pytest.raises(RuntimeError, match="keep this call's numbers as constants"):
+        torch.jit.trace(lambda x, y: cka_loss(x, y, backend=backend), (x, y))
+
+
 # ------------------------------------------------------------------------------------ threads
 
 
