@@ -176,7 +176,7 @@ class Rows:
         rows = pool_rows(features, pool)
         if inputs and not callable(pool) and pool != "none":
             batch = [size for shape in inputs for size in shape[: 1 + (pool == "time_first")]]
-            if not any(len(rows) == size for size in batch):
+            if len(rows) not in batch:
                 raise ValueError(
                     f"layer {self.name!r} has {len(rows)} rows of features in a batch of {batch[0]}: {_ASK}"
                 )
@@ -185,10 +185,11 @@ class Rows:
     def _layout(self, features: Tensor) -> Layout:
         if features.ndim == 3 and self.time_first:
             return "time_first"
+        second, final = features.shape[1], features.shape[-1]
         for convolutions, matrices, everything in self.sizes:
-            first, last = _among(features.shape[1], everything), _among(features.shape[-1], everything)
+            first, last = _among(second, everything), _among(final, everything)
             if first == last:
-                first, last = _among(features.shape[1], convolutions), _among(features.shape[-1], matrices)
+                first, last = _among(second, convolutions), _among(final, matrices)
             if first != last:
                 return "channels_first" if first else "channels_last"
         if features.ndim == 3:
@@ -230,7 +231,7 @@ def _sizes(module: nn.Module) -> tuple[list[int], list[int], list[int]]:
 
 
 def _among(size: int, sizes: list[int]) -> bool:
-    return any(size == known for known in sizes)  # compiled, a set would fix the size
+    return any(size == known for known in sizes)  # compiled, `in` would not do for a size that is symbolic
 
 
 class Pass:

@@ -94,6 +94,21 @@ def test_torchvision() -> None:
             assert {layer: rows.shape[1] for layer, rows in taps.pop().items()} == layers, name
 
 
+def test_a_compiled_model_of_any_size_is_compiled_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    taps, graphs = Taps(model, ["0", "1"]), []
+    compiled = torch.compile(
+        model, backend=lambda graph, _: graphs.append(0) or graph.forward, fullgraph=True, dynamic=True
+    )
+    for rows, size in ((4, 12), (5, 20), (6, 33), (7, 41)):
+        images = torch.randn(rows, 3, size, size)
+        compiled(images)
+        found = taps.pop()["1"]
+        torch.testing.assert_close(found, model[:2](images).mean((2, 3)))
+        taps.pop()
+    assert len(graphs) == 1
+
+
 # ------------------------------------------------------------------------------------ time first
 
 
