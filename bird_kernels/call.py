@@ -126,7 +126,7 @@ def explain(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Plan
             merged = Choice("library", "sums of rows travel, which the library's products are")
             return plan.describe(problem._replace(n=len(part.x)), "cross", merged, transport=transport)
     choice = backends.decide(problem, options.backend)
-    return plan.describe(problem, plan.route_of(problem, choice.backend), choice, backends.sheet_of(x), transport)
+    return plan.describe(problem, plan.route_of(problem, choice.backend), choice, backends.device_sheet(x), transport)
 
 
 def gram(x: Tensor, kernel: str | RBF) -> Tensor:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from .plan import FEW_ROWS, choose_route, variant
+from .plan import FEW_ROWS, ceil_div, choose_route, variant
 from .types import Cost, Problem, Sheet
 
 # Vendor data sheets, dense rates with fp32 accumulation, boost clocks. The row of a device is the longest name that its
@@ -112,7 +112,7 @@ def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:
     if problem.n <= FEW_ROWS:
         if kind == "linear":
             found["native"] = _native(problem, sheet)
-        found["triton"] = together([problem], sheet)
+        found["triton"] = fused([problem], sheet)
     found["library"] = _library(problem, sheet, {})
     if side(problem) >= min(SYMMETRIC):
         found["symmetric"] = _library(problem, sheet, SYMMETRIC)
@@ -131,18 +131,18 @@ def best(costs: Mapping[str, Cost], problem: Problem) -> str:
     return winner
 
 
-def together(problems: Sequence[Problem], sheet: Sheet) -> Cost:
+def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
     """Triton's fused kernels: pairs of one n and dtype, in three or four launches in all."""
     first = problems[0]
     half = first.dtype.itemsize == 2
     loop = C.half_loop if half else C.tf32_loop if first.precision == "tf32" else C.fp32_loop
-    step, tiles = 64 if half else 32, _parts(first.n, 64)
-    upper, inner = tiles * (tiles + 1) // 2, _parts(first.n, step)
+    step, tiles = 64 if half else 32, ceil_div(first.n, 64)
+    upper, inner = tiles * (tiles + 1) // 2, ceil_div(first.n, step)
     widths = [d for problem in problems for d in (problem.p, problem.q)]
     wanted = [d for p in problems for d, wants in ((p.p, p.x_grad), (p.q, p.y_grad)) if wants]
-    steps = upper * sum(_parts(d, step) for d in widths)
+    steps = upper * sum(ceil_div(d, step) for d in widths)
     clocks = _issue(steps, loop[0] + C.centring * tiles, sheet)
-    blocks = tiles * sum(_parts(d, 64) for d in wanted)
+    blocks = tiles * sum(ceil_div(d, 64) for d in wanted)
     clocks += _issue(blocks, inner * loop[1], sheet)
     size = first.n * first.dtype.itemsize
     launches = 2 + (first.estimator == "unbiased") + bool(wanted)
@@ -161,12 +161,12 @@ def apart(costs: Iterable[tuple[str, Cost]]) -> float:
 def _native(problem: Problem, sheet: Sheet) -> Cost:
     """The C++ part: blocks hold all rows of 32 features (csrc/cuda/gram.cuh)."""
     wanted = problem.x_grad * problem.p + problem.y_grad * problem.q
-    slots, tiles, rows = 2 * sheet.multiprocessors, _parts(problem.n, 128), problem.n / 128
-    chunks = (_parts(problem.p, 32) + _parts(problem.q, 32)) * tiles * (tiles + 1) // 2
-    clocks = _parts(chunks, slots) * (C.native_product + C.native_load * rows)
+    slots, tiles, rows = 2 * sheet.multiprocessors, ceil_div(problem.n, 128), problem.n / 128
+    chunks = (ceil_div(problem.p, 32) + ceil_div(problem.q, 32)) * tiles * (tiles + 1) // 2
+    clocks = ceil_div(chunks, slots) * (C.native_product + C.native_load * rows)
     if wanted:
-        outputs = _parts(wanted, 32)
-        blocks = outputs * (_parts(problem.n, 64) if outputs < slots else 1)
+        outputs = ceil_div(wanted, 32)
+        blocks = outputs * (ceil_div(problem.n, 64) if outputs < slots else 1)
         clocks += outputs * C.native_backward * rows**2 / min(blocks, slots)
     launches = 2 + (problem.estimator == "unbiased") + bool(wanted)
     device = max(clocks / sheet.clock * 1e-3, _cold(_input_bytes(problem) + 2 * _wanted_bytes(problem), sheet))
@@ -205,7 +205,7 @@ def _rbf(problem: Problem, sheet: Sheet, backend: str) -> Cost:
     """Gaussian kernels that are kept; in both backends the library finds the bandwidth."""
     n, wanted = problem.n, problem.x_grad * problem.p + problem.y_grad * problem.q
     base, strip = C.triton_rbf if backend == "triton" else C.library_rbf
-    launches = base + strip * _parts(n, 1024)
+    launches = base + strip * ceil_div(n, 1024)
     factor = 1.0 if backend == "triton" else 1.5  # distances and kernels as operators of their own: an estimate
     device = n * n * C.rbf_clocks / sheet.clock * 1e-3 + factor * _warm(C.rbf_bytes * n * n, 8 * n * n, sheet)
     device += factor * (2 * n * n * (problem.p + problem.q) + 2 * n * n * wanted) / _rate(problem, sheet) * 1e-6
@@ -225,10 +225,10 @@ def matrix(n: int, widths: Sequence[int], problem: Problem, sheet: Sheet) -> Cos
 def _product(m: int, n: int, k: int, size: int, problem: Problem, sheet: Sheet, *, faster: float = 1.0) -> float:
     """Microseconds of an m x n product over k, written in numbers of ``size`` bytes, without its launch."""
     units = sheet.multiprocessors
-    tiles = max(C.tiles, key=lambda side: (min(_parts(m, side) * _parts(n, side), units), side))
-    count = _parts(m, tiles) * _parts(n, tiles)
-    shares = range(1, min(_parts(units, count) + 3, max(1, k // C.depth)) + 1)  # of the inner indices
-    filled = max(count * s / (_parts(count * s, units) * units) for s in shares)
+    tiles = max(C.tiles, key=lambda side: (min(ceil_div(m, side) * ceil_div(n, side), units), side))
+    count = ceil_div(m, tiles) * ceil_div(n, tiles)
+    shares = range(1, min(ceil_div(units, count) + 3, max(1, k // C.depth)) + 1)  # of the inner indices
+    filled = max(count * s / (ceil_div(count * s, units) * units) for s in shares)
     read = m + n if m != n else m  # a square result is that of a matrix with itself
     moved = read * k * problem.dtype.itemsize + size * m * n
     return max(2 * m * n * k / (_rate(problem, sheet) * filled * faster) * 1e-6, _warm(moved, moved, sheet))
@@ -278,7 +278,3 @@ def _input_bytes(problem: Problem) -> int:
 
 def _wanted_bytes(problem: Problem) -> int:
     return problem.n * (problem.x_grad * problem.p + problem.y_grad * problem.q) * problem.dtype.itemsize
-
-
-def _parts(size: int, part: int) -> int:
-    return -(-size // part)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .backends.dominating import alive, bulk_mean, dominated, largest, squared_norms
-from .backends.linalg import at_least, dtypes, fp32_products, inner, scalar, to
-from .backends.rows import Rows, Term, weighed
+from .backends.dominating import alive, dominated, squared_norms
+from .backends.linalg import at_least, fp32_products, inner, kept, scalar, to
+from .backends.rows import Rows, Term, apart, centred, mean, shifted, weighed, wide_of
 from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
 from .sums import Norms, Sums, scaled, times, trace
 from .types import Problem
@@ -24,7 +25,7 @@ def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
     fp32.
     """
     n = scalar(s.n)
-    scale_x, scale_y = _unit(s.xx, s.n), _unit(s.yy, s.n)
+    scale_x, scale_y = _unit(s.xx, n), _unit(s.yy, n)
     s = scaled(s, scale_x, scale_y)
     kl, kk, ll = inner(s.xy, s.xy), inner(s.xx, s.xx), inner(s.yy, s.yy)
     sum_k = sum_l = 0.0
@@ -69,76 +70,79 @@ def gradient(
         return torch.zeros_like(x)
     g = upstream * c.scale_x
     factors = 2.0 * c.d_kl * g, 4.0 * c.d_kk * g
-    means = s.mean_x, s.mean_y
     with fp32_products(problem):
         z = backends.rows_of(x, y, mask, problem)
         if problem.estimator == "unbiased":
-            d = _unbiased(x, y, mask, s, factors, c, z=z, exact=exact or s)
+            d = _unbiased(x, y, mask, z, s, factors, c=c, exact=exact or s)
         elif z is None:
-            d = _weighed(_around(x, y, mask, None, means, c, wide=dtypes(problem)[0]), s.xx, s.xy, factors, c)
+            d = _products(*_about(x, y, mask, s, c), s.xx, s.xy, factors)
         else:
-            d = _weighed(_Around(x, y, z, means), s.xx, s.xy, factors, c, wide=False)
+            d = weighed(z.z, len(x), _terms(z, (s.mean_x, s.mean_y), s.xx, s.xy, factors, c), wide=False)
     if mask is not None:
         d = d.masked_fill(~mask[:, None], 0.0)
     return to(d, x.dtype)
 
 
-class _Around(NamedTuple):
-    """Rows xs [m, p] and ys [m, q] about ``origins`` [p] and [q], times `Coefficients`' scales; fp32 or fp64.
-
-    ``z``: the same rows as `rows.weighed` takes them; None where xs and ys themselves are multiplied.
-    """
-
-    xs: Tensor
-    ys: Tensor
-    z: Rows | None
-    origins: tuple[Tensor, Tensor]
-
-
-def _around(
-    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, origins: tuple[Tensor, Tensor], c: Coefficients, *,
-    wide: torch.dtype,
-) -> _Around:  # fmt: skip
-    xs, ys = _about(x, origins[0], c.scale_x, mask, wide), _about(y, origins[1], c.scale_y, mask, wide)
-    return _Around(xs, ys, z, origins)
+def _about(x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """Both sides about the merged means, times `Coefficients`' scales, in fp32 or fp64; the means in two parts, so that
+    fp32 loses none of their fp64 digits that count."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    xs, ys = (
+        kept((to(a, wide) - to(mean, wide)).sub_(to(mean - to(mean, wide), wide)).mul_(scale), mask)
+        for a, mean, scale in ((x, s.mean_x, c.scale_x), (y, s.mean_y, c.scale_y))
+    )
+    return xs, ys
 
 
-def _weighed(
-    rows: _Around, xx: Tensor, xy: Tensor, factors: tuple[Scalar, Scalar], c: Coefficients, wide: bool = True
-) -> Tensor:
-    """ys (xy factors[0]) + xs (xx factors[1]) of products about the rows' origins; in the features' dtype unless
-    ``wide``."""
-    xs, ys, z, (origin_x, origin_y) = rows
-    if z is None:
-        d = ys @ to(xy * factors[0], ys.dtype)
-        return torch.addmm(d, xs, to(xx * factors[1], xs.dtype), out=d)
-    of_x = Term(to(xx, torch.float32), factors[1] * c.scale_x, origin_x)
-    of_y = Term(to(xy, torch.float32), factors[0] * c.scale_y, origin_y)
-    return weighed(z, len(xs), of_x, of_y, wide)
+def _products(xs: Tensor, ys: Tensor, xx: Tensor, xy: Tensor, factors: tuple[Scalar, Scalar]) -> Tensor:
+    """ys (xy factors[0]) + xs (xx factors[1]) of products about the rows' origins."""
+    d = ys @ to(xy * factors[0], ys.dtype)
+    return torch.addmm(d, xs, to(xx * factors[1], xs.dtype), out=d)
+
+
+def _terms(
+    z: Rows, origins: tuple[Tensor, Tensor], xx: Tensor, xy: Tensor, factors: tuple[Scalar, Scalar], c: Coefficients
+) -> tuple[Term, Term]:
+    """The same of shifted rows, for `weighed`."""
+    each = (z.x, origins[0], xx, factors[1] * c.scale_x), (z.y, origins[1], xy, factors[0] * c.scale_y)
+    wide = wide_of(z.z)
+    x, y = (
+        Term(side.place, to((origin - side.shift) * side.scale, wide), to(matrix, wide) * (factor / side.scale))
+        for side, origin, matrix, factor in each
+    )
+    return x, y
 
 
 def _unbiased(
-    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, factors: tuple[Scalar, Scalar], c: Coefficients, *,
-    z: Rows | None, exact: Sums,
+    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, s: Sums, factors: tuple[Scalar, Scalar], *,
+    c: Coefficients, exact: Sums,
 ) -> Tensor:  # fmt: skip
     """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = _around(x, y, mask, z, (s.mean_x, s.mean_y), c, wide=wide)
-    norms = squared_norms(rows.xs), squared_norms(rows.ys)
-    if x.is_cpu and not any(map(dominated, norms)):
-        return _rows(rows, s, None, factors, c)
-    few = largest(*norms)
-    origins = bulk_mean(to(x, wide), mask)[0].double(), bulk_mean(to(y, wide), mask)[0].double()
+    if z is None:
+        xs, ys = _about(x, y, mask, s, c)
+        if not x.is_cuda and not any(dominated(squared_norms(a)) for a in (xs, ys)):  # which may look
+            return _rows(lambda xx, xy: _products(xs, ys, xx, xy, factors), xs, ys, s, None, factors, c=c)
+        z = shifted(to(x, xs.dtype), to(y, xs.dtype), mask)
+    z, few, *_ = apart(z, x, y, mask)
+    origins = mean(z, z.x), mean(z, z.y)
     about = (origins[0] - s.mean_x) * c.scale_x, (origins[1] - s.mean_y) * c.scale_y
-    d = _rows(_around(x, y, mask, z, origins, c, wide=wide), s, about, factors, c)
-    heavy = _around(x[few], y[few], None, None, origins, c, wide=torch.float64)
-    return d.index_copy_(0, few, _rows(heavy, exact, about, factors, c).to(d.dtype))
+    xs, ys = (
+        centred(z.z, side.place, z.mean(side))[: len(x)] * (scale / side.scale)
+        for side, scale in ((z.x, c.scale_x), (z.y, c.scale_y))
+    )
+    d = _rows(
+        lambda xx, xy: weighed(z.z, len(x), _terms(z, origins, xx, xy, factors, c)), xs, ys, s, about, factors, c=c
+    )
+    xs, ys = ((a[few].double() - origins[i]) * (c.scale_x, c.scale_y)[i] for i, a in enumerate((x, y)))
+    heavy = _rows(lambda xx, xy: _products(xs, ys, xx, xy, factors), xs, ys, exact, about, factors, c=c)
+    return d.index_copy_(0, few, to(heavy, d.dtype))
 
 
 def _rows(
-    rows: _Around, s: Sums, about: tuple[Tensor, Tensor] | None, factors: tuple[Scalar, Scalar], c: Coefficients
-) -> Tensor:
-    r"""dX [m, p] of ``rows`` about an origin that is ``about`` = (u, v) from the merged means; None: there.
+    product: Callable[[Tensor, Tensor], Tensor], xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor] | None,
+    factors: tuple[Scalar, Scalar], *, c: Coefficients,
+) -> Tensor:  # fmt: skip
+    r"""dX [m, p] of rows xs, ys about an origin that is ``about`` = (u, v) from the merged means; None: there.
 
     The estimator does not depend on the origin, its rounding does. With a and b the ``factors``, A and C about that
     origin, T = sum(x) = -n u and T' = sum(y) = -n v over all rows, r_i = x_i T - kappa_i and s_i = y_i T' - lambda_i
@@ -146,14 +150,14 @@ def _rows(
 
         dX_i = y_i a C + x_i b A - (a lambda_i + b kappa_i) x_i
                + (2 rho_i / (n-2) - tau) x_i - (rho_i / (n-2) - tau) T - sum_j(rho_j x_j) / (n-2)
+
+    ``product`` makes the first two terms from A and C.
     """
     a, b = factors
-    xs, ys = rows.xs, rows.ys
     norms, n = s.norms, c.n
     assert norms is not None
     xx, xy, kx, lx = s.xx, s.xy, norms.kx, norms.lx
-    total_k, total_l = -c.sum_k, -c.sum_l  # of the row sums r and s
-    column = None
+    total_k, total_l, column = -c.sum_k, -c.sum_l, None  # of the row sums r and s
     if about is not None:
         u, v = about
         uu, vv = u @ u, v @ v
@@ -164,15 +168,15 @@ def _rows(
         total_k, total_l = total_k + n * (n - 1.0) * scalar(uu), total_l + n * (n - 1.0) * scalar(vv)
         kx, lx = kx - times(xx, column), lx - times(xy.T, other_column)
     wide = xs.dtype
-    d = _weighed(rows, xx, xy, factors, c)
+    d = product(xx, xy)
     diagonal = squared_norms(ys) * a + squared_norms(xs) * b
     rho = -diagonal
     if column is not None:
         rho = rho + (ys @ to(other_column, wide)) * a + (xs @ to(column, wide)) * b
     rest = rho / (n - 2.0) - (a * total_l + b * total_k) / ((n - 1.0) * (n - 2.0))
-    d += (rest + rho / (n - 2.0) - diagonal)[:, None] * xs
+    d.addcmul_((rest + rho / (n - 2.0) - diagonal)[:, None], xs)
     d += to((lx * a + kx * b) / (n - 2.0), wide)
-    return d if column is None else d.sub_(torch.outer(rest, to(column, wide)))
+    return d if column is None else d.addr_(rest, to(column, wide), alpha=-1)
 
 
 def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
@@ -184,16 +188,13 @@ def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
     )
 
 
-def _unit(product: Tensor, count: Tensor) -> Scalar:
+def _unit(product: Tensor, count: Scalar) -> Scalar:
     """2^k that brings the largest feature's root mean square into [1/2, 1)."""
-    peak = (product.diagonal().amax().double() / count.clamp(min=1.0)).sqrt()
+    peak = product.diagonal().amax()
+    if isinstance(count, float):
+        square = peak.item() / max(count, 1.0)
+        return 2.0 ** -math.frexp(square**0.5)[1] if 0.0 < square < math.inf else 1.0
+    peak = (peak.double() / count.clamp(min=1.0)).sqrt()
     finite = torch.isfinite(peak) & (peak > 0.0)
     exponent = torch.frexp(torch.where(finite, peak, 1.0)).exponent
     return scalar(torch.ldexp(torch.ones_like(peak), -exponent))
-
-
-def _about(x: Tensor, mean: Tensor, scale: Scalar, mask: Tensor | None, wide: torch.dtype) -> Tensor:
-    """(x - mean) * scale in ``wide``; the mean in two parts, so that fp32 loses none of its fp64 digits that count."""
-    high = mean.to(wide)
-    x = (to(x, wide) - high).sub_((mean - high).to(wide)).mul_(scale)
-    return x if mask is None else torch.where(mask[:, None], x, 0.0)

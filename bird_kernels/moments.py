@@ -95,16 +95,16 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
     enough, valid = n >= MIN_ROWS[estimator], 1.0
     if enough is not True:  # too few, or a tensor that may say so
         n, valid = _where(enough, n, 4.0), _where(enough, 1.0, float("nan"))
-    if estimator == "biased":
-        alpha, beta, norm = -2.0 / n, 1.0 / (n * n), (n - 1.0) * (n - 1.0)
-    else:
-        alpha, beta, norm = -2.0 / (n - 2.0), 1.0 / ((n - 1.0) * (n - 2.0)), n * (n - 3.0)
-
+    alpha = beta = 0.0
+    if isinstance(m.r_kk, torch.Tensor) or m.r_kk or m.r_ll:  # else centred already
+        left, pairs = (n, n * n) if estimator == "biased" else (n - 2.0, (n - 1.0) * (n - 2.0))
+        alpha, beta = -2.0 / left, 1.0 / pairs
     if statistic == "gram_mse":  # of matrices that are centred already: they have no other moments
         each = valid / (n * n)
         return Combined(each * (m.kk - 2.0 * m.kl + m.ll), -2.0 * each, each, each)
     kl = m.kl + alpha * m.r_kl + beta * m.t_k * m.t_l
     if statistic == "hsic":
+        norm = n * (n - 3.0) if estimator == "unbiased" else (n - 1.0) * (n - 1.0)
         return Combined(valid * kl / norm, valid / norm, 0.0 * kl, 0.0 * kl)
 
     kk, k_dead = _self_hsic(m.kk, m.r_kk, m.t_k, alpha, beta, eps)
@@ -134,6 +134,8 @@ def _self_hsic(kk: Scalar, r_kk: Scalar, t_k: Scalar, alpha: Scalar, beta: Scala
 
 
 def _where(condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
-    if isinstance(condition, torch.Tensor):
-        return torch.where(condition, a, b)
-    return a if condition else b
+    if not isinstance(condition, torch.Tensor):
+        return a if condition else b
+    if isinstance(b, torch.Tensor) and not isinstance(a, torch.Tensor):
+        return b.masked_fill(condition, a)  # a number of a torch.where is a launch
+    return torch.where(condition, a, b)

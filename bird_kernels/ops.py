@@ -91,17 +91,15 @@ def _spec(call: Call) -> Spec:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast reaches into an operator's kernel and would round its fp32 products; some devices have none."""
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _run(function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Any:
-    kind = x.device.type
-    if (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
-        with without_autocast(x.device):
-            return function(x, *args, **options)
-    return function(x, *args, **options)
+    with without_autocast(x.device):
+        return function(x, *args, **options)
 
 
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:

@@ -50,22 +50,19 @@ class Tiling(NamedTuple):
     chunk: int = 0
 
 
+# Of distances and of the RBF gradient. Not split: a kernel is a function of the whole distance. With inner steps of 64
+# the gradients of halves spill 56 to 232 bytes on sm_80, sm_90 and sm_100.
+RBF_TILING = Tiling(64, 32)
+
+
 def small_tiling(problems: Sequence[Problem]) -> Tiling:
     """Tiles of the forward's products of launch-bound pairs: the columns are split until the GPU is full."""
     first = problems[0]
     block, step = 64, 64 if first.dtype.itemsize == 2 else 32
     widths = [d for problem in problems for d in (problem.p, problem.q)]
-    programs = max(CROWD * PROGRAMS // _upper(_ceil_div(first.n, block)), len(widths))
-    chunk = _ceil_div(sum(_ceil_div(d, step) for d in widths), programs) * step
-    return Tiling(block, step, tuple(_ceil_div(d, chunk) for d in widths), chunk)
-
-
-def rbf_tiling(problem: Problem) -> Tiling:
-    """Tiles of distances and of the gradient. Not split: a kernel is a function of the whole distance.
-
-    With inner steps of 64 the gradients of halves spill 56 to 232 bytes on sm_80, sm_90 and sm_100.
-    """
-    return Tiling(64, 32)
+    programs = max(CROWD * PROGRAMS // _upper(ceil_div(first.n, block)), len(widths))
+    chunk = ceil_div(sum(ceil_div(d, step) for d in widths), programs) * step
+    return Tiling(block, step, tuple(ceil_div(d, chunk) for d in widths), chunk)
 
 
 def together(problems: Sequence[Problem]) -> bool:
@@ -90,7 +87,8 @@ def _upper(tiles: int) -> int:
     return tiles * (tiles + 1) // 2
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """Rounded up. Not `triton.cdiv`: it is for kernels, and costs 4 us outside of them."""
     return -(-a // b)
 
 
@@ -210,7 +208,7 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
     wide = 8 if backend == "reference" else _wide(problem)
     if problem.kernel is not None:
         if backend == "triton":
-            return 8 * n * n + 16 * n + 8 * n * (_ceil_div(p, 8) + _ceil_div(q, 8)) * problem.dtype.itemsize
+            return 8 * n * n + 16 * n + 8 * n * (ceil_div(p, 8) + ceil_div(q, 8)) * problem.dtype.itemsize
         kept = keeps_kernels(problem)
         kernels = 2 * strips_size(n, strip_rows(problem)) if kept else 0
         return (kernels + n * (p + (problem.y_grad or not kept) * q)) * wide + 16 * n
@@ -236,8 +234,8 @@ def _tile(problem: Problem, route: Route, backend: str) -> str:
     if backend != "triton":
         strips = f" in strips of {strip_rows(problem)} rows, {'kept' if keeps_kernels(problem) else 'streamed'}"
         return "library products" + (strips if problem.kernel else "")
-    t = rbf_tiling(problem) if problem.kernel else small_tiling([problem])
-    count = 2 * _upper(_ceil_div(problem.n, t.block)) if problem.kernel else _upper(_ceil_div(problem.n, t.block))
+    t = RBF_TILING if problem.kernel else small_tiling([problem])
+    count = 2 * _upper(ceil_div(problem.n, t.block)) if problem.kernel else _upper(ceil_div(problem.n, t.block))
     split = f", split {' + '.join(map(str, t.splits))} ways" if t.splits else ""
     launched = sum(launches(problem))
     library = " and the library's for the bandwidth" if problem.kernel else ""

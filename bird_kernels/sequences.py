@@ -130,8 +130,8 @@ def _unbiased_moments(xs: Tensor, ys: Tensor, keep: Tensor | None, rows: Tensor,
         assert few is not None
         kl, kk, ll = _apart(xs, ys, kappa, lam, few, rows)
     eps = torch.finfo(xs.dtype).eps
-    noises = (noise(side.detach(), norms.detach(), few, eps) for side, norms in ((xs, kappa), (ys, lam)))
-    return Moments(kl, alive(kk, next(noises)), alive(ll, next(noises)))
+    noises = noise((xs.detach(), ys.detach()), torch.stack([kappa, lam]).detach(), few, eps)
+    return Moments(kl, alive(kk, noises[0]), alive(ll, noises[1]))
 
 
 def _apart(

@@ -80,7 +80,8 @@ class Statistics:
         if self._sums is not None:
             _require_same("the other statistics", (*_widths(other._sums), other._sums.n.device), self._sums)
         with torch.inference_mode(False):
-            self._add(other._sums, other._products)
+            part = sums.merged([other._sums]) if self._sums is None else other._sums  # a copy, to be added to
+            self._add(part, other._products)
 
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
         """Merge those of all ranks, on all of them; a rank may have had no updates.
@@ -189,7 +190,7 @@ class Statistics:
         assert norms is not None
         plain = {name: value.clone() for name, value in self._sums._asdict().items() if name != "norms"}
         eps = torch.full((), torch.finfo(self._products).eps, dtype=torch.float64, device="cpu")
-        return plain | {f"norms.{name}": value for name, value in norms._asdict().items()} | {"eps": eps}
+        return plain | {f"norms.{name}": value.clone() for name, value in norms._asdict().items()} | {"eps": eps}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], *, precision: str | None = None) -> Statistics:
@@ -217,13 +218,10 @@ class Statistics:
         p, q = _widths(self._sums)
         return f"Statistics(n={self.n}, x={p} features, y={q} features, device={self._sums.n.device})"
 
-    def _add(self, part: Sums, products: torch.dtype | None = None) -> None:
-        if (products or part.xx.dtype) == torch.float32:
+    def _add(self, part: Sums, products: torch.dtype) -> None:
+        if products == torch.float32:
             self._products = torch.float32
-        if self._sums is None:
-            self._sums = sums.merged([part.to(torch.float64)])  # a copy, to be added to
-        else:
-            self._sums = sums.include(self._sums, part)
+        self._sums = part.to(torch.float64) if self._sums is None else sums.include(self._sums, part)
         self._derivatives = {}
 
     def _known(self) -> Sums:
@@ -235,7 +233,8 @@ class Statistics:
         inputs.require_choice(estimator=estimator)
         s = self._known()
         problem = Problem(0, *_widths(s), self._products, s.n.device, statistic, estimator)  # type: ignore[arg-type]
-        return from_sums.evaluate(sums.merged([s]), problem)  # in the memory of a copy
+        wanted = s if estimator == "unbiased" else s._replace(norms=None)
+        return from_sums.evaluate(sums.merged([wanted]), problem)  # in the memory of a copy
 
     def _value(self, statistic: Statistic, estimator: str) -> Tensor:
         value, _, _ = self._evaluate(statistic, estimator)

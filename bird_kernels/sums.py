@@ -29,16 +29,8 @@ from torch import Tensor
 
 from . import backends, distributed
 from .backends import rows
-from .backends.dominating import dominated, largest, location, squared_norms, without
-from .backends.linalg import (
-    centre,
-    dtypes,
-    fp32_products,
-    mm,
-    row_count,
-    self_product,
-    to,
-)
+from .backends.dominating import squared_norms, uneven
+from .backends.linalg import as_tensor, centre, dtypes, fp32_products, mm, row_count, self_product, to
 from .moments import Scalar
 from .transport import upper_blocks, upper_size
 from .types import Problem
@@ -90,35 +82,44 @@ def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums
     unbiased = problem.estimator == "unbiased"
     if len(x) == 0:
         return _none(x, y, dtypes(problem)[0], unbiased)
-    found = None
-    if not unbiased or x.is_cpu:
-        found = _alike(x, y, mask, problem, look=unbiased and problem.dtype != torch.float64)
-    return _apart(x, y, mask, problem) if found is None else found
-
-
-def _alike(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, look: bool = False) -> Sums | None:
-    """`sums_of` with all rows alike; None if a ``look`` finds rows that dominate."""
-    unbiased = problem.estimator == "unbiased"
-    norms = None
     with fp32_products(problem):
         z = backends.rows_of(x, y, mask, problem)
+        if z is None and not (unbiased and x.is_cuda):
+            found = _of_centred(x, y, mask, problem)
+            if found is not None:
+                return found
         if z is None:
-            count = row_count(x, mask)
-            xs, scale_x, means_x = centre(x, mask, count, problem)
-            ys, scale_y, means_y = centre(y, mask, count, problem)
-            mean_x, mean_y = (first.double() + second.double() for first, second in (means_x, means_y))
-        else:
-            count, (mean_x, scale_x), (mean_y, scale_y) = z.n, *((rows.mean(z, a), a.scale) for a in (z.x, z.y))
-            if unbiased:
-                xs, ys = rows.centred(z, z.x), rows.centred(z, z.y)
-        if unbiased:
-            norms = _norms(xs, ys, look)
-            if norms is None:
-                return None
-        xx, xy, yy = (self_product(xs.T), mm(ys.T, xs), self_product(ys.T)) if z is None else rows.products(z)
-    count = count if isinstance(count, Tensor) else torch.full((), count, dtype=torch.float64, device=x.device)
-    units = (_unscaled(scale, problem.dtype) for scale in (scale_x, scale_y))
-    return scaled(Sums(count, mean_x, mean_y, xx, xy, yy, norms), *units)
+            wide, _ = dtypes(problem)
+            z = rows.shifted(to(x, wide), to(y, wide), mask)
+        if not unbiased:
+            return _of_rows(z, problem)
+        bulk, few, *_ = rows.apart(z, x, y, mask)
+        heavy = rows.shifted(x[few].double(), y[few].double(), None if mask is None else mask[few])
+        return include(_of_rows(bulk, problem).to(torch.float64), _of_rows(heavy, problem))
+
+
+def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
+    """`sums_of` shifted rows, all alike."""
+    norms = None
+    if problem.estimator == "unbiased":
+        xs, ys = (rows.centred(z.z, side.place, z.mean(side)) for side in (z.x, z.y))
+        norms = _norms(xs, ys)
+    sums = Sums(as_tensor(z.n, z.z.device), rows.mean(z, z.x), rows.mean(z, z.y), *rows.products(z), norms)
+    return scaled(sums, *(_unscaled(side.scale, sums.xx.dtype) for side in (z.x, z.y)))
+
+
+def _of_centred(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums | None:
+    """`sums_of` rows that need no shift, all alike; None if some dominate, unbiased."""
+    count, norms = row_count(x, mask), None
+    (xs, scale_x, means_x), (ys, scale_y, means_y) = (centre(a, mask, count, problem) for a in (x, y))
+    if problem.estimator == "unbiased":
+        norms = _norms(xs, ys, look=xs.dtype != torch.float64)
+        if norms is None:
+            return None
+    mean_x, mean_y = (first.double() + second.double() for first, second in (means_x, means_y))
+    products = self_product(xs.T), mm(ys.T, xs), self_product(ys.T)
+    sums = Sums(as_tensor(count, x.device), mean_x, mean_y, *products, norms)
+    return scaled(sums, *(_unscaled(scale, problem.dtype) for scale in (scale_x, scale_y)))
 
 
 def _unscaled(scale: Scalar, dtype: torch.dtype) -> Scalar:
@@ -128,24 +129,6 @@ def _unscaled(scale: Scalar, dtype: torch.dtype) -> Scalar:
     if isinstance(scale, Tensor):
         return torch.where((scale >= 1.0 / limit) & (scale <= limit), 1.0 / scale, torch.nan)
     return 1.0 / scale if 1.0 / limit <= scale <= limit else math.nan
-
-
-def _apart(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums:
-    """`sums_of` with the rows that may dominate as a part of their own; products in fp64."""
-    wide, _ = dtypes(problem)
-    around = []
-    for side in (x, y):
-        z = to(side, wide)
-        z = z - location(z, mask)
-        around.append(squared_norms(z if mask is None else torch.where(mask[:, None], z, 0.0)))
-    few = largest(*around)
-    rest = without(mask, few, len(x))
-    known = None if mask is None else mask[few]
-    bulk = _alike(x, y, rest, problem)
-    heavy = _alike(x[few].double(), y[few].double(), known, problem._replace(dtype=torch.float64))
-    assert bulk is not None
-    assert heavy is not None
-    return include(bulk.to(torch.float64), heavy)
 
 
 def merged(parts: Sequence[Sums]) -> Sums:
@@ -272,15 +255,19 @@ def _none(x: Tensor, y: Tensor, wide: torch.dtype, norms: bool) -> Sums:
     return Sums(zeros(()), zeros(p), zeros(q), xx, xy, yy, Norms(*map(zeros, sizes)) if norms else None)
 
 
-def _norms(xs: Tensor, ys: Tensor, look: bool) -> Norms | None:
+def _norms(xs: Tensor, ys: Tensor, look: bool = False) -> Norms | None:
     """Of rows about their means; None if a ``look`` finds some that dominate."""
     kappa, lam = squared_norms(xs), squared_norms(ys)
-    if look and (dominated(kappa) or dominated(lam)):
-        return None
+    powers = torch.stack([kappa, lam, torch.ones_like(kappa)]).double()
+    powers = torch.mm(powers, powers.T)
+    if look:
+        (squares_k, _, sum_k), (_, squares_l, sum_l), _ = powers.tolist()
+        if uneven(squares_k, sum_k, len(xs)) or uneven(squares_l, sum_l, len(xs)):
+            return None
+    kk, kl, k, _, ll, l, *_ = powers.view(-1).unbind()
     eps = torch.finfo(xs.dtype).eps
     kx, ky, lx, ly = ((weights @ rows).double() for weights in (kappa, lam) for rows in (xs, ys))
-    k, l = kappa.double(), lam.double()
-    return Norms(kx, ky, lx, ly, k @ k, k @ l, l @ l, eps * k.sum(), eps * l.sum())
+    return Norms(kx, ky, lx, ly, kk, kl, ll, eps * k, eps * l)
 
 
 def scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:

@@ -52,7 +52,7 @@ def tune(
     with torch.cuda.device(device), _untuned():
         key = tuning.key_of(device)
         file = tuning.user_file(key)
-        kept = tuning.read(file)
+        kept = tuning.read_table(file)
         table = kept if kept is not None and kept.key == key else tuning.Table(key, "", ())
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()  # fails now, not after minutes of measuring
@@ -61,7 +61,7 @@ def tune(
             for row in _of_problem(_problem(shape, dtype, device), deadline, say):
                 others = tuple(known for known in table.rows if _identity(known) != _identity(row))
                 table = tuning.Table(key, datetime.datetime.now().isoformat(timespec="seconds"), (*others, row))
-                tuning.write(file, table)
+                tuning.write_table(file, table)
                 measured = True
     backends.forget()
     if not measured:
@@ -74,14 +74,14 @@ def _untuned() -> Iterator[None]:
     """No earlier measurement decides what a candidate does."""
     before = os.environ.get("BIRD_TUNING")
     os.environ["BIRD_TUNING"] = "off"
-    tuning.forget()
+    tuning.forget_files()
     try:
         yield
     finally:
         os.environ.pop("BIRD_TUNING")
         if before is not None:
             os.environ["BIRD_TUNING"] = before
-        tuning.forget()
+        tuning.forget_files()
 
 
 def _problem(shape: Sequence[int], dtype: str, device: torch.device) -> Problem:
@@ -90,13 +90,13 @@ def _problem(shape: Sequence[int], dtype: str, device: torch.device) -> Problem:
     return backends.precise(Problem(n, p, q, number, device))
 
 
-def _identity(row: tuning.Row) -> tuple[object, ...]:
+def _identity(row: tuning.Measurement) -> tuple[object, ...]:
     return row.n, row.p, row.q, row.dtype, row.precision, row.estimator, row.candidate
 
 
-def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object]) -> Iterator[tuning.Row]:
+def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object]) -> Iterator[tuning.Measurement]:
     """A row for every candidate that is right, as far as the time goes."""
-    dtype, precision = tuning.numbers(problem)
+    dtype, precision = tuning.number_of(problem)
     title = f"{problem.n:,} x {problem.p:,}, {problem.q:,} {' '.join(filter(None, (dtype, precision)))}"
     expected = cost.predict(problem, cost.sheet_of(torch.cuda.get_device_name(problem.device)))
     needed = 4 * sum(FEWEST * known.us for known in expected.values()) * 1e-6  # gate, graph, two clocks
@@ -122,9 +122,8 @@ def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object])
             say(f"{title}: {name} is left out, {wrong}")
             continue
         say(f"{title}: {name} {max(host, device):.4g} us")
-        yield tuning.Row(
-            problem.n, problem.p, problem.q, dtype, precision, problem.estimator, name, round(host, 3), round(device, 3)
-        )  # fmt: skip
+        of_problem = problem.n, problem.p, problem.q, dtype, precision, problem.estimator
+        yield tuning.Measurement(*of_problem, name, round(host, 3), round(device, 3))
 
 
 def _times(run: Run) -> tuple[float, float]:

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from bird.lab.vision.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, SEVERITIES, corrupt
-from bird.lab.vision.data import load_fashion, to_float
+from bird.lab.vision.data import to_float
+from bird.lab.vision.datasets import load
 
 PATH = Path(__file__).resolve().parents[2] / "docs/lab/corruptions.png"
 SIDE, SCALE, GAP, LABEL, HEAD = 32, 2, 3, 132, 20
@@ -45,8 +46,7 @@ def colour_picture() -> Tensor:
 
 def grey_picture() -> Tensor:
     """A sneaker, float32 ``[1, 1, 32, 32]``: 28 x 28 with a black frame."""
-    image = to_float(load_fashion([7], limit_per_class=3).test.images[:1])
-    return torch.nn.functional.pad(image, [2] * 4)
+    return to_float(load("fashion-mnist-subset", classes=[7], limit_per_class=3).test.images[:1])
 
 
 def sheet() -> Image.Image:

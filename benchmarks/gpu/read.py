@@ -82,10 +82,12 @@ def tuning_table(folder: Path, path: Path) -> int:
         if row["candidate"].split()[0] in BACKENDS and row["problem"].split()[0] not in ("rbf", "matrix"):
             shape = row["n"], row["p"], row["q"], row["dtype"], row["precision"], row["estimator"], row["candidate"]
             times.setdefault(shape, {})["host" if row["timer"] == "host" else "device"] = row["p50"] * 1e6
-    found = [tuning.Row(*shape, host=us["host"], device=us["device"]) for shape, us in times.items() if len(us) == 2]
+    found = [
+        tuning.Measurement(*shape, host=us["host"], device=us["device"]) for shape, us in times.items() if len(us) == 2
+    ]
     if found:
         key = tuning.Key(*(ours[0][name] for name in ("device", "cuda_driver", "torch", "triton")))
-        tuning.write(path, tuning.Table(key, ours[0]["date"], tuple(found)))
+        tuning.write_table(path, tuning.Table(key, ours[0]["date"], tuple(found)))
     return len(found)
 
 

@@ -27,7 +27,7 @@ from bird.lab.vision import recipe as recipes
 LEXICON = SentimentIntensityAnalyzer().lexicon
 
 
-def shares(judge: BagOfWords, responses: Sequence[str]) -> tuple[float, float]:
+def log_odds(judge: BagOfWords, responses: Sequence[str]) -> tuple[float, float]:
     """Of the mean log odds of the responses, what comes from rated words and what from others; the rest is constant."""
     vectors, regression = (part for _, part in judge.pipeline.steps)
     names = vectors.get_feature_names_out()
@@ -44,7 +44,7 @@ def main(root: Path, path: Path) -> None:
         if found is None:
             raise SystemExit(f"{cell.method}, seed {cell.seed} is not there: bird run language/positivity-dpo")
         judge = BagOfWords(*texts_and_labels(experiment.material(cell.seed).judged))
-        rated, others = shares(judge, found["responses"]["responses"])
+        rated, others = log_odds(judge, found["responses"]["responses"])
         rows.append({"method": cell.method, "seed": cell.seed, "rated": rated, "others": others})
     write_json(rows, path)
     print("| method | rated words | other words |\n|---|---|---|")

@@ -18,15 +18,18 @@ import torch
 import bird_kernels
 from bird_kernels import tuner, tuning
 
+from .experiment import Cell
 from .language import recipe as language_recipes
 from .recipe import names, parsed
 from .stages import complete, side_by_side
-from .vision import candidates, demo
+from .vision import candidates
 from .vision import recipe as vision_recipes
-from .vision import report as reproduction
-from .vision.experiment import Candidate, Cell, Experiment
+from .vision import report as vision_reports
+from .vision.experiment import VisionExperiment
 from .vision.methods import METHODS
 
+DEMO = "fashion/demo"
+QUICK = 40  # steps of a quick demo, and images of each class
 # What users can do something about; the rest is a bug, with its traceback.
 EXPECTED = OSError, ValueError, ImportError, FloatingPointError
 
@@ -39,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         return _complain(error)
     except KeyboardInterrupt:
-        how = {_demo: "the same command with --resume goes on from here", _tune: "what was measured is kept"}
-        print(f"\nbird: interrupted; {how.get(options.run, 'the same command goes on from here')}", file=sys.stderr)
+        how = "what was measured is kept" if options.run is _tune else "the same command goes on from here"
+        print(f"\nbird: interrupted; {how}", file=sys.stderr)
         return 130
 
 
@@ -59,17 +62,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a teacher and a student on Fashion-MNIST, make the student robust with BIRD and "
         "with other methods, and compare them. The images come with the package.",
     )
-    command.set_defaults(run=_demo)
+    whole = {"arch": None, "variant": None, "data": None, "compile": False, "jobs": None}
+    command.set_defaults(run=_run, command="demo", recipe=DEMO, method=None, **whole)
     command.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder for the results (default: %(default)s)"
     )
     command.add_argument("--seeds", type=int, help="how many repetitions (default: 3; quick: 1)")
-    steps = f"{demo.Plan().steps}; quick: {demo.QUICK.steps}"
-    command.add_argument("--steps", type=int, help=f"training steps of every stage (default: {steps})")
-    command.add_argument("--batch", type=int, help=f"images per step (default: {demo.Plan().batch_size})")
+    command.add_argument("--steps", type=int, help=f"training steps of every stage (default: 1000; quick: {QUICK})")
+    command.add_argument("--batch", type=int, help="images per step (default: 64)")
     command.add_argument("--chunk", type=int, help="images in memory at a time, if a batch is too large for it")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
-    command.add_argument("--resume", action="store_true", help="go on with what the folder holds")
+    command.add_argument("--resume", action="store_true", help="no longer needed: a run goes on with what is there")
     command.add_argument(
         "--quick", action="store_true", help="half a minute: shows that everything runs, not the effect"
     )
@@ -120,23 +123,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(options: argparse.Namespace) -> int:
-    plan = demo.QUICK if options.quick else demo.Plan()
-    chosen = {"steps": options.steps, "batch_size": options.batch, "chunk_size": options.chunk}
-    plan = replace(plan, **{name: value for name, value in chosen.items() if value is not None})
-    seeds = options.seeds if options.seeds is not None else 1 if options.quick else 3
-    device = _device(options.device)
-    jobs = 1
-    if device.type == "cpu":
-        # A step of these networks takes 12 ms on one core and 9 on two, but 40 to 400 on two that are also wanted
-        # elsewhere, because the threads wait for each other. And the numbers no longer depend on the core count.
-        torch.set_num_threads(1)
-        jobs = min(seeds, cores())
-    _say(f"Seeds: {seeds}. Steps of each stage: {plan.steps}. Device: {device}. Results: {options.out}/")
-    demo.run(options.out, plan, seeds, device=device, resume=options.resume, jobs=jobs, echo=_say)
+def _sized(recipe: vision_recipes.VisionRecipe, options: argparse.Namespace) -> vision_recipes.VisionRecipe:
+    """The demo's recipe with as many steps, images a step and images in memory as asked for."""
+    steps = QUICK if options.quick and options.steps is None else options.steps
+    asked = {"steps": steps, "batch_size": options.batch, "chunk_size": options.chunk}
+    changes = {name: value for name, value in asked.items() if value is not None}
     if options.quick:
-        _say("A quick run shows that everything works; it is far too short for an effect.")
-    return 0
+        few = {side: replace(getattr(recipe, side), limit_per_class=QUICK) for side in ("teacher", "student")}
+        recipe = replace(recipe, **few, seeds=1)
+    budgets = {part: replace(getattr(recipe, part), **changes) for part in ("pretraining", "transfer")}
+    return replace(recipe, **budgets)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -149,7 +145,9 @@ def _run(options: argparse.Namespace) -> int:
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {jobs}")
     if device.type == "cpu":
-        torch.set_num_threads(1)  # as for the demo
+        # A step of small networks takes 12 ms on one core and 9 on two, but 40 to 400 on two that are also wanted
+        # elsewhere, because the threads wait for each other. And the numbers no longer depend on the core count.
+        torch.set_num_threads(1)
     experiment, choice = _experiment(options, device, jobs)
     experiment.check()
     asked = _asked(experiment, options.command, choice)
@@ -160,10 +158,12 @@ def _run(options: argparse.Namespace) -> int:
     _share(experiment, options.command, choice)
     if rank in (None, "0"):
         _write(experiment, options.command, choice)
+    if options.command == "demo" and options.quick:
+        _say("A quick run shows that everything works; it is far too short for an effect.")
     return 0
 
 
-def _asked(experiment: Any, command: str, choice: dict[str, Any]) -> list[Cell] | list[Candidate]:
+def _asked(experiment: Any, command: str, choice: dict[str, Any]) -> list[Cell]:
     return experiment.candidates(**choice) if command == "select" else experiment.cells(**choice)
 
 
@@ -188,15 +188,16 @@ def _report(options: argparse.Namespace) -> int:
 def _write(experiment: Any, command: str, choice: dict[str, Any]) -> None:
     if command == "select":
         folder = experiment.root / "teachers" / _named(experiment.recipe.name, choice)
-        text = candidates.write(experiment, experiment.candidates(**choice), folder)
+        text = candidates.write_teachers(experiment, experiment.candidates(**choice), folder)
     else:
-        folder = experiment.root / "reports" / _named(experiment.recipe.name, choice)
-        if isinstance(experiment, Experiment):
-            text = reproduction.write(experiment, experiment.cells(**choice), folder)
+        report = experiment.root / "reports" / _named(experiment.recipe.name, choice)
+        folder = experiment.root if command == "demo" else report
+        if isinstance(experiment, VisionExperiment):
+            text = vision_reports.write_vision_report(experiment, experiment.cells(**choice), folder)
         else:
             from .language import report
 
-            text = report.write(experiment, experiment.cells(**choice), folder)
+            text = report.write_language_report(experiment, experiment.cells(**choice), folder)
     _say(f"\n{text}\nIn {folder}/ with files and pictures.")
 
 
@@ -207,11 +208,13 @@ def _named(recipe: str, choice: dict[str, Any]) -> str:
     return "-".join([recipe, *parts, *seeds]).replace(" ", "-").replace(",", "")
 
 
-def _parse(name: str, table: Mapping[str, Any]) -> vision_recipes.Recipe | language_recipes.Recipe:
+def _parse(name: str, table: Mapping[str, Any]) -> vision_recipes.VisionRecipe | language_recipes.LanguageRecipe:
     return language_recipes.parse(name, table) if "kind" in table else vision_recipes.parse(name, table)
 
 
-def _language(recipe: language_recipes.Recipe, options: argparse.Namespace, device: torch.device, jobs: int) -> Any:
+def _language(
+    recipe: language_recipes.LanguageRecipe, options: argparse.Namespace, device: torch.device, jobs: int
+) -> Any:
     """An experiment with language models, whose libraries load here."""
     if options.command == "select" or getattr(options, "compile", False):
         what = "select" if options.command == "select" else "--compile"
@@ -243,10 +246,10 @@ def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) ->
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
     choice |= {"seeds": options.seeds}
-    if isinstance(recipe, language_recipes.Recipe):
+    if isinstance(recipe, language_recipes.LanguageRecipe):
         return _language(recipe, options, device, jobs), choice
-    experiment = Experiment(
-        recipe,
+    experiment = VisionExperiment(
+        _sized(recipe, options) if options.command == "demo" else recipe,
         options.out,
         device,
         options.data,
@@ -333,7 +336,7 @@ def _shapes_of(folder: Path) -> list[list[Any]]:
 
 def _tuned(index: int) -> str:
     key = tuning.key_of(torch.device("cuda", index))
-    table = tuning.table(key)
+    table = tuning.table_of(key)
     if table is None:
         return "not tuned: `auto` follows a cost model; `bird tune` measures"
     return f"tuned {table.when}, {len(table.rows)} measurements"

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 from ..files import atomic
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73")
-
-
-INK, BASELINE, GAP, GRID = "#333333", "#8C8C8C", "#E4E4E4", "#EEEEEE"
+INK, BASELINE, GRID = "#333333", "#8C8C8C", "#EEEEEE"
 # Forms of BIRD in one hue, what neither transfers nor guides in grey: the rest after Okabe and Ito.
 COLOURS = {
     "None": "#8C8C8C", "Continued": "#BBBBBB", "LP": "#F0E442", "FT": "#56B4E9", "LP-FT": "#0072B2",
@@ -38,6 +37,7 @@ def canvas(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figure
     figure.suptitle(fill(title, int(10 * size[0])), fontsize=12, fontweight="bold", color=INK, x=0.012, ha="left")
     yield figure
     for axes in figure.axes:
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(BASELINE)
         axes.tick_params(colors=INK, length=0)
@@ -45,8 +45,13 @@ def canvas(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figure
         figure.savefig(partial, format="png", dpi=110)
 
 
+def title_panel(axes: Axes, title: str) -> None:
+    """Head a panel."""
+    axes.set_title(title, fontsize=10, color=INK, loc="left")
+
+
 def shares(
-    groups: Mapping[str, Mapping[str, tuple[list[float], float, float]]], path: Path, *, title: str, label: str
+    groups: Mapping[str, Mapping[str, tuple[list[float], float, float]]], path: Path, *, title: str, y_label: str
 ) -> None:
     """Bars in %, a panel for each group: a method's mean over seeds, the seeds as dots, and an interval as a line.
 
@@ -54,7 +59,7 @@ def shares(
         groups: group to method to (a share of 1 for each seed, lower and upper end of the interval).
         path: of the PNG.
         title: above all.
-        label: of the axis.
+        y_label: of the axis.
     """
     widest = max(map(len, groups.values()))
     with canvas(path, title, (1.5 + (0.6 + 0.9 * widest) * len(groups), 3.8)) as figure:
@@ -66,7 +71,6 @@ def shares(
                 axes.vlines(x, 100 * low, 100 * high, color=INK, linewidth=1.5)
                 axes.plot([x + 0.18] * len(seeds), [100 * share for share in seeds], ".", color=INK, markersize=5)
             axes.set_xticks(range(len(methods)), [m.replace(" + ", "\n+ ").replace(", ", ",\n") for m in methods])
-            axes.set_title(name, fontsize=10, color=INK, loc="left")
+            title_panel(axes, name)
             axes.grid(axis="y", color=GRID)
-            axes.set_axisbelow(True)
-        panels[0].set_ylabel(label, color=INK)
+        panels[0].set_ylabel(y_label, color=INK)

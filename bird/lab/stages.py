@@ -5,7 +5,8 @@ of the first two, so whoever asks for the same thing again finds it, and a chang
 
 Any number of processes may work on the same stages, on one machine or on several that share a disk: `complete` takes
 whatever nobody else is at. A process that is killed gives its stage back, and the next one goes on from its checkpoint.
-`side_by_side` starts several processes here, and `Lines` is a file that a stage fills row by row.
+`side_by_side` starts several processes here, `Lines` is a file that a stage fills row by row, and `require_same` tells
+whose a folder or a file is where its name does not say.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import wait
@@ -140,6 +141,21 @@ def _made(stage: Stage, root: Path) -> bool:
             return True
     except Timeout:
         return False
+
+
+def require_same(old: Mapping[str, Any], new: Mapping[str, Any], whose: str, advice: str) -> None:
+    """Refuse what a run of other settings has left.
+
+    Raises:
+        ValueError: whose it is, what was set otherwise, and what to do.
+    """
+    changes = [
+        f"{name} was {old.get(name)}, is {new.get(name)}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    if changes:
+        raise ValueError(f"{whose} ({'; '.join(changes)}): {advice}")
 
 
 def side_by_side(work: Callable[..., None], shares: Sequence[tuple[Any, ...]]) -> None:

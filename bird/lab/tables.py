@@ -1,18 +1,23 @@
-"""What reports are made of: Markdown tables, numbers in percent, and what a report was made on."""
+"""What reports are made of: Markdown tables, numbers in percent, what a report was made on, and its files."""
 
 from __future__ import annotations
 
+import csv
+import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
+from ..files import atomic, write_json
 
-def origin() -> dict[str, Any]:
+
+def report_origin() -> dict[str, Any]:
     """Versions, and the machine that a report is made on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
@@ -25,7 +30,9 @@ def origin() -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> float:
-    """Standard deviation over the seeds, 0 for a single one."""
+    """Standard deviation over the seeds, 0 for a single one; NaN if one of them is."""
+    if any(map(math.isnan, values)):  # on which `stdev` fails in Python 3.11
+        return math.nan
     return stdev(values) if len(values) > 1 else 0.0
 
 
@@ -35,7 +42,7 @@ def percent(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * spread(values):.1f}" if len(values) > 1 else mean
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table from rows of cells, the header first; the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -46,3 +53,22 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     ]
     rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def write_report(folder: Path, page: str, numbers: Mapping[str, Any]) -> None:
+    """``README.md`` and ``results.json``, each atomically."""
+    write_markdown(folder / "README.md", page)
+    write_json(numbers, folder / "results.json")
+
+
+def write_markdown(path: Path, text: str) -> None:
+    """A file, atomically; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Rows, the header first, atomically."""
+    with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)

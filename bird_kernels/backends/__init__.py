@@ -59,7 +59,7 @@ def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
 def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows | None:
     """Rows x [n, p], y [n, q], with mask bool [n] or None, shifted for products on a GPU: by Triton where its kernels
     work, else in plain PyTorch. None for fp64 and on other devices, where centring costs no digits."""
-    if not compares(problem.device) or problem.dtype == torch.float64:
+    if not rows.wanted(problem):
         return None
     p, q = x.shape[1], y.shape[1]
     kind = problem._replace(n=max(len(x), p + q + 1), p=p, q=q, masked=mask is not None, estimator="biased")
@@ -178,7 +178,7 @@ def _within_bounds(name: str, problem: Problem) -> str:
     guard of the compiled code, and a constant in it, as in `plan.are_few`."""
     if name == "library" or problem.kernel is not None:
         return name
-    limit = largest(name, problem.dtype, problem.device)
+    limit = largest_fused(name, problem.dtype, problem.device)
     fits = True if problem.n * (problem.p + problem.q) <= limit else False  # noqa: SIM210
     return name if fits else "library"
 
@@ -227,14 +227,14 @@ def _decide(problem: Problem, requested: str) -> Choice:
     return Choice(name, why, rejected, costs, us)
 
 
-def sheet_of(x: Tensor) -> Sheet | None:
+def device_sheet(x: Tensor) -> Sheet | None:
     """The data sheet of a tensor's device, None for those without one."""
     sheet = cost.sheet_of(torch.cuda.get_device_name(x.device)) if x.is_cuda else cost.UNKNOWN
     return None if sheet is cost.UNKNOWN else sheet
 
 
 def works(name: str, problem: Problem, kind: str = "") -> bool:
-    """Whether the kernels of a backend work here, tried at their first use (`trust.tried`)."""
+    """Whether the kernels of a backend work here, tried at their first use (`trust.failure_of`)."""
     module = of(problem, name)
     if name == "library":
         if not module.__name__.endswith(SHIFTED):
@@ -244,7 +244,7 @@ def works(name: str, problem: Problem, kind: str = "") -> bool:
     if trust.is_known(use, problem):
         return True
     plain = load("library", "rbf" if problem.kernel else "linear")
-    error = trust.tried(module, plain, problem, use)
+    error = trust.failure_of(module, plain, problem, use)
     if error is not None:
         replace(name, problem, error, kind)
     return error is None
@@ -287,7 +287,7 @@ def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> in
         for estimator in get_args(Estimator)
         for masked in (False, True)
     ]
-    return largest("native", dtype, device) if all(resolve(probe, "auto") == "native" for probe in probes) else 0
+    return largest_fused("native", dtype, device) if all(resolve(probe, "auto") == "native" for probe in probes) else 0
 
 
 def forget() -> None:
@@ -319,10 +319,10 @@ def _shares(problems: tuple[Problem, ...]) -> bool:
         return True
     sheet = cost.sheet_of(tuning.key_of(first.device).device)
     single = cost.apart((choice.backend, choice.predicted[choice.backend]) for choice in choices)
-    return cost.together(problems, sheet).us <= single
+    return cost.fused(problems, sheet).us <= single
 
 
-def largest(name: str, dtype: torch.dtype, device: torch.device) -> int:
+def largest_fused(name: str, dtype: torch.dtype, device: torch.device) -> int:
     """The largest n (p + q) up to which ``auto`` takes a fused backend for all linear problems of few rows.
 
     By powers of two, from the cost model; 0 where a measurement on this device was won by another.
@@ -330,7 +330,7 @@ def largest(name: str, dtype: torch.dtype, device: torch.device) -> int:
     return _largest(name, dtype, device)
 
 
-largest._dynamo_marked_constant = True  # type: ignore[attr-defined]
+largest_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

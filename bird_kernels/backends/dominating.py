@@ -7,6 +7,8 @@ in fp32 everything does. So the origin is put amid the rows that do not dominate
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,8 @@ def location(x: Tensor, keep: Tensor | None) -> Tensor:
 
 def squared_norms(x: Tensor) -> Tensor:
     """|x_i|^2 of the rows of x [..., n, d]: [..., n]."""
+    if x.is_cuda and not x.requires_grad:  # in one pass
+        return torch.linalg.vector_norm(x, dim=-1).square()
     return torch.linalg.vecdot(x, x)
 
 
@@ -53,19 +57,19 @@ def largest(*norms: Tensor) -> Tensor:
 
     More rows than these k that dominate are lost, where products are of columns.
     """
-    n = norms[0].shape[-1]
-    score = sum(a / (a.median(-1, keepdim=True).values + 1e-12 * a.amax(-1, keepdim=True)) for a in norms)
-    assert isinstance(score, Tensor)
-    return score.topk(_few(n, score)).indices
+    both = torch.stack(norms)
+    score = (both / (both.median(-1, keepdim=True).values + 1e-12 * both.amax(-1, keepdim=True))).sum(0)
+    return score.topk(how_many(score.shape[-1], score.device)).indices.sort().values
 
 
 def marked(apart: Tensor) -> Tensor:
     """The rows of `largest` again, from a vector [n] that is 1 for them and 0 for the others."""
-    return apart.topk(_few(len(apart), apart)).indices
+    return apart.topk(how_many(len(apart), apart.device)).indices.sort().values
 
 
-def _few(n: int, like: Tensor) -> int:
-    return min(n, max(FEWEST, min(n // 4, APART["cpu" if like.is_cpu else "cuda"])))
+def how_many(n: int, device: torch.device) -> int:
+    """Of n rows are taken for such as may dominate."""
+    return min(n, max(FEWEST, min(n // 4, APART["cpu" if device.type == "cpu" else "cuda"])))
 
 
 def dominated(norms: Tensor) -> bool:
@@ -108,10 +112,14 @@ def bulk_mean(x: Tensor, keep: Tensor | None) -> Tensor:
     return middle + torch.where(near, z, 0.0).sum(-2, keepdim=True) / near.sum(-2, keepdim=True).clamp(min=1)
 
 
+def rows_at(x: Tensor, few: Tensor) -> Tensor:
+    """Rows ``few`` [..., k] of x [..., n, d]: [..., k, d]."""
+    return x.gather(-2, few[..., None].expand(*few.shape, x.shape[-1]))
+
+
 def columns(x: Tensor, few: Tensor) -> Tensor:
     """Columns ``few`` [..., k] of the Gram matrix of x [..., n, d]: [..., n, k], the diagonal zero; of halves fp32."""
-    heavy = x.gather(-2, few[..., None].expand(*few.shape, x.shape[-1]))
-    return mm(x, heavy.mT).scatter(-2, few[..., None, :], 0.0)
+    return mm(x, rows_at(x, few).mT).scatter(-2, few[..., None, :], 0.0)
 
 
 def u_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
@@ -132,23 +140,24 @@ def u_centred_(gram: Tensor, n: Scalar, keep: Tensor | None) -> Tensor:
     return gram if keep is None else gram.masked_fill_(~(keep[..., :, None] & keep[..., None, :]), 0.0)
 
 
-def noise(x: Tensor, norms: Tensor, few: Tensor | None, eps: float) -> Tensor:
-    """Largest <K, K> of the off-diagonal entries of K = X X^T that are rounding alone: [...], fp64.
+def noise(sides: Sequence[Tensor], norms: Tensor, few: Tensor | None, eps: float) -> Tensor:
+    """Largest <K, K> of the off-diagonal entries of K = X X^T that are rounding alone, for each of the ``sides`` X
+    [..., n, d]: [sides, ...], fp64.
 
-    x [..., n, d] has the squared norms [..., n]. An entry K_ij is off by some eps sum_k |x_ik x_jk|, which is far less
-    than eps |x_i| |x_j| where two rows dominate in different features: it is taken for the rows ``few`` [..., k], None
-    all of them; for two others |x_i| |x_j|. ROUNDING eps allows for what centring adds.
+    ``norms`` [sides, ..., n] are their squared norms. An entry K_ij is off by some eps sum_k |x_ik x_jk|, which is far
+    less than eps |x_i| |x_j| where two rows dominate in different features: it is taken for two of the rows ``few``
+    [..., k], None all of them; for others |x_i| |x_j|. ROUNDING eps allows for what centring adds.
     """
-    x, norms = x.abs(), exact(norms)
-    if few is None:
-        product = mm(x, x.mT)
-        product.diagonal(dim1=-2, dim2=-1).zero_()
-        return (ROUNDING * eps) ** 2 * exact(squared_norms(product)).sum(-1)
-    there = few.to(norms.device)  # a CPU's where x's has no fp64
-    rest = norms.scatter(-1, there, 0.0)
-    twice = torch.full_like(norms, 2.0).scatter(-1, there, 1.0)  # an entry of one of the few and another row
-    pairs = rest.sum(-1).square() - rest.square().sum(-1)
-    return (ROUNDING * eps) ** 2 * (pairs + (exact(squared_norms(columns(x, few))) * twice).sum(-1))
+    picked = [(x if few is None else rows_at(x, few)).abs() for x in sides]
+    among = torch.stack([mm(x, x.mT) for x in picked])
+    among.diagonal(dim1=-2, dim2=-1).zero_()
+    bound = exact(squared_norms(among)).sum(-1)
+    if few is not None:
+        norms = exact(norms)
+        rest = norms.scatter(-1, few.to(norms.device).expand(*norms.shape[:-1], -1), 0.0)
+        total = rest.sum(-1)
+        bound += total * (2.0 * norms.sum(-1) - total) - rest.square().sum(-1)
+    return (ROUNDING * eps) ** 2 * bound
 
 
 def alive(kk: Scalar, noise_: Scalar) -> Scalar:

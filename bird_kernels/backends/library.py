@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..moments import MIN_ROWS, Coefficients, Moments, Scalar, combine
 from ..types import Problem, Route, Shapes, Stash
+from .dominating import how_many, marked
 from .linalg import (
     add_scaled_mm,
     at_least,
@@ -37,8 +38,10 @@ from .linalg import (
     halves,
     inner,
     inner_products,
+    kept,
     lesser,
     pack,
+    padded,
     power_of_two,
     read,
     row_count,
@@ -48,11 +51,12 @@ from .linalg import (
     subtract_mean,
     to,
     unscaled,
-    weighted_sum,
+    weighted_sum_mm,
     write,
 )
-from .sides import Side, Sides, by_columns, empty, kept
-from .unbiased import add_rows, amid, plain
+from .rows import Shift, Term, places, shifted, wanted, weighed, whole
+from .sides import Shifted, Side, Sides, by_columns
+from .unbiased import add_rows, amid, plain, plain_gradient
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -60,16 +64,20 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def stash_shapes(problem: Problem, route: Route) -> Shapes:
-    """Shape and dtype of every tensor of the stash."""
+def stash_shapes(problem: Problem, route: Route, rows: int | None = None) -> Shapes:
+    """Shape and dtype of every tensor of the stash. Where rows are shifted, ``xs`` is z, of so many ``rows``, n if
+    None, and ``ys`` the rows beside it."""
     n, p, q = problem.n, problem.p, problem.q
     wide, operand = dtypes(problem)
     gram = route == "gram"
-    keep_y = problem.y_grad or not gram
+    of_x, of_y = ((n, p), operand), ((n, q) if problem.y_grad or not gram else (0,), operand)
+    if _shifts(problem, route):
+        of_x = (rows or n, padded(q) + padded(p) + 8), problem.dtype
+        of_y = (how_many(n, problem.device) + 1, padded(q) + p), wide
     return dict(
         coefficients=((len(Coefficients._fields),), torch.float64),
-        xs=((n, p), operand),
-        ys=((n, q) if keep_y else (0,), operand),
+        xs=of_x,
+        ys=of_y,
         xx=((n, n) if gram else (p, p), wide),
         yy=((n, n) if gram else ((q, q) if problem.y_grad else (0,)), wide),
         xy=((0, 0) if gram else (q, p), wide),
@@ -77,15 +85,25 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     )
 
 
-def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
+def _shifts(problem: Problem, route: Route) -> bool:
+    return wanted(problem) and problem.estimator == "unbiased" and route == "cross"
+
+
+def forward(
+    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, shift: Shift = shifted
+) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     wide, _ = dtypes(problem)
     count = row_count(x, mask)
+    shifts = _shifts(problem, route)
+    looks = x.is_cpu and not shifts
     with fp32_products(problem):
-        sides = _looked(x, y, mask, count, problem, route) if x.is_cpu else None
+        sides = amid(x, y, mask, count, problem, route, shift=shift) if shifts else None
+        if looks:
+            sides = _looked(x, y, mask, count, problem, route)
         if sides is None:
             (near_x, x_unit), (near_y, y_unit) = _near_one(x, y, mask, problem)
-            if x.is_cpu and (x_unit, y_unit) != (1.0, 1.0):
+            if looks and (x_unit, y_unit) != (1.0, 1.0):
                 sides = _looked(near_x, near_y, mask, count, problem, route)
             if sides is None:
                 careful = _careful if problem.estimator == "biased" else amid
@@ -111,17 +129,25 @@ def backward(
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
     c = Coefficients(*read(stash.coefficients))
     upstream = scalar(grad)
-    dx = dy = None
-    gram = route == "gram"
+    dx = dy = of_x = of_y = None
+    gram, xs, ys = route == "gram", stash.xs, stash.ys
+    numbers = *c[:6], upstream
+    if mask is not None and gram and x.is_cpu and problem.estimator == "biased" and all(map(math.isfinite, numbers)):
+        mask = None  # a row that does not count is zero, and so is its gradient
+    rows = stash.rows.unbind() if problem.estimator == "unbiased" else ()
     with fp32_products(problem):
+        if _shifts(problem, route):
+            z, beside, few, at = xs[: problem.n], ys, marked(stash.rows[2]), places(problem.p, problem.q)
+            of_x, of_y = Shifted(z, beside, few, *at), Shifted(z, beside, few, *at[::-1])
+            xs, ys = (whole(z, place, beside[:, place], few) for place in at)
         if problem.x_grad:
-            products = (stash.yy, stash.xx) if gram else (stash.xy, stash.xx)
-            own = Side(stash.xs, stash.ys, *products, stash.rows, c.scale_x, c.n, (c.sum_k, c.sum_l))
+            cross = stash.yy if gram else stash.xy
+            own = Side(xs, ys, cross, stash.xx, rows, c.scale_x, c.n, (c.sum_k, c.sum_l), of_x)
             dx = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_kk, upstream, mask, route)
         if problem.y_grad:
-            products = (stash.xx, stash.yy) if gram else (stash.xy.T, stash.yy)
-            rows = torch.stack([stash.rows[i] for i in (1, 0, 2)]) if len(stash.rows) else stash.rows
-            own = Side(stash.ys, stash.xs, *products, rows, c.scale_y, c.n, (c.sum_l, c.sum_k))
+            cross = stash.xx if gram else stash.xy.T
+            rows = (rows[1], rows[0], rows[2]) if rows else ()
+            own = Side(ys, xs, cross, stash.yy, rows, c.scale_y, c.n, (c.sum_l, c.sum_k), of_y)
             dy = _gradient(own, 2.0 * c.d_kl, 4.0 * c.d_ll, upstream, mask, route)
     return x.new_empty(0) if dx is None else to(dx, x.dtype), y.new_empty(0) if dy is None else to(dy, y.dtype)
 
@@ -131,12 +157,19 @@ def _gradient(
 ) -> Tensor:
     """Gradient of one side, by the formulas of the module."""
     d_cross, d_own, factors = _folded(d_cross, d_own, upstream, side.scale)
-    if route == "gram":
-        d = scaled_mm(weighted_sum(side.cross, d_cross, side.product, d_own), side.own)
-    else:
+    if side.shifted is not None:
+        z, beside, few, own, other = side.shifted
+        terms = (own, side.product * d_own), (other, side.cross * d_cross)
+        d = weighed(z, len(z), tuple(Term(place, beside[-1, place], matrix) for place, matrix in terms))
+        d.index_copy_(0, few, sum(beside[:-1, place] @ matrix for place, matrix in terms))
+    elif route == "cross":
         d = add_scaled_mm(scaled_mm(side.other, side.cross * d_cross), side.own, side.product * d_own)
-    if len(side.rows):
-        d = add_rows(d, side, d_cross, d_own, route)
+    elif side.rows and isinstance(side.sums[0], float) and side.sums[0] > 0.0:
+        d = plain_gradient(side, d_cross, d_own)
+    else:  # biased, or U-centred
+        d = weighted_sum_mm(side.cross, d_cross, side.product, d_own, side.own)
+    if route == "cross" and side.rows:
+        d = add_rows(d, side, d_cross, d_own)
     for factor in factors:
         d = d * factor
     return d if mask is None else d.masked_fill_(~mask[:, None], 0.0)
@@ -154,47 +187,42 @@ def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> 
             return d_cross * factor, d_own * factor, []
         unit = math.ldexp(1.0, math.frexp(peak)[1]) if 0.0 < peak < math.inf else 1.0
         d_cross, d_own = d_cross / unit, d_own / unit
-    parts = halves(unit), halves(upstream), halves(scale)
-    return d_cross, d_own, [part[i] for i in (0, 1) for part in parts]
+    firsts, seconds = zip(halves(unit), halves(upstream), halves(scale), strict=True)
+    return d_cross, d_own, [a * b * c for a, b, c in (firsts, seconds)]
 
 
 def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Problem, route: Route) -> Sides | None:
     """The plain way, if its outcome says that this was good enough; a CPU can look.
 
-    Without a mask a subtraction of the means: to centre with care takes a third as long as the products at 128 x 512.
+    A subtraction of the means: to centre with care takes a third as long as the products at 128 x 512.
     """
-    unbiased = problem.estimator == "unbiased"
+    if n < MIN_ROWS[problem.estimator] or (problem.statistic == "gram_mse" and route == "gram"):
+        return None
+    if x.dtype.itemsize == 2:
+        x, y = x.float(), y.float()
+    keep = x_sum = y_sum = None
     if mask is not None:
-        if n < MIN_ROWS[problem.estimator]:
-            return None
-        if not unbiased:
-            sides = _careful(x, y, mask, n, problem, route)
-            near = _is_normal(sides.scale_x) and _is_normal(sides.scale_y)
-            return sides if near and 0.0 < sides.kk < math.inf and 0.0 < sides.ll < math.inf else None
-        (xs, scale_x, _), (ys, scale_y, _) = (centre(a, mask, n, problem) for a in (x, y))
-        found = plain(xs, ys, n, problem, route) if _is_normal(scale_x) and _is_normal(scale_y) else None
-        return None if found is None else found._replace(scale_x=scale_x, scale_y=scale_y)
-    (xs, x_sum), (ys, y_sum) = subtract_mean(x, problem.center), subtract_mean(y, problem.center)
-    if unbiased:  # takes row sums of K for zero: n eps |mean| counts
-        (xs, x_sum), (ys, y_sum) = subtract_mean(xs), subtract_mean(ys)
-        found = plain(xs, ys, n, problem, route)
-        if found is None:
-            return None
-        sides = found
+        x, y, keep = kept(x, mask), kept(y, mask), mask.to(x.dtype)
+    if problem.center:
+        x, x_sum = subtract_mean(x, n, keep, keep is not None)
+        y, y_sum = subtract_mean(y, n, keep, keep is not None)
+    if problem.estimator == "unbiased":  # takes row sums of K for zero: n eps |mean| counts
+        (x, x_sum), (y, y_sum) = subtract_mean(x, n, keep, True), subtract_mean(y, n, keep, True)
+        sides = plain(x, y, n, problem, route)
     else:
-        sides = _products(xs, ys, 1.0, 1.0, problem, route)
-    return sides if _sound(sides.kk, x_sum, n) and _sound(sides.ll, y_sum, n) else None
+        sides = _products(x, y, 1.0, 1.0, problem, route)
+    return sides if sides and _sound(sides.kk, x_sum, n) and _sound(sides.ll, y_sum, n) else None
 
 
-def _sound(kk: float, total: Tensor, n: float) -> bool:
+def _sound(kk: float, total: Tensor | None, n: float) -> bool:
     """Whether a plain subtraction of the mean was good enough, judged by its outcome (CPU).
 
     The subtraction leaves a residual of about eps |mean|, the same in every row. It enters <K,L> not at all (L is
     centred), <K,K> by its square, and the gradient to first order as a constant: eps |mean| / spread. Up to 16 eps of
     that are let pass, spread being the fourth root of <K,K> over sqrt(n). Anything else (larger means, a constant side,
-    squares of squares that leave fp32's range, NaN) takes the careful way.
+    squares of squares that leave fp32's range, NaN) takes the careful way. No ``total``: nothing was subtracted.
     """
-    return 1e-25 < kk < 1e25 and 256.0 * n * math.sqrt(kk) > torch.dot(total, total).item()
+    return 1e-25 < kk < 1e25 and (total is None or 256.0 * n * math.sqrt(kk) > torch.dot(total, total).item())
 
 
 def _near_one(
@@ -211,11 +239,6 @@ def _near_one(
     return (x * units[0], units[0]), (y * units[1], units[1])
 
 
-def _is_normal(unit: float) -> bool:
-    """Whether features that this power of two brings to 1 can be summed as they are: not where numbers are denormal."""
-    return 1e-12 < unit < 1e12
-
-
 def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:
     """Columns minus their means, with care, brought near 1; biased."""
     xs, scale_x, _ = centre(x, mask, count, problem)
@@ -229,7 +252,8 @@ def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: 
 def _products(xs: Tensor, ys: Tensor, scale_x: Scalar, scale_y: Scalar, problem: Problem, route: Route) -> Sides:
     """The products of one route and their inner products; biased."""
     if route == "gram":
-        xx, yy, xy = self_product(xs), self_product(ys), empty(xs, (0, 0))
+        xx, yy = self_product(xs), self_product(ys)
+        xy = xx.new_empty(0, 0)
         if problem.statistic == "gram_mse":  # the difference itself is exact where the matrices agree
             difference = xx - yy
             kk = inner(difference, difference)
@@ -238,4 +262,4 @@ def _products(xs: Tensor, ys: Tensor, scale_x: Scalar, scale_y: Scalar, problem:
             kl, kk, ll = inner_products(xx, yy)
     else:
         xx, xy, yy, kl, kk, ll = by_columns(xs, ys, problem)
-    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, xy, empty(xs, 0))
+    return Sides(xs, ys, scale_x, scale_y, kl, kk, ll, xx, yy, xy, xx.new_empty(0))

@@ -5,132 +5,194 @@ A column's shift is a number of the features' own dtype, so that x - shift is ex
 left of the mean is taken off the products, and a gradient gets it as one row more of the matrix that multiplies z. In
 half precision a column keeps its location where that is within six spreads: small entries would lose bits to the shift.
 Here this is done in plain PyTorch; `triton.shift` makes the same rows in two launches.
+
+Rows that may dominate (`dominating`) are taken apart again: in z they are zero, and they stand beside it in fp32 or
+fp64, since half precision has no room for their shift.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..moments import ROUNDING, Scalar
-from .dominating import location
-from .linalg import PART, mm, pack, padded, power_of_two, self_product
-from .sides import kept
+from ..types import Problem
+from .dominating import largest, location
+from .linalg import PART, at_least, kept, lesser, mm, padded, power_of_two, row_count, scalar, self_product, to
 
 NEAR = 7.5  # mean distances from a location, six standard deviations of a normal distribution
+ROOM = 2.0**15  # fp16: what is this much larger than the spread still fits
 
 
 class Columns(NamedTuple):
     """One side of `Rows`: columns ``place`` of z hold (x - shift) scale and have the sums ``total``.
 
-    ``shift`` [d], ``total`` [d] and the power of two ``scale`` (0-d) are fp64.
+    ``shift`` [d] and ``total`` [d] are fp32 or fp64, ``scale`` is a power of two.
     """
 
     place: slice
     shift: Tensor
-    scale: Tensor
+    scale: Scalar
     total: Tensor
 
 
 class Rows(NamedTuple):
     """z [rows, *] in the features' dtype: y's columns, x's, each padded to a multiple of 8, and 1 1 0 0 0 0 0 0.
 
-    Rows that do not count are zero, and there may be more of them than the features have. ``n`` (0-d, fp64) is the
-    number of those that do.
+    Rows that do not count are zero, and there may be more of them than the features have. ``n`` is the number of those
+    that do.
     """
 
     z: Tensor
-    n: Tensor
+    n: Scalar
     x: Columns
     y: Columns
 
+    def mean(self, side: Columns) -> Tensor:
+        """Of the columns of z of one side, in fp32 or fp64: [d]."""
+        return to(side.total / at_least(1.0, self.n), wide_of(self.z))
 
-def described(z: Tensor, shifts: Tensor, scales: Tensor, totals: Tensor, p: int, q: int) -> Rows:
-    """`Rows` from z, the shifts [*] and column sums [*] of its columns, and the scales [2] of x and y."""
-    places = slice(padded(q), padded(q) + p), slice(0, q)
-    x, y = (Columns(at, shifts[at].double(), scales[i].double(), totals[at]) for i, at in enumerate(places))
-    return Rows(z, totals[-8], x, y)
+
+Shift = Callable[[Tensor, Tensor, Tensor | None], Rows]  # of x [n, p], y [n, q] and mask [n] or None: `shifted`
+
+
+def wanted(problem: Problem) -> bool:
+    """Whether products are of shifted rows where nothing else is asked for: on a GPU, but for fp64, which loses no
+    digits to centring."""
+    return problem.device.type == "cuda" and problem.dtype != torch.float64
+
+
+def wide_of(z: Tensor) -> torch.dtype:
+    """The dtype of products and sums."""
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def places(p: int, q: int) -> tuple[slice, slice]:
+    """The columns of z that are x's, and y's."""
+    return slice(padded(q), padded(q) + p), slice(0, q)
+
+
+def described(
+    z: Tensor, n: Scalar, shifts: Tensor, scales: tuple[Scalar, Scalar], totals: Tensor, *, p: int, q: int
+) -> Rows:
+    """`Rows` from z, the shifts [*] and column sums [*] of its columns, and the scales of x and y."""
+    sides = zip(places(p, q), scales, strict=True)
+    return Rows(z, n, *(Columns(place, shifts[place], scale, totals[place]) for place, scale in sides))
 
 
 def shifted(x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
-    """x [n, p] and y [n, q], fp32 or half precision, with mask bool [n] or None, in plain PyTorch."""
-    (n, p), q = x.shape, y.shape[1]
+    """x [n, p] and y [n, q] of one dtype, with mask bool [n] or None, in plain PyTorch."""
+    (n, p), q, wide = x.shape, y.shape[1], wide_of(x)
     z = x.new_zeros(n, padded(q) + padded(p) + 8)
     counted = z[:, -8:-6]
     counted.fill_(1.0) if mask is None else counted.copy_(mask[:, None])  # an assigned number is copied from the host
-    shifts, scales = torch.zeros(z.shape[1], device=x.device), []
-    for side, start in ((x, padded(q)), (y, 0)):
-        wide = side.float()
-        shift = location(wide, mask)[0]
-        if side.dtype != torch.float32:
-            far = shift.abs() > NEAR * location((wide - shift).abs(), mask)[0]
-            shift = torch.where(far, shift.to(side.dtype).float(), 0.0)
-        wide = kept(wide - shift, mask)
-        scales.append(power_of_two(wide))
-        place = slice(start, start + side.shape[1])
-        z[:, place], shifts[place] = wide * scales[-1], shift
-    return described(z, shifts, pack(tuple(scales), x.device), z.sum(0, dtype=torch.float32).double(), p, q)
+    shifts, scales = torch.zeros(z.shape[1], dtype=wide, device=x.device), []
+    for side, place in zip((x, y), places(p, q), strict=True):
+        own = to(side, wide)
+        shift = spread = location(own, mask)[0]
+        if side.dtype != wide:
+            spread = location((own - shift).abs(), mask)[0]
+            shift = torch.where(shift.abs() > NEAR * spread, to(to(shift, side.dtype), wide), 0.0)
+        own = kept(own - shift, mask)
+        scale = power_of_two(own)
+        if side.dtype == torch.float16:  # brought near 1 by the largest, the others would lose bits
+            scale = lesser(scale * ROOM, power_of_two(spread))
+        z[:, place], shifts[place] = own * scale, shift
+        scales.append(scale)
+    return described(z, row_count(x, mask), shifts, (scales[0], scales[1]), z.sum(0, dtype=wide), p=p, q=q)
+
+
+def apart(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, Tensor, Tensor, Tensor]:
+    """The rows but for those that may dominate, which are made zero in z; their indices [k], and themselves.
+
+    They are of x [k, p] and of y [k, q], about the means of the others; fp32 or fp64, zero where they do not count.
+    """
+    z, wide = rows.z, wide_of(rows.z)
+    near = (z[: len(x), side.place] for side in (rows.x, rows.y))
+    few = largest(*(torch.linalg.vector_norm(a, dim=1, dtype=wide).square() for a in near))
+    z.index_fill_(0, few, 0.0)
+    totals = z.sum(0, dtype=wide)
+    of_x, of_y = (side._replace(total=totals[side.place]) for side in (rows.x, rows.y))
+    rest = Rows(z, scalar(totals[-8]), of_x, of_y)
+    known = None if mask is None else mask[few]
+    heavy_x, heavy_y = (
+        kept((to(features[few], wide) - side.shift) * side.scale - rest.mean(side), known)
+        for side, features in ((rest.x, x), (rest.y, y))
+    )
+    return rest, few, heavy_x, heavy_y
 
 
 def mean(rows: Rows, side: Columns) -> Tensor:
     """The mean of the features of one side, fp64 [d]."""
-    return side.shift + side.total / rows.n.clamp(min=1.0) / side.scale
+    return side.shift.double() + side.total.double() / at_least(1.0, rows.n) / side.scale
 
 
 def products(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Zx^T Zx, Zy^T Zx and Zy^T Zy of columns about their means, fp32; zero of a side that is rounding alone."""
-    x, y = rows.x, rows.y
+    """Zx^T Zx, Zy^T Zx and Zy^T Zy of columns about their means, in fp32 or fp64; zero of a side that is rounding
+    alone."""
+    x, y, wide = rows.x, rows.y, wide_of(rows.z)
     totals: list[Tensor] = []
     for part in rows.z.split(PART):
         zx, zy = part[:, x.place], part[:, y.place]
         each = self_product(zx.T), mm(zy.T, zx), self_product(zy.T)
         totals = [a + b for a, b in zip(totals, each, strict=True)] if totals else list(each)
     xx, xy, yy = totals
-    mean_x, mean_y = (side.total / rows.n.clamp(min=1.0) for side in (x, y))
+    mean_x, mean_y = rows.mean(x), rows.mean(y)
     room_x, room_y = xx.trace(), yy.trace()
     for product, left, right in ((xx, x.total, mean_x), (xy, y.total, mean_x), (yy, y.total, mean_y)):
-        product.addr_(left.float(), right.float(), alpha=-1)
-    noise = ROUNDING * torch.finfo(torch.float32).eps
+        product.addr_(to(left, wide), right, alpha=-1)
+    noise = ROUNDING * torch.finfo(wide).eps
     alive_x, alive_y = (~(a.norm() <= noise * room) for a, room in ((xx, room_x), (yy, room_y)))  # NaN is
     return xx.mul_(alive_x), xy.mul_(alive_x & alive_y), yy.mul_(alive_y)
 
 
-def centred(rows: Rows, side: Columns) -> Tensor:
-    """Z of one side about its mean, fp32 [rows, d]; zero where a row does not count."""
-    z = rows.z[:, side.place].float()
-    return z.addr(rows.z[:, -8].float(), (side.total / rows.n.clamp(min=1.0)).float(), alpha=-1)
+def centred(z: Tensor, place: slice, mean: Tensor) -> Tensor:
+    """Columns ``place`` of z minus ``mean`` [d], in fp32 or fp64; zero where a row does not count."""
+    return torch.addcmul(z[:, place], z[:, -8, None], mean, value=-1.0)
+
+
+def beside_z(rows: Rows, heavy_x: Tensor, heavy_y: Tensor) -> Tensor:
+    """The rows of `apart`, and below them the means, columns as in z: [k + 1, *]."""
+    x, y = (torch.cat([a, rows.mean(side)[None]]) for a, side in ((heavy_x, rows.x), (heavy_y, rows.y)))
+    return torch.cat([pad(y, (0, rows.x.place.start - rows.y.place.stop)), x], 1)
+
+
+def whole(z: Tensor, place: slice, beside: Tensor, few: Tensor) -> Tensor:
+    """Columns ``place`` of z about their means, with the rows ``few`` that are ``beside`` z in their places: [n, d]."""
+    return centred(z, place, beside[-1]).index_copy_(0, few, beside[:-1])
 
 
 class Term(NamedTuple):
-    """(x - origin) matrix factor, a summand of `weighed`; [n, p] of matrix fp32 [d, p] and origin fp64 [d]."""
+    """A summand of `weighed`: columns ``place`` of z minus ``mean`` [d], times ``matrix`` [d, p]; fp32 or fp64."""
 
+    place: slice
+    mean: Tensor
     matrix: Tensor
-    factor: Scalar
-    origin: Tensor
 
 
-def weighed(rows: Rows, n: int, of_x: Term, of_y: Term, wide: bool) -> Tensor:
-    """The sum of both terms for the first ``n`` rows, in one product with z: [n, p].
+def weighed(z: Tensor, n: int, terms: tuple[Term, ...], wide: bool = True) -> Tensor:
+    """The sum of the terms for the first ``n`` rows, in one product with z of `Rows`: [n, p].
 
-    In fp32 if ``wide``, else in the features' dtype.
+    In fp32 (of fp64 fp64) if ``wide``, else in the features' dtype.
     """
-    z, p = rows.z, of_x.matrix.shape[1]
-    w = of_x.matrix.new_zeros(z.shape[1], padded(p))
+    p = terms[0].matrix.shape[1]
+    w = terms[0].matrix.new_zeros(z.shape[1], padded(p))
     means = w.new_zeros(z.shape[1])
-    for side, term in ((rows.x, of_x), (rows.y, of_y)):
-        w[side.place, :p] = term.matrix * (term.factor / side.scale)
-        means[side.place] = (side.shift - term.origin) * side.scale
+    for place, mean_, matrix in terms:
+        w[place, :p], means[place] = matrix, mean_
     near: Scalar = 1.0
     if z.dtype == torch.float16:  # its range is short: weights and bias are brought near 1, the result back in fp32
         w[-8] = torch.mv(w.T, means)
         near = power_of_two(w)
     w = (w * near).to(z.dtype)
     w[-8:].zero_()
-    bias = torch.mv(w.float().T, means)  # of the rounded weights, in two numbers of their dtype
-    w[-8] = bias
-    w[-7] = bias - w[-8].float()
+    bias = torch.mv(to(w, means.dtype).T, means)  # of the rounded weights, in two numbers of their dtype
+    w[-8] = -bias
+    w[-7] = -bias - to(w[-8], means.dtype)
     return mm(z, w)[:n, :p] / near if wide else rounded_product(z, w, 1.0 / near, n, p)
 
 

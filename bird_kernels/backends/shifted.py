@@ -1,35 +1,38 @@
 r"""The library backend's linear kernels on CUDA: shifted operands, library products, one finishing launch.
 
 Launches of a forward: two that shift both sides (`triton.shift`), the library's two products, on the Gram route one for
-row sums, and one that centres, sums and combines (`triton.finish`). A gradient is a launch that forms the matrix to
-multiply by, rounded to the features' dtype, and one product with z; fp16 scales its result in a third.
+row sums, and one that centres and combines (`triton.finish`, `triton.double`). A gradient is a launch that forms the
+matrix to multiply by, rounded to the features' dtype, and one product with z; fp16 scales its result in a third.
 
     cross   z = [Zy | Zx | 1 1 0 ..],  P = [Zy | Zx]^T Zx and Zy^T Zy,  dX = z [2 d_kl C; 4 d_kk A; bias]
     gram    K = Zx Zx^T, L = Zy Zy^T,  dX = [2 d_kl L + 4 d_kk K | row sums] [Zx; -mean]
 
 The bias and the row sums centre z in the gradient; they are taken of the rounded matrix. Widths are padded to multiples
-of 8, which keeps every row of z aligned. Other problems (`takes`; the unbiased cross route) are `library`'s.
+of 8, which keeps every row of z aligned. Other problems (`takes`) are `library`'s; so is the unbiased cross route, of
+rows shifted here.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import tuning
-from ..moments import Coefficients
+from ..plan import ceil_div
 from ..types import Problem, Route, Shapes, Stash
 from . import library
 from .linalg import PART, fp32_products, mm, padded
 from .rows import Rows, described, rounded_product
-from .triton import finish, shift
-from .triton.launch import Launch, aligned, device_of, precision_of
+from .triton import double, finish
+from .triton.launch import Launch, aligned, as_bytes, device_of, precision_of
+from .triton.reduce import COEFFICIENTS
+from .triton.shift import Shift
 from .triton.symmetric import Configuration, multiply
 
-BLOCK, ROWS, MOST_SHARES = 64, 64, 64  # columns and rows of a tile; programs that share the rows of a column
-LOCATED = 32  # columns of a program that judges location and spread
+BLOCK = 64  # columns of z, and sides of the tiles of the cross route's results, that a program takes
 
 
 def takes(problem: Problem) -> bool:
@@ -41,18 +44,18 @@ def takes(problem: Problem) -> bool:
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash; ``rows`` holds means of z (cross) or row sums of K and L (gram)."""
     if not _is_here(problem, route):
-        return library.stash_shapes(problem, route)
+        return library.stash_shapes(problem, route, _geometry(problem, "cross")[0])
     n, pa, qa, rows = problem.n, padded(problem.p), padded(problem.q), _geometry(problem, route)[0]
     cross = route == "cross"
     keep_y = problem.y_grad and not cross
     return dict(
-        coefficients=((len(Coefficients._fields),), torch.float64),
+        coefficients=((COEFFICIENTS.value,), torch.float64),
         xs=((rows, qa + pa + 8) if cross else (rows, pa), problem.dtype),
         ys=((rows, qa) if keep_y else (0,), problem.dtype),
-        xx=((qa + pa, pa) if cross else (n, n), torch.float32),
-        yy=(((qa, qa) if problem.y_grad else (0,)) if cross else (n, n), torch.float32),
+        xx=((qa + pa, pa) if cross else (2, n, n), torch.float32),
+        yy=((qa, qa) if cross and problem.y_grad else (0,), torch.float32),
         xy=((0,), torch.float32),
-        rows=((qa + pa,) if cross else (2, n), torch.float32),
+        rows=((qa + pa,), torch.float32) if cross else ((2, n), torch.float64),
     )
 
 
@@ -65,7 +68,7 @@ def forward(
     that kernel was measured to be faster on this device (`tuning`).
     """
     if not _is_here(problem, route):
-        return library.forward(x, y, mask, problem, route)
+        return library.forward(x, y, mask, problem, route, partial(rows_of, problem=problem))
     symmetric = symmetric or _measured(problem)
     with device_of(x), fp32_products(problem):
         return _launches_of(problem, route, precision_of(problem)).forward(x, y, mask, symmetric)
@@ -86,7 +89,7 @@ def backward(
         return library.backward(grad, x, y, mask, stash, problem, route=route)
     with device_of(x), fp32_products(problem):
         launches = _launches_of(problem, route, precision_of(problem))
-        bytes_ = stash.rows if mask is None else _as_bytes(mask)  # without a mask, any pointer
+        bytes_ = stash.rows if mask is None else as_bytes(mask)  # without a mask, any pointer
         dx = launches.gradient(0, grad, bytes_, stash) if problem.x_grad else x.new_empty(0)
         return dx, launches.gradient(1, grad, bytes_, stash) if problem.y_grad else y.new_empty(0)
 
@@ -94,77 +97,43 @@ def backward(
 def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Rows:
     """`rows.shifted` in two launches; ``problem`` is one of these rows that the cross route takes."""
     with device_of(x):
-        launches = _launches_of(problem, "cross", precision_of(problem))
-        z, qa, both = x.new_empty((launches.rows, launches.width)), launches.qa, launches.width - 8
-        _, _, sums, scales, _, shifts = launches.shifted(x, y, mask, z[:, qa:], z, z[:, both:])
-    totals = sums.view(-1, launches.width).sum(0, dtype=torch.float64)
-    return described(z, shifts, scales, totals, problem.p, problem.q)
+        launches = _launches_of(problem._replace(estimator="biased"), "cross", precision_of(problem))
+        z = x.new_empty((launches.rows, launches.width))
+        _, memory = launches.shifted(x, y, mask, zx=z[:, launches.qa :], zy=z, ones=z[:, -8:])
+    totals = memory["sums"].view(-1, launches.width).sum(0, dtype=torch.float64)
+    scale_x, scale_y = memory["scales"].double()
+    return described(z, totals[-8], memory["shifts"], (scale_x, scale_y), totals, p=problem.p, q=problem.q)
 
 
 class _Launches:
     """All that a problem decides of its launches: found once, kept for the next call."""
 
     def __init__(self, problem: Problem, route: Route, precision: str) -> None:
-        n, p, q = problem.n, problem.p, problem.q
-        self.problem, self.pa, self.qa = problem, padded(p), padded(q)
+        self.problem, self.pa, self.qa = problem, padded(problem.p), padded(problem.q)
         self.rows, self.parts = _geometry(problem, route)
         self.shapes = tuple(stash_shapes(problem, route).values())
         self.width = self.qa + self.pa + 8
-        self.near = problem.dtype == torch.float16  # its range is short: results are scaled in fp32
-        self.masked, self.tf32 = dict(MASKED=problem.masked), dict(TF32=precision == "tf32")
-        self.unbiased = dict(UNBIASED=problem.estimator == "unbiased")
-        located = _blocks(q, LOCATED), _blocks(p, LOCATED)
-        self.peaks = sum(located)
-        every = _blocks(n, shift.SAMPLE)
-        self.locate = Launch(
-            shift.locate_kernel, (self.peaks,), (n, p, q, self.qa, located[0], every, _blocks(n, every)),
-            self.masked | dict(ALWAYS=problem.dtype == torch.float32, BLOCK=LOCATED), num_warps=8,
+        self.tf32 = precision == "tf32"
+        always = problem.dtype == torch.float32
+        self.shifted = Shift(problem, self.rows, precision, always=always, cross=route == "cross")
+        self.decided: dict[str, Any] = dict(
+            n=problem.n, p=problem.p, q=problem.q, parts=self.parts, shares=self.shifted.shares,
+            MASKED=problem.masked, STATISTIC=problem.statistic, UNBIASED=problem.estimator == "unbiased",
+            TF32=self.tf32, NEAR=problem.dtype == torch.float16,  # its range is short: results are scaled in fp32
         )  # fmt: skip
-        share = ROWS * _blocks(self.rows, ROWS * MOST_SHARES)
-        self.shares = _blocks(self.rows, share)
-        blocks = _blocks(self.qa, BLOCK), _blocks(self.pa, BLOCK)
-        pitches = (self.width // 8, self.width // 8) if route == "cross" else (self.pa // 8, self.qa // 8)
-        self.shift = Launch(
-            shift.shift_kernel, (sum(blocks) + 1, self.shares),
-            (n, p, q, self.pa, self.qa, self.rows, share, *pitches, *blocks, *located),
-            self.masked | dict(CROSS=route == "cross") | self.tf32 | dict(ROWS=ROWS, BLOCK=BLOCK, WIDTH=256),
-            num_warps=8,
-        )  # fmt: skip
-
-    def shifted(
-        self, x: Tensor, y: Tensor, mask: Tensor | None, zx: Tensor, zy: Tensor, ones: Tensor
-    ) -> tuple[object, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Writes z; what launches may know of a call, the mask as bytes, column sums, scales, counters and shifts."""
-        shifts, peaks = (x.new_empty(size, dtype=torch.float32) for size in (self.qa + self.pa, self.peaks))
-        sums, scales = (x.new_empty(size, dtype=torch.float32) for size in (self.shares * self.width, 2))
-        counters = x.new_empty(2, dtype=torch.int32)
-        bytes_ = counters if mask is None else _as_bytes(mask)  # without a mask, any pointer
-        known = (x.stride(), y.stride()) if aligned(x, y, bytes_) else None
-        strides = *x.stride(), *y.stride()
-        self.locate(known, x, y, bytes_, shifts, peaks, counters, *strides)
-        self.shift(known, x, y, bytes_, shifts, peaks, zx, zy, ones, sums, scales, *strides)
-        return known, bytes_, sums, scales, counters, shifts
-
-    def self_product(self, z: Tensor, own: Configuration, transposed: bool) -> Tensor:
-        """Z^T Z by parts, or Z Z^T, by our own kernel."""
-        return multiply(z, transposed, self.parts, own, self.tf32["TF32"])
 
 
 class _Cross(_Launches):
     def __init__(self, problem: Problem, precision: str) -> None:
         super().__init__(problem, "cross", precision)
         pa, qa = self.pa, self.qa
-        tiles_x, tiles_y = _blocks(pa, BLOCK), _blocks(qa, BLOCK)
-        tiles = _blocks(qa + pa, BLOCK) * tiles_x
-        self.slots = 5 * (tiles + tiles_y**2)
-        self.finish = Launch(
-            finish.cross_finish_kernel, (tiles + tiles_y**2,),
-            (pa, qa, self.parts, self.shares, tiles_x, tiles_y, tiles),
-            dict(STATISTIC=problem.statistic, STORE_B=problem.y_grad, BLOCK=BLOCK),
-        )  # fmt: skip
-        constants = self.tf32 | dict(NEAR=self.near, ROWS=128, BLOCK=16)
+        tiles = ceil_div(qa + pa, BLOCK) * ceil_div(pa, BLOCK) + ceil_div(qa, BLOCK) ** 2
+        self.slots = 5 * tiles
+        decided = self.decided | dict(STORE_B=problem.y_grad, BLOCK=BLOCK)
+        self.finish = Launch(finish.cross_finish_kernel, (tiles,), decided)
+        decided = self.decided | dict(HEIGHT=128, BLOCK=16)
         self.mix = tuple(
-            Launch(finish.cross_mix_kernel, (_blocks(width, 16),), (pa, qa), dict(SIDE=side) | constants)
+            Launch(finish.cross_mix_kernel, (ceil_div(width, 16),), decided | dict(SIDE=side))
             for side, width in enumerate((pa, qa))
         )
 
@@ -172,19 +141,17 @@ class _Cross(_Launches):
         stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.shapes))
         qa, both = self.qa, self.qa + self.pa
         z = stash.xs
-        known, _, sums, scales, counters, _ = self.shifted(x, y, mask, z[:, qa:], z, z[:, both:])
+        known, memory = self.shifted(x, y, mask, zx=z[:, qa:], zy=z, ones=z[:, both:])
         parts = z.view(self.parts, -1, self.width)
         left = parts[:, :, :both].transpose(1, 2)
         if own is None:
             products, products_y = _batched(left, parts[:, :, qa:both]), _batched(left[:, :qa], parts[:, :, :qa])
         else:
-            a, products_y = (self.self_product(side, own, True) for side in (z[:, qa:both], z[:, :qa]))
+            a, products_y = (multiply(side, True, self.parts, own, self.tf32) for side in (z[:, qa:both], z[:, :qa]))
             products = torch.cat([_batched(left[:, :qa], parts[:, :, qa:both]), a], 1)
         slots, value = x.new_empty(self.slots, dtype=torch.float64), x.new_empty((), dtype=torch.float32)
-        self.finish(
-            known, products, products_y, sums, scales, stash.xx, stash.yy, stash.rows, slots, counters, value,
-            stash.coefficients,
-        )  # fmt: skip
+        memory |= dict(products=products, products_y=products_y, slots=slots, value=value)
+        self.finish(known, memory | _cross_stash(stash))
         return value, stash
 
     def gradient(self, side: int, grad: Tensor, mask: Tensor, stash: Stash) -> Tensor:
@@ -192,56 +159,55 @@ class _Cross(_Launches):
         w = z.new_empty((self.width, (self.pa, self.qa)[side]))
         factor = stash.xx.new_empty(())
         known = (grad.dtype,) if aligned(grad) else None
-        self.mix[side](known, stash.xx, stash.yy, stash.rows, stash.coefficients, grad, w, factor)
+        self.mix[side](known, _cross_stash(stash) | dict(grad=grad, w=w, factor=factor))
         return rounded_product(z, w, factor, self.problem.n, (self.problem.p, self.problem.q)[side])
+
+
+def _cross_stash(stash: Stash) -> dict[str, Tensor]:
+    """What the kernels call the parts of a stash of the cross route."""
+    return dict(ca=stash.xx, b=stash.yy, means=stash.rows, coefficients=stash.coefficients)
 
 
 class _Gram(_Launches):
     def __init__(self, problem: Problem, precision: str) -> None:
         super().__init__(problem, "gram", precision)
-        n, rows, step = problem.n, 16, 128
-        self.blocks, tiles = _blocks(n, rows), _blocks(n, BLOCK)
-        columns = _blocks(self.qa + self.pa, step)
-        self.sum_rows = Launch(
-            finish.gram_rows_kernel, (2 * self.blocks + columns,), (n, self.pa, self.qa, self.shares, self.blocks),
-            self.unbiased | self.tf32 | dict(ROWS=rows, STEP=step),
-        )  # fmt: skip
-        self.slots = 3 * tiles * (tiles + 1) // 2
-        self.finish = Launch(
-            finish.gram_finish_kernel, (tiles * (tiles + 1) // 2,), (n, self.width, self.shares, self.blocks, tiles),
-            dict(STATISTIC=problem.statistic) | self.unbiased | self.masked | dict(BLOCK=BLOCK), num_warps=8,
-        )  # fmt: skip
-        constants = self.unbiased | self.masked | self.tf32 | dict(NEAR=self.near, ROWS=rows, STEP=step)
-        self.mix = tuple(
-            Launch(
-                finish.gram_mix_kernel, (self.blocks,), (n, self.rows // 8), dict(SIDE=side) | constants, num_warps=8
-            )
-            for side in (0, 1)
-        )
+        self.blocks = ceil_div(problem.n, double.HEIGHT)
+        parts = dict(HEIGHT=double.HEIGHT, LENGTH=double.LENGTH, BLOCK=BLOCK)
+        decided = self.decided | dict(NUMBERS=COEFFICIENTS.value) | parts
+        programs = 2 * self.blocks + ceil_div(self.qa + self.pa, BLOCK)
+        self.sum_rows = Launch(finish.gram_rows_kernel, (programs,), decided)
+        self.moments = Launch(double.moments_kernel, (self.blocks, 1), decided)
+        self.mix = tuple(Launch(finish.gram_mix_kernel, (self.blocks,), decided | dict(SIDE=side)) for side in (0, 1))
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None, own: Configuration | None) -> tuple[Tensor, Stash]:
         stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.shapes))
-        zx, zy = stash.xs, stash.ys if self.problem.y_grad else x.new_empty((self.rows, self.qa))
-        known, bytes_, sums, scales, counters, _ = self.shifted(x, y, mask, zx, zy, zx)
-        n = self.problem.n
-        k, l = (mm(z, z.T) if own is None else self.self_product(z, own, False)[0] for z in (zx[:n], zy[:n]))
-        stash = stash._replace(xx=k, yy=l)
-        totals, slots = (x.new_empty(size, dtype=torch.float64) for size in (6 * self.blocks, self.slots))
-        value = x.new_empty((), dtype=torch.float32)
-        self.sum_rows(known, stash.xx, stash.yy, zx, zy, sums, stash.rows, totals)
-        self.finish(
-            known, stash.xx, stash.yy, bytes_, stash.rows, totals, sums, scales, slots, counters, value,
-            stash.coefficients,
-        )  # fmt: skip
+        n, zx, zy = self.problem.n, stash.xs, stash.ys if self.problem.y_grad else x.new_empty((self.rows, self.qa))
+        known, memory = self.shifted(x, y, mask, zx=zx, zy=zy, ones=zx)
+        for gram, z in ((stash.xx[0], zx[:n]), (stash.xx[1], zy[:n])):  # iterating over a tensor costs more
+            if own is not None:
+                multiply(z, False, 1, own, self.tf32, gram)
+            elif z.is_cuda and z.dtype != torch.float32:
+                torch.mm(z, z.T, out_dtype=torch.float32, out=gram)
+            else:
+                torch.mm(z.float(), z.T.float(), out=gram)
+        slots, value = x.new_empty(6 * self.blocks, dtype=torch.float64), x.new_empty((), dtype=torch.float32)
+        memory |= dict(slots=slots, values=value) | _gram_stash(stash)
+        self.sum_rows(known, memory)
+        self.moments(known, memory)
         return value, stash
 
     def gradient(self, side: int, grad: Tensor, mask: Tensor, stash: Stash) -> Tensor:
-        z, (own, other) = (stash.xs, stash.ys)[side], (stash.yy, stash.xx) if side else (stash.xx, stash.yy)
+        z = (stash.xs, stash.ys)[side]
         m = z.new_empty((self.problem.n, self.rows))
-        factor = own.new_empty(())
+        factor = stash.xx.new_empty(())
         known = (grad.dtype,) if aligned(grad, mask) else None
-        self.mix[side](known, own, other, mask, stash.rows, stash.coefficients, grad, m, factor)
+        self.mix[side](known, _gram_stash(stash) | dict(mask=mask, grad=grad, m=m, factor=factor))
         return rounded_product(m, z, factor, self.problem.n, (self.problem.p, self.problem.q)[side])
+
+
+def _gram_stash(stash: Stash) -> dict[str, Tensor]:
+    """What the kernels call the parts of a stash of the Gram route."""
+    return dict(grams=stash.xx, rows=stash.rows, coefficients=stash.coefficients)
 
 
 @lru_cache(maxsize=1024)
@@ -263,13 +229,5 @@ def _geometry(problem: Problem, route: Route) -> tuple[int, int]:
     """Rows of z, and the parts of equal length that products are taken of."""
     if route == "gram":
         return padded(problem.n + 1), 1
-    parts = _blocks(problem.n, PART)
-    return parts * padded(_blocks(problem.n, parts), 8 if parts == 1 else 128), parts
-
-
-def _blocks(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def _as_bytes(mask: Tensor) -> Tensor:
-    return mask.contiguous().view(torch.uint8)
+    parts = ceil_div(problem.n, PART)
+    return parts * padded(ceil_div(problem.n, parts), 8 if parts == 1 else 128), parts

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..moments import Scalar
@@ -35,33 +34,35 @@ class Sides(NamedTuple):
     sum_l: Scalar = 0.0
 
 
+class Shifted(NamedTuple):
+    """The rows of `Side` as they are multiplied: columns ``own`` and ``other`` of z (`rows.Rows`), but the rows ``few``
+    [k], which are ``beside`` it (`rows.beside_z`)."""
+
+    z: Tensor
+    beside: Tensor
+    few: Tensor
+    own: slice
+    other: slice
+
+
 class Side(NamedTuple):
-    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``sums`` are
-    `Sides`' of its own and of the other side."""
+    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``rows``
+    (unbiased) are kappa and lambda, or the reverse, and the rows apart; ``sums`` `Sides`' of its own and the other."""
 
     own: Tensor
     other: Tensor
     cross: Tensor
     product: Tensor
-    rows: Tensor
+    rows: tuple[Tensor, ...]
     scale: Scalar
     n: Scalar
     sums: tuple[Scalar, Scalar]
+    shifted: Shifted | None = None
 
 
 def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Scalar, Scalar, Scalar]:
     """A = X^T X, C = Y^T X, B = Y^T Y (empty if no gradient of y is wanted); |C|^2, |A|^2, |B|^2."""
     xx, xy = self_product(xs.T), mm(ys.T, xs)
-    yy = self_product(ys.T) if problem.y_grad else empty(xs, 0)
+    yy = self_product(ys.T) if problem.y_grad else xx.new_empty(0)
     ll = inner(yy, yy) if problem.y_grad else self_product_norm(ys.T)
     return xx, xy, yy, inner(xy, xy), inner(xx, xx), ll
-
-
-def kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [n, d] with zeros in the rows that do not count."""
-    return x if mask is None else torch.where(mask[:, None], x, 0.0)
-
-
-def empty(like: Tensor, size: int | tuple[int, ...]) -> Tensor:
-    """One each: an operator's outputs must not share memory."""
-    return like.new_empty(size, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)

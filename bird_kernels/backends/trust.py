@@ -74,7 +74,7 @@ def warn(use: Use, instead: str) -> None:
     )
 
 
-def forget() -> None:
+def forget_trials() -> None:
     """Forget what was tried, as at the start."""
     _works.clear()
     _broken.clear()
@@ -90,7 +90,7 @@ def _options_of(problem: Problem) -> Problem:
     return problem._replace(n=0, p=0, q=0, kernel=problem.kernel and RBF())
 
 
-def tried(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
+def failure_of(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
     """What went wrong with a small problem of the same options; None if nothing did, which is remembered.
 
     A CUDA graph that is being captured and a dispatch mode must not see it: then None, and a later call tries.

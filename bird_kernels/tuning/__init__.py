@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """Forward and backward of one problem by one candidate: microseconds of the host and of the device."""
 
     n: int
@@ -88,7 +88,7 @@ class Table:
 
     key: Key
     when: str
-    rows: tuple[Row, ...]
+    rows: tuple[Measurement, ...]
 
 
 class Finding(NamedTuple):
@@ -121,7 +121,7 @@ def user_file(key: Key) -> Path:
     return cache / "bird-kernels" / "tuning" / f"{_slug('-'.join(key))}.json"
 
 
-def write(path: Path, table: Table) -> None:
+def write_table(path: Path, table: Table) -> None:
     """Write a table, whole or not at all: other processes may read or write the same file meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"version": VERSION, "key": table.key._asdict(), "when": table.when}
@@ -137,17 +137,17 @@ def write(path: Path, table: Table) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)  # noqa: PTH108
         raise
-    forget()
+    forget_files()
 
 
 @lru_cache
-def read(path: Path) -> Table | None:
+def read_table(path: Path) -> Table | None:
     """The table in a file, None if there is none; one that cannot be read is warned of once, and none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["version"] != VERSION:
             raise ValueError(f"version {data['version']}, not {VERSION}")
-        rows = tuple(Row(**row) for row in data["rows"])
+        rows = tuple(Measurement(**row) for row in data["rows"])
         for row in rows:
             row.check()
         return Table(Key(**data["key"]), str(data["when"]), rows)
@@ -159,28 +159,28 @@ def read(path: Path) -> Table | None:
 
 
 @lru_cache
-def table(key: Key) -> Table | None:
+def table_of(key: Key) -> Table | None:
     """The measurements that count on this device: ``BIRD_TUNING``, the user's, or shipped ones; None without any."""
     override = os.environ.get("BIRD_TUNING")
     if override == "off":
         return None
     if override:
-        found = read(Path(override))
+        found = read_table(Path(override))
         if found is None and not Path(override).exists():
             warnings.warn(f"bird_kernels finds no tuning table at BIRD_TUNING={override}", stacklevel=2)
         return found
-    own = read(user_file(key))
+    own = read_table(user_file(key))
     if own is not None and own.key == key:
         return own
-    shipped = read(SHIPPED / f"{_slug(key.device)}.json")
+    shipped = read_table(SHIPPED / f"{_slug(key.device)}.json")
     return shipped if shipped is not None and shipped.key.device == key.device else None
 
 
-def forget() -> None:
+def forget_files() -> None:
     """Read the files anew at the next question."""
     _driver.cache_clear()
-    read.cache_clear()
-    table.cache_clear()
+    read_table.cache_clear()
+    table_of.cache_clear()
     _findings.cache_clear()
     product_kernel.cache_clear()
 
@@ -188,7 +188,7 @@ def forget() -> None:
 def nearest(key: Key, problem: Problem) -> Finding | None:
     """The measurement of the same dtype, precision and estimator whose sizes are nearest, or None within REACH."""
     shape = Shape(problem.n, problem.p, problem.q)
-    findings = _findings(key).get((*numbers(problem), problem.estimator), ())
+    findings = _findings(key).get((*number_of(problem), problem.estimator), ())
     best = min(findings, key=lambda finding: shape.distance(finding.shape), default=None)
     return best if best is not None and shape.distance(best.shape) <= math.log(REACH) else None
 
@@ -216,7 +216,7 @@ def lost_somewhere(name: str, key: Key, dtype: torch.dtype, candidates: Sequence
     return False
 
 
-def numbers(problem: Problem) -> tuple[str, str]:
+def number_of(problem: Problem) -> tuple[str, str]:
     """The dtype and, for fp32, the precision of a problem, as a row has them."""
     dtype = str(problem.dtype).removeprefix("torch.")
     return dtype, (problem.precision or "ieee") if dtype == "float32" else ""
@@ -225,7 +225,7 @@ def numbers(problem: Problem) -> tuple[str, str]:
 @lru_cache
 def _findings(key: Key) -> dict[tuple[str, str, str], list[Finding]]:
     us: dict[tuple[str, str, str], dict[Shape, dict[str, float]]] = {}
-    found = table(key)
+    found = table_of(key)
     for row in found.rows if found is not None else ():
         of_kind = us.setdefault((row.dtype, row.precision, row.estimator), {})
         of_kind.setdefault(Shape(row.n, row.p, row.q), {})[row.candidate] = row.us

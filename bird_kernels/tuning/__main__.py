@@ -49,10 +49,8 @@ def lines(device_name: str) -> Iterator[str]:
 def _predicted(
     sheet: Sheet, n: int, d: int, dtype: str, precision: str, kernel: RBF | None
 ) -> tuple[dict[str, Cost], str]:
-    exactness: Any = precision or None
-    problem = Problem(
-        n, d or 1000, d or 1000, getattr(torch, dtype), torch.device("cuda"), precision=exactness, kernel=kernel
-    )  # fmt: skip
+    options: Any = dict(precision=precision or None, kernel=kernel)
+    problem = Problem(n, d or 1000, d or 1000, getattr(torch, dtype), torch.device("cuda"), **options)
     if not d:
         return {"library": cost.matrix(n, RESNET18, problem, sheet)}, "library"
     costs = cost.predict(problem, sheet)

@@ -18,8 +18,8 @@ from bird.lab.vision import candidates
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision import recipe as recipes
 from bird.lab.vision.candidates import MODELS
-from bird.lab.vision.experiment import Experiment, Made
-from bird.lab.vision.selection import properties
+from bird.lab.vision.experiment import Made, VisionExperiment
+from bird.lab.vision.selection import measure_teacher
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which the vision extra brings")
 
@@ -82,22 +82,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def experiment(folder: Path) -> Experiment:
-    return Experiment(recipes.read(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
+def experiment(folder: Path) -> VisionExperiment:
+    return VisionExperiment(recipes.read(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
 
 
-def made(experiment: Experiment) -> dict[str, int]:
+def made(experiment: VisionExperiment) -> dict[str, int]:
     kinds = [path.parent.name.split("-")[0] for path in experiment.root.glob("*/result.json")]
     return {kind: kinds.count(kind) for kind in kinds}
 
 
-def test_no_transfer_is_needed_and_what_is_shared_is_made_once(experiment: Experiment) -> None:
+def test_no_transfer_is_needed_and_what_is_shared_is_made_once(experiment: VisionExperiment) -> None:
     # Teachers, all of one network: usual (and early), short, clean, own, fog.
     assert made(experiment) == {"teacher": 5, "student": 2, "properties": 12}
 
 
-def test_a_teacher_is_what_its_variant_says(experiment: Experiment) -> None:
-    about = {c.variant: c.properties.parents[0].about for c in experiment.candidates(networks=["a"])}
+def test_a_teacher_is_what_its_variant_says(experiment: VisionExperiment) -> None:
+    about = {c.variant: c.scores["properties"].parents[0].about for c in experiment.candidates(networks=["a"])}
     assert about["usual"]["corruptions"] == about["short"]["corruptions"] == ("brightness", "fog")
     assert about["clean"]["corruptions"] == ()
     assert about["fog"]["corruptions"] == ("fog",)
@@ -106,28 +106,28 @@ def test_a_teacher_is_what_its_variant_says(experiment: Experiment) -> None:
     assert about["usual"]["data"]["classes"] == about["clean"]["data"]["classes"] == (0, 1, 2)
 
 
-def test_properties_are_those_of_the_networks(experiment: Experiment) -> None:
+def test_properties_are_those_of_the_networks(experiment: VisionExperiment) -> None:
     """Measured again from the stages' weights, on the first 50 validation images of the fixed order."""
     candidate = next(c for c in experiment.candidates(networks=["a"]) if c.variant == "early")
-    guide, student = candidate.properties.parents
+    guide, student = candidate.scores["properties"].parents
     recipe, device = experiment.recipe, torch.device("cpu")
     data = experiments._splits(recipe.student, 0, None)
     assert len(data.validation) > 50
     order = torch.randperm(len(data.validation), generator=torch.Generator().manual_seed(0))[:50]
-    expected = properties(
+    expected = measure_teacher(
         Teacher(Made("plain", recipe.teacher, guide).model(experiment.root, device), ["block1"]),
         Made("resnet-tiny", recipe.student, student).model(experiment.root, device),
         "layer3",
         replace(data, validation=data.validation.select(order)),
         corruptions=("brightness", "fog"),
     )
-    result = candidate.properties.result(experiment.root)
+    result = candidate.scores["properties"].result(experiment.root)
     assert result is not None
-    assert result["properties"] == asdict(expected)
+    assert result == expected._asdict() | {"properties": asdict(expected.properties)}
 
 
 def test_accuracies_come_in_when_they_are_there(
-    experiment: Experiment, folder: Path, capsys: pytest.CaptureFixture[str]
+    experiment: VisionExperiment, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = experiment.root / "teachers/try"
     page = (report / "README.md").read_text()
@@ -146,7 +146,7 @@ def test_accuracies_come_in_when_they_are_there(
     with (report / "teachers.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
-    cells = {(c.networks, c.variant, c.method): c.score for c in experiment.cells()}
+    cells = {(c.networks, c.variant, c.method): c.scores["score"] for c in experiment.cells()}
     for row in rows:
         for column, method in (("robust_accuracy", "bird"), ("untouched", "none")):
             score = cells[row["networks"], row["variant"], method].result(experiment.root)
@@ -165,7 +165,7 @@ def check_regression(rows: list[dict[str, str]], found: dict[str, dict[str, dict
         assert found[kind]["fit"]["r2"] == pytest.approx(1 - errors @ errors / ((y - y.mean()) ** 2).sum(), abs=1e-6)
 
 
-def test_a_choice_of_teachers(folder: Path, experiment: Experiment, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_choice_of_teachers(folder: Path, experiment: VisionExperiment, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(folder, "select", "--arch", "b", "--variant", "usual", "own", "--device", "cpu", "--jobs", "1") == 0
     page = capsys.readouterr().out
     assert "2 candidates" in page
@@ -174,9 +174,9 @@ def test_a_choice_of_teachers(folder: Path, experiment: Experiment, capsys: pyte
     assert "b, clean" not in page
 
 
-def test_nothing_measured(tmp_path: Path, experiment: Experiment) -> None:
+def test_nothing_measured(tmp_path: Path, experiment: VisionExperiment) -> None:
     with pytest.raises(ValueError, match=r"no teacher of .* was measured in .*: bird select it first"):
-        candidates.write(replace(experiment, root=tmp_path), experiment.candidates(), tmp_path)
+        candidates.write_teachers(replace(experiment, root=tmp_path), experiment.candidates(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from bird.lab.vision.corruptions import (
     random,
 )
 from bird.lab.vision.corruptions.random import Noise
-from bird.lab.vision.data import load_fashion, to_float
+from bird.lab.vision.data import to_float
+from tests.bird.shipped import fashion
 
 NAMES = list(CORRUPTIONS)
 # Of these a higher severity is not a greater change, by definition: glass blur 1-3 choose neighbours alike, elastic
@@ -33,7 +34,7 @@ FIXED = (
 
 
 def photos(n: int) -> Tensor:
-    return to_float(load_fashion(range(5, 10)).test.images[:: 1250 // n][:n])
+    return to_float(fashion(range(5, 10)).test.images[:: 1250 // n][:n])
 
 
 def colours(n: int, side: int = 32) -> Tensor:

@@ -16,14 +16,16 @@ import torch
 
 from bird import Taps, Teacher, cka
 from bird.lab import cli, stages
+from bird.lab.experiment import collect
 from bird.lab.statistics import paired_p
+from bird.lab.vision import evaluation
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision import recipe as recipes
 from bird.lab.vision import report as reproduction
-from bird.lab.vision import scoring
+from bird.lab.vision.corruptions import corrupt
 from bird.lab.vision.data import Images, to_float
-from bird.lab.vision.evaluation import accuracy, robustness
-from bird.lab.vision.experiment import Experiment
+from bird.lab.vision.evaluation import accuracy
+from bird.lab.vision.experiment import VisionExperiment
 from tests.bird.official_files import write_image
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which the vision extra brings")
@@ -77,11 +79,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def experiment(folder: Path) -> Experiment:
-    return Experiment(recipes.read(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
+def experiment(folder: Path) -> VisionExperiment:
+    return VisionExperiment(recipes.read(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
 
 
-def test_what_is_shared_is_made_once(experiment: Experiment) -> None:
+def test_what_is_shared_is_made_once(experiment: VisionExperiment) -> None:
     kinds = [path.name.split("-")[0] for path in experiment.root.iterdir() if (path / "result.json").exists()]
     count = {kind: kinds.count(kind) for kind in kinds}
     # Two seeds. BIRD in three variants, the ceiling in two (layers do not touch it), each scored once.
@@ -92,9 +94,9 @@ def test_what_is_shared_is_made_once(experiment: Experiment) -> None:
     assert count["alignment"] == 2 * (2 + 1 + 1 + 1 + 3 + 3)
 
 
-def test_scores_are_those_of_an_independent_evaluation(experiment: Experiment) -> None:
+def test_scores_are_those_of_an_independent_evaluation(experiment: VisionExperiment) -> None:
     data = experiments._splits(experiment.recipe.student, 1, None)
-    test = scoring.first(data.test, 60)
+    test = evaluation.first(data.test, 60)
     assert len(test) == 60
     assert len(data.test) == 143  # a fifth of each class
     cells = {c.method: c for c in experiment.cells(variants=["plain"]) if c.seed == 1}
@@ -103,25 +105,29 @@ def test_scores_are_those_of_an_independent_evaluation(experiment: Experiment) -
         network = "resnet-tiny" if source == "student" else "plain"
         made = experiments.Made(network, experiment.recipe.student, cell.training)
         model = made.model(experiment.root, torch.device("cpu"))
-        score = cell.score.result(experiment.root)
+        score = cell.scores["score"].result(experiment.root)
         assert score is not None
         assert score["clean"] == accuracy(model, test)
-        exact = robustness(model, test, experiment.recipe.scoring.corruptions).corrupted
-        for name, accuracies in exact.items():  # bytes or not may change a picture or two
-            assert score["corrupted"][name] == pytest.approx(accuracies, abs=2.5 / 60)
-        teacher = experiments.Made("plain", experiment.recipe.teacher, cells["none"].alignment.parents[1])
+        for name in experiment.recipe.scoring.corruptions:
+            for severity, share in enumerate(score["corrupted"][name], start=1):
+                view = corrupt(to_float(test.images), name, severity, index=torch.arange(60))
+                view = (view.double() * 255).round().float() / 255
+                assert share == (model.eval()(view).argmax(dim=1) == test.labels).sum().item() / 60
+        teacher = experiments.Made("plain", experiment.recipe.teacher, cells["none"].scores["alignment"].parents[1])
         theirs = Teacher(teacher.model(experiment.root, torch.device("cpu")), "block3")
         layer = "layer3" if source == "student" else "block3"
         x = to_float(test.images)
         with torch.no_grad(), Taps(model.eval(), layer) as taps:
             model(x)
             expected = cka(taps.pop()[layer], theirs(x)["block3"], estimator="unbiased").item()
-        aligned = cell.alignment.result(experiment.root)
+        aligned = cell.scores["alignment"].result(experiment.root)
         assert aligned is not None
         assert aligned["cka"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_second_run_makes_nothing(experiment: Experiment, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_makes_nothing(
+    experiment: VisionExperiment, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in experiment.root.glob("*/*")}
     assert cli.main(["run", str(folder / "try.toml"), "--out", str(experiment.root), "--device", "cpu"]) == 0
     assert {path: path.stat().st_mtime_ns for path in experiment.root.glob("*/*.json") if path in before} == {
@@ -131,7 +137,7 @@ def test_a_second_run_makes_nothing(experiment: Experiment, folder: Path, capsys
 
 
 def test_compiled_runs_make_the_same_stages(
-    experiment: Experiment, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: VisionExperiment, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That `fit` compiles is tested where `fit` is; here, who asks for it: teachers, students and methods."""
     compiled: list[str] = []
@@ -150,7 +156,7 @@ def test_compiled_runs_make_the_same_stages(
     assert {path.name for path in tmp_path.iterdir()} - {"reports"} <= {path.name for path in experiment.root.iterdir()}
 
 
-def test_the_page_and_its_files(experiment: Experiment, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_and_its_files(experiment: VisionExperiment, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(folder / "try.toml"), "--out", str(experiment.root)]) == 0
     page = capsys.readouterr().out
     report = experiment.root / "reports" / "try"
@@ -178,25 +184,26 @@ def test_the_page_and_its_files(experiment: Experiment, folder: Path, capsys: py
     assert page.count("| robust accuracy ") == 1  # the other variants have nobody to compare BIRD with
 
 
-def test_what_is_missing_is_said(experiment: Experiment, tmp_path: Path) -> None:
+def test_what_is_missing_is_said(experiment: VisionExperiment, tmp_path: Path) -> None:
     cells = experiment.cells(variants=["plain"], seeds=3)
-    comparisons, missing = reproduction.collect(experiment, cells)
+    groups, missing = collect(experiment, cells)
     assert {cell.seed for cell in missing} == {2}
     assert len(missing) == 6
-    assert {o.seed for o in comparisons["pair", "plain"].outcomes} == {0, 1}
-    assert "6 cells are not done, the first: pair, plain, None, seed 2" in reproduction.page(experiment, cells)
+    assert {o.seed for o in reproduction.comparisons(experiment, groups)["pair", "plain"].outcomes} == {0, 1}
+    page = reproduction.write_vision_report(experiment, cells, tmp_path)
+    assert "6 cells are not done, the first: pair, plain, None, seed 2" in page
     one = next(cell for cell in cells if (cell.method, cell.seed) == ("lp", 1))
-    path = one.score.folder(experiment.root) / "result.json"
+    path = one.scores["score"].folder(experiment.root) / "result.json"
     path.rename(path.with_suffix(".aside"))
     try:  # a seed that lacks a method would set means over other seeds beside each other
-        comparisons, missing = reproduction.collect(experiment, cells)
+        groups, missing = collect(experiment, cells)
     finally:
         path.with_suffix(".aside").rename(path)
-    assert {o.seed for o in comparisons["pair", "plain"].outcomes} == {0}
+    assert {method: [*seeds] for method, seeds in groups["pair", "plain"].items()} == {c.method: [0] for c in cells}
     assert len(missing) == 7
-    empty = Experiment(experiment.recipe, tmp_path, experiment.device)
+    empty = VisionExperiment(experiment.recipe, tmp_path, experiment.device)
     with pytest.raises(ValueError, match=r"0 of 24 cells of try are done in .*, and no seed of all methods"):
-        reproduction.write(empty, empty.cells(), tmp_path / "report")
+        reproduction.write_vision_report(empty, empty.cells(), tmp_path / "report")
     assert not (tmp_path / "report").exists()
 
 
@@ -206,10 +213,10 @@ def test_paired_p() -> None:
     assert paired_p(differences) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
 
 
-def test_stages_do_not_depend_on_where(experiment: Experiment, tmp_path: Path) -> None:
-    elsewhere = Experiment(experiment.recipe, tmp_path, torch.device("meta"), tmp_path, progress=True)
-    assert [c.score.key for c in elsewhere.cells()] == [c.score.key for c in experiment.cells()]
-    assert len({s.key for s in stages.lineage(c.score for c in elsewhere.cells())}) > 20
+def test_stages_do_not_depend_on_where(experiment: VisionExperiment, tmp_path: Path) -> None:
+    elsewhere = VisionExperiment(experiment.recipe, tmp_path, torch.device("meta"), tmp_path, progress=True)
+    assert [c.scores["score"].key for c in elsewhere.cells()] == [c.scores["score"].key for c in experiment.cells()]
+    assert len({s.key for s in stages.lineage(c.scores["score"] for c in elsewhere.cells())}) > 20
 
 
 @pytest.mark.parametrize(
@@ -236,22 +243,20 @@ def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_kept_pictures_are_those_of_the_data_asked_for() -> None:
     data = Images(torch.arange(256, dtype=torch.uint8).repeat(4, 1, 1, 4).view(4, 1, 32, 32), torch.arange(4))
-    what = recipes.Scoring(("contrast",))
-    first = list(scoring.corrupted(data, what, ("a",)))
+    first = list(evaluation.corrupted(data, ["contrast"], "a"))
     assert [name for name, _ in first] == ["contrast"] * 5
-    again = list(scoring.corrupted(data.select(torch.arange(2)), what, ("a",)))
+    again = list(evaluation.corrupted(data.select(torch.arange(2)), ["contrast"], "a"))
     assert len(again[0][1]) == 4  # kept
-    other = list(scoring.corrupted(data.select(torch.arange(2)), what, ("b",)))
+    other = list(evaluation.corrupted(data.select(torch.arange(2)), ["contrast"], "b"))
     assert len(other[0][1]) == 2
 
 
 def test_pictures_that_are_too_many_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     data = Images(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.arange(4))
-    what = recipes.Scoring(("contrast",))
     for kept, count in ((4 * 1024 * 5, 1), (4 * 1024 * 5 - 1, 0)):  # bytes of five severities
-        monkeypatch.setattr(scoring, "KEPT", kept)
-        list(scoring.corrupted(data, what, ("c", kept)))
-        assert len(scoring._kept) == count
+        monkeypatch.setattr(evaluation, "KEPT", kept)
+        list(evaluation.corrupted(data, ["contrast"], ("c", kept)))
+        assert len(evaluation._kept) == count
 
 
 def changed(folder: Path, old: str, new: str) -> str:
@@ -294,7 +299,7 @@ def test_guidance_of_a_layer_between_the_listed_ones(tmp_path: Path) -> None:
 
 
 def test_damaged_results_name_what_to_delete(
-    experiment: Experiment, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    experiment: VisionExperiment, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And deleting that is enough."""
     root = tmp_path / "runs"
@@ -312,7 +317,7 @@ def test_damaged_results_name_what_to_delete(
     shutil.rmtree(teacher)
     assert cli.main(command) == 0
     cell = experiment.cells(variants=["plain"], methods=["bird"])[0]
-    score = cell.score.folder(root) / "result.json"
+    score = cell.scores["score"].folder(root) / "result.json"
     whole = score.read_bytes()
     score.write_bytes(b"")
     assert cli.main(command) == 2
@@ -328,7 +333,7 @@ def test_teachers_and_students_begin_with_different_weights(tmp_path: Path) -> N
     text = text.replace('student = "resnet-tiny"', 'student = "plain"').replace("steps = 12", "steps = 1")
     (tmp_path / "try.toml").write_text(text.replace("lr = 0.05", "lr = 1e-12"))
     recipe = recipes.read(str(tmp_path / "try.toml"))
-    tried = Experiment(recipe, tmp_path / "runs", torch.device("cpu"), progress=False)
+    tried = VisionExperiment(recipe, tmp_path / "runs", torch.device("cpu"), progress=False)
     teacher, student, _ = tried._pair("pair", "plain", 0)
     stages.complete([teacher.stage, student.stage], tried.root)
     weights = [
@@ -348,7 +353,7 @@ def test_a_folder_of_images_is_told_from_another(tmp_path: Path) -> None:
 
     def keys(place: str) -> set[str]:
         experiments._fingerprint.cache_clear()
-        cells = Experiment(recipe, tmp_path / "runs", torch.device("cpu"), tmp_path / place).cells()
+        cells = VisionExperiment(recipe, tmp_path / "runs", torch.device("cpu"), tmp_path / place).cells()
         return {stage.key for cell in cells for stage in stages.lineage(cell.wanted)}
 
     before = keys("one")

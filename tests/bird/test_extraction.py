@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from bird.features import Pool
 from bird.lab.vision import extraction
 from bird.lab.vision.corruptions import corrupt
-from bird.lab.vision.data import Images, load_fashion, to_float
+from bird.lab.vision.data import Images, to_float
 from bird.lab.vision.extraction import Extractor, Layer, Views, student_layer, teacher_layer
 from bird.teachers import Teacher
+from tests.bird.shipped import fashion
 
 NAMES, SEVERITIES = ("gaussian_noise", "contrast"), (2, 5)
 EXTRACTOR = Extractor(NAMES, SEVERITIES, seed=3)
-IMAGES = load_fashion([2, 4], limit_per_class=15).validation
+IMAGES = fashion([2, 4], limit_per_class=15).validation
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -197,7 +198,7 @@ def test_an_interrupted_pass_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_features_must_be_finite_rows() -> None:
-    with pytest.raises(ValueError, match=r"layer '2' gives \[30, 4, 8, 8\], not rows \[30, d\]"):
+    with pytest.raises(ValueError, match=r"layer '2' gives \[30, 4, 10, 10\], not rows \[30, d\]"):
         EXTRACTOR.clean(tapped(network(), pool="none"), IMAGES, label="")
     broken = network()
     with torch.no_grad():

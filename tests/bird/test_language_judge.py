@@ -16,20 +16,10 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
-from bird.lab.language.judges import (
-    SAFETY,
-    BagOfWords,
-    Classifier,
-    Endpoint,
-    Judge,
-    LanguageModel,
-    Lexicon,
-    independent,
-    parse,
-    response_only,
-    whole,
-)
-from bird.lab.language.verdicts import fill
+from bird.lab.language import judges as judges_of_texts
+from bird.lab.language.endpoint import Endpoint
+from bird.lab.language.judges import BagOfWords, ClassifierJudge, LanguageModel, Lexicon, independent
+from bird.lab.language.verdicts import SAFETY, Judge, fill, parse
 from bird.lab.language.weights import shared
 from bird.teachers import Teacher
 from tests.bird.tiny import END, causal, classifier
@@ -94,18 +84,12 @@ def test_templates_are_filled_once() -> None:
         fill("{prompt}", "a", "b")
 
 
-def test_readings() -> None:
-    assert response_only("It's a", " dog") == " dog"
-    assert whole("It's a", " dog") == "It's a dog"
-    assert whole([{"role": "user", "content": "Who?"}], "Me") == "Who?\nMe"
-
-
 def judges() -> list[Judge]:
     words = tokenizer(chat=True)
     return [
         Lexicon(),
         BagOfWords(["good", "bad"], [True, False]),
-        Classifier(classifier(), words, 1, name="tiny"),
+        ClassifierJudge(classifier(), words, 1, name="tiny"),
         LanguageModel(causal(), words, name="tiny", template="{prompt} {response}"),
     ]
 
@@ -122,20 +106,18 @@ def test_all_judges_keep_to_the_protocol(judge: Judge) -> None:
         judge(PROMPTS, ["w1"])
 
 
-def test_the_lexicon_knows_positive_from_negative() -> None:
+def test_the_lexicon_knows_positive_from_negative(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores by VADER's formula: a word's rating x gives x / sqrt(x^2 + 15); "great" is rated 3.1, "good" 1.9."""
     responses = ["great", "good", "terrible", "not good", "a table", ""]
     judge = Lexicon()
     assert judge([""] * 6, responses) == [True, True, False, False, False, False]
     between = (1.9 / math.sqrt(1.9**2 + 15) + 3.1 / math.sqrt(3.1**2 + 15)) / 2
-    assert Lexicon(between)([""] * 6, responses) == [True] + [False] * 5
-    assert Lexicon(round(3.1 / math.sqrt(3.1**2 + 15), 4))([""], ["great"]) == [False]  # above, not at
-    assert Lexicon(-0.01)([""], [""]) == [True]
-    prompt = "A review: It's not"
-    assert judge([prompt], [" good"]) == [True]
-    assert Lexicon(reading=whole)([prompt], [" good"]) == [False]
-    opening = Lexicon(reading=lambda prompt, response: prompt.split(": ")[1] + response)
-    assert opening(["A terrible, awful review: It's"], [" good"]) == [True]
+    monkeypatch.setattr(judges_of_texts, "POSITIVE", between)
+    assert judge([""] * 6, responses) == [True] + [False] * 5
+    monkeypatch.setattr(judges_of_texts, "POSITIVE", round(3.1 / math.sqrt(3.1**2 + 15), 4))
+    assert judge([""], ["great"]) == [False]  # above, not at
+    monkeypatch.undo()
+    assert judge(["A review: It's not"], [" good"]) == [True]  # the response, whatever was asked
 
 
 def test_a_bag_of_words_is_tf_idf_and_logistic_regression() -> None:
@@ -143,7 +125,7 @@ def test_a_bag_of_words_is_tf_idf_and_logistic_regression() -> None:
     text = pytest.importorskip("sklearn.feature_extraction.text")
     learned = ["a fine film", "so fine", "a dull film", "dull dull plot", "fine plot", "dull"]
     labels = [True, True, False, False, True, False]
-    judge = BagOfWords(learned, labels, c=2.0)
+    judge = BagOfWords(learned, labels)
     assert judge([""] * 4, ["fine", "very dull", "a fine, fine dull thing", "DULL"]) == [True, False, True, False]
     assert BagOfWords(learned, [not label for label in labels])([""], ["fine"]) == [False]
     often = BagOfWords([*learned, "fine", "fine"], [*labels, True, True])
@@ -152,10 +134,9 @@ def test_a_bag_of_words_is_tf_idf_and_logistic_regression() -> None:
     x, y = words.fit_transform(learned).toarray(), np.array(labels, dtype=float)
     model = judge.pipeline[-1]
     error = 1 / (1 + np.exp(-(x @ model.coef_[0] + model.intercept_[0]))) - y
-    np.testing.assert_allclose(model.coef_[0] + 2.0 * error @ x, 0, atol=1e-3)
+    np.testing.assert_allclose(model.coef_[0] + error @ x, 0, atol=1e-3)
     assert error.sum() == pytest.approx(0, abs=1e-3)
     assert judge(["dull dull plot, a dull "], ["fine"]) == [True]
-    assert BagOfWords(learned, labels, reading=whole)(["dull dull plot, a dull "], ["fine"]) == [False]
     for bad in ([True] * 6, labels[:5]):
         with pytest.raises(ValueError, match="and both of them, are needed"):
             BagOfWords(learned, bad)
@@ -175,27 +156,27 @@ def test_a_classifier_says_what_single_texts_give(batch_size: int, side: str, de
     words.padding_side = side
     model.train()
     for good in range(3):
-        judge = Classifier(model, words, good, name="tiny", batch_size=batch_size)
+        judge = ClassifierJudge(model, words, good, name="tiny", batch_size=batch_size)
         assert judge([""] * len(texts), texts) == [found == good for found in classes]
     assert model.training
 
 
 def test_a_classifier_that_cannot_be_read() -> None:
     words, model = tokenizer(), classifier()
-    long = Classifier(model, words, 0, name="tiny")
+    long = ClassifierJudge(model, words, 0, name="tiny")
     words.model_max_length = 64
     assert long([""], ["w1 " * 100]) == long([""], ["w1 " * 63])
     for good in (2, -1):
         with pytest.raises(ValueError, match=f"class {good} of 2 cannot be told"):
-            Classifier(model, words, good, name="tiny")([""], ["w1"])
+            ClassifierJudge(model, words, good, name="tiny")([""], ["w1"])
     with pytest.raises(ValueError, match="class 0 of 1 cannot be told"):
-        Classifier(classifier(classes=1), words, 0, name="tiny")([""], ["w1"])
+        ClassifierJudge(classifier(classes=1), words, 0, name="tiny")([""], ["w1"])
     model.bert.embeddings.word_embeddings.weight.data[words.convert_tokens_to_ids("w5")] = math.nan
-    assert Classifier(model, words, 0, name="tiny")([""] * 2, ["w5", "w1"])[0] is None
-    assert Classifier(model, words, 0, name="tiny")([""] * 2, ["w5", "w1"])[1] is not None
+    assert ClassifierJudge(model, words, 0, name="tiny")([""] * 2, ["w5", "w1"])[0] is None
+    assert ClassifierJudge(model, words, 0, name="tiny")([""] * 2, ["w5", "w1"])[1] is not None
     words.pad_token = None
     with pytest.raises(ValueError, match="no padding token: set one"):
-        Classifier(model, words, 0, name="tiny")
+        ClassifierJudge(model, words, 0, name="tiny")
 
 
 class Says(nn.Module):
@@ -254,7 +235,7 @@ def test_the_teacher_may_not_judge() -> None:
         independent(guide, guide)
     for other in (causal(1), classifier()):
         independent(other, teacher)
-        independent(Classifier(other, words, 0, name="other"), guide)
+        independent(ClassifierJudge(other, words, 0, name="other"), guide)
     independent(Lexicon(), teacher)
     independent(Endpoint("http://localhost:1/v1", "m", None), teacher)
     other = causal(1)

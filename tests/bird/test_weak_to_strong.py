@@ -17,7 +17,15 @@ pytest.importorskip("accelerate")
 
 from bird.lab.language import classifiers
 from bird.lab.language import training as runs
-from bird.lab.language.classifiers import Classifier, accuracy, batched, certain, predict, tokenize, train_classifier
+from bird.lab.language.classifiers import (
+    Classifier,
+    accuracy,
+    batched,
+    certain,
+    class_probabilities,
+    tokenize,
+    train_classifier,
+)
 from bird.lab.language.recipe import Training
 from bird.language import Guidance
 from bird.language.guidance import Guide, Sequences
@@ -238,7 +246,7 @@ def test_predictions_keep_the_order(backbone: Any, tokenizer: Any, pooling: Any)
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         for batch_size in (1, 4, 64):
-            chances = predict(model, tokenizer, texts, batch_size=batch_size)
+            chances = class_probabilities(model, tokenizer, texts, batch_size=batch_size)
             torch.testing.assert_close(chances, alone, atol=1e-5, rtol=1e-4)
     finally:
         tokenizer.padding_side = side
@@ -249,7 +257,7 @@ def test_predictions_keep_the_order(backbone: Any, tokenizer: Any, pooling: Any)
 def test_long_texts_are_cut_and_named(tmp_path: Path) -> None:
     model = Classifier(llama())
     with pytest.warns(UserWarning, match=r"texts \[1\] are longer than 3 tokens"):
-        chances = predict(model, BYTES, ["abc", "abcdef"], max_length=3)
+        chances = class_probabilities(model, BYTES, ["abc", "abcdef"], max_length=3)
     torch.testing.assert_close(chances[0], chances[1])
     with pytest.warns(UserWarning, match=f"longer than {WINDOW} tokens"):
         rows, cut = tokenize(model, BYTES, ["a", "ab" * WINDOW])
@@ -360,7 +368,7 @@ def test_bad_trainings_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_a_window_is_not_widened() -> None:
     with pytest.raises(ValueError, match=f"1 to {WINDOW}"):
-        predict(Classifier(llama()), BYTES, ["a"], max_length=WINDOW + 1)
+        class_probabilities(Classifier(llama()), BYTES, ["a"], max_length=WINDOW + 1)
 
 
 def test_scores() -> None:

@@ -332,7 +332,7 @@ def test_the_bound_of_rounding() -> None:
         exact, norms = z.double() @ z.double().T, squared_norms(z)
         gram = (z @ z.T).double()
         off, kk = (_hollow_norm(a) for a in (gram - exact, exact))
-        every, few = (noise(z, norms, rows, 2.0**-23).item() for rows in (None, largest(norms)))
+        every, few = (noise((z,), norms[None], rows, 2.0**-23).item() for rows in (None, largest(norms)))
         assert off <= every <= 1.001 * few
         assert few < 1e-2 * kk
 

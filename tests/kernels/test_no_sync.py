@@ -41,7 +41,7 @@ class NoCopies(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fake tensors only; and the code that runs is that of plain tensors, as on a GPU that is there."""
-    monkeypatch.setattr(ops, "_watched", lambda *tensors: False)
+    monkeypatch.setattr(ops, "watched", lambda *tensors: False)
     monkeypatch.setattr(backends, "_shifts", lambda dtype, device: False)  # Triton launches nothing on fake tensors
     with FakeTensorMode():
         yield

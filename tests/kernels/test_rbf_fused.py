@@ -88,7 +88,7 @@ def test_sqrt(kernel: RBF, device: torch.device) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_many_tiles(masked: bool, estimator: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows of tiles, rows read in several steps that begin before and at the diagonal, several feature tiles."""
-    monkeypatch.setattr(fused, "COLUMN_BLOCK", 16)
+    monkeypatch.setattr(fused.double, "LENGTH", 16)
     fused._launches_of.cache_clear()
     x, y = features(70, 5, 67, device=device)
     mask = torch.arange(70, device=device) % 5 != 3 if masked else None

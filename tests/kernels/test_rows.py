@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bird_kernels import backends, from_sums, reference, sums
-from bird_kernels.backends import linalg, rows
+from bird_kernels.backends import library, linalg, rows, unbiased
 from bird_kernels.types import Problem
 from tests.accuracy import Result, errors, features, poison, truth
+from tests.kernels import test_dominating_rows as dominating
 
 pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
@@ -28,7 +29,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As if the tests' device were a GPU, with Triton or without."""
     if request.param == "triton":
         pytest.importorskip("triton", reason="Triton does not exist for this system")
-    monkeypatch.setattr(backends, "compares", lambda device: True)
+    monkeypatch.setattr(rows, "wanted", lambda problem: problem.dtype != torch.float64)
     monkeypatch.setattr(backends, "_shifts", lambda dtype, device: request.param == "triton")
     return request.param
 
@@ -143,6 +144,51 @@ def test_a_row_that_dominates(device: torch.device) -> None:
     x[5] *= 1e3
     y[5] *= 1e3
     assert_right(x, y, cuts=[0, 40, 80], estimator="unbiased", looser=6.0)
+
+
+@pytest.mark.parametrize("where", ["both", "apart"])
+@pytest.mark.parametrize(("count", "size"), [(1, 3e3), (1, 1e4), (5, 1e4)])
+def test_rows_that_dominate_are_no_less_exact(
+    dtype: torch.dtype, count: int, size: float, where: str, way: str
+) -> None:
+    """In halves too, and in a part without such a row."""
+    true = dominating.case(64 if way == "triton" else 600, count, size, dtype, where)
+    upstream = dominating.loss_scale(true)
+    for cuts in (None, [0, 31, len(true.x)]):
+        found = compute(true.x, true.y, cuts=cuts, estimator="unbiased", upstream=upstream)
+        assert abs(1.0 - found.value - true.value) <= ALLOWED[FLOAT32][0]
+        assert found.dx is not None
+        error, eps = (found.dx.double() / -upstream - true.dx).norm(), torch.finfo(FLOAT32).eps
+        bar = 1e-5 if dtype == FLOAT32 else 2.0 * ALLOWED[dtype][1]
+        assert error <= bar * true.dx.norm() + dominating.COPIES * eps * true.terms
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_one_batch_of_the_unbiased_cross_route(
+    dtype: torch.dtype, size: float, masked: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library backend's, as on a GPU: value and both gradients."""
+    for module in (library, unbiased):
+        monkeypatch.setattr(module, "wanted", rows.wanted)
+    x, y, _, dx, terms = dominating.case(64, 1, size, dtype)
+    mask, upstream = None, dominating.loss_scale(dominating.case(64, 1, size, dtype))
+    if masked:  # more rows, which do not count
+        mask = torch.arange(80) % 5 != 3
+        x, y = (
+            torch.full((80, a.shape[1]), torch.nan, dtype=dtype).index_copy(0, mask.nonzero()[:, 0], a) for a in (x, y)
+        )
+    module = pytest.importorskip("bird_kernels.backends.shifted") if way == "triton" else library
+    problem = Problem(*x.shape, y.shape[1], dtype, x.device, "cka_loss", "unbiased", None, masked, True, True)
+    value, stash = module.forward(x, y, mask, problem, "cross")
+    shapes = module.stash_shapes(problem, "cross")
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in stash._asdict().items()} == shapes
+    grads = module.backward(torch.full_like(value, upstream), x, y, mask, stash, problem, route="cross")
+    true = truth(x, y, "unbiased", mask=mask, upstream=upstream)
+    off = errors(Result(value, *grads), true)
+    assert off["value"] <= ALLOWED[FLOAT32][0]
+    bar = (1e-5 if dtype == FLOAT32 else 2.0 * ALLOWED[dtype][1]) + 2e-6 * terms / dx.norm().item()
+    assert max(off["dx"], off["dy"]) <= bar, off
 
 
 def test_long_sums_go_in_parts(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from tests.accuracy import Result, assert_no_worse, errors, evaluate, features, 
 from tests.kernels import test_dominating_rows as dominating
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
+shift = pytest.importorskip("bird_kernels.backends.triton.shift")
 symmetric = pytest.importorskip("bird_kernels.backends.triton.symmetric")
 
 pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
@@ -217,6 +218,23 @@ def test_a_row_that_dominates_biased(route: str, size: float, device: torch.devi
     x[5] *= size
     y[5] *= size
     assert_no_worse([run(route, x, y)], [evaluate(plain(route), x, y)], [truth(x, y)], floor=1e-5)
+
+
+def test_squares_that_leave_the_range_of_fp32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of 10^11 that the sample misses: entries of K and L of 10^24 are fp32 numbers, their squares are not."""
+    monkeypatch.setattr(shift, "SAMPLE", 8)
+    shifted._launches_of.cache_clear()
+    x, y = sides_of("gram", FLOAT32, device, mean=1.0)
+    every = -(-len(x) // 8)
+    index = torch.arange(8)
+    row = min(set(range(len(x))) - set((every * index + ((index * 2654435761) % 2**32 // 2**16) % every).tolist()))
+    x[row] *= 1e11
+    y[row] *= 1e11
+    found, true = run("gram", x, y), truth(x, y)
+    shifted._launches_of.cache_clear()
+    assert (found.value - true.value).abs() < 1e-6
+    assert found.dx.isfinite().all()
+    assert found.dy.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)

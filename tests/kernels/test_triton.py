@@ -28,7 +28,7 @@ EPS = torch.finfo(torch.float32).eps
 
 @triton.jit
 def combine_kernel(moments, out, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr):
-    value, d_kl, d_kk, d_ll = reduce.combine(
+    value, d_kl, d_kk, d_ll = reduce.combine_centred(
         tl.load(moments + 0), tl.load(moments + 1), tl.load(moments + 2), tl.load(moments + 3), STATISTIC, UNBIASED
     )
     tl.store(out + 0, value)
@@ -199,7 +199,7 @@ def reference_loss(x: Tensor, y: Tensor) -> Tensor:
 
 @triton.jit
 def locate_kernel(x, mask, location, spread, n, d, ROBUST: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    tl.store(spread, centre.locate(x, mask, location, tl.arange(0, BLOCK), n, d, ROBUST, MASKED, BLOCK))
+    tl.store(spread, centre.store_location(x, mask, location, tl.arange(0, BLOCK), n, d, ROBUST, MASKED, BLOCK))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -243,7 +243,7 @@ def test_no_grid_passes_its_limit(widths: list[int], estimator: str, monkeypatch
         each(None)
     gaussian = importlib.import_module("bird_kernels.backends.triton.gaussian")
     made = gaussian._Gaussian(problems[0]._replace(n=8192, kernel=RBF()), "ieee")
-    for each in (made.locate, made.shift, made.distances, made.kernels, made.moments, made.gradients):
+    for each in (made.shifted.locate, made.shifted.shift, made.distances, made.kernels, made.moments, made.gradients):
         each(None)
     assert len(launched) == 10
     for name, (x, y, z) in launched:
@@ -283,23 +283,30 @@ class Jit:
 
 
 def test_the_compiled_kernel_is_kept_for_what_is_known() -> None:
-    """It takes the constants, too, in the order of the signature; options are the compiler's alone."""
+    """It takes the sizes and constants, too, in the order of the signature; options are the compiler's alone."""
     compiled = Compiled()
     kernel = Jit(compiled)
-    launched = launch.Launch(kernel, (3, 2), (7,), dict(MASKED=True, BLOCK=64), num_warps=4)
+    launched = launch.Launch(kernel, (3, 2), dict(MASKED=True, BLOCK=64, n=7, others=0), num_warps=4)
     for known, x in (("a", "x1"), ("a", "x2"), ("b", "x3"), (None, "x4"), (None, "x5"), ("a", "x6")):
-        launched(known, x, 5)
-    named = dict(MASKED=True, BLOCK=64, num_warps=4)
-    assert kernel.launches == [((3, 2, 1), (x, 5, 7), named) for x in ("x1", "x3", "x4", "x5")]
+        launched(known, dict(stride=5, x=x, y="not its"))
+    assert kernel.launches == [((3, 2, 1), (x, 5, 7, 64, True), dict(num_warps=4)) for x in ("x1", "x3", "x4", "x5")]
     assert compiled.launches == [((3, 2, 1), x, 5, 7, 64, True) for x in ("x2", "x6")]
 
 
 def test_the_interpreter_has_nothing_to_keep() -> None:
     kernel = Jit(None)
-    launched = launch.Launch(kernel, (1, 1), (7,), dict(MASKED=True, BLOCK=64))
-    launched("a", "x", 5)
-    launched("a", "x", 5)
+    launched = launch.Launch(kernel, (1, 1), dict(n=7, MASKED=True, BLOCK=64))
+    launched("a", dict(x="x", stride=5))
+    launched("a", dict(x="x", stride=5))
     assert len(kernel.launches) == 2
+
+
+def test_what_a_problem_decides_stands_last() -> None:
+    with pytest.raises(ValueError, match="decides others than the last ones"):
+        launch.Launch(Jit(None), (1, 1), dict(x=1, n=7, MASKED=True, BLOCK=64))
+    launched = launch.Launch(Jit(None), (1, 1), dict(n=7, MASKED=True, BLOCK=64))
+    with pytest.raises(KeyError, match="stride"):
+        launched("a", dict(x="x"))
 
 
 def test_aligned() -> None:

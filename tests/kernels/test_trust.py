@@ -30,10 +30,10 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(tuning, "key_of", lambda device: tuning.Key("NVIDIA H200", "", "", ""))
     monkeypatch.setattr(native, "why_not", lambda *call: "is not built")
     monkeypatch.delenv("BIRD_STRICT")
-    trust.forget()
+    trust.forget_trials()
     backends.forget()
     yield backends.load("triton")
-    trust.forget()
+    trust.forget_trials()
     backends.forget()
 
 
@@ -222,7 +222,7 @@ def test_a_dispatch_mode_or_a_capture_is_not_disturbed(triton: ModuleType, monke
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         on_cuda = problem._replace(device=torch.device("cuda"))
-        assert trust.tried(triton, triton, on_cuda, trust.use_of("triton", on_cuda)) is None
+        assert trust.failure_of(triton, triton, on_cuda, trust.use_of("triton", on_cuda)) is None
     assert tried == []
     assert backends.works("triton", problem)
     assert len(tried) == 1

@@ -29,9 +29,9 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setattr(tuning, "key_of", lambda device: KEY)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: KEY.device)
     monkeypatch.setattr(native, "why_not", lambda *call: "is not built")
-    tuning.forget()
+    tuning.forget_files()
     yield
-    tuning.forget()
+    tuning.forget_files()
     backends.forget()
 
 
@@ -48,7 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return timed
 
 
-def of_problem(problem: Problem, deadline: float = float("inf")) -> tuple[list[tuning.Row], list[str]]:
+def of_problem(problem: Problem, deadline: float = float("inf")) -> tuple[list[tuning.Measurement], list[str]]:
     said: list[str] = []
     return list(tuner._of_problem(problem, deadline, said.append)), said
 
@@ -57,7 +57,7 @@ def test_every_candidate_that_is_right_is_timed(clock: list[Any]) -> None:
     pytest.importorskip("triton", reason="Triton does not exist for this system")
     rows, said = of_problem(Problem(40, 33, 24, torch.float32, CPU, precision="ieee"))
     assert rows == [
-        tuning.Row(40, 33, 24, "float32", "ieee", "biased", name, host, device)
+        tuning.Measurement(40, 33, 24, "float32", "ieee", "biased", name, host, device)
         for name, host, device in (("triton", 10.0, 20.0), ("library", 11.0, 22.0))
     ]
     assert said == ["40 x 33, 24 float32 ieee: triton 20 us", "40 x 33, 24 float32 ieee: library 22 us"]
@@ -128,7 +128,7 @@ def test_what_is_measured_joins_what_was(clock: list[Any], monkeypatch: pytest.M
     again = tuner.tune(Somewhere(), [((40, 33, 24), "float32"), ((44, 8, 64), "bfloat16")], 1.0, print)
     assert [row for row in again.rows if row.dtype == "float32"] != list(first.rows)
     assert len(again.rows) == 2 * len(first.rows)
-    assert tuning.table(KEY) == again
+    assert tuning.table_of(KEY) == again
     fourth = ((48, 8, 64), "float32")
 
     def interrupted(title: str) -> None:
@@ -137,7 +137,7 @@ def test_what_is_measured_joins_what_was(clock: list[Any], monkeypatch: pytest.M
 
     with pytest.raises(KeyboardInterrupt):
         tuner.tune(Somewhere(), [((36, 8, 8), "float32"), fourth], 1.0, interrupted)
-    kept = tuning.table(KEY)
+    kept = tuning.table_of(KEY)
     assert kept is not None
     assert len({row.candidate for row in kept.rows if row.n == 36}) == len(first.rows)
     third = tuner.tune(Somewhere(), [((40, 33, 24), "float32")], 1.0, print)
@@ -192,8 +192,8 @@ def test_from_run(asked: list[Any], tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_info_says_whether_this_device_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli._tuned(0).startswith("not tuned")
-    row = tuning.Row(8, 8, 8, "float32", "ieee", "biased", "library", 1.0, 2.0)
-    tuning.write(tuning.user_file(KEY), tuning.Table(KEY, "2026-01-02T03:04:05", (row,)))
+    row = tuning.Measurement(8, 8, 8, "float32", "ieee", "biased", "library", 1.0, 2.0)
+    tuning.write_table(tuning.user_file(KEY), tuning.Table(KEY, "2026-01-02T03:04:05", (row,)))
     assert cli._tuned(0) == "tuned 2026-01-02T03:04:05, 1 measurements"
 
 

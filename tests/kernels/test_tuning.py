@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bird_kernels import backends, cost, explain, tuning
-from bird_kernels.tuning import Key, Row, Shape, Table
+from bird_kernels.tuning import Key, Measurement, Shape, Table
 from bird_kernels.types import Problem
 
 KEY = Key("NVIDIA Test 80GB (PCIe)", "12080", "2.11.0", "3.6.0")
@@ -23,8 +23,8 @@ DEVICE = torch.device("cuda:62")  # nobody else's: answers are remembered
 
 def row(
     dtype: str, precision: str, n: int, p: int, q: int, candidate: str, us: float, estimator: str = "biased"
-) -> Row:
-    return Row(n, p, q, dtype, precision, estimator, candidate, us / 2, us)
+) -> Measurement:
+    return Measurement(n, p, q, dtype, precision, estimator, candidate, us / 2, us)
 
 
 ROWS = tuple(
@@ -45,17 +45,17 @@ TABLE = Table(KEY, "2026-01-02T03:04:05", ROWS)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("BIRD_TUNING")
-    tuning.forget()
+    tuning.forget_files()
     backends.forget()
     yield
-    tuning.forget()
+    tuning.forget_files()
     backends.forget()
 
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table in the cache of a user of that device, where native is not built."""
-    tuning.write(tuning.user_file(KEY), TABLE)
+    tuning.write_table(tuning.user_file(KEY), TABLE)
     monkeypatch.setattr(tuning, "key_of", lambda device: KEY)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: KEY.device)
     monkeypatch.setattr(backends, "why_not", lambda name, *rest: "no" if name == "native" else None)
@@ -82,31 +82,31 @@ def test_the_key_names_the_driver(error: int | None, wanted: str, monkeypatch: p
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: KEY.device)
     monkeypatch.setattr(ctypes, "CDLL", load)
-    tuning.forget()
+    tuning.forget_files()
     key = tuning.key_of(DEVICE)
     assert (key.device, key.driver, key.torch) == (KEY.device, wanted, torch.__version__)
 
 
 def test_a_table_comes_back_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "table.json"
-    tuning.write(path, TABLE)
-    assert tuning.read(path) == TABLE
+    tuning.write_table(path, TABLE)
+    assert tuning.read_table(path) == TABLE
     assert [file.name for file in path.parent.iterdir()] == ["table.json"]
-    assert tuning.read(tmp_path / "none.json") is None
+    assert tuning.read_table(tmp_path / "none.json") is None
     assert json.loads(path.read_text())["version"] == tuning.VERSION
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.json"
-    tuning.write(path, TABLE)
+    tuning.write_table(path, TABLE)
 
     def full(handle: int) -> None:
         raise OSError("the disk is full")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="disk is full"):
-        tuning.write(path, Table(KEY, "later", ()))
-    assert tuning.read(path) == TABLE
+        tuning.write_table(path, Table(KEY, "later", ()))
+    assert tuning.read_table(path) == TABLE
     assert [file.name for file in tmp_path.iterdir()] == ["table.json"]
 
 
@@ -127,10 +127,10 @@ def test_a_damaged_table_is_ignored_with_one_warning(text: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with pytest.warns(UserWarning, match="ignores the tuning table .*bird tune"):
-        assert tuning.table(KEY) is None
+        assert tuning.table_of(KEY) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuning.table(KEY) is None
+        assert tuning.table_of(KEY) is None
 
 
 def test_bytes_that_are_no_text_and_a_row_that_makes_no_sense(tmp_path: Path) -> None:
@@ -139,39 +139,39 @@ def test_bytes_that_are_no_text_and_a_row_that_makes_no_sense(tmp_path: Path) ->
     candidates = ["", None, 7, "symmetric", "symmetric 1 2", "symmetric a b c d e", "library 3"]
     senseless |= {f"{number}.json": (candidate, 1.0) for number, candidate in enumerate(candidates)}
     for name, (candidate, us) in senseless.items():
-        tuning.write(tmp_path / name, Table(KEY, "", (row("float32", "ieee", 1, 1, 1, candidate, us),)))  # type: ignore[arg-type]
+        tuning.write_table(tmp_path / name, Table(KEY, "", (row("float32", "ieee", 1, 1, 1, candidate, us),)))  # type: ignore[arg-type]
     (tmp_path / "deep.json").write_text("[" * 100_000)
     for name in ("bytes.json", "deep.json", *senseless):
         with pytest.warns(UserWarning, match=name):
-            assert tuning.read(tmp_path / name) is None
+            assert tuning.read_table(tmp_path / name) is None
 
 
 def test_a_missing_table_that_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIRD_TUNING", str(tmp_path / "missing.json"))
     with pytest.warns(UserWarning, match=r"finds no tuning table at BIRD_TUNING=.*missing\.json"):
-        assert tuning.table(KEY) is None
+        assert tuning.table_of(KEY) is None
 
 
 def test_whose_table_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's of the very same versions; else one that ships for the device; BIRD_TUNING above both."""
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
     shipped = Table(KEY._replace(torch="1"), "long ago", ROWS[:1])
-    tuning.write(tmp_path / "shipped" / "nvidia-test-80gb-pcie.json", shipped)
-    assert tuning.table(KEY) == shipped
-    assert tuning.table(KEY._replace(device="NVIDIA Other")) is None
-    tuning.write(tuning.user_file(KEY), TABLE)
-    assert tuning.table(KEY) == TABLE
+    tuning.write_table(tmp_path / "shipped" / "nvidia-test-80gb-pcie.json", shipped)
+    assert tuning.table_of(KEY) == shipped
+    assert tuning.table_of(KEY._replace(device="NVIDIA Other")) is None
+    tuning.write_table(tuning.user_file(KEY), TABLE)
+    assert tuning.table_of(KEY) == TABLE
     for changed in (KEY._replace(driver="13000"), KEY._replace(torch="2.12"), KEY._replace(triton="3.7")):
         assert tuning.user_file(changed) != tuning.user_file(KEY)
-        assert tuning.table(changed) == shipped
+        assert tuning.table_of(changed) == shipped
     other = Table(KEY, "mine", ROWS[:2])
-    tuning.write(tmp_path / "mine.json", other)
+    tuning.write_table(tmp_path / "mine.json", other)
     monkeypatch.setenv("BIRD_TUNING", str(tmp_path / "mine.json"))
-    tuning.forget()
-    assert tuning.table(KEY) == other
+    tuning.forget_files()
+    assert tuning.table_of(KEY) == other
     monkeypatch.setenv("BIRD_TUNING", "off")
-    tuning.forget()
-    assert tuning.table(KEY) is None
+    tuning.forget_files()
+    assert tuning.table_of(KEY) is None
 
 
 @pytest.mark.usefixtures("planted")
@@ -215,13 +215,13 @@ def test_auto_follows_the_measurements() -> None:
 @pytest.mark.usefixtures("planted")
 def test_a_measurement_overrules_the_model() -> None:
     slow = [row("float32", "ieee", 128, 512, 512, name, us) for name, us in (("triton", 300.0), ("library", 20.0))]
-    tuning.write(tuning.user_file(KEY), Table(KEY, "", tuple(slow)))
+    tuning.write_table(tuning.user_file(KEY), Table(KEY, "", tuple(slow)))
     backends.forget()
     problem = Problem(128, 512, 512, torch.float32, DEVICE, precision="ieee")
     costs = cost.predict(problem, cost.sheet_of(KEY.device))
     assert costs["triton"].us < costs["library"].us
     assert backends.resolve(problem, "auto") == "library"
-    tuning.write(tuning.user_file(KEY), Table(KEY, "", tuple(slow[1:])))  # not all that can run were measured
+    tuning.write_table(tuning.user_file(KEY), Table(KEY, "", tuple(slow[1:])))  # not all that can run were measured
     backends.forget()
     assert backends.resolve(problem, "auto") == "triton"
 
@@ -274,7 +274,7 @@ def test_explain_shows_predicted_and_measured(planted: None, monkeypatch: pytest
 
 def test_shipped_tables_are_whole() -> None:
     for path in tuning.SHIPPED.glob("*.json"):
-        table = tuning.read(path)
+        table = tuning.read_table(path)
         assert table is not None
         assert tuning._slug(table.key.device) == path.stem
 

@@ -26,7 +26,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Any]
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The code that runs is that of plain tensors, though a mode looks on."""
-    monkeypatch.setattr(ops, "_watched", lambda *tensors: False)
+    monkeypatch.setattr(ops, "watched", lambda *tensors: False)
     return
 
 

@@ -26,12 +26,12 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Names on PyPI that are not the name of what they bring.
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 # Each part, the longest folder first, and the extras that it may import from, beside what is always installed.
-# What both wings of the laboratory share is in the extras of either.
+# What both wings of the laboratory share is in the extras of either; the demo's report needs nothing else.
 PARTS: dict[str, tuple[str, ...]] = {
     "bird/lab/vision": ("vision",),
     "bird/lab/language": ("language",),
-    "bird/lab/statistics.py": ("vision", "language"),
-    "bird/lab/figures.py": ("vision", "language"),
+    "bird/lab/statistics.py": ("vision", "language", "demo"),
+    "bird/lab/figures.py": ("vision", "language", "demo"),
     "bird/lab": (),  # the command line and the machinery of recipes
     "bird/language": ("language",),
     "bird/compare.py": ("demo",),  # it draws, if asked to

@@ -105,7 +105,7 @@ def test_reading_a_run(folder: Path, tmp_path: Path) -> None:
     tuning = pytest.importorskip("bird_kernels.tuning")
     assert not (tmp_path / "tuning.json").exists()
     read.tuning_table(folder, tmp_path / "tuning.json")
-    table = tuning.read(tmp_path / "tuning.json")
+    table = tuning.read_table(tmp_path / "tuning.json")
     assert {row.candidate for row in table.rows} >= {"library", "triton"}
     assert all(row.host > 0 and row.device > 0 for row in table.rows)
 

@@ -127,7 +127,7 @@ class Classifier(nn.Module):
             raise ValueError(f"{path} is of another architecture ({error})") from error
 
 
-def predict(
+def class_probabilities(
     model: Classifier,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],

@@ -1,13 +1,7 @@
-"""Recipes of language models run: from a recipe to stages, and to the cells of a table.
-
-As for images, a stage's folder is named after everything that decides it, so what cells share is made once
-and a killed run goes on where it was. The test prompts and rows are seen by the last stages alone.
-"""
+"""What the stages of both kinds of recipes of language models are made with."""
 
 from __future__ import annotations
 
-import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -18,96 +12,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...language.guidance import Guidance
-from ..recipe import grid
-from ..stages import Stage
+from ..experiment import Experiment
 from .data import Labelled
-from .models import MODELS, locate
-from .models import load as load_network
-from .recipe import Change, Pair, Recipe, Training
+from .models import MODELS, load, locate_network
+from .recipe import Change, LanguageRecipe, Pair, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .classifiers import Classifier
 
-LIBRARIES = "datasets", "matplotlib", "scipy", "sklearn", "trl"  # for training, judges, and the report in the end
 PROTOCOL = 1  # part of every stage's name: raised when the same settings no longer mean the same
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One entry of a table.
+class LanguageExperiment(Experiment):
+    """What both kinds of recipes of language models share."""
 
-    Args:
-        networks: a key of the recipe's.
-        variant: the same.
-        method: the same.
-        seed: the repetition.
-        scores: by name, the stages whose results are the entry; `wanted` completes it.
-        training: that made the model; None where nothing was trained.
-    """
+    recipe: LanguageRecipe
 
-    networks: str
-    variant: str
-    method: str
-    seed: int
-    scores: dict[str, Stage]
-    training: Stage | None
-
-    @property
-    def wanted(self) -> list[Stage]:
-        """What completes it."""
-        return [*self.scores.values()]
-
-    def results(self, root: Path) -> dict[str, dict[str, Any]] | None:
-        """Of every score; None unless all are there."""
-        found = {name: stage.result(root) for name, stage in self.scores.items()}
-        return {k: v for k, v in found.items() if v is not None} if all(found.values()) else None
-
-
-@dataclass(frozen=True)
-class Experiment(ABC):
-    """What both kinds of recipes share; arguments as of `bird.lab.vision.experiment.Experiment`.
-
-    Args:
-        recipe: what to run.
-        root: the folder of the stages' folders.
-        device: where networks are trained; like the rest from here on it is no part of a stage's name.
-        data_root: the folder of the data sets; None: the environment's BIRD_DATA.
-        progress: bars for training and generation.
-    """
-
-    recipe: Recipe
-    root: Path
-    device: torch.device
-    data_root: Path | None = None
-    progress: bool = False
-
-    def cells(self, **choice: Any) -> list[Cell]:
-        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.lab.recipe.grid`."""
-        return [self._cell(*entry) for entry in grid(self.recipe, **choice)]
+    extra = "language"
+    libraries = "datasets", "matplotlib", "scipy", "sklearn", "trl"
 
     def check(self) -> None:
-        """Look before hours of work: are the networks there, and the libraries?
-
-        Raises:
-            FileNotFoundError: a network is missing: what to install.
-            ImportError: a library is.
-        """
-        for library in LIBRARIES:
-            if importlib.util.find_spec(library) is None:
-                raise ImportError(f"{library} is not installed: pip install 'bird-kernels[language]'")
+        """As of `Experiment`; the networks too."""
+        super().check()
         for pair in self.recipe.networks.values():
-            locate(pair.teacher)
-            locate(pair.student)
+            locate_network(pair.teacher)
+            locate_network(pair.student)
 
     def prompts(self, seed: int) -> list[str]:
         """What is asked of students, as text; nothing where texts are classified."""
         return []
-
-    @abstractmethod
-    def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
-        """The stages of an entry."""
 
     def change(self, pair: Pair, variant: str) -> tuple[Change, Training]:
         """A variant, and how its students are trained."""
@@ -155,25 +91,25 @@ class Experiment(ABC):
             guidance=guidance,
             seed=seed,
             device=self.device,
-            progress=self.progress,
+            progress=bool(self.progress),
         )
 
 
-def load(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def fresh_network(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """A network of one's own, as it was published. Reading SmolLM2's file takes half a minute, so two are kept."""
     return deepcopy(_kept(network, head))
 
 
 @lru_cache(maxsize=2)
 def _kept(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    return load_network(network, head)
+    return load(network, head)
 
 
 def classifier(network: str, pooling: str, seed: int) -> tuple[Classifier, PreTrainedTokenizerBase]:
     """A pretrained backbone with a new head for two classes, and its tokenizer."""
     from .classifiers import Classifier
 
-    backbone, tokenizer = load(network, "encoder")
+    backbone, tokenizer = fresh_network(network, "encoder")
     return Classifier(backbone, pooling, seed=seed), tokenizer  # type: ignore[arg-type]
 
 

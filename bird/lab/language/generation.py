@@ -23,7 +23,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ...features import evaluating, unwrap
-from ..stages import Lines
+from ..stages import Lines, require_same
 from .data import Prompt, padded, token_ids
 from .weights import fingerprint
 
@@ -237,13 +237,7 @@ def _kept(path: Path, about: dict[str, Any], keys: Sequence[str], model: nn.Modu
     old = first.get("responses")
     if not isinstance(old, dict):
         raise ValueError(f"{path} does not hold responses: choose another path")
-    changes = [
-        f"{name} was {old.get(name)}, is {about.get(name)}"
-        for name in sorted({*old, *about})
-        if old.get(name) != about.get(name)
-    ]
-    if changes:
-        raise ValueError(f"{path} holds other responses ({'; '.join(changes)}): delete it, or choose another path")
+    require_same(old, about, f"{path} holds other responses", "delete it, or choose another path")
     done = {}
     for row in rows:
         index = row.get("index")

@@ -18,53 +18,33 @@ from torch import nn
 from ...features import evaluating, unwrap
 from ...teachers import Teacher
 from .data import Prompt
-from .endpoint import Endpoint
 from .generation import generate
-from .verdicts import SAFETY, Judge, Reading, Verdict, fill, paired, parse, response_only, whole
+from .verdicts import SAFETY, Judge, Verdict, fill, paired, parse
 from .weights import shared
 
-__all__ = [
-    "SAFETY",
-    "BagOfWords",
-    "Classifier",
-    "Endpoint",
-    "Judge",
-    "LanguageModel",
-    "Lexicon",
-    "Verdict",
-    "independent",
-    "parse",
-    "response_only",
-    "whole",
-]
+POSITIVE = 0.05  # VADER's authors call a compound score of so much and more positive
 
 
 class Lexicon:
     """VADER (Hutto and Gilbert, ICWSM 2014): the rules and rated words of vaderSentiment; good is positive.
 
-    Args:
-        threshold: good is a compound score above it, of -1 to 1. VADER's authors call 0.05 and more positive.
-        reading: what is scored: `response_only`, `whole`, or what is made of prompt and response.
-        name: in results.
-
     Raises:
         ImportError: vaderSentiment is missing.
     """
 
-    def __init__(
-        self, threshold: float = 0.05, *, reading: Reading = response_only, name: str = "VADER lexicon"
-    ) -> None:
+    name = "VADER lexicon"
+
+    def __init__(self) -> None:
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
             raise ImportError("the lexicon needs vaderSentiment: pip install 'bird-kernels[language]'") from error
-        self.threshold, self.reading, self.name = threshold, reading, name
         self._analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """Never None; nothing has the score 0."""
-        texts = [self.reading(*pair) for pair in paired(prompts, responses)]
-        return [self._analyzer.polarity_scores(text)["compound"] > self.threshold for text in texts]
+        texts = [response for _, response in paired(prompts, responses)]
+        return [self._analyzer.polarity_scores(text)["compound"] > POSITIVE for text in texts]
 
 
 class BagOfWords:
@@ -76,24 +56,15 @@ class BagOfWords:
     Args:
         texts: to learn from.
         labels: whether each is good; both must occur.
-        c: the larger the less regularised.
-        reading: what is judged, as in `Lexicon`.
-        name: in results.
 
     Raises:
         ValueError: one kind of label only, or not one for each text.
         ImportError: scikit-learn is missing.
     """
 
-    def __init__(
-        self,
-        texts: Sequence[str],
-        labels: Sequence[bool],
-        *,
-        c: float = 1.0,
-        reading: Reading = response_only,
-        name: str = "bag of words",
-    ) -> None:
+    name = "bag of words"
+
+    def __init__(self, texts: Sequence[str], labels: Sequence[bool]) -> None:
         try:
             from sklearn.feature_extraction.text import TfidfVectorizer
             from sklearn.linear_model import LogisticRegression
@@ -103,22 +74,19 @@ class BagOfWords:
             raise ImportError("a bag of words needs scikit-learn: pip install 'bird-kernels[language]'") from error
         if len(texts) != len(labels) or len({bool(label) for label in labels}) < 2:
             raise ValueError(f"a label for each text, and both of them, are needed; got {len(labels)} for {len(texts)}")
-        self.reading, self.name = reading, name
         self.pipeline = make_pipeline(
-            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=c, max_iter=1000)
+            TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(max_iter=1000)
         )
         with threadpool_limits(torch.get_num_threads()):
             self.pipeline.fit(list(texts), [bool(label) for label in labels])
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """Never None; of a text without a known word the more frequent label."""
-        pairs = paired(prompts, responses)
-        if not pairs:
-            return []
-        return [bool(good) for good in self.pipeline.predict([self.reading(*pair) for pair in pairs])]
+        texts = [response for _, response in paired(prompts, responses)]
+        return [bool(good) for good in self.pipeline.predict(texts)] if texts else []
 
 
-class Classifier:
+class ClassifierJudge:
     """A sequence classifier of transformers, such as one fine-tuned on a sentiment or toxicity dataset.
 
     Args:
@@ -126,24 +94,14 @@ class Classifier:
         tokenizer: its tokenizer, with a padding token. Longer texts than it allows are truncated.
         good: index of the class that is good.
         name: in results: which model it is.
-        reading: what is judged, as in `Lexicon`.
         batch_size: texts at a time.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        good: int,
-        *,
-        name: str,
-        reading: Reading = response_only,
-        batch_size: int = 32,
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, good: int, *, name: str, batch_size: int = 32) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError("the classifier's tokenizer has no padding token: set one, and its id in model.config")
         self.model, self.tokenizer, self.good, self.name = model, tokenizer, good, name
-        self.reading, self.batch_size = reading, batch_size
+        self.batch_size = batch_size
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
         """None where the logits are not finite.
@@ -151,7 +109,7 @@ class Classifier:
         Raises:
             ValueError: fewer than two classes, or none with the index that is good.
         """
-        texts = [self.reading(*pair) for pair in paired(prompts, responses)]
+        texts = [response for _, response in paired(prompts, responses)]
         found: list[Verdict] = []
         with evaluating(self.model) as device:
             for start in range(0, len(texts), self.batch_size):

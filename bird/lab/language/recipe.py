@@ -177,7 +177,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LanguageRecipe:
     """One experiment; the parts are described at their classes.
 
     Args:
@@ -228,7 +228,7 @@ class Recipe:
         return PREFERENCES if self.kind == "preference" else WEAK_TO_STRONG
 
 
-def parse(name: str, data: Mapping[str, Any]) -> Recipe:
+def parse(name: str, data: Mapping[str, Any]) -> LanguageRecipe:
     """What a file says, checked.
 
     Raises:
@@ -245,4 +245,4 @@ def parse(name: str, data: Mapping[str, Any]) -> Recipe:
     for part, each in (("networks", Pair), ("judges", Judging), ("variants", Change)):
         if part in table:
             table[part] = {key: made(f"{part}.{key}", each, value) for key, value in table[part].items()}
-    return made("the recipe", Recipe, table)
+    return made("the recipe", LanguageRecipe, table)

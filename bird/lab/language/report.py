@@ -11,58 +11,46 @@ from typing import Any
 
 import numpy as np
 
-from ...files import atomic, write_json
 from .. import figures
+from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import Interval, bootstrap, paired_bootstrap, paired_p, pgr
-from ..tables import markdown, origin, percent
-from .experiment import Cell, Experiment
-from .recipe import Recipe
+from ..tables import markdown_table, percent, report_origin, write_markdown, write_report
+from .experiment import LanguageExperiment
+from .recipe import LanguageRecipe
 
-Group = tuple[str, str]  # networks, variant
-Results = dict[str, dict[int, dict[str, dict[str, Any]]]]  # method, seed: results by score
 SAMPLES = 12
 
 
-def write(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> str:
+def write_language_report(experiment: LanguageExperiment, cells: Sequence[Cell], folder: Path) -> str:
     """Write ``README.md``, ``results.json``, a picture and, of preferences, ``samples.md``; returns the page.
 
     Raises:
         ValueError: no seed of all methods is done yet.
     """
-    groups, missing = _collect(experiment, cells)
+    groups, missing = collect(experiment, cells)
     recipe = experiment.recipe
-    if not groups:
-        done = f"{len(cells) - len(missing)} of {len(cells)} cells of {recipe.name} are done in {experiment.root}"
-        raise ValueError(f"{done}, and no seed of all methods: bird run it, or choose --method")
     of_kind = _preferences if recipe.kind == "preference" else _weak_to_strong
-    parts, found = [f"# {recipe.title}\n"], {}
+    sections, numbers = {}, {}
     for group, results in groups.items():
-        label = ", ".join(filter(None, group))
         pair = recipe.networks[group[0]]
-        seeds = len(next(iter(results.values())))
-        parts.append(f"## {label}\n")
-        parts.append(
-            f"{pair.teacher} teaches {pair.student}; {seeds} seed{'s' if seeds > 1 else ''}, shares in %: mean ± "
+        text, numbers[named(*group)] = of_kind(recipe, group, results)
+        about = (
+            f"{pair.teacher} teaches {pair.student}; {repetitions(results)}, shares in %: mean ± "
             "standard deviation over seeds, and the 95 % bootstrap interval over what was asked.\n"
         )
-        text, numbers = of_kind(recipe, group, results)
-        parts.append(text)
-        found[label] = numbers
-    if missing:
-        parts.append(f"{len(missing)} cells are not done.\n")
-    text = "\n".join(parts)
+        sections[group] = [about, text]
+    text = report_page(recipe, sections, missing)
     samples = _samples(experiment, groups) if recipe.kind == "preference" else None  # needs the data: before any file
-    folder.mkdir(parents=True, exist_ok=True)
-    _keep(text, folder / "README.md")
-    about = {"recipe": asdict(recipe), "origin": origin(), "results": found, "cells": _kept(groups)}
-    write_json(about, folder / "results.json")
+    write_report(
+        folder, text, {"recipe": asdict(recipe), "origin": report_origin(), "results": numbers, "cells": _kept(groups)}
+    )
     if samples is not None:
-        _keep(samples, folder / "samples.md")
+        write_markdown(folder / "samples.md", samples)
     _draw(recipe, groups, folder / "results.png")
     return text
 
 
-def _draw(recipe: Recipe, groups: Mapping[Group, Results], path: Path) -> None:
+def _draw(recipe: LanguageRecipe, groups: Mapping[Group, Results], path: Path) -> None:
     preference = recipe.kind == "preference"
     judge = next(iter(recipe.judges), "")
     bars: dict[str, dict[str, tuple[list[float], float, float]]] = {}
@@ -71,40 +59,15 @@ def _draw(recipe: Recipe, groups: Mapping[Group, Results], path: Path) -> None:
             values = _verdicts(of, judge) if preference else _right(of)
             interval = bootstrap(values)
             shown = values.mean(1).tolist(), interval.low, interval.high
-            bars.setdefault(", ".join(filter(None, group)), {})[recipe.titles[method]] = shown
+            bars.setdefault(named(*group), {})[recipe.titles[method]] = shown
     label = f"good responses, %, by the {judge}" if preference else "test accuracy, %"
-    figures.shares(bars, path, title=recipe.title, label=label)
-
-
-def _collect(experiment: Experiment, cells: Sequence[Cell]) -> tuple[dict[Group, Results], list[Cell]]:
-    """What is done, of seeds that all methods of a group have; and what is missing."""
-    done: dict[Group, Results] = {}
-    wanted: dict[Group, list[str]] = {}
-    missing = []
-    for cell in cells:
-        group = cell.networks, cell.variant
-        if cell.method not in wanted.setdefault(group, []):
-            wanted[group].append(cell.method)
-        results = cell.results(experiment.root)
-        if results is None:
-            missing.append(cell)
-            continue
-        if cell.training is not None:
-            results["training"] = cell.training.result(experiment.root) or {}
-        done.setdefault(group, {}).setdefault(cell.method, {})[cell.seed] = results
-    groups = {}
-    for group, results_of in done.items():
-        methods = wanted[group]
-        seeds = set.intersection(*(set(results_of.get(method, {})) for method in methods))
-        if seeds:
-            groups[group] = {m: {s: results_of[m][s] for s in sorted(seeds)} for m in methods}
-    return groups, missing
+    figures.shares(bars, path, title=recipe.title, y_label=label)
 
 
 # ---------------------------------------------------------------------------------------------- preferences
 
 
-def _preferences(recipe: Recipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
+def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
     """The table None | DPO | DPO + BIRD, and what BIRD adds."""
     paper, judges = recipe.networks[group[0]].paper, [*recipe.judges]
     rows = [
@@ -125,7 +88,7 @@ def _preferences(recipe: Recipe, group: Group, results: Results) -> tuple[str, d
         )
     teachers = [100 * r["teacher"]["accuracy"] for r in next(iter(results.values())).values()]
     parts = [
-        markdown(rows) + "\n",
+        markdown_table(rows) + "\n",
         f"The teacher is right on {min(teachers):.1f} to {max(teachers):.1f} % of rows that it has not seen.\n",
     ]
     numbers: dict[str, Any] = {
@@ -140,7 +103,7 @@ def _preferences(recipe: Recipe, group: Group, results: Results) -> tuple[str, d
                 told.append([title, *(text for text, _ in gains.values())])
                 numbers[f"{method} minus {other}"] = {j: asdict(interval) for j, (_, interval) in gains.items()}
     if len(told) > 1:
-        parts.append(markdown(told) + "\n")
+        parts.append(markdown_table(told) + "\n")
         parts.append(
             "Points with the 95 % interval, the same prompts drawn of both, and p of a paired t-test over seeds.\n"
         )
@@ -178,7 +141,7 @@ def _mean(values: Any) -> str:
     return f"{fmean(listed):.1f}" if max(listed) < 1e6 else f"{fmean(listed):.1e}"
 
 
-def _samples(experiment: Experiment, groups: Mapping[Group, Results]) -> str:
+def _samples(experiment: Any, groups: Mapping[Group, Results]) -> str:
     """The first prompts, and what each method says to them with the first seed."""
     parts = ["# Samples\n", "The first held-out prompts, the first seed; whatever came out.\n"]
     for group, results in groups.items():
@@ -198,7 +161,7 @@ def _samples(experiment: Experiment, groups: Mapping[Group, Results]) -> str:
 # ---------------------------------------------------------------------------------------------- weak to strong
 
 
-def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
+def _weak_to_strong(recipe: LanguageRecipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
     """Accuracies, and the share of the gap between weak model and ceiling that is recovered."""
     paper = recipe.networks[group[0]].paper
     right = {method: _right(of) for method, of in results.items()}
@@ -221,14 +184,14 @@ def _weak_to_strong(recipe: Recipe, group: Group, results: Results) -> tuple[str
             numbers[method] |= {"mistakes_repeated": repeated, "right_answers_kept": kept}
             row += [""] * (len(head) - len(row)) + [percent(repeated), percent(kept)]
         rows.append(row + [""] * (len(rows[0]) - len(row)))
-    parts = [markdown(rows) + "\n"]
+    parts = [markdown_table(rows) + "\n"]
     told = [["difference in accuracy", "points"]]
     for method in (m for m in right if m.startswith("bird") and "naive" in right):
         text, interval = _gain(right[method], right["naive"])
         told.append([f"{recipe.titles[method]} minus {recipe.titles['naive']}", text])
         numbers[method]["minus naive"] = asdict(interval)
     if len(told) > 1:
-        parts.append(markdown(told) + "\n")
+        parts.append(markdown_table(told) + "\n")
         parts.append(
             "Points with the 95 % interval, the same rows drawn of both, and p of a paired t-test over seeds.\n"
         )
@@ -307,8 +270,3 @@ def _plain(score: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
         # A small last batch trains on the task alone, and logs no CKA.
         own["second_half"] = {key: fmean(r[key] for r in late if key in r) for key in late[0] if key != "step"}
     return own
-
-
-def _keep(text: str, path: Path) -> None:
-    with atomic(path) as partial:
-        partial.write_text(text, encoding="utf-8")

@@ -18,6 +18,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from ...files import write_json
 from ...language.mixin import BirdMixin
+from ..stages import require_same
 from .recipe import Training
 
 if TYPE_CHECKING:
@@ -94,8 +95,7 @@ def claim(folder: Path, data: Any, guidance: Guidance | None, **settings: Any) -
     path = folder / "run.json"
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name in run if old.get(name) != run[name]]:
-            raise ValueError(f"{folder} is of another run ({', '.join(changed)} changed): choose another folder")
+        require_same(old, run, f"{folder} is of another run", "choose another folder")
     write_json(run, path)
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
 from .data import Prompt, plain
 
 # True: good (safe, positive); None: the judge's answer could not be read, which is never guessed over.
 Verdict: TypeAlias = bool | None
-
-# What a judge of texts reads of a prompt and the response to it.
-Reading: TypeAlias = Callable[[Prompt, str], str]
 
 SAFETY = """\
 You check answers of a chat assistant for safety.
@@ -56,16 +53,6 @@ def paired(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[tuple[Pr
     if len(prompts) != len(responses):
         raise ValueError(f"each prompt needs one response, got {len(prompts)} prompts and {len(responses)} responses")
     return list(zip(prompts, responses, strict=True))
-
-
-def response_only(prompt: Prompt, response: str) -> str:
-    """A `Reading`: the response, whatever was asked."""
-    return response
-
-
-def whole(prompt: Prompt, response: str) -> str:
-    """A `Reading`: a string and its continuation as one text; after messages the response stands on a new line."""
-    return prompt + response if isinstance(prompt, str) else f"{plain(prompt)}\n{response}"
 
 
 def fill(template: str, prompt: Prompt, response: str) -> str:

@@ -1,9 +1,9 @@
 """Weak-to-strong generalization (Burns et al., 2023) as stages, with a weak teacher's geometry.
 
 Training rows are cut in two (`data.halves`). A weak model learns the first half from true labels; the second half gets
-its probabilities (`classifiers.predict`). A strong student learns those, by itself or with BIRD, where the weak model
-guides as well as it labels, and, for the ceiling, the true ones. `statistics.pgr` says how much of the gap between the
-weak model and the ceiling a student has closed.
+its probabilities (`classifiers.class_probabilities`). A strong student learns those, by itself or with BIRD, where the
+weak model guides as well as it labels, and, for the ceiling, the true ones. `statistics.pgr` says how much of the gap
+between the weak model and the ceiling a student has closed.
 
 The published runs have batches of 32, Adam, a cosine to zero, two epochs and a learning rate of 5e-5 (1e-5 for large
 models). Gradients are not clipped.
@@ -19,18 +19,19 @@ from typing import Any
 import torch
 
 from ...language.guidance import Guidance
+from ..experiment import Cell
 from ..stages import Stage
 from .data.questions import Questions, questions
-from .experiment import Cell, Experiment, classifier, pair_title, pooling_of, texts_and_labels, trained_classifier
+from .experiment import LanguageExperiment, classifier, pair_title, pooling_of, texts_and_labels, trained_classifier
 from .recipe import Change, Pair, Training
 
 
 @dataclass(frozen=True)
-class WeakToStrong(Experiment):
+class WeakToStrong(LanguageExperiment):
     """The protocol for every pair of networks, variant, method and seed."""
 
     def check(self) -> None:
-        """As of `Experiment`; the data too.
+        """As of `LanguageExperiment`; the data too.
 
         Raises:
             FileNotFoundError: the data set is missing: what is expected where.
@@ -42,7 +43,8 @@ class WeakToStrong(Experiment):
         data = self.recipe.data
         return _rows(data.source, seed, self.data_root, limit, data.held_out, data.words)
 
-    def _cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
+    def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
+        """The stages of an entry."""
         pair = self.recipe.networks[networks]
         change, training = self.change(pair, variant)
         weak = self._weak(pair, change, seed)
@@ -58,7 +60,7 @@ class WeakToStrong(Experiment):
         about |= {"network": pair.teacher, "pooling": pair.pooling, "training": asdict(self.recipe.teacher)}
 
         def make(folder: Path) -> dict[str, Any]:
-            from .classifiers import certain, predict
+            from .classifiers import certain, class_probabilities
 
             rows = self._rows(seed, limit)
             model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
@@ -66,7 +68,7 @@ class WeakToStrong(Experiment):
             history = self.trained(model, tokenizer, texts, certain(labels), self.recipe.teacher, folder, seed=seed)
             strong, _ = texts_and_labels(rows.strong)
             length = self.recipe.teacher.max_length
-            soft = predict(model, tokenizer, strong, max_length=length)
+            soft = class_probabilities(model, tokenizer, strong, max_length=length)
             return {"history": history, "soft": soft.tolist()} | self._scored(model, tokenizer, rows, length)
 
         return Stage("weak", about, make, title=pair_title(pair, seed))
@@ -101,10 +103,10 @@ class WeakToStrong(Experiment):
         return Stage(f"strong-{method}", about, make, parents, pair_title(pair, seed))
 
     def _scored(self, model: Any, tokenizer: Any, rows: Questions, length: int | None) -> dict[str, Any]:
-        from .classifiers import accuracy, predict
+        from .classifiers import accuracy, class_probabilities
 
         texts, labels = texts_and_labels(rows.test)
-        probabilities = predict(model, tokenizer, texts, max_length=length)
+        probabilities = class_probabilities(model, tokenizer, texts, max_length=length)
         right = probabilities.argmax(1) == torch.tensor(labels)
         return {"accuracy": accuracy(probabilities, labels), "right": right.int().tolist()}
 

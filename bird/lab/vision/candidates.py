@@ -6,25 +6,24 @@ are several.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...files import atomic, write_json
-from ..tables import percent
-from .comparison import ranking_table, regression_table
+from ..experiment import Cell, named
+from ..tables import percent, write_csv, write_report
+from .comparison import regression_table, teachers_table
 from .evaluation import Robustness
-from .experiment import Candidate, Experiment
+from .experiment import VisionExperiment
+from .figures import scatter
 from .methods import METHODS
-from .pictures import scatter
-from .regression import PREDICTORS, Properties, Regression, Row, regress
-from .selection import Ranking
+from .recipe import as_plain
+from .regression import PREDICTORS, Properties, Regression, TeacherRow, regress
 
 METHOD = "bird"  # whose outcome the properties are to predict
-BY = "usefulness_min"  # what tables are ordered by, as `rank_teachers` does
+BY = "usefulness_min"  # what tables are ordered by: the paper's strongest single predictor
 # The three predictors with the one or the other aggregation of usefulness.
 MODELS = {"worst corruption": PREDICTORS, "mean corruption": (*PREDICTORS[:2], "usefulness_mean")}
 # What the paper says of 432 pairs; of which data sets its ends are is not published.
@@ -42,33 +41,33 @@ class Tried:
         student_probe_accuracy: of the student's own features.
     """
 
-    candidate: Candidate
-    row: Row
+    candidate: Cell
+    row: TeacherRow
     untouched: float | None
     student_probe_accuracy: float
 
 
-def tried(experiment: Experiment, candidates: Sequence[Candidate]) -> list[Tried]:
+def tried_teachers(experiment: VisionExperiment, candidates: Sequence[Cell]) -> list[Tried]:
     """What is known of the candidates; those without properties are left out."""
     found = []
     for candidate in candidates:
-        result = candidate.properties.result(experiment.root)
+        result = candidate.scores["properties"].result(experiment.root)
         if result is None:
             continue
         about = {"networks": [candidate.networks], "variants": [candidate.variant]}
         score = {
-            cell.method: _robust(experiment, cell.score.result(experiment.root))
+            cell.method: _robust(experiment, cell.scores["score"].result(experiment.root))
             for cell in experiment.cells(**about, methods=["none", METHOD], seeds=candidate.seed + 1)
             if cell.seed == candidate.seed
         }
         seed = f"seed {candidate.seed}" if any(c.seed for c in candidates) else ""
-        name = ", ".join(filter(None, (candidate.networks, candidate.variant, seed)))
-        row = Row(name, Properties(**result["properties"]), score.get(METHOD))
+        name = named(candidate.networks, candidate.variant, seed)
+        row = TeacherRow(name, Properties(**result["properties"]), score.get(METHOD))
         found.append(Tried(candidate, row, score.get("none"), result["student_probe_accuracy"]))
     return found
 
 
-def _robust(experiment: Experiment, score: Mapping[str, Any] | None) -> float | None:
+def _robust(experiment: VisionExperiment, score: Mapping[str, Any] | None) -> float | None:
     """The paper's robust accuracy, clean images pooled with the held-out corruptions."""
     if score is None:
         return None
@@ -76,7 +75,7 @@ def _robust(experiment: Experiment, score: Mapping[str, Any] | None) -> float | 
     return Robustness(score["clean"], held_out).pooled
 
 
-def _of_students(experiment: Experiment, found: Sequence[Tried]) -> dict[str, list[Tried]]:
+def _of_students(experiment: VisionExperiment, found: Sequence[Tried]) -> dict[str, list[Tried]]:
     """By student network."""
     groups: dict[str, list[Tried]] = {}
     for one in found:
@@ -99,11 +98,10 @@ def _regressions(found: Sequence[Tried]) -> dict[str, Regression | str]:
 def _section(title: str, found: Sequence[Tried]) -> str:
     rows = sorted((one.row for one in found), key=lambda row: getattr(row.properties, BY), reverse=True)
     probe = fmean(one.student_probe_accuracy for one in found)
-    scores = {row.name: getattr(row.properties, BY) for row in rows}
     about = f"A probe on the student's own features: {percent([probe])} %."
     if untouched := [one.untouched for one in found if one.untouched is not None]:
         about += f" Robust accuracy of the untouched student: {percent(untouched)} %."
-    return f"## {title}\n\n{about}\n\n{ranking_table(Ranking(tuple(rows), scores, BY, probe))}\n"
+    return f"## {title}\n\n{about}\n\n{teachers_table(rows)}\n"
 
 
 def _explained(title: str, found: Sequence[Tried]) -> str:
@@ -115,7 +113,7 @@ def _explained(title: str, found: Sequence[Tried]) -> str:
     return "\n".join([*parts, f"{PAPER}\n"]) if regressions else ""
 
 
-def page(experiment: Experiment, found: Sequence[Tried]) -> str:
+def teachers_page(experiment: VisionExperiment, found: Sequence[Tried]) -> str:
     """Markdown: for each student network its teachers, the most promising first, and what explains the outcomes.
 
     Raises:
@@ -134,30 +132,22 @@ def page(experiment: Experiment, found: Sequence[Tried]) -> str:
     return "\n".join(filter(None, parts))
 
 
-def write(experiment: Experiment, candidates: Sequence[Candidate], folder: Path) -> str:
+def write_teachers(experiment: VisionExperiment, candidates: Sequence[Cell], folder: Path) -> str:
     """Write ``README.md``, ``teachers.csv``, ``results.json`` and a picture for each student; returns the page.
 
     Raises:
         ValueError: no properties are known.
     """
-    found = tried(experiment, candidates)
-    text = page(experiment, found)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / "README.md") as path:
-        path.write_text(text, encoding="utf-8")
-    with atomic(folder / "teachers.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        properties = list(Properties.__dataclass_fields__)
-        writer.writerow(["networks", "variant", "seed", *properties, "robust_accuracy", "untouched"])
-        for one in found:
-            about = one.candidate.networks, one.candidate.variant, one.candidate.seed
-            writer.writerow([*about, *asdict(one.row.properties).values(), one.row.accuracy, one.untouched])
+    found = tried_teachers(experiment, candidates)
+    text = teachers_page(experiment, found)
     students = _of_students(experiment, found)
     explained = {name: _regressions(own) for name, own in students.items()} | {"all students": _regressions(found)}
     numbers = {
         name: {kind: r if isinstance(r, str) else asdict(r) for kind, r in of.items()} for name, of in explained.items()
     }
-    write_json({"recipe": asdict(experiment.recipe), "regressions": numbers}, folder / "results.json")
+    write_report(folder, text, {"recipe": as_plain(experiment.recipe), "regressions": numbers})
+    head = ["networks", "variant", "seed", *Properties.__dataclass_fields__, "robust_accuracy", "untouched"]
+    write_csv(folder / "teachers.csv", [head, *map(_cells, found)])
     for student, own in students.items():
         untouched = [one.untouched for one in own if one.untouched is not None]
         regression = explained[student].get("worst corruption")
@@ -172,7 +162,12 @@ def write(experiment: Experiment, candidates: Sequence[Candidate], folder: Path)
     return text
 
 
-def _kind(experiment: Experiment, candidate: Candidate) -> str:
+def _cells(one: Tried) -> list[Any]:
+    about = one.candidate.networks, one.candidate.variant, one.candidate.seed
+    return [*about, *asdict(one.row.properties).values(), one.row.accuracy, one.untouched]
+
+
+def _kind(experiment: VisionExperiment, candidate: Cell) -> str:
     """What the teacher has seen, to tell points apart by."""
     recipe, change = experiment.recipe, experiment.recipe.variants[candidate.variant]
     source = change.teacher or recipe.teacher

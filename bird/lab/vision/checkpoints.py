@@ -10,21 +10,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ...files import PARTIAL
+from ..stages import require_same
 from ..tensors import UNREADABLE, load, save
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
-# A shorter last batch is left out of its epoch, of several processes one whose shares are shorter: unbiased CKA needs
-# four rows, biased CKA two, batch normalisation more than one value. All methods leave out the same batches, and every
-# epoch has another order.
+# A shorter last batch is left out of its epoch: unbiased CKA needs four rows, biased CKA two, batch normalisation more
+# than one value. All methods leave out the same batches, and every epoch has another order.
 MIN_BATCH = 4
 
 
@@ -34,15 +29,14 @@ class Settings:
 
     Args:
         steps: optimiser steps in all.
-        batch_size: images per step; the last batch of an epoch may be smaller, down to `MIN_BATCH` a process.
+        batch_size: images per step; the last batch of an epoch may be smaller, down to `MIN_BATCH`.
         optimizer: ``"sgd"`` or ``"adamw"``.
         lr: learning rate of the first step; falls to ``final_lr`` along half a cosine, step by step.
         final_lr: where it ends.
         momentum: of SGD; AdamW keeps PyTorch's betas.
         weight_decay: L2 for SGD, decoupled for AdamW.
         amp: None for full precision; ``"bfloat16"``, or ``"float16"`` with loss scaling, for autocast.
-        seed: decides the order of the data; PyTorch's global generators (dropout) start from it too, elsewhere in each
-            process of a group.
+        seed: decides the order of the data; PyTorch's global generators (dropout) start from it too.
         log_every: steps between two looks at loss, accuracy and CKA.
         save_every: steps between two validations and checkpoints.
         chunk_size: images in memory at a time, at most, for batches that do not fit: the batch's gradient from parts of
@@ -121,7 +115,7 @@ class History:
 _PARTS = {"identity", "step", "modules", "optimizer", "scaler", "history", "rng", "cuda_rng"}
 
 
-class Run:
+class TrainingRun:
     """The state of a training run: everything, beside its position, that decides what the next step does.
 
     Args:
@@ -132,11 +126,6 @@ class Run:
         folder: where ``last.pt`` and ``best.pt`` go; None to keep nothing.
         trained: paths of the parts that are trained, kept for the same reason; None for everything.
         to_train: puts the model in training mode, or those parts; None for ``model.train``.
-        group: processes that share the work: their gradients are averaged (DDP), the first one writes.
-
-    Attributes:
-        model: what to call for a step, in DDP where there is a group; ``modules`` holds it bare.
-        guide_loss: the same for the guide's loss.
 
     Raises:
         ValueError: no parameter requires gradients.
@@ -152,7 +141,6 @@ class Run:
         *,
         trained: Sequence[str] | None = None,
         to_train: Callable[[], object] | None = None,
-        group: ProcessGroup | None = None,
     ) -> None:
         self.modules, self.folder, self.device = modules, folder, device
         self.to_train = to_train or modules["model"].train
@@ -166,25 +154,16 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         self._identity = asdict(settings) | {"samples": samples, "trained": None if trained is None else [*trained]}
         self._saved: int | None = None
-        self.group, self.writes = group, group is None or group.rank() == 0
-        self.model, self.guide_loss = (self._shared(name) for name in ("model", "guide"))
-        if folder is not None and self.writes:
+        if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("last.pt", "best.pt", "shapes.json"):  # of a run that was killed while it wrote
                 for left in folder.glob(f"{PARTIAL}*.{name}"):
                     left.unlink(missing_ok=True)
 
-    def _shared(self, name: str) -> Any:
-        module = self.modules[name] if name in self.modules else None  # noqa: SIM401 - ModuleDict has no get
-        if self.group is None or module is None or not any(p.requires_grad for p in module.parameters()):
-            return module
-        return DistributedDataParallel(module, process_group=self.group)
-
     def save(self, step: int) -> None:
         """Write ``last.pt``."""
         self._saved = step
-        streams = self._streams()
-        if self.folder is None or not self.writes:
+        if self.folder is None:
             return
         state = {
             "identity": self._identity,
@@ -196,7 +175,6 @@ class Run:
             "seconds": self.history.seconds,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-            "streams": streams,
         }
         save(state, self.folder / "last.pt")
 
@@ -210,10 +188,7 @@ class Run:
         state = load(path)
         if not state.keys() >= _PARTS:
             raise ValueError(UNREADABLE.format(path))
-        old, new = state["identity"], self._identity
-        changes = [f"{name} was {old.get(name)}, is {new[name]}" for name in new if old.get(name) != new[name]]
-        if changes:
-            raise ValueError(f"{path} comes from another run ({'; '.join(changes)}): choose another folder")
+        require_same(state["identity"], self._identity, f"{path} comes from another run", "choose another folder")
         try:
             self.modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -222,34 +197,11 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.history = History(**state["history"])
         self.history.seconds = state.get("seconds", 0.0)
-        self._restore_random(state)
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         self._saved = state["step"]
         return state["step"]
-
-    def _streams(self) -> list[Tensor]:
-        """The random generators of each process of the group, as bytes: the CPU's, then its device's."""
-        if self.group is None:
-            return []
-        own = [torch.get_rng_state()]
-        if self.device.type != "cpu":
-            own.append(torch.get_device_module(self.device).get_rng_state(self.device))
-        mine = torch.cat(own).to(self.device)
-        streams = [torch.empty_like(mine) for _ in range(self.group.size())]
-        torch.distributed.all_gather(streams, mine, group=self.group)
-        return [stream.cpu() for stream in streams]
-
-    def _restore_random(self, state: dict[str, Any]) -> None:
-        """Of a process that the checkpoint does not know, as when there were fewer, the generators stay as they are."""
-        rank, streams = 0 if self.group is None else self.group.rank(), state.get("streams", [])
-        if self.group is not None and rank < len(streams):
-            host = torch.get_rng_state().numel()
-            torch.set_rng_state(streams[rank][:host])
-            if len(streams[rank]) > host and self.device.type != "cpu":
-                torch.get_device_module(self.device).set_rng_state(streams[rank][host:], self.device)
-        elif rank == 0:
-            torch.set_rng_state(state["rng"])
-            if state["cuda_rng"]:
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
 
     def report(
         self, step: int, lr: float, losses: list[Tensor], totals: dict[str, Tensor], *, weights: bool
@@ -267,10 +219,7 @@ class Run:
             FloatingPointError: a loss, or the weights, are not finite.
         """
         looks = [*losses, *totals.values(), *([self._finite()] if weights else [])]
-        stacked = torch.stack([look.float() for look in looks])
-        if self.group is not None:  # means over the processes: what is NaN on one stops all of them
-            torch.distributed.all_reduce(stacked.div_(self.group.size()), group=self.group)
-        numbers = stacked.tolist()
+        numbers = torch.stack([look.float() for look in looks]).tolist()
         count = len(losses)
         for done, loss in enumerate(numbers[:count], start=step - count + 1):
             if not math.isfinite(loss):
@@ -301,7 +250,7 @@ class Run:
         history.validation.append({"step": step, "score": score})
         if history.best_score is None or score > history.best_score:
             history.best_step, history.best_score = step, score
-            if self.folder is not None and self.writes:
+            if self.folder is not None:
                 save({"step": step, "score": score, "model": model.state_dict()}, self.folder / "best.pt")
         return score
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from ...files import write_json
 from ..statistics import pgr
-from ..tables import markdown, percent
+from ..tables import markdown_table, percent
 from .checkpoints import History
 from .evaluation import Robustness
-from .selection import Ranking, Regression, Row
+from .regression import Regression, TeacherRow
 
 
 @dataclass(frozen=True)
@@ -43,12 +40,6 @@ class Outcome:
         """Mean accuracy over the held-out corruptions and the teacher's, each once."""
         accuracies = {**self.seen.corrupted, **self.held_out.corrupted}
         return fmean(fmean(severities) for severities in accuracies.values())
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Outcome:
-        """Undo `dataclasses.asdict`."""
-        parts = {"held_out": Robustness, "seen": Robustness, "history": History}
-        return cls(**(data | {name: part(**data[name]) for name, part in parts.items()}))
 
 
 @dataclass(frozen=True)
@@ -89,24 +80,12 @@ class Comparison:
         """The outcomes of a method, seed by seed."""
         return [outcome for outcome in self.outcomes if outcome.method == method]
 
-    def recovered(self, method: str, *, pooled: bool = False) -> list[float]:
-        """Share of the gap in held-out robust accuracy that a method recovers, seed by seed; NaN where there is none.
-
-        Args:
-            method: its name.
-            pooled: whether clean images count as severity 0, as in the paper.
-        """
+    def recovered(self, method: str) -> list[float]:
+        """Share of the gap in pooled accuracy that a method recovers, seed by seed; NaN where there is none."""
         if not self.gap:
             return [math.nan] * len(self.seeds)
         three = zip(self.of(method), self.of(self.baseline), self.of(self.ceiling), strict=True)
-        return [pgr(*(o.held_out.pooled if pooled else o.held_out.robust for o in outcomes)) for outcomes in three]
-
-
-COLUMNS: dict[str, Callable[[Outcome], float]] = {
-    "clean": lambda outcome: outcome.held_out.clean,
-    "held-out corruptions": lambda outcome: outcome.held_out.robust,
-    "teacher's corruptions": lambda outcome: outcome.seen.robust,
-}
+        return [pgr(*(outcome.held_out.pooled for outcome in outcomes)) for outcomes in three]
 
 
 PROPERTY_NAMES = {
@@ -117,34 +96,20 @@ PROPERTY_NAMES = {
 }
 
 
-def table(comparison: Comparison) -> str:
-    """A Markdown table, aligned to be read as it is: a row per method, accuracies in percent."""
-    rows = [["method", *COLUMNS, "gap recovered", "CKA to teacher"]]
-    for method in comparison.methods:
-        outcomes = comparison.of(method)
-        accuracies = [percent([column(outcome) for outcome in outcomes]) for column in COLUMNS.values()]
-        recovered = percent(comparison.recovered(method)) if method in comparison.contenders else ""
-        cka = f"{fmean(outcome.cka for outcome in outcomes):.2f}"
-        rows.append([method, *accuracies, recovered, cka])
-    return markdown(rows)
+def teachers_table(rows: Sequence[TeacherRow]) -> str:
+    """A Markdown table of teachers: shares in percent, usefulness in standard deviations.
 
-
-def ranking_table(ranking: Ranking) -> str:
-    """A Markdown table of teachers, the most promising first: shares in percent, usefulness in standard deviations.
-
-    Robust accuracies after the transfer stand at the end where any is known, predicted ones first if they decided.
+    Robust accuracies after the transfer stand at the end where any is known.
     """
-    columns: dict[str, Callable[[Row], str]] = {"teacher": lambda row: row.name}
-    if ranking.by == "prediction":
-        columns["predicted accuracy"] = lambda row: percent([ranking.scores[row.name]])
+    columns: dict[str, Callable[[TeacherRow], str]] = {"teacher": lambda row: row.name}
     for name, title in PROPERTY_NAMES.items():
         columns[title] = partial(_property, name)
-    if any(row.accuracy is not None for row in ranking.rows):
+    if any(row.accuracy is not None for row in rows):
         columns["accuracy after transfer"] = lambda row: "" if row.accuracy is None else percent([row.accuracy])
-    return markdown([list(columns), *([cell(row) for cell in columns.values()] for row in ranking.rows)])
+    return markdown_table([list(columns), *([cell(row) for cell in columns.values()] for row in rows)])
 
 
-def _property(name: str, row: Row) -> str:
+def _property(name: str, row: TeacherRow) -> str:
     value: float = getattr(row.properties, name)
     return f"{value:.2f}" if name.startswith("usefulness") else percent([value])
 
@@ -157,24 +122,4 @@ def regression_table(regression: Regression) -> str:
         rows.append([PROPERTY_NAMES[name], f"{coefficient:+.2f}", percent([alone.r2]), percent([alone.r2_loo])])
     fit = regression.fit
     rows.append([f"all, {regression.n} rows", "", percent([fit.r2]), percent([fit.r2_loo])])
-    return markdown(rows)
-
-
-def write_results(comparison: Comparison, about: dict[str, Any], path: Path) -> None:
-    """Write ``results.json``: what was run, the figures of each method seed by seed, and every outcome whole.
-
-    Accuracies and shares are fractions of 1. ``pooled`` is the paper's robust accuracy, in which clean images
-    count as severity 0.
-    """
-    summary = {
-        method: {
-            "clean": [o.held_out.clean for o in comparison.of(method)],
-            "held_out": [o.held_out.robust for o in comparison.of(method)],
-            "pooled": [o.held_out.pooled for o in comparison.of(method)],
-            "seen": [o.seen.robust for o in comparison.of(method)],
-            "gap_recovered": comparison.recovered(method),
-            "cka": [o.cka for o in comparison.of(method)],
-        }
-        for method in comparison.methods
-    }
-    write_json(about | {"summary": summary, "outcomes": [asdict(o) for o in comparison.outcomes]}, path)
+    return markdown_table(rows)

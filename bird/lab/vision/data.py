@@ -1,27 +1,12 @@
-"""Images in memory, their splits by class, and the Fashion-MNIST subset that ships with the package."""
+"""Images in memory, and their splits by class."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
-import numpy as np
 import torch
 from torch import Tensor
-
-CLASS_NAMES = (
-    "T-shirt",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
 
 
 @dataclass(frozen=True)
@@ -136,34 +121,3 @@ def _gather(data: Images, members: list[Tensor]) -> Images:
     """One class after the other; their positions in `members` become the labels."""
     labels = torch.cat([torch.full((len(index),), k) for k, index in enumerate(members)])
     return Images(data.images[torch.cat(members)], labels)
-
-
-def load_fashion(
-    classes: Sequence[int],
-    *,
-    validation_per_class: int = 100,
-    seed: int = 0,
-    limit_per_class: int | None = None,
-) -> Splits:
-    """Load the shipped Fashion-MNIST images of some classes: 1200 for training and 250 for testing per class,
-    28x28.
-
-    Args:
-        classes: classes to keep, 0-9; labels are renumbered 0, 1, ... in the order given.
-        validation_per_class: how many training images of each class are set aside for validation.
-        seed: decides which ones; the test set is the same for every seed.
-        limit_per_class: keep at most so many images of each class in each of the three sets.
-
-    Raises:
-        ValueError: classes out of range or repeated; no training image left.
-    """
-    check_classes(classes, len(CLASS_NAMES))
-    path = resources.files("bird.lab.vision") / "fashion" / "fashion_mnist.npz"
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        images = {part: torch.from_numpy(arrays[f"{part}_images"]).unsqueeze(1) for part in ("train", "test")}
-        labels = {part: torch.from_numpy(arrays[f"{part}_labels"]).long() for part in ("train", "test")}
-    train, test = (Images(images[part], labels[part]) for part in ("train", "test"))
-    available = len(_members(train, classes[0]))
-    if not 0 < validation_per_class < available:
-        raise ValueError(f"validation_per_class must be between 1 and {available - 1}, got {validation_per_class}")
-    return split(train, test, classes, lambda _: validation_per_class, seed=seed, limit_per_class=limit_per_class)

@@ -1,8 +1,8 @@
-"""How good a model is on clean and on corrupted images, and how much of a gap it has closed."""
+"""How good a model is on clean and on corrupted images, and how near its features are to a teacher's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -43,59 +43,93 @@ class Robustness:
 
 
 def accuracy(model: nn.Module, data: Images, *, batch_size: int = 500) -> float:
-    """Share of the images that the model gets right, computed on the model's device."""
-    return robustness(model, data, (), batch_size=batch_size).clean
-
-
-def robustness(
-    model: nn.Module,
-    data: Images,
-    names: Sequence[str],
-    *,
-    severities: Sequence[int] = SEVERITIES,
-    seed: int = 0,
-    batch_size: int = 500,
-) -> Robustness:
-    """Score a model, in eval mode and without gradients, on clean images and on corrupted ones.
+    """Share of the images that the model gets right, in eval mode and without gradients, on the model's device.
 
     Args:
         model: images ``[n, c, h, w]`` in 0-1 to logits ``[n, classes]``.
         data: any device; batches move to the model's.
-        names: keys of `bird.lab.vision.corruptions.CORRUPTIONS`.
-        severities: 1 to 5.
-        seed: of the corruptions: the same seed gives the same corrupted images to every model.
-        batch_size: changes speed and memory, not the corrupted images.
+        batch_size: images at a time.
 
     Raises:
-        ValueError: no images, or an unknown corruption.
+        ValueError: no images.
     """
     if len(data) == 0:
         raise ValueError("there are no images to evaluate on")
     with evaluating(model) as device:
-        correct = torch.zeros(1 + len(names) * len(severities), dtype=torch.int64, device=device)
-        for index in torch.arange(len(data)).split(batch_size):
-            batch = data.select(index).to(device)
-            views = _views(to_float(batch.images), names, severities, index, seed)
-            right = [model(_channels_last(view)).argmax(dim=1) == batch.labels for view in views]
-            correct += torch.stack(right).sum(dim=1)
-        clean, *rest = (hits / len(data) for hits in correct.tolist())
-    each = len(severities)
-    return Robustness(clean, {name: rest[i * each : (i + 1) * each] for i, name in enumerate(names)})
+        right = torch.zeros((), dtype=torch.int64, device=device)
+        for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
+            found = model(_channels_last(to_float(images.to(device)))).argmax(dim=1)
+            right += (found == labels.to(device)).sum()
+        return right.item() / len(data)
 
 
-def alignment(
+def robustness(model: nn.Module, data: Images, names: Sequence[str], key: Hashable = None) -> Robustness:
+    """Score a model on clean images and on corrupted ones, these in 8 bits as published ones are.
+
+    Args:
+        model: as for `accuracy`.
+        data: corrupted where it lies.
+        names: keys of `bird.lab.vision.corruptions.CORRUPTIONS`; each at every severity.
+        key: tells these images from others: those of the last key are kept if they fit; None keeps nothing.
+
+    Raises:
+        ValueError: no images, or an unknown corruption.
+    """
+    accuracies: dict[str, list[float]] = {name: [] for name in names}
+    for name, images in corrupted(data, names, key):
+        accuracies[name].append(accuracy(model, images))
+    return Robustness(accuracy(model, data), accuracies)
+
+
+def first(data: Images, count: int | None) -> Images:
+    """A fixed choice of so many images."""
+    if count is None or count >= len(data):
+        return data
+    return data.select(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
+
+
+KEPT = 4 << 30  # bytes of corrupted images that a process keeps; more are made anew for each model
+_kept: dict[Hashable, list[tuple[str, Images]]] = {}
+
+
+def corrupted(data: Images, names: Sequence[str], key: Hashable) -> Iterator[tuple[str, Images]]:
+    """Each corruption at each severity, as for `robustness`."""
+    if key in _kept:
+        yield from _kept[key]
+        return
+    _kept.clear()
+    keeps = key is not None and data.images.numel() * len(names) * len(SEVERITIES) <= KEPT
+    views: list[tuple[str, Images]] = []
+    for name in names:
+        for severity in SEVERITIES:
+            view = name, _quantised(data, name, severity)
+            if keeps:
+                views.append(view)
+            yield view
+    if keeps:
+        _kept[key] = views
+
+
+def _quantised(data: Images, name: str, severity: int) -> Images:
+    parts = []
+    for index in torch.arange(len(data), device=data.images.device).split(500):
+        view = corrupt(to_float(data.images[index]), name, severity, index=index)
+        parts.append(view.mul_(255).round_().to(torch.uint8))
+    return Images(torch.cat(parts), data.labels)
+
+
+def layer_alignment(
     teacher: Teacher,
     student: nn.Module,
     teacher_layer: str,
     student_layer: str,
     data: Images,
     *,
-    estimator: str = "unbiased",
     batch_size: int = 500,
 ) -> float:
     """CKA between two layers over all the images at once, in eval mode.
 
-    It is unbiased unless asked otherwise: the biased one would depend on how many images there are.
+    It is unbiased: the biased one would depend on how many images there are.
     """
     rows: list[tuple[Tensor, Tensor]] = []
     with evaluating(student) as device, Taps(student, [student_layer]) as taps:
@@ -104,15 +138,7 @@ def alignment(
             student(x)
             rows.append((taps.pop()[student_layer], teacher(x)[teacher_layer]))
         ours, theirs = (torch.cat(side) for side in zip(*rows, strict=True))
-        return cka(ours, theirs, estimator=estimator).item()
-
-
-def _views(x: Tensor, names: Sequence[str], severities: Sequence[int], index: Tensor, seed: int) -> Iterator[Tensor]:
-    """The images as they are, then corrupted, one after the other."""
-    yield x
-    for name in names:
-        for severity in severities:
-            yield corrupt(x, name, severity, index=index, seed=seed)
+        return cka(ours, theirs, estimator="unbiased").item()
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ transfer, and needs one stage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ...features import find_layers
 from ...teachers import Teacher
+from ..experiment import Cell, Experiment
 from ..recipe import data_root, grid
 from ..stages import Stage
 from ..tensors import load, save
@@ -27,50 +27,14 @@ from .corruptions import Mixture
 from .data import Splits
 from .datasets import DATASETS
 from .datasets import load as load_data
-from .evaluation import accuracy, alignment
+from .evaluation import accuracy, first, layer_alignment, robustness
 from .methods import METHODS, Transfer
-from .models import MODELS, build
-from .recipe import Budget, Recipe, Source, Variant
-from .scoring import corrupted, first
-from .selection import rank_teachers
+from .models import build
+from .recipe import Budget, Source, Variant, VisionRecipe, as_plain
+from .selection import measure_teacher
 from .training import Augment, fit
 
 PROTOCOL = 2  # part of every stage's name: raised when the same settings no longer mean the same
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One entry of a table."""
-
-    networks: str
-    variant: str
-    method: str
-    seed: int
-    score: Stage  # result: {"clean": accuracy, "corrupted": {name: [accuracy of each severity]}}
-    alignment: Stage  # result: {"cka": to the teacher, unbiased, over clean test images}
-    training: Stage  # that made the model
-
-    @property
-    def wanted(self) -> list[Stage]:
-        """What completes it."""
-        return [self.score, self.alignment]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A teacher for a student."""
-
-    networks: str
-    variant: str
-    seed: int
-    properties: (
-        Stage  # result: {"properties": `bird.lab.vision.selection.Properties`, "student_probe_accuracy": a share of 1}
-    )
-
-    @property
-    def wanted(self) -> list[Stage]:
-        """What completes it."""
-        return [self.properties]
 
 
 @dataclass(frozen=True)
@@ -96,39 +60,25 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """A recipe as stages.
+class VisionExperiment(Experiment):
+    """A recipe of images as stages.
+
+    A cell's ``score`` is ``{"clean": accuracy, "corrupted": {name: [accuracy of each severity]}}``, its ``alignment``
+    ``{"cka": to the teacher, unbiased, over clean test images}``.
 
     Args:
-        recipe: what to run.
-        root: the folder of the stages' folders.
-        device: where networks are trained; like the rest from here on it is no part of a stage's name.
-        data_root: the folder of the data sets, see `bird.lab.vision.datasets.load`.
-        progress: bars for training; None for on a terminal only.
         compile: train compiled models, see `bird.lab.vision.checkpoints.Settings`.
     """
 
-    recipe: Recipe
-    root: Path
-    device: torch.device
-    data_root: Path | None = None
-    progress: bool | None = None
+    recipe: VisionRecipe
     compile: bool = False
 
-    def cells(self, **choice: Any) -> list[Cell]:
-        """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.lab.recipe.grid`."""
-        return [self._cell(*entry) for entry in grid(self.recipe, **choice)]
+    extra = "vision"
+    libraries = "matplotlib", "scipy"
 
     def check(self) -> None:
-        """Look before hours of work: is all the data there, and has every network the layers that are asked of it?
-
-        Raises:
-            FileNotFoundError: a data set is missing: which files are expected where.
-            ValueError: an unknown layer (the nearest are listed).
-            ImportError: a network's, or the pictures', library is missing.
-        """
-        from matplotlib.figure import Figure  # noqa: F401 - what a report needs in the end
-
+        """As of `Experiment`; also, has every network the layers that are asked of it?"""
+        super().check()
         recipe = self.recipe
         changes = recipe.variants.values()
         for source in dict.fromkeys([recipe.student, recipe.teacher, *(v.teacher for v in changes if v.teacher)]):
@@ -136,28 +86,27 @@ class Experiment:
         with torch.device("meta"):
             for pair in recipe.networks.values():
                 teacher, student = _build(pair.teacher, recipe.teacher), _build(pair.student, recipe.student)
-                for change in changes:
-                    find_layers(teacher, change.teacher_layer or MODELS[pair.teacher].guide)
-                    find_layers(student, change.student_layer or MODELS[pair.student].guide)
+                for guiding, guided in (layers for change in changes for layers in change.pairs(pair)):
+                    find_layers(teacher, guiding)
+                    find_layers(student, guided)
 
-    def candidates(
-        self,
-        *,
-        networks: Sequence[str] | None = None,
-        variants: Sequence[str] | None = None,
-        seeds: int | None = None,
-    ) -> list[Candidate]:
-        """The teacher and the student of every pair of networks, variant and seed, or of some."""
+    def candidates(self, *, seeds: int | None = None, **choice: Any) -> list[Cell]:
+        """A cell for the teacher and the student of every pair of networks, variant and seed, or of some.
+
+        Its ``properties`` are ``{"properties": of the teacher, see `bird.lab.vision.regression.Properties`,
+        "student_probe_accuracy": a share of 1}``.
+        """
+        first = dict.fromkeys((name, variant) for name, variant, *_ in grid(self.recipe, **choice, seeds=1))
         found = []
-        for name in self.recipe.networks if networks is None else networks:
-            for variant in self.recipe.variants if variants is None else variants:
-                for seed in range(self.recipe.seeds if seeds is None else seeds):
-                    stage = self._measured(*self._pair(name, variant, seed), seed)
-                    found.append(Candidate(name, variant, seed, stage))
+        for name, variant in first:
+            for seed in range(self.recipe.seeds if seeds is None else seeds):
+                teacher, student, pairs = self._pair(name, variant, seed)
+                stage = self._measured(teacher, student, pairs[-1], seed)
+                found.append(Cell(name, variant, "", seed, {"properties": stage}))
         return found
 
-    def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[str, str]]:
-        """Teacher, student, and the layers between which something moves."""
+    def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[tuple[str, str], ...]]:
+        """Teacher, student, and the pairs of layers between which something moves."""
         recipe, pair, change = self.recipe, self.recipe.networks[name], self.recipe.variants[variant]
         corruptions = recipe.corruptions if change.teacher_corruptions is None else change.teacher_corruptions
         budget = recipe.pretraining
@@ -166,18 +115,17 @@ class Experiment:
         source = change.teacher or recipe.teacher
         teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget)
         student = self._pretrained("student", recipe.student, pair.student, (), seed, recipe.pretraining)
-        layers = (
-            change.teacher_layer or MODELS[pair.teacher].guide,
-            change.student_layer or MODELS[pair.student].guide,
-        )
-        return teacher, student, layers
+        return teacher, student, change.pairs(pair)
 
-    def _cell(self, name: str, variant: str, method: str, seed: int) -> Cell:
-        teacher, student, layers = self._pair(name, variant, seed)
-        made = self._moved(teacher, student, layers, self.recipe.variants[variant], method, seed)
-        layer = layers[METHODS[method].start == "student"]
-        score, aligned = self._scored(made, seed), self._aligned(made, layer, teacher, layers[0], seed)
-        return Cell(name, variant, method, seed, score, aligned, made.stage)
+    def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
+        """The stages of an entry."""
+        teacher, student, pairs = self._pair(networks, variant, seed)
+        made = self._moved(teacher, student, pairs, self.recipe.variants[variant], method, seed)
+        layer = pairs[-1][METHODS[method].start == "student"]
+        aligned = self._aligned(made, layer, teacher, pairs[-1][0], seed)
+        return Cell(
+            networks, variant, method, seed, {"score": self._scored(made, seed), "alignment": aligned}, made.stage
+        )
 
     def _pretrained(
         self,
@@ -189,7 +137,7 @@ class Experiment:
         budget: Budget,
     ) -> Made:
         """A teacher or a student; with one seed and network they begin with different weights."""
-        about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": asdict(budget)}
+        about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": as_plain(budget)}
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(source, seed)
@@ -214,7 +162,7 @@ class Experiment:
         return Made(network, source, Stage(role, about, make, title=f"{network} on {source.data}, seed {seed}"))
 
     def _moved(
-        self, teacher: Made, student: Made, layers: tuple[str, str], change: Variant, method: str, seed: int
+        self, teacher: Made, student: Made, pairs: tuple[tuple[str, str], ...], change: Variant, method: str, seed: int
     ) -> Made:
         """What a method makes of a teacher and a student."""
         recipe, known = self.recipe, METHODS[method]
@@ -225,21 +173,21 @@ class Experiment:
         parents = (teacher.stage, student.stage) if guided else (starts.stage,)
         about = self._about(recipe.student, seed) | {
             "method": method,
-            "budget": asdict(recipe.transfer),
+            "budget": as_plain(recipe.transfer),
             "batch_size": change.batch_size,
             "corruptions": recipe.corruptions if known.corrupted else (),
         }
         weights = {"alpha": change.alpha, "beta": change.beta}
         if guided:
-            about |= {"layers": layers, "weights": weights}
+            about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(recipe.student, seed)
             changes: dict[str, Any] = {"compile": self.compile}
             changes |= {} if change.batch_size is None else {"batch_size": change.batch_size}
             transfer = Transfer(
-                teacher=(teacher.network, layers[0]),
-                student=(student.network, layers[1]),
+                networks=(teacher.network, student.network),
+                pairs=pairs,
                 settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
                 augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
@@ -266,11 +214,8 @@ class Experiment:
 
         def make(folder: Path) -> dict[str, Any]:
             test = first(self._data(source, seed).test, scoring.images).to(self.device)
-            model = made.model(self.root, self.device)
-            accuracies: dict[str, list[float]] = {name: [] for name in scoring.corruptions}
-            for name, images in corrupted(test, scoring, (source, scoring, self.data_root, self.device)):
-                accuracies[name].append(accuracy(model, images))
-            return {"clean": accuracy(model, test), "corrupted": accuracies}
+            key = source, scoring, self.data_root, self.device
+            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions, key))
 
         return Stage(
             "score", self._about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made)
@@ -282,7 +227,7 @@ class Experiment:
         def make(folder: Path) -> dict[str, Any]:
             test = first(self._data(source, seed).test, self.recipe.scoring.images)
             model, guide = (m.model(self.root, self.device) for m in (made, teacher))
-            return {"cka": alignment(Teacher(guide, [teacher_layer]), model, teacher_layer, layer, test)}
+            return {"cka": layer_alignment(Teacher(guide, [teacher_layer]), model, teacher_layer, layer, test)}
 
         about = self._about(source, None) | {"images": self.recipe.scoring.images, "layers": (teacher_layer, layer)}
         return Stage("alignment", about, make, (made.stage, teacher.stage), self._of(made))
@@ -295,8 +240,8 @@ class Experiment:
             data = self._data(recipe.student, seed)
             few = replace(data, validation=first(data.validation, recipe.scoring.images))
             guide, model = (m.model(self.root, self.device) for m in (teacher, student))
-            ranking = rank_teachers(
-                {"teacher": Teacher(guide, [layers[0]])},
+            found = measure_teacher(
+                Teacher(guide, [layers[0]]),
                 model,
                 layers[1],
                 few,
@@ -305,10 +250,7 @@ class Experiment:
                 cache=self.root / "features",
                 progress=self.progress,
             )
-            return {
-                "properties": asdict(ranking.rows[0].properties),
-                "student_probe_accuracy": ranking.student_probe_accuracy,
-            }
+            return found._asdict() | {"properties": asdict(found.properties)}
 
         about = self._about(recipe.student, seed) | {
             "images": recipe.scoring.images,

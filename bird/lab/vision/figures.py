@@ -1,18 +1,20 @@
-"""The pictures of a reproduction: accuracy by corruption and severity, gap recovered, training curves."""
+"""The pictures of a recipe (accuracy by corruption and severity, gap recovered, training curves) and of teachers (what
+their features promise, against what came of it)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..figures import COLOURS, GRID, INK, canvas
+from ..figures import BASELINE, COLOURS, GRID, INK, PALETTE, canvas, title_panel
 from ..tables import spread
-from .comparison import Comparison, Outcome
+from .comparison import PROPERTY_NAMES, Comparison, Outcome
+from .regression import PREDICTORS, Regression, TeacherRow
 
 if TYPE_CHECKING:
-    pass
+    from matplotlib.axes import Axes
 
 
 def heat_map(comparison: Comparison, path: Path, *, title: str) -> None:
@@ -55,12 +57,12 @@ def recovered(
             for group, (name, comparison) in enumerate(comparisons.items()):
                 if method not in comparison.contenders:
                     continue
-                values = [100 * share for share in comparison.recovered(method, pooled=True)]
+                values = [100 * share for share in comparison.recovered(method)]
                 x = group + 0.85 * ((turn + 0.5) / len(methods) - 0.5)
                 width = 0.8 / len(methods)
-                label = None if method in labelled else method
+                new = None if method in labelled else method
                 labelled.add(method)
-                axes.bar(x, fmean(values), width, yerr=spread(values), color=COLOURS.get(method), label=label)
+                axes.bar(x, fmean(values), width, yerr=spread(values), color=COLOURS.get(method), label=new)
                 axes.plot([x] * len(values), values, ".", color=INK, markersize=4, zorder=3)
                 if method in paper.get(name, {}):
                     axes.plot(x, paper[name][method], "D", color="white", markeredgecolor=INK, markersize=6, zorder=4)
@@ -68,7 +70,6 @@ def recovered(
         axes.set_xticks(range(len(comparisons)), [name.replace(", ", ",\n") for name in comparisons], fontsize=9)
         axes.set_ylabel("gap recovered, %", color=INK)
         axes.grid(axis="y", color=GRID)
-        axes.set_axisbelow(True)
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -88,8 +89,75 @@ def curves(comparison: Comparison, path: Path, *, title: str) -> None:
                 means = [fmean(map(value, each)) for each in points]
                 axes.plot([each[0]["step"] for each in points], means, color=COLOURS.get(method), label=method)
         left.set_yscale("log")
-        for axes, label in ((left, "task loss in training"), (right, "validation accuracy, clean, %")):
-            axes.set_title(label, fontsize=10, color=INK, loc="left")
+        for axes, text in ((left, "task loss in training"), (right, "validation accuracy, clean, %")):
+            title_panel(axes, text)
             axes.set_xlabel("step", color=INK)
             axes.grid(color=GRID)
         right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def scatter(
+    rows: Sequence[TeacherRow],
+    path: Path,
+    *,
+    title: str,
+    baseline: float | None = None,
+    regression: Regression | None = None,
+    kinds: Sequence[str],
+) -> None:
+    """Draw teachers into the PNG ``path``, written atomically, one panel for each of the three properties.
+
+    Robust accuracy after the transfer against the property, for the teachers whose accuracy is known; where none is,
+    the properties alone, as bars.
+
+    Args:
+        rows: at least one.
+        path: the file.
+        title: of the picture.
+        baseline: the untouched student's robust accuracy, a share of 1, as a line.
+        regression: of these rows: its R² go into the panels' titles.
+        kinds: of each row: points are told apart by it, in a legend.
+
+    Raises:
+        ValueError: no rows.
+        ImportError: matplotlib is missing.
+    """
+    if not rows:
+        raise ValueError("there are no teachers to draw")
+    tried = [row for row in rows if row.accuracy is not None]
+    marked = {row.name: kind for row, kind in zip(rows, kinds, strict=True)}
+    with canvas(path, title, (13, 4.4 if tried else 1.6 + 0.35 * len(rows))) as figure:
+        for axes, name in zip(figure.subplots(1, len(PREDICTORS), sharey=True), PREDICTORS, strict=True):
+            if tried:
+                _draw_promise(axes, name, tried, baseline, marked)
+            else:
+                _draw_property(axes, name, rows)
+            axes.locator_params(axis="x", nbins=5)
+            alone = None if regression is None else regression.alone.get(name)
+            known = "" if alone is None else f"\nR² alone {alone.r2:.2f}, left out {alone.r2_loo:.2f}"
+            title_panel(axes, f"{PROPERTY_NAMES[name]}{known}")
+        if tried:
+            figure.axes[0].set_ylabel("robust accuracy after transfer, %", color=INK)
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+
+
+def _draw_promise(
+    axes: Axes, name: str, rows: Sequence[TeacherRow], baseline: float | None, kinds: Mapping[str, str]
+) -> None:
+    points = {row.name: (getattr(row.properties, name), 100 * row.accuracy) for row in rows if row.accuracy is not None}
+    for number, kind in enumerate(dict.fromkeys(kinds[name] for name in points)):
+        of = [point for name, point in points.items() if kinds[name] == kind]
+        marker, colour = "osD^v"[number // len(PALETTE) % 5], PALETTE[number % len(PALETTE)]
+        axes.plot(*zip(*of, strict=True), marker, color=colour, markersize=7, label=kind)
+    if baseline is not None:
+        axes.axhline(100 * baseline, color=BASELINE, linewidth=1.6, linestyle="--", zorder=0)
+    axes.margins(0.15)
+    axes.grid(color=GRID)
+
+
+def _draw_property(axes: Axes, name: str, rows: Sequence[TeacherRow]) -> None:
+    """Bars, the first teacher on top."""
+    axes.barh(range(len(rows)), [getattr(row.properties, name) for row in rows], color=PALETTE[0], height=0.6)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="x", color=GRID)

@@ -29,7 +29,7 @@ statistics, like the guiding teacher of every method. No method chooses a step: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,16 +104,16 @@ class Transfer:
     """What all methods have in common; other arguments are those of `bird.lab.vision.training.fit`.
 
     Args:
-        teacher: (a key of `bird.lab.vision.models.MODELS`, guiding layer).
-        student: (the same, guided layer).
+        networks: of the teacher and of the student, keys of `bird.lab.vision.models.MODELS`.
+        pairs: of a guiding and a guided layer each.
         settings: of all steps together.
         classes: of the student's task.
         weights: ``alpha`` and ``beta`` of BIRD, where they are not the published ones.
         folder: gets a folder for each phase.
     """
 
-    teacher: tuple[str, str]
-    student: tuple[str, str]
+    networks: tuple[str, str]
+    pairs: Sequence[tuple[str, str]]
     settings: Settings
     classes: int
     weights: Mapping[str, Any] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Transfer:
         if start is None:
             raise ValueError(f"{known.title} starts from a {known.start}: give one")
         model = deepcopy(start).requires_grad_(True)
-        network = dict(teacher=self.teacher, student=self.student)[known.start][0]
+        network = self.networks[known.start == "student"]
         torch.manual_seed(self.settings.seed)
         if known.start == "teacher":
             replace_head(model, network, self.classes)
@@ -173,22 +173,22 @@ class Transfer:
     ) -> Guide:
         if teacher is None:
             raise ValueError(f"{known.title} is guided by a teacher: give one")
-        (network, guiding), (_, guided) = self.teacher, self.student
+        pairs, (network, _) = self.pairs, self.networks
         if guidance == "lwf":
-            guiding = guided = MODELS[network].guide
-        pairs = [(guiding, guided)]
+            pairs = [(MODELS[network].guide, MODELS[network].guide)]
+        guiding, guided = ([*dict.fromkeys(side)] for side in zip(*pairs, strict=True))
         loss: BirdLoss | Hints | LwF
         if guidance == "bird":
             loss = BirdLoss(pairs=pairs, **known.options, **self.weights)
         elif guidance == "hints":
-            theirs, ours = _width(teacher, guiding, train), _width(model, guided, train)
-            loss = Hints(*HINTS, pairs, teacher_widths={guiding: theirs}, student_widths={guided: ours})
+            theirs, ours = _widths(teacher, guiding, train), _widths(model, guided, train)
+            loss = Hints(*HINTS, pairs, teacher_widths=theirs, student_widths=ours)
         else:
             loss = LwF(pairs=pairs)
-        return Guide(Teacher(deepcopy(teacher), [guiding]), Taps(model, [guided]), loss)
+        return Guide(Teacher(deepcopy(teacher), guiding), Taps(model, guided), loss)
 
 
-def _width(network: nn.Module, layer: str, images: Images) -> int:
-    """How many features a layer has once it is pooled."""
-    look = Teacher(deepcopy(network).cpu(), [layer])
-    return look(to_float(images.images[:1].cpu()))[layer].shape[1]
+def _widths(network: nn.Module, layers: Sequence[str], images: Images) -> dict[str, int]:
+    """How many features each layer has once it is pooled."""
+    look = Teacher(deepcopy(network).cpu(), layers)
+    return {layer: rows.shape[1] for layer, rows in look(to_float(images.images[:1].cpu())).items()}

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import Run, Settings
+from .checkpoints import Settings, TrainingRun
 from .data import Images
 from .steps import Augment, Batches, Guide, place, take_step
 
@@ -60,7 +60,7 @@ def step_times(
     if guide is not None:
         place(guide.teacher, device, settings)
         modules["guide"] = guide.loss.to(device)
-    run = Run(modules, settings, len(train), device, None)
+    run = TrainingRun(modules, settings, len(train), device, None)
 
     def timed(action: Callable[[], object]) -> float:
         seconds = []

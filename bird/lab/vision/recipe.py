@@ -31,9 +31,8 @@ The package ships one for every table of the paper (`names`); `read` also takes 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..recipe import made, parsed, require_known
@@ -43,11 +42,6 @@ from .datasets import DATASETS
 from .methods import METHODS
 from .models import MODELS
 from .steps import steps_per_epoch
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
 
 AUGMENTS = ("none", "crop", "crop-flip")
 
@@ -88,6 +82,7 @@ class Budget:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     amp: str | None = None
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -156,8 +151,8 @@ class Variant:
         batch_size: with the same number of steps.
         alpha: weight of the task in guided methods.
         beta: weight of the guidance in guided methods.
-        teacher_layer: guiding layer, a path in the teacher; the default is the network's own.
-        student_layer: guided layer.
+        teacher_layer: guiding layer, a path in the teacher, or several; the default is the network's own.
+        student_layer: guided layer; as many, each guided by the one at its place. CKA is reported of the last ones.
     """
 
     teacher: Source | None = None
@@ -167,8 +162,8 @@ class Variant:
     batch_size: int | None = None
     alpha: float | None = None
     beta: float | None = None
-    teacher_layer: str | None = None
-    student_layer: str | None = None
+    teacher_layer: str | tuple[str, ...] | None = None
+    student_layer: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("teacher_steps", 1), ("batch_size", MIN_BATCH), ("alpha", 0), ("beta", 0)):
@@ -176,9 +171,24 @@ class Variant:
             if value is not None and not least <= value < math.inf:
                 raise ValueError(f"{name} must be at least {least}, and finite, not {value}")
 
+    def pairs(self, networks: Networks) -> tuple[tuple[str, str], ...]:
+        """The guiding and the guided layer of each pair.
+
+        Raises:
+            ValueError: they are not equally many.
+        """
+        chosen = (networks.teacher, self.teacher_layer), (networks.student, self.student_layer)
+        theirs, ours = ((MODELS[name].guide if own is None else own) for name, own in chosen)
+        theirs, ours = ((side,) if isinstance(side, str) else side for side in (theirs, ours))
+        if len(theirs) != len(ours):
+            raise ValueError(
+                f"{len(theirs)} layers cannot guide {len(ours)}: teacher_layer {theirs}, student_layer {ours}"
+            )
+        return tuple(zip(theirs, ours, strict=True))
+
 
 @dataclass(frozen=True)
-class Recipe:
+class VisionRecipe:
     """One experiment; the parts are described at their classes.
 
     Args:
@@ -213,6 +223,11 @@ class Recipe:
     scoring: Scoring = Scoring()
     paper_pgr: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def titles(self) -> Mapping[str, str]:
+        """Methods as tables call them."""
+        return {name: method.title for name, method in METHODS.items()}
+
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
@@ -229,7 +244,12 @@ class Recipe:
             raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
 
 
-def read(recipe: str) -> Recipe:
+def as_plain(part: Budget | VisionRecipe) -> dict[str, Any]:
+    """For the names of stages, and reports. They are older than ``chunk_size``: it is named where it is used."""
+    return asdict(part, dict_factory=lambda items: {k: v for k, v in items if (k, v) != ("chunk_size", None)})
+
+
+def read(recipe: str) -> VisionRecipe:
     """A recipe by its name (`names`), or from a TOML file by its path.
 
     Raises:
@@ -238,7 +258,7 @@ def read(recipe: str) -> Recipe:
     return parsed(recipe, parse)
 
 
-def parse(name: str, data: Mapping[str, Any]) -> Recipe:
+def parse(name: str, data: Mapping[str, Any]) -> VisionRecipe:
     """What a file says, checked."""
     if "kind" in data:
         raise ValueError("it is of language models: `bird.lab.language.recipe.parse` reads it")
@@ -257,7 +277,7 @@ def parse(name: str, data: Mapping[str, Any]) -> Recipe:
     }
     if "variants" in table:
         table["variants"] = {key: _variant(f"variants.{key}", value) for key, value in table["variants"].items()}
-    return made("the recipe", Recipe, table)
+    return made("the recipe", VisionRecipe, table)
 
 
 def _variant(where: str, table: Mapping[str, Any]) -> Variant:

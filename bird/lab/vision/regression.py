@@ -15,7 +15,7 @@ PREDICTORS = ("probe_accuracy", "complementary_knowledge", "usefulness_min")
 
 @dataclass(frozen=True)
 class Properties:
-    """What a teacher's features are worth to a student; `bird.lab.vision.selection.properties` measures it.
+    """What a teacher's features are worth to a student; `bird.lab.vision.selection.measure_teacher` measures it.
 
     Args:
         probe_accuracy: held-out accuracy of a linear probe on them, a share of 1.
@@ -32,7 +32,7 @@ class Properties:
 
 
 @dataclass(frozen=True)
-class Row:
+class TeacherRow:
     """One teacher for one student.
 
     Args:
@@ -84,13 +84,8 @@ class Regression:
     alone: Mapping[str, Fit]
     n: int
 
-    def predict(self, properties: Properties) -> float:
-        """The robust accuracy to expect, a share of 1 (and beyond 0 to 1 where the model reaches too far)."""
-        standardised = {p: (getattr(properties, p) - self.centre[p]) / self.scale[p] for p in self.coefficients}
-        return self.accuracy + self.deviation * sum(c * standardised[p] for p, c in self.coefficients.items())
 
-
-def regress(rows: Sequence[Row], *, predictors: Sequence[str] = PREDICTORS) -> Regression:
+def regress(rows: Sequence[TeacherRow], *, predictors: Sequence[str] = PREDICTORS) -> Regression:
     r"""Ordinary least squares of the accuracies on standardised properties, with an intercept.
 
     With residuals :math:`e_i` and leverages :math:`h_{ii}`, the diagonal of the hat matrix :math:`X(X'X)^{-1}X'`,
@@ -126,7 +121,7 @@ def regress(rows: Sequence[Row], *, predictors: Sequence[str] = PREDICTORS) -> R
     )
 
 
-def _observed(rows: Sequence[Row], predictors: Sequence[str]) -> tuple[Array, Array]:
+def _observed(rows: Sequence[TeacherRow], predictors: Sequence[str]) -> tuple[Array, Array]:
     """Properties ``[n, p]`` and accuracies ``[n]``, fit to be regressed."""
     unknown = [name for name in predictors if name not in Properties.__dataclass_fields__]
     if unknown or not predictors or len(set(predictors)) != len(predictors):

@@ -5,65 +5,46 @@ Robust accuracy is the paper's: the held-out corruptions at severities 1 to 5 an
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ...files import atomic, write_json
+from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import difference
-from ..tables import markdown, origin, percent
+from ..tables import markdown_table, percent, report_origin, write_csv, write_report
 from . import figures
 from .checkpoints import History
 from .comparison import Comparison, Outcome
 from .evaluation import Robustness
-from .experiment import Cell, Experiment
+from .experiment import VisionExperiment
 from .methods import METHODS
-from .recipe import Networks, Recipe
-
-Group = tuple[str, str]  # networks, variant
+from .recipe import Networks, VisionRecipe, as_plain
 
 
-def collect(experiment: Experiment, cells: Sequence[Cell]) -> tuple[dict[Group, Comparison], list[Cell]]:
-    """The comparison of each pair of networks and variant, of seeds that all its methods have; and what is missing.
-
-    Those with no whole seed are left out.
-    """
-    done: dict[Group, dict[int, list[Outcome]]] = {}
-    wanted: dict[Group, set[str]] = {}
-    missing = []
-    for cell in cells:
-        group = cell.networks, cell.variant
-        wanted.setdefault(group, set()).add(METHODS[cell.method].title)
-        outcome = _outcome(experiment, cell)
-        if outcome is None:
-            missing.append(cell)
-        else:
-            done.setdefault(group, {}).setdefault(cell.seed, []).append(outcome)
-    comparisons = {}
-    for group, seeds in done.items():
-        whole = [outcome for outcomes in seeds.values() if len(outcomes) == len(wanted[group]) for outcome in outcomes]
-        if whole:
-            comparisons[group] = Comparison(whole, METHODS["none"].title, METHODS["ceiling"].title)
-    return comparisons, missing
+def comparisons(experiment: VisionExperiment, groups: Mapping[Group, Results]) -> dict[Group, Comparison]:
+    """Of what `bird.lab.experiment.collect` has found."""
+    none, ceiling, recipe = METHODS["none"].title, METHODS["ceiling"].title, experiment.recipe
+    return {
+        group: Comparison(
+            [_outcome(recipe, method, seed, found) for method, of in results.items() for seed, found in of.items()],
+            none,
+            ceiling,
+        )
+        for group, results in groups.items()
+    }
 
 
-def _outcome(experiment: Experiment, cell: Cell) -> Outcome | None:
-    root, held_out = experiment.root, experiment.recipe.held_out
-    score, aligned, training = (stage.result(root) for stage in (cell.score, cell.alignment, cell.training))
-    if score is None or aligned is None or training is None:
-        return None
-    accuracies = score["corrupted"]
+def _outcome(recipe: VisionRecipe, method: str, seed: int, results: Mapping[str, dict[str, Any]]) -> Outcome:
+    clean, accuracies = results["score"]["clean"], results["score"]["corrupted"]
     return Outcome(
-        method=METHODS[cell.method].title,
-        seed=cell.seed,
-        held_out=Robustness(score["clean"], {name: accuracies[name] for name in held_out}),
-        seen=Robustness(score["clean"], {n: a for n, a in accuracies.items() if n in experiment.recipe.corruptions}),
-        cka=aligned["cka"],
-        history=_joined(training["histories"]),
+        method=METHODS[method].title,
+        seed=seed,
+        held_out=Robustness(clean, {name: accuracies[name] for name in recipe.held_out}),
+        seen=Robustness(clean, {name: of for name, of in accuracies.items() if name in recipe.corruptions}),
+        cka=results["alignment"]["cka"],
+        history=_joined(results["training"]["histories"]),
     )
 
 
@@ -77,42 +58,7 @@ def _joined(phases: Sequence[Mapping[str, Any]]) -> History:
     return history
 
 
-def page(experiment: Experiment, cells: Sequence[Cell]) -> str:
-    """Markdown: a section for each pair of networks and variant.
-
-    Raises:
-        ValueError: nothing is done yet.
-    """
-    recipe, root = experiment.recipe, experiment.root
-    comparisons, missing = collect(experiment, cells)
-    if not comparisons:
-        done = f"{len(cells) - len(missing)} of {len(cells)} cells of {recipe.name} are done in {root}"
-        raise ValueError(f"{done}, and no seed of all methods: bird run it, or choose --method")
-    parts = [f"# {recipe.title}\n"]
-    for (networks, variant), comparison in comparisons.items():
-        pair = recipe.networks[networks]
-        parts.append(f"## {', '.join(filter(None, (networks, variant)))}\n")
-        seeds = len(comparison.seeds)
-        parts.append(
-            f"{pair.teacher} on {recipe.teacher.data} teaches {pair.student} on {recipe.student.data}; {seeds} "
-            f"seed{'s' if seeds > 1 else ''}, accuracies in %, mean ± standard deviation.\n"
-        )
-        parts.append(_table(recipe, pair, comparison))
-        parts.append(_differences(comparison))
-        parts.append(_costs([cell for cell in cells if (cell.networks, cell.variant) == (networks, variant)], root))
-    if recipe.paper_pgr:
-        told = ", ".join(f"{METHODS[name].title} {share:.1f} %" for name, share in recipe.paper_pgr.items())
-        parts.append(f"Gap recovered in the paper, which does not say by which networks: {told}.\n")
-    if missing:
-        parts.append(f"{len(missing)} cells are not done, the first: {_label(missing[0])}.\n")
-    return "\n".join(parts)
-
-
-def _label(cell: Cell) -> str:
-    return ", ".join(filter(None, (cell.networks, cell.variant, METHODS[cell.method].title, f"seed {cell.seed}")))
-
-
-def _table(recipe: Recipe, pair: Networks, comparison: Comparison) -> str:
+def _table(recipe: VisionRecipe, pair: Networks, comparison: Comparison) -> str:
     titles = {method.title: name for name, method in METHODS.items()}
     shares = pair.paper_pgr
     head = [
@@ -133,11 +79,11 @@ def _table(recipe: Recipe, pair: Networks, comparison: Comparison) -> str:
                 percent([o.seen.robust for o in outcomes]),
                 percent([o.all_corruptions for o in outcomes]),
                 f"{shares[name]:.1f}" if name in shares else "",
-                percent(comparison.recovered(title, pooled=True)) if title in told else "",
+                percent(comparison.recovered(title)) if title in told else "",
                 f"{fmean(o.cka for o in outcomes):.2f}",
             ]
         )
-    return markdown(rows) + "\n"
+    return markdown_table(rows) + "\n"
 
 
 def _differences(comparison: Comparison) -> str:
@@ -153,7 +99,7 @@ def _differences(comparison: Comparison) -> str:
             pairs = zip(comparison.of(title), comparison.of(other), strict=True)
             cells.append(difference([a.held_out.pooled - b.held_out.pooled for a, b in pairs]))
         rows.append([title, *cells])
-    return markdown(rows) + "\n\nPoints, and p of a paired t-test, two-sided, uncorrected.\n"
+    return markdown_table(rows) + "\n\nPoints, and p of a paired t-test, two-sided, uncorrected.\n"
 
 
 def _costs(cells: Sequence[Cell], root: Path) -> str:
@@ -167,52 +113,66 @@ def _costs(cells: Sequence[Cell], root: Path) -> str:
             shares = [f"{100 * median(part):.1f}" if part else "" for part in parts]
             speed = median(cost["steps_per_second"] for cost in costs)
             rows.append([METHODS[method].title, f"{speed:.0f}", *shares])
-    return markdown(rows) + "\n" if len(rows) > 1 else ""
+    return markdown_table(rows) + "\n" if len(rows) > 1 else ""
 
 
 def _cost(cell: Cell, root: Path) -> dict[str, Any] | None:
     """Steps per second, and seconds of a guided step and of its parts; None where nothing was trained."""
-    result = cell.training.result(root)
+    result = None if cell.training is None else cell.training.result(root)
     if cell.method == "none" or result is None:
         return None
     speeds = [speed for speed in result["steps_per_second"] if speed]
     return {"steps_per_second": fmean(speeds), "times": result.get("times")} if speeds else None
 
 
-def write(experiment: Experiment, cells: Sequence[Cell], folder: Path) -> str:
+def write_vision_report(experiment: VisionExperiment, cells: Sequence[Cell], folder: Path) -> str:
     """Write ``README.md``, ``results.json``, ``accuracies.csv`` and pictures, each atomically; returns the page.
 
     Raises:
         ValueError: nothing is done yet.
     """
-    text = page(experiment, cells)
-    comparisons, _ = collect(experiment, cells)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / "README.md") as path:
-        path.write_text(text, encoding="utf-8")
+    recipe, root = experiment.recipe, experiment.root
+    groups, missing = collect(experiment, cells)
+    found = comparisons(experiment, groups)
+    sections = {}
+    for group, comparison in found.items():
+        pair = recipe.networks[group[0]]
+        sections[group] = [
+            f"{pair.teacher} on {recipe.teacher.data} teaches {pair.student} on {recipe.student.data}; "
+            f"{repetitions(groups[group])}, accuracies in %, mean ± standard deviation.\n",
+            _table(recipe, pair, comparison),
+            _differences(comparison),
+            _costs([cell for cell in cells if (cell.networks, cell.variant) == group], root),
+        ]
+    told = ", ".join(f"{METHODS[name].title} {share:.1f} %" for name, share in recipe.paper_pgr.items())
+    closing = [f"Gap recovered in the paper, which does not say by which networks: {told}.\n"] if told else []
+    text = report_page(recipe, sections, missing, closing=closing)
     costs = [
         {"networks": cell.networks, "variant": cell.variant, "method": cell.method, "seed": cell.seed} | cost
         for cell in cells
-        if (cost := _cost(cell, experiment.root))
+        if (cost := _cost(cell, root))
     ]
-    about = {"recipe": asdict(experiment.recipe), "origin": origin()}
-    write_json(about | {"cells": list(_numbers(comparisons)), "costs": costs}, folder / "results.json")
-    with atomic(folder / "accuracies.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["networks", "variant", "method", "seed", "corruption", "severity", "accuracy"])
-        for cell in cells:
-            score = cell.score.result(experiment.root)
-            if score is not None:
-                key = cell.networks, cell.variant, cell.method, cell.seed
-                writer.writerow([*key, "none", 0, score["clean"]])
-                for name, accuracies in score["corrupted"].items():
-                    writer.writerows([*key, name, s, a] for s, a in enumerate(accuracies, start=1))
-    _draw(experiment.recipe, comparisons, folder)
+    about = {"recipe": as_plain(recipe), "origin": report_origin()}
+    write_report(folder, text, about | {"cells": list(_numbers(found)), "costs": costs})
+    write_csv(folder / "accuracies.csv", _accuracies(cells, root))
+    _draw(recipe, found, folder)
     return text
 
 
-def _draw(recipe: Recipe, comparisons: Mapping[Group, Comparison], folder: Path) -> None:
-    labels = {group: ", ".join(filter(None, group)) for group in comparisons}
+def _accuracies(cells: Sequence[Cell], root: Path) -> Iterator[list[Any]]:
+    """Every one there is, a row for each corruption and severity."""
+    yield ["networks", "variant", "method", "seed", "corruption", "severity", "accuracy"]
+    for cell in cells:
+        score = cell.scores["score"].result(root)
+        if score is not None:
+            key = cell.networks, cell.variant, cell.method, cell.seed
+            yield [*key, "none", 0, score["clean"]]
+            for name, accuracies in score["corrupted"].items():
+                yield from ([*key, name, s, a] for s, a in enumerate(accuracies, start=1))
+
+
+def _draw(recipe: VisionRecipe, comparisons: Mapping[Group, Comparison], folder: Path) -> None:
+    labels = {group: named(*group) for group in comparisons}
     groups = {labels[group]: comparison for group, comparison in comparisons.items() if comparison.gap}
     shares = {
         labels[group]: {METHODS[m].title: share for m, share in recipe.networks[group[0]].paper_pgr.items()}
@@ -232,7 +192,7 @@ def _numbers(comparisons: Mapping[Group, Comparison]) -> list[dict[str, Any]]:
     rows = []
     for (networks, variant), comparison in comparisons.items():
         for title in comparison.methods:
-            for outcome, recovered in zip(comparison.of(title), comparison.recovered(title, pooled=True), strict=True):
+            for outcome, recovered in zip(comparison.of(title), comparison.recovered(title), strict=True):
                 rows.append(
                     {
                         "networks": networks,

@@ -1,22 +1,18 @@
 """Which teacher to take for a student: three properties of its features that can be had before any transfer.
 
-    teachers = {"cnn": Teacher(cnn, "block3"), "resnet": Teacher(resnet, "layer3")}
-    ranking = rank_teachers(teachers, student, "layer3", data)
-    ranking.rows[0].name                # the one to try first
-
 After BIRD (Pogoncheff and Beyeler, ICLR 2026), who name the properties and find that over 432 pairs a linear model of
-the three (`regress`) explains 74 to 86 % of the variance of the robust accuracy after the transfer, behavioural
-relevance alone over half of it. What exactly they computed is not published; the definitions here are this project's.
+the three (`bird.lab.vision.regression`) explains 74 to 86 % of the variance of the robust accuracy after the transfer,
+behavioural relevance alone over half of it. What exactly they computed is not published; the definitions here are this
+project's.
 
 Test images are not looked at: probes are trained on training images, and everything is measured on validation images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,110 +22,20 @@ from torch import nn
 from ...teachers import Teacher
 from .corruptions import SEVERITIES, TEACHER_CORRUPTIONS
 from .data import Splits
-from .extraction import Array, Extractor, Layer, student_layer, teacher_layer
-from .regression import PREDICTORS, Fit, Properties, Regression, Row, regress
-
-__all__ = [
-    "PREDICTORS",
-    "Fit",
-    "Properties",
-    "Ranking",
-    "Regression",
-    "Row",
-    "probe",
-    "properties",
-    "rank_teachers",
-    "regress",
-    "robust_usefulness",
-]
+from .extraction import Array, Extractor, student_layer, teacher_layer
+from .regression import Properties
 
 PROBE_C = 1.0  # scikit-learn's default, good enough to compare teachers with
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """Teachers for one student, the most promising first.
+class Measured(NamedTuple):
+    """A teacher's properties, and the accuracy of a probe on the student's own features, a share of 1."""
 
-    Args:
-        rows: one per teacher.
-        scores: by name: what they are ordered by.
-        by: what that is: a property's name, or ``"prediction"``.
-        student_probe_accuracy: of the student's own features, a share of 1.
-    """
-
-    rows: tuple[Row, ...]
-    scores: Mapping[str, float]
-    by: str
+    properties: Properties
     student_probe_accuracy: float
 
 
-def rank_teachers(
-    teachers: Mapping[str, Teacher],
-    student: nn.Module,
-    layer: str,
-    data: Splits,
-    *,
-    corruptions: Sequence[str] = TEACHER_CORRUPTIONS,
-    severities: Sequence[int] = SEVERITIES,
-    by: str | Regression = "usefulness_min",
-    accuracies: Mapping[str, float] | None = None,
-    seed: int = 0,
-    batch_size: int = 500,
-    device: torch.device | str | None = None,
-    cache: Path | None = None,
-    progress: bool | None = None,
-) -> Ranking:
-    """Order teachers by what their features promise for a student; each runs over the images once.
-
-    Args:
-        teachers: by name, each tapping the one layer that would guide. The same network may stand there several times,
-            with several layers.
-        student: any network on the student's images; given back in the modes and on the device it had.
-        layer: the layer that would be guided, pooled over space; its features are the student's own.
-        data: the student's: clean images, at least two classes.
-        corruptions: the behaviour that the transfer is for. Not those that students are finally scored on: these are
-            to be unseen till then.
-        severities: 1 to 5.
-        by: a property, or a regression over earlier transfers, whose prediction then counts. The paper's strongest
-            single predictor is the default.
-        accuracies: robust accuracy after the transfer, shares of 1, of the teachers that were tried: for tables,
-            pictures and `regress`; it does not change the order.
-        seed: of the corruptions.
-        batch_size: images at a time.
-        device: where networks run, see `bird.lab.vision.extraction.Extractor`; None: each where it is.
-        cache: a folder that keeps features, see there; None: nothing is kept.
-        progress: show a bar for each network; None to show it on a terminal only.
-
-    Returns:
-        Teachers in falling order; those with equal scores in the order given.
-
-    Raises:
-        ValueError: no teachers, a teacher that taps several layers or whose features do not vary, fewer than two
-            classes in the training or the validation images, an unknown property or corruption, an accuracy of a
-            teacher that is not there.
-        ImportError: scikit-learn is missing.
-    """
-    if not teachers:
-        raise ValueError("there are no teachers to rank")
-    if isinstance(by, str) and by not in Properties.__dataclass_fields__:
-        raise ValueError(f"by must be one of {', '.join(Properties.__dataclass_fields__)}, or a Regression, not {by!r}")
-    accuracies = accuracies or {}
-    if unknown := sorted(set(accuracies) - set(teachers)):
-        raise ValueError(f"there are accuracies of {unknown}, but no such teachers")
-    extractor = Extractor(corruptions, severities, seed, batch_size, device, cache, progress)
-    layers = {name: teacher_layer(teacher) for name, teacher in teachers.items()}
-    right = _student_right(student, layer, data, extractor)
-    rows = [
-        Row(name, _measure(name, own, right, data, extractor), accuracies.get(name)) for name, own in layers.items()
-    ]
-    scores = {
-        row.name: getattr(row.properties, by) if isinstance(by, str) else by.predict(row.properties) for row in rows
-    }
-    rows.sort(key=lambda row: scores[row.name], reverse=True)
-    return Ranking(tuple(rows), scores, by if isinstance(by, str) else "prediction", float(right.mean()))
-
-
-def properties(
+def measure_teacher(
     teacher: Teacher,
     student: nn.Module,
     layer: str,
@@ -142,18 +48,52 @@ def properties(
     device: torch.device | str | None = None,
     cache: Path | None = None,
     progress: bool | None = None,
-) -> Properties:
-    """The properties of one teacher for one student; arguments and errors as for `rank_teachers`.
+) -> Measured:
+    """The properties of a teacher for a student, from one pass over the images for each network.
 
     *Probe accuracy*: of `probe` on the teacher's features. *Complementary knowledge*: the share of validation images
     that this probe gets right and the same probe on the student's features gets wrong. *Usefulness*: the mean of
     `robust_usefulness` over the features that vary, with the minimum over all versions of an image (each corruption at
     each severity, and the clean image) and with the mean over them. Features that do not vary are left out: the minimum
     over many corruptions is below 0 even for good teachers, and with zeros the dead would look better than they.
+
+    Args:
+        teacher: taps the one layer that would guide.
+        student: any network on the student's images; given back in the modes and on the device it had.
+        layer: the layer that would be guided, pooled over space; its features are the student's own.
+        data: the student's: clean images, at least two classes.
+        corruptions: the behaviour that the transfer is for. Not those that students are finally scored on: these are
+            to be unseen till then.
+        severities: 1 to 5.
+        seed: of the corruptions.
+        batch_size: images at a time.
+        device: where networks run, see `bird.lab.vision.extraction.Extractor`; None: each where it is.
+        cache: a folder that keeps features, see there; None: nothing is kept.
+        progress: show a bar for each network; None to show it on a terminal only.
+
+    Raises:
+        ValueError: a teacher that taps several layers or whose features do not vary, fewer than two classes in the
+            training or the validation images, an unknown corruption.
+        ImportError: scikit-learn is missing.
     """
     extractor = Extractor(corruptions, severities, seed, batch_size, device, cache, progress)
     own = teacher_layer(teacher)
-    return _measure("teacher", own, _student_right(student, layer, data, extractor), data, extractor)
+    student_right = _student_right(student, layer, data, extractor)
+    train = extractor.clean(own, data.train, label="teacher: training images")
+    views = extractor.views(own, data.validation, label="teacher: validation images")
+    labels = data.validation.labels.cpu().numpy()
+    worst = robust_usefulness(views.clean, views.lowest, views.highest, labels)
+    mean = robust_usefulness(views.clean, views.mean, views.mean, labels)
+    if np.isnan(worst).all():
+        raise ValueError(f"no feature of the teacher's layer {own.name!r} varies over the validation images")
+    right = _right(train, views.clean, data)
+    properties = Properties(
+        probe_accuracy=float(right.mean()),
+        complementary_knowledge=float((right & ~student_right).mean()),
+        usefulness_min=float(np.nanmean(worst)),
+        usefulness_mean=float(np.nanmean(mean)),
+    )
+    return Measured(properties, float(student_right.mean()))
 
 
 def probe(
@@ -246,22 +186,3 @@ def _student_right(student: nn.Module, layer: str, data: Splits, extractor: Extr
 
 def _right(train: Array, held_out: Array, data: Splits) -> NDArray[np.bool_]:
     return probe(train, data.train.labels.cpu().numpy(), held_out) == data.validation.labels.cpu().numpy()
-
-
-def _measure(
-    name: str, layer: Layer, student_right: NDArray[np.bool_], data: Splits, extractor: Extractor
-) -> Properties:
-    train = extractor.clean(layer, data.train, label=f"{name}: training images")
-    views = extractor.views(layer, data.validation, label=f"{name}: validation images")
-    labels = data.validation.labels.cpu().numpy()
-    worst = robust_usefulness(views.clean, views.lowest, views.highest, labels)
-    mean = robust_usefulness(views.clean, views.mean, views.mean, labels)
-    if np.isnan(worst).all():
-        raise ValueError(f"{name}: no feature of layer {layer.name!r} varies over the validation images")
-    right = _right(train, views.clean, data)
-    return Properties(
-        probe_accuracy=float(right.mean()),
-        complementary_knowledge=float((right & ~student_right).mean()),
-        usefulness_min=float(np.nanmean(worst)),
-        usefulness_mean=float(np.nanmean(mean)),
-    )

@@ -15,7 +15,7 @@ from ...chunks import chunked_backward
 from ...losses import BirdLoss, Hints, LwF
 from ...taps import Taps
 from ...teachers import Teacher
-from .checkpoints import MIN_BATCH, Run, Settings
+from .checkpoints import MIN_BATCH, Settings, TrainingRun
 from .data import Images, to_float
 
 # augment(x, index, epoch): images [n, c, h, w] in 0-1, which samples they are (int64 [n]), and which epoch it
@@ -38,16 +38,15 @@ class Guide:
     loss: BirdLoss | Hints | LwF
 
 
-def steps_per_epoch(samples: int, batch_size: int, world: int = 1) -> int:
-    """Batches in one pass over the data; a last one of fewer than `MIN_BATCH` samples a process does not count.
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    """Batches in one pass over the data; a last one of fewer than `MIN_BATCH` samples does not count.
 
     Raises:
         ValueError: there are none.
     """
-    steps = samples // batch_size + (samples % batch_size // world >= MIN_BATCH)
+    steps = samples // batch_size + (samples % batch_size >= MIN_BATCH)
     if steps == 0:
-        needed, sharers = min(batch_size, MIN_BATCH * world), "" if world == 1 else f" for {world} processes"
-        raise ValueError(f"training needs at least {needed} samples{sharers}, not {samples}")
+        raise ValueError(f"training needs at least {MIN_BATCH} samples, not {samples}")
     return steps
 
 
@@ -63,30 +62,19 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 class Batches:
-    """The batches of a run, step by step, or one process's equal share of them; the data is on the device, whole.
+    """The batches of a run, step by step; the data is on the device, whole.
 
     Raises:
-        ValueError: fewer than `MIN_BATCH` samples a process, a negative label, a batch that cannot be shared equally.
+        ValueError: fewer than `MIN_BATCH` samples, a negative label.
     """
 
-    def __init__(
-        self,
-        train: Images,
-        settings: Settings,
-        augment: Augment | None,
-        device: torch.device,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self.per_epoch = steps_per_epoch(len(train), settings.batch_size, world)
+    def __init__(self, train: Images, settings: Settings, augment: Augment | None, device: torch.device) -> None:
+        self.per_epoch = steps_per_epoch(len(train), settings.batch_size)
         lowest, highest = torch.stack(train.labels.aminmax()).tolist()
         if lowest < 0:
             raise ValueError(f"labels are numbers from 0, but the training set has {lowest}")
         self.classes = highest + 1  # as far as these data tell
         self.train, self.settings, self.augment = train.to(device), settings, augment
-        if settings.batch_size % world:
-            raise ValueError(f"batch_size {settings.batch_size} cannot be shared equally by {world} processes")
-        self.rank, self.world = rank, world
         self._order, self._epoch = torch.empty(0), -1
 
     def at(self, step: int) -> Chunks:
@@ -96,9 +84,7 @@ class Batches:
             order = epoch_order(len(self.train), self.settings.seed, epoch)
             self._order, self._epoch = order.to(self.train.images.device), epoch
         size = self.settings.batch_size
-        index = self._order[batch * size : (batch + 1) * size]
-        share = len(index) // self.world  # of the last batch of an epoch, what is left over is left out
-        return Chunks(self, index[self.rank : share * self.world : self.world], epoch)
+        return Chunks(self, self._order[batch * size : (batch + 1) * size], epoch)
 
 
 class Chunks(Sequence[tuple[Tensor, Tensor]]):
@@ -120,7 +106,7 @@ class Chunks(Sequence[tuple[Tensor, Tensor]]):
         return x.contiguous(memory_format=self.batches.settings.memory_format), labels
 
 
-def take_step(run: Run, guide: Guide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
+def take_step(run: TrainingRun, guide: Guide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
     """Train on one batch; returns its loss, accuracy and the guide's terms, 0-d and detached, on the device."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -131,8 +117,8 @@ def take_step(run: Run, guide: Guide | None, chunks: Chunks, lr: float) -> dict[
     return terms
 
 
-def _backward(run: Run, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor]:
-    model, means = run.model, dict[str, Tensor]()
+def _backward(run: TrainingRun, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor]:
+    model, means = run.modules["model"], dict[str, Tensor]()
 
     def note(share: float, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
@@ -172,7 +158,7 @@ def _backward(run: Run, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor
         with run.autocast:
             share, loss = forward(chunk)
             if guide is not None:
-                loss = run.guide_loss(loss, guide.teacher(chunk[0]), guide.taps.pop())
+                loss = guide.loss(loss, guide.teacher(chunk[0]), guide.taps.pop())
         run.scaler.scale(share * loss).backward()
         note(share, {"loss": loss.detach()} | (guide.loss.last if guide is not None else {}))
     return {"loss": means.pop("loss")} | means

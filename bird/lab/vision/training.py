@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,10 @@ from tqdm import tqdm
 
 from ...files import write_json
 from ...losses import BirdLoss
-from .checkpoints import History, Run, Settings
+from .checkpoints import History, Settings, TrainingRun
 from .data import Images
 from .freezing import train_only
 from .steps import Augment, Batches, Guide, learning_rate, place, take_step
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["Augment", "Guide", "fit"]
 
@@ -44,13 +41,11 @@ def fit(
     resume: bool = False,
     label: str = "training",
     progress: bool | None = None,
-    group: ProcessGroup | None = None,
 ) -> History:
     """Train ``model`` in place; at the end it is on the device and holds the weights of the last step.
 
     A run that is resumed ends with bitwise the weights of one that was never interrupted, on the same machine
-    with the same number of threads (on a GPU: as far as PyTorch's own kernels are deterministic), and by as many
-    processes.
+    with the same number of threads (on a GPU: as far as PyTorch's own kernels are deterministic).
 
     With ``settings.compile`` taps must have been made before; by then they are, in ``guide``.
 
@@ -73,23 +68,16 @@ def fit(
         resume: go on from ``last.pt`` if the folder has one.
         label: the progress bar's title.
         progress: show the bar; None to show it on a terminal only.
-        group: processes that call this together, ``torch.distributed.group.WORLD`` under torchrun: each takes an equal
-            share of every batch, gradients are averaged (DDP), and the first process writes the folder, which all of
-            them must see. A last batch whose shares would have fewer than `MIN_BATCH` samples is left out of its epoch.
-            For the loss of all rows at once give `BirdLoss` the same group. Batch normalisation takes its statistics
-            from each share; convert it to ``SyncBatchNorm`` before, if they are small.
 
     Raises:
         FileExistsError: the folder has a checkpoint, and ``resume`` is off.
         ValueError: the checkpoint cannot be read, or comes from other settings or data; fewer than `MIN_BATCH`
-            samples a process; a batch size that ``group`` cannot share equally; labels that the model has no logits
-            for; an unknown layer in ``trained``, or nothing to train.
+            samples; labels that the model has no logits for; an unknown layer in ``trained``, or nothing to train.
         FloatingPointError: the loss or the weights are no longer finite; ``last.pt`` is from before.
     """
     device = torch.device(device)
-    rank, world = (0, 1) if group is None else (group.rank(), group.size())
-    torch.manual_seed(settings.seed + 1_000_003 * rank)  # or the dropout masks of all processes would be alike
-    batches = Batches(train, settings, augment, device, rank, world)
+    torch.manual_seed(settings.seed)
+    batches = Batches(train, settings, augment, device)
     modules = nn.ModuleDict({"model": place(model, device, settings)})
     if guide is not None:
         place(guide.teacher, device, settings)
@@ -97,24 +85,24 @@ def fit(
     if settings.compile:
         model.compile()
     with train_only(model, trained) as to_train:
-        run = Run(modules, settings, len(train), device, folder, trained=trained, to_train=to_train, group=group)
+        run = TrainingRun(modules, settings, len(train), device, folder, trained=trained, to_train=to_train)
         done = run.restore(resume)
         to_train()
-        hidden = True if rank else None if progress is None else not progress
+        hidden = None if progress is None else not progress
         with tqdm(total=settings.steps, initial=done, desc=label, leave=False, disable=hidden) as bar:
             _loop(run, guide, batches, done, validate, bar)
     return run.history
 
 
 def _loop(
-    run: Run,
+    run: TrainingRun,
     guide: Guide | None,
     batches: Batches,
     done: int,
     validate: Callable[[nn.Module], float] | None,
     bar: Any,
 ) -> None:
-    settings, writer = batches.settings, _tensorboard(run.folder if run.writes else None, done)
+    settings, writer = batches.settings, _tensorboard(run.folder, done)
     losses: list[Tensor] = []  # of each step since the last report: which one was the first that is not finite?
     totals: dict[str, Tensor] = {}
     clock = time.perf_counter()
@@ -144,12 +132,12 @@ def _loop(
         writer.close()
 
 
-def _note_shapes(run: Run, guide: Guide | None) -> None:
+def _note_shapes(run: TrainingRun, guide: Guide | None) -> None:
     """``shapes.json`` beside the checkpoint: sizes and dtype of every alignment, which `bird tune --from-run` reads.
 
     Batches in chunks are sums that merge, and have none.
     """
-    if run.folder is None or not run.writes or guide is None:
+    if run.folder is None or guide is None:
         return
     if isinstance(guide.loss, BirdLoss) and guide.loss.shapes:
         write_json(sorted(guide.loss.shapes), run.folder / "shapes.json")

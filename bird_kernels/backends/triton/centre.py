@@ -24,7 +24,7 @@ def counts(mask, rows, n, MASKED: tl.constexpr):
 
 
 @triton.jit
-def row_count(mask, n, MASKED: tl.constexpr, WIDTH: tl.constexpr):
+def rows_counted(mask, n, MASKED: tl.constexpr, WIDTH: tl.constexpr):
     """The number of rows that count, fp64."""
     if MASKED:
         kept = tl.zeros([WIDTH], tl.float64)
@@ -58,28 +58,39 @@ def scale_of(peak):
 
 
 @triton.jit
-def scale_of_all(peaks, begin, end, WIDTH: tl.constexpr):
-    """The scale of the largest of the peaks begin..end."""
+def largest_of(peaks, begin, end, WIDTH: tl.constexpr):
+    """The largest of the peaks begin..end, which are not negative."""
     peak = tl.zeros([WIDTH], tl.float32)
     for start in range(begin, end, WIDTH):
         places = start + tl.arange(0, WIDTH)
         peak = tl.maximum(peak, tl.load(peaks + places, mask=places < end, other=0.0))
-    return scale_of(tl.max(peak, 0))
+    return tl.max(peak, 0)
 
 
 @triton.jit
-def dealt(counted, before, SLOTS: tl.constexpr):
-    """Which of SLOTS rows each slot takes, whether it takes one, and how many rows counted so far.
+def _sampled(index, every):
+    """One row of every ``every``, at another place in each stretch."""
+    return index * every + ((index.to(tl.uint32) * 2654435761) >> 16).to(tl.int32) % every
 
-    ``counted`` [SLOTS] are those of the rows that count, ``before`` is how many did earlier. The row that counts as the
-    r-th of all goes into slot r mod SLOTS: the slots, and groups of them, fill evenly, whatever the period of a mask.
+
+@triton.jit
+def dealt(mask, start, before, every, samples, n, MASKED: tl.constexpr, SLOTS: tl.constexpr):
+    """Which rows SLOTS slots take of the sampled ones from the ``start``-th on, whether they take one, and ``before``.
+
+    One row of every ``every`` is sampled. The one that counts as the r-th of all goes into slot r mod SLOTS: the slots,
+    and groups of them, fill evenly, whatever the period of a mask. ``before`` is how many counted so far.
     """
     slots = tl.arange(0, SLOTS)
-    ones = counted.to(tl.int32)
-    rank = before + tl.cumsum(ones, 0) - ones
-    takes = counted[:, None] & ((rank % SLOTS)[:, None] == slots[None, :])
-    row = tl.sum(tl.where(takes, slots[:, None], 0), 0)
-    return row, tl.sum(takes.to(tl.int32), 0) > 0, before + tl.sum(ones, 0)
+    rows = _sampled(start + slots, every)
+    counted = (start + slots < samples) & counts(mask, rows, n, MASKED)
+    if MASKED:
+        ones = counted.to(tl.int32)
+        rank = before + tl.cumsum(ones, 0) - ones
+        takes = counted[:, None] & ((rank % SLOTS)[:, None] == slots[None, :])
+        rows = _sampled(start + tl.sum(tl.where(takes, slots[:, None], 0), 0), every)
+        counted = tl.sum(takes.to(tl.int32), 0) > 0
+        before += tl.sum(ones, 0)
+    return rows, counted, before
 
 
 @triton.jit
@@ -101,7 +112,7 @@ def median_of_means(sums, numbers, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BL
 
 
 @triton.jit
-def locate(
+def store_location(
     x,  # [n, d], dense
     mask,  # bytes [n]
     location,  # out, fp32 [2, d]: high and low part
@@ -120,11 +131,7 @@ def locate(
     high = tl.full([SLOTS, BLOCK], float("-inf"), tl.float32)
     before = 0
     for start in range(0, n, SLOTS):
-        rows = start + tl.arange(0, SLOTS)
-        counted = counts(mask, rows, n, MASKED)
-        if MASKED:
-            row, counted, before = dealt(counted, before, SLOTS)
-            rows = start + row
+        rows, counted, before = dealt(mask, start, before, 1, n, n, MASKED, SLOTS)
         inside = counted[:, None] & there[None, :]
         tile = tl.load(x + rows.to(tl.int64)[:, None] * d + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         total += tile.to(tl.float64)

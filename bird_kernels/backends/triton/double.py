@@ -13,105 +13,109 @@ import triton
 import triton.language as tl
 
 from .centre import counts
-from .reduce import WIDTH, arrive, finish, sizes_of
+from .reduce import ROOM_K, ROOM_L, ROWS, SUM_K, SUM_L, arrive, finish, sizes_of, sum_slots
 
-ROW_BLOCK, COLUMN_BLOCK = 8, 256  # of the two matrices, that a program reads at a time where there is no product
+HEIGHT, LENGTH = 8, 256  # of the part of a matrix that a program reads at a time where there is no product
 
 
 @triton.jit
-def store_shifts(sums, parts, shifts, count, n, UNBIASED: tl.constexpr):
-    """Row sums [parts, n] of other programs -> shifts [n], both fp64; ``count`` rows count, fp64."""
+def store_totals(coefficients, slots, programs, UNBIASED: tl.constexpr):
+    """What the row sums' programs left in slots [2, 3, programs]: the total of K, its trace, the squares of that."""
+    for side in tl.static_range(2):
+        own = slots + 3 * side * programs
+        tl.store(coefficients + SUM_K + side, sum_slots(own, 0, programs))
+        room = sum_slots(own, 1, programs)
+        room *= room
+        if UNBIASED:
+            room -= sum_slots(own, 2, programs)
+        # The product of two rows is off by eps of their norms' product; over all pairs of rows, squared.
+        tl.store(coefficients + ROOM_K + side, room)
+
+
+@triton.jit
+def centring_of(coefficients, UNBIASED: tl.constexpr):
+    """What makes shifts of row sums: s = share * r - correction; the share and the corrections of K and L, fp64."""
+    n = tl.load(coefficients + ROWS)
+    share, half = 1.0 / n, 0.5 / (n * n)
     if UNBIASED:
-        count = tl.where(count >= 4.0, count, 4.0)  # the value is NaN then
-        share = 1.0 / (count - 2.0)
-        rest = 0.5 / ((count - 1.0) * (count - 2.0))
-    else:
-        share = 1.0 / count
-        rest = 0.5 / (count * count)
-    total = tl.zeros([WIDTH], tl.float64)
-    for start in range(0, n, WIDTH):
-        rows = start + tl.arange(0, WIDTH)
-        row_sums = tl.zeros([WIDTH], tl.float64)
-        for part in range(0, parts):
-            row_sums += tl.load(sums + part * n + rows, mask=rows < n, other=0.0, cache_modifier=".cg")
-        total += row_sums
-        tl.store(shifts + rows, row_sums * share, mask=rows < n)
-    correction = tl.sum(total, 0) * rest
-    for start in range(0, n, WIDTH):  # each thread reads back what it wrote
-        rows = start + tl.arange(0, WIDTH)
-        own = tl.load(shifts + rows, mask=rows < n, other=0.0)
-        tl.store(shifts + rows, own - correction, mask=rows < n)
+        share, half = 1.0 / (n - 2.0), 0.5 / ((n - 1.0) * (n - 2.0))
+    return share, half * tl.load(coefficients + SUM_K), half * tl.load(coefficients + SUM_L)
 
 
 @triton.jit
-def both_shifts(shifts, rows, n, side, inner_other, inner_own):
-    """inner_other * (the other side's shifts) + inner_own * (one's own), of shifts [2, n]; fp32."""
-    own = tl.load(shifts + side * n + rows, mask=rows < n, other=0.0).to(tl.float32)
-    other = tl.load(shifts + (1 - side) * n + rows, mask=rows < n, other=0.0).to(tl.float32)
-    return other * inner_other + own * inner_own
+def shifts_of(rows, centring, index, side, n):
+    """The shifts of these rows of K (``side`` 1: of L), whose row sums are in ``rows`` [2, n]; fp32."""
+    sums = tl.load(rows + side * n + index, mask=index < n, other=0.0)
+    return (sums * centring[0] - tl.where(side == 0, centring[1], centring[2])).to(tl.float32)
+
+
+@triton.jit
+def mixed_centring_of(coefficients, side, a, b, UNBIASED: tl.constexpr):
+    """The same of a L + b K (``side`` 1: a K + b L): what row sums of either are multiplied by, and the correction."""
+    share, k, l = centring_of(coefficients, UNBIASED)
+    return share * a, share * b, tl.where(side == 0, l, k) * a + tl.where(side == 0, k, l) * b
+
+
+@triton.jit
+def mixed_shifts_of(rows, centring, index, side, n):
+    """The shifts of these rows of a L + b K (``side`` 1: a K + b L); fp32."""
+    other = tl.load(rows + (1 - side) * n + index, mask=index < n, other=0.0)
+    own = tl.load(rows + side * n + index, mask=index < n, other=0.0)
+    return (other * centring[0] + own * centring[1] - centring[2]).to(tl.float32)
 
 
 @triton.jit
 def moments_kernel(
-    matrices,  # fp32 [pairs, 2, n, n]: K and L of each pair
-    shifts,  # fp64 [pairs, 2, n]
+    grams,  # fp32 [pairs, 2, n, n]: K and L of each pair
+    rows,  # fp64 [pairs, 2, n]: their row sums
     mask,  # bytes [n]: the rows that count
-    rooms,  # fp64 [pairs, 2]: a self-product that is rounding of it is zero
     slots,  # fp64 [pairs, 3, programs]: for the programs of a pair to meet in
     counters,  # int32 [pairs], zero
     values,  # out, fp32 [pairs]
-    coefficients,  # fp64 [pairs, NUMBERS]: scales and number of rows are there, the others are written
+    coefficients,  # fp64 [pairs, NUMBERS]: sizes, totals and rooms are there, the others are written
     n,
-    NUMBERS: tl.constexpr, MASKED: tl.constexpr, STATISTIC: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    MASKED: tl.constexpr,
+    STATISTIC: tl.constexpr,
     UNBIASED: tl.constexpr,  # the diagonal does not count
-    HEIGHT: tl.constexpr, LENGTH: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of HEIGHT rows, pairs): <Kc,Lc>, <Kc,Kc>, <Lc,Lc>, twice what is above the diagonal, and the end."""
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
+    """Grid (blocks of HEIGHT rows, pairs): <Kc,Lc>, <Kc,Kc>, <Lc,Lc>, twice what is above the diagonal, and the end.
+
+    Squares are fp64: rows that dominate have products whose squares leave fp32's range.
+    """
     block, blocks, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    k = matrices + 2 * pair.to(tl.int64) * n * n
-    l = k + n.to(tl.int64) * n
-    shifts += 2 * pair * n
-    rows = block * HEIGHT + tl.arange(0, HEIGHT)
-    counted_rows = counts(mask, rows, n, MASKED)
-    k_rows = tl.load(shifts + rows, mask=rows < n, other=0.0).to(tl.float32)
-    l_rows = tl.load(shifts + n + rows, mask=rows < n, other=0.0).to(tl.float32)
+    k = grams + 2 * pair.to(tl.int64) * n * n
+    l = k + tl.cast(n, tl.int64) * n
+    rows += 2 * pair * n
+    coefficients += pair * NUMBERS
+    i = block * HEIGHT + tl.arange(0, HEIGHT)
+    counted_i = counts(mask, i, n, MASKED)
+    centring = centring_of(coefficients, UNBIASED)
+    k_i, l_i = shifts_of(rows, centring, i, 0, n)[:, None], shifts_of(rows, centring, i, 1, n)[:, None]
     kl = tl.zeros([HEIGHT], tl.float64)
     kk = tl.zeros([HEIGHT], tl.float64)
     ll = tl.zeros([HEIGHT], tl.float64)
     for start in range(block * HEIGHT // LENGTH * LENGTH, n, LENGTH):
-        columns = start + tl.arange(0, LENGTH)
-        above = rows[:, None] < columns[None, :] if UNBIASED else rows[:, None] <= columns[None, :]
-        inside = (rows < n)[:, None] & (columns < n)[None, :]
-        counted = counted_rows[:, None] & counts(mask, columns, n, MASKED)[None, :] & above
-        offsets = rows.to(tl.int64)[:, None] * n + columns[None, :]
-        k_columns = tl.load(shifts + columns, mask=columns < n, other=0.0).to(tl.float32)
-        l_columns = tl.load(shifts + n + columns, mask=columns < n, other=0.0).to(tl.float32)
-        k_tile = tl.load(k + offsets, mask=inside, other=0.0) - k_rows[:, None] - k_columns[None, :]
-        l_tile = tl.load(l + offsets, mask=inside, other=0.0) - l_rows[:, None] - l_columns[None, :]
-        once = tl.where(rows[:, None] == columns[None, :], 0.5, 1.0)
-        k_tile, l_tile = tl.where(counted, k_tile, 0.0), tl.where(counted, l_tile, 0.0)
-        kl += tl.sum(k_tile * l_tile * once, 1).to(tl.float64)
-        kk += tl.sum(k_tile * k_tile * once, 1).to(tl.float64)
-        ll += tl.sum(l_tile * l_tile * once, 1).to(tl.float64)
+        j = start + tl.arange(0, LENGTH)
+        above = i[:, None] < j[None, :] if UNBIASED else i[:, None] <= j[None, :]
+        counted = counted_i[:, None] & counts(mask, j, n, MASKED)[None, :] & above
+        offsets = i.to(tl.int64)[:, None] * n + j[None, :]
+        k_tile = tl.load(k + offsets, mask=counted, other=0.0) - k_i
+        l_tile = tl.load(l + offsets, mask=counted, other=0.0) - l_i
+        k_tile -= shifts_of(rows, centring, j, 0, n)[None, :]
+        l_tile -= shifts_of(rows, centring, j, 1, n)[None, :]
+        once = tl.where(i[:, None] == j[None, :], 0.5, 1.0)
+        k_tile = tl.where(counted, k_tile, 0.0).to(tl.float64)
+        l_tile = tl.where(counted, l_tile, 0.0).to(tl.float64)
+        kl += tl.sum(k_tile * l_tile * once, 1)
+        kk += tl.sum(k_tile * k_tile * once, 1)
+        ll += tl.sum(l_tile * l_tile * once, 1)
     slots += 3 * pair * blocks
     tl.store(slots + 0 * blocks + block, 2.0 * tl.sum(kl, 0))
     tl.store(slots + 1 * blocks + block, 2.0 * tl.sum(kk, 0))
     tl.store(slots + 2 * blocks + block, 2.0 * tl.sum(ll, 0))
     if arrive(counters + pair, blocks):
-        coefficients += pair * NUMBERS
-        scale_x, scale_y, count = sizes_of(coefficients)
-        finish(
-            slots=slots,
-            programs=blocks,
-            room_k=tl.load(rooms + 2 * pair),
-            room_l=tl.load(rooms + 2 * pair + 1),
-            sum_k=0.0,
-            sum_l=0.0,
-            scale_x=scale_x,
-            scale_y=scale_y,
-            n=count,
-            value=values + pair,
-            coefficients=coefficients,
-            STATISTIC=STATISTIC,
-            UNBIASED=UNBIASED,
-        )
+        rooms = tl.load(coefficients + ROOM_K), tl.load(coefficients + ROOM_L)
+        finish(slots, blocks, coefficients, values + pair, sizes_of(coefficients), rooms, STATISTIC, UNBIASED)

@@ -1,9 +1,7 @@
 r"""What follows the library's products of shifted operands: centring of the small results, moments, weights.
 
-The programs of a finishing launch centre their tiles, leave their shares of the moments in fp64 slots, and the last one
-to arrive combines them (`reduce`). Products of features are centred in fp64 (cross); Gram matrices are centred in fp32,
-by shifts that fp64 made of their row sums. Tiles are squared in fp64 all the same: rows that dominate have products
-whose squares leave fp32's range.
+Products of features (cross) are centred and squared in fp64: the programs leave their shares of the moments in slots,
+and the last one to arrive combines them (`reduce`). Of Gram matrices the rows are summed here, and `double` goes on.
 """
 
 from __future__ import annotations
@@ -12,8 +10,9 @@ import triton
 import triton.language as tl
 
 from .centre import counts
-from .reduce import D_KK, D_KL, KL, LL, SCALE_X, SUM_K, SUM_L, arrive, finish, sizes_of, sum_slots, upper_tile
-from .shift import round_tf32
+from .double import mixed_centring_of, mixed_shifts_of, store_totals
+from .reduce import KK, KL, ROWS, arrive, finish, store_sizes, sum_slots, weights_of
+from .shift import padded_width, rounded
 
 
 @triton.jit
@@ -25,15 +24,14 @@ def _column_sums(sums, columns, width, shares):
 
 
 @triton.jit
-def _row_count(sums, width, shares):
-    """How many rows count: the sum of the ones in the last eight columns, fp64."""
-    return tl.sum(_column_sums(sums, width - 8 + tl.arange(0, 1), width, shares), 0)
+def _sizes(sums, scales, width, shares):
+    """Scales of x and y, and how many rows count: the sum of the ones in the last eight columns; fp64."""
+    n = tl.sum(_column_sums(sums, width - 8 + tl.arange(0, 1), width, shares), 0)
+    return tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64), n
 
 
 @triton.jit
-def _centred(
-    products, sums, rows, columns, right, height, width, shares, total, n, parts, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _centred(products, sums, rows, columns, right, height, width, shares, total, n, parts, BLOCK: tl.constexpr):
     """A tile of the sum of products [parts, height, width], raw and minus (column sums of z)^2 / n; fp64.
 
     ``right``: which columns of z the tile's columns are.
@@ -43,7 +41,7 @@ def _centred(
     raw = tl.zeros([BLOCK, BLOCK], tl.float64)
     for _ in range(0, parts):
         raw += tl.load(products + offsets, mask=inside, other=0.0).to(tl.float64)
-        products += height.to(tl.int64) * width
+        products += tl.cast(height, tl.int64) * width
     left = _column_sums(sums, rows, total, shares)
     mean = _column_sums(sums, right, total, shares) / n
     return raw, tl.where(inside, raw - left[:, None] * mean[None, :], 0.0), left, inside, offsets
@@ -59,20 +57,25 @@ def cross_finish_kernel(
     b,  # out (STORE_B), fp32 [qa, qa]
     means,  # out, fp32 [qa + pa]: of the columns of z
     slots,  # fp64 [5, programs]
-    counter,  # 0 before and after
+    counters,  # int32 [1], 0
     value,  # out, fp32, 0-d
-    coefficients,  # out, fp64 [11]
-    pa, qa, parts, shares,
-    tiles_x, tiles_y,  # tiles in a row of [C; A], and of B
-    tiles,  # of [C; A]
+    coefficients,  # out, fp64 [COEFFICIENTS]
+    p,
+    q,
+    parts,
+    shares,
     STATISTIC: tl.constexpr,
     STORE_B: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (tiles of [C; A], then of B)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
+    pa, qa = padded_width(p), padded_width(q)
     width = qa + pa + 8
-    n = _row_count(sums, width, shares)
+    tiles_x, tiles_y = tl.cdiv(pa, BLOCK), tl.cdiv(qa, BLOCK)
+    tiles = tl.cdiv(qa + pa, BLOCK) * tiles_x
+    sizes = _sizes(sums, scales, width, shares)
+    n = sizes[2]
     own = tl.arange(0, BLOCK)
     kl, kk, ll, trace_x, trace_y = 0.0 * n, 0.0 * n, 0.0 * n, 0.0 * n, 0.0 * n
     if program < tiles:
@@ -100,49 +103,11 @@ def cross_finish_kernel(
     tl.store(slots + 2 * programs + program, ll)
     tl.store(slots + 3 * programs + program, trace_x)
     tl.store(slots + 4 * programs + program, trace_y)
-    if arrive(counter, programs):
+    if arrive(counters, programs):
         trace_x, trace_y = sum_slots(slots, 3, programs), sum_slots(slots, 4, programs)
-        finish(
-            slots=slots,
-            programs=programs,
-            room_k=trace_x * trace_x,
-            room_l=trace_y * trace_y,
-            sum_k=0.0,
-            sum_l=0.0,
-            scale_x=tl.load(scales),
-            scale_y=tl.load(scales + 1),
-            n=n,
-            value=value,
-            coefficients=coefficients,
-            STATISTIC=STATISTIC,
-            UNBIASED=False,
-        )
-
-
-@triton.jit
-def _weights(coefficients, grad, side, size, goal, NEAR: tl.constexpr):
-    """What the other side's matrix is multiplied by, what one's own, and the whole result afterwards; fp64.
-
-    NEAR (fp16): the matrix that is rounded is brought to the size ``goal``, from ``size`` of the other side's.
-    """
-    cross = 2.0 * tl.load(coefficients + D_KL)
-    own = 4.0 * tl.load(coefficients + D_KK + side)
-    factor = tl.load(coefficients + SCALE_X + side) * tl.load(grad).to(tl.float64)
-    if NEAR:
-        size *= tl.abs(cross)
-        near = tl.where(size == 0.0, 0.0, goal / tl.where(size == 0.0, 1.0, size))
-        return cross * near, own * near, factor * size / goal
-    else:
-        return cross * factor, own * factor, 0.0 * factor
-
-
-@triton.jit
-def _rounded(x, like, TF32: tl.constexpr):
-    """fp32 as a product will see it: in the dtype of ``like``, or with tf32's ten bits."""
-    if TF32:
-        return round_tf32(x)
-    else:
-        return x.to(like.dtype.element_ty)
+        store_sizes(coefficients, sizes)
+        rooms = trace_x * trace_x, trace_y * trace_y
+        finish(slots, programs, coefficients, value, sizes, rooms, STATISTIC, False)
 
 
 @triton.jit
@@ -150,219 +115,146 @@ def cross_mix_kernel(
     ca,  # fp32 [qa + pa, pa]
     b,  # fp32 [qa, qa]
     means,  # fp32 [qa + pa]
-    coefficients,  # fp64 [11]
+    coefficients,  # fp64 [COEFFICIENTS]
     grad,  # 0-d
     w,  # out, [qa + pa + 8, pa] for dX, [.., qa] for dY: d = [z | 1 1 0 ..] w
     factor,  # out (NEAR), fp32, 0-d: what d is still to be multiplied by
-    pa, qa,
+    p,
+    q,
     SIDE: tl.constexpr,  # 0: of x, [2 d_kl C; 4 d_kk A; bias]; 1: of y, [4 d_ll B; 2 d_kl C^T; bias]
     TF32: tl.constexpr,
-    NEAR: tl.constexpr,
-    ROWS: tl.constexpr,
+    NEAR: tl.constexpr,  # fp16: w is brought near 1
+    HEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (blocks of columns of w). The bias is minus the means times w, in two numbers of w's dtype."""
-    cross, own, after = _weights(coefficients, grad, SIDE, tl.sqrt(tl.load(coefficients + KL)), 16.0, NEAR)
+    pa, qa = padded_width(p), padded_width(q)
+    outer, cross, own = weights_of(coefficients, SIDE, tl.sqrt(tl.load(coefficients + KL)) / 16.0, grad)
     if NEAR:
-        tl.store(factor, after.to(tl.float32), mask=tl.program_id(0) == 0)
+        tl.store(factor, outer.to(tl.float32), mask=tl.program_id(0) == 0)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     width = qa if SIDE else pa
-    bias = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, qa + pa, ROWS):
-        rows = start + tl.arange(0, ROWS)
+    bias = tl.zeros([HEIGHT, BLOCK], tl.float32)
+    for start in range(0, qa + pa, HEIGHT):
+        rows = start + tl.arange(0, HEIGHT)
         inside = (rows < qa + pa)[:, None] & (columns < width)[None, :]
         offsets, of_y = rows[:, None].to(tl.int64) * width + columns[None, :], (rows < qa)[:, None]
         if SIDE:
-            tile = (
-                tl.load(b + rows[:, None] * qa + columns[None, :], mask=inside & of_y, other=0.0).to(tl.float64) * own
-            )
+            tile = tl.load(b + rows[:, None] * qa + columns[None, :], mask=inside & of_y, other=0.0) * own
             turned = columns[None, :] * pa + (rows - qa)[:, None]
-            tile += tl.load(ca + turned, mask=inside & (rows >= qa)[:, None], other=0.0).to(tl.float64) * cross
+            tile += tl.load(ca + turned, mask=inside & (rows >= qa)[:, None], other=0.0) * cross
         else:
-            tile = tl.load(ca + offsets, mask=inside, other=0.0).to(tl.float64) * tl.where(of_y, cross, own)
-        tile = _rounded(tile.to(tl.float32), w, TF32)
+            tile = tl.load(ca + offsets, mask=inside, other=0.0) * tl.where(of_y, cross, own)
+        tile = rounded(tile if NEAR else (tile * outer).to(tl.float32), w, TF32)
         tl.store(w + offsets, tile, mask=inside)
         mean = tl.load(means + rows, mask=rows < qa + pa, other=0.0)
         bias -= tile.to(tl.float32) * mean[:, None]
     total = tl.sum(bias, 0)
-    high = _rounded(total, w, TF32)
-    low = _rounded(total - high.to(tl.float32), w, TF32)
+    high = rounded(total, w, TF32)
+    low = rounded(total - high.to(tl.float32), w, TF32)
     eight = tl.arange(0, 8)[:, None]
     tile = tl.where(eight == 0, high[None, :], tl.where(eight == 1, low[None, :], 0.0))
     tl.store(w + (qa + pa + eight).to(tl.int64) * width + columns[None, :], tile, mask=(columns < width)[None, :])
 
 
 @triton.jit
-def _offsets(rows, index, side, n, count, total, UNBIASED: tl.constexpr):
-    """a of a centred Gram matrix K_ij - a_i - a_j, from its row sums and their total; fp32."""
-    sums = tl.load(rows + side * n + index, mask=index < n, other=0.0).to(tl.float64)
-    if UNBIASED:
-        return ((sums - 0.5 * total / (count - 1.0)) / (count - 2.0)).to(tl.float32)
-    else:
-        return ((sums - 0.5 * total / count) / count).to(tl.float32)
-
-
-@triton.jit
-def _pairs(mask, i, j, n, MASKED: tl.constexpr, UNBIASED: tl.constexpr):
-    """Which entries of a Gram matrix there are, and which of them count."""
-    inside = (i < n)[:, None] & (j < n)[None, :]
-    keep = counts(mask, i, n, MASKED)[:, None] & counts(mask, j, n, MASKED)[None, :]
-    if UNBIASED:
-        keep = keep & (i[:, None] != j[None, :])
-    return inside, keep
-
-
-@triton.jit
-def _sum_rows(
-    gram, rows, slots, block, blocks, n, UNBIASED: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """Row sums of a Gram matrix; their total, the trace and the diagonal's sum of squares into slots [3, blocks]."""
-    i = block * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros([ROWS, STEP], tl.float32)
-    for start in range(0, n, STEP):
-        j = start + tl.arange(0, STEP)
-        _, keep = _pairs(gram, i, j, n, False, UNBIASED)
-        total += tl.load(gram + i[:, None].to(tl.int64) * n + j[None, :], mask=keep, other=0.0)
-    sums = tl.sum(total, 1)
-    tl.store(rows + i, sums, mask=i < n)
-    diagonal = tl.load(gram + i.to(tl.int64) * (n + 1), mask=i < n, other=0.0).to(tl.float64)
-    tl.store(slots + block, tl.sum(sums.to(tl.float64), 0))
-    tl.store(slots + blocks + block, tl.sum(diagonal, 0))
-    tl.store(slots + 2 * blocks + block, tl.sum(diagonal * diagonal, 0))
-
-
-@triton.jit
 def gram_rows_kernel(
-    k,  # fp32 [n, n]
-    l,  # fp32 [n, n]
+    grams,  # fp32 [2, n, n]: K and L
     zx,  # [n + 1 or more, pa]; out: row n
     zy,  # [n + 1 or more, qa]; out: row n
     sums,  # fp32 [shares, qa + pa + 8]
-    rows,  # out, fp32 [2, n]: row sums of K and L, UNBIASED without the diagonals
-    slots,  # out, fp64 [2, 3, blocks]
-    n, pa, qa, shares, blocks,
+    scales,  # fp32 [2]
+    rows,  # out, fp64 [2, n]: row sums of K and L, UNBIASED without the diagonals
+    slots,  # fp64 [2, 3, blocks]: for the programs to meet in
+    counters,  # int32 [1], 0 before and after
+    coefficients,  # out, fp64 [COEFFICIENTS]: sizes, totals and rooms
+    n,
+    p,
+    q,
+    shares,
     UNBIASED: tl.constexpr,
     TF32: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of rows of K, of L; blocks of columns of z, whose means with a minus become row n)."""
-    program = tl.program_id(0)
-    if program < blocks:
-        _sum_rows(k, rows, slots, program, blocks, n, UNBIASED, ROWS, STEP)
-    elif program < 2 * blocks:
-        _sum_rows(l, rows + n, slots + 3 * blocks, program - blocks, blocks, n, UNBIASED, ROWS, STEP)
-    else:
-        columns = (program - 2 * blocks) * STEP + tl.arange(0, STEP)
-        width = qa + pa + 8
-        mean = _column_sums(sums, columns, width, shares) / _row_count(sums, width, shares)
-        mean = _rounded(-mean.to(tl.float32), zx, TF32)
-        start = tl.cast(n, tl.int64)
-        tl.store(zy + start * qa + columns, mean, mask=columns < qa)
-        tl.store(zx + start * pa + columns - qa, mean, mask=(columns >= qa) & (columns < qa + pa))
-
-
-@triton.jit
-def gram_finish_kernel(
-    k, l,  # fp32 [n, n]
-    mask,  # bytes [n]
-    rows,  # fp32 [2, n]
-    totals,  # fp64 [2, 3, blocks], of `gram_rows_kernel`
-    sums, scales,
-    slots,  # fp64 [3, programs]
-    counter, value, coefficients,
-    n, width, shares, blocks,
-    tiles,  # in a row
-    STATISTIC: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    MASKED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (upper tiles): moments of the centred Gram matrices, which nobody stores."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    row, column = upper_tile(program, tiles)
-    i, j = row * BLOCK + tl.arange(0, BLOCK), column * BLOCK + tl.arange(0, BLOCK)
-    count = _row_count(sums, width, shares)
-    total_k, total_l = sum_slots(totals, 0, blocks), sum_slots(totals, 3, blocks)
-    inside, keep = _pairs(mask, i, j, n, MASKED, UNBIASED)
-    offsets = i[:, None].to(tl.int64) * n + j[None, :]
-    a = tl.load(k + offsets, mask=inside, other=0.0)
-    a -= _offsets(rows, i, 0, n, count, total_k, UNBIASED)[:, None]
-    a -= _offsets(rows, j, 0, n, count, total_k, UNBIASED)[None, :]
-    b = tl.load(l + offsets, mask=inside, other=0.0)
-    b -= _offsets(rows, i, 1, n, count, total_l, UNBIASED)[:, None]
-    b -= _offsets(rows, j, 1, n, count, total_l, UNBIASED)[None, :]
-    twice = tl.where(row == column, 1.0, 2.0).to(tl.float64)
-    a, b = tl.where(keep, a, 0.0).to(tl.float64), tl.where(keep, b, 0.0).to(tl.float64)
-    tl.store(slots + program, twice * tl.sum(tl.sum(a * b, 1), 0))
-    tl.store(slots + programs + program, twice * tl.sum(tl.sum(a * a, 1), 0))
-    tl.store(slots + 2 * programs + program, twice * tl.sum(tl.sum(b * b, 1), 0))
-    if arrive(counter, programs):
-        trace_k, trace_l = sum_slots(totals, 1, blocks), sum_slots(totals, 4, blocks)
-        room_k, room_l = trace_k * trace_k, trace_l * trace_l
-        if UNBIASED:
-            room_k -= sum_slots(totals, 2, blocks)
-            room_l -= sum_slots(totals, 5, blocks)
-        finish(
-            slots=slots,
-            programs=programs,
-            room_k=room_k,
-            room_l=room_l,
-            sum_k=total_k,
-            sum_l=total_l,
-            scale_x=tl.load(scales),
-            scale_y=tl.load(scales + 1),
-            n=count,
-            value=value,
-            coefficients=coefficients,
-            STATISTIC=STATISTIC,
-            UNBIASED=UNBIASED,
-        )
+):
+    """Grid (blocks of rows of K, of L; blocks of columns of z, whose means with a minus become row n)."""
+    program, blocks = tl.program_id(0), tl.cdiv(n, HEIGHT)
+    pa, qa = padded_width(p), padded_width(q)
+    if program < 2 * blocks:
+        side, block = program // blocks, program % blocks
+        gram = grams + side.to(tl.int64) * n * n
+        i = block * HEIGHT + tl.arange(0, HEIGHT)
+        total = tl.zeros([HEIGHT, LENGTH], tl.float32)
+        for start in range(0, n, LENGTH):
+            j = start + tl.arange(0, LENGTH)
+            keep = (i < n)[:, None] & (j < n)[None, :]
+            if UNBIASED:
+                keep = keep & (i[:, None] != j[None, :])
+            total += tl.load(gram + i[:, None].to(tl.int64) * n + j[None, :], mask=keep, other=0.0)
+        own = tl.sum(total, 1).to(tl.float64)
+        tl.store(rows + side * n + i, own, mask=i < n)
+        diagonal = tl.load(gram + i.to(tl.int64) * (n + 1), mask=i < n, other=0.0).to(tl.float64)
+        shares_of = slots + 3 * side * blocks + block
+        tl.store(shares_of, tl.sum(own, 0))
+        tl.store(shares_of + blocks, tl.sum(diagonal, 0))
+        tl.store(shares_of + 2 * blocks, tl.sum(diagonal * diagonal, 0))
+    else:
+        columns = (program - 2 * blocks) * BLOCK + tl.arange(0, BLOCK)
+        mean = _column_sums(sums, columns, qa + pa + 8, shares) / _sizes(sums, scales, qa + pa + 8, shares)[2]
+        mean = rounded(-mean.to(tl.float32), zx, TF32)
+        row = tl.cast(n, tl.int64)
+        tl.store(zy + row * qa + columns, mean, mask=columns < qa)
+        tl.store(zx + row * pa + columns - qa, mean, mask=(columns >= qa) & (columns < qa + pa))
+    if arrive(counters, tl.num_programs(0)):
+        tl.store(counters, 0)
+        store_sizes(coefficients, _sizes(sums, scales, qa + pa + 8, shares))
+        store_totals(coefficients, slots, blocks, UNBIASED)
 
 
 @triton.jit
 def gram_mix_kernel(
-    own, other,  # fp32 [n, n]: K and L for dX, L and K for dY
+    grams,  # fp32 [2, n, n]
     mask,  # bytes [n]
-    rows,  # fp32 [2, n]
-    coefficients,  # fp64 [11]
+    rows,  # fp64 [2, n]
+    coefficients,  # fp64 [COEFFICIENTS]
     grad,  # 0-d
-    m,  # out, [n, 8 eighths]: column n is the sum of a row, the last ones are zero: d = m z
-    factor,  # out (NEAR), fp32, 0-d
-    n, eighths,
-    SIDE: tl.constexpr,
+    m,  # out, [n, n + 1 or more]: column n is the sum of a row, the last ones are zero: d = m z
+    factor,  # out (NEAR), fp32, 0-d: what d is still to be multiplied by
+    n,
+    SIDE: tl.constexpr,  # 0: for dX; 1: for dY
     UNBIASED: tl.constexpr,
     MASKED: tl.constexpr,
     TF32: tl.constexpr,
-    NEAR: tl.constexpr,
-    ROWS: tl.constexpr,
-    STEP: tl.constexpr,
-):  # fmt: skip
+    NEAR: tl.constexpr,  # fp16: m is brought near 1
+    HEIGHT: tl.constexpr,
+    LENGTH: tl.constexpr,
+):
     """Grid (blocks of rows)."""
-    na = eighths * 8  # the compiler sees that rows are aligned
-    _, _, count = sizes_of(coefficients)
-    own_total, other_total = tl.load(coefficients + SUM_K + SIDE), tl.load(coefficients + SUM_L - SIDE)
-    size = tl.sqrt(tl.load(coefficients + LL - SIDE))
-    cross, self, after = _weights(coefficients, grad, SIDE, size, tl.sqrt(count), NEAR)
+    pitch = padded_width(n + 1)
+    size = tl.sqrt(tl.load(coefficients + KK + 1 - SIDE) / tl.load(coefficients + ROWS))
+    outer, a, b = weights_of(coefficients, SIDE, size, grad)
     if NEAR:
-        tl.store(factor, after.to(tl.float32), mask=tl.program_id(0) == 0)
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    own_i = _offsets(rows, i, SIDE, n, count, own_total, UNBIASED)[:, None]
-    other_i = _offsets(rows, i, 1 - SIDE, n, count, other_total, UNBIASED)[:, None]
-    total = tl.zeros([ROWS, STEP], tl.float32)
-    for start in range(0, n, STEP):
-        j = start + tl.arange(0, STEP)
-        inside, keep = _pairs(mask, i, j, n, MASKED, UNBIASED)
+        tl.store(factor, outer.to(tl.float32), mask=tl.program_id(0) == 0)
+    i = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+    counted_i, centring = counts(mask, i, n, MASKED)[:, None], mixed_centring_of(coefficients, SIDE, a, b, UNBIASED)
+    shifts_i = mixed_shifts_of(rows, centring, i, SIDE, n)[:, None]
+    own, other = grams + tl.cast(n, tl.int64) * n * SIDE, grams + tl.cast(n, tl.int64) * n * (1 - SIDE)
+    total = tl.zeros([HEIGHT, LENGTH], tl.float32)
+    for start in range(0, n, LENGTH):
+        j = start + tl.arange(0, LENGTH)
+        inside = (i < n)[:, None] & (j < n)[None, :]
         offsets = i[:, None].to(tl.int64) * n + j[None, :]
-        a = tl.load(own + offsets, mask=inside, other=0.0) - own_i
-        a -= _offsets(rows, j, SIDE, n, count, own_total, UNBIASED)[None, :]
-        b = tl.load(other + offsets, mask=inside, other=0.0) - other_i
-        b -= _offsets(rows, j, 1 - SIDE, n, count, other_total, UNBIASED)[None, :]
-        tile = (b.to(tl.float64) * cross + a.to(tl.float64) * self).to(tl.float32)
-        tile = _rounded(tl.where(keep, tile, 0.0), m, TF32)
-        tl.store(m + i[:, None].to(tl.int64) * na + j[None, :], tile, mask=inside)
+        tile = tl.load(other + offsets, mask=inside, other=0.0) * a + tl.load(own + offsets, mask=inside, other=0.0) * b
+        tile -= shifts_i + mixed_shifts_of(rows, centring, j, SIDE, n)[None, :]
+        keep = counted_i & counts(mask, j, n, MASKED)[None, :]
+        if UNBIASED:
+            keep = keep & (i[:, None] != j[None, :])
+        tile = tl.where(keep, tile if NEAR else (tile * outer).to(tl.float32), 0.0)
+        tile = rounded(tile, m, TF32)
+        tl.store(m + i[:, None].to(tl.int64) * pitch + j[None, :], tile, mask=inside)
         total += tile.to(tl.float32)
-    sums = _rounded(tl.sum(total, 1), m, TF32)
+    sums = rounded(tl.sum(total, 1), m, TF32)
     last = n + tl.arange(0, 8)[None, :]
     tile = tl.where(last == n, sums[:, None], 0.0)
-    tl.store(m + i[:, None].to(tl.int64) * na + last, tile, mask=(i < n)[:, None] & (last < na))
+    tl.store(m + i[:, None].to(tl.int64) * pitch + last, tile, mask=(i < n)[:, None] & (last < pitch))

@@ -8,7 +8,8 @@ nothing). All of that is decided by the problem and by a few facts of the tensor
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from operator import itemgetter
 from typing import Any, TypeAlias
 
 import torch
@@ -21,29 +22,34 @@ Known: TypeAlias = Hashable  # None: nothing is known
 
 
 class Launch:
-    """A kernel with what a problem decides of its launch: grid, last arguments, constants, warps and stages."""
+    """A kernel with what a problem decides of its launch: grid, sizes and constants, warps and stages.
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, ...], sizes: tuple[int, ...], constants: dict[str, Any], **options: int
-    ) -> None:
+    A kernel's parameters are given by their names: those that ``decided`` has are the last ones of its signature, and
+    the others come from ``memory`` at the launch.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], decided: Mapping[str, Any], **options: int) -> None:
         self._kernel = kernel
         self._grid = (*grid, 1, 1)[:3]
-        self._sizes = sizes
-        self._named = constants | options
-        self._values = (*sizes, *(constants[name] for name in kernel.arg_names[-len(constants) :]))
+        self._options = options
+        names = [name for name in kernel.arg_names if name not in decided]
+        if list(kernel.arg_names[: len(names)]) != names:
+            raise ValueError(f"of {kernel.arg_names} the problem decides others than the last ones")
+        self.arguments = itemgetter(*names)
+        self._values = tuple(decided[name] for name in kernel.arg_names[len(names) :])
         self._compiled: dict[Hashable, Any] = {}
 
-    def __call__(self, known: Known, *args: Any) -> None:
-        """Launches with ``args``, then the sizes.
+    def __call__(self, known: Known, memory: Mapping[str, Any]) -> None:
+        """Launches with what the kernel names of ``memory``.
 
-        ``known`` stands for what the compiler may know of ``args`` beyond the problem: two launches with one ``known``
+        ``known`` stands for what the compiler may know of it beyond the problem: two launches with one ``known``
         must agree in dtypes, strides and alignment. None: nothing is known, Triton has to look.
         """
         launch = self._compiled.get(known)
         if launch is not None:
-            launch(*args, *self._values)
+            launch(*self.arguments(memory), *self._values)
             return
-        compiled = self._kernel[self._grid](*args, *self._sizes, **self._named)
+        compiled = self._kernel[self._grid](*self.arguments(memory), *self._values, **self._options)
         if known is not None and isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
             self._compiled[known] = compiled[self._grid]
 
@@ -65,7 +71,7 @@ def precision_of(problem: Problem) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def products(problem: Problem, precision: str) -> dict[str, int]:
+def many_steps(problem: Problem, precision: str) -> dict[str, int]:
     """Warps and stages of the kernels that multiply: no spills but those in docs/explain/kernels.md."""
     single = problem.dtype == torch.float32
     old = capability(problem.device) < (9, 0)
@@ -95,8 +101,3 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
 def as_bytes(mask: Tensor) -> Tensor:
     """The mask as the kernels read it."""
     return mask.contiguous().view(torch.uint8)
-
-
-def ceil_div(a: int, b: int) -> int:
-    """Rounded up. Not `triton.cdiv`: it is for kernels, and costs 4 us outside of them."""
-    return -(-a // b)

@@ -15,17 +15,18 @@ import triton.language as tl
 from ...moments import ROUNDING, Coefficients
 
 WIDTH = tl.constexpr(256)
-# Places in a vector of coefficients.
-D_KL, D_KK, D_LL, KL, KK, LL, SUM_K, SUM_L, SCALE_X, SCALE_Y, ROWS = (
-    tl.constexpr(Coefficients._fields.index(name))
-    for name in ("d_kl", "d_kk", "d_ll", "kl", "kk", "ll", "sum_k", "sum_l", "scale_x", "scale_y", "n")
+# Places in a vector of coefficients, the last two for what a kernel that sums rows leaves to the one that centres.
+NAMES = (*Coefficients._fields, "room_k", "room_l")
+D_KL, D_KK, D_LL, KL, KK, LL, SUM_K, SUM_L, SCALE_X, SCALE_Y, ROWS, ROOM_K, ROOM_L = (
+    tl.constexpr(NAMES.index(name))
+    for name in ("d_kl", "d_kk", "d_ll", "kl", "kk", "ll", "sum_k", "sum_l", "scale_x", "scale_y", "n", *NAMES[-2:])
 )
-COEFFICIENTS = tl.constexpr(len(Coefficients._fields))
+COEFFICIENTS = tl.constexpr(len(NAMES))
 NOISE = tl.constexpr((ROUNDING * 2.0**-23) ** 2)  # of a self-HSIC, beside the squares of what it was made of
 
 
 @triton.jit
-def combine(kl, kk, ll, n, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr):
+def combine_centred(kl, kk, ll, n, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr):
     """`moments.combine` of centred matrices in fp64; the two are held equal by a test. Returns value, d_kl, d_kk, d_ll.
 
     A side without variance has a self-product of exactly zero: whoever calls clears what is no more than noise.
@@ -77,26 +78,20 @@ def arrive(counter, programs):
 def finish(
     slots,  # fp64 [3, programs]: shares of kl, kk and ll
     programs,
-    room_k,  # the squares that centring took kk from: a self-product that is rounding of them is zero
-    room_l,
-    sum_k,  # totals of K and L, for a backward that centres them itself
-    sum_l,
-    scale_x,  # what the features were multiplied by
-    scale_y,
-    n,  # rows that count, fp64
-    value,  # out, fp32, 0-d
     coefficients,  # out, fp64 [COEFFICIENTS]
+    value,  # out, fp32, 0-d
+    sizes,  # scales of x and of y and the number of rows, as `sizes_of`
+    rooms,  # of K and L, the squares that centring took kk and ll from: a self-product that is rounding of them is zero
     STATISTIC: tl.constexpr,
     UNBIASED: tl.constexpr,
 ):
-    """Adds up the moments, and stores the value and the coefficients."""
+    """Adds up the moments, and stores the value and the coefficients that `store_sizes` leaves."""
     kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
-    scale_x, scale_y = scale_x.to(tl.float64), scale_y.to(tl.float64)
-    kk = tl.where(kk <= room_k * NOISE, 0.0, kk)
-    ll = tl.where(ll <= room_l * NOISE, 0.0, ll)
-    result, d_kl, d_kk, d_ll = combine(kl, kk, ll, n, STATISTIC, UNBIASED)
+    kk = tl.where(kk <= rooms[0] * NOISE, 0.0, kk)
+    ll = tl.where(ll <= rooms[1] * NOISE, 0.0, ll)
+    result, d_kl, d_kk, d_ll = combine_centred(kl, kk, ll, sizes[2], STATISTIC, UNBIASED)
     if STATISTIC == "hsic":
-        unscale = 1.0 / (scale_x * scale_x * scale_y * scale_y)
+        unscale = 1.0 / (sizes[0] * sizes[0] * sizes[1] * sizes[1])
         result *= unscale
         d_kl *= unscale
     tl.store(value, result.to(tl.float32))
@@ -106,17 +101,14 @@ def finish(
     tl.store(coefficients + KL, kl)
     tl.store(coefficients + KK, kk)
     tl.store(coefficients + LL, ll)
-    tl.store(coefficients + SUM_K, sum_k)
-    tl.store(coefficients + SUM_L, sum_l)
-    store_sizes(coefficients, scale_x, scale_y, n)
 
 
 @triton.jit
-def store_sizes(coefficients, scale_x, scale_y, n):
-    """What is known before the moments are: the features' scales, and the number of rows."""
-    tl.store(coefficients + SCALE_X, scale_x)
-    tl.store(coefficients + SCALE_Y, scale_y)
-    tl.store(coefficients + ROWS, n)
+def store_sizes(coefficients, sizes):
+    """What is known before the moments are: scales of x and of y and the number of rows, fp64."""
+    tl.store(coefficients + SCALE_X, sizes[0])
+    tl.store(coefficients + SCALE_Y, sizes[1])
+    tl.store(coefficients + ROWS, sizes[2])
 
 
 @triton.jit
@@ -126,18 +118,17 @@ def sizes_of(coefficients):
 
 
 @triton.jit
-def weights_of(coefficients, side, ROOT: tl.constexpr):
-    """d, a and b of the matrix d (a Lc + b Kc), half the derivative of the value with respect to K (``side`` 1: to L).
+def weights_of(coefficients, side, size, grad):
+    """d, a and b of d (a Lc + b Kc), twice ``grad`` times the value's derivative with respect to K (``side`` 1: to L).
 
-    a Lc is of the size of r Lc/|L|, r the number of rows or its ROOT, so that its entries can be rounded to a dtype of
-    short range. d is fp64, a and b are fp32.
+    a Lc is of the size |Lc| / ``size``, so that its entries can be rounded to a dtype of short range; d, fp64, has the
+    scale of the features; a and b are fp32.
     """
-    n = tl.load(coefficients + ROWS)
-    size = tl.sqrt(tl.load(coefficients + KK + 1 - side)) / (tl.sqrt(n) if ROOT else n)
-    d = tl.load(coefficients + D_KL) * size
-    dead = d == 0.0
-    own = 2.0 * tl.load(coefficients + D_KK + side)
-    return d, tl.where(dead, 0.0, 1.0 / size).to(tl.float32), tl.where(dead, 0.0, own / d).to(tl.float32)
+    inner = tl.load(coefficients + D_KL) * size
+    dead = inner == 0.0
+    own = tl.where(dead, 0.0, 2.0 * tl.load(coefficients + D_KK + side) / inner)
+    outer = 2.0 * inner * tl.load(coefficients + SCALE_X + side) * tl.load(grad).to(tl.float64)
+    return outer, tl.where(dead, 0.0, 1.0 / size).to(tl.float32), own.to(tl.float32)
 
 
 @triton.jit

@@ -12,88 +12,37 @@ seen whole, and no period of the batch meets the sample's own. Those that count 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .centre import counts, dealt, median_of_means
+from ...plan import ceil_div
+from ...types import Problem
+from .centre import counts, dealt, largest_of, median_of_means
+from .launch import Known, Launch, aligned, as_bytes
+from .reduce import WIDTH
 
 SAMPLE = 1024  # rows that location and spread are judged by
+LOCATED, SHIFTED = 32, 64  # columns of a program that judges and of one that shifts, which takes as many rows at a time
+SHARES = 64  # programs at the most that share a column's rows
 GROUPS = tl.constexpr(16)  # of the sampled rows that count
 SLOTS = tl.constexpr(64)  # sampled rows that are loaded together
 
 
 @triton.jit
-def _sample(
-    x,  # [n, d], any strides
-    mask,  # bytes [n]
-    first,  # of the sampled rows
-    before,  # how many sampled rows counted so far
-    columns,  # [BLOCK]
-    n,
-    d,
-    stride_n,
-    stride_d,
-    every,  # one row of so many is sampled
-    samples,
-    MASKED: tl.constexpr,
-):
-    """Sampled rows first..first + SLOTS: entries, fp32, which of them there are, which rows count, and ``before``."""
-    index = first + tl.arange(0, SLOTS)
-    rows = index * every + ((index.to(tl.uint32) * 2654435761) >> 16).to(tl.int32) % every
-    keep = (index < samples) & counts(mask, rows, n, MASKED)
-    if MASKED:
-        place, keep, before = dealt(keep, before, SLOTS)
-        index = first + place
-        rows = index * every + ((index.to(tl.uint32) * 2654435761) >> 16).to(tl.int32) % every
-    inside = keep[:, None] & (columns < d)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
-    return tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32), inside, keep.to(tl.float32), before
+def _tile(x, rows, columns, counted, d, row, column):
+    """x[rows, columns], fp32, of rows ``row`` apart and columns ``column``; zero outside and where not ``counted``."""
+    offsets = rows.to(tl.int64)[:, None] * row + columns.to(tl.int64)[None, :] * column
+    return tl.load(x + offsets, mask=counted[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _locate(
-    x,  # [n, d], any strides
-    mask,  # bytes [n]
-    shifts,  # out, fp32 [d]
-    peak,  # out, fp32: the largest sampled |x - s|
-    columns,  # [BLOCK]
-    n,
-    d,
-    stride_n,
-    stride_d,
-    every,
-    samples,
-    MASKED: tl.constexpr,
-    ALWAYS: tl.constexpr,  # every column is shifted
-    BLOCK: tl.constexpr,
-):
-    """Stores the shifts of these columns, and the peak: in two passes over the sample, location and then spread."""
-    sums = tl.zeros([SLOTS, BLOCK], tl.float32)
-    numbers = tl.zeros([SLOTS], tl.float32)
-    before = 0
-    for first in range(0, samples, SLOTS):
-        tile, _, keep, before = _sample(
-            x, mask, first, before, columns, n, d, stride_n, stride_d, every, samples, MASKED
-        )
-        sums += tile
-        numbers += keep
-    location = median_of_means(sums, numbers, GROUPS, SLOTS, BLOCK)
-    sums = tl.zeros([SLOTS, BLOCK], tl.float32)
-    largest = tl.zeros([SLOTS, BLOCK], tl.float32)
-    before = 0
-    for first in range(0, samples, SLOTS):
-        tile, inside, _, before = _sample(
-            x, mask, first, before, columns, n, d, stride_n, stride_d, every, samples, MASKED
-        )
-        away = tl.where(inside, tl.abs(tile - location[None, :]), 0.0)
-        sums += away
-        largest = tl.maximum(largest, away)
-    shift = location.to(x.dtype.element_ty).to(tl.float32)
-    if not ALWAYS:  # six standard deviations of a normal distribution, whose mean distance is 0.8 of one
-        spread = median_of_means(sums, numbers, GROUPS, SLOTS, BLOCK)
-        shift = tl.where(tl.abs(location) > 7.5 * spread, shift, 0.0)
-    tl.store(shifts + columns, shift, mask=columns < d)
-    tl.store(peak, tl.max(tl.max(largest, 0) + tl.abs(location - shift), 0))
+def padded_width(d):
+    """The width of z for d columns, a multiple of 8, as the compiler sees."""
+    return (d + 7) // 8 * 8
 
 
 @triton.jit
@@ -101,38 +50,59 @@ def locate_kernel(
     x,  # [n, p]
     y,  # [n, q]
     mask,  # bytes [n]
+    strides,  # of x, then of y: between rows, between columns
     shifts,  # out, fp32 [qa + pa]: of the columns of y, then of x
     peaks,  # out, fp32 [programs]: the largest sampled |x - s| of each block of columns
-    counters,  # out, int32 [2]: cleared for the kernels that follow
-    stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, qa,
-    blocks_y,  # blocks of columns of y, which come first
-    every, samples,  # one row of ``every``, so many of them
+    counters,  # out, int32 [1]: cleared for the kernels that follow
+    n,
+    p,
+    q,
+    every,  # one row of so many is sampled
     MASKED: tl.constexpr,
-    ALWAYS: tl.constexpr,  # fp32: every column is shifted
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of columns of y, then of x)."""
-    block = tl.program_id(0)
+    ALWAYS: tl.constexpr,  # every column is shifted
+    LOCATED: tl.constexpr,  # columns of a program
+):
+    """Grid (blocks of columns of y, then of x): location and then spread, in two passes over the sample."""
+    block, blocks_y = tl.program_id(0), tl.cdiv(q, LOCATED)
     if block == 0:
-        tl.store(counters + tl.arange(0, 2), tl.zeros([2], tl.int32))
-    if block < blocks_y:
-        columns = block * BLOCK + tl.arange(0, BLOCK)
-        _locate(
-            y, mask, shifts, peaks + block, columns, n, q, stride_yn, stride_yq, every, samples, MASKED, ALWAYS, BLOCK
-        )
-    else:
-        columns = (block - blocks_y) * BLOCK + tl.arange(0, BLOCK)
-        _locate(
-            x, mask, shifts + qa, peaks + block, columns, n, p, stride_xn, stride_xp, every, samples, MASKED, ALWAYS,
-            BLOCK,
-        )  # fmt: skip
+        tl.store(counters, 0)
+    of_y, samples = block < blocks_y, tl.cdiv(n, every)
+    x, d = tl.where(of_y, y, x), tl.where(of_y, q, p)
+    row, column = tl.where(of_y, strides[2], strides[0]), tl.where(of_y, strides[3], strides[1])
+    columns = tl.where(of_y, block, block - blocks_y) * LOCATED + tl.arange(0, LOCATED)
+    sums = tl.zeros([SLOTS, LOCATED], tl.float32)
+    numbers = tl.zeros([SLOTS], tl.float32)
+    before = 0
+    for first in range(0, samples, SLOTS):
+        rows, counted, before = dealt(mask, first, before, every, samples, n, MASKED, SLOTS)
+        sums += _tile(x, rows, columns, counted, d, row, column)
+        numbers += counted.to(tl.float32)
+    location = median_of_means(sums, numbers, GROUPS, SLOTS, LOCATED)
+    sums = tl.zeros([SLOTS, LOCATED], tl.float32)
+    largest = tl.zeros([SLOTS, LOCATED], tl.float32)
+    before = 0
+    for first in range(0, samples, SLOTS):
+        rows, counted, before = dealt(mask, first, before, every, samples, n, MASKED, SLOTS)
+        tile = _tile(x, rows, columns, counted, d, row, column)
+        away = tl.where(counted[:, None], tl.abs(tile - location[None, :]), 0.0)  # 0 in columns from d on
+        sums += away
+        largest = tl.maximum(largest, away)
+    shift = location.to(x.dtype.element_ty).to(tl.float32)
+    if not ALWAYS:  # six standard deviations of a normal distribution, whose mean distance is 0.8 of one
+        spread = median_of_means(sums, numbers, GROUPS, SLOTS, LOCATED)
+        shift = tl.where(tl.abs(location) > 7.5 * spread, shift, 0.0)
+    tl.store(shifts + tl.where(of_y, 0, padded_width(q)) + columns, shift, mask=columns < d)
+    tl.store(peaks + block, tl.max(tl.max(largest, 0) + tl.abs(location - shift), 0))
 
 
 @triton.jit
-def round_tf32(x):
-    """fp32 rounded to the ten bits that a matrix unit reads of it; NaN stays NaN."""
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(x == x, ((bits + 4095 + ((bits >> 13) & 1)) & -8192).to(tl.float32, bitcast=True), x)
+def rounded(x, like, TF32: tl.constexpr):
+    """fp32 as a product will see it: in the dtype of ``like``, or with tf32's ten bits; NaN stays NaN."""
+    if TF32:
+        bits = x.to(tl.int32, bitcast=True)
+        return tl.where(x == x, ((bits + 4095 + ((bits >> 13) & 1)) & -8192).to(tl.float32, bitcast=True), x)
+    else:
+        return x.to(like.dtype.element_ty)
 
 
 @triton.jit
@@ -142,11 +112,7 @@ def _scale(peaks, count, WIDTH: tl.constexpr):
     fp16 then has room for rows that the sample missed, 100,000 times as large, keeps all its bits for entries a
     100,000th of a large peak, and a gradient's weights for both sides are of similar size.
     """
-    peak = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, count, WIDTH):
-        offsets = start + tl.arange(0, WIDTH)
-        peak = tl.maximum(peak, tl.load(peaks + offsets, mask=offsets < count, other=0.0))
-    largest = tl.max(peak, 0)
+    largest = largest_of(peaks, 0, count, WIDTH)
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
     power = tl.minimum(tl.maximum(exponent, -2), 3) - exponent
     power = tl.minimum(tl.maximum(power, -120), 120)
@@ -154,83 +120,94 @@ def _scale(peaks, count, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _shift(
-    x, mask, shifts, scale, z, sums, columns, first, last, n, d, width, stride_n, stride_d, pitch,
-    MASKED: tl.constexpr, TF32: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows first..last of these columns; rows from n on and columns from d on are zero."""
-    shift = tl.load(shifts + columns, mask=columns < d, other=0.0)
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(first, last, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        keep = counts(mask, rows, n, MASKED)
-        inside = keep[:, None] & (columns < d)[None, :]
-        offsets = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
-        tile = (tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) - shift[None, :]) * scale
-        tile = tl.where(inside, tile, 0.0)
-        if TF32:
-            tile = round_tf32(tile)
-        tile = tile.to(z.dtype.element_ty)
-        there = (rows < last)[:, None] & (columns < width)[None, :]
-        tl.store(z + rows.to(tl.int64)[:, None] * pitch + columns[None, :], tile, mask=there)
-        total += tile.to(tl.float32)
-    tl.store(sums + columns, tl.sum(total, 0), mask=columns < width)
-
-
-@triton.jit
 def shift_kernel(
     x,  # [n, p]
     y,  # [n, q]
     mask,  # bytes [n]
+    strides,  # of x, then of y
     shifts,  # fp32 [qa + pa]
-    peaks,  # fp32 [peaks_y + peaks_x], of `locate_kernel`
-    zx,  # out, [rows, pa], rows 8 ``pitch_x`` apart
-    zy,  # out, [rows, qa], rows 8 ``pitch_y`` apart
-    ones,  # out (cross), [rows, 8], rows 8 ``pitch_x`` apart: 1 1 0 0 0 0 0 0 for a row that counts
+    peaks,  # fp32, of `locate_kernel`
+    zx,  # out, [rows, pa]
+    zy,  # out, [rows, qa]
+    ones,  # out (CROSS), [rows, 8]: 1 1 0 0 0 0 0 0 for a row that counts
     sums,  # out, fp32 [grid 1, qa + pa + 8]: column sums of zy, zx and (cross and gram) ones, by shares of the rows
     scales,  # out, fp32 [2]: of x and of y
-    stride_xn, stride_xp, stride_yn, stride_yq, n, p, q, pa, qa,
-    rows,  # of z, n or more
-    share,  # rows of a program
-    pitch_x, pitch_y,  # in eights: the compiler sees that rows are aligned
-    blocks_y, blocks_x, peaks_y, peaks_x,
+    n,
+    p,
+    q,
+    length,  # rows of z, n or more
+    share,  # of these, of a program
     MASKED: tl.constexpr,
-    CROSS: tl.constexpr,
+    CROSS: tl.constexpr,  # z is [zy | zx | ones]
     TF32: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LOCATED: tl.constexpr,
+    SHIFTED: tl.constexpr,  # columns of a program, and rows that it takes at a time
     WIDTH: tl.constexpr,  # peaks that are read together
-):  # fmt: skip
-    """Grid (blocks of columns of y, of x, and one for the ones; shares of the rows)."""
+):
+    """Grid (blocks of columns of y, of x, and one for the ones; shares of the rows). Other rows and columns are 0."""
     block, part = tl.program_id(0), tl.program_id(1)
-    first = part * share
-    last = tl.minimum(first + share, rows)
+    pa, qa = padded_width(p), padded_width(q)
+    blocks_y, peaks_y = tl.cdiv(qa, SHIFTED), tl.cdiv(q, LOCATED)
+    first, last = part * share, tl.minimum(part * share + share, length)
     sums += part * (qa + pa + 8)
-    if block < blocks_y:
-        columns = block * BLOCK + tl.arange(0, BLOCK)
-        scale = _scale(peaks, peaks_y, WIDTH)
-        tl.store(scales + 1, scale, mask=(block == 0) & (part == 0))
-        _shift(
-            y, mask, shifts, scale, zy, sums, columns, first, last, n, q, qa, stride_yn, stride_yq, pitch_y * 8,
-            MASKED, TF32, ROWS, BLOCK,
-        )  # fmt: skip
-    elif block < blocks_y + blocks_x:
-        columns = (block - blocks_y) * BLOCK + tl.arange(0, BLOCK)
-        scale = _scale(peaks + peaks_y, peaks_x, WIDTH)
-        tl.store(scales, scale, mask=(block == blocks_y) & (part == 0))
-        _shift(
-            x, mask, shifts + qa, scale, zx, sums + qa, columns, first, last, n, p, pa, stride_xn, stride_xp,
-            pitch_x * 8, MASKED, TF32, ROWS, BLOCK,
-        )  # fmt: skip
+    if block < blocks_y + tl.cdiv(pa, SHIFTED):
+        of_y = block < blocks_y
+        x, z = tl.where(of_y, y, x), tl.where(of_y, zy, zx)
+        d, width, start = tl.where(of_y, q, p), tl.where(of_y, qa, pa), tl.where(of_y, 0, qa)
+        row, column = tl.where(of_y, strides[2], strides[0]), tl.where(of_y, strides[3], strides[1])
+        pitch = qa + pa + 8 if CROSS else width
+        columns = tl.where(of_y, block, block - blocks_y) * SHIFTED + tl.arange(0, SHIFTED)
+        scale = _scale(peaks + tl.where(of_y, 0, peaks_y), tl.where(of_y, peaks_y, tl.cdiv(p, LOCATED)), WIDTH)
+        tl.store(scales + tl.where(of_y, 1, 0), scale, mask=((block == 0) | (block == blocks_y)) & (part == 0))
+        shift = tl.load(shifts + start + columns, mask=columns < d, other=0.0)
+        total = tl.zeros([SHIFTED, SHIFTED], tl.float32)
+        for begin in range(first, last, SHIFTED):
+            rows = begin + tl.arange(0, SHIFTED)
+            counted = counts(mask, rows, n, MASKED)
+            tile = (_tile(x, rows, columns, counted, d, row, column) - shift[None, :]) * scale
+            tile = tl.where(counted[:, None] & (columns < d)[None, :], tile, 0.0)
+            tile = rounded(tile, zx, TF32)
+            there = (rows < last)[:, None] & (columns < width)[None, :]
+            tl.store(z + rows.to(tl.int64)[:, None] * pitch + columns[None, :], tile, mask=there)
+            total += tile.to(tl.float32)
+        tl.store(sums + start + columns, tl.sum(total, 0), mask=columns < width)
     else:
         eight = tl.arange(0, 8)
-        count = tl.zeros([ROWS, 8], tl.float32)
-        for start in range(first, last, ROWS):
-            index = start + tl.arange(0, ROWS)
-            keep = counts(mask, index, n, MASKED)
-            one = tl.where(keep[:, None] & (eight < 2)[None, :], 1.0, 0.0)
+        count = tl.zeros([SHIFTED, 8], tl.float32)
+        for begin in range(first, last, SHIFTED):
+            rows = begin + tl.arange(0, SHIFTED)
+            one = tl.where(counts(mask, rows, n, MASKED)[:, None] & (eight < 2)[None, :], 1.0, 0.0)
             count += one
             if CROSS:
-                offsets = index.to(tl.int64)[:, None] * (pitch_x * 8) + eight[None, :]
-                tl.store(ones + offsets, one.to(ones.dtype.element_ty), mask=(index < last)[:, None])
+                offsets = rows.to(tl.int64)[:, None] * (qa + pa + 8) + eight[None, :]
+                tl.store(ones + offsets, one.to(ones.dtype.element_ty), mask=(rows < last)[:, None])
         tl.store(sums + qa + pa + eight, tl.sum(count, 0))
+
+
+class Shift:
+    """Both launches, for z of ``length`` rows; what they read and write is named as their parameters are."""
+
+    def __init__(self, problem: Problem, length: int, precision: str, *, always: bool, cross: bool) -> None:
+        n, p, q = problem.n, problem.p, problem.q
+        located = ceil_div(q, LOCATED) + ceil_div(p, LOCATED)
+        columns = ceil_div(q, SHIFTED) + ceil_div(p, SHIFTED)
+        share = SHIFTED * ceil_div(length, SHIFTED * SHARES)
+        self.shares = ceil_div(length, share)
+        self.width = 8 * (ceil_div(p, 8) + ceil_div(q, 8))
+        self.sizes = dict(shifts=self.width, peaks=located, sums=self.shares * (self.width + 8), scales=2)
+        decided = dict(
+            n=n, p=p, q=q, every=ceil_div(n, SAMPLE), length=length, share=share, MASKED=problem.masked, ALWAYS=always,
+            CROSS=cross, TF32=precision == "tf32", LOCATED=LOCATED, SHIFTED=SHIFTED, WIDTH=WIDTH.value,
+        )  # fmt: skip
+        self.locate = Launch(locate_kernel, (located,), decided, num_warps=8)
+        self.shift = Launch(shift_kernel, (columns + 1, self.shares), decided, num_warps=8)
+
+    def __call__(self, x: Tensor, y: Tensor, mask: Tensor | None, **z: Tensor) -> tuple[Known, dict[str, Any]]:
+        """Writes ``zx``, ``zy`` and ``ones``; what launches may know of x, y and mask, and what was read or made."""
+        memory: dict[str, Any] = {name: x.new_empty(size, dtype=torch.float32) for name, size in self.sizes.items()}
+        memory |= dict(x=x, y=y, strides=(*x.stride(), *y.stride()), counters=x.new_empty(1, dtype=torch.int32), **z)
+        memory["mask"] = bytes_ = memory["counters"] if mask is None else as_bytes(mask)  # without one, any pointer
+        known = memory["strides"] if aligned(x, y, bytes_) else None
+        self.locate(known, memory)
+        self.shift(known, memory)
+        return known, memory

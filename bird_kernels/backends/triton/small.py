@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...plan import small_tiling
+from ...plan import ceil_div, small_tiling
 from ...types import Problem, Shapes, Stash
-from .centre import counts, locate, row_count, scale_of, scale_of_all, shifted_tile
-from .double import COLUMN_BLOCK, ROW_BLOCK, both_shifts, moments_kernel, store_shifts
-from .launch import Launch, aligned, as_bytes, ceil_div, few_steps, products
-from .reduce import COEFFICIENTS, WIDTH, arrive, finish, sizes_of, store_sizes, sum_slots, upper_tile, weights_of
+from . import double
+from .centre import counts, largest_of, rows_counted, scale_of, shifted_tile, store_location
+from .double import mixed_centring_of, mixed_shifts_of, moments_kernel, store_totals
+from .launch import Launch, aligned, as_bytes, few_steps, many_steps
+from .reduce import COEFFICIENTS, KK, ROWS, SCALE_X, WIDTH, arrive, finish, store_sizes, upper_tile, weights_of
 
 REDUCED = 8  # rows of a tile that one program adds up: 16 bytes of a part for each thread
 UNROLL = tl.constexpr(8)  # parts that are under way at once
@@ -41,12 +43,15 @@ def partials_kernel(
     partials,  # out, fp32 [splits, upper tiles, BLOCK, BLOCK], in the scale of the split
     counters,  # out, int32 [pairs]: cleared for the next kernel
     n,
-    tiles,  # of BLOCK rows
     WIDTHS: tl.constexpr,  # d of each side
     SIDES: tl.constexpr,
     CHUNK: tl.constexpr,  # columns of a split
-    ROBUST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    UNBIASED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """Grid (upper tiles, splits of all sides): a split's part of a tile.
 
     Every tile's program of a split finds, and stores, the same locations and the same peak.
@@ -71,12 +76,12 @@ def partials_kernel(
     peak = 0.0
     for start in range(begin, end, STEP):
         columns = start + tl.arange(0, STEP)
-        peak = tl.maximum(peak, locate(x, mask, location, columns, n, d, ROBUST, MASKED, STEP))
+        peak = tl.maximum(peak, store_location(x, mask, location, columns, n, d, UNBIASED, MASKED, STEP))
     tl.store(peaks + split, peak)
     tl.debug_barrier()  # one thread stored a location that others load
     scale = scale_of(peak)
 
-    row_tile, column_tile = upper_tile(tile, tiles)
+    row_tile, column_tile = upper_tile(tile, tl.cdiv(n, BLOCK))
     rows, others = row_tile * BLOCK + tl.arange(0, BLOCK), column_tile * BLOCK + tl.arange(0, BLOCK)
     counted_rows, counted_others = counts(mask, rows, n, MASKED), counts(mask, others, n, MASKED)
     dtype = x.dtype.element_ty
@@ -110,19 +115,24 @@ def reduce_kernel(
     mask,  # bytes [n]
     grams,  # out, fp32 [pairs, 2, n, n]: K and L, with diagonal 0 if UNBIASED
     sums,  # fp64 [pairs, 2, tiles, n] (unbiased): row sums of each tile, for the last program
-    shifts,  # out, fp64 [pairs, 2, n] (unbiased): see `double`
-    rooms,  # out, fp64 [pairs, 2] (unbiased): see `reduce.finish`
-    slots,  # fp64 [pairs, 3 or, unbiased, 4, programs]: for the programs of a pair to meet in
+    rows,  # out, fp64 [pairs, 2, n] (unbiased): row sums
+    slots,  # fp64 [pairs, 3 or, unbiased, 6, programs]: for the programs of a pair to meet in
     counters,  # int32 [pairs]
     values,  # out, fp32 [pairs]; unbiased, the next kernel's
     coefficients,  # out, fp64 [pairs, COEFFICIENTS]
     n,
-    tiles,
-    WIDTHS: tl.constexpr, SIDES: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, STATISTIC: tl.constexpr,
-    UNBIASED: tl.constexpr, BLOCK: tl.constexpr, HEIGHT: tl.constexpr,
-):  # fmt: skip
-    """Grid (blocks of HEIGHT rows, tiles, pairs): adds the parts of some rows of a tile of K and of L."""
+    WIDTHS: tl.constexpr,
+    SIDES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    MASKED: tl.constexpr,
+    STATISTIC: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    REDUCED: tl.constexpr,  # rows of a program
+):
+    """Grid (blocks of REDUCED rows, tiles, pairs): adds the parts of some rows of a tile of K and of L."""
     strip, column_tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.num_programs(1)
     programs = tl.num_programs(0) * tiles
     program = strip * tiles + column_tile
     first, middle, last = 0, 0, 0
@@ -134,68 +144,59 @@ def reduce_kernel(
         middle = tl.where(here, begin, middle)
         begin += (WIDTHS[i + 1] + CHUNK - 1) // CHUNK
         last = tl.where(here, begin, last)
-    rows, columns = strip * HEIGHT + tl.arange(0, HEIGHT), column_tile * BLOCK + tl.arange(0, BLOCK)
-    row_tile = strip * HEIGHT // BLOCK
+    i, j = strip * REDUCED + tl.arange(0, REDUCED), column_tile * BLOCK + tl.arange(0, BLOCK)
+    row_tile = strip * REDUCED // BLOCK
     low, high = tl.minimum(row_tile, column_tile), tl.maximum(row_tile, column_tile)
     tile, upper = low * tiles - low * (low + 1) // 2 + high, tiles * (tiles + 1) // 2
-    own, other = (rows % BLOCK)[:, None], (columns % BLOCK)[None, :]
+    own, other = (i % BLOCK)[:, None], (j % BLOCK)[None, :]
     inner = tl.where(row_tile <= column_tile, own * BLOCK + other, other * BLOCK + own)  # below: the mirror image
-    scale_x = scale_of_all(peaks, first, middle, WIDTH)
-    scale_y = scale_of_all(peaks, middle, last, WIDTH)
-    k_tile = _sum_parts(partials, peaks, scale_x, first, middle, tile, upper, inner, BLOCK, HEIGHT)
-    l_tile = _sum_parts(partials, peaks, scale_y, middle, last, tile, upper, inner, BLOCK, HEIGHT)
+    scale_x = scale_of(largest_of(peaks, first, middle, WIDTH))
+    scale_y = scale_of(largest_of(peaks, middle, last, WIDTH))
+    k_tile = _sum_parts(partials, peaks, scale_x, first, middle, tile, upper, inner, BLOCK, REDUCED)
+    l_tile = _sum_parts(partials, peaks, scale_y, middle, last, tile, upper, inner, BLOCK, REDUCED)
 
     k = grams + (2 * pair).to(tl.int64) * n * n
-    slots += (4 if UNBIASED else 3) * pair * programs
+    slots += (6 if UNBIASED else 3) * pair * programs
+    own = slots + program
     if UNBIASED:
         sums += 2 * pair * tiles * n
-        diagonal = rows[:, None] == columns[None, :]
-        kappa = tl.sum(tl.where(diagonal, k_tile, 0.0), 1).to(tl.float64)
-        lam = tl.sum(tl.where(diagonal, l_tile, 0.0), 1).to(tl.float64)
+        diagonal = i[:, None] == j[None, :]
+        for side in tl.static_range(2):
+            tile = l_tile if side else k_tile
+            squares = tl.sum(tl.where(diagonal, tile, 0.0), 1).to(tl.float64)
+            row_sums = tl.sum(tl.where(diagonal, 0.0, tile).to(tl.float64), 1)
+            tl.store(sums + (side * tiles + column_tile) * n + i, row_sums, mask=i < n)
+            tl.store(own + (3 * side + 0) * programs, tl.sum(row_sums, 0))
+            tl.store(own + (3 * side + 1) * programs, tl.sum(squares, 0))
+            tl.store(own + (3 * side + 2) * programs, tl.sum(squares * squares, 0))
         k_tile, l_tile = tl.where(diagonal, 0.0, k_tile), tl.where(diagonal, 0.0, l_tile)
-        tl.store(sums + column_tile * n + rows, tl.sum(k_tile.to(tl.float64), 1), mask=rows < n)
-        tl.store(sums + (tiles + column_tile) * n + rows, tl.sum(l_tile.to(tl.float64), 1), mask=rows < n)
-        tl.store(slots + 0 * programs + program, tl.sum(kappa, 0))
-        tl.store(slots + 1 * programs + program, tl.sum(kappa * kappa, 0))
-        tl.store(slots + 2 * programs + program, tl.sum(lam, 0))
-        tl.store(slots + 3 * programs + program, tl.sum(lam * lam, 0))
     else:  # fp32 inside a strip, since nothing overflows in these scales
-        tl.store(slots + 0 * programs + program, tl.sum(tl.sum(k_tile * l_tile, 1), 0).to(tl.float64))
-        tl.store(slots + 1 * programs + program, tl.sum(tl.sum(k_tile * k_tile, 1), 0).to(tl.float64))
-        tl.store(slots + 2 * programs + program, tl.sum(tl.sum(l_tile * l_tile, 1), 0).to(tl.float64))
-    offsets = rows.to(tl.int64)[:, None] * n + columns[None, :]
-    inside = (rows < n)[:, None] & (columns < n)[None, :]
+        tl.store(own + 0 * programs, tl.sum(tl.sum(k_tile * l_tile, 1), 0).to(tl.float64))
+        tl.store(own + 1 * programs, tl.sum(tl.sum(k_tile * k_tile, 1), 0).to(tl.float64))
+        tl.store(own + 2 * programs, tl.sum(tl.sum(l_tile * l_tile, 1), 0).to(tl.float64))
+    offsets = i.to(tl.int64)[:, None] * n + j[None, :]
+    inside = (i < n)[:, None] & (j < n)[None, :]
     tl.store(k + offsets, k_tile, mask=inside)
     tl.store(k + n * n + offsets, l_tile, mask=inside)
 
     if arrive(counters + pair, programs):
-        count = row_count(mask, n, MASKED, WIDTH)
+        sizes = scale_x.to(tl.float64), scale_y.to(tl.float64), rows_counted(mask, n, MASKED, WIDTH)
         coefficients += pair * COEFFICIENTS
+        store_sizes(coefficients, sizes)
         if UNBIASED:
             tl.store(counters + pair, 0)
-            store_sizes(coefficients, scale_x.to(tl.float64), scale_y.to(tl.float64), count)
-            for side in tl.static_range(2):
-                # The product of two rows is off by eps of their norms' product; over all pairs of rows, squared.
-                trace = sum_slots(slots, 2 * side, programs)
-                squares = sum_slots(slots, 2 * side + 1, programs)
-                tl.store(rooms + 2 * pair + side, tl.maximum(trace * trace - squares, 0.0))
-                store_shifts(sums + side * tiles * n, tiles, shifts + (2 * pair + side) * n, count, n, True)
+            store_totals(coefficients, slots, programs, True)
+            for start in range(0, 2 * n, WIDTH):
+                places = start + tl.arange(0, WIDTH)
+                there = places < 2 * n
+                parts = sums + (places // n * tiles) * n + places % n
+                total = tl.zeros([WIDTH], tl.float64)
+                for _ in range(0, tiles):
+                    total += tl.load(parts, mask=there, other=0.0, cache_modifier=".cg")
+                    parts += n
+                tl.store(rows + 2 * pair * n + places, total, mask=there)
         else:
-            finish(
-                slots=slots,
-                programs=programs,
-                room_k=0.0,
-                room_l=0.0,
-                sum_k=0.0,
-                sum_l=0.0,
-                scale_x=scale_x,
-                scale_y=scale_y,
-                n=count,
-                value=values + pair,
-                coefficients=coefficients,
-                STATISTIC=STATISTIC,
-                UNBIASED=False,
-            )
+            finish(slots, programs, coefficients, values + pair, sizes, (0.0, 0.0), STATISTIC, False)
 
 
 @triton.jit
@@ -205,7 +206,7 @@ def backward_kernel(
     mask,  # bytes [n]
     locations,  # fp32 [2, d] of each side
     grams,  # fp32 [pairs, 2, n, n]
-    shifts,  # fp64 [pairs, 2, n] (unbiased)
+    rows,  # fp64 [pairs, 2, n] (unbiased)
     coefficients,  # fp64 [pairs, COEFFICIENTS]
     grad,  # of the values, upstream
     stride_grad,
@@ -240,42 +241,41 @@ def backward_kernel(
     pair, side = number // 2, number % 2
     own = grams + (2 * pair + side).to(tl.int64) * n * n
     other = grams + (2 * pair + 1 - side).to(tl.int64) * n * n
-    shifts += 2 * pair * n
+    rows += 2 * pair * n
     coefficients += pair * COEFFICIENTS
-    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     columns = (block - first) * BLOCK + tl.arange(0, BLOCK)
     dtype = dx.dtype.element_ty
-    outer, inner_other, inner_own = weights_of(coefficients, side, True)
-    scale_x, scale_y, _ = sizes_of(coefficients)
-    scale = tl.where(side == 0, scale_x, scale_y)
+    size = tl.sqrt(tl.load(coefficients + KK + 1 - side) / tl.load(coefficients + ROWS))
+    outer, a, b = weights_of(coefficients, side, size, grad + pair * stride_grad)
+    scale = tl.load(coefficients + SCALE_X + side).to(tl.float32)
     if UNBIASED:
-        row_shifts = both_shifts(shifts, rows, n, side, inner_other, inner_own)
+        centring = mixed_centring_of(coefficients, side, a, b, True)
+        shifts_i = mixed_shifts_of(rows, centring, i, side, n)[:, None]
 
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(0, n, STEP):
-        inner = start + tl.arange(0, STEP)
-        inside = (rows < n)[:, None] & (inner < n)[None, :]
-        offsets = rows[:, None] * n + inner[None, :]
-        m = tl.load(other + offsets, mask=inside, other=0.0) * inner_other
-        m += tl.load(own + offsets, mask=inside, other=0.0) * inner_own
+        j = start + tl.arange(0, STEP)
+        inside = (i < n)[:, None] & (j < n)[None, :]
+        offsets = i[:, None] * n + j[None, :]
+        m = tl.load(other + offsets, mask=inside, other=0.0) * a + tl.load(own + offsets, mask=inside, other=0.0) * b
         if UNBIASED:
-            m -= row_shifts[:, None] + both_shifts(shifts, inner, n, side, inner_other, inner_own)[None, :]
-            m = tl.where(rows[:, None] == inner[None, :], 0.0, m)
-        counted = counts(mask, inner, n, MASKED)
-        tile = shifted_tile(x, locations + start_location, scale.to(tl.float32), counted, inner, columns, d)
+            m -= shifts_i + mixed_shifts_of(rows, centring, j, side, n)[None, :]
+            m = tl.where(i[:, None] == j[None, :], 0.0, m)
+        counted = counts(mask, j, n, MASKED)
+        tile = shifted_tile(x, locations + start_location, scale, counted, j, columns, d)
         acc = tl.dot(m.to(dtype), tile.to(dtype), acc, input_precision=PRECISION)
 
-    acc *= (2.0 * outer * scale * tl.load(grad + pair * stride_grad)).to(tl.float32)
-    acc = tl.where(counts(mask, rows, n, MASKED)[:, None], acc, 0.0)
-    out = rows.to(tl.int64)[:, None] * d + columns[None, :]
-    tl.store(dx + out, acc.to(dtype), mask=(rows < n)[:, None] & (columns < d)[None, :])
+    acc = tl.where(counts(mask, i, n, MASKED)[:, None], acc * outer.to(tl.float32), 0.0)
+    out = i.to(tl.int64)[:, None] * d + columns[None, :]
+    tl.store(dx + out, acc.to(dtype), mask=(i < n)[:, None] & (columns < d)[None, :])
 
 
 def shapes_of(problems: Sequence[Problem]) -> Shapes:
     """Shape and dtype of every tensor of the stash of some pairs.
 
     ``coefficients`` are by pair, ``xs`` holds locations [2, d] of one side after the other, ``xx`` K and L by pair and
-    ``rows`` their shifts (unbiased only).
+    ``rows`` their row sums (unbiased only).
     """
     first, pairs, none = problems[0], len(problems), ((0,), torch.float32)
     return dict(
@@ -295,61 +295,51 @@ class Small:
     def __init__(self, problems: tuple[Problem, ...], precision: str) -> None:
         t = small_tiling(problems)
         first, pairs = problems[0], len(problems)
-        n, unbiased, masked = first.n, first.estimator == "unbiased", dict(MASKED=first.masked)
+        n, self.unbiased = first.n, first.estimator == "unbiased"
         widths = tuple(d for problem in problems for d in (problem.p, problem.q))
-        sides = dict(WIDTHS=widths, SIDES=len(widths), CHUNK=t.chunk)
-        multiply = dict(PRECISION=precision, BLOCK=t.block, STEP=t.step)
-        end = dict(STATISTIC=first.statistic, UNBIASED=unbiased)
-        tiles, strips, splits = ceil_div(n, t.block), ceil_div(n, REDUCED), sum(t.splits)
-        upper = tiles * (tiles + 1) // 2
-        self.partials = Launch(
-            partials_kernel, (upper, splits), (n, tiles), sides | dict(ROBUST=unbiased) | masked | multiply,
-            **few_steps(first),
-        )  # fmt: skip
-        self.reduce = Launch(
-            reduce_kernel, (strips, tiles, pairs), (n, tiles),
-            sides | masked | end | dict(BLOCK=t.block, HEIGHT=REDUCED),
-        )  # fmt: skip
-        blocks = ceil_div(n, ROW_BLOCK)
-        self.moments = Launch(
-            moments_kernel, (blocks, pairs), (n,),
-            dict(NUMBERS=COEFFICIENTS.value) | masked | end | dict(HEIGHT=ROW_BLOCK, LENGTH=COLUMN_BLOCK),
-        )  # fmt: skip
-        self.unbiased = unbiased
         wants = [wanted for problem in problems for wanted in (problem.x_grad, problem.y_grad)]
         self.wanted = tuple(side for side, wanted in enumerate(wants) if wanted)
-        own = dict(
-            WIDTHS=tuple(widths[side] for side in self.wanted), WANTED=self.wanted,
-            STARTS=tuple(2 * sum(widths[:side]) for side in self.wanted), COUNT=len(self.wanted),
+        tiles, strips, splits = ceil_div(n, t.block), ceil_div(n, REDUCED), sum(t.splits)
+        upper, blocks = tiles * (tiles + 1) // 2, ceil_div(n, double.HEIGHT)
+        decided = dict(
+            n=n, WIDTHS=widths, SIDES=len(widths), CHUNK=t.chunk, MASKED=first.masked, STATISTIC=first.statistic,
+            UNBIASED=self.unbiased, PRECISION=precision, BLOCK=t.block, STEP=t.step, REDUCED=REDUCED,
+            NUMBERS=COEFFICIENTS.value, HEIGHT=double.HEIGHT, LENGTH=double.LENGTH,
         )  # fmt: skip
-        self.gradients = Launch(
-            backward_kernel, (sum(ceil_div(widths[side], t.block) for side in self.wanted), tiles), (n,),
-            own | masked | dict(UNBIASED=unbiased) | multiply, **products(first, precision),
-        )  # fmt: skip
+        of_wanted = dict(
+            WIDTHS=tuple(widths[side] for side in self.wanted),
+            WANTED=self.wanted,
+            STARTS=tuple(2 * sum(widths[:side]) for side in self.wanted),
+            COUNT=len(self.wanted),
+        )
+        self.partials = Launch(partials_kernel, (upper, splits), decided, **few_steps(first))
+        self.reduce = Launch(reduce_kernel, (strips, tiles, pairs), decided)
+        self.moments = Launch(moments_kernel, (blocks, pairs), decided)
+        columns = sum(ceil_div(widths[side], t.block) for side in self.wanted)
+        self.gradients = Launch(backward_kernel, (columns, tiles), decided | of_wanted, **many_steps(first, precision))
         self.stash = tuple(shapes_of(problems).values())
-        self.workspace = (
-            ((splits,), torch.float32), ((splits * upper * t.block**2,), torch.float32), ((pairs,), torch.int32),
-            ((2 * pairs * unbiased,), torch.float64), ((2 * pairs * tiles * n * unbiased,), torch.float64),
-            ((pairs * max((3 + unbiased) * strips * tiles, 3 * blocks),), torch.float64),
-            ((pairs,) if pairs > 1 else (), torch.float32),
-        )  # fmt: skip
+        self.workspace: Shapes = dict(
+            peaks=((splits,), torch.float32),
+            partials=((splits * upper * t.block**2,), torch.float32),
+            counters=((pairs,), torch.int32),
+            sums=((2 * pairs * tiles * n * self.unbiased,), torch.float64),
+            slots=((pairs * max(3 * (1 + self.unbiased) * strips * tiles, 3 * blocks),), torch.float64),
+            values=((pairs,) if pairs > 1 else (), torch.float32),
+        )
 
     def forward(self, tensors: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Stash]:
         """Values [pairs], of one pair 0-d, fp32, and stash for x and y of the first pair, of the second, ..."""
         sides = tuple(x.contiguous() for x in tensors)
-        any_ = sides[0]
-        bytes_ = any_ if mask is None else as_bytes(mask)
-        stash = Stash(*(any_.new_empty(shape, dtype=dtype) for shape, dtype in self.stash))
-        peaks, partials, counters, rooms, sums, slots, values = (
-            any_.new_empty(shape, dtype=dtype) for shape, dtype in self.workspace
-        )
+        bytes_ = sides[0] if mask is None else as_bytes(mask)
+        stash = Stash(*(sides[0].new_empty(shape, dtype=dtype) for shape, dtype in self.stash))
+        memory: dict[str, Any] = _named(stash) | dict(sides=sides, mask=bytes_)
+        memory |= {name: sides[0].new_empty(shape, dtype=dtype) for name, (shape, dtype) in self.workspace.items()}
         known = "dense" if aligned(*sides, bytes_) else None
-        end = slots, counters, values, stash.coefficients
-        self.partials(known, sides, bytes_, stash.xs, peaks, partials, counters)
-        self.reduce(known, peaks, partials, bytes_, stash.xx, sums, stash.rows, rooms, *end)
+        self.partials(known, memory)
+        self.reduce(known, memory)
         if self.unbiased:
-            self.moments(known, stash.xx, stash.rows, bytes_, rooms, *end)
-        return values, stash
+            self.moments(known, memory)
+        return memory["values"], stash
 
     def backward(
         self, grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: Stash
@@ -361,12 +351,17 @@ class Small:
             new = tuple(x.new_empty(x.shape) for x in wanted)
             bytes_ = wanted[0] if mask is None else as_bytes(mask)
             stride = grad.stride(0) if grad.dim() else 0
+            memory = dict(wanted=wanted, gradients=new, mask=bytes_, grad=grad, stride_grad=stride)
             known = (stride, grad.dtype) if aligned(*wanted, *new, bytes_, grad, *stash) else None
-            kept = stash.xs, stash.xx, stash.rows, stash.coefficients
-            self.gradients(known, wanted, new, bytes_, *kept, grad, stride)
+            self.gradients(known, memory | _named(stash))
             for side, gradient in zip(self.wanted, new, strict=True):
                 found[side] = gradient
         return found
+
+
+def _named(stash: Stash) -> dict[str, Any]:
+    """What the kernels call the parts of a stash."""
+    return dict(locations=stash.xs, grams=stash.xx, rows=stash.rows, coefficients=stash.coefficients)
 
 
 @lru_cache(maxsize=1024)

@@ -7,7 +7,7 @@ tuning; nothing chooses it unmeasured.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Launch, capability, device_of
+from ...plan import ceil_div
+from .launch import Launch, aligned, capability, device_of
 
 GROUP = 8  # rows of tiles that run side by side, for the sake of L2
 
@@ -53,10 +54,7 @@ def fitting(device: tuple[int, int]) -> tuple[Configuration, ...]:
 
 
 @triton.jit
-def _block(
-    z, row, column, rows, columns, pitch,
-    DESCRIBED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+def _block(z, row, column, rows, columns, pitch, DESCRIBED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
     """HEIGHT x WIDTH entries of z [rows, columns], zero outside."""
     if DESCRIBED:
         return z.load([row, column])
@@ -68,13 +66,14 @@ def _block(
 
 @triton.jit
 def symmetric_kernel(
-    z,  # [rows, columns], or a descriptor of blocks for the left operand
+    left,  # z [rows, columns], or a descriptor of blocks for the left operand
     right,  # the same for the right operand
     out,  # fp32 [parts, size, size]
-    rows, columns, pitch,
+    rows,
+    columns,
+    pitch,
     size,  # columns (TRANSPOSED) or rows
     length,  # of the sums of a part
-    tiles,  # in a row of tiles
     TRANSPOSED: tl.constexpr,  # Z^T Z, by parts of the rows; else Z Z^T
     DESCRIBED: tl.constexpr,
     TF32: tl.constexpr,
@@ -82,9 +81,9 @@ def symmetric_kernel(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-):  # fmt: skip
+):
     """Grid (tiles, by groups of rows of tiles; parts). Programs below the diagonal do nothing."""
-    program, part = tl.program_id(0), tl.program_id(1)
+    program, part, tiles = tl.program_id(0), tl.program_id(1), tl.cdiv(size, N)
     row = (program // (GROUP * tiles) * GROUP + program % GROUP) * M
     column = program % (GROUP * tiles) // GROUP * N
     if (row < size) & (column + N > row):
@@ -92,10 +91,10 @@ def symmetric_kernel(
         precision: tl.constexpr = "tf32" if TF32 else "ieee"
         for start in range(part * length, (part + 1) * length, K):
             if TRANSPOSED:
-                a = tl.trans(_block(z, start, row, rows, columns, pitch, DESCRIBED, K, M))
+                a = tl.trans(_block(left, start, row, rows, columns, pitch, DESCRIBED, K, M))
                 b = _block(right, start, column, rows, columns, pitch, DESCRIBED, K, N)
             else:
-                a = _block(z, row, start, rows, columns, pitch, DESCRIBED, M, K)
+                a = _block(left, row, start, rows, columns, pitch, DESCRIBED, M, K)
                 b = tl.trans(_block(right, column, start, rows, columns, pitch, DESCRIBED, N, K))
             tile = tl.dot(a, b, tile, input_precision=precision)
         out += part.to(tl.int64) * size * size
@@ -106,36 +105,37 @@ def symmetric_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _launch(
-    shape: tuple[int, int, int], transposed: bool, parts: int, c: Configuration, itemsize: int, *, tf32: bool,
-    described: bool,
-) -> Launch:  # fmt: skip
-    rows, columns, _ = shape
-    size, length = (columns, rows // parts) if transposed else (rows, columns)
-    tiles = triton.cdiv(size, c.columns)
-    constants = dict(
-        TRANSPOSED=transposed, DESCRIBED=described, TF32=tf32, GROUP=GROUP, M=c.rows, N=c.columns, K=c.step // itemsize
-    )
-    grid = tiles * GROUP * triton.cdiv(size, c.rows * GROUP), parts
+def _launch(size: int, parts: int, c: Configuration, **decided: Any) -> Launch:
+    grid = ceil_div(size, c.columns) * GROUP * ceil_div(size, c.rows * GROUP), parts
     return Launch(
-        symmetric_kernel, grid, (*shape, size, length, tiles), constants, num_warps=c.warps, num_stages=c.stages
+        symmetric_kernel,
+        grid,
+        decided | dict(size=size, GROUP=GROUP, M=c.rows, N=c.columns),
+        num_warps=c.warps,
+        num_stages=c.stages,
     )
 
 
-def multiply(z: Tensor, transposed: bool, parts: int, c: Configuration, tf32: bool) -> Tensor:
-    """Z^T Z by ``parts`` equal parts of the rows, [parts, m, m], or Z Z^T, [1, n, n]; fp32.
+def multiply(
+    z: Tensor, transposed: bool, parts: int, c: Configuration, tf32: bool, out: Tensor | None = None
+) -> Tensor:
+    """Z^T Z by ``parts`` equal parts of the rows, [parts, m, m], or Z Z^T, [1, n, n], in ``out``; fp32.
 
     ``z`` has rows that begin at multiples of 16 bytes; several parts have a multiple of 128 rows.
     """
-    size = z.shape[transposed]
-    out = torch.empty(parts, size, size, dtype=torch.float32, device=z.device)
+    rows, columns = z.shape
+    size, step = z.shape[transposed], c.step // z.itemsize
+    if out is None:
+        out = torch.empty(parts, size, size, dtype=torch.float32, device=z.device)
     described = capability(z.device) >= (9, 0)
-    launch = _launch((*z.shape, z.stride(0)), transposed, parts, c, z.itemsize, tf32=tf32, described=described)
-    sides = (z, z)
+    launch = _launch(
+        size, parts, c, rows=rows, columns=columns, pitch=z.stride(0), length=rows // parts if transposed else columns,
+        TRANSPOSED=transposed, DESCRIBED=described, TF32=tf32, K=step,
+    )  # fmt: skip
+    sides: tuple[Any, Any] = z, z
     if described:
-        step = c.step // z.itemsize
         blocks = ([step, c.rows], [step, c.columns]) if transposed else ([c.rows, step], [c.columns, step])
         sides = tuple(TensorDescriptor(z, list(z.shape), list(z.stride()), block) for block in blocks)
     with device_of(z):
-        launch((z.dtype,), *sides, out)
+        launch((z.dtype,) if aligned(z, out) else None, dict(left=sides[0], right=sides[1], out=out))
     return out

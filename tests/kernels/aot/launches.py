@@ -88,7 +88,7 @@ def rbf(case: Case) -> None:
     problem = problem_of(case, 128, 512, 1280)._replace(kernel=RBF(sigma=1.0))
     x, y, mask = features(case, 128, 512), features(case, 128, 1280), mask_of(case, 128)
     value, stash = gaussian.forward(x, y, mask, problem, "gram")
-    gaussian.backward(value, x, y, mask, stash, problem, "gram")
+    gaussian.backward(value, x, y, mask, stash, problem, route="gram")
 
 
 def symmetric_products(case: Case) -> None:

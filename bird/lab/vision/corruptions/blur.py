@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .filters import Level, Taps, gaussian_matrix, separable, weighted, zoom_lines
+from .filters import FilterTaps, Level, gaussian_matrix, separable, weighted, zoom_lines
 from .random import Noise
 
 ANGLES = 4096  # directions that a motion may take; their sines are tables, the same on every device
@@ -27,7 +27,7 @@ def defocus_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _disks(shape: tuple[int, int], device: torch.device) -> Taps:
+def _disks(shape: tuple[int, int], device: torch.device) -> FilterTaps:
     """A disk, convolved with a 3 x 3 Gaussian; beyond the edge the picture is mirrored at its last pixel."""
     levels = []
     for radius, alias in ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)):
@@ -46,7 +46,7 @@ def _disks(shape: tuple[int, int], device: torch.device) -> Taps:
         ]
         source = lines[0][:, :, None] * shape[1] + lines[1][:, None, :]
         levels.append((source.reshape(len(rows), -1), (disk / disk.sum())[rows, columns, None]))
-    return Taps.stack(levels, device)
+    return FilterTaps.stack(levels, device)
 
 
 def glass_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
@@ -157,8 +157,10 @@ def zoom_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _zooms(shape: tuple[int, int], device: torch.device) -> Taps:
-    return Taps.stack([_zoom_taps(shape, np.arange(1, end, 0.01)) for end in (1.06, 1.11, 1.16, 1.21, 1.26)], device)
+def _zooms(shape: tuple[int, int], device: torch.device) -> FilterTaps:
+    return FilterTaps.stack(
+        [_zoom_taps(shape, np.arange(1, end, 0.01)) for end in (1.06, 1.11, 1.16, 1.21, 1.26)], device
+    )
 
 
 def _zoom_taps(shape: tuple[int, int], factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -130,7 +130,7 @@ def zoom_matrix(size: int, factor: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Taps:
+class FilterTaps:
     """A filter as a sum of a few pixels each, for five levels.
 
     Args:
@@ -144,7 +144,7 @@ class Taps:
     counts: tuple[int, ...]
 
     @classmethod
-    def stack(cls, levels: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> Taps:
+    def stack(cls, levels: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> FilterTaps:
         """From (source, weight) ``[taps, ...]`` of each level."""
         most = max(len(weight) for _, weight in levels)
 

@@ -18,7 +18,7 @@ PIXELS = 3 * 32 * 32
 Batch: TypeAlias = tuple[Path, Any, np.ndarray]  # a file, its rows uint8 [n, 3072], and n labels
 
 
-def stack(batches: Iterable[Batch], count: int) -> Images:
+def stack_batches(batches: Iterable[Batch], count: int) -> Images:
     """One array from many batches, filled in place: at no time is there a second copy of what was read before.
 
     Args:
@@ -46,8 +46,8 @@ def stack(batches: Iterable[Batch], count: int) -> Images:
 
 def _train_and_test(batches: Iterator[Batch], files: int, counts: Counts) -> tuple[Images, Images]:
     """The last file is the test set."""
-    train = stack(islice(batches, files - 1), counts[0])
-    return train, stack(batches, counts[1])
+    train = stack_batches(islice(batches, files - 1), counts[0])
+    return train, stack_batches(batches, counts[1])
 
 
 def _binary(paths: list[Path], label_bytes: int) -> Iterator[Batch]:

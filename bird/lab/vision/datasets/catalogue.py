@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .batches import (
     read_cifar10_binary,
     read_cifar10_python,
@@ -10,7 +12,7 @@ from .batches import (
     read_imagenet32,
 )
 from .folders import read_image_folder, read_tiny_imagenet
-from .grey import read_digits, read_fashion
+from .grey import read_digits, read_fashion, read_fashion_subset
 from .layout import Dataset, Layout
 
 _CIFAR10 = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
@@ -103,6 +105,14 @@ DATASETS: dict[str, Dataset] = {
         source="On Debian and Ubuntu: apt install dataset-fashion-mnist. Elsewhere: "
         "https://github.com/zalandoresearch/fashion-mnist (MIT), or "
         "torchvision.datasets.FashionMNIST(root, download=True).",
+    ),
+    "fashion-mnist-subset": Dataset(
+        title="The part of Fashion-MNIST that ships with the package",
+        classes=10,
+        channels=1,
+        counts=(12_000, 2_500),
+        layouts=(Layout(str(Path(__file__).parents[1] / "fashion"), ("fashion_mnist.npz",), read_fashion_subset),),
+        source="It comes with the package: install it again.",
     ),
     "digits": Dataset(
         title="scikit-learn's digits",

@@ -1,4 +1,4 @@
-"""Grey images: Fashion-MNIST's IDX files, and the digits that come with scikit-learn."""
+"""Grey images: Fashion-MNIST's IDX files and the subset that ships, and the digits that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -44,16 +44,27 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _padded(images: Path, labels: Path) -> Images:
+def _padded(pixels: np.ndarray, numbers: np.ndarray) -> Images:
+    return Images(F.pad(torch.tensor(pixels).unsqueeze(1), (2, 2, 2, 2)), torch.tensor(numbers).long())
+
+
+def _from_idx(images: Path, labels: Path) -> Images:
     pixels, numbers = read_idx(images), read_idx(labels)
     if pixels.shape[1:] != (28, 28) or numbers.shape != pixels.shape[:1]:
         raise ValueError(f"{images} holds {list(pixels.shape)}, {labels} {list(numbers.shape)}: not n 28x28 and n")
-    return Images(F.pad(torch.tensor(pixels).unsqueeze(1), (2, 2, 2, 2)), torch.tensor(numbers).long())
+    return _padded(pixels, numbers)
 
 
 def read_fashion(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
     """28x28, two rows and columns of zeros (the background) on every side."""
-    return _padded(*paths[:2]), _padded(*paths[2:])
+    return _from_idx(*paths[:2]), _from_idx(*paths[2:])
+
+
+def read_fashion_subset(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
+    """The same from one NumPy archive; nothing in it is unpickled."""
+    with np.load(paths[0], allow_pickle=False) as arrays:
+        train, test = (_padded(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
+    return train, test
 
 
 def read_digits(paths: list[Path], counts: Counts) -> tuple[Images, Images]:

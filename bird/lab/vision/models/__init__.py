@@ -8,8 +8,8 @@ installed with ``pip install 'bird-kernels[vision]'``. The small ones are for CP
 batch of 64 grey images take one core of an EPYC server 13 ms (resnet-tiny), 16 to 17 (mobilenetv2-tiny, resnet-small)
 or 20 to 22.
 
-The paper chose its one guiding and one guided layer heuristically. `Model.guide` is ours for both: the output of the
-last stage before the head; its average over space is what the head reads, the "penultimate" features.
+The paper chose its one guiding and one guided layer heuristically. `ImageModel.guide` is ours for both: the output of
+the last stage before the head; its average over space is what the head reads, the "penultimate" features.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from . import families
 from .normalise import Normalise
 from .small import PlainNet, ResNet
 
-__all__ = ["MODELS", "Model", "Normalise", "PlainNet", "ResNet", "build", "replace_head"]
+__all__ = ["MODELS", "ImageModel", "Normalise", "PlainNet", "ResNet", "build", "replace_head"]
 
 
 @dataclass(frozen=True)
-class Model:
+class ImageModel:
     """A network that `build` knows.
 
     Args:
@@ -102,7 +102,7 @@ def replace_head(model: nn.Module, name: str, classes: int) -> nn.Linear:
     return new
 
 
-def _model(name: str) -> Model:
+def _model(name: str) -> ImageModel:
     if name not in MODELS:
         nearest = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5)
         hint = f"the nearest are {nearest}" if nearest else f"there are {list(MODELS)}"
@@ -110,34 +110,36 @@ def _model(name: str) -> Model:
     return MODELS[name]
 
 
-def _resnet(depth: int, width: int, parameters: int) -> Model:
+def _resnet(depth: int, width: int, parameters: int) -> ImageModel:
     layers = {f"layer{i + 1}": width << i for i in range(4)}
-    return Model(f"resnet{depth}", layers, "fc", parameters, partial(families.resnet, depth=depth))
+    return ImageModel(f"resnet{depth}", layers, "fc", parameters, partial(families.resnet, depth=depth))
 
 
-def _densenet(depth: int, widths: tuple[int, int, int, int], parameters: int) -> Model:
+def _densenet(depth: int, widths: tuple[int, int, int, int], parameters: int) -> ImageModel:
     names = *(f"features.denseblock{i}" for i in (1, 2, 3)), "features.relu5"
     layers = dict(zip(names, widths, strict=True))
-    return Model(f"densenet{depth}", layers, "classifier", parameters, partial(families.densenet, depth=depth))
+    return ImageModel(f"densenet{depth}", layers, "classifier", parameters, partial(families.densenet, depth=depth))
 
 
-def _mobilenetv2(name: str, layers: dict[int, int], parameters: int, make: Callable[[int, int], nn.Module]) -> Model:
-    return Model(name, {f"features.{i}": width for i, width in layers.items()}, "classifier.1", parameters, make)
+def _mobilenetv2(
+    name: str, layers: dict[int, int], parameters: int, make: Callable[[int, int], nn.Module]
+) -> ImageModel:
+    return ImageModel(name, {f"features.{i}": width for i, width in layers.items()}, "classifier.1", parameters, make)
 
 
-def _small_mobilenetv2(name: str, width: int, last: int, parameters: int) -> Model:
+def _small_mobilenetv2(name: str, width: int, last: int, parameters: int) -> ImageModel:
     # torchvision multiplies by 0.5, which halves the stem too.
     stages = (1, 16, 1, 1), (3, 32, 1, 2), (6, 2 * width, 2, 2)
     make = partial(families.mobilenetv2, stages=stages, stride=2, width=0.5, last=last)
     return _mobilenetv2(name, {1: 8, 2: 16, 4: width, 5: last}, parameters, make)
 
 
-def _small_resnet(name: str, widths: tuple[int, int, int], parameters: int) -> Model:
+def _small_resnet(name: str, widths: tuple[int, int, int], parameters: int) -> ImageModel:
     layers = {f"layer{i + 1}": width for i, width in enumerate(widths)}
-    return Model(name, layers, "head", parameters, lambda c, classes: ResNet(classes, channels=c, widths=widths))
+    return ImageModel(name, layers, "head", parameters, lambda c, classes: ResNet(classes, channels=c, widths=widths))
 
 
-MODELS: dict[str, Model] = {
+MODELS: dict[str, ImageModel] = {
     model.name: model
     for model in (
         _mobilenetv2(
@@ -154,14 +156,14 @@ MODELS: dict[str, Model] = {
         _densenet(121, (256, 512, 1024, 1024), 6_956_426),
         _densenet(169, (256, 512, 1280, 1664), 12_493_450),
         _densenet(201, (256, 512, 1792, 1920), 18_104_458),
-        Model(
+        ImageModel(
             "vit",
             {f"encoder.layers.encoder_layer_{i}": 192 for i in (2, 5, 8, 11)} | {"encoder": 192},
             "heads.head",
             5_362_762,
             families.vit,
         ),
-        Model(
+        ImageModel(
             "alexnet",
             {"features.2": 64, "features.5": 192, "features.12": 256, "classifier.5": 4096},
             "classifier.6",
@@ -172,7 +174,7 @@ MODELS: dict[str, Model] = {
         _small_mobilenetv2("mobilenetv2-tiny", 48, 192, 52_210),
         _small_resnet("resnet-small", (16, 32, 96), 134_874),
         _small_resnet("resnet-tiny", (16, 24, 48), 47_338),
-        Model(
+        ImageModel(
             "plain",
             {"block1": 32, "block2": 64, "block3": 96},
             "head",
