@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bird_kernels.plan import FEW_ROWS
+from tests import selection
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"  # Triton's and CUDA's kernels are emulated, a thousand times slower
@@ -23,13 +24,19 @@ NEEDS = {"library": "torch", "triton": "triton", "native": "bird_kernels._native
 BACKENDS = [name for name, module in NEEDS.items() if importlib.util.find_spec(module)]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    selection.add_options(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: not for emulated kernels, which are slow; compiled ones run it")
+    config.addinivalue_line("markers", "smoke: what --quick runs of its file, whose first test takes seconds")
+    config.addinivalue_line("markers", "short(why, keep): the cells of a grid that run without --all")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Our kernels have no fp64, one route and few rows, and emulation few problems: other tests do not exist, rather
-    than skip."""
+    than skip. Of those that do, tests/selection.py takes what was asked for."""
 
     def exists(item: pytest.Item) -> bool:
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -40,8 +47,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return False
         return params.get("dtype") != torch.float64 and not (INTERPRETED and item.get_closest_marker("compiled"))
 
-    config.hook.pytest_deselected(items=[item for item in items if not exists(item)])
-    items[:] = [item for item in items if exists(item)]
+    chosen = selection.select(config, [item for item in items if exists(item)])
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
 
 
 @pytest.fixture(scope="session")

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
+
+# Ranks are forked from a server that has imported these: a rank that imports them itself takes seconds to start.
+multiprocessing.set_forkserver_preload(["tests.kernels.rank_training", "torch._dynamo", "torch.distributed.fsdp"])
+
+
+def start(work: Callable[..., None], arguments: tuple[object, ...], world: int) -> None:
+    """Call ``work(rank, *arguments)`` in so many processes; an error of any of them is raised here."""
+    start_processes(work, arguments, nprocs=world, start_method="forkserver")
 
 
 def run_ranks(work: Callable[..., None], world: int, folder: Path, *arguments: object) -> None:
-    """Call ``work(rank, *arguments)`` in so many processes of one group; an error of any of them is raised here."""
-    spawn(_rank, (work, world, folder, arguments), nprocs=world)
+    """Call ``work(rank, *arguments)`` in so many processes of one group."""
+    start(_rank, (work, world, folder, arguments), world)
 
 
 def _rank(rank: int, work: Callable[..., None], world: int, folder: Path, arguments: tuple[object, ...]) -> None:

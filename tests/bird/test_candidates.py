@@ -174,6 +174,7 @@ def test_a_choice_of_teachers(folder: Path, experiment: VisionExperiment, capsys
     assert "b, clean" not in page
 
 
+@pytest.mark.smoke
 def test_nothing_measured(tmp_path: Path, experiment: VisionExperiment) -> None:
     with pytest.raises(ValueError, match=r"no teacher of .* was measured in .*: bird select it first"):
         candidates.write_teachers(replace(experiment, root=tmp_path), experiment.candidates(), tmp_path)

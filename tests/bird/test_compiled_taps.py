@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
 
 import pytest
 import torch
@@ -14,22 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from bird.taps import Taps
 from tests.bird.tapped import Net, by_hand, gradients, guidance
 
-
-@pytest.fixture
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Any:
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def _compiler() -> str | None:

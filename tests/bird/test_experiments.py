@@ -207,6 +207,7 @@ def test_what_is_missing_is_said(experiment: VisionExperiment, tmp_path: Path) -
     assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.smoke
 def test_paired_p() -> None:
     a, b = [0.61, 0.64, 0.7, 0.66], [0.6, 0.61, 0.71, 0.6]
     differences = [x - y for x, y in zip(a, b, strict=True)]

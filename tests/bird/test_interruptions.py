@@ -211,6 +211,7 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
         train(other, tmp_path, steps=6, resume=True)
 
 
+@pytest.mark.smoke
 def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "last.pt")

@@ -21,24 +21,8 @@ from bird.taps import Taps
 from tests.bird.tapped import Net, Twice, by_hand, gradients, guidance
 from tests.groups import run_ranks
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Any:
-    yield
-    torch.compiler.reset()
 
 
 # Values and gradients

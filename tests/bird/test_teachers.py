@@ -16,6 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from bird.teachers import Teacher
 from tests.groups import run_ranks
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -65,17 +66,6 @@ def net() -> Net:
     for _ in range(3):  # running statistics that are not the initial ones
         net(torch.randn(8, 3, 8, 8))
     return net
-
-
-@pytest.fixture
-def images() -> Tensor:
-    return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Any:
-    yield
-    torch.compiler.reset()
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bird.lab.tensors import load, save
+from bird.lab.tensors import load
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.steps import Guide, epoch_order, learning_rate, steps_per_epoch
@@ -294,32 +294,6 @@ def test_nothing_is_read_from_the_device_between_reports(monkeypatch: pytest.Mon
         train(steps=20, log_every=10, save_every=20, optimizer="sgd")
     assert waits.count == 0
     assert len(lists) == 1 + 2  # the labels at the start, and two reports
-
-
-def test_a_write_cut_short_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "last.pt"
-    save({"step": 1, "weights": torch.ones(3)}, path)
-    whole = torch.save
-
-    def half(state: Any, target: Path) -> None:
-        whole(state, target)
-        target.write_bytes(target.read_bytes()[:100])
-        raise Cut
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(Cut):
-        save({"step": 2, "weights": torch.zeros(3)}, path)
-    monkeypatch.undo()
-    assert load(path)["step"] == 1
-    save({"step": 3, "weights": torch.zeros(3)}, path)
-    assert load(path)["step"] == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-
-
-def test_loading_runs_no_code(tmp_path: Path) -> None:
-    torch.save({"step": Cut()}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match=r"last\.pt is not a whole checkpoint"):
-        load(tmp_path / "last.pt")
 
 
 def test_a_folder_is_not_used_for_two_runs(tmp_path: Path) -> None:

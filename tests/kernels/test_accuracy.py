@@ -22,6 +22,7 @@ from tests.accuracy import (
     poison,
     truth,
 )
+from tests.selection import short
 
 UPSTREAM = 1024.0  # a loss scale: fp16 gradients of a mean over n p elements are below its normal range without one
 
@@ -84,6 +85,10 @@ def compare(
     return ours[0]
 
 
+@short(
+    "every shape in fp32; in the other dtypes, whose rounding alone differs, few rows, one block and several",
+    lambda shape, dtype: dtype == torch.float32 or shape in [(4, 7, 5), (37, 61, 29), (130, 5, 9)],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_plain(
@@ -99,6 +104,10 @@ def test_no_worse_than_plain(
     assert found.dx.dtype == found.dy.dtype == dtype
 
 
+@short(
+    "x and y change places in one line of every backend",
+    lambda dtype, sides: dtype == torch.float32 or sides == "x",
+)
 @pytest.mark.parametrize("sides", ["x", "y"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(37, 61, 29), pytest.param((5, 3, 7), marks=COMPILED)], ids=str)
@@ -147,6 +156,10 @@ def test_mixed_dtypes_are_promoted(
         assert error <= max(rounding[name], 10 * torch.finfo(common).eps)
 
 
+@short(
+    "means that fp32 survives centred late, hardly survives, and does not; the others lie between",
+    lambda mean: mean in (1, 1000, "its own for every column"),
+)
 @pytest.mark.parametrize("mean", [0, 1, 10, 100, 1000, -1000, "its own for every column"])
 @pytest.mark.parametrize("shape", [(37, 61, 29), pytest.param((61, 16, 64), marks=COMPILED)], ids=str)
 def test_large_means(
@@ -180,6 +193,10 @@ def test_outlier_columns(dtype: torch.dtype, estimator: str, route: str, backend
     assert_no_worse([ours], [theirs], [truth(x, y, estimator, upstream=UPSTREAM)], allowed)
 
 
+@short(
+    "fourth powers that are 0, that are Inf, and one side of each",
+    lambda scales: scales in [(1e-12, 1e-12), (1e12, 1e12), (1e-12, 1e12)],
+)
 @pytest.mark.parametrize("scales", [(1e-12, 1e-12), (1e12, 1e12), (1e-12, 1e12), (1e12, 1.0), (1e-6, 1e3)])
 def test_scale_does_not_matter(
     scales: tuple[float, float], estimator: str, route: str, backend: str, device: torch.device

@@ -5,14 +5,12 @@ Ranks are processes over gloo, started once for each world size (tests/kernels/r
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import start_processes
 
 from bird_kernels import cka_loss, transport
 from bird_kernels.types import Problem
@@ -21,8 +19,10 @@ from tests.accuracy import features, truth
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
+from tests.groups import start
 from tests.kernels import rank_calls, rank_errors, ranks
 from tests.kernels.ranks import CASES, ROWS, SPLITS, WORLDS, Case
+from tests.selection import short
 
 Ask = Callable[..., list[Any]]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3}  # of gradients; bf16 keeps eight bits
@@ -32,12 +32,11 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3}  # of
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     """ask(world, case): what each rank returned."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(["tests.kernels.rank_training", "torch._dynamo", "torch.distributed.fsdp"])
     results: dict[int, list[dict[str, Any]]] = {}
 
     def asked(world: int, case: object) -> list[Any]:
         if world not in results:
-            start_processes(ranks.work, (world, str(folder)), nprocs=world, start_method="forkserver")
+            start(ranks.work, (world, str(folder)), world)
             results[world] = [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
         found = []
         for rank, theirs in enumerate(results[world]):
@@ -49,6 +48,13 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     return asked
 
 
+few = short(
+    "every case of two ranks, and of three of which one has no rows; of one and of four, fp64 shows a wrong sum",
+    lambda case, world: world in (2, 3) or case.dtype == torch.float64,
+)
+
+
+@few
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_value_and_gradients_are_those_of_the_whole_batch(case: Case, world: int, ask: Ask) -> None:
@@ -167,6 +173,7 @@ def test_chunks_of_all_ranks(kernel: str, world: int, ask: Ask) -> None:
     assert max(ask(world, f"chunks{kernel}")) < 1e-10
 
 
+@few
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bytes_are_those_of_the_plan(case: Case, world: int, ask: Ask) -> None:
@@ -349,38 +356,6 @@ def test_compiled_code_breaks_its_graph_at_the_call(ask: Ask) -> None:
 @pytest.mark.skipif(not ranks.INTERPRETED, reason="needs Triton's interpreter: the ranks compute on the CPU")
 def test_a_backend_that_is_asked_for_gets_the_rows(ask: Ask) -> None:
     assert max(ask(2, "triton")) < 1e-6
-
-
-# ---------------------------------------------------------------------------------------------- the formulas
-
-
-def test_fewer_bytes_are_chosen_and_counted_by_hand() -> None:
-    """fp32, 4 ranks: products 2 * 64 * 64 + 64 * 64, means 129; rows of 128 features."""
-    problem = Problem(0, 64, 64, torch.float32, torch.device("cpu"))
-    merged = 2 * (4 * 3 * 64 * 64 + 8 * 129) * 3 // 4
-    few, many = ([rows] * 4 for rows in (40, 200))
-    assert transport.choose(problem, few, "auto")[:4] == ("gathered", 4, 160, 3 * 40 * 128 * 4)
-    assert transport.choose(problem, many, "auto") == ("merged", 4, 800, merged, 3 * 200 * 128 * 4)
-    assert transport.choose(problem, many, "library").name == "merged"
-    for backend in ("triton", "native", "reference"):
-        assert transport.choose(problem, many, backend).name == "gathered"
-    unbiased = transport.choose(problem._replace(estimator="unbiased"), many, "auto")
-    assert unbiased.bytes == merged + 2 * (4 * 3 * 64 * 64 + 8 * (2 * 128 + 5)) * 3 // 4  # in fp64
-    assert transport.choose(problem._replace(dtype=torch.bfloat16), few, "auto").bytes == 3 * 40 * 128 * 2
-    assert transport.choose(problem._replace(dtype=torch.float64), many, "auto").bytes == merged + 2 * 3 * 64 * 64 * 3
-    masked = transport.choose(problem._replace(masked=True), [40, 10, 0, 40], "auto")
-    assert masked == ("gathered", 4, 90, 3 * 40 * 129 * 4, merged)
-
-
-@pytest.mark.parametrize("width", [1, 127, 128, 129, 300, 1024, 1500, 4096])
-def test_upper_blocks_cover_each_pair_once(width: int) -> None:
-    blocks = transport.upper_blocks(width)
-    assert [i for i, _ in blocks] == [0, *(j for _, j in blocks[:-1])]
-    assert blocks[-1][1] == width
-    assert len(blocks) <= transport.BLOCKS
-    inside = sum((j - i) * (j - i - 1) // 2 for i, j in blocks)  # below the diagonal of its own block
-    assert transport.upper_size(width) == width * (width + 1) // 2 + inside
-    assert width < 1024 or transport.upper_size(width) < 0.57 * width * width
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from bird_kernels.backends import dominating
 from bird_kernels.backends.dominating import bulk_mean, largest, noise, squared_norms
 from bird_kernels.matrix import hsic_matrix
 from tests.accuracy import evaluate, operator, truth
+from tests.selection import short
 
 COMPILED = pytest.mark.compiled
 SIZES = [10.0, 1e2, 1e3, 3e3, 1e4, 3e4]
@@ -107,6 +108,10 @@ def check(true: Case, route: str, backend: str = "library") -> None:
     assert_gradient(found.dx, true, share=upstream)
 
 
+@short(
+    "every size of one row; of several the size where rounding begins to tell, and the largest",
+    lambda size, count: count == 1 or size in (1e2, 3e4),
+)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("n", [8, 64, 600, 2000])
@@ -114,6 +119,10 @@ def test_value_and_gradient(n: int, count: int, size: float, route: str) -> None
     check(case(n, count, size), route)
 
 
+@short(
+    "both sizes in fp32, the larger in the other dtypes",
+    lambda dtype, size: dtype == torch.float32 or size == 3e4,
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("where", ["both", "x", "y", "apart"])
 @pytest.mark.parametrize("size", [1e2, 3e4])
@@ -131,6 +140,10 @@ def test_small_kernels(backend: str, size: float) -> None:
         check(case(8, count, size), "gram", backend)
 
 
+@short(
+    "kernels group rows as the library does: a period below the number of groups, one without a factor of it, and it",
+    lambda backend, stride: backend == "library" or stride in (2, 5, 8),
+)
 @pytest.mark.parametrize("stride", range(2, 13))
 @pytest.mark.parametrize("backend", ["library", "triton", "native"])
 def test_masks_with_a_period(backend: str, stride: int) -> None:

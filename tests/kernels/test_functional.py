@@ -11,6 +11,7 @@ from torch import Tensor
 import bird_kernels
 from bird_kernels import CKALoss, HSICLoss, cka, cka_loss, explain, hsic, reference
 from tests.accuracy import features
+from tests.selection import short
 
 N, P, Q = 37, 21, 30
 X, Y = torch.zeros(N, P), torch.zeros(N, Q)
@@ -67,6 +68,13 @@ REFUSED = {
 }  # fmt: skip
 
 
+SAMPLE = ["not a tensor", "row counts", "three rows", "mask too short", "backend"]
+
+
+@short(
+    "one look at what comes in serves all four: every error of one, some of its siblings",
+    lambda case, function: function is cka_loss or case in SAMPLE,
+)
 @pytest.mark.parametrize("function", [cka_loss, cka, hsic, explain], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_words(case: str, function) -> None:

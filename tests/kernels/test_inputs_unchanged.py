@@ -15,6 +15,7 @@ from bird_kernels import RBF, CKALoss, HSICLoss, Statistics
 from bird_kernels.call import across
 from bird_kernels.matrix import hsic_matrix
 from bird_kernels.types import Options
+from tests.selection import short
 from tests.untouched import untouched
 
 COMPILED = pytest.mark.compiled
@@ -71,6 +72,11 @@ KINDS = [
 kinds = pytest.mark.parametrize(("layout", "dtype"), KINDS)
 
 
+def ordinary(layout: str, dtype: torch.dtype) -> bool:
+    """What a training step has: of it every function is tested, of the rest one for every way in."""
+    return layout in EMULATED and dtype == torch.float32
+
+
 def features(layout: str, dtype: torch.dtype, device: torch.device, size: float = 5.0) -> tuple[Tensor, Tensor, Tensor]:
     """x [N, P], y [N, Q], mask [N] of the kind; not near 1, and with means, so that there is something to change."""
     generator = torch.Generator().manual_seed(0)
@@ -100,6 +106,10 @@ COMMON: dict[str, Call] = {
 }
 
 
+@short(
+    "every layout of one function; the others have the same way in",
+    lambda name, layout, dtype: name == "cka_loss" or ordinary(layout, dtype),
+)
 @kinds
 @pytest.mark.parametrize("name", COMMON)
 @pytest.mark.parametrize("backend", ["library", "native", "triton", "reference"])
@@ -143,6 +153,10 @@ SPECIAL: dict[str, Call] = {
 }
 
 
+@short(
+    "every layout where features are not centred and where distances are; the others have the same way in",
+    lambda name, layout, dtype: name in ("uncentred", "rbf") or ordinary(layout, dtype),
+)
 @kinds
 @pytest.mark.parametrize("name", SPECIAL)
 @pytest.mark.parametrize("backend", ["library", "reference"])
@@ -160,6 +174,10 @@ def test_of_triton(name: str, device: torch.device) -> None:
     check(lambda: SPECIAL[name](x, y, mask=mask, backend="triton"), x, y, mask)
 
 
+@short(
+    "every layout of one pair and of lists; the others have the same way in",
+    lambda name, layout, dtype: name in ("cka_loss", "lists") or ordinary(layout, dtype),
+)
 @kinds
 @pytest.mark.parametrize("name", [*COMMON, *SPECIAL])
 def test_by_products_of_features(name: str, layout: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -196,6 +214,10 @@ OTHERS: dict[str, Call] = {
 }
 
 
+@short(
+    "every layout of the two that centre for themselves",
+    lambda name, layout, dtype: name in ("centered_gram", "hsic_matrix") or ordinary(layout, dtype),
+)
 @kinds
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_functions(name: str, layout: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -203,6 +225,10 @@ def test_other_functions(name: str, layout: str, dtype: torch.dtype, device: tor
     check(lambda: OTHERS[name](x, y, mask), x, y, mask)
 
 
+@short(
+    "every layout of all tokens; what is pooled is a copy",
+    lambda tokens, layout, dtype: tokens == "all" or ordinary(layout, dtype),
+)
 @kinds
 @pytest.mark.parametrize("tokens", ["all", "last", "mean", "sequence"])
 def test_tokens(tokens: Any, layout: str, dtype: torch.dtype, estimator: str, device: torch.device) -> None:
@@ -267,6 +293,10 @@ def group() -> Iterator[Any]:
     distributed.destroy_process_group()
 
 
+@short(
+    "every layout with one estimator: it comes after what travels",
+    lambda layout, estimator: estimator == "biased" or layout in EMULATED,
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("widths", ["merged", "gathered"])

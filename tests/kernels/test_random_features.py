@@ -231,10 +231,10 @@ def _by_hand(estimator: str) -> Function:
     return loss
 
 
-@pytest.mark.parametrize("seed", range(DRAWS))
-def test_draw(seed: int, route: str) -> None:
-    wrong = failure(seed, route)
-    assert wrong is None, wrong
+@pytest.mark.parametrize("first", range(0, DRAWS, 20))
+def test_draws(first: int, route: str) -> None:
+    found = {seed: failure(seed, route) for seed in range(first, first + 20)}
+    assert {seed: wrong for seed, wrong in found.items() if wrong} == {}
 
 
 def main() -> None:

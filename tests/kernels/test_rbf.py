@@ -11,6 +11,7 @@ from torch import Tensor
 from bird_kernels import RBF, cka_loss, reference
 from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain_rbf, poison, truth
 from tests.kernels.gaussian import N, P, Q, bandwidth, centred, distances
+from tests.selection import short
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
@@ -51,6 +52,12 @@ def test_the_reference_s_unbiased_estimator_is_of_the_hollow_kernels(rule: RBF) 
 # ---------------------------------------------------------------------------------------------- accuracy
 
 
+@short(
+    "the loss in fp32 everywhere; hsic and fp64 differ after the kernel matrices, and are tested where it is streamed",
+    lambda dtype, statistic, masked, memory: (
+        (dtype == torch.float32 and statistic == "cka_loss") or (masked and memory == "streamed")
+    ),
+)
 @pytest.mark.parametrize("statistic", ["cka_loss", "hsic"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -68,6 +75,10 @@ def test_values_and_gradients(
         assert found.dx[~mask].eq(0).all()
 
 
+@short(
+    "every shape in fp32, one in the other dtypes",
+    lambda dtype, shape: dtype == torch.float32 or shape == (37, 61, 29),
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 3, 4), (37, 61, 29), (130, 16, 40)], ids=str)
 @pytest.mark.parametrize(
@@ -159,6 +170,10 @@ def test_a_flowing_gradient_is_orthogonal_to_the_features(estimator: str, device
 # ---------------------------------------------------------------------------------------------- no answer
 
 
+@short(
+    "every constant on one side; on the others the one whose mean is rounded",
+    lambda side, value: side == "student" or value == 1000.3,
+)
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1000.3])
 def test_rows_that_are_all_equal(value: float, side: str, rule: RBF, estimator: str, device: torch.device) -> None:

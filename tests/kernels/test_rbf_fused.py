@@ -13,6 +13,7 @@ from bird_kernels import RBF, backends, cka_loss, explain, hsic, plan
 from bird_kernels.types import Problem
 from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain_rbf, poison, truth
 from tests.kernels.gaussian import N, P, Q
+from tests.selection import short
 
 triton = pytest.importorskip("triton", reason="Triton does not exist for this system")
 tl = pytest.importorskip("triton.language", reason="Triton does not exist for this system")
@@ -62,6 +63,10 @@ def test_expm1_at_the_ends(device: torch.device) -> None:
     assert found[2].isnan()
 
 
+@short(
+    "hsic is a part of the loss: under a mask, which reaches every kernel",
+    lambda statistic, masked: statistic == "cka_loss" or masked,
+)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("statistic", ["cka_loss", "hsic"])
 def test_values_and_gradients(statistic: str, masked: bool, kernel: RBF, estimator: str, device: torch.device) -> None:
@@ -139,6 +144,10 @@ def test_large_means_and_strides(estimator: str, device: torch.device) -> None:
     assert max(found["dx"], found["dy"]) < 1e-5
 
 
+@short(
+    "every kernel on one side",
+    lambda side, kernel: side == "student" or kernel == "median",
+)
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
 def test_rows_that_are_all_equal(side: str, kernel: RBF, estimator: str, device: torch.device) -> None:
     flat, varied = torch.full((N, P), 1000.3, device=device), features(N, P, Q, device=device)[1]

@@ -14,6 +14,7 @@ from bird_kernels.backends import library, linalg, rows, unbiased
 from bird_kernels.types import Problem
 from tests.accuracy import Result, errors, features, poison, truth
 from tests.kernels import test_dominating_rows as dominating
+from tests.selection import short
 
 pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
@@ -66,6 +67,10 @@ def assert_right(x: Tensor, y: Tensor, mask: Tensor | None = None, looser: float
     assert max(off.values()) <= looser * gradient, off
 
 
+@short(
+    "all in fp32; halves with most of what changes",
+    lambda dtype, cuts, masked: dtype == FLOAT32 or (cuts is not None and masked),
+)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cuts", [None, CUTS], ids=["whole", "parts"])
 def test_values_and_gradients(
@@ -75,6 +80,10 @@ def test_values_and_gradients(
     assert_right(x, y, torch.arange(70, device=device) % 5 != 2 if masked else None, cuts=cuts, estimator=estimator)
 
 
+@short(
+    "every mean in fp32, the largest in halves",
+    lambda dtype, mean: dtype == FLOAT32 or mean == 1000,
+)
 @pytest.mark.parametrize("mean", [0, 4.1, 1000])
 def test_means(dtype: torch.dtype, estimator: str, mean: float, device: torch.device) -> None:
     """No digit is lost to the mean, whether a column is shifted or not."""
@@ -93,6 +102,10 @@ def test_a_sorted_set_in_parts(dtype: torch.dtype, device: torch.device) -> None
     assert_right((x + drift).to(dtype), (y - drift).to(dtype), cuts=[0, 100, 200, 300], looser=10.0)
 
 
+@short(
+    "every constant in fp32; in halves the one that is furthest from 0",
+    lambda dtype, constant: dtype == FLOAT32 or constant == -3e4,
+)
 @pytest.mark.parametrize("constant", [0.0, 0.1, -3e4])
 def test_a_side_without_variance(dtype: torch.dtype, estimator: str, constant: float, device: torch.device) -> None:
     x = torch.full((61, 5), constant, device=device, dtype=dtype)
@@ -104,6 +117,10 @@ def test_a_side_without_variance(dtype: torch.dtype, estimator: str, constant: f
         assert not found.dy.any()
 
 
+@short(
+    "the estimators share it in halves",
+    lambda dtype, estimator: dtype == FLOAT32 or estimator == "unbiased",
+)
 def test_rows_that_do_not_count(dtype: torch.dtype, estimator: str, device: torch.device) -> None:
     """NaN among them; a part has no others."""
     x, y = features(60, 5, 7, dtype=dtype, device=device)
@@ -218,6 +235,10 @@ def test_products_are_of_the_features_dtype(dtype: torch.dtype, monkeypatch: pyt
     assert seen[3:] == [(dtype, dtype)]
 
 
+@short(
+    "the unbiased estimator needs all sums of the biased one, and more",
+    lambda dtype, estimator: dtype == FLOAT32 or estimator == "unbiased",
+)
 def test_bitwise_repeatable_from_poisoned_memory(dtype: torch.dtype, estimator: str, device: torch.device) -> None:
     x, y = features(70, 13, 21, dtype=dtype, device=device, mean=2.0)
     mask = torch.arange(70, device=device) % 5 != 2

@@ -14,6 +14,7 @@ from bird_kernels.backends import library
 from bird_kernels.types import Problem
 from tests.accuracy import Result, assert_no_worse, errors, evaluate, features, operator, plain, poison, truth
 from tests.kernels import test_dominating_rows as dominating
+from tests.selection import short
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
 shift = pytest.importorskip("bird_kernels.backends.triton.shift")
@@ -75,6 +76,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@short(
+    "every launch in fp32; in halves both gradients under a mask",
+    lambda dtype, sides, masked: dtype == FLOAT32 or (sides == "xy" and masked),
+)
 @pytest.mark.parametrize(("sides", "masked"), [("xy", False), ("xy", True), ("x", True), ("y", False), ("", True)])
 def test_values_and_gradients(
     route: str, dtype: torch.dtype, estimator: str, sides: str, masked: bool, device: torch.device
@@ -96,6 +101,10 @@ def test_statistics(route: str, statistic: str, device: torch.device) -> None:
     assert max(off["dx"], off["dy"]) < 3e-6
 
 
+@short(
+    "every mean in fp32; in halves the first that is shifted, and the largest",
+    lambda dtype, mean: dtype == FLOAT32 or mean in (4.1, 1000),
+)
 @pytest.mark.parametrize("mean", [0, 3.9, 4.1, 16, 64, 1000])
 def test_means(route: str, dtype: torch.dtype, mean: float, device: torch.device) -> None:
     """No digit is lost to the mean, whether a column is shifted or not."""
@@ -103,6 +112,10 @@ def test_means(route: str, dtype: torch.dtype, mean: float, device: torch.device
     assert_right(route, *features(n, p, q, dtype=dtype, device=device, mean=mean))
 
 
+@short(
+    "periods below the number of groups, without a factor of it, it, and twice it",
+    lambda stride: stride in (2, 5, 8, 16),
+)
 @pytest.mark.parametrize("stride", [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16])
 def test_masks_with_a_period(stride: int, device: torch.device) -> None:
     """The location is a median over groups of rows: no period of the mask puts all that count into one group."""
@@ -151,6 +164,10 @@ def test_rectified_features(route: str, dtype: torch.dtype, estimator: str, devi
     assert_right(route, x, y, estimator=estimator, looser=looser)
 
 
+@short(
+    "every constant in fp32; in halves the one that is furthest from 0",
+    lambda dtype, constant: dtype == FLOAT32 or constant == -3e4,
+)
 @pytest.mark.parametrize("constant", [0.0, 0.1, -3e4])
 def test_a_side_without_variance(route: str, dtype: torch.dtype, constant: float, device: torch.device) -> None:
     """Loss 1 and no gradient, masked rows as different as they may be."""
@@ -174,6 +191,10 @@ def test_orthogonal_rows_have_no_unbiased_variance(dtype: torch.dtype, device: t
     assert run("gram", turned, y.float(), estimator="unbiased").value == 1
 
 
+@short(
+    "NaN in every dtype; Inf becomes NaN in the first difference",
+    lambda dtype, wrong: dtype == FLOAT32 or math.isnan(wrong),
+)
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_nan_out(route: str, dtype: torch.dtype, wrong: float, device: torch.device) -> None:
     x, y = sides_of(route, dtype, device)
@@ -286,6 +307,10 @@ def test_precisions(route: str, precision: str, device: torch.device) -> None:
     assert_right(route, x, y, precision=precision, looser=1.0 if precision == "tf32x3" else 500.0)
 
 
+@short(
+    "the unbiased estimator writes all that the biased one does, and more",
+    lambda dtype, estimator: dtype == FLOAT32 or estimator == "unbiased",
+)
 def test_bitwise_repeatable_from_poisoned_memory(
     route: str, dtype: torch.dtype, estimator: str, device: torch.device
 ) -> None:

@@ -324,7 +324,7 @@ def _rank(rank: int, results: Any) -> None:
 
 
 def test_all_ranks_get_the_statistics_of_all(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     results = context.SimpleQueue()
     run_ranks(_rank, 2, tmp_path, results)
     whole = stream(*features(61, 7, 5))

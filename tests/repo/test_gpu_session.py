@@ -25,6 +25,7 @@ from benchmarks.gpu.problems import QUESTIONS
 from benchmarks.gpu.supervise import Deadline, PreparedRun
 from benchmarks.harness import Contestant, Verdict
 from benchmarks.machine import Machine
+from tests.selection import short
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("ceilings", "correctness", "times", "profiles", "rivals")
@@ -119,6 +120,7 @@ def test_reading_what_is_no_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.smoke
 def test_a_table_has_the_ratio_to_the_best_by_hand(tmp_path: Path) -> None:
     about = dict(phase="times", problem="llm", target=9e-5, status="ok", n=8, p=4, q=4, dtype="bfloat16", precision="")
     times = {
@@ -149,6 +151,7 @@ def test_a_short_run_ends_in_time(tmp_path: Path) -> None:
     assert [event["event"] for event in lines.read_lines(tmp_path / "run" / lines.EVENTS)][-1] == "end"
 
 
+@short("the supervisor, the files and the reader are the first run's, which is in the short set", lambda: False)
 def test_the_second_run(tmp_path: Path) -> None:
     """Sweeps beside the call as it is, and a row for each checker."""
     run = rehearsal(tmp_path, 8, "--sweep")

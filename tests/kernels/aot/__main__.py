@@ -38,7 +38,10 @@ def arguments() -> argparse.Namespace:
         help="a GPU, sm_80 to sm_120; can be repeated (default: all)",
     )
     parser.add_argument("--kernel", default="", type=_pattern, metavar="PATTERN", help="a regular expression of names")
-    parser.add_argument("--few", action="store_true", help="fewer variants, about half: what CI compiles")
+    parser.add_argument(
+        "--few", type=int, choices=ARCHS, metavar="ARCH",
+        help="about half of the variants for this GPU, and a fifth for the others: what ./dev test compiles",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in this file, too")
     return parser.parse_args()
 
@@ -84,10 +87,12 @@ def main() -> int:
         os.execve(sys.executable, program, environment)
     from . import compile, launches  # not before: which Triton, and whether it interprets, is decided by an import
 
-    cases = launches.FEW_CASES if options.few else launches.CASES
-    variants = compile.variants(options.arch or ARCHS, cases, options.kernel)
+    cases = dict.fromkeys(ARCHS, launches.CASES)
+    if options.few:
+        cases = dict.fromkeys(ARCHS, launches.FEWEST_CASES) | {options.few: launches.FEW_CASES}
+    variants = compile.variants({arch: cases[arch] for arch in options.arch or ARCHS}, options.kernel)
     if not variants:
-        names = {variant.kernel for variant in compile.variants(ARCHS[:1], cases)}
+        names = {variant.kernel for variant in compile.variants({ARCHS[0]: launches.CASES})}
         raise SystemExit(f"no kernel's name has {options.kernel!r}; there are {', '.join(sorted(names))}")
     wanted = interesting((variant.kernel, variant.named) for variant in variants)
     rows = []

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,11 +150,10 @@ def usage(binary: bytes) -> dict[str, int]:
     return {"registers": fields["REG"], "spilled": fields["STACK"] + fields["LOCAL"]}
 
 
-def variants(archs: Iterable[int], cases: Iterable[Case], pattern: str = "") -> list[Variant]:
-    """The plans of the architectures one after the other, of kernels whose name has ``pattern``."""
-    cases = list(cases)
+def variants(cases: Mapping[int, Sequence[Case]], pattern: str = "") -> list[Variant]:
+    """The plans of each architecture's cases one after the other, of kernels whose name has ``pattern``."""
     with FORK.Pool(maxtasksperchild=1) as pool:  # a process for each architecture
-        plans = pool.starmap(plan, [(arch, cases) for arch in archs], chunksize=1)
+        plans = pool.starmap(plan, cases.items(), chunksize=1)
     return [variant for found in plans for variant in found if re.search(pattern, variant.kernel)]
 
 

@@ -1,0 +1,41 @@
+"""Files of tensors: whole or as they were, and never code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bird.lab.tensors import load, save
+
+
+class Cut(Exception):
+    """The power goes off."""
+
+
+def test_a_write_cut_short_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.pt"
+    save({"step": 1, "weights": torch.ones(3)}, path)
+    whole = torch.save
+
+    def half(state: Any, target: Path) -> None:
+        whole(state, target)
+        target.write_bytes(target.read_bytes()[:100])
+        raise Cut
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(Cut):
+        save({"step": 2, "weights": torch.zeros(3)}, path)
+    monkeypatch.undo()
+    assert load(path)["step"] == 1
+    save({"step": 3, "weights": torch.zeros(3)}, path)
+    assert load(path)["step"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_loading_runs_no_code(tmp_path: Path) -> None:
+    torch.save({"step": Cut()}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=r"last\.pt is not a whole checkpoint"):
+        load(tmp_path / "last.pt")
