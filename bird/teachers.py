@@ -43,6 +43,7 @@ class Teacher(nn.Module):
 
     Attributes:
         names: the bare paths of the tapped layers, globs written out.
+        pool: as given.
         rows: how each layer's output becomes rows, `bird.features.Rows`.
     """
 
@@ -51,6 +52,7 @@ class Teacher(nn.Module):
         model = unwrap(model)
         layers = find_layers(model, taps)
         self.names = tuple(layers)
+        self.pool = pool
         self.rows = rows_of(model, layers, pool)
         self._passes = Passes()
         self._cargo = [model.requires_grad_(False).eval()]  # nn.Module does not look into a list
