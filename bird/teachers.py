@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import Pool, find_layers, first_tensor, pool_rows, unwrap
+from .features import Passes, Pools, find_layers, rows_of, shapes_of, unwrap
 
 
 class Teacher(nn.Module):
@@ -39,20 +39,23 @@ class Teacher(nn.Module):
         model: the network.
         taps: module paths or globs, see `bird.features.find_layers`. Of a layer that runs several times in
             one forward, the first output counts.
-        pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled) or a callable, see `bird.features.pool_rows`.
+        pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled), a layout or a callable, see `bird.features.pool_rows`,
+            or ``{layer: pool}``.
 
     Attributes:
         names: the bare paths of the tapped layers, globs written out.
         pool: as given.
+        rows: how each layer's output becomes rows, `bird.features.Rows`.
     """
 
-    def __init__(self, model: nn.Module, taps: str | Sequence[str], *, pool: Pool = "mean") -> None:
+    def __init__(self, model: nn.Module, taps: str | Sequence[str], *, pool: Pools = "mean") -> None:
         super().__init__()
         model = unwrap(model)
         layers = find_layers(model, taps)
         self.names = tuple(layers)
         self.pool = pool
-        self._features: dict[str, Tensor] | None = None  # a dict only while `forward` runs
+        self.rows = rows_of(model, layers, pool)
+        self._passes = Passes()
         self._cargo = [model.requires_grad_(False).eval()]  # nn.Module does not look into a list
         for name, layer in layers.items():
             layer.register_forward_hook(functools.partial(self._record, name))
@@ -73,15 +76,15 @@ class Teacher(nn.Module):
         """
         if self.model.training:  # whoever made the model may hold it too
             self.model.eval()
-        features: dict[str, Tensor] = {}
-        self._features = features
+        features = self._passes.now.features = {}
+        self._passes.now.inputs, self._passes.now.running = shapes_of(args, kwargs), True
         try:
             with torch.no_grad():
                 self.model(*args, **kwargs)
         except _AllSeen:
             pass
         finally:
-            self._features = None
+            self._passes.now.features, self._passes.now.running = {}, False
         missing = [name for name in self.names if name not in features]
         if missing:
             raise RuntimeError(f"the teacher's forward did not run {missing}: tap layers that its input reaches")
@@ -103,10 +106,11 @@ class Teacher(nn.Module):
         return super()._apply(fn, recurse)
 
     def _record(self, name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
-        if self._features is None or name in self._features:
+        features = self._passes.now.features
+        if not self._passes.now.running or name in features:
             return
-        self._features[name] = pool_rows(first_tensor(output), self.pool)
-        if len(self._features) == len(self.names) and not torch.compiler.is_compiling():
+        features[name] = self.rows[name](output, self._passes.now.inputs)
+        if len(features) == len(self.names) and not torch.compiler.is_compiling():
             raise _AllSeen
 
 

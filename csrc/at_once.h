@@ -37,7 +37,8 @@ std::string_view text(py::handle object) {
   return {};
 }
 
-// Numbers in memory and no more: not a subclass, a wrapper, a lazy negative; on a device that the kernels know.
+// Numbers in memory and no more: not a subclass, a wrapper, a lazy negative, or of inference mode where autograd would save it; on a
+// device that the kernels know.
 bool is_plain(py::handle object, int64_t dim) {
   using c10::DispatchKey;
   static const c10::DispatchKeySet PLAIN(
@@ -45,14 +46,15 @@ bool is_plain(py::handle object, int64_t dim) {
        DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
   if (!THPVariable_CheckExact(object.ptr())) return false;
   const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-  return PLAIN.isSupersetOf(tensor.key_set()) && tensor.dim() == dim;
+  return PLAIN.isSupersetOf(tensor.key_set()) && tensor.dim() == dim && !(tensor.is_inference() && at::GradMode::is_enabled());
 }
 
 // Somebody other than autograd looks on and must see operators, as ops.watched has it (torch.compile is asked after in Python).
 bool is_watched() {
   using c10::DispatchKey;
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  const c10::DispatchKeySet transforms({DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode});
+  const c10::DispatchKeySet transforms(
+      {DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::Tracer});
   return included.has_any(transforms) || c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
