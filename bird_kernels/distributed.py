@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NUMBERS = 4  # the most that a rank can add to its header
 Result = TypeVar("Result")
@@ -50,6 +51,21 @@ def world_size(group: object) -> int:
             f"init_process_group(), or what new_group() and DeviceMesh.get_group() return) or None, got {group!r}"
         )
     return group.size()
+
+
+def group_named(name: str) -> dist.ProcessGroup:
+    """The process group of this process whose ``group_name`` it is.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise RuntimeError(
+            f"this was pickled with the process group {name!r}, which this process does not have: call "
+            "init_process_group() (and new_group()) before loading it, or pickle it without group="
+        ) from error
 
 
 def devices(group: dist.ProcessGroup) -> list[str]:
@@ -150,6 +166,8 @@ def _require_plain_execution() -> None:
     """Raise a RuntimeError where the host cannot read tensors, which `agree` must."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("group= does not work inside torch.func transforms: use autograd")
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("group= has no forward-mode derivative: use reverse mode")
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "group= does not work in the capture of a CUDA graph, the ranks agree on the host: leave it out"

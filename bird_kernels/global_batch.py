@@ -79,7 +79,9 @@ def gathered(part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, y, mask
 
 
-def _require_first_order() -> None:
+def _require_first_order(grad: Tensor) -> None:
+    if ops.is_batched(grad):
+        raise RuntimeError("group= has no batched backward (is_grads_batched, jacobian(vectorize=True))")
     if torch.is_grad_enabled():  # create_graph=True: a second derivative would have to communicate
         raise RuntimeError("group= has no double backward: call without create_graph=True")
 
@@ -100,7 +102,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _require_first_order()
+        _require_first_order(grad)
         x, y, mask, *tensors = ctx.saved_tensors
         problem, world, coefficients = ctx.call
         n, mean_x, mean_y, xx, xy, yy, *norms = tensors
@@ -141,7 +143,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        _require_first_order()
+        _require_first_order(dx)
         own, world = ctx.own, ctx.world
         x_grad, y_grad, *_ = ctx.needs_input_grad
         return (dx[own] * world if x_grad else None), (dy[own] * world if y_grad else None), None, None, None, None

@@ -121,6 +121,7 @@ class _Measured(NamedTuple):
 def _measure(
     xs: Sequence[Tensor], ys: Sequence[Tensor] | None, estimator: str, mask: Tensor | None, row_dims: int
 ) -> _Measured:
+    inputs.refuse_tracing()
     inputs.require_choice(estimator=estimator)
     layers = _require_layers("xs", xs, row_dims) + (_require_layers("ys", ys, row_dims) if ys is not None else [])
     rows, device = layers[0].shape[:row_dims], layers[0].device
@@ -386,7 +387,7 @@ def _apart(xs: list[Tensor], ys: list[Tensor] | None) -> tuple[_Apart, _Apart | 
 def _vector(scalars: list[Scalar], device: torch.device) -> Tensor:
     """The scalars (floats on a CPU, 0-d tensors on a GPU) as one fp64 tensor on ``device``."""
     if device.type == "cpu":
-        return torch.tensor(scalars, dtype=torch.float64)
+        return torch.tensor(scalars, dtype=torch.float64, device=device)
     return torch.stack([s.double() for s in scalars])
 
 
@@ -395,5 +396,4 @@ def _require_layers(name: str, layers: object, row_dims: int) -> list[Tensor]:
         raise TypeError(f"{name} must be a list of tensors, one a layer, got {type(layers).__name__}")
     if not layers:
         raise ValueError(f"{name} has no layers")
-    inputs.require_features(row_dims, **{f"{name}[{index}]": layer for index, layer in enumerate(layers)})
-    return list(layers)
+    return inputs.require_features(row_dims, **{f"{name}[{index}]": layer for index, layer in enumerate(layers)})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from . import distributed
 from .functional import cka_loss, cka_losses, hsic
 
 if TYPE_CHECKING:
@@ -28,10 +29,25 @@ class _Statistic(nn.Module):
         **more: bool,
     ) -> None:
         super().__init__()
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             kernel=kernel, estimator=estimator, row_dims=row_dims, group=group, backend=backend, precision=precision,
             **more,
         )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: of a process group its name."""
+        group = self.options["group"]
+        return self.__dict__ | {"options": self.options | {"group": None if group is None else group.group_name}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The group is this process's own of that name: in a copy the same one.
+
+        Raises:
+            RuntimeError: a pickle comes to a process that has no group of that name.
+        """
+        super().__setstate__(state)
+        name = self.options["group"]
+        self.options = self.options | {"group": None if name is None else distributed.group_named(name)}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -42,11 +58,11 @@ class CKALoss(_Statistic):
 
     def forward(self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """1 - CKA of x [n, ...] and y [n, ...], or its sum over the pairs of two lists; 0-d."""
-        return cka_loss(x, y, mask=mask, **self.options)  # type: ignore[arg-type]
+        return cka_loss(x, y, mask=mask, **self.options)
 
     def each(self, xs: Sequence[Tensor], ys: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """1 - CKA of each pair of two lists, [pairs]."""
-        return cka_losses(xs, ys, mask=mask, **self.options)  # type: ignore[arg-type]
+        return cka_losses(xs, ys, mask=mask, **self.options)
 
 
 class HSICLoss(_Statistic):
@@ -54,4 +70,4 @@ class HSICLoss(_Statistic):
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """HSIC of x [n, ...] and y [n, ...]; 0-d."""
-        return hsic(x, y, mask=mask, **self.options)  # type: ignore[arg-type]
+        return hsic(x, y, mask=mask, **self.options)

@@ -28,6 +28,9 @@ TransportName = Literal["merged", "gathered"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # types of tensors that are numbers in memory and nothing more
+
+
 @dataclass(frozen=True)
 class RBF:
     r"""The Gaussian kernel ``K_ij = exp(-|x_i - x_j|^2 / (2 sigma^2))``, and how each side finds its own sigma.
@@ -54,6 +57,11 @@ class RBF:
     flow: bool = False
 
     def __post_init__(self) -> None:
+        if any(isinstance(number, torch.Tensor) for number in (*(self.sigmas or ()), self.threshold)):
+            raise TypeError(
+                "sigma and threshold are Python numbers, without gradients: convert them with float(); for a sigma "
+                "that is learned divide the features by it and take RBF(sigma=1.0)"
+            )
         numbers = (*(self.sigmas or ()), *(() if self.threshold is None else (self.threshold,)))
         if not all(math.isfinite(number) and number > 0 for number in numbers):
             raise ValueError(f"sigma and threshold must be positive and finite, got {self!r}")

@@ -37,8 +37,8 @@ std::string_view text(py::handle object) {
   return {};
 }
 
-// Whether an object is an ordinary tensor with `dim` dimensions on a CPU or CUDA device: no subclass, no wrapper of a transform
-// and no lazy negative, whose memory would hold other numbers than its value.
+// Whether an object is an ordinary tensor with `dim` dimensions on a CPU or CUDA device: no subclass, no wrapper of a transform, no
+// lazy negative, whose memory holds other numbers than its value, and no inference tensor that autograd would have to save.
 bool is_plain(py::handle object, int64_t dim) {
   using c10::DispatchKey;
   static const c10::DispatchKeySet PLAIN(
@@ -46,15 +46,16 @@ bool is_plain(py::handle object, int64_t dim) {
        DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
   if (!THPVariable_CheckExact(object.ptr())) return false;
   const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-  return PLAIN.isSupersetOf(tensor.key_set()) && tensor.dim() == dim;
+  return PLAIN.isSupersetOf(tensor.key_set()) && tensor.dim() == dim && !(tensor.is_inference() && at::GradMode::is_enabled());
 }
 
-// Whether a torch.func transform or a dispatch mode is active, which must see operators, as in ops.watched (Python checks for
-// torch.compile).
+// Whether a torch.func transform, torch.jit.trace or a dispatch mode is active, which must see operators, as in ops.watched (Python
+// checks for torch.compile).
 bool is_watched() {
   using c10::DispatchKey;
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  const c10::DispatchKeySet transforms({DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode});
+  const c10::DispatchKeySet transforms(
+      {DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::Tracer});
   return included.has_any(transforms) || c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 

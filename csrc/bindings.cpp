@@ -136,8 +136,8 @@ std::pair<Tensor, Tensor> backward(
 }
 
 // The Python function (grad, x, y, mask, coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad) -> (dx, dy) that computes
-// a backward which is differentiated itself, runs under a dispatch mode, or whose upstream gradient is a lazy negative. It is never
-// destroyed, because the interpreter may be finalised before static objects are.
+// a backward which is differentiated itself, runs under a dispatch mode, or whose upstream gradient is a lazy negative or batched. It
+// is never destroyed, because the interpreter may be finalised before static objects are.
 py::object& differentiable_backward() {
   static py::object* const function = new py::object();
   return *function;
@@ -164,7 +164,8 @@ class Alignment : public torch::autograd::Function<Alignment> {
     const bool unbiased = context->saved_data["unbiased"].toBool(), exact = context->saved_data["exact"].toBool();
     const bool x_grad = context->needs_input_grad(0), y_grad = context->needs_input_grad(1);
     std::pair<Tensor, Tensor> gradients;
-    if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || grads[0].is_neg()) {
+    const bool batched = grads[0].key_set().has(c10::DispatchKey::Batched);  // torch.autograd.grad(is_grads_batched=True)
+    if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || grads[0].is_neg() || batched) {
       const py::gil_scoped_acquire python;
       const py::object mask_object = mask.defined() ? py::cast(mask) : py::none();
       const py::object result = differentiable_backward()(

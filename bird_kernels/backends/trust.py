@@ -116,10 +116,10 @@ def _try(backend: ModuleType, library: ModuleType, problem: Problem, kind: str) 
     route: Route = "cross" if kind.endswith("cross") else "gram"
     n = MANY_ROWS if route == "cross" else ROWS
     small = problem._replace(n=n, p=p, q=q)
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(n, width, generator=generator).to(small.dtype) for width in WIDTHS)
+    generator = torch.Generator(cpu).manual_seed(0)
+    x, y = (torch.randn(n, width, generator=generator, device=cpu).to(small.dtype) for width in WIDTHS)
     y[:, :p] += x[:, :q]
-    mask = torch.arange(n) % 5 != 1 if small.masked else None
+    mask = torch.arange(n, device=cpu) % 5 != 1 if small.masked else None
     wide = small._replace(dtype=torch.float64, device=cpu, precision=None)
     true = _evaluate(library, x.double(), y.double(), mask, wide, route)
     device = small.device

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
 from ...files import write_json
-from ...language.mixin import BirdMixin
 from ..stages import require_same
 from .recipe import Training
 
@@ -100,7 +99,7 @@ def claim(folder: Path, data: Any, guidance: Guidance | None, **settings: Any) -
 
 
 def trained(trainer: Any, folder: Path, progress: bool) -> list[dict[str, Any]]:
-    """Run a trainer from where its folder stands; what it logged of every step. What guided it lets go of the model.
+    """Run a trainer from where its folder stands; what it logged of every step.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -112,8 +111,6 @@ def trained(trainer: Any, folder: Path, progress: bool) -> list[dict[str, Any]]:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     finally:
         watch.close()
-        if isinstance(trainer, BirdMixin):
-            trainer.guide.taps.remove()
     return [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss" in row]
 
 
