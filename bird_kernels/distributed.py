@@ -54,7 +54,7 @@ def world_size(group: object) -> int:
 
 
 def group_named(name: str) -> dist.ProcessGroup:
-    """The process group of this process whose ``group_name`` it is.
+    """This process's group with this ``group_name``.
 
     Raises:
         RuntimeError: there is none.
@@ -163,7 +163,7 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGrou
 
 
 def _require_plain_execution() -> None:
-    """Raise a RuntimeError where the host cannot read tensors, which `agree` must."""
+    """Raise a RuntimeError where the host cannot read tensors, as `agree` must, and under forward-mode autograd."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("group= does not work inside torch.func transforms: use autograd")
     if forward_ad._current_level >= 0:

@@ -35,15 +35,15 @@ class _Statistic(nn.Module):
         )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: of a process group its name."""
+        """The state to copy or pickle: a process group is replaced by its name."""
         group = self.options["group"]
         return self.__dict__ | {"options": self.options | {"group": None if group is None else group.group_name}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """The group is this process's own of that name: in a copy the same one.
+        """Restore the state, with this process's group of the saved name.
 
         Raises:
-            RuntimeError: a pickle comes to a process that has no group of that name.
+            RuntimeError: this process has no group of that name.
         """
         super().__setstate__(state)
         name = self.options["group"]

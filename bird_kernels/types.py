@@ -28,7 +28,7 @@ TransportName = Literal["merged", "gathered"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # types of tensors that are numbers in memory and nothing more
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # the exact types of ordinary tensors, without subclasses
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class RBF:
             sigma is a constant of the batch.
 
     Raises:
+        TypeError: a sigma or threshold that is a tensor.
         ValueError: a sigma or threshold that is not positive and finite, both of them, or ``flow`` with a fixed sigma.
     """
 
