@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = parser.parse_args(arguments).device
     sheet = cost.sheet_of(name)
     if sheet is cost.UNKNOWN:
-        sys.stdout.write(f"No data sheet of it is known, and a guess stands in; known are {', '.join(cost.SHEETS)}.\n")
+        sys.stdout.write(f"Its data sheet is not known, so a guess is used; known are {', '.join(cost.SHEETS)}.\n")
     sys.stdout.write(f"{name}, data sheet: {sheet.name}. Forward and backward, predicted microseconds\n\n")
     sys.stdout.writelines(f"{line}\n" for line in lines(name))
 
