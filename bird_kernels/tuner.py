@@ -1,8 +1,7 @@
 """`bird tune`: measure on this device, problem by problem, which candidate is fastest, and write a `tuning.Table`.
 
 Candidates are the backends that can run here and the symmetric product kernel in each of its configurations. Each is
-compared with fp64 first, and timed only if it agrees: the device's time by replays of a CUDA graph with cold caches,
-the host's by its clock.
+timed only if it agrees with fp64: on the device by replays of a CUDA graph with cold caches, on the host by its clock.
 """
 
 from __future__ import annotations

@@ -160,10 +160,8 @@ def resolve(problem: Problem, requested: str) -> str:
 
 
 def _usable(options: tuple[Any, ...], few_rows: bool, variant: Variant) -> str:
-    """`choose` under "auto" while a call is being compiled; the backend's kernels are tested on both routes.
-
-    A compiled call cannot change its backend when it runs. ``options`` are a `Problem`'s fields from dtype to y_grad.
-    """
+    """`choose` under "auto" for a call that is being compiled, after which it cannot change: kernels are tested now, on
+    both routes. ``options`` are a `Problem`'s fields from dtype to y_grad."""
     kernel = RBF() if variant == 'kernel="rbf"' else None
     by_rows, by_features = (Problem(n, 1, 1, *options)._replace(kernel=kernel) for n in (2, 4))
     while True:
@@ -253,7 +251,7 @@ def works(name: str, problem: Problem, kind: str = "") -> bool:
 
 
 def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> str:
-    """The backend to continue with after the kernels of one that ``auto`` chose failed with ``error``; warns once.
+    """The backend to continue with after one that ``auto`` chose failed with ``error``; warns once.
 
     Raises:
         Exception: ``error`` itself, if it is not about the kernels (memory; plain PyTorch) or under ``BIRD_STRICT=1``.

@@ -26,8 +26,8 @@ ROWS, MANY_ROWS, WIDTHS = 48, 208, (64, 32)
 class Use(NamedTuple):
     """Kernels that are used or left out together: those of one kind of a backend for a dtype on a device.
 
-    ``kind`` is "linear", "rbf" or, for several pairs in shared launches, "pairs". Of the library it is "shifted", in
-    tests with the route: "shifted gram", "shifted cross".
+    ``kind`` is "linear", "rbf", "pairs" (several in shared launches) or, of the library, "shifted", in tests with the
+    route: "shifted gram", "shifted cross".
     """
 
     backend: str
