@@ -125,7 +125,7 @@ def _rows(
 def _of_rows(
     x: Tensor, y: Tensor, mask: Tensor | None, row_dims: int, estimator: str, options: dict[str, Any]
 ) -> Tensor:
-    """`cka_loss` of the rows that count; a CPU, where reading the mask is cheap, drops the others first: 4,096 tokens of
+    """`cka_loss` of the rows that count; a CPU, where reading the mask is cheap, drops others first: 4,096 tokens of
     576 and 384 features then take 0.8 of the time, 256 last tokens 0.7."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if mask is not None and mask.is_cpu and not traced and options.get("group") is None:
