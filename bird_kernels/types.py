@@ -119,9 +119,9 @@ class Stash(NamedTuple):
     """What a forward saves for its backward; entries that a backend does not use have no elements.
 
     Contents and shapes are the backend's own (its ``stash_shapes``), but of a linear kernel ``coefficients`` is a
-    `moments.Coefficients`, fp64 [11]. In `library`, ``xs`` and ``ys`` are the centred sides; ``xx``, ``yy`` and ``xy``
-    are K, L and nothing on the gram route, A = X^T X, Y^T Y and C = Y^T X on the cross route; ``rows`` [3, n] is for
-    the unbiased estimator (`sides.Sides`). Of an RBF kernel see `library_rbf.stash_shapes`.
+    `moments.Coefficients`, fp64 [11]. In `library`, ``xs`` and ``ys`` are the centred or shifted sides; ``xx``, ``yy``
+    and ``xy`` are K, L and nothing on the gram route, A = X^T X, Y^T Y and C = Y^T X on the cross route; ``rows``
+    [3, n] is for the unbiased estimator (`sides.Sides`). Of an RBF kernel see `library_rbf.stash_shapes`.
     """
 
     coefficients: torch.Tensor
