@@ -214,9 +214,11 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
     products = 2 * n * n if route == "gram" else p * q + p * p + problem.y_grad * q * q
     centred = 0
     if backend == "library":
-        half = problem.device.type == "cuda" and problem.dtype.itemsize == 2
+        on_gpu = problem.device.type == "cuda"
         keep_y = problem.y_grad or route == "cross"
-        centred = n * (p + keep_y * q) * (2 if half else wide)
+        centred = n * (p + keep_y * q) * (2 if on_gpu and problem.dtype.itemsize == 2 else wide)
+        if on_gpu and wide == 4 and route == "cross" and problem.estimator == "unbiased":
+            centred += 33 * (p + q) * wide  # the 32 rows that may dominate (`dominating.APART`), and the means
     return products * wide + centred
 
 
