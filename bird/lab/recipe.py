@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+LONGEST = 60  # characters of a name; those of a network and a variant meet in one file name, of at most 255 bytes
 
 
 def require_known(what: str, value: str, known: Iterable[str]) -> None:
@@ -25,6 +26,15 @@ def require_known(what: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         near = difflib.get_close_matches(str(value), known) or known
         raise ValueError(f"{what}: there is no {value!r}; there is {', '.join(map(repr, near))}")
+
+
+def require_name(what: str, name: str) -> None:
+    """Raises a ValueError unless a name of the user's can begin the name of a file, in the folder meant for it."""
+    if name.startswith(".") or len(name) > LONGEST or not name.isprintable() or set(name) & set("/\\"):
+        raise ValueError(
+            f"{what} {name!r} names files: no slashes, no control characters, no dot at the beginning, and at most "
+            f"{LONGEST} characters"
+        )
 
 
 def grid(
@@ -67,6 +77,7 @@ def parsed(recipe: str, parse: Callable[[str, Mapping[str, Any]], T]) -> T:
         path, name = Path(recipe), Path(recipe).stem
         if not path.is_file():
             raise ValueError(f"there is no file {recipe}")
+        require_name("the recipe", name)
         text = path.read_text(encoding="utf-8")
     else:
         require_known("recipe", recipe, names())
@@ -90,5 +101,21 @@ def made(where: str, kind: type[T], table: Mapping[str, Any]) -> T:
 
 
 def data_root(root: Path | str | None) -> Path:
-    """The folder that holds the data sets: `root`, else ``$BIRD_DATA``, else ``data`` in the working directory."""
-    return Path(root or os.environ.get("BIRD_DATA") or "data").expanduser().absolute()
+    """The folder that holds the data sets: `root`, else ``$BIRD_DATA``, else ``data`` in the working directory.
+
+    Raises:
+        ValueError: it begins with the home of a user that there is not.
+    """
+    return at_home(root or os.environ.get("BIRD_DATA") or "data").absolute()
+
+
+def at_home(path: Path | str) -> Path:
+    """The path with ``~`` and ``~name`` at its beginning resolved.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no home of such a user here") from error

@@ -9,7 +9,6 @@ also ends a text, and GPT-2 has none, so they would read another token, or refus
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -25,13 +24,13 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ...files import atomic, write_json
+from ...files import atomic, write_checked
 from ...language.guidance import window_of
 from ...language.pooling import Pooling, pool_tokens, require_pooling
 from ...language.trainers import BirdTrainer
 from .data import padded
 from .recipe import Training
-from .training import arguments, claim, forget_checkpoints, quiet, trained
+from .training import arguments, claim, forget_checkpoints, quiet, read_history, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -282,7 +281,7 @@ def train_classifier(
     if finished.exists():
         model.to(place).restore(folder)
         model.eval()
-        return json.loads(finished.read_text(encoding="utf-8"))
+        return read_history(finished)
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
     with quiet(progress):
         more: dict[str, Any] = dict(guidance=guidance, seed=seed, device=place, save_every=save_every)
@@ -290,7 +289,7 @@ def train_classifier(
         history = {"train": trained(trainer, folder, progress), "cut": cut}
     model.eval()
     model.save(folder)
-    write_json(history, finished)
+    write_checked(history, finished)
     forget_checkpoints(folder)
     return history
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..recipe import at_home
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -154,7 +156,7 @@ def locate_network(name: str) -> Path | None:
     if known is not None and known.package is not None:
         return _in_package(known)
     if known is None:
-        folder = Path(name).expanduser()
+        folder = at_home(name)
         if (folder / "config.json").is_file():
             return folder
         if folder.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +14,11 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from trl import DPOConfig, DPOTrainer
 
-from ...files import atomic, write_json
+from ...files import atomic, write_checked
 from ...language.trl_trainers import BirdDPOTrainer
 from .data import Preference, columns
 from .recipe import Training
-from .training import arguments, claim, forget_checkpoints, quiet, trained
+from .training import arguments, claim, forget_checkpoints, quiet, read_history, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +72,7 @@ def train_policy(
     if finished.exists():
         restore(model, folder)
         nn.Module.to(model, device)
-        return json.loads(finished.read_text(encoding="utf-8"))
+        return read_history(finished)
     more: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
     if training.adapters:
         from peft import LoraConfig
@@ -102,7 +101,7 @@ def train_policy(
         save_model(whole, str(partial))
     whole.eval()
     history = {"train": rows}
-    write_json(history, finished)
+    write_checked(history, finished)
     forget_checkpoints(folder)
     return history
 

@@ -6,15 +6,17 @@ from it.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...files import PARTIAL
+from ...files import FORMAT, PARTIAL, require_format
 from ..stages import require_same
 from ..tensors import UNREADABLE, load, save
 
@@ -124,6 +126,7 @@ class TrainingRun:
         samples: size of the training set; kept for the same reason.
         device: where the modules are.
         folder: where ``last.pt`` and ``best.pt`` go; None to keep nothing.
+        about: plain data that tells the run from others of the same settings; kept for the same reason.
         trained: paths of the parts that are trained, kept for the same reason; None for everything.
         to_train: puts the model in training mode, or those parts; None for ``model.train``.
 
@@ -139,6 +142,7 @@ class TrainingRun:
         device: torch.device,
         folder: Path | None,
         *,
+        about: Mapping[str, Any] | None = None,
         trained: Sequence[str] | None = None,
         to_train: Callable[[], object] | None = None,
     ) -> None:
@@ -153,6 +157,7 @@ class TrainingRun:
         self.autocast = torch.autocast(device.type, dtype=precision, enabled=settings.amp is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         self._identity = asdict(settings) | {"samples": samples, "trained": None if trained is None else [*trained]}
+        self._identity |= {"about": json.loads(json.dumps(about or {}, sort_keys=True))}
         self._saved: int | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +171,7 @@ class TrainingRun:
         if self.folder is None:
             return
         state = {
+            "format": FORMAT,
             "identity": self._identity,
             "step": step,
             "modules": self.modules.state_dict(),
@@ -186,9 +192,17 @@ class TrainingRun:
         if not resume:
             raise FileExistsError(f"{path} holds an earlier run: pass resume=True, or choose another folder")
         state = load(path)
+        require_format(state, path)
         if not state.keys() >= _PARTS:
             raise ValueError(UNREADABLE.format(path))
-        require_same(state["identity"], self._identity, f"{path} comes from another run", "choose another folder")
+        old = self._before() | state["identity"]
+        require_same(old, self._identity, f"{path} comes from another run", "choose another folder")
+        known = {f.name for f in fields(History)}
+        if unknown := sorted(state["history"].keys() - known):
+            raise ValueError(
+                f"{path} has a history of another version of bird-kernels, with {', '.join(unknown)}: "
+                "update, or choose another folder"
+            )
         try:
             self.modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -202,6 +216,11 @@ class TrainingRun:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self._saved = state["step"]
         return state["step"]
+
+    def _before(self) -> dict[str, Any]:
+        """What a checkpoint of an earlier version does not say: a setting that there was not had its default."""
+        defaults = {f.name: f.default for f in fields(Settings) if f.default is not MISSING}
+        return defaults | {"about": self._identity["about"]}
 
     def report(
         self, step: int, lr: float, losses: list[Tensor], totals: dict[str, Tensor], *, weights: bool
@@ -251,7 +270,10 @@ class TrainingRun:
         if history.best_score is None or score > history.best_score:
             history.best_step, history.best_score = step, score
             if self.folder is not None:
-                save({"step": step, "score": score, "model": model.state_dict()}, self.folder / "best.pt")
+                save(
+                    {"format": FORMAT, "step": step, "score": score, "model": model.state_dict()},
+                    self.folder / "best.pt",
+                )
         return score
 
 

@@ -35,7 +35,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from ..recipe import made, parsed, require_known
+from ..recipe import made, parsed, require_known, require_name
 from .checkpoints import MIN_BATCH, Settings
 from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
 from .datasets import DATASETS
@@ -271,6 +271,8 @@ def parse(name: str, data: Mapping[str, Any]) -> VisionRecipe:
         parts["scoring"] = Scoring
     for part, kind in parts.items():
         table[part] = made(part, kind, table[part])
+    for key in (*table["networks"], *table.get("variants", ())):
+        require_name("the networks and variants of a recipe:", key)
     table["networks"] = {
         key: made(f"networks.{key}", Networks, {"teacher": key, "student": key} | value)
         for key, value in table["networks"].items()

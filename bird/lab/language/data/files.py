@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ...recipe import data_root
+from ...recipe import at_home, data_root
 
 Row: TypeAlias = "dict[str, Any]"
 
@@ -35,7 +35,7 @@ def read_rows(source: Path | str, split: str) -> list[Row]:
         ValueError: a file that is not what its name says, with the line; a split that is not there.
         ImportError: `datasets` or pyarrow is needed and not installed.
     """
-    path = Path(source).expanduser()
+    path = at_home(source)
     if path.is_file():
         own = _split_of(path)
         if split != (own or "train"):
