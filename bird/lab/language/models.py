@@ -111,8 +111,8 @@ def load(
             f"a classifier needs classes, at least 1, and nothing else has any; got {classes} for {head!r}"
         )
     known = MODELS.get(name)
-    if known is not None and known.encoder and head == "causal":
-        raise ValueError(f"{name} is an encoder, which cannot be a causal model")
+    if head == "causal":
+        require_decoder(name, "a causal model")
     transformers = _transformers()
     place = locate_network(name)
     options: dict[str, Any] = {"gguf_file": place.name} if place is not None and place.is_file() else {}
@@ -140,6 +140,12 @@ def load(
     if head == "causal" and model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def require_decoder(name: str, what: str) -> None:
+    """Raises a ValueError for a network that is known to be an encoder; the others show when they are loaded."""
+    if name in MODELS and MODELS[name].encoder:
+        raise ValueError(f"{name} is an encoder, which cannot be {what}")
 
 
 def locate_network(name: str) -> Path | None:
