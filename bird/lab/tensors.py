@@ -20,9 +20,10 @@ def save(state: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: it could not be written; what was there is as it was.
     """
-    with atomic(path) as partial:
+    # Into an open file: by a path PyTorch would write the file's name, which is drawn, into it.
+    with atomic(path) as partial, partial.open("wb") as file:
         try:
-            torch.save(state, partial)
+            torch.save(state, file)
         except RuntimeError as error:  # PyTorch's writer speaks of positions where the disk is full
             raise OSError(f"{path} could not be written, as happens when the disk is full: {error}") from error
 

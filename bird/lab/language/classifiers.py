@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,13 +23,13 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ...files import atomic, write_checked
+from ...files import atomic
 from ...language.guidance import window_of
 from ...language.pooling import Pooling, pool_tokens, require_pooling
 from ...language.trainers import BirdTrainer
 from .data import padded
 from .recipe import Training
-from .training import arguments, claim, forget_checkpoints, quiet, read_history, trained
+from .training import arguments, claim, forget_checkpoints, quiet, read_history, reading, trained, write_history
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,14 +115,8 @@ class Classifier(nn.Module):
             ValueError: it is damaged, or of another architecture.
         """
         path = folder / "classifier.safetensors"
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it") from error
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is of another architecture ({error})") from error
+        with reading(path):
+            self.load_state_dict(load_file(path))
 
 
 def class_probabilities(
@@ -289,7 +282,7 @@ def train_classifier(
         history = {"train": trained(trainer, folder, progress), "cut": cut}
     model.eval()
     model.save(folder)
-    write_checked(history, finished)
+    write_history(history, folder / "classifier.safetensors")
     forget_checkpoints(folder)
     return history
 

@@ -130,10 +130,13 @@ def load(
             model = _plain(model, getattr(transformers, HEADS[head])) if options else model
     except OSError as error:
         raise FileNotFoundError(f"{where} cannot be loaded as {HEADS[head]}: {error}\n{_advice(name)}") from error
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(f"{where} wants to run code of its own, which is not done here: choose another") from error
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files fail in any way
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{where} wants to run code of its own, which is not done here: choose another") from error
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{place or where} is damaged, or no such network ({said}): {_advice(name)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -266,9 +266,7 @@ class LanguageRecipe:
             except ValueError as error:
                 raise ValueError(f"variants.{name}: {error}") from error
             if self.kind == "weak-to-strong" and (guiding.completion_only or guiding.rows != "both"):
-                raise ValueError(
-                    "rows and completion_only are of preferences, not of texts that are classified"
-                )
+                raise ValueError("rows and completion_only are of preferences, not of texts that are classified")
 
     def changed(self, part: Part, change: Change) -> Part:
         """A part of the recipe as a variant has it."""

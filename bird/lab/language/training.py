@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ...files import read_checked, write_checked
+from ...files import file_checksum, read_checked, write_checked
 from ...language.mixin import BirdMixin
 from ..stages import require_same
 from .recipe import Training
@@ -122,7 +122,35 @@ def read_history(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged; what to do.
     """
-    return read_checked(path, f"delete the folder {path.parent}, and it is trained again")
+    history = read_checked(path, f"delete the folder {path.parent}, and it is trained again")
+    history.pop("weights", None)
+    return history
+
+
+def write_history(history: dict[str, Any], weights: Path) -> None:
+    """Last of all of a run: ``history.json`` beside its weights, with their checksum."""
+    write_checked(history | {"weights": file_checksum(weights)}, weights.with_name("history.json"))
+
+
+@contextmanager
+def reading(weights: Path) -> Iterator[None]:
+    """Inside weights are read that a run has left.
+
+    Raises:
+        OSError: they are not there.
+        ValueError: they are not those that were written, or of another architecture; what to do.
+    """
+    advice = "delete its folder, and it is trained again"
+    history = weights.with_name("history.json")
+    said = read_checked(history, advice).get("weights") if history.exists() else None
+    if said is not None and file_checksum(weights) != said:
+        raise ValueError(f"{weights} is damaged (its checksum is of other contents): {advice}")
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header fails in any way
+        raise ValueError(f"{weights} is damaged, or of another architecture ({error}): {advice}") from error
 
 
 def trained(trainer: Any, folder: Path, progress: bool) -> list[dict[str, Any]]:
