@@ -63,13 +63,14 @@ class Preferences(LanguageExperiment):
         """As of `LanguageExperiment`; the data and the judges' keys too.
 
         Raises:
-            FileNotFoundError: the data set is missing: what is expected where.
-            ValueError: a key is not in the environment.
+            FileNotFoundError: the data set or a judge's network is missing: what is expected where.
+            ImportError: a library that a judge or adapters need is.
+            ValueError: a key is not in the environment, a judge cannot be what the recipe says.
         """
-        super().check()
-        material = self.material(0)
         for pair in self.recipe.networks.values():
             require_decoder(pair.student, "a student that is tuned on preferences")
+        super().check()
+        material = self.material(0)
         if self.recipe.transfer.adapters:
             self.require_library("peft")
         for name, judging in self.recipe.judges.items():
@@ -86,9 +87,9 @@ class Preferences(LanguageExperiment):
         elif judging.kind == "endpoint":
             endpoint(judging, None)
         elif judging.kind in ("classifier", "language-model"):
-            locate_network(judging.model)
             if judging.kind == "language-model":
                 require_decoder(judging.model, "a judge of kind 'language-model'")
+            locate_network(judging.model)
         if judging.key_variable is not None and not os.environ.get(judging.key_variable):
             raise ValueError(f"the judge's key is expected in the environment variable {judging.key_variable}")
 
