@@ -51,11 +51,11 @@ def mutated(data: bytes, seed: int) -> bytes:
     return bytes(out)
 
 
-def complaint(read: Callable[[], Any], *kinds: type[Exception]) -> str | None:
+def complaint(read: Callable[[], Any], kinds: tuple[type[Exception], ...] = (ValueError,)) -> str | None:
     """What is said of a file, in an error of one of the kinds; None if it is read."""
     try:
         read()
-    except kinds or (ValueError,) as error:
+    except kinds as error:
         return str(error)
     return None
 
@@ -207,7 +207,7 @@ def unloadable(path: Path, read: Callable[[], Any]) -> int:
     whole, refused = path.read_bytes(), 0
     for seed in range(MUTATIONS):
         path.write_bytes(mutated(whole, seed))
-        said = complaint(read, ValueError, FileNotFoundError)
+        said = complaint(read, (ValueError, FileNotFoundError))
         assert said is None or str(path.parent) in said, f"mutation {seed}"
         refused += said is not None
     return refused
