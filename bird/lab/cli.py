@@ -18,12 +18,12 @@ import torch
 import bird_kernels
 from bird_kernels import tuner, tuning
 
-from ..files import read_json
 from .experiment import Cell
 from .language import recipe as language_recipes
 from .recipe import names, parsed
 from .stages import alone, complete, side_by_side
 from .tables import version
+from .tensors import read_json
 from .vision import candidates
 from .vision import recipe as vision_recipes
 from .vision import report as vision_reports

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..files import read_checked, write_checked
+from .tensors import read_checked, write_checked
 
 LOOKS = 10  # at what other processes are making, before a word is said
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..files import FORMAT, atomic, write_json
+from ..files import atomic, write_json
+from .tensors import FORMAT
 
 
 def version(package: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bird import files
-from bird.lab import cli
+from bird.lab import cli, tensors
 from bird.lab.stages import Lines, Stage
 from bird.lab.tensors import load, save
 from bird_kernels import Statistics
@@ -80,7 +80,7 @@ def test_what_a_stage_came_to(tmp_path: Path) -> None:
     stage._complete(tmp_path)
     for name, read in (
         ("result.json", lambda: stage.result(tmp_path)),
-        ("stage.json", lambda: files.read_checked(stage.folder(tmp_path) / "stage.json", "delete it")),
+        ("stage.json", lambda: tensors.read_checked(stage.folder(tmp_path) / "stage.json", "delete it")),
     ):
         path = stage.folder(tmp_path) / name
         assert survives(path, read, read()) > 0.8 * MUTATIONS

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bird import files
-from bird.lab import tables
+from bird.lab import tables, tensors
 from bird.lab.stages import Stage
 from bird.lab.tensors import load, save
 from bird.lab.vision.checkpoints import History, Settings
@@ -57,7 +57,7 @@ def of_old_with_chunks(state: dict[str, Any]) -> None:
 
 def test_a_later_format_and_its_history_are_refused_in_words(tmp_path: Path) -> None:
     trained(tmp_path)
-    assert load(tmp_path / "last.pt")["format"] == files.FORMAT
+    assert load(tmp_path / "last.pt")["format"] == tensors.FORMAT
     rewritten(tmp_path / "last.pt", lambda state: state["history"].update(energy=[1.0]))
     with pytest.raises(ValueError, match=r"last\.pt has a history of another version .*, with energy: update"):
         trained(tmp_path)
@@ -123,7 +123,7 @@ def test_a_language_run_from_before_a_setting_is_its_own(tmp_path: Path) -> None
     settings = {"training": asdict(runs.Training()), "seed": 0}
     runs.claim(tmp_path, [], guidance, **settings)
     path = tmp_path / "run.json"
-    old = files.read_checked(path, "")
+    old = tensors.read_checked(path, "")
     del old["training"]["adapters"], old["guidance"]["whole_batch"]
     files.write_json(old, path)
     runs.claim(tmp_path, [], guidance, **settings)

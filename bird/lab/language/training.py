@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ...files import file_checksum, read_checked, write_checked
 from ...language.mixin import BirdMixin
 from ..stages import require_same
+from ..tensors import file_checksum, read_checked, write_checked
 from .recipe import Training
 
 if TYPE_CHECKING:

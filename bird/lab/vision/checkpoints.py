@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...files import FORMAT, PARTIAL, require_format
+from ...files import PARTIAL
 from ..stages import require_same
-from ..tensors import UNREADABLE, load, save
+from ..tensors import FORMAT, UNREADABLE, load, require_format, save
 
 # A shorter last batch is left out of its epoch: unbiased CKA needs four rows, biased CKA two, batch normalisation more
 # than one value. All methods leave out the same batches, and every epoch has another order.
