@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -57,10 +59,11 @@ def chunked_backward(
         optimizer.step()
 
     It is the gradient of ``loss(sum of the tasks, all teacher rows, all student rows)`` with the model run on each
-    chunk by itself: batch normalisation takes a chunk's statistics. A chunk that runs again finds PyTorch's random
-    generators (CPU and the model's devices) and the model's buffers as the first time, so dropout repeats its masks;
-    afterwards generators and running statistics have advanced as by one pass. Autocast is kept, around the call or
-    inside the functions.
+    chunk by itself: batch normalisation takes a chunk's statistics. A chunk that runs again finds the global random
+    generators (Python's, NumPy's, PyTorch's of the CPU and of the model's devices) and the model's buffers as the first
+    time, so dropout repeats its masks; afterwards generators and running statistics have advanced as by one pass. What
+    draws elsewhere, from a generator of its own or in a worker, does not repeat, which a sample of the features tells.
+    Autocast is kept, around the call or inside the functions.
 
     In `DistributedDataParallel` the last chunk's backward alone communicates gradients. With the ``group`` of ``loss``
     CKA is that of all ranks' samples, the gradient as DDP's *average* wants it (`bird_kernels.cka_loss`); each rank has
@@ -87,21 +90,26 @@ def chunked_backward(
     Raises:
         ValueError: no chunks; also whatever ``loss`` raises. With ``group``, on every rank, as is an error of the first
             pass; DDP, if it broadcasts buffers, must have got through the first chunk.
-        RuntimeError: nothing that ``student`` returns requires grad.
+        RuntimeError: nothing that ``student`` returns requires grad; or the second pass saw other features than the
+            first, and what it added to ``.grad`` is wrong.
     """
     _start(chunks, loss)
     replay = _Replay(model)
     with distributed.Reported(loss.distance.options["group"]):
         pairs = _first_pass(student, teacher, chunks, loss, replay)
-    shares = [loss.beta * weight for weight in loss.weights or [1.0] * len(pairs)]
-    distances = [pair.settle(share * gradient) for pair, share in zip(pairs, shares, strict=True)]
-    task = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=loss.alpha * gradient)
+    shares = [loss.beta * weight for weight in ([1.0] * len(pairs) if loss.weights is None else loss.weights)]
+    with torch.no_grad():  # of what is learned among them the gradient comes last
+        upstream, *upstreams = (share * gradient for share in (loss.alpha, *shares))
+    distances = [pair.settle(factor) for pair, factor in zip(pairs, upstreams, strict=True)]
+    task = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=upstream)
 
     total, loss.last = loss.alpha * task, {"task": task}
     for (t, s), distance, share in zip(loss.pairs, distances, shares, strict=True):
         total = total + share * distance
         loss.last[f"cka/{t}/{s}"] = 1 - distance
-    return total
+    if total.requires_grad:
+        total.backward(torch.ones_like(total).mul_(gradient))
+    return total.detach()
 
 
 def _start(chunks: Sequence[object], loss: BirdLoss) -> None:
@@ -133,6 +141,7 @@ def _first_pass(
         pairs = pairs or [_pair(loss.distance.options, x, y, len(chunks)) for x, y in rows]
         for pair, (x, y) in zip(pairs, rows, strict=True):
             pair.add(x, y)
+        replay.samples.append(_samples(rows, pairs))
     return pairs
 
 
@@ -149,18 +158,44 @@ def _second_pass(
 ) -> Tensor:
     """Back-propagate chunk by chunk, and return the task's loss. ``upstream`` is the task's share of the gradient."""
     tasks: list[Tensor] = []
+    others: list[Tensor] = []
     for i in replay.rewound():
         with replay.silence() if i + 1 < len(chunks) else contextlib.nullcontext():
             chunk = chunks[i]
             task, ours = student(chunk)
             theirs = teacher(chunk) if any(pair.forgets for pair in pairs) else {}
-            roots, gradients = [task], [torch.ones_like(task).mul_(upstream)]
+            roots, gradients, rows = [task], [torch.ones_like(task).mul_(upstream)], []
             for (t, s), pair in zip(loss.pairs, pairs, strict=True):
                 roots.append(ours[s])
-                gradients.append(pair.gradient(i, ours[s].detach(), theirs.get(t)))
+                rows.append((ours[s].detach(), theirs.get(t)))
+                gradients.append(pair.gradient(i, *rows[-1]))
             _backward(roots, gradients)
         tasks.append(task.detach())
+        others.append(torch.stack([*map(_differ, replay.samples[i], _samples(rows, pairs))]).any())
+    if any(different := torch.stack(others).tolist()):  # the one time that the host waits for the device
+        raise RuntimeError(_NOT_REPEATED.format(different.index(True)))
     return torch.stack(tasks).sum()
+
+
+_NOT_REPEATED = (
+    "chunk {}, and perhaps others, gave other features in the second pass than in the first, so the gradients that it "
+    "added are wrong: zero them. Something draws from a generator of its own, or keeps a state outside of the model's "
+    "buffers: augment before chunked_backward, or from torch's, NumPy's or Python's global generator"
+)
+
+
+def _samples(rows: Sequence[tuple[Tensor, Tensor | None]], pairs: Sequence[_Kept | _Merged]) -> list[Tensor]:
+    """Of what both passes compute up to 4,096 numbers each, fp32, from all over: an odd step meets all columns."""
+    both = 1 + any(pair.forgets for pair in pairs)
+    sides = [side for row in rows for side in row[:both] if side is not None]
+    return [side.reshape(-1)[:: side.numel() // 4096 | 1].float() for side in sides]
+
+
+def _differ(before: Tensor, after: Tensor) -> Tensor:
+    """Whether two samples are of other inputs, 0-d: kernels with and without a graph may round in their own ways."""
+    if len(before) != len(after):
+        return torch.ones((), dtype=torch.bool, device=before.device)
+    return (after - before).norm() > 0.05 * (before - before.mean()).norm() + 0.01 * before.norm()
 
 
 def _backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
@@ -260,7 +295,8 @@ class _Replay:
 
     def __init__(self, model: nn.Module) -> None:
         self.devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
-        self.states: list[dict[torch.device | None, Tensor]] = []
+        self.states: list[dict[Any, Any]] = []
+        self.samples: list[list[Tensor]] = []  # of each chunk's features, a pair's student's and teacher's
         self.buffers = [
             (module._buffers, name, buffer, None if buffer is None else buffer.clone())
             for module in model.modules()
@@ -298,15 +334,25 @@ class _Replay:
         return contextlib.nullcontext() if self.parallel is None else self.parallel.no_sync()
 
 
-def random_state(devices: Iterable[torch.device]) -> dict[torch.device | None, Tensor]:
-    """Where PyTorch's generators stand: the CPU's (None), and those of other devices."""
-    return {None: torch.get_rng_state()} | {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+_GLOBAL: dict[
+    object, tuple[Callable[[], Any], Callable[[Any], None]]
+] = {  # how the state of each global generator is read and set
+    "torch": (torch.get_rng_state, torch.set_rng_state),
+    "numpy": (np.random.get_state, np.random.set_state),
+    "python": (random.getstate, random.setstate),
+}
 
 
-def set_random_state(state: Mapping[torch.device | None, Tensor]) -> None:
+def random_state(devices: Iterable[torch.device]) -> dict[Any, Any]:
+    """Where the global generators stand: Python's, NumPy's, PyTorch's of the CPU and of these other devices."""
+    own: dict[Any, Any] = {name: read() for name, (read, _) in _GLOBAL.items()}
+    return own | {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
+
+
+def set_random_state(state: Mapping[Any, Any]) -> None:
     """Undo `random_state`."""
-    for device, own in state.items():
-        if device is None:
-            torch.set_rng_state(own)
+    for name, own in state.items():
+        if isinstance(name, torch.device):
+            torch.get_device_module(name).set_rng_state(own, name)
         else:
-            torch.get_device_module(device).set_rng_state(own, device)
+            _GLOBAL[name][1](own)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +25,7 @@ from bird_kernels.inputs import require_choice
 from bird_kernels.matrix import Hsics, hsic_matrix
 from bird_kernels.moments import MIN_ROWS
 
-from .features import Pool, evaluating, find_layers, first_tensor, pool_rows, top_layers, unwrap
+from .features import Pools, Rows, evaluating, find_layers, first_tensor, top_layers, unwrap
 from .files import atomic, write_json
 from .taps import Taps
 
@@ -41,6 +43,7 @@ class Similarity:
         estimator: of the batches' HSIC.
         batches: how many were averaged.
         samples: how many samples they held.
+        names: what a and b are called.
     """
 
     matrix: np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -49,6 +52,27 @@ class Similarity:
     estimator: str
     batches: int
     samples: int
+    names: tuple[str, str] = ("a", "b")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Similarity:
+        """What `save` wrote there.
+
+        Raises:
+            OSError: there is no ``cka.json``.
+            ValueError: it is not what `save` writes.
+        """
+        path = Path(folder) / "cka.json"
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            matrix = np.array(about.pop("cka"), dtype=np.float64)  # None becomes NaN
+            fields: dict[str, Any] = {key: tuple(a) if isinstance(a, list) else a for key, a in about.items()}
+            found = cls(matrix, **fields)
+            if matrix.shape != (len(found.layers_a), len(found.layers_b)):
+                raise ValueError(f"a matrix {list(matrix.shape)} of other layers")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not what Similarity.save writes ({error}): compare again") from error
+        return found
 
     def save(self, folder: str | Path, *, title: str = "CKA, layer by layer") -> None:
         """Write ``cka.csv`` (a table with the layers' names), ``cka.json`` (everything) and ``cka.png``, a heat map.
@@ -64,7 +88,9 @@ class Similarity:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["layer", *self.layers_b])
             writer.writerows([name, *row] for name, row in zip(self.layers_a, self.matrix.tolist(), strict=True))
-        about = {name: getattr(self, name) for name in ("estimator", "batches", "samples", "layers_a", "layers_b")}
+        about = {
+            name: getattr(self, name) for name in ("estimator", "batches", "samples", "layers_a", "layers_b", "names")
+        }
         about["cka"] = [[None if math.isnan(value) else value for value in row] for row in self.matrix.tolist()]
         write_json(about, folder / "cka.json")
         self.picture(folder / "cka.png", title=title)
@@ -87,8 +113,8 @@ class Similarity:
         image = axes.imshow(self.matrix, origin="lower", cmap="magma", vmin=min(0.0, np.nanmin(self.matrix)), vmax=1.0)
         axes.set_xticks(range(columns), self.layers_b, rotation=90, fontsize=7)
         axes.set_yticks(range(rows), self.layers_a, fontsize=7)
-        axes.set_xlabel("b", color=INK)
-        axes.set_ylabel("a", color=INK)
+        axes.set_xlabel(self.names[1], color=INK)
+        axes.set_ylabel(self.names[0], color=INK)
         axes.set_title(f"{title}\n{self.estimator}, {self.samples} samples", fontsize=10, color=INK, loc="left")
         axes.tick_params(colors=INK, length=0)
         axes.spines[:].set_visible(False)
@@ -111,7 +137,9 @@ def compare(
     layers_a: str | Sequence[str] | None = None,
     layers_b: str | Sequence[str] | None = None,
     estimator: str = "unbiased",
-    pool: Pool = "mean",
+    pool: Pools = "mean",
+    names: tuple[str, str] = ("a", "b"),
+    device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Similarity:
     r"""CKA of each layer of ``model_a`` with each of ``model_b``, over all the batches of a loader.
@@ -130,14 +158,18 @@ def compare(
         model_a: a network; wrapped or not, see `bird.Taps`.
         model_b: another one, or the same, which then runs once.
         loader: batches of inputs: a tensor; a tuple or list, whose first element counts; or a mapping of the models'
-            arguments. Each batch goes to both models.
+            arguments, of which the first counts if a model takes none of these names. Each batch goes to both models.
+            Where a mapping has an ``attention_mask`` (layers in a ``decoder``: ``decoder_attention_mask``), means of
+            tokens leave padding out.
         layers_a: module paths or globs, see `bird.features.find_layers`. None: the outermost layers (the model's
             children; of a ModuleList, what is in it) that run once and whose output ``pool`` makes a row a sample of.
             Which they are the first batch tells, which runs once more for it.
         layers_b: the same for ``model_b``.
         estimator: "unbiased" (HSIC_1, Song et al. 2012) or "biased". A batch with fewer rows than it needs, 4 or 2, is
             left out.
-        pool: how a layer's output becomes rows, see `bird.features.pool_rows`.
+        pool: how a layer's output becomes rows, see `bird.features.pool_rows`; or ``{layer: pool}``.
+        names: what the two are called, on the axes of the picture.
+        device: where both run; afterwards they are back where they were. None: each where its parameters are.
         progress: whether to show a bar.
 
     Returns:
@@ -152,8 +184,10 @@ def compare(
     same = unwrap(model_a) is unwrap(model_b)
     total, left = length_hint(loader) or None, iter(loader)
     first = [*islice(left, layers_a is None or layers_b is None)]
-    names_a = _names(model_a, layers_a, first, pool)
-    names_b = names_a if same and layers_a is layers_b else _names(model_b, layers_b, first, pool)
+    names_a = _names(model_a, layers_a, first, pool, device)
+    names_b = names_a if same and layers_a is layers_b else _names(model_b, layers_b, first, pool, device)
+    if isinstance(pool, Mapping) and not pool.keys() <= {*names_a, *names_b}:
+        raise ValueError(f"pool names {[*pool]}, but the layers are {[*names_a]} and {[*names_b]}")
     runs = [(model_a, names_a), (model_b, names_b)]
     if same:
         runs = [(model_a, tuple(dict.fromkeys(names_a + names_b)))]
@@ -161,7 +195,7 @@ def compare(
     sums: Hsics | None = None
     batches = samples = 0
     with ExitStack() as stack:
-        feature_functions = [stack.enter_context(_tapped(model, names, pool)) for model, names in runs]
+        feature_functions = [stack.enter_context(_tapped(model, layers, pool, device)) for model, layers in runs]
         for batch in tqdm(chain(first, left), total=total, desc="compare", unit="batch", disable=not progress):
             features = [function(batch) for function in feature_functions]
             xs = [features[0][name] for name in names_a]
@@ -175,19 +209,22 @@ def compare(
         raise ValueError(
             f'no batch of the loader has the {MIN_ROWS[estimator]} rows that estimator="{estimator}" needs'
         )
-    return Similarity(_cka(sums).cpu().numpy(), names_a, names_b, estimator, batches, samples)
+    return Similarity(_cka(sums).cpu().numpy(), names_a, names_b, estimator, batches, samples, names)
 
 
-def _names(model: nn.Module, layers: str | Sequence[str] | None, first: list[Any], pool: Pool) -> tuple[str, ...]:
+def _names(
+    model: nn.Module, layers: str | Sequence[str] | None, first: list[Any], pool: Pools, device: Any
+) -> tuple[str, ...]:
     """The layers that were asked for, or the outermost ones of which the first batch has features, if there is one."""
     if layers is not None:
         return tuple(find_layers(model, layers))
     outermost = top_layers(model)
     rows: dict[str, list[int]] = {name: [] for name in outermost}
+    found = {name: Rows(model, name, layer, pool) for name, layer in outermost.items()}
 
     def look(name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
         try:
-            rows[name].append(len(pool_rows(first_tensor(output), pool)))
+            rows[name].append(len(found[name](output)))
         except (IndexError, RuntimeError, TypeError, ValueError):  # no features: a loss, a mask, one number a sample
             rows[name].append(-1)
 
@@ -196,7 +233,7 @@ def _names(model: nn.Module, layers: str | Sequence[str] | None, first: list[Any
             stack.callback(layer.register_forward_hook(partial(look, name)).remove)
         if "torch._dynamo" in sys.modules:  # what was compiled without hooks sees none; for one batch nothing is
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        run = stack.enter_context(_running(model))
+        run = stack.enter_context(_running(model, device))
         for batch in first:
             run(batch)
     names = tuple(name for name in rows if rows[name] == [len(first_tensor(batch)) for batch in first])
@@ -213,30 +250,48 @@ def _cka(sums: Hsics) -> Tensor:
 
 
 @contextmanager
-def _tapped(model: nn.Module, names: Sequence[str], pool: Pool) -> Iterator[Callable[[Any], dict[str, Tensor]]]:
+def _tapped(
+    model: nn.Module, names: Sequence[str], pool: Pools, device: Any
+) -> Iterator[Callable[[Any], dict[str, Tensor]]]:
     """From a batch to the features of the layers."""
-    with _running(model) as run, Taps(model, names, pool=pool) as taps:
+    own = {name: pool[name] for name in names if name in pool} if isinstance(pool, Mapping) else pool
+    with _running(model, device) as run, Taps(model, names, pool=own) as taps:
 
         def features(batch: Any) -> dict[str, Tensor]:
+            taps.masks = _masks(names, batch) if isinstance(batch, Mapping) else {}
             run(batch)
             return taps.pop()
 
         yield features
 
 
+def _masks(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Which tokens of a batch count, for each layer."""
+    kinds = {name: "decoder_attention_mask" if "decoder" in name.split(".") else "attention_mask" for name in names}
+    return {name: batch[kind] for name, kind in kinds.items() if isinstance(batch.get(kind), Tensor)}
+
+
 @contextmanager
-def _running(model: nn.Module) -> Iterator[Callable[[Any], object]]:
-    """To run a batch through the model, in eval mode."""
-    device = next((parameter.device for parameter in model.parameters()), None)
+def _running(model: nn.Module, device: Any) -> Iterator[Callable[[Any], object]]:
+    """To run a batch through the model, in eval mode, on ``device`` if that is not None."""
+    home = next((parameter.device for parameter in model.parameters()), None)
+    place = home if device is None else torch.device(device)
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
 
     def run(batch: Any) -> object:
         if isinstance(batch, (tuple, list)):
             batch = batch[0]
         if isinstance(batch, Mapping):
-            return model(**{name: _moved(value, device) for name, value in batch.items()})
-        return model(_moved(batch, device))
+            if takes_all or not parameters.keys().isdisjoint(batch):
+                return model(**{name: _moved(value, place) for name, value in batch.items()})
+            batch = first_tensor(batch)
+        return model(_moved(batch, place))
 
-    with evaluating(model):
+    with evaluating(model), ExitStack() as stack:
+        if place != home:
+            model.to(place)
+            stack.callback(model.to, home)
         yield run
 
 

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
-Pool: TypeAlias = Literal["mean", "flatten", "none"] | Callable[[Tensor], Tensor]
+Layout: TypeAlias = Literal["channels_first", "channels_last", "time_first"]
+Pool: TypeAlias = Literal["mean", "flatten", "none"] | Layout | Callable[[Tensor], Tensor]
+Pools: TypeAlias = Pool | Mapping[str, Pool]  # one for all layers, or by name; "mean" for those that are not named
 
 # Wrappers recognised by the child they hold, which spares importing torch.compile's machinery:
 # torch.compile, and torch.distributed's activation-checkpoint wrapper.
@@ -45,8 +50,11 @@ def find_layers(model: nn.Module, names: str | Sequence[str]) -> dict[str, nn.Mo
     Raises:
         ValueError: no names, a name that no layer has (the nearest are listed), or a glob without a match.
             Containers without an output of their own (ModuleList, ModuleDict) do not count as layers.
+        TypeError: a name is no string.
     """
-    patterns = [names] if isinstance(names, str) else list(names)
+    patterns = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"layers go by their module paths, not by {patterns}: the outermost are {[*top_layers(model)]}")
     if not patterns:
         raise ValueError("no layer named: give at least one module path such as 'layer4' or 'blocks.*'")
     layers = dict(_walk(model))
@@ -67,8 +75,9 @@ def top_layers(model: nn.Module) -> dict[str, nn.Module]:
 def first_tensor(output: Any) -> Tensor:
     """The first tensor, depth first, of what a module returned.
 
-    A tensor, tuple, list, mapping or dataclass, nested as they like: ``(hidden, weights)`` gives ``hidden``,
-    a transformers output its first field that is not None.
+    A tensor, tuple, list, mapping, dataclass or object with a ``last_hidden_state``, nested as they like:
+    ``(hidden, weights)`` gives ``hidden``, a transformers output its first field that is not None. Sequences that are
+    packed, as recurrent networks return them, become a nested tensor.
 
     Raises:
         TypeError: there is none.
@@ -83,13 +92,14 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
 
     Args:
         features: floating point, samples first: ``[N, C, H, W]`` (or more spatial dimensions), ``[N, T, D]``
-            (tokens) or ``[N, D]``.
+            (tokens) or ``[N, D]``. Of a nested tensor, ``[t, D]`` for each sample, all tokens count and no padding.
         pool: ``"mean"``: over space (``[N, C]``), over tokens (``[N, D]``), or the rows as they are;
-            accumulated in fp32 (fp64 for fp64), so that fp16 cannot overflow on the way.
+            accumulated in fp32 (fp64 for fp64), so that fp16 cannot overflow on the way. Where a layer is known,
+            `Rows` finds out how its output is laid out; these say it, and are means, too: ``"channels_first"``,
+            ``[N, C, ...]``; ``"channels_last"``, ``[N, ..., C]``; ``"time_first"``, ``[T, N, D]``.
             ``"flatten"``: ``[N, everything else]``.
             ``"none"``: the features as they are, for losses that know tokens: ``[N, T, D]``.
-            A callable ``Tensor -> [N, D]``, for what shapes do not tell: the first token
-            (``lambda t: t[:, 0]``), channels-last maps, 1-d convolutions (``[N, C, L]`` looks like tokens).
+            A callable ``Tensor -> [N, D]`` for everything else, the first token say (``lambda t: t[:, 0]``).
 
     Returns:
         A tensor of its own, never a view: a later in-place layer (``ReLU(inplace=True)``) cannot change it.
@@ -101,17 +111,26 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
     """
     if not features.is_floating_point():
         raise TypeError(f"a tapped layer returned {features.dtype}: tap one with floating-point output")
+    if features.is_nested:
+        if pool == "mean":
+            return torch.stack([sample.mean(0) for sample in features.unbind()])
+        features = torch.nested.to_padded_tensor(features, 0.0)
     if pool == "none":
         return features.clone()
     if callable(pool):
         rows = pool(features).clone()
     elif pool == "flatten":
         rows = features.clone(memory_format=torch.contiguous_format).flatten(1)
-    elif pool != "mean":
-        raise ValueError(f"pool must be 'mean', 'flatten', 'none' or a callable Tensor -> [N, D], not {pool!r}")
+    elif pool != "mean" and pool not in get_args(Layout):
+        names = ", ".join(map(repr, get_args(Layout)))
+        raise ValueError(
+            f"pool must be 'mean', 'flatten', 'none' or a callable Tensor -> [N, D], or {names}: not {pool!r}"
+        )
     elif features.ndim > 2:
-        over = (1,) if features.ndim == 3 else tuple(range(2, features.ndim))
-        rows = features.mean(over)  # PyTorch sums half precision in fp32 and rounds once
+        last = pool == "channels_last" or (pool == "mean" and features.ndim == 3)
+        over = range(1, features.ndim - 1) if last else range(2, features.ndim)
+        # PyTorch sums half precision in fp32 and rounds once.
+        rows = features.mean(0 if pool == "time_first" else tuple(over))
     else:
         rows = features.clone()
     if rows.ndim != 2 or rows.shape[1] < 2:
@@ -120,6 +139,127 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
             " is needed: tap another layer, or give as pool= a callable that returns [N, D]"
         )
     return rows
+
+
+class Rows:
+    """How the outputs of one layer become rows: what a shape alone does not tell, its model does.
+
+    ``[T, N, D]`` comes from PyTorch's recurrent layers and transformers that are not ``batch_first``, and from what is
+    in them. Of ``[N, C, ...]`` and ``[N, ..., C]`` the one is taken whose C is a size of the layer's weights, else of
+    those around it; where both are, a size of convolutions comes first and one of matrices last.
+    """
+
+    def __init__(self, model: nn.Module, name: str, layer: nn.Module, pool: Pools) -> None:
+        self.name = name
+        self.pool = pool.get(name, "mean") if isinstance(pool, Mapping) else pool
+        inner = unwrap(layer)
+        around = [module for module in model.modules() if any(inner is part for part in module.modules())]
+        self.time_first = any(map(_is_time_first, around))
+        self.sizes = [*map(_sizes, reversed(around))]  # from the layer itself outwards
+
+    def __call__(self, output: Any, inputs: Sequence[torch.Size] = (), mask: Tensor | None = None) -> Tensor:
+        """The rows ``[N, D]`` of what the layer returned, where the model was given tensors of these shapes.
+
+        A mean is of the tokens that ``mask`` ``[N, T]`` counts, if the output is ``[N, T, D]`` of as many.
+
+        Raises:
+            ValueError: the layout is unclear, or the rows are not as many as the samples; also as `pool_rows`.
+        """
+        features, pool = first_tensor(output), self.pool
+        if pool == "mean" and not features.is_nested and features.ndim > 2:
+            pool = self._layout(features)
+            if mask is not None and pool == "channels_last" and features.shape[:-1] == mask.shape:
+                wide = torch.promote_types(features.dtype, torch.float32)
+                counts = mask.to(features.device) != 0
+                total = torch.where(counts[:, :, None], features, 0.0).sum(1, dtype=wide)
+                return (total / counts.sum(1, keepdim=True)).to(features.dtype)
+        rows = pool_rows(features, pool)
+        if inputs and not callable(pool) and pool != "none":
+            batch = [size for shape in inputs for size in shape[: 1 + (pool == "time_first")]]
+            if len(rows) not in batch:
+                raise ValueError(
+                    f"layer {self.name!r} has {len(rows)} rows of features in a batch of {batch[0]}: {_ASK}"
+                )
+        return rows
+
+    def _layout(self, features: Tensor) -> Layout:
+        if features.ndim == 3 and self.time_first:
+            return "time_first"
+        second, final = features.shape[1], features.shape[-1]
+        for convolutions, matrices, everything in self.sizes:
+            first, last = _among(second, everything), _among(final, everything)
+            if first == last:
+                first, last = _among(second, convolutions), _among(final, matrices)
+            if last and not first:  # a dense block's growth may equal its width in pixels: its channels stand elsewhere
+                first = _among(second, self.sizes[-1][2]) and not _among(final, self.sizes[-1][1])
+                last = not first
+            if first != last:
+                return "channels_first" if first else "channels_last"
+        if features.ndim == 3:
+            return "channels_last"
+        raise ValueError(
+            f"whether {list(features.shape)} of layer {self.name!r} has its channels first is unclear: {_ASK}"
+        )
+
+
+_ASK = (
+    "say as pool= how its output is laid out, 'channels_first', 'channels_last' or 'time_first' ([T, N, D]), or give a "
+    "callable that returns [N, D]; {'layer': ...} is for this layer alone"
+)
+
+
+def rows_of(model: nn.Module, layers: Mapping[str, nn.Module], pool: Pools) -> dict[str, Rows]:
+    """`Rows` of each layer by name; raises a ValueError if ``pool`` names others."""
+    if isinstance(pool, Mapping) and not pool.keys() <= layers.keys():
+        raise ValueError(f"pool names {[*pool]}, but the layers are {[*layers]}")
+    return {name: Rows(model, name, layer, pool) for name, layer in layers.items()}
+
+
+def _is_time_first(module: nn.Module) -> bool:
+    if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+        return len(module.layers) > 0 and _is_time_first(module.layers[0])
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return _is_time_first(module.self_attn)
+    return isinstance(module, (nn.RNNBase, nn.MultiheadAttention, nn.Transformer)) and not module.batch_first
+
+
+def _sizes(module: nn.Module) -> tuple[list[int], list[int], list[int]]:
+    """The first two sizes of a module's weights: of convolutions, of matrices, of all."""
+    shapes = [parameter.shape for parameter in module.parameters() if not is_lazy(parameter)]
+    convolutions, matrices = ([s for s in shapes if len(s) > 2], [s for s in shapes if len(s) == 2])
+    first, second, everything = (
+        sorted({size for shape in some for size in shape[:2]} - {1}) for some in (convolutions, matrices, shapes)
+    )
+    return first, second, everything
+
+
+def _among(size: int, sizes: list[int]) -> bool:
+    return any(size == known for known in sizes)  # compiled, `in` would not do for a size that is symbolic
+
+
+class Pass:
+    """What a forward has recorded."""
+
+    def __init__(self) -> None:
+        self.features: dict[str, Tensor] = {}
+        self.inputs: list[torch.Size] = []  # the shapes of the tensors that the model was given
+        self.builds_graph = False  # the grad mode in which the forward began
+        self.running = False  # whether the model is in its forward
+
+
+class Passes(threading.local):
+    """The pass of each thread, ``now``; in a copy or pickle an empty one. (torch.compile sets no attribute here.)"""
+
+    def __init__(self) -> None:
+        self.now = Pass()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+def shapes_of(*inputs: Any) -> list[torch.Size]:
+    """The shapes of the tensors that a model is called with."""
+    return [tensor.shape for tensor in _tensors(inputs) if not tensor.is_nested and tensor.ndim > 0]
 
 
 def _walk(module: nn.Module, path: str = "", *, deep: bool = True) -> Iterator[tuple[str, nn.Module]]:
@@ -153,12 +293,16 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     parts: Iterable[Any] = ()
     if isinstance(output, Tensor):
         yield output
+    elif isinstance(output, PackedSequence):
+        yield torch.nested.as_nested_tensor(unpack_sequence(output))
     elif isinstance(output, Mapping):
         parts = output.values()
     elif isinstance(output, (tuple, list)):
         parts = output
     elif dataclasses.is_dataclass(output):
         parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
+    elif hasattr(output, "last_hidden_state"):
+        parts = [output.last_hidden_state]
     for part in parts:
         yield from _tensors(part)
 

@@ -17,27 +17,28 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
+Weight = float | Tensor  # a tensor, an nn.Parameter say, gets its gradient
 Features = Mapping[str, Tensor]
 
 
 class _Guided(nn.Module):
     """What the guided losses share: two weights, pairs of layers, and the components of the last call."""
 
-    def __init__(self, alpha: float, beta: float, pairs: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, alpha: Weight, beta: Weight, pairs: Sequence[tuple[str, str]]) -> None:
         super().__init__()
         for name, weight in (("alpha", alpha), ("beta", beta)):
-            if not (math.isfinite(weight) and weight >= 0):
+            if not (math.isfinite(_number(weight)) and _number(weight) >= 0):
                 raise ValueError(f"{name} must be finite and not negative, not {weight!r}")
         listed = [tuple(pair) for pair in pairs]
         if not listed or any(len(pair) != 2 for pair in listed):
             raise ValueError(f"pairs must list one or more (teacher_layer, student_layer), not {pairs!r}")
-        self.alpha, self.beta = float(alpha), float(beta)
+        self.alpha, self.beta = (w if isinstance(w, Tensor) else float(w) for w in (alpha, beta))
         self.pairs = [(teacher, student) for teacher, student in listed]
         self.last: dict[str, Tensor] = {}
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
-        return f"alpha={self.alpha}, beta={self.beta}, pairs={self.pairs}"
+        return f"alpha={float(self.alpha)}, beta={float(self.beta)}, pairs={self.pairs}"
 
     def matched(self, teacher: Features, student: Features) -> list[tuple[str, Tensor, Tensor]]:
         """(name for the log, teacher's rows, student's rows) of each pair.
@@ -67,10 +68,11 @@ class BirdLoss(_Guided):
     all processes are compared, where without it each compares its own, which is another objective.
 
     Args:
-        alpha: weight of the task's loss.
+        alpha: weight of the task's loss. It may be an ``nn.Parameter``, then one of this module, and is learned; so
+            may ``beta`` and ``weights``.
         beta: weight of the guidance.
         pairs: ``(teacher layer, student layer)``, one or more.
-        weights: one number for each pair, finite and not negative; None: 1 each.
+        weights: one number for each pair, or a tensor [pairs]; finite and not negative. None: 1 each.
         kernel, estimator, row_dims, group, backend, precision: as in `bird_kernels.cka_loss`; ``row_dims=2`` takes
             the tokens of ``pool="none"``, ``[N, T, D]``, as rows.
 
@@ -82,11 +84,11 @@ class BirdLoss(_Guided):
 
     def __init__(
         self,
-        alpha: float = 0.1,
-        beta: float = 0.9,
+        alpha: Weight = 0.1,
+        beta: Weight = 0.9,
         pairs: Sequence[tuple[str, str]] = (),
         *,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[Weight] | Tensor | None = None,
         kernel: str | RBF = "linear",
         estimator: str = "biased",
         row_dims: int = 1,
@@ -168,8 +170,8 @@ class Hints(_Guided):
 
     def __init__(
         self,
-        alpha: float = 0.1,
-        beta: float = 0.9,
+        alpha: Weight = 0.1,
+        beta: Weight = 0.9,
         pairs: Sequence[tuple[str, str]] = (),
         *,
         teacher_widths: Mapping[str, int],
@@ -215,7 +217,7 @@ class LwF(_Guided):
         last: as in `BirdLoss`: ``"task"``, and for each pair ``"l1/<teacher layer>/<student layer>"``.
     """
 
-    def __init__(self, alpha: float = 1.0, beta: float = 0.005, pairs: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, alpha: Weight = 1.0, beta: Weight = 0.005, pairs: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(alpha, beta, pairs)
 
     def forward(self, task_loss: Tensor, teacher_features: Features, student_features: Features) -> Tensor:
@@ -250,15 +252,25 @@ def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Ten
             f"came, {needed[0]} and {needed[1]} are needed: the same samples, and widths as declared"
         )
     with torch.autocast(teacher.device.type, enabled=False):
-        return F.mse_loss(regressor(student.to(wide)), teacher.to(wide))
+        # A copy of what came from torch.inference_mode(), which autograd does not save.
+        copy = not torch.compiler.is_compiling() and teacher.is_inference()
+        return F.mse_loss(regressor(student.to(wide)), teacher.to(wide, copy=copy))
 
 
-def _one_for_each(weights: Sequence[float], pairs: Sequence[tuple[str, str]]) -> list[float]:
-    listed = [float(weight) for weight in weights]
+def _number(weight: Weight) -> float:
+    return float(weight.detach() if isinstance(weight, Tensor) else weight)
+
+
+def _one_for_each(weights: Sequence[Weight] | Tensor, pairs: Sequence[tuple[str, str]]) -> list[float] | Tensor:
+    listed = [*map(_number, weights)]
     if len(listed) != len(pairs):
         raise ValueError(f"weights must have one number for each pair, got {len(listed)} for {len(pairs)}")
     if not all(math.isfinite(weight) and weight >= 0 for weight in listed):
         raise ValueError(f"weights must be finite and not negative, not {listed}")
+    if isinstance(weights, Tensor):
+        return weights
+    if any(isinstance(weight, Tensor) and weight.requires_grad for weight in weights):
+        raise TypeError("weights that are learned come as one tensor [pairs], not as a list of tensors")
     return listed
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from .features import Pool, find_layers, first_tensor, pool_rows, unwrap
+from .features import Passes, Pools, find_layers, rows_of, shapes_of, unwrap
 
 
 class Taps:
@@ -25,13 +25,14 @@ class Taps:
             features = taps.pop()      # {"layer3": [N, 256], "layer4": [N, 512]}
 
     Features belong to the graph of the forward pass, keep the dtype they come out with (bf16 under autocast),
-    and are of one forward only: `pop` forgets them, and so does the next call of the model. A layer that
-    returns a tuple, list, mapping or dataclass is read by its first tensor.
+    and are of one forward only: `pop` forgets them, and so does the next call of the model. Each thread has its own.
+    A layer that returns a tuple, list, mapping or dataclass is read by its first tensor.
 
     Args:
         model: the network, bare or in DDP, `torch.compile` or one-device DataParallel.
         names: module paths or globs, see `bird.features.find_layers`.
-        pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled) or a callable, see `bird.features.pool_rows`.
+        pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled), a layout or a callable, see `bird.features.pool_rows`,
+            or ``{layer: pool}``. Where the layout is unclear, or rows are not as many as samples, a mean is refused.
 
     Compiled models: make the taps before the first call, else `pop` raises and says what to do. Once
     `torch.compile` has compiled, it does not look for new hooks on inner layers.
@@ -43,17 +44,20 @@ class Taps:
 
     Attributes:
         names: the bare paths of the tapped layers, globs written out.
+        masks: ``{layer: [N, T]}``, to be set before a forward: which tokens count in the means of ``[N, T, D]``.
     """
 
-    def __init__(self, model: nn.Module, names: str | Sequence[str], *, pool: Pool = "mean") -> None:
+    def __init__(self, model: nn.Module, names: str | Sequence[str], *, pool: Pools = "mean") -> None:
         layers = find_layers(model, names)
         self.names = tuple(layers)
-        self._pool = pool
-        self._features: dict[str, Tensor] = {}
-        self._builds_graph = False  # the grad mode in which the current forward began
-        self._running: bool | None = None  # whether the model is in its forward; None if it was never called
+        self.masks: dict[str, Tensor] = {}
+        self._rows = rows_of(model, layers, pool)
+        self._passes, self._called = Passes(), False
         root = unwrap(model)
-        self._handles = [root.register_forward_pre_hook(self._begin), root.register_forward_hook(self._end)]
+        self._handles = [
+            root.register_forward_pre_hook(self._begin, with_kwargs=True),
+            root.register_forward_hook(self._end),
+        ]
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_hook(functools.partial(self._record, name)))
 
@@ -63,7 +67,7 @@ class Taps:
         Raises:
             RuntimeError: a tapped layer has not run since the last `pop`, or the taps were removed.
         """
-        features, self._features, self._builds_graph = self._features, {}, False
+        features, self._passes.now.features, self._passes.now.builds_graph = self._passes.now.features, {}, False
         missing = [name for name in self.names if name not in features]
         if missing:
             raise RuntimeError(
@@ -78,7 +82,7 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._features = {}
+        self._passes = Passes()
 
     def __enter__(self) -> Taps:
         return self
@@ -86,42 +90,44 @@ class Taps:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _begin(self, _model: nn.Module, _args: Any) -> None:
+    def _begin(self, _model: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward begins: a branch that it skips must not leave its features of last time."""
         if torch.compiler.is_compiling() or not _in_backward():
-            self._features = {}
-            self._builds_graph = torch.is_grad_enabled()
-            self._running = True
+            self._passes.now.features = {}
+            self._passes.now.inputs = shapes_of(args, kwargs)
+            self._passes.now.builds_graph = torch.is_grad_enabled()
+            self._passes.now.running = self._called = True
 
     def _end(self, _model: nn.Module, _args: Any, _output: Any) -> None:
-        self._running = False
+        self._passes.now.running, self._passes.now.inputs = False, []
 
     def _record(self, name: str, layer: nn.Module, _args: Any, output: Any) -> None:
         # Pooled at once, before a later in-place layer can overwrite the output; and in a recomputation too,
         # which must save the same tensors for backward as the first run did.
-        rows = pool_rows(first_tensor(output), self._pool)
+        rows = self._rows[name](output, self._passes.now.inputs, self.masks.get(name))
         if torch.compiler.is_compiling():
-            # Traced code cannot ask autograd. A checkpoint inside the graph is the compiler's affair; when a
-            # compiled block lies inside a checkpoint, it runs for the second time outside of any forward.
-            if self._running is False:
+            # Traced code cannot ask autograd. A checkpoint inside the graph is the compiler's affair; when a compiled
+            # block lies inside a checkpoint, it runs for the second time outside of any forward, on a GPU in a thread
+            # of autograd's own.
+            if self._called and not self._passes.now.running:
                 return
         elif _in_backward():
             if _called_from(CheckpointFunction.backward.__code__):  # the whole model was checkpointed
                 raise RuntimeError(_NO_GRAPH.format(name))
             return
-        if self._builds_graph and not torch.is_grad_enabled():
+        if self._passes.now.builds_graph and not torch.is_grad_enabled():
             raise RuntimeError(_NO_GRAPH.format(name))
         if getattr(layer, "_is_replica", False):
             raise RuntimeError(
                 f"DataParallel runs layer {name!r} once per device, each on a part of the batch: "
                 "use DistributedDataParallel, or one device"
             )
-        if name in self._features:
+        if name in self._passes.now.features:
             raise RuntimeError(
                 f"layer {name!r} ran twice since the last pop() or call of the model, so its features are "
                 "ambiguous: tap the layer around it, or a later one"
             )
-        self._features[name] = rows
+        self._passes.now.features[name] = rows
 
 
 class FirstPass(Taps):
@@ -134,19 +140,19 @@ class FirstPass(Taps):
 
     def listen(self) -> None:
         """Forget; the features of the next forward count, with a graph if gradients are enabled now."""
-        self._features = {}
-        self._builds_graph = torch.is_grad_enabled()
+        self._passes.now.features = {}
+        self._passes.now.builds_graph = torch.is_grad_enabled()
 
-    def _begin(self, _model: nn.Module, _args: Any) -> None:
+    def _begin(self, _model: nn.Module, _args: Any, _kwargs: Any) -> None:
         if torch.compiler.is_compiling() or not _in_backward():
-            self._running = True
+            self._passes.now.running = self._called = True
 
     def _record(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not _in_backward():
-            passed = self._builds_graph and not torch.is_grad_enabled()
+            passed = self._passes.now.builds_graph and not torch.is_grad_enabled()
             if passed and not torch.compiler.is_compiling() and _called_from(CheckpointFunction.forward.__code__):
                 raise RuntimeError(_NO_GRAPH.format(name))
-            if passed or name in self._features:
+            if passed or name in self._passes.now.features:
                 return
         super()._record(name, layer, args, output)
 

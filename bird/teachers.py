@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import Pool, find_layers, first_tensor, pool_rows, unwrap
+from .features import Passes, Pools, find_layers, rows_of, shapes_of, unwrap
 
 
 class Teacher(nn.Module):
@@ -28,7 +28,8 @@ class Teacher(nn.Module):
     Optimizers, DDP, ``parent.apply(init)`` and ``parent.requires_grad_()`` pass it by, and the parent's
     ``state_dict`` is the same with and without it: checkpoints stay the size of the student, and the teacher
     comes from its own file, the same in every process of a distributed run. Only what moves or casts reaches
-    it: ``.to()``, ``.cuda()``, ``.half()``, on the teacher or on a parent.
+    it: ``.to()``, ``.cuda()``, ``.half()``, on the teacher or on a parent. ``parent.to_empty()`` leaves its weights as
+    they are, and a network that accelerate has placed (``device_map``, ``cpu_offload``) stays where it is.
 
     DDP and `torch.compile` wrappers around the model are taken off: there are no gradients to reduce, and a
     compiled graph cannot be cut. Compile the teacher instead, or what calls it; a compiler leaves out the
@@ -38,20 +39,23 @@ class Teacher(nn.Module):
         model: the network.
         taps: module paths or globs, see `bird.features.find_layers`. Of a layer that runs several times in
             one forward, the first output counts.
-        pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled) or a callable, see `bird.features.pool_rows`.
+        pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled), a layout or a callable, see `bird.features.pool_rows`,
+            or ``{layer: pool}``.
 
     Attributes:
         names: the bare paths of the tapped layers, globs written out.
         pool: as given.
+        rows: how each layer's output becomes rows, `bird.features.Rows`.
     """
 
-    def __init__(self, model: nn.Module, taps: str | Sequence[str], *, pool: Pool = "mean") -> None:
+    def __init__(self, model: nn.Module, taps: str | Sequence[str], *, pool: Pools = "mean") -> None:
         super().__init__()
         model = unwrap(model)
         layers = find_layers(model, taps)
         self.names = tuple(layers)
         self.pool = pool
-        self._features: dict[str, Tensor] | None = None  # a dict only while `forward` runs
+        self.rows = rows_of(model, layers, pool)
+        self._passes = Passes()
         self._cargo = [model.requires_grad_(False).eval()]  # nn.Module does not look into a list
         for name, layer in layers.items():
             layer.register_forward_hook(functools.partial(self._record, name))
@@ -72,15 +76,15 @@ class Teacher(nn.Module):
         """
         if self.model.training:  # whoever made the model may hold it too
             self.model.eval()
-        features: dict[str, Tensor] = {}
-        self._features = features
+        features = self._passes.now.features = {}
+        self._passes.now.inputs, self._passes.now.running = shapes_of(args, kwargs), True
         try:
             with torch.no_grad():
                 self.model(*args, **kwargs)
         except _AllSeen:
             pass
         finally:
-            self._features = None
+            self._passes.now.features, self._passes.now.running = {}, False
         missing = [name for name in self.names if name not in features]
         if missing:
             raise RuntimeError(f"the teacher's forward did not run {missing}: tap layers that its input reaches")
@@ -95,16 +99,28 @@ class Teacher(nn.Module):
         return f"{type(self.model).__name__}, taps={list(self.names)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
-        # The one way that .to(), .cuda(), .half() and the like take, from here and from a parent.
-        self.model._apply(fn, recurse)
+        # The one way that .to(), .cuda(), .half() and the like take, from here and from a parent. What accelerate has
+        # placed on several devices, or off them, has hooks that move it.
+        if not any(hasattr(module, "_hf_hook") for module in self.model.modules()):
+            self.model._apply(functools.partial(_moved, fn), recurse)
         return super()._apply(fn, recurse)
 
     def _record(self, name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
-        if self._features is None or name in self._features:
+        features = self._passes.now.features
+        if not self._passes.now.running or name in features:
             return
-        self._features[name] = pool_rows(first_tensor(output), self.pool)
-        if len(self._features) == len(self.names) and not torch.compiler.is_compiling():
+        features[name] = self.rows[name](output, self._passes.now.inputs)
+        if len(features) == len(self.names) and not torch.compiler.is_compiling():
             raise _AllSeen
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """A weight where, and as what, ``fn`` puts it; its values stay, though ``parent.to_empty()`` would lose them."""
+    moved = fn(tensor)
+    if tensor.is_meta and not moved.is_meta:
+        raise RuntimeError("the teacher has no weights yet (meta tensors): load them before a parent is made real")
+    of_its_own_kind = type(tensor) not in (Tensor, nn.Parameter)  # quantized weights, which know how to move
+    return moved if moved is tensor or moved.is_meta or of_its_own_kind else moved.copy_(tensor)
 
 
 class _AllSeen(BaseException):

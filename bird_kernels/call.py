@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, distributed, global_batch, inputs, ops, pairs, plan, reference
 from .backends.linalg import require_fp64
@@ -20,7 +21,7 @@ def loss(
     y: Tensor | Sequence[Tensor],
     mask: Tensor | None,
     options: Options,
-    weights: Sequence[float] | None,
+    weights: Sequence[float | Tensor] | Tensor | None,
 ) -> Tensor:
     """The statistic of x and y, 0-d; of two lists, its sum over the pairs, each times its weight.
 
@@ -53,7 +54,8 @@ def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tenso
     if len(both) == 1:
         return evaluate(*both[0], mask, options).reshape(1)
     common = options.group is None and options.center and (options.statistic, options.kernel) == ("cka_loss", "linear")
-    if not common or options.backend == "reference" or any(ops.watched(*pair) for pair in both):
+    common = common and forward_ad._current_level < 0 and options.backend != "reference"
+    if not common or any(ops.watched(*pair) for pair in both):
         return pairs.stack([evaluate(*pair, mask, options, len(both)) for pair in both])
     return pairs.losses([inputs.prepare(*pair, mask, options) for pair in both], options.backend)
 
@@ -66,11 +68,23 @@ def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: 
     """
     if options.group is not None:
         return _in_group(x, y, mask, options, many)
+    if forward_ad._current_level >= 0:
+        options = _in_forward_mode(options)
     if ops.at_once is not None and not torch.compiler.is_compiling():
         done = ops.at_once(x, y, mask, options)
         if done is not None:
             return done
     return _whole(*inputs.prepare(x, y, mask, options), options.backend)
+
+
+def _in_forward_mode(options: Options) -> Options:
+    """With tangents about (`torch.func.jvp`, dual tensors) the literal formula carries them; no backend does."""
+    if options.backend not in ("auto", "reference"):
+        raise RuntimeError(
+            f'backend="{options.backend}" has no forward-mode derivative: leave backend="auto", which then takes the '
+            "literal formula in fp64, or use reverse mode"
+        )
+    return options._replace(backend="reference")
 
 
 @distributed.uncompiled
@@ -118,7 +132,7 @@ def explain(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Plan
 def gram(x: Tensor, kernel: str | RBF) -> Tensor:
     """`bird_kernels.centered_gram`."""
     rbf = inputs.parse_kernel(kernel)
-    inputs.require_features(1, x=x)
+    (x,) = inputs.require_features(1, x=x)
     if rbf is not None:
         require_fp64("a Gaussian kernel", x.device)
         k = reference.rbf_gram(x.flatten(1), None, rbf, 0)

@@ -1,7 +1,7 @@
-"""How long a call took: a timer turns a call into a function that makes it and returns its seconds.
+"""Timers for `bird tune` and the benchmarks: each turns a call into a function that makes it and returns its seconds.
 
-On a CPU there is one, the wall. On CUDA there are the host's share of a call, the device's, and a CUDA graph of it to
-replay; the latter two with cold caches. What `bird tune` and the benchmarks share.
+On a CPU `wall` times a call. On CUDA `host` times what the host does until the call returns, and `device` the device's
+work on it with cold caches; `capture` makes a CUDA graph of the call, whose replays `device` can time without launches.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 Run = Callable[[], object]
 Take = Callable[[], float]
-Pool = Any  # of CUDA graphs: torch's own name for it moved between versions
+Pool = Any  # a memory pool of CUDA graphs; where PyTorch has its type differs between versions
 T = TypeVar("T")
 
-CYCLES = 2.0e9  # of a GPU's clock in a second, at the most: what torch.cuda._sleep counts
-LONGEST_SLEEP = 0.05  # seconds; a call that takes the host longer has gaps of its own
+CYCLES = 2.0e9  # per second, at the most, of a GPU's clock, in whose cycles torch.cuda._sleep counts
+LONGEST_SLEEP = 0.05  # seconds; if the host takes longer for a call, gaps between its launches are timed as well
 
 
 def wall(run: Run, once: float) -> Take:
-    """Seconds until the call returns, for a device that works while the call runs: a CPU."""
+    """Seconds until the call returns; for a CPU, where the work is done by then. ``once`` is not used."""
 
     def take() -> float:
         start = time.perf_counter()
@@ -34,7 +34,7 @@ def wall(run: Run, once: float) -> Take:
 
 
 def host(run: Run, once: float) -> Take:
-    """Seconds until the call returns, the device's queue empty before; the call is not waited for."""
+    """Seconds until the call returns, from an empty queue, without the device's work. ``once`` is not used."""
     timed = wall(run, once)
 
     def take() -> float:
@@ -45,9 +45,9 @@ def host(run: Run, once: float) -> Take:
 
 
 def device(run: Run, once: float) -> Take:
-    """Seconds of the device between the first and the last of what the call gives it, its caches cold.
+    """Seconds from the start of the call's first to the end of its last operation on the device, with cold caches.
 
-    It sleeps while the host, which takes ``once`` seconds, queues the call: gaps between launches are the device's own.
+    The device sleeps while the host, in ``once`` seconds, queues the call: gaps between operations are its own.
     """
     flush = _twice_the_cache()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -72,10 +72,10 @@ def _twice_the_cache() -> torch.Tensor:
 
 
 def capture(run: Callable[[], T], pool: Pool) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A CUDA graph of one call, and the result that each replay writes anew.
+    """A CUDA graph of one call, and the call's result, whose memory each replay overwrites.
 
-    The call is warmed up on a side stream first, as capturing wants it. Graphs of one ``pool`` use the same memory in
-    turns: let go of a result before the next capture.
+    The call runs three times on a side stream first, as capture requires. Graphs of one ``pool`` share memory: drop the
+    result of one before the next is captured.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -1,9 +1,8 @@
-"""What a call costs on a GPU that was not measured: predicted microseconds of every candidate.
+"""The cost model: predicted microseconds of each candidate on a GPU for which there are no measurements (`tuning`).
 
-A pure function of sizes, dtypes and the device's data sheet; nothing here asks a device. A kernel takes a launch, and
-the longest of its matrix products at the library's efficiency, its traffic at the memory's, and its instructions at the
-schedulers'. **No constant below was measured by us on a GPU**: each names its source, and the whole is good to a third.
-`tuning` has what was measured, which overrules it.
+A pure function of sizes, dtypes and the data sheet; no device is queried. A kernel takes its launch plus the longest of
+its matrix products at the library's efficiency, its traffic at the memory's, and its instructions at the schedulers'.
+**No constant below was measured by us on a GPU**: each names its source. Predictions are good to a third at best.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import NamedTuple
 from .plan import FEW_ROWS, ceil_div, choose_route, variant
 from .types import Cost, Problem, Sheet
 
-# Vendor data sheets, dense rates with fp32 accumulation, boost clocks. The row of a device is the longest name that its
-# own contains.
+# Vendors' data sheets: dense rates with fp32 accumulation, boost clocks. A device has the sheet with the longest name
+# that is part of its own.
 SHEETS = {
     sheet.name: sheet
     for sheet in (
@@ -37,43 +36,44 @@ UNKNOWN = Sheet("unknown", 15, 30, 60, 0.45, 4, 48, 1.5)  # a guess: half of an 
 
 
 class Constants(NamedTuple):
-    """How far a device falls short of its sheet, and what does not stand in one. Each with its source."""
+    """Shares of a data sheet's peaks that kernels reach, and times that no data sheet has; each with its source."""
 
     # Estimate: us between the starts of two short kernels in a row. Some ten of them, the hand-written loss of
     # 128 x 512 in a CUDA graph, are expected to take 25-32 us.
     launch: float = 2.5
-    # Estimates: us of the host. A call through C++ and its autograd (18 in all); through Python's; one library
-    # operator with its allocation; one kept Triton launch (4 us with a driver that does nothing,
-    # docs/explain/kernels.md); one CUDA launch from C++.
+    # Estimates: us of the host for a call through C++ autograd (18 with its launches); through Python's; for a library
+    # operator with its allocation; for a cached Triton launch (4 us with a driver that does nothing,
+    # docs/explain/kernels.md); for a CUDA launch from C++.
     native_call: float = 12.0
     python_call: float = 35.0
     library_launch: float = 8.0
     triton_launch: float = 7.0
     native_launch: float = 2.0
-    # Public: of the half peak cuBLAS reaches 0.49 (H800), 0.68 (A100), 0.98 (RTX 4090) at 8192 (flash-muon's README).
+    # Public: cuBLAS reaches 0.49 (H800), 0.68 (A100), 0.98 (RTX 4090) of this peak at 8192 (flash-muon's README).
     half: float = 0.65
     tf32: float = 0.75  # estimate: 400 of 494 TFLOP/s for large products, less for others
     fp32: float = 0.75  # estimate: 50 of 67
     memory: float = 0.85  # public: copies reach 4.1-4.3 of the H200's 4.8 TB/s
-    cache: float = 23.0  # estimate: bytes a clock and multiprocessor from L2; 5.5 TB/s on an H200
-    tiles: tuple[int, int] = (128, 64)  # sides of the library's usual tiles, the small ones where few
-    depth: int = 256  # estimate: inner indices that are worth a share of their own, where tiles do not fill the device
-    sample: int = 1024  # rows that the shift is judged by: read once more
+    cache: float = 23.0  # estimate: bytes per clock and multiprocessor from L2; 5.5 TB/s on an H200
+    tiles: tuple[int, int] = (128, 64)  # sides of the library's usual tiles; small ones for small results
+    depth: int = 256  # estimate: the fewest inner indices of a split, where tiles alone do not fill the device
+    sample: int = 1024  # rows from which the shift is found: they are read a second time
     # Estimates from machine code (sm_90): instructions of a warp in an inner step of a 64 x 64 tile, forward and
-    # backward; for each block of rows that is centred before; and the share of the issue slots that such loops fill.
+    # backward; for each block of rows that is centred first; and the share of the issue slots that such loops fill.
     half_loop: tuple[int, int] = (624, 547)  # steps of 64
     tf32_loop: tuple[int, int] = (257, 266)  # steps of 32
     fp32_loop: tuple[int, int] = (1396, 1396)
     centring: int = 75
     issue: float = 0.55
-    # Estimates from machine code: clocks of a native block for 32 features, at 128 rows: loads and means, which grow
-    # with the rows; the product; the same of the backward, which grows with their square.
+    # Estimates from machine code: clocks of a native block for 32 features of 128 rows: loads and means (proportional
+    # to the rows); the product; the whole backward (to their square).
     native_load: int = 3400
     native_product: int = 2400
     native_backward: int = 16_000
-    # Counted under fake tensors: launches of plain PyTorch (unbiased, cross) beyond those of the fused passes; of the
-    # RBF backends by strips of 1024 rows (163 and 569 at 1 and 8, 391 and 1413), and their bytes for each pair of rows
-    # (27.6 GB at 8192). An estimate: clocks for each pair that the atomics of the median's histograms wait.
+    # Counted with fake tensors: launches of the unbiased cross route in plain PyTorch beyond those of fused passes; of
+    # the RBF backends, a constant and a number per strip of 1024 rows (triton 163 with 1 strip, 569 with 8; library 391
+    # and 1413); bytes of these for each pair of rows (27.6 GB at 8192). Estimate: clocks for each pair of rows that the
+    # atomics of the median's histograms wait.
     plain: int = 100
     triton_rbf: tuple[int, int] = (105, 58)
     library_rbf: tuple[int, int] = (245, 146)
@@ -82,21 +82,21 @@ class Constants(NamedTuple):
 
 
 C = Constants()
-# Public, Hopper, the lower end: a symmetric product kernel against the library by the side of its result. Others report
-# 1.56 to 1.9 at 4096 and above (flash-muon's README: H800, A100, RTX 4090), and losses at 1024.
+# Public, Hopper, the lowest figures: the speed of a symmetric product kernel over the library's, by the side of its
+# result. Others report 1.56 to 1.9 from 4096 on (flash-muon's README: H800, A100, RTX 4090), and losses at 1024.
 SYMMETRIC = {4096: 1.26, 8192: 1.46}
 
 
 def sheet_of(device_name: str) -> Sheet:
-    """The data sheet of a device by the name that PyTorch gives it, whole words of it; `UNKNOWN` for others."""
+    """The data sheet whose name is part, in whole words, of PyTorch's name of the device; `UNKNOWN` if none is."""
     words = [rf"(?<!\w){re.escape(name)}(?!\w)" for name in SHEETS]
     known = [name for name, word in zip(SHEETS, words, strict=True) if re.search(word, device_name, re.IGNORECASE)]
-    is_other = "laptop" in device_name.lower()  # of the same number, with fewer units
+    is_other = "laptop" in device_name.lower()  # a laptop's GPU has the desktop's name and fewer multiprocessors
     return SHEETS[max(known, key=len)] if known and not is_other else UNKNOWN
 
 
 def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:
-    """The cost of every candidate that has kernels for the problem, built or not; of fp64 nothing is known.
+    """The cost of each candidate that has kernels for the problem, built here or not; empty for fp64, not modelled.
 
     "symmetric" is the library backend with the symmetric kernel for X^T X or X X^T. ``problem.precision`` None counts
     as "ieee".
@@ -120,8 +120,8 @@ def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:
 
 
 def best(costs: Mapping[str, Cost], problem: Problem) -> str:
-    """The candidate to take. The symmetric kernel must win by what it promises of a product alone: less than that is
-    within this model's error, and for a measurement to decide."""
+    """The candidate to take. "symmetric" only if the whole call gains as much as its products alone promise: a smaller
+    gain is within the model's error, and for a measurement to decide."""
     names = [name for name in costs if name != "symmetric"]
     winner = min(names, key=lambda name: costs[name].us)
     if winner == "library" and "symmetric" in costs:
@@ -132,7 +132,7 @@ def best(costs: Mapping[str, Cost], problem: Problem) -> str:
 
 
 def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
-    """Triton's fused kernels: pairs of one n and dtype, in three or four launches in all."""
+    """The cost of pairs of one n and dtype by Triton's fused kernels, which share two to four launches."""
     first = problems[0]
     half = first.dtype.itemsize == 2
     loop = C.half_loop if half else C.tf32_loop if first.precision == "tf32" else C.fp32_loop
@@ -151,7 +151,7 @@ def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
 
 
 def apart(costs: Iterable[tuple[str, Cost]]) -> float:
-    """Microseconds of single pairs one after the other in one autograd node, each on its backend."""
+    """Microseconds of several pairs, each with launches of its own, in one autograd node: (backend, cost) of each."""
     per = {"native": C.native_launch, "triton": C.triton_launch, "library": C.library_launch}
     chosen = list(costs)
     host = C.python_call + sum(cost.launches * per[name] for name, cost in chosen)
@@ -159,7 +159,7 @@ def apart(costs: Iterable[tuple[str, Cost]]) -> float:
 
 
 def _native(problem: Problem, sheet: Sheet) -> Cost:
-    """The C++ part: blocks hold all rows of 32 features (csrc/cuda/gram.cuh)."""
+    """The cost of the native backend, whose blocks hold all rows of 32 features (csrc/cuda/gram.cuh)."""
     wanted = problem.x_grad * problem.p + problem.y_grad * problem.q
     slots, tiles, rows = 2 * sheet.multiprocessors, ceil_div(problem.n, 128), problem.n / 128
     chunks = (ceil_div(problem.p, 32) + ceil_div(problem.q, 32)) * tiles * (tiles + 1) // 2
@@ -174,12 +174,12 @@ def _native(problem: Problem, sheet: Sheet) -> Cost:
 
 
 def _library(problem: Problem, sheet: Sheet, symmetric: Mapping[int, float]) -> Cost:
-    """A shift pass, the library's products, a finish; then a mix and a product for each wanted side."""
+    """The cost of `backends.shifted`: shift, products, finish; backward, for each wanted side, a mix and a product."""
     n, p, q, size = problem.n, problem.p, problem.q, problem.dtype.itemsize
     sides = [d for d, wants in ((p, problem.x_grad), (q, problem.y_grad)) if wants]
     gram = choose_route(n, p, q) == "gram"
     inputs = _input_bytes(problem)
-    # The shift pass looks at a sample, reads, and writes what the products read.
+    # The shift pass reads a sample, then everything, and writes what the products read.
     device = _cold(inputs * (1 + min(1.0, C.sample / n)), sheet) + _warm(inputs, inputs, sheet)
     if gram:
         products, own, other = 8 * n * n, [(n, n, p), (n, n, q)], []
@@ -202,11 +202,11 @@ def _library(problem: Problem, sheet: Sheet, symmetric: Mapping[int, float]) -> 
 
 
 def _rbf(problem: Problem, sheet: Sheet, backend: str) -> Cost:
-    """Gaussian kernels that are kept; in both backends the library finds the bandwidth."""
+    """The cost of Gaussian kernels that are kept in memory; library operations find the bandwidth in both backends."""
     n, wanted = problem.n, problem.x_grad * problem.p + problem.y_grad * problem.q
     base, strip = C.triton_rbf if backend == "triton" else C.library_rbf
     launches = base + strip * ceil_div(n, 1024)
-    factor = 1.0 if backend == "triton" else 1.5  # distances and kernels as operators of their own: an estimate
+    factor = 1.0 if backend == "triton" else 1.5  # estimate: distances and kernels are separate operators
     device = n * n * C.rbf_clocks / sheet.clock * 1e-3 + factor * _warm(C.rbf_bytes * n * n, 8 * n * n, sheet)
     device += factor * (2 * n * n * (problem.p + problem.q) + 2 * n * n * wanted) / _rate(problem, sheet) * 1e-6
     per = C.triton_launch if backend == "triton" else C.library_launch
@@ -214,7 +214,7 @@ def _rbf(problem: Problem, sheet: Sheet, backend: str) -> Cost:
 
 
 def matrix(n: int, widths: Sequence[int], problem: Problem, sheet: Sheet) -> Cost:
-    """`cka_matrix` of two networks of these layers, ``problem`` one of them: Gram matrices, then one product of all."""
+    """The cost of `cka_matrix` of n rows and two networks with layers of these ``widths``, by its gram route."""
     layers = 2 * len(widths)
     device = sum(2 * _product(n, n, d, 4, problem, sheet) + _cold(8 * n * d, sheet) for d in widths)
     device += _warm(3 * 4 * layers * n * n, 4 * layers * n * n, sheet)
@@ -223,19 +223,19 @@ def matrix(n: int, widths: Sequence[int], problem: Problem, sheet: Sheet) -> Cos
 
 
 def _product(m: int, n: int, k: int, size: int, problem: Problem, sheet: Sheet, *, faster: float = 1.0) -> float:
-    """Microseconds of an m x n product over k, written in numbers of ``size`` bytes, without its launch."""
+    """Microseconds of a product [m, k] @ [k, n], its result in numbers of ``size`` bytes, without its launch."""
     units = sheet.multiprocessors
     tiles = max(C.tiles, key=lambda side: (min(ceil_div(m, side) * ceil_div(n, side), units), side))
     count = ceil_div(m, tiles) * ceil_div(n, tiles)
-    shares = range(1, min(ceil_div(units, count) + 3, max(1, k // C.depth)) + 1)  # of the inner indices
+    shares = range(1, min(ceil_div(units, count) + 3, max(1, k // C.depth)) + 1)  # splits of the inner sum
     filled = max(count * s / (ceil_div(count * s, units) * units) for s in shares)
-    read = m + n if m != n else m  # a square result is that of a matrix with itself
+    read = m + n if m != n else m  # a square result is taken for the product of a matrix with itself
     moved = read * k * problem.dtype.itemsize + size * m * n
     return max(2 * m * n * k / (_rate(problem, sheet) * filled * faster) * 1e-6, _warm(moved, moved, sheet))
 
 
 def _rate(problem: Problem, sheet: Sheet) -> float:
-    """TFLOP/s of the library's large products."""
+    """TFLOP/s that the library's large products reach."""
     if problem.dtype.itemsize == 2:
         return sheet.half * C.half
     if problem.precision == "tf32":
@@ -245,7 +245,7 @@ def _rate(problem: Problem, sheet: Sheet) -> float:
 
 
 def _speedup(side: int, symmetric: Mapping[int, float]) -> float:
-    """How many times as fast a symmetric product of this side is, by the public figures; 1 where there are none."""
+    """How many times as fast a symmetric product with this side is, by ``symmetric``; 1 where it says nothing."""
     return max((factor for least, factor in symmetric.items() if side >= least), default=1.0)
 
 
@@ -256,7 +256,7 @@ def side(problem: Problem) -> int:
 
 
 def _issue(programs: int, instructions: int, sheet: Sheet) -> float:
-    """Clocks of so many programs, a warp on each scheduler, or of one alone."""
+    """Clocks until ``programs`` of so many instructions per warp are issued, spread over the multiprocessors."""
     return max(programs / sheet.multiprocessors, 1.0) * instructions / C.issue
 
 
@@ -266,7 +266,7 @@ def _cold(size: float, sheet: Sheet) -> float:
 
 
 def _warm(size: float, working_set: float, sheet: Sheet) -> float:
-    """The same of bytes that were just written: from L2 where half of it holds them."""
+    """The same of bytes that were just written: they come from L2 if half of it holds the ``working_set``."""
     if working_set > sheet.cache * 0.5e6:
         return _cold(size, sheet)
     return size / (sheet.multiprocessors * sheet.clock * C.cache) * 1e-3

@@ -1,10 +1,10 @@
-"""Collectives between the ranks of a group that first make sure of each other. Knows nothing of what is computed.
+"""Collectives between the ranks of a process group, and the check before them that all ranks make the same call.
 
-A collective that only some ranks enter, or enter with other shapes, waits for ever or returns garbage. So every rank
-sends a few numbers first (`agree`): whether it has failed already, and what it is about to do. If one has, or if they
-differ, every rank raises. These numbers are as many whatever they are about, so a rank that fails earlier (`Reported`)
-sends its own to wherever the others are. A rank that never arrives is the group's own business: its timeout, or its
-broken connection, is an error on the others.
+A collective that only some ranks enter, or that they enter with different shapes, never returns or returns garbage. So
+every rank first sends a header of a few numbers (`agree`): whether it has failed already, and a hash of what it is
+about to do. If a rank has failed, or if the hashes differ, every rank raises. The header always has the same size, so
+a rank that fails earlier (`Reported`) can send its own and match the header that the others are waiting for. A rank
+that never calls is left to the group: its timeout or its broken connection is an error on the others.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
-NUMBERS = 4  # at most, that a rank adds to whether it has failed and to what
+NUMBERS = 4  # the most that a rank can add to its header
 Result = TypeVar("Result")
 
 
 def uncompiled(function: Callable[..., Result]) -> Callable[..., Result]:
-    """torch.compile breaks its graph here and leaves alone what is called. torch.compiler.disable says the same, but
-    imports Dynamo (1.5 s) when a function is defined."""
+    """``function`` as torch.compile must call it: uncompiled, behind a graph break. torch.compiler.disable does the
+    same, but imports Dynamo (1.5 s) as soon as a function is decorated."""
 
     disabled: list[Callable[..., Result]] = []
 
@@ -42,7 +43,7 @@ def world_size(group: object) -> int:
     """How many ranks ``group`` has.
 
     Raises:
-        TypeError: it is no process group, or one that this rank is not in.
+        TypeError: ``group`` is no process group, or one that this rank does not belong to.
     """
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
@@ -52,14 +53,29 @@ def world_size(group: object) -> int:
     return group.size()
 
 
+def group_named(name: str) -> dist.ProcessGroup:
+    """This process's group with this ``group_name``.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise RuntimeError(
+            f"this was pickled with the process group {name!r}, which this process does not have: call "
+            "init_process_group() (and new_group()) before loading it, or pickle it without group="
+        ) from error
+
+
 def devices(group: dist.ProcessGroup) -> list[str]:
-    """The kinds of device that the group has a backend for, the CPU first: "cpu:gloo,cuda:nccl"."""
+    """The device types that the group has a backend for, the CPU first: ["cpu", "cuda"] of "cpu:gloo,cuda:nccl"."""
     named = [pair.split(":")[0] for pair in dist.get_backend_config(group).split(",")]
     return sorted(named, key=lambda kind: kind != "cpu")
 
 
 def require_device(device: torch.device, group: dist.ProcessGroup) -> None:
-    """Raises a ValueError unless the group carries tensors of this device."""
+    """Raise a ValueError unless the group has a backend for tensors on this device."""
     carried = devices(group)
     if device.type not in carried:
         raise ValueError(
@@ -71,15 +87,16 @@ def require_device(device: torch.device, group: dist.ProcessGroup) -> None:
 def agree(
     group: dist.ProcessGroup, error: Exception | None, terms: Mapping[str, object], numbers: Sequence[int]
 ) -> list[list[int]]:
-    """Every rank's ``numbers``, once it is sure that no rank brought an ``error`` and that all ``terms`` are equal.
+    """The ``numbers`` (up to `NUMBERS`) of every rank, if no rank passes an ``error`` and all pass equal ``terms``.
 
-    One all-gather of six 64-bit integers, over the CPU where the group has a backend for it (gloo); with NCCL alone it
-    waits for the GPU. There are up to `NUMBERS` numbers. Terms are compared by a 64-bit hash of their ``repr``.
+    Of terms a 64-bit hash of their ``repr`` is compared. The headers are one all-gather of six 64-bit integers per
+    rank, over the CPU if the group has a backend for it (gloo); with NCCL alone it waits for the GPU.
 
     Raises:
-        Exception: ``error``, on the rank that brought it.
-        RuntimeError: on the others, with the rank and its message; in a torch.func transform or a CUDA graph's capture.
-        ValueError: terms differ: on every rank, with the ranks and their values.
+        Exception: ``error``, on the rank that passed it.
+        RuntimeError: on the other ranks, with that rank's number and message. Also inside a torch.func transform or the
+            capture of a CUDA graph.
+        ValueError: on every rank, if terms differ; with the ranks and their values.
     """
     _require_plain_execution()
     shown = {name: repr(value) for name, value in terms.items()}
@@ -98,10 +115,10 @@ def agree(
 
 
 class Reported:
-    """Around checks of a rank's own: their error becomes one of every rank, from wherever the others agree next.
+    """A context for a rank's own checks: an exception inside makes the other ranks raise in their next `agree`.
 
-    Nothing is sent if all goes well, nor for a ``group`` of one rank or None. What communicates has no place inside.
-    (A class, because torch.compile reads it through where there is no group.)
+    Without an exception nothing is sent, nor for a ``group`` of one rank or None. Collectives must not run inside.
+    (It is a class, and not a generator, so that torch.compile can trace through it where there is no group.)
     """
 
     def __init__(self, group: object) -> None:
@@ -116,7 +133,7 @@ class Reported:
 
 
 def report(group: object, error: Exception) -> None:
-    """What `Reported` does of an error, for `except` where a step that counts its calls has no room for a `with`."""
+    """Send ``error`` to the other ranks, as `Reported` does; for an ``except``, where a ``with`` would cost time."""
     if group is not None:
         _report(group, error)
 
@@ -128,13 +145,13 @@ def _report(group: Any, error: Exception) -> None:
 
 
 def all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of all ranks' ``values``, the same bits on each rank; in the memory of ``values``."""
+    """The sum of all ranks' ``values``, equal to the bit on each rank; written into ``values``."""
     dist.all_reduce(values, group=group)
     return values
 
 
 def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Every rank's rows [n_r, d] one under the other, [sum(counts), d]; ``counts`` are the n_r, known to each rank."""
+    """The rows [n_r, d] of all ranks in the order of ranks, [sum(counts), d]; ``counts`` are the n_r of all ranks."""
     longest = max(counts)
     if len(rows) < longest:
         rows = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
@@ -146,9 +163,11 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGrou
 
 
 def _require_plain_execution() -> None:
-    """Where the host cannot read numbers, ranks cannot agree on them."""
+    """Raise a RuntimeError where the host cannot read tensors, as `agree` must, and under forward-mode autograd."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError("group= does not work inside torch.func transforms: use autograd")
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("group= has no forward-mode derivative: use reverse mode")
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "group= does not work in the capture of a CUDA graph, the ranks agree on the host: leave it out"

@@ -28,7 +28,7 @@ def cka_loss(
     estimator: str = "biased",
     mask: Tensor | None = None,
     row_dims: int = 1,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float | Tensor] | Tensor | None = None,
     group: ProcessGroup | None = None,
     sqrt: bool = False,
     center: bool = True,
@@ -59,7 +59,7 @@ def cka_loss(
             matter, its gradient is zero). Equal to the call on the selected rows; shapes do not change and nothing is
             read back from the device, so fewer selected rows than the estimator needs give NaN instead of an error.
         row_dims: how many leading dimensions index rows; 2 for tokens [batch, time, width].
-        weights: one number for each pair of the lists; None: 1 each.
+        weights: one number for each pair of the lists, or a tensor [pairs], which gets its gradient; None: 1 each.
         group: a torch.distributed ProcessGroup (`torch.distributed.group.WORLD` is all ranks, once initialised): the
             loss of the rows of *all* its ranks, the same number on each. Ranks may have different numbers of rows, none
             too. Every rank must make the call, with the same widths, dtypes and options. None: this process alone.
@@ -75,7 +75,8 @@ def cka_loss(
         CKA 0: loss 1, zero gradient. NaN or Inf in gives NaN. Sums are accumulated in fp32 or better for every dtype.
 
     Raises:
-        TypeError: inputs that are not floating-point tensors, a mask that is not bool.
+        TypeError: inputs that are not strided floating-point tensors (sparse, nested, masked, sharded, complex), a mask
+            that is not bool.
         ValueError: row counts, devices or mask shapes that do not fit, too few rows, an unknown option, a backend that
             cannot run here (with the reason), ranks that differ; lists that are empty or not of one length, weights
             without lists.
@@ -89,6 +90,10 @@ def cka_loss(
     comes is left to the group's timeout. So the host waits for the other hosts, and for the GPU too where the group is
     NCCL alone (init_process_group() makes one with gloo beside it). A CUDA graph cannot capture that, torch.compile
     breaks its graph there; torch.func and double backward are refused.
+
+    Any order of derivatives and `torch.func` transforms work. In forward mode (`torch.func.jvp`, dual tensors) "auto"
+    takes the literal formula, fp64 and n x n, and other backends are refused. `torch.jit.trace` is refused, but for the
+    "reference" backend. A DTensor is taken if it is replicated, as its local tensor.
 
     Example:
         >>> loss = 0.1 * task + 0.9 * cka_loss(student_features, teacher_features)

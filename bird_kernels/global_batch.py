@@ -1,8 +1,8 @@
 r"""The statistic of the rows of all ranks of a group, and its gradient; see docs/explain/scale.md.
 
-Either the sums of each rank's rows travel and are merged, or the rows do and every rank computes the whole
-(`transport`). The gradient of the value v with respect to a rank's own rows x_r needs what has travelled in the forward
-and nothing else. It is multiplied by the number of ranks R: where parameters theta are shared,
+Either sums over each rank's rows are sent and merged, or the rows themselves are gathered and every rank computes the
+statistic of all of them (`transport`). The gradient of the value v with respect to a rank's own rows x_r needs nothing
+that the forward has not communicated. It is multiplied by the number of ranks R: where parameters theta are shared,
 
 .. math::  \frac{dv}{d\theta} = \sum_r \frac{dv}{dx_r} \frac{dx_r}{d\theta}
            = \frac{1}{R} \sum_r \Big(R \frac{dv}{dx_r}\Big) \frac{dx_r}{d\theta}
@@ -24,7 +24,7 @@ from .types import Options, Problem, Transport
 
 
 class Part(NamedTuple):
-    """A rank's rows x [n, p], y [n, q] and mask [n] or None; the ``problem`` of all rows; who has how many ``rows``."""
+    """A rank's x [n, p], y [n, q] and mask [n] or None, the ``problem`` of all rows, the number of ``rows`` by rank."""
 
     x: Tensor
     y: Tensor
@@ -36,11 +36,11 @@ class Part(NamedTuple):
 
 
 def meet(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, pairs: int = 1) -> Part:
-    """This rank's checked part of a batch that all ranks agree about, of one of so many ``pairs``.
+    """Check this rank's arguments, of one of ``pairs`` pairs, and with all ranks that they fit; return its part.
 
     Raises:
-        TypeError, ValueError, RuntimeError: something is wrong with this rank's arguments, with another's, or with what
-            they amount to: on every rank.
+        TypeError, ValueError, RuntimeError: on every rank, if the arguments of any rank are wrong, if they do not fit
+            together, or if all ranks together have too few rows.
     """
     group, estimator, backend = options.group, options.estimator, options.backend
     assert group is not None
@@ -53,7 +53,7 @@ def meet(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, pairs: int
         terms = {name: getattr(options, name) for name in shared}
         terms |= dict(dtype=problem.dtype, p=problem.p, q=problem.q, pairs=pairs)
         numbers = [problem.n, problem.masked, problem.x_grad, problem.y_grad]
-    except Exception as raised:  # whatever it is, the others must hear of it
+    except Exception as raised:  # of any kind: the other ranks wait for this rank's header
         error = raised
     rows, masked, x_grad, y_grad = zip(*distributed.agree(group, error, terms, numbers), strict=True)
     n = sum(rows)
@@ -61,31 +61,33 @@ def meet(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, pairs: int
         raise ValueError(
             f'estimator="{estimator}" needs at least {MIN_ROWS[estimator]} rows, got {n} in all ({rows} by rank)'
         )
-    # What only some ranks ask for is computed by all, or their values would differ in the last bit.
+    # All ranks compute what any of them asks for, or their values would differ in the last bit.
     problem = problem._replace(n=n, masked=any(masked), x_grad=any(x_grad), y_grad=any(y_grad))
     return Part(x, y, mask, problem, list(rows), transport.choose(problem, rows, backend), group)
 
 
 def merged(part: Part) -> Tensor:
-    """The statistic of all ranks' rows, 0-d, from their sums; differentiable."""
+    """The statistic of all ranks' rows from their merged sums; 0-d, fp32 or fp64, differentiable once."""
     with ops.without_autocast(part.x.device):
         value: Tensor = _Merged.apply(part.x, part.y, part.mask, part.problem, part.group)
     return value
 
 
 def gathered(part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [sum(rows), p], y [sum(rows), q] and mask of all ranks, rank by rank; differentiable."""
+    """x [sum(rows), p], y [sum(rows), q] and mask of all ranks, in the order of ranks; differentiable once."""
     x, y, mask = _Gathered.apply(part.x, part.y, part.mask, part.problem.masked, part.rows, part.group)
     return x, y, mask
 
 
-def _require_first_order() -> None:
-    if torch.is_grad_enabled():  # create_graph; the gradient of the gradient would need the other ranks
+def _require_first_order(grad: Tensor) -> None:
+    if ops.is_batched(grad):
+        raise RuntimeError("group= has no batched backward (is_grads_batched, jacobian(vectorize=True))")
+    if torch.is_grad_enabled():  # create_graph=True: a second derivative would have to communicate
         raise RuntimeError("group= has no double backward: call without create_graph=True")
 
 
 class _Merged(torch.autograd.Function):
-    """Sums of each rank's rows, all-reduced; the backward has everything."""
+    """The value from all-reduced sums, which are saved, so that the backward does not communicate."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, group: Any) -> Tensor:
@@ -100,7 +102,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _require_first_order()
+        _require_first_order(grad)
         x, y, mask, *tensors = ctx.saved_tensors
         problem, world, coefficients = ctx.call
         n, mean_x, mean_y, xx, xy, yy, *norms = tensors
@@ -116,13 +118,13 @@ class _Merged(torch.autograd.Function):
 
 
 def _own_sums(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> sums.Sums:
-    """As they travel; `transport.merged_size` says why the unbiased ones do in fp64."""
+    """This rank's sums in the dtype that they are sent in; `transport.merged_size` says why unbiased ones are fp64."""
     own = sums.sums_of(x, y, mask, problem)
     return own.to(torch.float64) if problem.estimator == "unbiased" else own
 
 
 class _Gathered(torch.autograd.Function):
-    """All ranks' rows; backward, a rank's own rows of the gradient, times the number of ranks."""
+    """Forward: the rows of all ranks. Backward: this rank's rows of the gradient, times the number of ranks."""
 
     @staticmethod
     def forward(
@@ -141,7 +143,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        _require_first_order()
+        _require_first_order(dx)
         own, world = ctx.own, ctx.world
         x_grad, y_grad, *_ = ctx.needs_input_grad
         return (dx[own] * world if x_grad else None), (dy[own] * world if y_grad else None), None, None, None, None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import backends
 from .moments import MIN_ROWS
-from .types import RBF, Options, Precision, Problem
+from .types import PLAIN, RBF, Options, Precision, Problem
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHOICES: dict[str, tuple[object, ...]] = {
@@ -33,6 +33,8 @@ def prepare(
         TypeError, ValueError: tensors or options that `bird_kernels.cka_loss` does not take.
     """
     statistic, kernel, estimator, row_dims, _, center, backend, precision = options
+    if torch.jit.is_tracing() and backend != "reference":
+        refuse_tracing()
     rbf = None if kernel == "linear" else parse_kernel(kernel)
     require_choice(estimator=estimator, backend=backend, precision=precision)
     if estimator == "unbiased" and statistic == "sqrt_cka_loss":
@@ -47,6 +49,10 @@ def prepare(
             f'estimator="{estimator}" needs at least {needed} rows, got {n} (x has shape {tuple(given.shape)})'
         )
     recording = torch.is_grad_enabled()
+    if recording and not torch.compiler.is_compiling() and (x.is_inference() or y.is_inference() or mask is not None):
+        # Rows of a teacher under torch.inference_mode(): autograd saves a copy, never them.
+        x, y = (a.clone() if a.is_inference() else a for a in (x, y))
+        mask = mask.clone() if mask is not None and mask.is_inference() else mask
     problem = Problem(
         n, x.shape[1], y.shape[1], x.dtype, x.device, statistic, estimator, precision,  # type: ignore[arg-type]
         mask is not None, recording and x.requires_grad, recording and y.requires_grad, rbf, center,
@@ -56,7 +62,7 @@ def prepare(
 
 def as_rows(x: Tensor, y: Tensor, mask: Tensor | None, row_dims: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Checked features as x [n, p] and y [n, q] of one dtype, and mask [n]; any number of rows."""
-    require_features(row_dims, x=x, y=y)
+    x, y = require_features(row_dims, x=x, y=y)
     rows = x.shape[:row_dims]
     if y.shape[:row_dims] != rows:
         raise ValueError(
@@ -67,6 +73,7 @@ def as_rows(x: Tensor, y: Tensor, mask: Tensor | None, row_dims: int) -> tuple[T
         raise ValueError(f"x and y must be on one device, got x on {x.device} and y on {y.device}")
     n = math.prod(rows)
     if mask is not None:
+        mask = _strided("mask", mask) if isinstance(mask, Tensor) and type(mask) not in PLAIN else mask
         require_mask(mask, rows, x.device)
         mask = mask.reshape(n)
     if x.dtype != y.dtype:
@@ -92,18 +99,18 @@ def require_lists(x: object, y: object, row_dims: int) -> list[tuple[Tensor, Ten
             "for pairs of layers both must be lists of tensors"
         )
     named = {}
-    for name, layers in (("x", x), ("y", y)):
+    for side, layers in (("x", x), ("y", y)):
         for index, layer in enumerate(layers):
-            named[f"{name}[{index}]"] = layer
-    require_features(row_dims, **named)
+            named[f"{side}[{index}]"] = layer
+    found = require_features(row_dims, **named)
     if len(x) != len(y) or not x:
         raise ValueError(f"x and y must list the two sides of at least one pair, got {len(x)} and {len(y)} layers")
-    both = list(zip(x, y, strict=True))
-    for index, (one, other) in enumerate(both):
-        if one.shape[:row_dims] != other.shape[:row_dims]:
+    both = list(zip(found[: len(x)], found[len(x) :], strict=True))
+    for index, (left, right) in enumerate(both):
+        if left.shape[:row_dims] != right.shape[:row_dims]:
             raise ValueError(
-                f"x[{index}] and y[{index}] must have the same rows, got {tuple(one.shape[:row_dims])} and "
-                f"{tuple(other.shape[:row_dims])} (row_dims={row_dims})"
+                f"x[{index}] and y[{index}] must have the same rows, got {tuple(left.shape[:row_dims])} and "
+                f"{tuple(right.shape[:row_dims])} (row_dims={row_dims})"
             )
     return both
 
@@ -129,15 +136,22 @@ def require_choice(known: Mapping[str, tuple[object, ...]] = CHOICES, /, **chose
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known[name]))}; got {value!r}")
 
 
-def require_features(row_dims: int, **named: object) -> None:
-    """Raises a TypeError or ValueError unless all values are floating-point tensors of rows with features."""
+def require_features(row_dims: int, **named: object) -> list[Tensor]:
+    """The values; of a DTensor that is replicated, its local tensor.
+
+    Raises:
+        TypeError, ValueError: one is not a strided floating-point tensor of rows with features.
+    """
+    found = []
     for name, value in named.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if type(value) not in PLAIN or value.layout is not torch.strided or value.is_nested:
+            value = _strided(name, value)
         if value.dtype not in _DTYPES:
+            remedy = f"torch.view_as_real({name}).flatten(-2)" if value.is_complex() else f"{name}.float()"
             raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}; convert it with "
-                f"{name}.float()"
+                f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}; convert it with {remedy}"
             )
         if row_dims < 1 or value.dim() <= row_dims:
             raise ValueError(
@@ -146,6 +160,40 @@ def require_features(row_dims: int, **named: object) -> None:
             )
         if math.prod(value.shape[row_dims:]) == 0:
             raise ValueError(f"{name} has no features: shape {tuple(value.shape)}")
+        found.append(value)
+    return found
+
+
+def _strided(name: str, value: Tensor) -> Tensor:
+    """A tensor of whatever kind as one that the kernels read; raises a TypeError if it has no such form."""
+    kind, remedy = None, "convert it with .to_dense()"
+    if type(value).__name__ == "MaskedTensor":
+        kind, remedy = "masked", "give its data, and as mask= which rows count"
+    elif value.is_nested:
+        kind, remedy = (
+            "nested",
+            "pad it, .to_padded_tensor(0.0), and as mask= give which rows count (see token_cka_loss)",
+        )
+    elif type(value).__name__ == "DTensor":
+        if all(placement.is_replicate() for placement in value.placements):  # type: ignore[attr-defined]
+            local: Tensor = value.to_local()  # type: ignore[attr-defined]
+            return local
+        kind = f"sharded ({value.placements})"  # type: ignore[attr-defined]
+        remedy = "redistribute it to Replicate(), or give the local rows with group="
+    elif value.layout is not torch.strided:
+        kind = f"{value.layout}".removeprefix("torch.")
+    if kind is not None:
+        raise TypeError(f"{name} must be a strided tensor, got a {kind} one: {remedy}")
+    return value
+
+
+def refuse_tracing() -> None:
+    """Raises a RuntimeError under `torch.jit.trace`, which would keep the numbers of its example as constants."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace (and torch.onnx.export on top of it) would keep this call's numbers as constants: use "
+            'torch.export or torch.compile, or backend="reference", which is PyTorch\'s own operations'
+        )
 
 
 def require_mask(mask: object, rows: torch.Size, device: torch.device) -> None:

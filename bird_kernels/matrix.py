@@ -1,14 +1,14 @@
-r"""Layer by layer: HSIC and CKA of every layer of one list with every layer of another, from resident features.
+r"""HSIC and CKA of each layer of one list with each layer of another, from features in memory; no gradients.
 
 With the Gram matrices K_i and L_j of the centred layers, all that is needed are the inner products ``<K_i, L_j>``
-(`moments`). Two forms lead to them, the cheaper one by its operations is taken::
+(`moments`). Two routes lead to them; the one with fewer operations is taken::
 
-    gram    strips of K_i and L_j, upper blocks alone    n^2 (sum p + sum q) + n^2 |xs| |ys|
-    cross   |Y_j^T X_i|^2                                2n sum p sum q + n (sum p^2 + sum q^2)
+    gram    upper strips of K_i and L_j    n^2 (sum p + sum q) + n^2 |xs| |ys|
+    cross   |Y_j^T X_i|^2                  2n sum p sum q + n (sum p^2 + sum q^2)
 
-On the gram form no n x n matrix exists: a block of rows of all the Gram matrices, flattened, is one matrix of a product
-``[|xs|, rows * width] @ [rows * width, |ys|]`` that adds to all inner products at once, in fp64 from block to block.
-For analysis: nothing here has a gradient.
+An upper strip is a block of rows of a symmetric matrix from its diagonal block on. The gram route holds no n x n
+matrix: the strips of all Gram matrices, flattened, are the factors of one product ``[|xs|, rows * columns] @ [rows *
+columns, |ys|]`` that adds to all inner products at once; sums over strips are fp64.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from .backends.linalg import LIMIT, at_least, dtypes, inner, mm, require_fp64, r
 from .moments import MIN_ROWS, Moments, Scalar, combine
 from .types import Estimator, Problem
 
-# Rows of a strip; fewer where the strips of all layers would exceed so many numbers. One core of a Zen 5 CPU, fp32: the
-# Gram matrices of 18 layers of 1000 rows take 82 ms with 64 rows, 77 with 128, 80 with 256, and 141 whole; of 512 rows
-# 22, 23, 26 and 32.
+# Rows of a strip, or fewer where the strips of all layers would have more than LARGEST_STRIPS numbers. On one core of a
+# Zen 5 CPU in fp32, the Gram matrices of 18 layers of 1000 rows take 82 ms with strips of 64 rows, 77 with 128, 80 with
+# 256, and 141 without strips; with 512 rows 22, 23, 26 and 32.
 ROWS, LARGEST_STRIPS = 128, 1 << 24
 
 
 class Hsics(NamedTuple):
-    """HSIC of the layers: ``xy`` [len(xs), len(ys)], and of each with itself, ``xx`` and ``yy``; fp64."""
+    """HSIC of the layers, fp64: ``xy`` [len(xs), len(ys)]; of each with itself, ``xx`` [len(xs)], ``yy`` [len(ys)]."""
 
     xy: Tensor
     xx: Tensor
@@ -54,13 +54,13 @@ def cka_matrix(
     .. math::  C_{ij} = \frac{\mathrm{HSIC}(K_i, L_j)}{\sqrt{\mathrm{HSIC}(K_i, K_i)\, \mathrm{HSIC}(L_j, L_j)}}
 
     (Kornblith et al. 2019, eq. 4; each entry is that of `cka`.) Memory beyond the features: a centred copy of them, and
-    at most 64 MB (fp32) of strips of their Gram matrices; no [layers, n, n].
+    at most 64 MB (fp32) of strips of their Gram matrices.
 
     Args:
         xs: features of one network's layers on the same n samples, each [n, ...]; widths and dtypes may differ.
-        ys: the other network's. None: ``xs`` with itself, which is symmetric and costs half.
-        estimator: "biased", or "unbiased" (HSIC_1, Song et al. 2012), which needs n >= 4 and is never clamped;
-            where rows dominate, the limits of `cka_loss` hold for those of all layers together.
+        ys: features of the other network's layers. None: ``xs`` with itself, which is symmetric and costs half.
+        estimator: "biased", or "unbiased" (HSIC_1, Song et al. 2012), which needs n >= 4 and is never clamped. The
+            limit of `cka_loss` on the number of rows that dominate holds for those of all layers together.
         mask: bool, shape of the leading ``row_dims`` dimensions; False leaves a row out.
         row_dims: how many leading dimensions index rows.
 
@@ -70,7 +70,7 @@ def cka_matrix(
 
     Raises:
         TypeError: layers that are not floating-point tensors, a mask that is not bool.
-        ValueError: no layers, row counts or devices that differ, too few rows, an unknown estimator.
+        ValueError: no layers, row counts or devices that differ, too few rows, an unknown estimator, no fp64.
     """
     m = _measure(xs, ys, estimator, mask, row_dims)
     value: Tensor = combine(m.moments, m.n, "cka", m.estimator, m.eps).value
@@ -86,9 +86,9 @@ def hsic_matrix(
     mask: Tensor | None = None,
     row_dims: int = 1,
 ) -> Hsics:
-    """HSIC of every layer of ``xs`` with every layer of ``ys``, and of each with itself; arguments as `cka_matrix`.
+    """HSIC of each layer of ``xs`` with each layer of ``ys``, and of each with itself; arguments as `cka_matrix`.
 
-    What an average over batches is made of. On a GPU nothing is read back. A layer without variance has HSIC 0.
+    Averages over batches are taken of these. On a GPU nothing is read back. A layer without variance has HSIC 0.
     """
     m = _measure(xs, ys, estimator, mask, row_dims)
 
@@ -107,12 +107,12 @@ def hsic_matrix(
 
 
 class _Measured(NamedTuple):
-    """Moments of the scaled layers, those of xs alone [|xs|, 1], of ys alone [1, |ys|], like the scales."""
+    """Moments of the scaled layers; like the scales, those of xs alone are [|xs|, 1], those of ys alone [1, |ys|]."""
 
     moments: Moments
     n: Scalar
     estimator: Estimator
-    dtype: torch.dtype  # of results
+    dtype: torch.dtype  # of the results; eps too
     eps: float
     scale_x: Tensor
     scale_y: Tensor
@@ -121,6 +121,7 @@ class _Measured(NamedTuple):
 def _measure(
     xs: Sequence[Tensor], ys: Sequence[Tensor] | None, estimator: str, mask: Tensor | None, row_dims: int
 ) -> _Measured:
+    inputs.refuse_tracing()
     inputs.require_choice(estimator=estimator)
     layers = _require_layers("xs", xs, row_dims) + (_require_layers("ys", ys, row_dims) if ys is not None else [])
     rows, device = layers[0].shape[:row_dims], layers[0].device
@@ -152,38 +153,38 @@ def _measure(
     return _Measured(found, count, known, wide, torch.finfo(wide).eps, x.scales[:, None], (y or x).scales[None, :])
 
 
-# Unbiased: about the means of all rows, where the row sums of a Gram matrix without its diagonal are minus that: good
-# enough if a CPU sees that no rows dominate; or about the mean of those that do not.
+# Two are unbiased. "plain" centres by the means of all rows, so the row sums of a Gram matrix without its diagonal are
+# minus that; accurate if no rows dominate (`backends.dominating`), which a CPU checks. "apart": by rows that do not.
 Way = Literal["biased", "plain", "apart"]
 
 
 def _try(
     layers: list[Tensor], first: int, mask: Tensor | None, count: Scalar, dtype: torch.dtype, way: Way
 ) -> tuple[_Side, _Side | None, Moments | None]:
-    """Both networks' layers, the ``first`` of which are one's, and their moments; None of "plain" if rows dominate."""
+    """The sides of xs, which are the ``first`` layers, and of ys; their moments, None if "plain" and rows dominate."""
     x = _side(layers[:first], mask, count, dtype, way)
     y = _side(layers[first:], mask, count, dtype, way) if layers[first:] else None
     return x, y, _moments(x, y, count, way)
 
 
 class _Side(NamedTuple):
-    """One network's layers, centred, each scaled to entries near 1, those of equal width together."""
+    """One network's layers, centred, each scaled to entries near 1, and stacked by width."""
 
     stacks: list[Tensor]  # [layers of this width, n, width]: their products are one call
-    place: list[int]  # where each layer, as it was given, stands among them
-    scales: Tensor  # of each layer, as it was given; fp64
+    place: list[int]  # the index, in the order of the stacks, of each layer in the caller's order
+    scales: Tensor  # of each layer in the caller's order; fp64
 
     def layers(self) -> list[Tensor]:
         """Each [n, width], in the order of the stacks."""
         return [layer for stack in self.stacks for layer in stack]
 
     def widths(self) -> list[int]:
-        """Of `layers`."""
+        """The widths of `layers`."""
         return [stack.shape[2] for stack in self.stacks for _ in stack]
 
 
 def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch.dtype, way: Way) -> _Side:
-    """As `linalg.centre`, for layers of equal width at once: of 18 layers four calls where cores wait, not 18."""
+    """As `linalg.centre`, for all layers of equal width in one call: fewer calls, at whose ends cores wait."""
     wide, device = ops.value_dtype(dtype), layers[0].device
     _, operand = dtypes(Problem(1, 1, 1, dtype, device))
     groups: dict[int, list[int]] = {}
@@ -195,8 +196,8 @@ def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch
         x = torch.stack([layers[number].to(dtype).to(wide) for number in group])
         if left_out is not None:
             x.masked_fill_(left_out, 0.0)
-        unit = _bring_to_one_(x) if way == "apart" else 1.0  # squares are taken of rows before they are centred
-        for _ in range(1 if way == "apart" else 2):  # the second means are the rounding of the first
+        unit = _bring_to_one_(x) if way == "apart" else 1.0  # `bulk_mean` squares rows before they are centred
+        for _ in range(1 if way == "apart" else 2):  # the second mean is the rounding error of the first
             x -= bulk_mean(x, mask) if way == "apart" else x.sum(1, keepdim=True) / at_least(1.0, count)
             if left_out is not None:
                 x.masked_fill_(left_out, 0.0)
@@ -208,16 +209,15 @@ def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch
 
 
 def _take(values: Tensor, place: list[int], dim: int = 0) -> Tensor:
-    """The entries of ``values`` in these places: by views, because an index would be copied from the host, which waits
-    for a GPU."""
+    """The entries of ``values`` at these indices, by views: an index tensor would be copied from the host to a GPU."""
     if place == sorted(place):
         return values
     return torch.stack([values.select(dim, i) for i in place], dim)
 
 
 def _bring_to_one_(x: Tensor) -> Tensor:
-    """Multiplies each layer of x [layers, n, width] by 2^k with 0.5 <= 2^k max|x| < 1, some finite number for zeros,
-    NaN and Inf, in its own memory; these powers, [layers], fp64."""
+    """Multiply each layer of x [layers, n, width] in place by 2^k with 0.5 <= 2^k max|x| < 1 (some finite power for
+    zeros, NaN and Inf); return these powers, [layers], fp64."""
     limit, peaks = LIMIT[x.dtype], torch.maximum(x.amax((1, 2)), -x.amin((1, 2)))  # norm(inf) takes 20 times as long
     exponent = torch.frexp(torch.where(peaks.isfinite(), peaks, 1.0)).exponent.clamp(-limit, limit)
     scale = torch.ldexp(torch.ones_like(peaks, dtype=torch.float64), -exponent)
@@ -226,7 +226,7 @@ def _bring_to_one_(x: Tensor) -> Tensor:
 
 
 def _moments(x: _Side, y: _Side | None, count: Scalar, way: Way) -> Moments | None:
-    """The moments of all pairs of layers, as they were given; y None is x. None of "plain" if rows dominate."""
+    """The moments of all pairs of layers in the caller's order, y None being x; None if "plain" and rows dominate."""
     widths, others = x.widths(), y.widths() if y else []
     n, p, q = x.stacks[0].shape[1], sum(widths), sum(others)
     if y is None:
@@ -247,17 +247,18 @@ def _moments(x: _Side, y: _Side | None, count: Scalar, way: Way) -> Moments | No
 
 
 def _is_even(sums: Tensor, count: Scalar) -> bool:
-    """Whether no rows dominate in any layer, by its row sums [layers, n]."""
+    """Whether no rows dominate in any layer, judged by the row sums [layers, n] of "plain"; reads from the device."""
     found = zip(sums.square().sum(1).tolist(), sums.sum(1).tolist(), strict=True)
     return not any(uneven(squares, total, count) for squares, total in found)
 
 
-# kl, kk, ll, and the row sums of the Gram matrices of xs and of ys; unbiased, all without the diagonals; fp64
+# kl [|xs|, |ys|], kk [|xs|], ll [|ys|], and (unbiased only) the row sums [layers, n] of the Gram matrices of xs and ys,
+# whose diagonals then count as zero; fp64, in the order of the stacks.
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _by_strips(xs: _Side, ys: _Side | None, way: Way) -> Parts:
-    """From the Gram matrices, a block of their rows at a time; without their diagonals if unbiased."""
+    """The parts by the gram route, strip by strip."""
     sides = (xs,) if ys is None else (xs, ys)
     like, counts = xs.stacks[0], [len(side.place) for side in sides]
     n, wide = like.shape[1], ops.value_dtype(like.dtype)
@@ -277,7 +278,7 @@ def _by_strips(xs: _Side, ys: _Side | None, way: Way) -> Parts:
             if way == "apart":
                 total[:, begin : begin + rows] += strip.sum(2)
                 total[:, begin + rows :] += strip[:, :, rows:].sum(1)
-            # Right of the block on the diagonal every entry stands for two: in a product, the block's for half of that.
+            # An entry right of the diagonal block occurs twice in the matrix, one in the block once: half the weight.
             strip[:, :, : strip.shape[1]] *= 0.5**0.5
         x, y = strips[0], strips[-1]
         kl += 2.0 * (x.flatten(1) @ y.flatten(1).T).double()
@@ -285,18 +286,18 @@ def _by_strips(xs: _Side, ys: _Side | None, way: Way) -> Parts:
             kk += 2.0 * _squares(x)
             ll += 2.0 * _squares(y)
     if ys is None:
-        kl = 0.5 * (kl + kl.T)  # symmetric to the last bit
+        kl = 0.5 * (kl + kl.T)  # exactly symmetric
         kk = ll = kl.diagonal()
     return kl, kk, ll, sums[0], sums[-1]
 
 
 def _squares(strips: Tensor) -> Tensor:
-    """The sum of squares of each layer's strip, by rows: unlike a product with itself it takes no memory."""
+    """The sum of squares of each layer's strip, fp64; a product with itself would allocate a second strip."""
     return torch.linalg.vector_norm(strips, dim=2).double().square().sum(1)
 
 
 def _strips(side: _Side, begin: int, end: int, room: Tensor) -> Tensor:
-    """Rows begin..end of the Gram matrices of a side from the diagonal on, [layers, rows, n - begin]."""
+    """Rows begin:end, columns begin: of a side's Gram matrices, [layers, rows, n - begin], in ``room``'s memory."""
     n, layers = side.stacks[0].shape[1], len(side.place)
     end = min(end, n)
     out = room[: layers * (end - begin) * (n - begin)].view(layers, end - begin, n - begin)
@@ -305,14 +306,14 @@ def _strips(side: _Side, begin: int, end: int, room: Tensor) -> Tensor:
         strips = out[done : done + len(x)]
         if x.dtype == out.dtype:
             torch.bmm(x[:, begin:end], x[:, begin:].mT, out=strips)
-        else:  # halves on CUDA
+        else:  # half-precision operands on CUDA
             strips.copy_(torch.bmm(x[:, begin:end], x[:, begin:].mT, out_dtype=torch.float32))
         done += len(x)
     return out
 
 
 def _by_features(x_side: _Side, y_side: _Side | None, way: Way) -> Parts:
-    """From products of columns, a pair of layers at a time; without the Gram matrices' diagonals if unbiased."""
+    """The parts by the cross route, a pair of layers at a time."""
     xs, ys = x_side.layers(), y_side.layers() if y_side else None
     device = xs[0].device
     x_rest, y_rest = _apart(xs, ys) if way == "apart" else (None, None)
@@ -346,11 +347,11 @@ def _by_features(x_side: _Side, y_side: _Side | None, way: Way) -> Parts:
 
 
 class _Apart(NamedTuple):
-    """One network's layers where the rows that may dominate stand by themselves, fp64 but for ``bulk``.
+    """One network's layers with the k rows that may dominate kept apart, out of the products; fp64 except ``bulk``.
 
-    ``bulk`` are the layers with zeros in these rows, ``norms`` [layers, n] their squared norms, ``columns``
-    [layers, n k] those rows' columns of the Gram matrices, the diagonal zero, and ``sums`` [layers, n] the row sums of
-    the Gram matrices without the diagonals. ``twice`` [n k]: how often an entry of the columns stands in a matrix.
+    ``bulk`` are the layers with zeros in these rows, ``norms`` [layers, n] its squared row norms, ``columns``
+    [layers, n k] the Gram matrices' columns of these rows, the diagonal zero, ``sums`` [layers, n] the row sums of the
+    Gram matrices without diagonals. ``twice`` [n k] is 2 for entries whose mirror image is not in the columns, else 1.
     """
 
     bulk: list[Tensor]
@@ -360,7 +361,7 @@ class _Apart(NamedTuple):
     twice: Tensor
 
     def rest(self, other: _Apart) -> Tensor:
-        """What the products of ``bulk`` leave of <K_i, L_j> without the diagonals, [layers, layers]."""
+        """What must be added to the products of ``bulk`` to give <K_i, L_j> without diagonals, [layers, layers]."""
         return (self.columns * self.twice) @ other.columns.T - self.norms @ other.norms.T
 
 
@@ -384,9 +385,9 @@ def _apart(xs: list[Tensor], ys: list[Tensor] | None) -> tuple[_Apart, _Apart | 
 
 
 def _vector(scalars: list[Scalar], device: torch.device) -> Tensor:
-    """fp64, on the device; the scalars are floats of the CPU or 0-d tensors of a GPU."""
+    """The scalars (floats on a CPU, 0-d tensors on a GPU) as one fp64 tensor on ``device``."""
     if device.type == "cpu":
-        return torch.tensor(scalars, dtype=torch.float64)
+        return torch.tensor(scalars, dtype=torch.float64, device=device)
     return torch.stack([s.double() for s in scalars])
 
 
@@ -395,5 +396,4 @@ def _require_layers(name: str, layers: object, row_dims: int) -> list[Tensor]:
         raise TypeError(f"{name} must be a list of tensors, one a layer, got {type(layers).__name__}")
     if not layers:
         raise ValueError(f"{name} has no layers")
-    inputs.require_features(row_dims, **{f"{name}[{index}]": layer for index, layer in enumerate(layers)})
-    return list(layers)
+    return inputs.require_features(row_dims, **{f"{name}[{index}]": layer for index, layer in enumerate(layers)})

@@ -1,4 +1,4 @@
-r"""From eight numbers of two Gram matrices to a value and the derivatives that a backward needs.
+r"""HSIC and CKA, and the derivatives that a backward needs, from eight numbers of two Gram matrices.
 
 HSIC and CKA, biased or unbiased, are functions of the same eight moments of two kernel matrices K and L::
 
@@ -15,13 +15,13 @@ HSIC and CKA, biased or unbiased, are functions of the same eight moments of two
     sqrt_cka_loss = 1 - sqrt(CKA), biased                                       (Dasgupta and Cohn 2025)
     gram_mse   = |K - L|^2 / n**2 = (kk - 2 kl + ll) / n**2 of centred K and L  (Tung and Mori 2019, not normalised)
 
-For the unbiased estimator the diagonals of K and L count as zero. With centred columns the row sums of a linear Gram
-matrix vanish, so the biased moments are the first three alone, and without the diagonals they are minus the squared row
-norms. Of matrices that are centred already (biased H K H, unbiased `backends.dominating.u_centred_`) the other five are
-zero for both estimators.
+For the unbiased estimator the diagonals of K and L count as zero. If the columns of the features are centred, the row
+sums of a linear Gram matrix are zero, and without its diagonal they are minus the squared row norms; so the biased
+estimator needs the first three moments alone. If the Gram matrices are centred themselves (biased H K H, unbiased
+`backends.dominating.u_centred_`), the other five moments are zero for both estimators.
 
-Everything here works on Python floats and on 0-d fp64 tensors alike: the CPU reads its eight numbers once and goes on
-in floats (a dozen 0-d tensor operations cost more than the Gram matrices at n = 128), a GPU stays on the device.
+Everything here works on floats and on 0-d fp64 tensors alike: a CPU reads the eight numbers once, since a dozen 0-d
+tensor operations cost more than the Gram matrices at n = 128; on a GPU they stay tensors, and nothing synchronises.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from .types import Estimator, Statistic
 
 Scalar: TypeAlias = Any  # a float or a 0-d fp64 tensor
 
-# One-hot rows have an unbiased self-HSIC of zero. Over n = 4..512, three scales and two means its computed value stayed
-# below 25 eps times the sum of its terms, fp32 and fp64, both routes; features that vary stand at n/d of that sum.
+# HSIC(K, K) up to ROUNDING * eps times the sum of its terms counts as zero. That of one-hot rows, zero if unbiased, was
+# below 25 eps times it (n = 4..512, three scales, two means, fp32, fp64, both routes). Features that vary have n/d.
 ROUNDING = 64.0
 
 MIN_ROWS = {"biased": 2, "unbiased": 4}
@@ -66,9 +66,11 @@ class Combined(NamedTuple):
 class Coefficients(NamedTuple):
     """What the backward of a linear kernel needs besides the features; saved as one fp64 vector.
 
-    The derivatives are those of the *scaled* features' moments: features were multiplied by the powers of two
-    ``scale_x`` and ``scale_y``. ``kl``, ``kk``, ``ll`` are the products they belong to (they size the half-precision
-    operands), ``sum_k`` and ``sum_l`` the sums of the squared row norms (unbiased only), ``n`` the rows that count.
+    The derivatives are with respect to the moments ``kl``, ``kk``, ``ll`` of the *scaled* features, which were
+    multiplied by the powers of two ``scale_x`` and ``scale_y``; from the moments the backward also chooses scales for
+    half-precision operands. ``n`` is the number of rows that count. ``sum_k`` and ``sum_l`` are what the backend needs
+    to centre: for the library's unbiased estimator the sums of the squared row norms (`sides.Sides`), for kernels that
+    centre K and L in the backward the totals of K and L, else 0.
     """
 
     d_kl: Scalar
@@ -85,21 +87,20 @@ class Coefficients(NamedTuple):
 
 
 def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, eps: float) -> Combined:
-    """The closed form of the module's docstring and its gradient.
+    """The value of ``statistic`` by the module's formulas, and its derivatives, for ``n`` rows that count.
 
     A side without variance has CKA 0 and zero derivatives. The unbiased self-HSIC is a difference of ``kk``, ``r_kk``
     and ``t_k``, so "without" means: not above ROUNDING * ``eps`` times their sum, with ``eps`` the rounding unit of the
-    products. NaN and Inf stay visible. Fewer rows than the estimator needs give NaN (a masked call cannot raise without
-    a host sync).
+    products. NaN and Inf propagate. Too few rows give NaN: a masked call could not raise without a synchronisation.
     """
     enough, valid = n >= MIN_ROWS[estimator], 1.0
-    if enough is not True:  # too few, or a tensor that may say so
+    if enough is not True:  # too few rows, or a tensor, whose value is not read
         n, valid = _where(enough, n, 4.0), _where(enough, 1.0, float("nan"))
     alpha = beta = 0.0
-    if isinstance(m.r_kk, torch.Tensor) or m.r_kk or m.r_ll:  # else centred already
+    if isinstance(m.r_kk, torch.Tensor) or m.r_kk or m.r_ll:  # else they are centred already
         left, pairs = (n, n * n) if estimator == "biased" else (n - 2.0, (n - 1.0) * (n - 2.0))
         alpha, beta = -2.0 / left, 1.0 / pairs
-    if statistic == "gram_mse":  # of matrices that are centred already: they have no other moments
+    if statistic == "gram_mse":  # its Gram matrices are centred already, so the other moments are zero
         each = valid / (n * n)
         return Combined(each * (m.kk - 2.0 * m.kl + m.ll), -2.0 * each, each, each)
     kl = m.kl + alpha * m.r_kl + beta * m.t_k * m.t_l
@@ -117,7 +118,7 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
     if statistic == "cka":
         return Combined(cka, d_kl, d_kk, d_ll)
     if statistic == "sqrt_cka_loss":
-        # At CKA 0 the root has no slope: what is not above is the minimum of kl, whose own gradient is zero.
+        # The square root has no derivative at 0. CKA 0 is the minimum of kl, whose gradient is zero, and so is this.
         none = cka <= 0.0  # False for NaN
         root = _where(none, 1.0, cka) ** 0.5
         slope = _where(none, 0.0, -0.5) / root
@@ -126,7 +127,7 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
 
 
 def _self_hsic(kk: Scalar, r_kk: Scalar, t_k: Scalar, alpha: Scalar, beta: Scalar, eps: float) -> tuple[Scalar, Scalar]:
-    """HSIC(K,K) * norm, made safe to divide by, and whether it vanishes."""
+    """HSIC(K,K) * norm, replaced by 1 where it is zero up to rounding, and whether it is."""
     total = beta * t_k * t_k
     value = kk + alpha * r_kk + total
     dead = value <= ROUNDING * eps * (kk + r_kk + total)  # False for NaN
@@ -137,5 +138,5 @@ def _where(condition: Scalar, a: Scalar, b: Scalar) -> Scalar:
     if not isinstance(condition, torch.Tensor):
         return a if condition else b
     if isinstance(b, torch.Tensor) and not isinstance(a, torch.Tensor):
-        return b.masked_fill(condition, a)  # a number of a torch.where is a launch
+        return b.masked_fill(condition, a)  # torch.where would launch a kernel for the number
     return torch.where(condition, a, b)

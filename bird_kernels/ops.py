@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import compress
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from . import backends, reference
 from .backends.linalg import has_fp64
 from .plan import route_of
-from .types import RBF, Estimator, Precision, Problem, Route, Stash, Statistic
+from .types import PLAIN, RBF, Estimator, Precision, Problem, Route, Stash, Statistic
 
 
 class Spec(NamedTuple):
@@ -105,7 +106,8 @@ def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[
     spec = Spec(*spec_)
     problem = _problem(x, y, mask, spec)
     value, stash = _run(backends.of(problem, spec.backend).forward, x, y, mask, problem, spec.route)
-    return value, *stash
+    # What an operator returns is no input: uncentred features are their own stash.
+    return value, *(kept.clone() if kept is x or kept is y else kept for kept in stash)
 
 
 def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -206,8 +208,12 @@ def _instead(call: Call, error: Exception) -> Call:
 
 
 def is_visible(grad: Tensor, x: Tensor) -> bool:
-    """Whether a backward must be made of operators: under create_graph, or where it is being traced."""
-    return torch.is_grad_enabled() or watched(grad, x)
+    """Whether a backward must be made of operators: under create_graph, in a batch of them, or where it is traced."""
+    return torch.is_grad_enabled() or watched(grad, x) or is_batched(grad)
+
+
+# Of ``torch.autograd.grad(is_grads_batched=True)`` and ``jacobian(vectorize=True)``, which are no torch.func.vmap.
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def watched(x: Tensor, y: Tensor) -> bool:
@@ -217,14 +223,11 @@ def watched(x: Tensor, y: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or not (type(x) in _PLAIN and type(y) in _PLAIN)
+        or not (type(x) in PLAIN and type(y) in PLAIN)
         or x.is_meta
         or x.is_neg()
         or y.is_neg()
     )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # A whole public call in C++, or None where that call needs Python; there is none before the native backend has run.
@@ -272,6 +275,9 @@ def _visible_backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec, stash: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """dx and dy by the operator; differentiable under create_graph and torch.func."""
+    if not torch.compiler.is_compiling() and is_batched(grad):  # they are linear in it
+        dx, dy = _visible_backward(x.new_ones((), dtype=grad.dtype), x, y, mask, spec, stash)
+        return (dx * grad).to(dx.dtype), (dy * grad).to(dy.dtype)
     gradients: tuple[Tensor, Tensor]
     if torch.is_grad_enabled():
         gradients = _AlignmentBackward.apply(grad, x, y, mask, *spec, *stash)
@@ -325,16 +331,20 @@ class _AlignmentBackward(torch.autograd.Function):
     def backward(ctx: Any, ddx: Tensor, ddy: Tensor) -> tuple[Tensor | None, ...]:
         grad, x, y, mask = ctx.saved_tensors
         spec = Spec(*ctx.spec)
-        with torch.enable_grad():
-            grad, x, y = leaves = tuple(t.detach().requires_grad_() for t in (grad, x, y))
-            value = getattr(reference, spec.statistic)(x, y, mask, spec.estimator, spec.rbf, spec.center)
-            sides, cotangents = zip(
-                *((t, d) for t, d, needed in ((x, ddx, spec.x_grad), (y, ddy, spec.y_grad)) if needed),
-                strict=True,
-            )
-            first = torch.autograd.grad(value, sides, grad.to(value.dtype), create_graph=True)
-        second = torch.autograd.grad(first, leaves, cotangents, allow_unused=True)
-        return *second, None, *(None for _ in spec), *(None for _ in Stash._fields)
+        wanted = spec.x_grad, spec.y_grad
+
+        def literal(x: Tensor, y: Tensor) -> Tensor:
+            value: Tensor = getattr(reference, spec.statistic)(x, y, mask, spec.estimator, spec.rbf, spec.center)
+            return value
+
+        def first(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+            value, pull = torch.func.vjp(literal, x, y)  # type: ignore[misc]
+            gradients: tuple[Tensor, ...] = pull(grad.to(value.dtype))
+            return tuple(compress(gradients, wanted))
+
+        # Not torch.autograd.grad, which refuses to run inside of torch.func's transforms.
+        _, pull = torch.func.vjp(first, grad, x, y)  # type: ignore[misc]
+        return *pull(tuple(compress((ddx, ddy), wanted))), None, *(None for _ in (*spec, *Stash._fields))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:

@@ -21,23 +21,35 @@ class _Calls(NamedTuple):
     together: bool
 
 
-def numbers(weights: Sequence[float] | None, x: object) -> Sequence[float] | None:
+def numbers(weights: Sequence[float | Tensor] | Tensor | None, x: object) -> Sequence[float] | Tensor | None:
     """The weights as `weighted_sum` takes them; ``x`` are the pairs' tensors of one side, if it is a list of them.
 
     Raises:
         TypeError, ValueError: not one number for each pair.
     """
     if weights is None or not isinstance(x, (list, tuple)):
-        return weights  # `inputs.require_lists` says what is wrong with x
+        return None  # `inputs.require_lists` says what is wrong with x
+    if isinstance(weights, Tensor) and weights.dim() != 1:
+        raise ValueError(f"weights must be a vector, [pairs], got shape {tuple(weights.shape)}")
     if len(weights) != len(x):
         raise ValueError(f"weights must have one number for each pair, got {len(weights)} for {len(x)}")
-    return weights if torch.compiler.is_compiling() else tuple(map(float, weights))
+    if isinstance(weights, Tensor):
+        return weights
+    learned = [weight.device for weight in weights if isinstance(weight, Tensor) and weight.requires_grad]
+    if learned:
+        return stack([torch.as_tensor(weight, device=learned[0]) for weight in weights])
+    return weights if torch.compiler.is_compiling() else tuple(map(float, weights))  # type: ignore[return-value]
 
 
-def weighted_sum(losses: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """sum of weight * loss over the pairs, 0-d, ``weights`` from `numbers`; every weight is 1 where there are none."""
+def weighted_sum(losses: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
+    """sum of weight * loss over the pairs, 0-d, ``weights`` from `numbers`; every weight is 1 where there are none.
+
+    Weights that are a tensor may be learned: they get their gradient.
+    """
     if weights is None:
         return losses.sum() if len(losses) > 1 else losses.squeeze(0)  # of one pair: no kernel
+    if isinstance(weights, Tensor):
+        return (losses * weights.to(losses)).sum()
     if torch.compiler.is_compiling():
         return sum((w * loss for w, loss in zip(weights, losses.unbind(), strict=True)), losses.new_zeros(()))
     # Not losses @ vector: autocast would round that to bf16.
@@ -53,7 +65,7 @@ def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 def _kept(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """On the CPU; 4 us, the second time 0.2."""
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype)
+        return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,14 +1,14 @@
-r"""Which way to go, and why: pure functions of shapes, dtypes and device. Never looks at data, never syncs.
+r"""The route of a call, its tiles, launches and workspace: pure functions of shapes, dtypes and device, never of data.
 
-Two routes lead to the same numbers, for centred X [n, p] and Y [n, q]:
+Two routes, orders of multiplication, lead to the same value and gradient, for centred X [n, p] and Y [n, q]:
 
     gram    K = X X^T, L = Y Y^T;               n^2 (p+q) flops, then 2 n^2 p for dX = (L - (a/b) K) X
     cross   C = Y^T X, A = X^T X, |Y^T Y|;      n (p^2 + q^2 + 2pq), then 2np (p+q) for dX = Y C - (a/b) X A
 
-(symmetric products at half price), so ``gram`` is cheaper exactly where n <= p + q. The terms could also be mixed:
-<K,L> from C but <K,K> from K, say. It never pays: a mixed form wins over ``gram`` only where n exceeds the width that
-its Gram side has, and over ``cross`` only where it does not (checked by brute force in the tests). With the cheaper
-route no workspace exceeds O(n min(n, p+q)).
+(of symmetric products half is counted), so ``gram`` is cheaper exactly where n <= p + q. The terms could also be
+mixed, with <K,L> from C but <K,K> from K, say. That is never cheaper than both: a mixed form has fewer operations than
+``gram`` only where n exceeds the width of the side whose Gram matrix it forms, and fewer than ``cross`` only where it
+does not (the tests check it by brute force). With the cheaper route no workspace exceeds O(n min(n, p+q)).
 """
 
 from __future__ import annotations
@@ -18,30 +18,29 @@ from typing import NamedTuple
 
 from .types import Choice, Plan, Problem, Route, Sheet, Transport, Variant
 
-# Of linear kernels, the limit of the native backend, which holds all rows of some features in shared memory
-# (csrc/kernels.h), and of the Triton backend, whose programs read all rows of their columns.
+# The most rows that the fused kernels take with a linear kernel: the native backend holds all rows of some features in
+# shared memory (csrc/kernels.h), and the Triton backend's programs read all rows of their columns.
 FEW_ROWS = 512
 
-# Kernel matrices of up to so many bytes (both, upper halves; n = 8192 in fp32) are kept from forward to backward.
-# Above, each pass computes them again: 5 times the products, and O(strip * n) memory.
+# RBF kernel matrices of up to so many bytes (the upper halves of both; n = 8192 in fp32) are kept from forward to
+# backward. Larger ones are computed again by each pass: 5 times the products, and O(strip * n) memory.
 KEPT = 1 << 28
-# Rows of a strip. Two cores of a Zen 5 CPU, n = 1024: the strips of 256 stay in its cache. On CUDA not yet measured.
+# Rows of a strip (`library_rbf`). On two cores of a Zen 5 CPU at n = 1024, strips of 256 rows stay in the cache. The
+# number for CUDA is not measured yet.
 STRIP = {"cpu": 256, "cuda": 1024}
 
-# Programs that fill a large GPU (132 multiprocessors on an H100). Not yet measured.
-PROGRAMS = 132
+# The multiprocessors of a large GPU (132 on an H100), and how many programs of a launch-bound problem each is given,
+# since they wait more than they compute. Neither is measured yet.
+PROGRAMS, CROWD = 132, 4
 
-# Launch-bound problems: programs wait more than they compute, and so many of them stand on one multiprocessor. Not yet
-# measured.
-CROWD = 4
 MOST_PAIRS = 64  # that share launches: their addresses are arguments of a kernel, which takes 4 KB of them
 
 
 class Tiling(NamedTuple):
-    """How the Triton kernels cut a product: square tiles, inner steps, and the programs that share a tile.
+    """How the Triton kernels divide a product: sides of square output tiles, inner steps, and splits of the inner sum.
 
-    ``splits`` counts the programs that share a tile of K and of L (of the first pair, of the second, ...), ``chunk``
-    the columns that each takes; there are none where a program makes its tiles whole.
+    ``splits`` counts the programs that share a tile of K, then of L (of the first pair, of the second, ...), ``chunk``
+    the feature columns that each sums over. Both are empty where one program computes a whole tile.
     """
 
     block: int
@@ -50,13 +49,13 @@ class Tiling(NamedTuple):
     chunk: int = 0
 
 
-# Of distances and of the RBF gradient. Not split: a kernel is a function of the whole distance. With inner steps of 64
-# the gradients of halves spill 56 to 232 bytes on sm_80, sm_90 and sm_100.
+# Of RBF distances and gradients. The inner sum is not split: the kernel needs the whole distance. With inner steps of
+# 64 the half-precision gradient spills 56 to 232 bytes on sm_80, sm_90 and sm_100.
 RBF_TILING = Tiling(64, 32)
 
 
 def small_tiling(problems: Sequence[Problem]) -> Tiling:
-    """Tiles of the forward's products of launch-bound pairs: the columns are split until the GPU is full."""
+    """The tiling of K and L of launch-bound pairs: columns are split until there are programs enough for a GPU."""
     first = problems[0]
     block, step = 64, 64 if first.dtype.itemsize == 2 else 32
     widths = [d for problem in problems for d in (problem.p, problem.q)]
@@ -66,16 +65,16 @@ def small_tiling(problems: Sequence[Problem]) -> Tiling:
 
 
 def together(problems: Sequence[Problem]) -> bool:
-    """Whether several pairs share the Triton backend's launches: not one pair, very many, other rows or dtypes."""
+    """Whether pairs can share the Triton backend's launches: 2 to `MOST_PAIRS`, of one dtype and one n, few rows."""
     first = problems[0]
     alike = all((p.n, p.dtype) == (first.n, first.dtype) for p in problems)
     return 2 <= len(problems) <= MOST_PAIRS and alike and first.n <= FEW_ROWS
 
 
 def launches(problem: Problem) -> tuple[int, int]:
-    """Kernels that the Triton backend launches in a forward and in its backward.
+    """The numbers of kernels that the Triton backend launches in a forward and in its backward.
 
-    Of an RBF kernel there are the library's besides, which find its bandwidth.
+    An RBF kernel has launches of library operations besides, which find its bandwidth.
     """
     backward = min(problem.x_grad + problem.y_grad, 1)
     if problem.kernel is not None:  # locations, shift, distances, kernels, moments
@@ -88,7 +87,7 @@ def _upper(tiles: int) -> int:
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Rounded up. Not `triton.cdiv`: it is for kernels, and costs 4 us outside of them."""
+    """a / b rounded up. `triton.cdiv` is for kernels, and costs 4 us outside of them."""
     return -(-a // b)
 
 
@@ -100,15 +99,15 @@ def route_flops(route: Route, n: int, p: int, q: int, x_grad: bool, y_grad: bool
 
 
 def are_few(n: int) -> bool:
-    """Whether the native and the Triton backend take a linear kernel of n rows."""
+    """Whether the native and the Triton backend can take n rows with a linear kernel."""
     return True if n <= FEW_ROWS else False  # noqa: SIM210 - for torch.compile a constant, where the comparison is not
 
 
 def choose_route(n: int, p: int, q: int, backend: str = "library") -> Route:
-    """The route with fewer operations, whatever sides need gradients: ``gram`` exactly where n <= p + q.
+    """The route with fewer operations, whichever sides need gradients: ``gram`` exactly where n <= p + q.
 
-    The native and the Triton backend know no other: their rows are so few that launches count, not operations. Nor does
-    the reference, which is the literal formula.
+    The native and the Triton backend have ``gram`` alone: with so few rows launches cost more than operations. So has
+    the reference, the literal formula.
 
     Every difference of the two counts has the factor n (n - p - q): for a gradient of x, n (n - p - q) (3p + q).
     """
@@ -116,12 +115,12 @@ def choose_route(n: int, p: int, q: int, backend: str = "library") -> Route:
 
 
 def route_of(problem: Problem, backend: str) -> Route:
-    """`choose_route`; an RBF kernel is known by its Gram matrix alone."""
+    """`choose_route`; an RBF kernel, which is no product of features, has ``gram`` alone."""
     return "gram" if problem.kernel else choose_route(problem.n, problem.p, problem.q, backend)
 
 
 def variant(problem: Problem) -> Variant:
-    """What a backend must be able to do for this problem: the least common of what it asks for."""
+    """What a backend must support for this problem: of all that it asks for, what the fewest backends have."""
     if not problem.center:
         return "center=False"
     if problem.statistic == "gram_mse":
@@ -139,9 +138,9 @@ def keeps_kernels(problem: Problem) -> bool:
 
 
 def kernel_passes(problem: Problem) -> int:
-    """How many times the kernel matrices are computed: once where they are kept.
+    """How many times the RBF kernel matrices are computed: once if they are kept.
 
-    Streamed, for each 16 bits of the median, for the row sums, for the moments, and for the backward.
+    Otherwise once for each 16 bits of the median, for the row sums, for the moments, and for the backward.
     """
     if keeps_kernels(problem):
         return 1
@@ -150,22 +149,22 @@ def kernel_passes(problem: Problem) -> int:
 
 
 def strip_rows(problem: Problem) -> int:
-    """Rows of a kernel matrix that are computed together."""
+    """The rows of a strip: of an RBF kernel matrix so many are computed together."""
     return STRIP["cpu" if problem.device.type == "cpu" else "cuda"]
 
 
 def strips_size(n: int, rows: int) -> int:
-    """Numbers that the upper strips of an n x n matrix have at the most, strips of ``rows`` rows and a last of fewer.
+    """An upper bound of the numbers in the upper strips, of up to ``rows`` rows, of an n x n matrix.
 
-    A strip begins at its diagonal block, which is whole.
+    A strip has the columns from its diagonal block, all of it, to the end.
     """
     return n * n if n <= rows else n * (n + rows) // 2
 
 
 def minimum_bytes(problem: Problem, route: Route) -> int:
-    """Both inputs read once, each wanted gradient written once; and read again for the gradients what they are made of.
+    """The least traffic: inputs are read once, wanted gradients written once, and features read again for them.
 
-    That is a side's own features by Gram matrices, which hold the other's, and both by products of features.
+    A gradient by ``gram`` reads its own side's features again, by ``cross`` those of both sides.
     """
     n, p, q, size = problem.n, problem.p, problem.q, problem.dtype.itemsize
     wanted = problem.x_grad * p + problem.y_grad * q
@@ -176,7 +175,7 @@ def minimum_bytes(problem: Problem, route: Route) -> int:
 def describe(
     problem: Problem, route: Route, choice: Choice, sheet: Sheet | None = None, transport: Transport | None = None
 ) -> Plan:
-    """The plan that ``explain`` prints, with work, traffic and, where the device's ``sheet`` is known, the floor."""
+    """The plan that ``explain`` prints; its floor, the least possible time, needs the device's ``sheet``."""
     backend = choice.backend
     n, p, q = problem.n, problem.p, problem.q
     sides = problem.x_grad, problem.y_grad
@@ -203,7 +202,7 @@ def describe(
 
 
 def workspace(problem: Problem, route: Route, backend: str) -> int:
-    """Bytes alive between forward and backward beyond inputs and gradients (leading terms)."""
+    """Bytes that are allocated from forward to backward beyond inputs and gradients (leading terms)."""
     n, p, q = problem.n, problem.p, problem.q
     wide = 8 if backend == "reference" else _wide(problem)
     if problem.kernel is not None:
@@ -215,14 +214,16 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
     products = 2 * n * n if route == "gram" else p * q + p * p + problem.y_grad * q * q
     centred = 0
     if backend == "library":
-        half = problem.device.type == "cuda" and problem.dtype.itemsize == 2
+        on_gpu = problem.device.type == "cuda"
         keep_y = problem.y_grad or route == "cross"
-        centred = n * (p + keep_y * q) * (2 if half else wide)
+        centred = n * (p + keep_y * q) * (2 if on_gpu and problem.dtype.itemsize == 2 else wide)
+        if on_gpu and wide == 4 and route == "cross" and problem.estimator == "unbiased":
+            centred += 33 * (p + q) * wide  # the 32 rows that may dominate (`dominating.APART`), and the means
     return products * wide + centred
 
 
 def _wide(problem: Problem) -> int:
-    """Bytes of a number in products and statistics."""
+    """Bytes of a number in products and sums: fp32, or fp64 for fp64."""
     return 8 if problem.dtype.itemsize == 8 else 4
 
 

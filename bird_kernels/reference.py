@@ -1,8 +1,7 @@
-r"""What is computed: the published equations, written literally, in fp64. Imports nothing of ours.
+r"""The published equations, written literally in fp64: the truth that every other backend is tested against.
 
-Slow on purpose (dense centring matrices, n x n everything) and differentiable to any order, this is the truth that
-every other backend is tested against. It is also what ``backend="reference"`` runs and what a double backward
-differentiates.
+Slow on purpose (dense centring matrices, n x n products), differentiable to any order, without imports of ours.
+``backend="reference"`` runs it, a double backward differentiates it. A row *counts* unless its mask (bool) is False.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 
 
 def select(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of ``x`` that count, in fp64. Zeroed rather than dropped, so that shapes do not depend on the data."""
+    """x in fp64 with zeros in the rows that do not count: dropping them would make shapes depend on the data."""
     x = x.double()
     return x if mask is None else torch.where(mask[:, None], x, 0.0)
 
@@ -31,8 +30,8 @@ def centring_matrix(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def squared_distances(x: Tensor, mask: Tensor | None) -> Tensor:
-    """|x_i - x_j|^2 of the rows that count, zero for the others; [n, n], fp64. What rounding leaves of zero is zero."""
-    lost = 1e-26 * select(x, mask).square().sum()  # of constant features, by the centring
+    """|x_i - x_j|^2 of the rows that count, zero for the others and up to the rounding error; [n, n], fp64."""
+    lost = 1e-26 * select(x, mask).square().sum()  # the rounding error of centring, even of constant features
     x = centring_matrix(x, mask) @ select(x, mask)
     norms = x.square().sum(1)
     pairs = norms[:, None] + norms[None, :]
@@ -41,7 +40,7 @@ def squared_distances(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def bandwidth(distances: Tensor, mask: Tensor | None, kernel: Any, side: int) -> Tensor:
-    """sigma^2 by the rule of an `RBF`; 0-d, fp64. A median is the lower one of two, and 0 of nothing."""
+    """sigma^2 by the rule of an `RBF`; 0-d, fp64. Of an even number the lower middle is the median; of none, 0."""
     if kernel.sigma is not None:
         sigma = kernel.sigma[side] if isinstance(kernel.sigma, tuple) else kernel.sigma
         return torch.full((), sigma**2, dtype=torch.float64, device=distances.device)
@@ -70,9 +69,10 @@ def rbf_gram(x: Tensor, mask: Tensor | None, kernel: Any, side: int) -> Tensor:
 def centered_gram(
     x: Tensor, mask: Tensor | None = None, kernel: Any = None, side: int = 0, center: bool = True
 ) -> Tensor:
-    r"""H K H (Gretton et al. 2005), with K = X X^T, or that of an `RBF`; without ``center`` K itself. [n, n], fp64.
+    r"""H K H (Gretton et al. 2005) with K = X X^T or the matrix of an `RBF`; K itself without ``center``. [n, n], fp64.
 
-    Linear, H is applied to X before the product: in exact arithmetic the same, in fp64 better by (mean/std)^2.
+    For the linear kernel H is applied to X before the product: the same in exact arithmetic, and in fp64 its rounding
+    error is smaller by (mean/std)^2. ``side`` is 0 for x, 1 for y, which may have different fixed sigmas.
     """
     h = centring_matrix(x, mask)
     if kernel is not None:
@@ -83,7 +83,7 @@ def centered_gram(
 
 
 def hsic_biased(k: Tensor, l: Tensor, n: Tensor) -> Tensor:
-    r"""tr(K H L H) / (n-1)^2 (Gretton et al. 2005, eq. 9), of Gram matrices that are centred."""
+    r"""tr(K H L H) / (n-1)^2 (Gretton et al. 2005, eq. 9) of centred Gram matrices k and l; 0-d, fp64."""
     return (k * l).sum() / (n - 1) ** 2
 
 
@@ -92,7 +92,7 @@ def hsic_unbiased(k: Tensor, l: Tensor, n: Tensor) -> Tensor:
 
         [tr(K~ L~) + 1'K~1 1'L~1 / ((n-1)(n-2)) - 2/(n-2) 1'K~L~1] / (n(n-3))
 
-    The estimator does not change when u_i + u_j is added to K_ij: centred matrices do as well, and are more accurate.
+    Adding u_i + u_j to K_ij does not change the estimator, so k and l may be centred, which is more accurate.
     """
     k, l = (gram - torch.diag(gram.diagonal()) for gram in (k, l))
     trace = (k * l.T).sum()

@@ -65,7 +65,7 @@ class Statistics:
         require_fp64("Statistics", x.device)
         if self._sums is not None:
             _require_same("x and y", (x.shape[1], y.shape[1], x.device), self._sums)
-        with torch.no_grad(), ops.without_autocast(x.device):
+        with torch.inference_mode(False), torch.no_grad(), ops.without_autocast(x.device):
             part = sums.sums_of(x, y, mask, self._problem(x, y, "cka", "unbiased"))
             self._add(part, ops.value_dtype(x.dtype))
 
@@ -79,8 +79,9 @@ class Statistics:
             return
         if self._sums is not None:
             _require_same("the other statistics", (*_widths(other._sums), other._sums.n.device), self._sums)
-        part = sums.merged([other._sums]) if self._sums is None else other._sums  # a copy, to be added to
-        self._add(part, other._products)
+        with torch.inference_mode(False):
+            part = sums.merged([other._sums]) if self._sums is None else other._sums  # a copy, to be added to
+            self._add(part, other._products)
 
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
         """Merge those of all ranks, on all of them; a rank may have had no updates.
@@ -115,7 +116,8 @@ class Statistics:
             )
         p, q, _, kind = updated[0]
         own = self._sums if self._sums is not None else _no_sums(p, q, torch.device(kinds[kind]))
-        self._sums = sums.all_reduced(own, group)
+        with torch.inference_mode(False):
+            self._sums = sums.all_reduced(own, group)
         self._products = torch.float32 if min(itemsize for _, _, itemsize, _ in updated) == 4 else torch.float64
         self._derivatives = {}
 
@@ -187,7 +189,7 @@ class Statistics:
         norms = self._sums.norms
         assert norms is not None
         plain = {name: value.clone() for name, value in self._sums._asdict().items() if name != "norms"}
-        eps = torch.full((), torch.finfo(self._products).eps, dtype=torch.float64)
+        eps = torch.full((), torch.finfo(self._products).eps, dtype=torch.float64, device="cpu")
         return plain | {f"norms.{name}": value.clone() for name, value in norms._asdict().items()} | {"eps": eps}
 
     @classmethod
@@ -208,7 +210,8 @@ class Statistics:
             raise ValueError(f"no state of Statistics: {missing} is not among {sorted(map(str, state))}") from missing
         _require_state(saved, eps)
         new._products = torch.float64 if eps < 1e-12 else torch.float32
-        new._sums = sums.merged([saved])  # a copy, to be added to
+        with torch.inference_mode(False):
+            new._sums = sums.merged([saved])  # a copy, to be added to
         return new
 
     def __repr__(self) -> str:

@@ -1,14 +1,15 @@
-r"""Token features: which tokens count as rows, and CKA of every sequence by itself.
+r"""CKA of token features: of all tokens, of one row per sequence, or of each sequence separately.
 
-Two layouts, for x and y alike, give the same numbers and gradients:
+A token *counts* if it belongs to a sequence, that is, if it is not padding. Two layouts, possible for x and y alike,
+give the same values and gradients:
 
     padded   [B, T, d] with an attention mask [B, T], bool or integer (0 leaves a token out), as tokenizers return it;
              padding on either side or in the middle, no mask where nothing is padded
-    packed   [sum of lengths, d] with ``cu_seqlens`` [B + 1], int32 or int64, as in variable-length attention: tokens
-             of sequence b are the rows cu_seqlens[b] to cu_seqlens[b + 1], so it begins with 0 and ends with len(x)
+    packed   [sum of lengths, d] with ``cu_seqlens`` [B + 1], int32 or int64, as in variable-length attention: the
+             tokens of sequence b are the rows cu_seqlens[b]:cu_seqlens[b + 1], so it begins with 0, ends with len(x)
 
-Only the mask and ``cu_seqlens`` say where tokens are, never their ids. What padding holds, NaN too, does not matter,
-and its gradient is zero. Nothing is read back from the device but a ``max_seqlen`` that was not given.
+Only the mask and ``cu_seqlens`` say where tokens are, never token ids. The contents of padding, even NaN, change
+nothing, and their gradient is zero. The only value read back from a GPU is a ``max_seqlen`` that was not given.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .moments import MIN_ROWS
 from .sequences import mean_cka_loss
 
 Tokens = Literal["all", "last", "mean", "sequence"]
-_Given: TypeAlias = tuple[Tensor | None, Tensor | None]  # mask and cu_seqlens of a side, as users give them
+_Given: TypeAlias = tuple[Tensor | None, Tensor | None]  # mask and cu_seqlens of one side, not checked yet
 
 
 def token_cka_loss(
@@ -44,18 +45,18 @@ def token_cka_loss(
 
     ``tokens`` says what is compared:
 
-    - "all": all tokens of the batch, each a row;
-    - "last": the last token of every sequence, B rows;
-    - "mean": the mean over the tokens of every sequence, B rows;
-    - "sequence": the tokens of one sequence at a time, and the losses averaged:
+    - "all": all tokens of the batch, each of them a row;
+    - "last": the last token of each sequence, B rows;
+    - "mean": the mean over the tokens of each sequence, B rows;
+    - "sequence": the tokens of one sequence at a time; the losses of the sequences are averaged:
 
     .. math:: \frac{1}{|S|} \sum_{b \in S} (1 - \mathrm{CKA}(X_b, Y_b)), \quad S = \{b : n_b \ge n_{\min}\}
 
-    with X_b, Y_b the n_b tokens of sequence b, centred over themselves, and n_min what the estimator needs (biased 2,
-    unbiased 4): shorter sequences are left out, and do not count in the average.
+    with X_b, Y_b the n_b tokens of sequence b, centred by their own mean, and n_min the number of rows that the
+    estimator needs (biased 2, unbiased 4). Shorter sequences are not part of the average.
 
-    A sequence without tokens is left out everywhere. Where nothing or too little is left (fewer rows than the estimator
-    needs; S empty) the loss is NaN, as for any mask: to raise, the rows would have to be counted on the host.
+    A sequence without tokens is always left out. If fewer rows are left than the estimator needs, or S is empty, the
+    loss is NaN, as for any mask: an error would require the rows to be counted on the host.
 
     Args:
         x: student features; fp64, fp32, bf16 or fp16.
@@ -63,23 +64,24 @@ def token_cka_loss(
         tokens: "all", "last", "mean" or "sequence", see above.
         mask: padded layout: attention mask [B, T], bool or integer; None if all tokens count.
         cu_seqlens: packed layout: where sequences begin, [B + 1], int32 or int64.
-        y_mask, y_cu_seqlens: the teacher's own layout, if its tokenizer cuts otherwise ("last" and "mean" only, where
-            a sequence is one row; one side may be padded and the other packed). None: as x.
-        max_seqlen: packed layout, "mean" and "sequence": no less than the longest sequence of either side. They pad in
-            between, and without it they must read it from the device.
-        estimator, and options: as in `bird_kernels.cka_loss`. For "sequence" the estimator only: it runs as batched
-            library products, fp32 (fp64 if either side is), under plain autograd.
+        y_mask, y_cu_seqlens: the teacher's own layout, if its tokenizer splits text differently (only with "last" and
+            "mean", where a sequence is one row; one side may be padded and the other packed). None: as x.
+        max_seqlen: packed layout, "mean" and "sequence": an upper bound of both sides' lengths, to which sequences are
+            padded internally. None: the longest length is read from the device.
+        estimator, and options: as in `bird_kernels.cka_loss`. "sequence" takes the estimator alone: it runs as batched
+            matrix products in fp32 (fp64 if either side is), under plain autograd.
 
     Returns:
         0-d tensor, fp32 (fp64 if either input is).
 
     Raises:
-        TypeError: features or masks of a wrong kind.
-        ValueError: shapes that do not fit the layout, a mask beside cu_seqlens, an option that "sequence" lacks.
+        TypeError: features, masks or cu_seqlens that are no tensors or have a wrong dtype.
+        ValueError: shapes that do not fit the layout, a mask together with cu_seqlens, an option that "sequence" lacks.
+        IndexError: a ``max_seqlen`` below the longest sequence (on CUDA a device-side assertion).
 
-    Memory of "sequence": with c = 4 B T (p + q) bytes for the centred copies of both sides in fp32, the products take
-    2 c at most, [B, T, T] or [B, p, p], [B, p, q] and [B, q, q] by the fewer operations. Forward and backward held 2 c
-    to 3.5 c at their peak, 5 c where T = p + q (8 c with gradients of both sides). Nothing has (B T)^2 elements.
+    Memory of "sequence": let c = 4 B T (p + q) bytes, the size of the centred copies of both sides in fp32. The
+    products take at most 2 c: [B, T, T], or [B, p, p], [B, p, q] and [B, q, q], whichever needs fewer operations. The
+    measured peak of forward and backward is 2 c to 3.5 c, and 5 c where T = p + q (8 c with gradients of both sides).
     """
     with distributed.Reported(options.get("group")):
         ours, theirs = _layouts(x, y, tokens, (mask, cu_seqlens), (y_mask, y_cu_seqlens), max_seqlen)
@@ -92,7 +94,7 @@ def token_cka_loss(
 def _layouts(
     x: Tensor, y: Tensor, tokens: Tokens, given: _Given, y_given: _Given, max_seqlen: int | None
 ) -> tuple[_Layout, _Layout]:
-    """Checked: where the tokens of x and those of y are."""
+    """Check the arguments and return the layouts of x and of y."""
     inputs.require_choice({"tokens": get_args(Tokens)}, tokens=tokens)
     ours = _layout("x", x, *given, max_seqlen)
     own = any(place is not None for place in y_given)
@@ -109,7 +111,7 @@ def _layouts(
 def _rows(
     x: Tensor, y: Tensor, tokens: Tokens, ours: _Layout, theirs: _Layout
 ) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """What `cka_loss` compares: rows of both sides, which of them count, and how many dimensions index them."""
+    """The arguments of `cka_loss`: rows of x and of y, their mask or None, and ``row_dims``."""
     if tokens == "all":
         return x, y, ours.mask, 2 if ours.cu_seqlens is None else 1
     pool = _last if tokens == "last" else _mean
@@ -123,11 +125,8 @@ def _rows(
 def _of_rows(
     x: Tensor, y: Tensor, mask: Tensor | None, row_dims: int, estimator: str, options: dict[str, Any]
 ) -> Tensor:
-    """`cka_loss` of the rows that count.
-
-    A CPU can look at the mask before it pays: without the rows that do not count, and the careful centring that a mask
-    takes, 4,096 tokens of 576 and 384 features take 0.8 of the time, 256 last ones 0.7.
-    """
+    """`cka_loss` of the rows that count; a CPU, where reading the mask is cheap, drops others first: 4,096 tokens of
+    576 and 384 features then take 0.8 of the time, 256 last tokens 0.7."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if mask is not None and mask.is_cpu and not traced and options.get("group") is None:
         rows = mask.flatten().nonzero().squeeze(1)
@@ -140,7 +139,7 @@ def _of_rows(
 
 
 def last_token(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The last token that counts of every sequence: [B, d], in the dtype of x, differentiable.
+    """The last token of each sequence that is not padding: [B, d], in the dtype of x, differentiable.
 
     Args:
         x: [B, T, d] with a ``mask`` [B, T] or None, or packed [N, d] with ``cu_seqlens`` [B + 1].
@@ -156,13 +155,13 @@ def last_token(x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None 
 def mean_tokens(
     x: Tensor, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None
 ) -> Tensor:
-    """The mean over the tokens that count of every sequence: [B, d], differentiable.
+    """The mean over the tokens of each sequence, padding left out: [B, d], differentiable.
 
-    fp32 for half precision too (fp64 for fp64): a mean of bf16 tokens has more digits than bf16.
+    The result is fp32 (fp64 for fp64), also of half precision: a mean of bf16 tokens has more digits than bf16 holds.
 
     Args:
         x: [B, T, d] with a ``mask`` [B, T] or None, or packed [N, d] with ``cu_seqlens`` [B + 1].
-        max_seqlen: packed layout: no less than the longest sequence; None reads it from the device.
+        max_seqlen: packed layout: an upper bound of the sequences' lengths; None reads the longest from the device.
 
     A sequence without tokens gives a row of NaN.
 
@@ -176,7 +175,7 @@ def mean_tokens(
 
 
 class _Layout(NamedTuple):
-    """Where the tokens of one side are: ``mask`` bool [B, T] or ``cu_seqlens`` int64 [B + 1]; neither: everywhere."""
+    """Where the tokens of one side are: ``mask`` bool [B, T] or ``cu_seqlens`` int64 [B + 1]; neither: no padding."""
 
     mask: Tensor | None
     cu_seqlens: Tensor | None
@@ -212,7 +211,7 @@ def _require_cu_seqlens(name: str, x: Tensor, cu_seqlens: object) -> None:
     if cu_seqlens.device != x.device:
         raise ValueError(f"cu_seqlens must be on the features' device {x.device}, got {cu_seqlens.device}")
     if cu_seqlens.is_cpu and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()  # on the host already
+        ends = cu_seqlens.tolist()  # needs no synchronisation: the tensor is on the host
         if ends[0] != 0 or ends[-1] != len(x) or sorted(ends) != ends:
             raise ValueError(f"cu_seqlens must rise from 0 to the rows of {name}, {len(x)}; got {ends}")
 
@@ -230,28 +229,28 @@ def _require_same_tokens(x: Tensor, y: Tensor, side: _Layout) -> None:
 
 
 def _lengths(side: _Layout) -> Tensor | None:
-    """Tokens of every sequence, [B]; None where all count."""
+    """The number of tokens of each sequence, [B]; None without padding."""
     if side.cu_seqlens is not None:
         return side.cu_seqlens.diff()
     return None if side.mask is None else side.mask.sum(1)
 
 
 def _present(side: _Layout) -> Tensor | None:
-    """Which sequences have tokens, bool [B]; None where all count."""
+    """Which sequences have tokens, bool [B]; None if all have."""
     lengths = _lengths(side)
     return None if lengths is None else lengths > 0
 
 
 def _padded(x: Tensor, side: _Layout) -> tuple[Tensor, Tensor | None]:
-    """x as [B, T, d] and its mask [B, T]."""
+    """x in the padded layout, [B, T, d], and its mask [B, T] or None."""
     if side.cu_seqlens is None:
         return x, side.mask
     starts, lengths = side.cu_seqlens[:-1], side.cu_seqlens.diff()
     longest = int(lengths.max()) if side.max_seqlen is None else side.max_seqlen
     rows = torch.arange(len(x), device=x.device)
     sequence = torch.searchsorted(side.cu_seqlens[1:], rows, right=True)
-    # Written, not gathered: every row has one place, so the backward is a plain gather, and too small a max_seqlen is
-    # an index out of range instead of tokens lost.
+    # Rows are scattered, not gathered: each has one place, so the backward is a plain gather, and a max_seqlen that is
+    # too small is an index out of range instead of a silent loss of tokens.
     padded = x.new_zeros(len(starts), longest, x.shape[1]).index_put((sequence, rows - starts[sequence]), x)
     return padded, torch.arange(longest, device=x.device) < lengths[:, None]
 
@@ -261,7 +260,7 @@ def _padded(x: Tensor, side: _Layout) -> tuple[Tensor, Tensor | None]:
 
 def _last(x: Tensor, side: _Layout) -> Tensor:
     if side.cu_seqlens is not None:
-        if len(x) == 0:  # a rank without tokens: a row to point at, in the same graph
+        if len(x) == 0:  # a rank without tokens: the index below needs a row, and the result must stay in the graph
             x = torch.cat([x, x.new_zeros(1, x.shape[1])])
         rows = x[side.cu_seqlens[1:] - 1]
     elif side.mask is not None:
@@ -283,7 +282,7 @@ def _mean(x: Tensor, side: _Layout) -> Tensor:
 
 
 def _without_absent(rows: Tensor, side: _Layout) -> Tensor:
-    """Rows of sequences without tokens become NaN, and pass no gradient."""
+    """``rows`` [B, d] with NaN for sequences without tokens, through which no gradient passes."""
     present = _present(side)
     return rows if present is None else torch.where(present[:, None], rows, torch.nan)
 

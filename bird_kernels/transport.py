@@ -1,15 +1,15 @@
-r"""What travels between the ranks of a group, and how many bytes: pure functions of shapes, as `plan` is.
+r"""What the ranks of a group send each other, and how many bytes: pure functions of shapes, like `plan`.
 
-Two ways lead from each rank's rows to the statistic of all rows, for x [n, p], y [n, q] on R ranks::
+There are two transports from each rank's rows, x [n, p] and y [n, q] on R ranks, to the statistic of all rows::
 
-    merged      the sums of the cross route (`sums`), all-reduced: n and the means in fp64, then the products in fp32
-                (fp64 for fp64) about the common mean; for the unbiased estimator in fp64, with the sums of row norms
-    gathered    the rows themselves, all-gathered in their own dtype and padded to the longest rank; then every rank
-                computes the whole
+    merged      the sums of the cross route (`sums`) are all-reduced: n and the means in fp64, then the products about
+                the common mean in fp32 (fp64 for fp64); for the unbiased estimator in fp64, with the sums of row norms
+    gathered    the rows themselves are all-gathered in their own dtype, padded to the largest number of rows of a rank;
+                then every rank computes the statistic of all rows
 
-An all-reduce of B bytes makes each rank send 2 B (R-1)/R (reduce-scatter and all-gather, a lower bound that rings
-reach), an all-gather of B bytes in all B (R-1)/R. Before either, ranks compare notes: `HEADER` bytes each. What is
-merged does not grow with the ranks, what is gathered does. No backward communicates.
+In an all-reduce of B bytes each rank sends 2 B (R-1)/R (reduce-scatter and all-gather, a lower bound that rings reach),
+in an all-gather of B bytes in all B (R-1)/R. Before either, each rank sends `HEADER` bytes about itself and its call.
+Merged bytes do not grow with the number of ranks, gathered bytes do. No backward communicates.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from .types import Problem, Transport
 
 HEADER = 48  # six 64-bit integers (`distributed.agree`)
 
-# Symmetric products travel as upper blocks, at most this many: 56 % of the bytes, and few enough copies that packing
-# costs no more than it saves. Below two of the smallest a matrix travels whole.
+# Symmetric products are sent as upper blocks of rows, at most BLOCKS of them: 56 % of the bytes, and so few copies that
+# packing costs no more than it saves. A matrix of up to SMALLEST_BLOCK rows is one block, sent whole.
 BLOCKS, SMALLEST_BLOCK = 8, 128
 
 
 def upper_blocks(width: int) -> list[tuple[int, int]]:
-    """Ranges of rows i:j of a symmetric [width, width]; of each the columns i: are kept."""
+    """The ranges of rows i:j of a symmetric [width, width] matrix; of each the columns i: are sent."""
     block = max(SMALLEST_BLOCK, -(-width // BLOCKS))
     return [(i, min(i + block, width)) for i in range(0, width, block)]
 
 
 def upper_size(width: int) -> int:
-    """Entries of the upper blocks of a symmetric [width, width]."""
+    """The number of entries in the upper blocks of a symmetric [width, width] matrix."""
     return sum((j - i) * (width - i) for i, j in upper_blocks(width))
 
 
 def merged_size(p: int, q: int, itemsize: int, unbiased: bool) -> int:
-    """Bytes that are all-reduced; ``itemsize`` of the features.
+    """Bytes that are all-reduced, for features of ``itemsize`` bytes.
 
-    Unbiased in fp64: of rows that dominate on one rank fp32 would keep the fourth powers and lose what is left of them.
+    Unbiased sums are fp64: if rows dominate on one rank, the estimator is a small difference of their fourth powers.
     """
     products = upper_size(p) + p * q + upper_size(q)
     means = 1 + p + q
@@ -48,25 +48,25 @@ def merged_size(p: int, q: int, itemsize: int, unbiased: bool) -> int:
 
 
 def gathered_size(longest: int, p: int, q: int, itemsize: int, world: int, masked: bool) -> int:
-    """Bytes of everybody's rows, padded to the ``longest`` rank's; a mask is one more feature."""
+    """Bytes of the rows of all ranks, each rank padded to ``longest`` rows; a mask is sent as one more feature."""
     return world * longest * (p + q + masked) * itemsize
 
 
 def all_reduce_bytes(size: int, world: int) -> int:
-    """Bytes that each rank sends, at the least, where ``size`` bytes are all-reduced."""
+    """The fewest bytes that each rank sends to all-reduce ``size`` bytes."""
     return 2 * size * (world - 1) // world
 
 
 def all_gather_bytes(size: int, world: int) -> int:
-    """Bytes that each rank sends, at the least, where all ranks' parts together are ``size`` bytes."""
+    """The fewest bytes that each rank sends to all-gather ``size`` bytes in all."""
     return size * (world - 1) // world
 
 
 def choose(problem: Problem, rows: Sequence[int], backend: str) -> Transport:
-    """The transport with fewer bytes, for ranks with these ``rows``; ``problem`` is that of all rows.
+    """The transport that sends fewer bytes; ``rows`` is each rank's number, ``problem`` that of all rows together.
 
-    Merged sums are library products in plain PyTorch: a ``backend`` asked for by another name gets the rows. So does
-    whatever is not linear, not centred or not CKA or HSIC.
+    Merged sums are library products in plain PyTorch, of linear, centred CKA and HSIC alone. Rows are gathered for all
+    other problems, and for a ``backend`` requested by another name than "library".
     """
     world, itemsize = len(rows), problem.dtype.itemsize
     merged = all_reduce_bytes(

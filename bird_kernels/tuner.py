@@ -1,8 +1,7 @@
-"""`bird tune`: measures on this device which candidate is fastest, problem by problem, until the time is over.
+"""`bird tune`: measure on this device, problem by problem, which candidate is fastest, and write a `tuning.Table`.
 
-A candidate (a backend that can run here; the symmetric product kernel in each of its configurations) is compared with
-fp64 first, and timed only if it agrees: by replays of a CUDA graph with cold caches, and by the host's clock. What
-comes of it is a `tuning.Table`.
+Candidates are the backends that can run here and the symmetric product kernel in each of its configurations. Each is
+timed only if it agrees with fp64: on the device by replays of a CUDA graph with cold caches, on the host by its clock.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from torch import Tensor
 from . import backends, clocks, cost, ops, plan, tuning
 from .types import Problem, Route
 
-SHAPES = (  # rows, student's and teacher's widths; the most usual first
+SHAPES = (  # rows, student's width, teacher's width; the most usual first
     (128, 512, 512), (128, 512, 1280), (512, 2048, 2048), (4096, 1024, 1024), (1024, 1024, 1024), (256, 768, 768),
     (16_384, 1024, 1024), (128, 25_088, 25_088), (16_384, 4096, 4096), (65_536, 1024, 1024), (4096, 4096, 4096),
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16")
-SHARE, FEWEST, MOST = 0.1, 5, 100  # seconds and rounds of one clock
-# How far value and gradient may be from fp64's, relative: what a working kernel keeps by a wide margin.
+SHARE, FEWEST, MOST = 0.1, 5, 100  # each timer repeats a call for SHARE seconds, but FEWEST to MOST times
+# By precision, the largest relative errors of value and gradient against fp64; a working kernel is far below them.
 BOUNDS = {"ieee": (1e-4, 1e-3), "tf32x3": (1e-4, 1e-3), "tf32": (2e-3, 2e-2), "": (5e-3, 3e-2)}
 Run = Callable[[], tuple[Tensor, Tensor]]  # value and gradient of x
 
@@ -39,11 +38,12 @@ def tune(
 ) -> tuning.Table:
     """Measure ``problems``, each (rows, student's width, teacher's width) and a dtype, until ``minutes`` are over.
 
-    The table is kept in the user's cache, with what it held before, and row by row: an interrupted run loses nothing.
+    Rows are added to the table in the user's cache one by one, so an interrupted run loses nothing, and replace those
+    of the same problem and candidate. ``say`` gets a line of text for each candidate.
 
     Raises:
-        OSError: the cache cannot be written; that is tried before anything is measured.
-        ValueError: nothing is to be tuned on this device, or nothing could be measured.
+        OSError: the cache folder cannot be written to; checked before anything is measured.
+        ValueError: ``device`` is no CUDA device, or nothing could be measured.
     """
     if device.type != "cuda":
         raise ValueError(f"on {device} there is nothing to tune: the library backend is the only one that runs there")
@@ -55,7 +55,7 @@ def tune(
         kept = tuning.read_table(file)
         table = kept if kept is not None and kept.key == key else tuning.Table(key, "", ())
         file.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=file.parent).close()  # fails now, not after minutes of measuring
+        tempfile.TemporaryFile(dir=file.parent).close()  # to fail now, not after minutes of measuring
         measured = False
         for shape, dtype in problems:
             for row in _of_problem(_problem(shape, dtype, device), deadline, say):
@@ -71,7 +71,7 @@ def tune(
 
 @contextlib.contextmanager
 def _untuned() -> Iterator[None]:
-    """No earlier measurement decides what a candidate does."""
+    """A context in which earlier measurements do not change what a candidate runs."""
     before = os.environ.get("BIRD_TUNING")
     os.environ["BIRD_TUNING"] = "off"
     tuning.forget_files()
@@ -95,11 +95,11 @@ def _identity(row: tuning.Measurement) -> tuple[object, ...]:
 
 
 def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object]) -> Iterator[tuning.Measurement]:
-    """A row for every candidate that is right, as far as the time goes."""
+    """Measure one problem: yield a row for each correct candidate, until ``deadline`` (of `time.monotonic`)."""
     dtype, precision = tuning.number_of(problem)
     title = f"{problem.n:,} x {problem.p:,}, {problem.q:,} {' '.join(filter(None, (dtype, precision)))}"
     expected = cost.predict(problem, cost.sheet_of(torch.cuda.get_device_name(problem.device)))
-    needed = 4 * sum(FEWEST * known.us for known in expected.values()) * 1e-6  # gate, graph, two clocks
+    needed = 4 * sum(FEWEST * known.us for known in expected.values()) * 1e-6  # check, graph, two timers
     if time.monotonic() + needed > deadline:
         say(f"{title}: no time left (it would take {needed:.1f} s)")
         return
@@ -116,7 +116,7 @@ def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object])
             wrong = _why_wrong(run(), truth, BOUNDS[precision])
             if wrong is None:
                 host, device = _times(run)
-        except Exception as error:  # whatever a compiler or driver makes of it
+        except Exception as error:  # compilers and drivers raise all kinds
             wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if wrong is not None:
             say(f"{title}: {name} is left out, {wrong}")
@@ -127,7 +127,7 @@ def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object])
 
 
 def _times(run: Run) -> tuple[float, float]:
-    """Microseconds of the host, and of the device in replays of a CUDA graph with cold caches: medians."""
+    """Median microseconds of the host, and of the device in replays of a CUDA graph with cold caches."""
     run()
     torch.cuda.synchronize()
     once = clocks.host(run, 0.0)()
@@ -141,7 +141,7 @@ def _times(run: Run) -> tuple[float, float]:
 
 
 def _prepare(problem: Problem) -> tuple[tuple[Tensor, Tensor], list[tuple[str, Run]]]:
-    """What fp64 makes of some features, and the candidates that can run here, by name, on the same features."""
+    """Value and gradient in fp64 for random features, and the candidates that can run here: (name, a call on them)."""
     generator = torch.Generator(problem.device).manual_seed(0)
     x, y = (
         torch.randn(problem.n, width, generator=generator, device=problem.device).to(problem.dtype)
@@ -160,13 +160,14 @@ def _prepare(problem: Problem) -> tuple[tuple[Tensor, Tensor], list[tuple[str, R
 
 
 def _evaluate(x: Tensor, y: Tensor, problem: Problem, backend: str) -> tuple[Tensor, Tensor]:
-    """Value and gradient of x."""
+    """The value (0-d) and the gradient with respect to x [n, p]."""
     value = ops.alignment(x, y, None, ops.Call(problem, plan.route_of(problem, backend), backend))
     (gradient,) = torch.autograd.grad(value, x)
     return value.detach(), gradient
 
 
 def _why_wrong(found: Sequence[Tensor], true: Sequence[Tensor], bounds: Sequence[float]) -> str | None:
+    """Which error exceeds its bound, in words; None if none does."""
     for one, other, bound in zip(found, true, bounds, strict=True):
         error = float((one.double() - other).norm() / other.norm())
         if not error <= bound:
@@ -175,9 +176,9 @@ def _why_wrong(found: Sequence[Tensor], true: Sequence[Tensor], bounds: Sequence
 
 
 def _symmetric(x: Tensor, y: Tensor, problem: Problem, route: Route) -> Iterator[tuple[str, Run]]:
-    """The library backend with our own kernel for products of a side with itself, in each configuration that fits."""
+    """The library backend with the symmetric product kernel (`triton.symmetric`), in each configuration that fits."""
     if problem.dtype == torch.float32 and problem.precision != "tf32":
-        return  # exact fp32 has no such kernel
+        return  # the kernel has no exact fp32 products
     module = backends.of(problem, "library")
     if not module.__name__.endswith(backends.SHIFTED):
         return

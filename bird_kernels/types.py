@@ -1,4 +1,4 @@
-"""The values that the other files pass around. No imports of ours."""
+"""The types that the other files share; this file imports none of them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ TransportName = Literal["merged", "gathered"]
 Precision = Literal["ieee", "tf32", "tf32x3"]
 
 
+PLAIN = (torch.Tensor, torch.nn.Parameter)  # the exact types of ordinary tensors, without subclasses
+
+
 @dataclass(frozen=True)
 class RBF:
     r"""The Gaussian kernel ``K_ij = exp(-|x_i - x_j|^2 / (2 sigma^2))``, and how each side finds its own sigma.
@@ -46,6 +49,7 @@ class RBF:
             sigma is a constant of the batch.
 
     Raises:
+        TypeError: a sigma or threshold that is a tensor.
         ValueError: a sigma or threshold that is not positive and finite, both of them, or ``flow`` with a fixed sigma.
     """
 
@@ -54,6 +58,11 @@ class RBF:
     flow: bool = False
 
     def __post_init__(self) -> None:
+        if any(isinstance(number, torch.Tensor) for number in (*(self.sigmas or ()), self.threshold)):
+            raise TypeError(
+                "sigma and threshold are Python numbers, without gradients: convert them with float(); for a sigma "
+                "that is learned divide the features by it and take RBF(sigma=1.0)"
+            )
         numbers = (*(self.sigmas or ()), *(() if self.threshold is None else (self.threshold,)))
         if not all(math.isfinite(number) and number > 0 for number in numbers):
             raise ValueError(f"sigma and threshold must be positive and finite, got {self!r}")
@@ -67,10 +76,10 @@ class RBF:
 
 
 class Options(NamedTuple):
-    """What a public call says besides its tensors, as the user wrote it: `inputs.prepare` checks it.
+    """The arguments of a public call besides its tensors, not checked yet: `inputs.prepare` does that.
 
-    ``statistic`` is the function that was called; the others are arguments of `cka_loss`. csrc/at_once.h reads the
-    fields by their places.
+    ``statistic`` is the function that was called; the other fields are arguments of `cka_loss`. csrc/at_once.h reads
+    the fields by position.
     """
 
     statistic: Statistic
@@ -84,11 +93,11 @@ class Options(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What one call asks for: everything a plan may depend on, and nothing that needs the data.
+    """One checked call without its data: everything that a plan may depend on.
 
     ``n`` rows, ``p`` student and ``q`` teacher features; ``dtype`` is the common dtype of both sides after promotion.
-    ``precision`` None means PyTorch's own switch for fp32 products. ``kernel`` None is the linear one. ``center`` False
-    leaves out the centring.
+    ``precision`` None means PyTorch's own switch for fp32 products. ``kernel`` None is the linear kernel. ``masked``:
+    there is a mask. ``x_grad``, ``y_grad``: a gradient of that side is wanted. ``center`` False leaves out centring.
     """
 
     n: int
@@ -107,12 +116,12 @@ class Problem(NamedTuple):
 
 
 class Stash(NamedTuple):
-    """What a forward leaves for its backward; unused entries have no elements.
+    """What a forward saves for its backward; entries that a backend does not use have no elements.
 
-    ``coefficients`` is an `moments.Coefficients` as fp64 [11]. ``xs`` and ``ys`` are the backend's own view of the
-    centred sides. ``xx``, ``yy``, ``xy`` are K, L and nothing on the gram route, A = X^T X, Y^T Y and C = Y^T X on the
-    cross route. ``rows`` [2, n] holds the squared row norms kappa and lambda (unbiased only). Of an RBF kernel: see
-    `rbf.stash_shapes`.
+    Contents and shapes are the backend's own (its ``stash_shapes``), but of a linear kernel ``coefficients`` is a
+    `moments.Coefficients`, fp64 [11]. In `library`, ``xs`` and ``ys`` are the centred or shifted sides; ``xx``, ``yy``
+    and ``xy`` are K, L and nothing on the gram route, A = X^T X, Y^T Y and C = Y^T X on the cross route; ``rows``
+    [3, n] is for the unbiased estimator (`sides.Sides`). Of an RBF kernel see `library_rbf.stash_shapes`.
     """
 
     coefficients: torch.Tensor
@@ -128,9 +137,9 @@ Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # of a Stash, by field
 
 
 class Transport(NamedTuple):
-    """What travels between the ranks of a group in one call: merged sums or gathered rows (`transport`).
+    """What the ranks of a group send each other in one call: merged sums or gathered rows (`transport`).
 
-    ``rows`` are those of all ranks; ``bytes`` each rank sends at the least, ``other_bytes`` with the other transport.
+    ``world`` ranks have ``rows`` rows in all. Each sends at least ``bytes``; by the other transport ``other_bytes``.
     """
 
     name: TransportName
@@ -141,7 +150,7 @@ class Transport(NamedTuple):
 
 
 class Sheet(NamedTuple):
-    """A GPU as its data sheet has it: dense TFLOP/s, TB/s, MB, GHz."""
+    """The figures of a GPU's data sheet: dense TFLOP/s by dtype, memory in TB/s, cache in MB, clock in GHz."""
 
     name: str
     fp32: float
@@ -154,7 +163,7 @@ class Sheet(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Microseconds of forward and wanted backward: the host's, the device's; and how many kernels are launched."""
+    """Microseconds of the host and of the device for forward and wanted backward, and the number of launches."""
 
     host: float
     device: float
@@ -169,8 +178,8 @@ class Cost(NamedTuple):
 class Choice(NamedTuple):
     """Which backend computes a problem, and why.
 
-    ``predicted`` by the cost model and ``measured`` in microseconds, by candidate; ``rejected`` says of better backends
-    why they cannot run.
+    ``rejected`` has the reasons why better backends cannot run, by name. ``predicted`` has the cost model's figures,
+    ``measured`` measured microseconds, by candidate: a backend, or "symmetric ..." (`tuning.Measurement`).
     """
 
     backend: str
@@ -184,9 +193,9 @@ class Choice(NamedTuple):
 class Plan:
     """How a problem will be computed, and why. ``print`` it.
 
-    ``choice`` has the backend's reason and the times of its rivals. ``flops``, ``bytes`` and ``workspace`` are for one
-    forward and the backward of the sides that need a gradient: floating-point operations with symmetric products
-    counted once, bytes that must cross memory at the least, and bytes allocated beyond inputs and gradients.
+    ``choice`` has the reason for the backend and the times of all candidates. ``flops``, ``bytes`` and ``workspace``
+    are for one forward and the backward of the sides that need a gradient: floating-point operations, of a symmetric
+    product those of one half; the least memory traffic in bytes; and bytes allocated beyond inputs and gradients.
     """
 
     problem: Problem
@@ -203,7 +212,7 @@ class Plan:
 
     @property
     def rejected(self) -> Mapping[str, str]:
-        """Why better backends were not taken, by name."""
+        """The reasons why better backends cannot run, by name."""
         return self.choice.rejected
 
     def __str__(self) -> str:
@@ -235,7 +244,7 @@ class Plan:
 
 
 def _times(choice: Choice) -> list[str]:
-    """A line for every candidate: predicted, of which on the device, and measured."""
+    """A line for each candidate with its predicted and its measured time."""
     lines = []
     for name in dict.fromkeys((*choice.predicted, *choice.measured)):
         parts = []

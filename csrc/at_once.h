@@ -1,5 +1,5 @@
-// Which calls need nothing of Python: all that bird_kernels/inputs.py would check holds, in its simplest form, and the plan would
-// come here whatever the sizes. Every other call, wrong ones too, is Python's, which has the words for them.
+// Decides which calls C++ makes on its own: those of plain arguments for which every check of bird_kernels/inputs.py holds and
+// `backends.resolve` would choose the native backend. All others, wrong ones too, are left to Python, which has the errors.
 #pragma once
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -16,7 +16,7 @@
 namespace bird {
 namespace {
 
-// One call, checked.
+// A call whose arguments have been checked.
 struct Call {
   at::Tensor x, y;
   std::optional<at::Tensor> mask;
@@ -24,20 +24,21 @@ struct Call {
   bool unbiased, exact;
 };
 
-// Where a types.Options has what.
+// The positions of the fields of types.Options.
 enum Field { STATISTIC, KERNEL, ESTIMATOR, ROW_DIMS, GROUP, CENTER, BACKEND, PRECISION, FIELDS };
 
-// Empty for what is not exactly a str.
+// The characters of a str; empty for anything else, subclasses of str too.
 std::string_view text(py::handle object) {
   if (!PyUnicode_CheckExact(object.ptr())) return {};
   Py_ssize_t size = 0;
   const char* const data = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
   if (data != nullptr) return {data, static_cast<size_t>(size)};
-  PyErr_Clear();  // a lone surrogate
+  PyErr_Clear();  // a lone surrogate has no UTF-8
   return {};
 }
 
-// Numbers in memory and no more: not a subclass, a wrapper, a lazy negative; on a device that the kernels know.
+// Whether an object is an ordinary tensor with `dim` dimensions on a CPU or CUDA device: no subclass, no wrapper of a transform, no
+// lazy negative, whose memory holds other numbers than its value, and no inference tensor that autograd would have to save.
 bool is_plain(py::handle object, int64_t dim) {
   using c10::DispatchKey;
   static const c10::DispatchKeySet PLAIN(
@@ -45,24 +46,26 @@ bool is_plain(py::handle object, int64_t dim) {
        DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA});
   if (!THPVariable_CheckExact(object.ptr())) return false;
   const at::Tensor& tensor = THPVariable_Unpack(object.ptr());
-  return PLAIN.isSupersetOf(tensor.key_set()) && tensor.dim() == dim;
+  return PLAIN.isSupersetOf(tensor.key_set()) && tensor.dim() == dim && !(tensor.is_inference() && at::GradMode::is_enabled());
 }
 
-// Somebody other than autograd looks on and must see operators, as ops.watched has it (torch.compile is asked after in Python).
+// Whether a torch.func transform, torch.jit.trace or a dispatch mode is active, which must see operators, as in ops.watched (Python
+// checks for torch.compile).
 bool is_watched() {
   using c10::DispatchKey;
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  const c10::DispatchKeySet transforms({DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode});
+  const c10::DispatchKeySet transforms(
+      {DispatchKey::FuncTorchDynamicLayerFrontMode, DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::Tracer});
   return included.has_any(transforms) || c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 class AtOnce {
  public:
-  // A function (backend, dtype, device) -> int of Python's: how many numbers x and y may have together for a problem of few rows
-  // that asks for that backend to come here, whatever its sizes.
+  // `most` is backends.most_at_once, (backend, dtype, device) -> int: up to how many numbers in x and y together a call with that
+  // backend argument and few rows is made here.
   explicit AtOnce(py::function most) : most_(std::move(most)) {}
 
-  // x, y, a mask or None, and a types.Options; nothing if that call is not for us.
+  // The checked call of x, y, a mask or None and a types.Options; nullopt if it is left to Python.
   std::optional<Call> operator()(py::handle x_object, py::handle y_object, py::handle mask_object, const py::tuple& options) {
     if (options.size() != FIELDS) return {};
     const auto option = [&](Field field) { return py::handle(PyTuple_GET_ITEM(options.ptr(), field)); };
@@ -111,7 +114,7 @@ class AtOnce {
   }
 
   py::function most_;
-  std::map<std::tuple<bool, at::Device::Type, at::DeviceIndex, at::ScalarType>, int64_t> answers_;  // of most_
+  std::map<std::tuple<bool, at::Device::Type, at::DeviceIndex, at::ScalarType>, int64_t> answers_;  // of most_, by its arguments
 };
 
 }  // namespace

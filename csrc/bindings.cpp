@@ -1,5 +1,5 @@
-// The native backend as PyTorch and Python see it: memory, streams, autograd. What users pass is checked in bird_kernels/inputs.py,
-// or here for the ordinary call (at_once.h).
+// The Python module of the native backend: allocates, selects the stream, launches, and implements autograd. Users' arguments are
+// checked in bird_kernels/inputs.py, or by at_once.h for calls that C++ makes on its own.
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/extension.h>
 
@@ -18,7 +18,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// On a CPU the kernels are emulated, which is for tests: enough multiprocessors to split a product of small features.
+// The number that the emulation on a CPU pretends to have, so that tests split the products of narrow features, too.
 constexpr int EMULATED_MULTIPROCESSORS = 4;
 
 struct Options {
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   return {value, coefficients, k, l};
 }
 
-// Gradients of the sides that want one; the other is undefined.
+// The gradients of the sides for which one is wanted, in the dtype of the features; undefined tensors for the others.
 std::pair<Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& mask, const Tensor& coefficients, const Tensor& k,
     const Tensor& l, const Options& options, bool x_grad, bool y_grad) {
@@ -135,9 +135,9 @@ std::pair<Tensor, Tensor> backward(
   return gradients;
 }
 
-// What answers a backward that will itself be differentiated, that a dispatch mode looks on, or whose gradient is a lazy negative:
-// a function (grad, x, y, mask, coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad) -> (dx, dy) of Python's. Never
-// destroyed: the interpreter may end first.
+// The Python function (grad, x, y, mask, coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad) -> (dx, dy) that computes
+// a backward which is differentiated itself, runs under a dispatch mode, or whose upstream gradient is a lazy negative or batched. It
+// is never destroyed, because the interpreter may be finalised before static objects are.
 py::object& differentiable_backward() {
   static py::object* const function = new py::object();
   return *function;
@@ -164,7 +164,8 @@ class Alignment : public torch::autograd::Function<Alignment> {
     const bool unbiased = context->saved_data["unbiased"].toBool(), exact = context->saved_data["exact"].toBool();
     const bool x_grad = context->needs_input_grad(0), y_grad = context->needs_input_grad(1);
     std::pair<Tensor, Tensor> gradients;
-    if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || grads[0].is_neg()) {
+    const bool batched = grads[0].key_set().has(c10::DispatchKey::Batched);  // torch.autograd.grad(is_grads_batched=True)
+    if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || grads[0].is_neg() || batched) {
       const py::gil_scoped_acquire python;
       const py::object mask_object = mask.defined() ? py::cast(mask) : py::none();
       const py::object result = differentiable_backward()(
@@ -198,7 +199,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return bird::Alignment::apply(x, y, mask, statistic, unbiased, exact);
       },
       py::call_guard<py::gil_scoped_release>());
-  // A whole call of the public functions: a function of x, y, mask and types.Options that gives None for one that is Python's.
+  // A function of x, y, mask and types.Options that makes a whole public call, or returns None to leave it to Python.
   m.def("at_once_where", [](py::function most) {
     return py::cpp_function(
         [checked = bird::AtOnce(std::move(most))](

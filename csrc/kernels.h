@@ -1,21 +1,21 @@
-// What the host code asks of the kernels: plain pointers and sizes. Implemented twice from the same source (cuda/gram.cuh):
-// by nvcc in cuda/launch.cu, and thread by thread on a CPU, for tests, in emulation/launch.cpp.
+// The interface between host code and kernels: plain pointers and sizes. The kernels (cuda/gram.cuh) are compiled twice: by nvcc
+// in cuda/launch.cu, and, for tests on a CPU, as an emulation thread by thread in emulation/launch.cpp.
 #pragma once
 
 #include <cstdint>
 
 namespace bird {
 
-constexpr int MAX_ROWS = 512;   // all rows of a slice of features stand in shared memory
-constexpr int CHUNK = 32;       // features of a slice that are there at a time
-constexpr int COEFFICIENTS = 11;  // moments.Coefficients; sum_k and sum_l are the totals of the hollow K and L (unbiased)
-constexpr int MOMENTS = 8;        // that a block adds up
+constexpr int MAX_ROWS = 512;     // a block holds all rows of CHUNK features in shared memory
+constexpr int CHUNK = 32;         // the features that a block holds at a time
+constexpr int COEFFICIENTS = 11;  // moments.Coefficients; unbiased, sum_k and sum_l are the totals of K and L without diagonals
+constexpr int MOMENTS = 8;        // the sums that each block contributes to
 constexpr int MAX_REDUCE_BLOCKS = 128;
 
 enum class Type { f32, f16, bf16 };
 enum class Statistic : int { cka_loss, cka, hsic };
 
-// Features [n, width] of any strides (in elements); `splits` blocks share the width.
+// Features [n, width] with any strides (in elements); the width is divided over `splits` blocks.
 struct Features {
   const void* data;
   int64_t row_stride, column_stride, width;
@@ -25,13 +25,13 @@ struct Features {
 struct Shape {
   int tile;    // rows and columns of a Gram tile: 64 or 128
   int pairs;   // upper tiles of one Gram matrix
-  int padded;  // rows, up to a whole tile
+  int padded;  // rows, rounded up to whole tiles
 };
 
-// Upper tiles of K and L, split over features until the device is busy.
+// The tiles of the forward: upper tiles of K and L, each split over features until the blocks fill the device.
 inline Shape plan_forward(int n, Features& x, Features& y, int multiprocessors) {
   const int64_t chunks_x = (x.width + CHUNK - 1) / CHUNK, chunks_y = (y.width + CHUNK - 1) / CHUNK;
-  // Three small tiles fill more of the device than one large one, which reads the features once instead of three times.
+  // Three tiles of 64 fill more of the device than one of 128, which reads the features once instead of three times.
   const bool wide = chunks_x + chunks_y > 8 * multiprocessors;
   Shape shape;
   shape.tile = n > 128 || (n > 64 && wide) ? 128 : 64;
@@ -56,9 +56,9 @@ struct Forward {
   Statistic statistic;
   bool unbiased;
   float* partials;  // [x.splits + y.splits, pairs, tile, tile]
-  double* slots;    // [2, MAX_REDUCE_BLOCKS, MOMENTS]: of the second launch and of the third
-  int* counter;     // of blocks that have arrived; cleared by the first launch
-  float* k;         // [n, n]; unbiased, not centred, and on the diagonal the row sums over n - 2
+  double* slots;    // [2, MAX_REDUCE_BLOCKS, MOMENTS]: each block's sums, in the second launch and in the third
+  int* counter;     // of blocks that have stored their sums; set to 0 by the first launch
+  float* k;         // [n, n]; unbiased: not centred, and the diagonal holds the row sums divided by n - 2
   float* l;
   double* coefficients;  // [COEFFICIENTS]
   float* value;
@@ -69,7 +69,7 @@ struct Backward {
     Features own;
     const float *own_gram, *other_gram;  // [n, n], as the forward leaves them
     void* out;                           // [n, width], dense
-    bool second;                         // the side is y: coefficients of ll instead of kk
+    bool second;                         // the side is y, whose derivative is d_ll instead of d_kk
   } sides[2];
   int count;  // of sides
   const bool* mask;
@@ -79,8 +79,8 @@ struct Backward {
   const float* grad;  // upstream, 0-d
 };
 
-// exact: fp32 products on the ordinary cores; otherwise tf32 on the matrix units. tf32 has fp16's mantissa, a longer one than
-// bf16's and the range of fp32, so it serves all three types, and half features need no scaling.
+// `exact`: fp32 products without matrix units; otherwise tf32 on the matrix units. tf32 has the mantissa of fp16, which is longer
+// than that of bf16, and the range of fp32, so it serves all three types, and half-precision features need no scaling.
 namespace cuda {
 void forward(Type type, bool exact, const Forward& call, void* stream);   // two launches, unbiased three
 void backward(Type type, bool exact, const Backward& call, int multiprocessors, void* stream);  // one
@@ -89,7 +89,7 @@ int multiprocessors(int device);
 namespace emulation {
 void forward(Type type, bool exact, const Forward& call, void* stream);
 void backward(Type type, bool exact, const Backward& call, int multiprocessors, void* stream);
-int64_t launches();  // so far, of all threads
+int64_t launches();  // the number of launches so far, in all threads
 }  // namespace emulation
 
 }  // namespace bird

@@ -69,7 +69,7 @@ arguments = DPOConfig(
     logging_steps=1,
     report_to="none",
 )
-guidance = Guidance(teacher, its_tokenizer, teacher_pooling="mean")  # 3: whom to follow, and how its tokens are pooled
+guidance = Guidance(teacher, its_tokenizer, teacher_pooling="mean", truncation="left")  # 3: whom to follow, and how
 trainer = BirdDPOTrainer(  # 4: the same trainer
     student,
     args=arguments,

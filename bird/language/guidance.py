@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bird_kernels.moments import MIN_ROWS
@@ -17,7 +22,7 @@ from ..features import find_layers, unwrap
 from ..losses import BirdLoss
 from ..taps import FirstPass
 from ..teachers import Teacher
-from .pooling import Pooling, pool_tokens, require_pooling, right_padded
+from .pooling import Pooling, pool_tokens, require_pooling
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,13 +51,15 @@ class Guidance:
     Args:
         teacher: any network of transformers, an encoder or a decoder with whatever head; it is frozen, and runs no
             further than its guiding layer. `copy.deepcopy` one that you go on training.
-        tokenizer: the teacher's, if it is not the student's. It must be a fast one for ``completion_only``.
+        tokenizer: the teacher's; None: the one of its ``name_or_path``. A teacher of the student's vocabulary is given
+            the ids of the student's tokens, unless ``text`` is given too; any other reads the text, for which
+            ``completion_only`` needs a fast tokenizer.
         alpha: weight of the trainer's own loss.
         beta: weight of the guidance. The published weights of vision, 0.1 and 0.9, are the defaults.
         layer: guided layer, a path in the student as it was before PEFT; None: the backbone's output, which is the
-            final hidden state, after the last norm.
+            final hidden state, after the last norm. Of an encoder-decoder network it has to be in the encoder.
         teacher_layer: guiding layer, the same.
-        pooling: of the student's tokens, see `bird.language.pool_tokens`. ``"all"`` needs the student's tokenizer on
+        pooling: of the student's tokens, see `bird.language.pool_tokens`. ``"all"`` needs the student's vocabulary on
             both sides.
         teacher_pooling: of the teacher's; None: as the student's. ``"mean"`` suits sentence encoders, ``"first"``
             classifiers of BERT's kind.
@@ -61,8 +68,12 @@ class Guidance:
             so that the geometry holds what sets them apart), ``"chosen"``, ``"rejected"``, or ``"prompt"`` (its tokens
             alone). Batches of other trainers have ``"both"`` only: all sequences.
         kernel, estimator: as of `bird.cka_loss`. Biased CKA is high for unrelated features of few rows.
-        text: makes the teacher's text of prompt and completion, special tokens of the student taken out; for batches
-            without a prompt that is ``""``. For ``completion_only`` it must end with the completion.
+        text: makes the teacher's text of prompt and completion, which are the sequence's text in its order without the
+            student's special tokens: what stands before the first token of the completion, and all from there on (later
+            turns of a conversation too). In batches that do not mark a completion the prompt is ``""``. For
+            ``completion_only`` the result must end with the completion.
+        truncation: the side on which a text is cut that is longer than the teacher takes: ``"left"`` drops its
+            beginning, ``"right"`` its end; ``teacher_truncated`` in the log counts them. None: such a text is an error.
         whole_batch: CKA compares all rows of an optimizer step: those of all processes, and of all accumulated
             batches, for which the student runs forward once more. False: each batch of each process by itself.
 
@@ -83,19 +94,21 @@ class Guidance:
     kernel: str | RBF = "linear"
     estimator: str = "biased"
     text: Callable[[str, str], str] = concatenated
+    truncation: Literal["left", "right"] | None = None
     whole_batch: bool = True
 
     def __post_init__(self) -> None:
         BirdLoss(self.alpha, self.beta, [("teacher", "student")])  # says what is wrong with the weights
         require_pooling("pooling", self.pooling)
         require_pooling("teacher_pooling", self.teacher_pooling or self.pooling)
-        for name, choices in (("rows", get_args(Rows)), ("estimator", tuple(MIN_ROWS))):
+        sides = ("left", "right", None)
+        for name, choices in (("rows", get_args(Rows)), ("estimator", tuple(MIN_ROWS)), ("truncation", sides)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {getattr(self, name)!r}")
         if "all" in (self.pooling, self.teacher_pooling) and (
-            self.tokenizer is not None or self.teacher_pooling not in (None, self.pooling)
+            self.truncation is not None or self.teacher_pooling not in (None, self.pooling)
         ):
-            raise ValueError('pooling="all" compares tokens: teacher and student must share it and a tokenizer')
+            raise ValueError('pooling="all" compares tokens: teacher and student must share it, and read all of a text')
         if self.completion_only and self.rows == "prompt":
             raise ValueError('rows="prompt" leaves no completion to pool: choose it or completion_only')
 
@@ -103,8 +116,8 @@ class Guidance:
 class Sequences(NamedTuple):
     """The sequences of a batch that are rows: token ids and masks, ``[B, T]``.
 
-    ``completion`` marks the tokens after the prompt; None where that is not known. ``part`` are their places in what
-    the student runs on.
+    ``completion`` marks the tokens that the student answers with, wherever they stand; None where that is not known.
+    ``part`` are the sequences' places in what the student runs on.
     """
 
     ids: Tensor
@@ -122,8 +135,12 @@ class Guide:
         tokenizer: the student's.
         group: processes whose rows are compared together.
 
+    Attributes:
+        truncated: how many texts were cut for the teacher.
+
     Raises:
-        ValueError: an unknown layer (the nearest are listed); a teacher of another vocabulary without a tokenizer.
+        ValueError: an unknown layer (the nearest are listed), or one in the decoder of an encoder-decoder network; a
+            tokenizer that is not known, or is of another vocabulary where tokens are compared.
     """
 
     def __init__(
@@ -133,34 +150,51 @@ class Guide:
         tokenizer: PreTrainedTokenizerBase | None,
         group: ProcessGroup | None = None,
     ) -> None:
-        self.guidance, self.tokenizer = guidance, tokenizer
+        self.guidance, self.truncated = guidance, 0
         self.processes = 1 if group is None else group.size()
-        core = without_adapters(student)
-        self.layer = guidance.layer or backbone(core)
-        self.taps = FirstPass(core, [self.layer], pool="none")
+        self.watch(student)
         self.network = guide = unwrap(guidance.teacher)
         if guidance.teacher_layer is None and not _has_backbone(guide):
             guide = _Whole(guide)
         self.teacher_layer = guidance.teacher_layer or backbone(guide)
-        find_layers(guide, [self.teacher_layer])
+        _require_encoder(self.network, find_layers(guide, self.teacher_layer))
         self.teacher = Teacher(guide, [self.teacher_layer], pool="none")
+        pairs = [(self.teacher_layer, self.layer)]
         self.loss = BirdLoss(
-            guidance.alpha,
-            guidance.beta,
-            [(self.teacher_layer, self.layer)],
-            kernel=guidance.kernel,
-            estimator=guidance.estimator,
-            group=group,
+            guidance.alpha, guidance.beta, pairs, kernel=guidance.kernel, estimator=guidance.estimator, group=group
         )
-        if guidance.tokenizer is None:
-            _require_same_vocabulary(core, self.network)
-        elif tokenizer is None:
-            raise ValueError("the teacher has its own tokenizer, so the student's is needed: give processing_class")
+        self.tokenizer: Any = tokenizer or _tokenizer_of(without_adapters(student))
+        if self.tokenizer is None:
+            raise ValueError("the student's tokenizer is not known: give processing_class")
+        reader: Any = copy.copy(guidance.tokenizer or _tokenizer_of(self.network))
+        if reader is None:
+            raise ValueError("it is not known which tokenizer the teacher reads with: give it, tokenizer=")
+        self.hands_on = guidance.text is concatenated and self.tokenizer.get_vocab() == reader.get_vocab()
+        if guidance.pooling == "all" and not self.hands_on:
+            raise ValueError('pooling="all" compares tokens: give no text=, and a teacher of the student\'s vocabulary')
+        reader.truncation_side = guidance.truncation or "right"
+        self.reader, self.window = reader, window_of(self.network, reader)
+
+    def watch(self, student: nn.Module) -> None:
+        """Puts the taps on a student."""
+        core = without_adapters(student)
+        self.layer = self.guidance.layer or backbone(core)
+        _require_encoder(core, find_layers(core, self.layer))
+        prompt_learning = getattr(unwrap(student), "active_peft_config", None)
+        self.virtual: int = getattr(prompt_learning, "num_virtual_tokens", None) or 0
+        self.taps = FirstPass(core, [self.layer], pool="none")
+        self.watches = True
+
+    def release(self) -> None:
+        """Takes the taps off the student, and forgets its features."""
+        self.taps.remove()
+        self.watches = False
 
     def student_rows(self, sequences: Sequences) -> Tensor:
         """Rows of the student's first pass since ``taps.listen()``, ``[N, P]``."""
-        features = self.taps.pop()[self.layer][sequences.part]
-        return pool_tokens(features, self._counted(sequences), self.guidance.pooling)
+        features, mask = self.taps.pop()[self.layer][sequences.part], self._counted(sequences)
+        virtual = self.virtual if features.shape[1] > mask.shape[1] else 0  # none where a prefix is keys and values
+        return pool_tokens(features, mask, self.guidance.pooling, virtual=virtual)
 
     def teacher_rows(self, sequences: Sequences) -> Tensor:
         """The teacher's rows of the same sequences, ``[N, Q]``.
@@ -168,16 +202,16 @@ class Guide:
         Raises:
             ValueError: a text is empty, or longer than the teacher takes.
         """
-        if self.guidance.tokenizer is None:
-            mask, ids, counted = right_padded(sequences.mask, sequences.ids, self._counted(sequences))
-        else:
-            mask, ids, counted = self._read(sequences, self.guidance.tokenizer)
+        ids, counted = self._handed_on(sequences) if self.hands_on else self._read(sequences)
         device = next(self.network.parameters()).device
+        if device.type == "meta":  # accelerate has put the weights elsewhere, and moves what the network is given
+            device = sequences.ids.device
         takes = inspect.signature(type(self.network).forward).parameters
         options = {"use_cache": False} if "use_cache" in takes else {}
-        features = self.teacher(input_ids=ids.to(device), attention_mask=mask.to(device, torch.long), **options)
+        mask = _table([[1] * len(row) for row in ids]).to(device)
+        features = self.teacher(input_ids=_table(ids).to(device), attention_mask=mask, **options)
         pooling = self.guidance.teacher_pooling or self.guidance.pooling
-        return pool_tokens(features[self.teacher_layer], counted, pooling)
+        return pool_tokens(features[self.teacher_layer], _table(counted), pooling)
 
     def can_compare(self, rows: int) -> bool:
         """Whether the estimator can do with so many rows in every process; warns where it cannot."""
@@ -193,39 +227,62 @@ class Guide:
 
     def _counted(self, sequences: Sequences) -> Tensor:
         """Which tokens are pooled."""
-        only = self.guidance.completion_only
-        return sequences.mask * self._after_prompt(sequences) if only else sequences.mask
-
-    def _after_prompt(self, sequences: Sequences) -> Tensor:
+        if not self.guidance.completion_only:
+            return sequences.mask
         if sequences.completion is None:
-            raise ValueError("completion_only: these batches do not say where the completion begins")
-        return sequences.completion
+            raise ValueError("completion_only: these batches do not say which tokens are the completion")
+        return sequences.mask * sequences.completion
 
-    def _read(self, sequences: Sequences, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor, Tensor]:
-        """Mask, ids and what is pooled, of the student's text in the teacher's tokens, padded on the right."""
-        only, mask = self.guidance.completion_only, sequences.mask != 0
-        known = only or sequences.completion is not None
-        completion = mask & (self._after_prompt(sequences) != 0) if known else mask
-        prompts, completions = (self._text(sequences.ids, part) for part in (mask & ~completion, completion))
-        texts = [self.guidance.text(*both) for both in zip(prompts, completions, strict=True)]
+    def _handed_on(self, sequences: Sequences) -> tuple[list[list[int]], list[list[int]]]:
+        """The student's token ids without padding, and which of them are pooled."""
+        ids, counted = (_unpadded(table, sequences.mask) for table in (sequences.ids, self._counted(sequences)))
+        if self._are_long(ids):
+            kept = slice(-self.window, None) if self.guidance.truncation == "left" else slice(self.window)
+            ids, counted = [row[kept] for row in ids], [row[kept] for row in counted]
+        return ids, counted
+
+    def _read(self, sequences: Sequences) -> tuple[list[list[int]], list[list[int]]]:
+        """The student's text in the teacher's tokens, and which of them are pooled."""
+        only = self._counted(sequences) is not sequences.mask
+        completion = sequences.mask if sequences.completion is None else sequences.completion
+        read = [*map(self._text, *(_unpadded(table, sequences.mask) for table in (sequences.ids, completion)))]
+        ends = [text[spans[0][0] if spans else len(text) :] for text, spans in read]
+        texts = [self.guidance.text(text.removesuffix(end), end) for (text, _), end in zip(read, ends, strict=True)]
         if empty := [number for number, text in enumerate(texts) if not text.strip()]:
             raise ValueError(f"sequences {empty} of the batch have no text for the teacher: an empty text or response")
-        read = tokenizer(texts, return_offsets_mapping=only, verbose=False)
-        ids: list[list[int]] = read["input_ids"]
-        longest, window = max(map(len, ids)), window_of(self.network, tokenizer)
-        if longest > window:
-            raise ValueError(
-                f"a text has {longest} tokens of the teacher's tokenizer, and the teacher takes {window}: shorten what "
-                "the student is trained on (max_length), or what the teacher reads of it (text=)"
-            )
-        ones = [[1] * len(row) for row in ids]
-        counted = [*map(_at_the_end, texts, completions, read["offset_mapping"])] if only else ones
-        return _table(ones, longest), _table(ids, longest), _table(counted, longest)
+        tokens = self.reader(texts, return_offsets_mapping=only, verbose=False)
+        if self._are_long(tokens["input_ids"]):
+            tokens = self.reader(texts, return_offsets_mapping=only, truncation=True, max_length=self.window)
+        if not only:
+            return tokens["input_ids"], [[1] * len(row) for row in tokens["input_ids"]]
+        counted = []
+        for text, end, (whole, spans), offsets in zip(texts, ends, read, tokens["offset_mapping"], strict=True):
+            if not text.endswith(end):
+                raise ValueError(f"completion_only: text= must end with the completion, {text!r} does not")
+            moved = [(start + len(text) - len(whole), stop + len(text) - len(whole)) for start, stop in spans]
+            counted.append([int(any(a < stop and b > max(a, start) for start, stop in moved)) for a, b in offsets])
+        return tokens["input_ids"], counted
 
-    def _text(self, ids: Tensor, chosen: Tensor) -> list[str]:
-        assert self.tokenizer is not None
-        rows = [row[of].tolist() for row, of in zip(ids.cpu(), chosen.cpu(), strict=True)]
-        return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    def _text(self, ids: list[int], marked: list[int]) -> tuple[str, list[tuple[int, int]]]:
+        """What the student's tokens say, and from where to where in it the marked ones reach."""
+        decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
+        text: str = decode(ids)
+        edges = F.pad(torch.tensor(marked, device="cpu").ne(0).int(), (1, 1)).diff().nonzero().flatten().tolist()
+        # A token may be a part of a character, or lose its space at the beginning, so none is decoded by itself.
+        places = [len(commonprefix([text, decode(ids[:edge])])) for edge in edges]  # noqa: RUF071 -- by character
+        return text, [*zip(places[::2], places[1::2], strict=True)]
+
+    def _are_long(self, rows: list[list[int]]) -> bool:
+        """Whether tokens must be cut for the teacher, and may be."""
+        long = [len(row) for row in rows if len(row) > self.window]
+        if long and self.guidance.truncation is None:
+            raise ValueError(
+                f"a text has {max(long)} tokens of the teacher's tokenizer, and the teacher takes {self.window}: let "
+                'it be cut (truncation="left" keeps the end), or shorten what the student is trained on (max_length) '
+                "or what the teacher reads of it (text=)"
+            )
+        self.truncated += len(long)
+        return bool(long)
 
 
 class _Whole(nn.Module):
@@ -263,27 +320,46 @@ def _has_backbone(model: nn.Module) -> bool:
     return getattr(model, "base_model_prefix", "") in dict(model.named_children())
 
 
-def _require_same_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
-    ours, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (student, teacher))
-    if ours != theirs:
+def _require_encoder(network: Any, layers: dict[str, nn.Module]) -> None:
+    """Raises a ValueError for layers of a decoder beside an encoder: the text's mask is not of their tokens."""
+    if not getattr(getattr(network, "config", None), "is_encoder_decoder", False):
+        return
+    encoder = network.get_encoder()
+    if outside := [name for name, layer in layers.items() if layer not in {*encoder.modules()}]:
+        names = [name for name, module in network.named_modules() if module is encoder]
         raise ValueError(
-            f"the student has {ours} token ids and the teacher {theirs}: give the teacher's own tokenizer, tokenizer="
+            f"{type(network).__name__} reads with an encoder, and {outside[0]!r} lies outside of it, where the text's "
+            f"attention mask is not that of the tokens: name a layer of the encoder, such as {names[0]!r}"
         )
 
 
-def window_of(teacher: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the teacher takes."""
-    positions: Any = getattr(getattr(teacher, "config", None), "max_position_embeddings", None)
-    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+def _tokenizer_of(network: nn.Module) -> PreTrainedTokenizerBase | None:
+    """The one that was published with a network, if that can be had without running code of its folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        name: Any = getattr(network, "name_or_path", None)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False) if name else None
+    except (OSError, ValueError, ImportError):
+        return None
 
 
-def _at_the_end(text: str, end: str, offsets: Sequence[tuple[int, int]]) -> list[int]:
-    """Which tokens of a text, by where each begins and stops, reach into its end."""
-    if not text.endswith(end):
-        raise ValueError(f"completion_only: text= must end with the completion, {text!r} does not")
-    start = len(text) - len(end)
-    return [int(stop > start and stop > begin) for begin, stop in offsets]
+def window_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a network takes: what its tokenizer says, and its table of positions.
+
+    RoBERTa and its kind count positions from the one behind the padding's: of 514 they use 512.
+    """
+    positions: Any = getattr(getattr(network, "config", None), "max_position_embeddings", None) or sys.maxsize
+    tables = [table for name, table in network.named_modules() if name.endswith("position_embeddings")]
+    unused = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return min(tokenizer.model_max_length, positions - max(unused, default=0))
 
 
-def _table(rows: Sequence[Sequence[int]], width: int) -> Tensor:
-    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+def _unpadded(table: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[of].tolist() for row, of in zip(table.cpu(), mask.ne(0).cpu(), strict=True)]
+
+
+def _table(rows: list[list[int]]) -> Tensor:
+    """Padded on the right by 0, whatever the side that the student pads on: networks count positions from the left."""
+    tensors = [torch.tensor(row, dtype=torch.long, device="cpu") for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,51 +35,91 @@ class BirdMixin:
 
     A batch with fewer rows than the estimator needs, the last of an epoch say, trains on the task alone.
 
-    Logged with the trainer's own metrics: ``cka`` of teacher and student, ``cka_loss`` (1 - CKA), ``task_loss`` (the
-    trainer's own loss); ``eval_cka`` and so on in evaluation, batch by batch.
+    Logged with the trainer's own metrics, over all processes: ``cka`` of teacher and student, ``cka_loss`` (1 - CKA),
+    ``task_loss`` (the trainer's own loss), and with ``Guidance(truncation=)`` ``teacher_truncated``, the number of the
+    texts that were cut; in evaluation and prediction the same of that set's batches behind a prefix: ``eval_cka``.
+
+    The attributes that the mixin adds to a trainer begin with ``bird_``, or with ``_bird_``.
 
     Args:
         guidance: what guides; all other arguments are the trainer's.
 
     Raises:
-        ValueError: as of `bird.language.guidance.Guide`; a kind of parallelism that does not fit; batches without mask;
-            empty or over-long texts.
+        ValueError: as of `bird.language.guidance.Guide`; a kind of parallelism or of batches that does not fit; in
+            training, batches without a mask, and empty or over-long texts.
     """
 
     def __init__(self, *args: Any, guidance: Guidance, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         _require_plain_parallelism(trainer)
+        _require_padded_sequences(trainer)
+        if guidance.rows != "both" and type(self).bird_sequences is BirdMixin.bird_sequences:
+            raise ValueError(f"rows={guidance.rows!r} is of preference batches; {type(self).__name__} has one kind")
         several = guidance.whole_batch and trainer.args.world_size > 1
         group = torch.distributed.group.WORLD if several else None
-        self.guide = Guide(guidance, trainer.model, trainer.processing_class, group)
-        self.guide.teacher.to(trainer.args.device)
-        self._step: _Accumulated | None = None
-        self._logged: dict[str, dict[str, list[Tensor]]] = {"": defaultdict(list), "eval_": defaultdict(list)}
+        self.bird_guide = Guide(guidance, trainer.model, trainer.processing_class, group)
+        self.bird_guide.teacher.to(trainer.args.device)
+        self._bird_step: _Accumulated | None = None
+        self._bird_noted: list[tuple[Tensor, Tensor | None]] = []  # of batches: the trainer's loss, and the distance
+        self._bird_totals: Tensor | None = None  # of training since it was logged
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own, which leaves no tap on the student."""
+        self.bird_guide.release()  # ``model_init`` makes another student
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.bird_guide.release()
+            self._bird_step = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of the next optimizer step, as the trainer collects them; remembered where they are several."""
         collected = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         batches = collected[0]
-        several = len(batches) > 1 and self.guide.guidance.whole_batch
-        self._step = _Accumulated(batches) if several else None
+        several = len(batches) > 1 and self.bird_guide.guidance.whole_batch
+        self._bird_step = _Accumulated(batches) if several else None
         return collected
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own; at the end of an optimizer step all processes add up what there is to log."""
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not self._bird_noted:
+            raise RuntimeError(f"{type(self).__name__} trains without compute_loss, where the guidance would come in")
+        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
+            totals = self._bird_sums()
+            self._bird_totals = totals if self._bird_totals is None else self._bird_totals + totals
+        return loss
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The trainer's own, of evaluation and prediction, and the guidance's metrics of this set."""
+        kept, self._bird_noted = self._bird_noted, []
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
+            for name, value in self._bird_metrics(self._bird_sums()).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+            return output
+        finally:
+            self._bird_noted = kept
+            if not self.is_in_train:  # type: ignore[attr-defined]
+                self.bird_guide.release()
+
     def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """``alpha`` times the trainer's loss, and ``beta`` times the distance of the geometries."""
-        sequences = self.sequences(inputs)
-        step = self._step if model.training else None
+        guide = self.bird_guide
+        if not guide.watches:
+            guide.watch(self.model)  # type: ignore[attr-defined]
+        sequences = self.bird_sequences(inputs)
+        step = self._bird_step if model.training else None
         if step is not None:
             if step.gradients is None:
-                step.settle(*self._first_passes(model, step), self.guide)
+                step.settle(*self._bird_first_passes(model, step), guide)
             set_random_state(step.states[step.number])
-        self.guide.taps.listen()
+        guide.taps.listen()
+        if not model.training and "KL_input_ids" in inputs:  # KTO's trainer begins with other sequences
+            self._bird_pass(model, inputs)
         result = super().compute_loss(  # type: ignore[misc]
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
@@ -88,88 +127,94 @@ class BirdMixin:
         # The trainer divides what it gets by the number of accumulated batches, unless the loss is a share of the
         # whole already; then so must the guidance be.
         batches = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
-        later = batches if model.training and not self._is_share(num_items_in_batch) else 1
-        rows = self.guide.student_rows(sequences)
-        if step is not None:
-            distance, pull = step.next(rows)
-            guided = None if distance is None else later * (pull + (distance / batches))
-        else:
-            distance = self._distance(rows, sequences)
-            guided = None if distance is None else distance * later / batches
-        loss = self.guide.loss.alpha * task
-        if guided is not None and distance is not None:
-            loss = loss + self.guide.loss.beta * guided
-        self._note("" if model.training else "eval_", task.detach() * (batches / later), distance)
+        later = batches if model.training and not self._bird_is_share(num_items_in_batch) else 1
+        rows, loss = guide.student_rows(sequences), guide.loss.alpha * task
+        distance, pull = (self._bird_distance(rows, sequences), 0) if step is None else step.next(rows)
+        if distance is not None:
+            loss = loss + guide.loss.beta * (later * (pull + distance / batches))
+        self._bird_noted.append((task.detach() * (batches / later), None if distance is None else distance.detach()))
         return (loss, result[1]) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's own metrics, and what was noted since the last time: means, over processes too."""
-        trainer: Any = self
-        prefix = "" if trainer.model.training else "eval_"
-        for name, values in self._logged[prefix].items():
-            mean = trainer.accelerator.gather(torch.stack(values).mean()).mean()
-            logs[prefix + name] = mean.item()
-        self._logged[prefix].clear()
+        """The trainer's own metrics of training, and the guidance's since the last time; no process waits here."""
+        if self._bird_totals is not None and logs.keys() & {"loss", "train_loss"}:
+            logs.update(self._bird_metrics(self._bird_totals))
+            self._bird_totals = None
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def sequences(self, inputs: Mapping[str, Any]) -> Sequences:
-        """Which sequences of a batch are rows; override it for batches of another kind.
+    def bird_sequences(self, inputs: Mapping[str, Any]) -> Sequences:
+        """Which sequences of a batch are rows, and which of their tokens the completion; override it for other batches.
 
         Raises:
-            ValueError: no ids or mask, or a choice of rows that these batches have not.
+            ValueError: no ids or mask.
         """
-        if self.guide.guidance.rows != "both":
+        if missing := [name for name in ("input_ids", "attention_mask") if name not in inputs]:
             raise ValueError(
-                f"rows={self.guide.guidance.rows!r} is of preference batches; {type(self).__name__} has one kind"
+                f"a batch has no {' and no '.join(missing)}, only {[*inputs]}: rows are padded sequences with a mask"
             )
-        ids, mask = ids_and_mask(inputs)
-        labels = inputs.get("labels")
-        if isinstance(labels, Tensor) and labels.shape == ids.shape and not labels.is_floating_point():
-            return Sequences(ids, mask, labels != -100)
-        return Sequences(ids, mask, None)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        labels, completion = inputs.get("labels"), inputs.get("completion_mask")
+        config = getattr(self.model, "config", None)  # type: ignore[attr-defined]
+        of_tokens = isinstance(labels, Tensor) and labels.shape == ids.shape and not labels.is_floating_point()
+        if completion is None and of_tokens and not getattr(config, "is_encoder_decoder", False):
+            completion = labels != -100
+        return Sequences(ids, mask, completion)
 
-    def _first_passes(self, model: Any, step: _Accumulated) -> tuple[list[Tensor], list[Tensor]]:
+    def _bird_first_passes(self, model: Any, step: _Accumulated) -> tuple[list[Tensor], list[Tensor]]:
         """Rows of student and teacher of every batch of the step, without graphs."""
         trainer: Any = self
         ours, theirs = [], []
-        forward = inspect.signature(type(without_adapters(model)).forward).parameters  # a wrapper hides its own
-        extra = {"use_cache": False, "logits_to_keep": 1}  # the head's output is not needed
-        with torch.no_grad():
-            for batch in step.batches:
-                inputs = {k: v.to(trainer.args.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                sequences = self.sequences(inputs)
-                step.states.append(random_state(self._devices()))
-                self.guide.taps.listen()
-                known = {name: value for name, value in inputs.items() if name in forward and name != "labels"}
-                model(**known, **{name: value for name, value in extra.items() if name in forward})
-                ours.append(self.guide.student_rows(sequences))
-                theirs.append(self.guide.teacher_rows(sequences))
+        others = [trainer.args.device] if trainer.args.device.type != "cpu" else []  # which is "cpu:1" on a second rank
+        for batch in step.batches:
+            inputs = trainer._prepare_inputs(batch)
+            sequences = self.bird_sequences(inputs)
+            step.states.append(random_state(others))
+            with torch.no_grad():
+                self.bird_guide.taps.listen()
+                self._bird_pass(model, inputs)
+                ours.append(self.bird_guide.student_rows(sequences))
+                theirs.append(self.bird_guide.teacher_rows(sequences).to(ours[-1].device))
         return ours, theirs
 
-    def _devices(self) -> set[torch.device]:
-        device = self.args.device  # type: ignore[attr-defined]
-        return set() if device.type == "cpu" else {device}
+    def _bird_pass(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        """The student's forward of a batch, for its features."""
+        core = without_adapters(model)
+        forward = inspect.signature(type(core).forward).parameters  # a wrapper hides its own
+        known = {name: value for name, value in inputs.items() if name in forward}
+        if not getattr(getattr(core, "config", None), "is_encoder_decoder", False):
+            known.pop("labels", None)  # which are what a decoder of its own reads
+        extra = {"use_cache": False, "logits_to_keep": 1}  # the head's output is not needed
+        model(**known, **{name: value for name, value in extra.items() if name in forward})
 
-    def _distance(self, rows: Tensor, sequences: Sequences) -> Tensor | None:
-        if not self.guide.can_compare(len(rows)):
-            return None
-        return self.guide.loss.distance(rows, self.guide.teacher_rows(sequences))
+    def _bird_distance(self, rows: Tensor, sequences: Sequences) -> Tensor | None:
+        guide = self.bird_guide
+        many = guide.can_compare(len(rows))
+        return guide.loss.distance(rows, guide.teacher_rows(sequences).to(rows.device)) if many else None
 
-    def _is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
+    def _bird_is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
         """Whether the trainer's loss of a batch is its share of the optimizer step's: what `Trainer` itself asks."""
         trainer: Any = self
-        declared: bool | None = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if declared is not None:
-            return declared
+        if (declared := getattr(trainer, "loss_is_scaled_for_ga", None)) is not None:
+            return bool(declared)
         by_items = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
         return by_items or trainer.compute_loss_func is not None
 
-    def _note(self, prefix: Literal["", "eval_"], task: Tensor, distance: Tensor | None) -> None:
-        noted = self._logged[prefix]
-        noted["task_loss"].append(task)
-        if distance is not None:
-            noted["cka"].append(1 - distance.detach())
-            noted["cka_loss"].append(distance.detach())
+    def _bird_sums(self) -> Tensor:
+        """Of what was noted, sums and numbers over all processes, each of which must call it; it is forgotten here."""
+        trainer: Any = self
+        noted, self._bird_noted = self._bird_noted, []
+        zero = torch.zeros((), device=trainer.args.device)
+        tasks, distances = [task for task, _ in noted], [distance for _, distance in noted if distance is not None]
+        numbers = torch.tensor([len(tasks), len(distances), self.bird_guide.truncated], device=zero.device)
+        self.bird_guide.truncated = 0
+        return trainer.accelerator.reduce(torch.cat([torch.stack([sum(tasks, zero), sum(distances, zero)]), numbers]))
+
+    def _bird_metrics(self, sums: Tensor) -> dict[str, float]:
+        task, distance, tasks, distances, truncated = sums.tolist()
+        found = {"task_loss": task / tasks} if tasks else {}
+        if distances:
+            found |= {"cka": 1 - distance / distances, "cka_loss": distance / distances}
+        return found if self.bird_guide.guidance.truncation is None else found | {"teacher_truncated": truncated}
 
 
 class _Accumulated:
@@ -201,21 +246,6 @@ class _Accumulated:
         return self.distance, pull - pull.detach()
 
 
-def ids_and_mask(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Of a padded batch.
-
-    Raises:
-        ValueError: it has none.
-    """
-    missing = [name for name in ("input_ids", "attention_mask") if name not in inputs]
-    if missing:
-        raise ValueError(
-            f"a batch has no {' and no '.join(missing)}, only {list(inputs)}: rows are padded sequences, so packing "
-            "and padding_free must be off"
-        )
-    return inputs["input_ids"], inputs["attention_mask"]
-
-
 def _require_plain_parallelism(trainer: Any) -> None:
     if trainer.args.n_gpu > 1:
         raise ValueError(
@@ -226,3 +256,14 @@ def _require_plain_parallelism(trainer: Any) -> None:
     names: Iterable[str] = ("tp_size", "cp_size", "sp_size")
     if split := [name for name in names if config is not None and (getattr(config, name, 1) or 1) > 1]:
         raise ValueError(f"{', '.join(split)}: BIRD compares whole sequences, so processes may split the data alone")
+
+
+def _require_padded_sequences(trainer: Any) -> None:
+    names = ("packing", "eval_packing", "padding_free")
+    if chosen := [n for n in names for it in (trainer.args, trainer.data_collator) if getattr(it, n, None)]:
+        raise ValueError(f"{chosen[0]}: BIRD compares whole sequences, padded and with a mask: set it to False")
+    if type(trainer)._prepare_inputs.__module__ != "transformers.trainer":
+        raise ValueError(
+            f"{type(trainer).__name__} makes its batches while it trains, and BIRD needs those of a data set, with "
+            "input_ids and attention_mask, as trainers of SFT, DPO, KTO and rewards have them"
+        )

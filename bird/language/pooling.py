@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from bird_kernels import last_token, mean_tokens
@@ -12,28 +11,31 @@ from bird_kernels import last_token, mean_tokens
 Pooling = Literal["last", "first", "mean", "all"]
 
 
-def pool_tokens(features: Tensor, mask: Tensor, pooling: Pooling = "last") -> Tensor:
+def pool_tokens(features: Tensor, mask: Tensor, pooling: Pooling = "last", *, virtual: int = 0) -> Tensor:
     """Rows of token features; padding may stand on either side and hold anything.
 
     Args:
-        features: ``[B, T, D]``; what the mask has no place for are virtual tokens in front (prompt learning), left out.
+        features: ``[B, V + T, D]``.
         mask: ``[B, T]``, bool or integer, 0 leaves a token out.
         pooling: ``"last"``, ``"first"``: of each sequence's tokens, ``[B, D]``; ``"mean"``: over them, ``[B, D]``, in
             fp32 or wider; ``"all"``: every token a row, ``[number of tokens, D]``, sequence after sequence.
+        virtual: V, how many tokens that are not in the mask stand in front (prompt learning); they are left out.
 
     Raises:
         ValueError: an unknown ``pooling``, shapes that do not fit, or a sequence without a token.
     """
     require_pooling("pooling", pooling)
-    if features.ndim != 3 or mask.ndim != 2 or len(features) != len(mask) or features.shape[1] < mask.shape[1]:
+    if features.ndim != 3 or mask.ndim != 2 or features.shape[:2] != (len(mask), virtual + mask.shape[1]):
         raise ValueError(
-            f"features must be [B, T, D] and the mask [B, T], got {list(features.shape)} and {list(mask.shape)}: "
+            f"features must be [B, {virtual} + T, D] and the mask [B, T], got {[*features.shape]} and {[*mask.shape]}: "
             "tap a layer whose output keeps the tokens, such as a decoder block or the whole backbone"
         )
-    features, mask = features[:, features.shape[1] - mask.shape[1] :], mask.to(features.device) != 0
+    features, mask = features[:, virtual:], mask.to(features.device) != 0
     empty = (~mask.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"sequences {empty} of the batch have no token to pool: an empty text or response")
+        raise ValueError(
+            f"sequences {empty} of the batch have no token to pool: an empty text or response, or one that was cut"
+        )
     if pooling == "all":
         return features[mask]
     if pooling == "mean":
@@ -47,15 +49,3 @@ def require_pooling(name: str, pooling: str) -> None:
     """Raises a ValueError unless ``pooling`` is known."""
     if pooling not in get_args(Pooling):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(Pooling)))}, not {pooling!r}")
-
-
-def right_padded(mask: Tensor, *others: Tensor) -> list[Tensor]:
-    """A mask ``[B, T]`` with all that counts moved to the front, as many places as the longest sequence has, and what
-    lies beside it (``[B, T]``) moved alike.
-
-    Networks with absolute positions count them from the first place, so a frozen teacher's features must not depend
-    on the side on which a student's tokenizer pads.
-    """
-    mask = mask != 0
-    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
-    return [tensor.gather(1, order) for tensor in (mask, *others)]

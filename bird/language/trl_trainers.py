@@ -8,11 +8,11 @@ from typing import Any
 from trl import DPOTrainer, SFTTrainer
 
 from .guidance import Sequences
-from .mixin import BirdMixin, ids_and_mask
+from .mixin import BirdMixin
 
 
 class BirdSFTTrainer(BirdMixin, SFTTrainer):
-    """`trl.SFTTrainer` with ``guidance=``, see `BirdMixin`. Tokens that are trained on are the completion."""
+    """`trl.SFTTrainer` with ``guidance=``, see `BirdMixin`. The tokens that are trained on are the completion."""
 
 
 class BirdDPOTrainer(BirdMixin, DPOTrainer):
@@ -21,13 +21,11 @@ class BirdDPOTrainer(BirdMixin, DPOTrainer):
     A batch of B pairs has 2 B sequences, chosen ones and then rejected ones; ``Guidance(rows=)`` says which are rows.
     """
 
-    def sequences(self, inputs: Mapping[str, Any]) -> Sequences:
+    def bird_sequences(self, inputs: Mapping[str, Any]) -> Sequences:
         """The rows that were asked for, of a preference batch."""
-        ids, mask = ids_and_mask(inputs)
-        completion = inputs["completion_mask"]
-        half = len(ids) // 2
-        rows = self.guide.guidance.rows
+        whole, rows = super().bird_sequences(inputs), self.bird_guide.guidance.rows
+        part = {"both": slice(None), "rejected": slice(len(whole.ids) // 2, None)}.get(rows, slice(len(whole.ids) // 2))
+        ids, mask, completion = whole.ids[part], whole.mask[part], inputs["completion_mask"][part]
         if rows == "prompt":
             mask, completion = mask * (1 - completion), completion * 0
-        part = {"both": slice(None), "rejected": slice(half, None)}.get(rows, slice(half))
-        return Sequences(ids[part], mask[part], completion[part], part)
+        return Sequences(ids, mask, completion, part)

@@ -1,4 +1,7 @@
-"""The backends by name, loaded when first used, and why one cannot run."""
+"""The backends, imported at their first use: which can run here, why others cannot, and which one ``auto`` takes.
+
+A *fused* backend (native, triton) has kernels of its own; the library backend runs PyTorch's matrix products.
+"""
 
 from __future__ import annotations
 
@@ -17,30 +20,30 @@ from ..plan import FEW_ROWS, are_few, route_of, variant
 from ..types import RBF, Choice, Cost, Estimator, Precision, Problem, Sheet, Variant
 from . import rows, trust
 
-# A module each, with why_not(dtype, device), stash_shapes(problem, route), forward(...) and backward(...). Best first.
+# The modules, best first. Each has why_not(dtype, device), stash_shapes(problem, route), forward(...), backward(...).
 _MODULES = {name: f"bird_kernels.backends.{name}" for name in ("native", "triton", "library")}
 
 _ALL: tuple[Variant, ...] = get_args(Variant)
 _VARIANTS = {"native": ("linear",), "triton": ("linear", "sqrt=True", 'kernel="rbf"'), "library": _ALL}
 
-# Those that compute Gaussian kernels, by the backend they belong to.
+# The modules for Gaussian kernels, by backend.
 _RBF = {"triton": "bird_kernels.backends.triton.gaussian", "library": "bird_kernels.backends.library_rbf"}
 
-SHIFTED = "shifted"  # the kind of `trust.Use` that the library backend's own kernels are
+SHIFTED = "shifted"  # names `backends.shifted`, and its kernels as a kind of `trust.Use`
 
-# "reference" is plain PyTorch under autograd, not an operator: `call` runs it itself.
+# "reference" is plain PyTorch under autograd, not an operator: `call` runs it.
 NAMES = ("auto", *_MODULES, "reference")
 
 
 @lru_cache
 def load(name: str, kernel: str = "linear") -> ModuleType:
-    """The module of a backend that implements the operators for a "linear" or "rbf" kernel."""
+    """The module that implements backend ``name`` for a "linear" or an "rbf" kernel."""
     return importlib.import_module((_MODULES if kernel == "linear" else _RBF)[name])
 
 
 def of(problem: Problem, name: str) -> ModuleType:
-    """The module of backend ``name`` that computes this problem: of the library on a GPU the one with shifted operands,
-    where its kernels work."""
+    """The module of backend ``name`` that computes this problem. The library's on a GPU is `backends.shifted`, if its
+    kernels work here and it takes the problem."""
     if name == "library" and problem.kernel is None and _shifts(problem.dtype, problem.device):
         shifted = importlib.import_module("bird_kernels.backends.shifted")
         if shifted.takes(problem):
@@ -50,15 +53,15 @@ def of(problem: Problem, name: str) -> ModuleType:
 
 @lru_cache
 def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether library products are prepared and finished by Triton here."""
+    """Whether `backends.shifted` can run here: Triton kernels before and after library products."""
     if trust.why_not("library", SHIFTED, dtype, device) is not None:
         return False
     return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
 
 
 def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows | None:
-    """Rows x [n, p], y [n, q], with mask bool [n] or None, shifted for products on a GPU: by Triton where its kernels
-    work, else in plain PyTorch. None for fp64 and on other devices, where centring costs no digits."""
+    """x [n, p] and y [n, q], with mask bool [n] or None, as shifted operands of products on a GPU: by Triton if its
+    kernels work, else by plain PyTorch. None for fp64 and on other devices, where centring first is as accurate."""
     if not rows.wanted(problem):
         return None
     p, q = x.shape[1], y.shape[1]
@@ -74,7 +77,7 @@ def why_not(
 ) -> str | None:
     """None if backend ``name`` can run products of ``dtype`` on ``device``, else the reason in words.
 
-    ``few_rows``: the problem has at most `plan.FEW_ROWS`. ``variant``: `plan.variant` of it.
+    ``few_rows``: `plan.are_few` of the problem's rows. ``variant``: `plan.variant` of the problem.
     """
     if variant not in _VARIANTS[name]:
         return f"has no kernels for {variant}"
@@ -90,7 +93,7 @@ def why_not(
 def choose(
     dtype: torch.dtype, device: torch.device, few_rows: bool, requested: str, variant: Variant = "linear"
 ) -> tuple[str, dict[str, str]]:
-    """(first backend that can run, {better one: why it cannot}), sizes left aside; arguments as `why_not`.
+    """(the best backend that can run, {better one: why it cannot}), whatever is faster; arguments as `why_not`.
 
     Raises:
         ValueError: ``requested`` names a backend that cannot run.
@@ -98,10 +101,9 @@ def choose(
     return _choose(dtype, device, few_rows, requested, variant)
 
 
-# Dynamo takes the answer as a constant instead of tracing into device queries and imports. (It would look through an
-# lru_cache, so that is one call further down.) Of the sizes, which may be symbolic, it is told one bit.
-# This is all that torch.compiler.assume_constant_result does, but for importing Dynamo (and Triton) along the way: 1.5
-# s.
+# Dynamo takes the result as a constant instead of tracing into device queries and imports. (It would trace through an
+# lru_cache, so that is on `_choose`.) Of the sizes, which may be symbolic, only `few_rows` is passed. The attribute is
+# all that torch.compiler.assume_constant_result sets, which would import Dynamo and Triton (1.5 s).
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -128,7 +130,7 @@ def _choose(
 
 
 def _why_not_auto(name: str, dtype: torch.dtype, device: torch.device, few_rows: bool, variant: Variant) -> str | None:
-    """As `why_not`, of a backend that was not asked for by name."""
+    """As `why_not`, for ``auto``, which takes no emulated kernels and none that failed on this machine."""
     reason = why_not(name, dtype, device, few_rows, variant)
     if reason is None and name != "library" and device.type == "cpu" and not compares(device):
         reason = "is emulated here, for tests only"
@@ -136,12 +138,12 @@ def _why_not_auto(name: str, dtype: torch.dtype, device: torch.device, few_rows:
 
 
 def compares(device: torch.device) -> bool:
-    """Whether ``auto`` has a choice on a device and weighs it: on a GPU. Elsewhere it is the library."""
+    """Whether ``auto`` compares times of several backends on a device: on CUDA. Elsewhere it takes the library."""
     return device.type == "cuda"
 
 
 def resolve(problem: Problem, requested: str) -> str:
-    """The backend of a call; not for "reference". Under "auto" its kernels are tried at their first use.
+    """The backend of a call; ``requested`` is not "reference". Under "auto" kernels are tested at their first use.
 
     Raises:
         ValueError: as `choose`.
@@ -158,10 +160,8 @@ def resolve(problem: Problem, requested: str) -> str:
 
 
 def _usable(options: tuple[Any, ...], few_rows: bool, variant: Variant) -> str:
-    """`choose` under "auto" for a call that is being compiled; the kernels are tried meanwhile, on both routes.
-
-    A compiled call cannot go over to another backend when it runs. ``options`` are a `Problem`'s, dtype to y_grad.
-    """
+    """`choose` under "auto" for a call that is being compiled, after which it cannot change: kernels are tested now, on
+    both routes. ``options`` are a `Problem`'s fields from dtype to y_grad."""
     kernel = RBF() if variant == 'kernel="rbf"' else None
     by_rows, by_features = (Problem(n, 1, 1, *options)._replace(kernel=kernel) for n in (2, 4))
     while True:
@@ -174,8 +174,8 @@ _usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _within_bounds(name: str, problem: Problem) -> str:
-    """Of sizes that may be symbolic: a fused backend up to where it always wins, else the library. The comparison is a
-    guard of the compiled code, and a constant in it, as in `plan.are_few`."""
+    """The fused backend ``name`` for sizes up to which it always wins, else the library. Sizes may be symbolic: the
+    comparison is a guard of the compiled code, and a constant in it, as in `plan.are_few`."""
     if name == "library" or problem.kernel is not None:
         return name
     limit = largest_fused(name, problem.dtype, problem.device)
@@ -184,7 +184,7 @@ def _within_bounds(name: str, problem: Problem) -> str:
 
 
 def decide(problem: Problem, requested: str) -> Choice:
-    """The backend of a call and why: as asked, as measured on this device, or as `cost` predicts. Runs nothing.
+    """The backend of a call and why: as requested, as measured on this device, or as `cost` predicts. Runs nothing.
 
     Raises:
         ValueError: as `choose`.
@@ -193,7 +193,7 @@ def decide(problem: Problem, requested: str) -> Choice:
 
 
 def precise(problem: Problem) -> Problem:
-    """With PyTorch's own switch for fp32 products written out."""
+    """The problem with an explicit precision: for fp32 without one, that of PyTorch's own switch."""
     if problem.precision is not None or problem.dtype != torch.float32:
         return problem
     return problem._replace(precision="tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
@@ -228,13 +228,13 @@ def _decide(problem: Problem, requested: str) -> Choice:
 
 
 def device_sheet(x: Tensor) -> Sheet | None:
-    """The data sheet of a tensor's device, None for those without one."""
+    """The data sheet of a tensor's device; None if it is not known."""
     sheet = cost.sheet_of(torch.cuda.get_device_name(x.device)) if x.is_cuda else cost.UNKNOWN
     return None if sheet is cost.UNKNOWN else sheet
 
 
 def works(name: str, problem: Problem, kind: str = "") -> bool:
-    """Whether the kernels of a backend work here, tried at their first use (`trust.failure_of`)."""
+    """Whether the kernels of a backend work here: tested at their first use (`trust.failure_of`); warns if not."""
     module = of(problem, name)
     if name == "library":
         if not module.__name__.endswith(SHIFTED):
@@ -251,10 +251,10 @@ def works(name: str, problem: Problem, kind: str = "") -> bool:
 
 
 def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> str:
-    """The backend to go on with after one that ``auto`` chose has failed with ``error``; warns of it once.
+    """The backend to continue with after one that ``auto`` chose failed with ``error``; warns once.
 
     Raises:
-        Exception: ``error``, where it says nothing of the kernels (no memory) or ``BIRD_STRICT=1``.
+        Exception: ``error`` itself, if it is not about the kernels (memory; plain PyTorch) or under ``BIRD_STRICT=1``.
     """
     if isinstance(error, torch.OutOfMemoryError):
         raise error
@@ -272,9 +272,9 @@ def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> st
 
 
 def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> int:
-    """How many numbers x and y may have together for a call of few rows to go to the native backend unasked.
+    """Up to how many numbers in x and y together C++ may run a call of few rows without asking `resolve`; 0: never.
 
-    Up to there ``requested`` means native whatever the sizes; 0: never.
+    For all smaller calls with the backend ``requested`` and this dtype and device, `resolve` would take native.
     """
     if why_not("native", dtype, device) is not None:
         return 0
@@ -291,18 +291,18 @@ def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> in
 
 
 def forget() -> None:
-    """Decide anew: something was measured, or failed."""
+    """Clear the caches of decisions, after something was measured or failed."""
     for answers in (_decide, _choose, _largest, _shares, _shifts):
         answers.cache_clear()
 
 
 def runs(name: str, problem: Problem) -> bool:
-    """Whether a backend can run a problem here."""
+    """Whether backend ``name`` can run a problem here."""
     return why_not(name, problem.dtype, problem.device, are_few(problem.n), variant(problem)) is None
 
 
 def shares_launches(problems: Sequence[Problem]) -> bool:
-    """Whether ``auto`` gives several pairs that can share launches (`plan.together`) to Triton's common ones."""
+    """Whether ``auto`` runs several pairs, of which `plan.together` holds, by Triton's shared launches."""
     first = problems[0]
     if _why_not_auto("triton", first.dtype, first.device, True, "linear") is not None:
         return False
@@ -323,9 +323,9 @@ def _shares(problems: tuple[Problem, ...]) -> bool:
 
 
 def largest_fused(name: str, dtype: torch.dtype, device: torch.device) -> int:
-    """The largest n (p + q) up to which ``auto`` takes a fused backend for all linear problems of few rows.
+    """The largest n (p + q) up to which ``auto`` takes the fused backend ``name`` for all linear problems of few rows.
 
-    By powers of two, from the cost model; 0 where a measurement on this device was won by another.
+    A power of two, by the cost model; 0 if another backend was faster in any measurement on this device.
     """
     return _largest(name, dtype, device)
 
@@ -351,7 +351,7 @@ def _largest(name: str, dtype: torch.dtype, device: torch.device) -> int:
 def _probes(
     name: str, usable: list[str], dtype: torch.dtype, device: torch.device, size: int, sheet: Sheet
 ) -> Iterator[tuple[Problem, dict[str, Cost]]]:
-    """Problems of few rows and ``size`` numbers, and what those that can run would cost."""
+    """Problems of few rows and ``size`` numbers, each with the predicted costs of the ``usable`` backends."""
     for n, grads in itertools.product((8, 32, 64, 128, 256, FEW_ROWS), ((True, False), (True, True), (False, False))):
         width = size // n
         for p in (width // 2, width // 8, width - width // 8):
@@ -364,6 +364,6 @@ def _probes(
 
 
 def status() -> dict[str, str | None]:
-    """For every backend None if it can run on this machine's best device, else why not."""
+    """For each backend: None if it can run fp32 on this machine's GPU (without one, its CPU), else the reason."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {**{name: why_not(name, torch.float32, device) for name in _MODULES}, "reference": None}

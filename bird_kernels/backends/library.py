@@ -86,7 +86,7 @@ def stash_shapes(problem: Problem, route: Route, rows: int | None = None) -> Sha
 
 
 def _shifts(problem: Problem, route: Route) -> bool:
-    return wanted(problem) and problem.estimator == "unbiased" and route == "cross"
+    return route == "cross" and problem.estimator == "unbiased" and wanted(problem)
 
 
 def forward(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -292,14 +293,18 @@ def fp32_products(problem: Problem) -> contextlib.AbstractContextManager[None]:
     return _switched(switch, "tf32" if problem.precision == "tf32" else "ieee")
 
 
+_SWITCHING = threading.RLock()
+
+
 @contextlib.contextmanager
 def _switched(switch: Any, precision: str) -> Iterator[None]:
-    before = switch.fp32_precision
-    switch.fp32_precision = precision
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+    with _SWITCHING:  # the switch is the whole process's: a second thread would take the first one's for the user's
+        before = switch.fp32_precision
+        switch.fp32_precision = precision
+        try:
+            yield
+        finally:
+            switch.fp32_precision = before
 
 
 def scalar(value: Tensor) -> Scalar:

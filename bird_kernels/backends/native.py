@@ -1,11 +1,11 @@
-"""Backend 3: the C++ and CUDA part in csrc/, if it was built (``BIRD_BUILD_EXT=1 pip install --no-build-isolation .``).
+"""The native backend: C++ and CUDA in csrc/, if built (``BIRD_BUILD_EXT=1 pip install --no-build-isolation .``).
 
-For at most 512 rows, where a call is launches and host code, not arithmetic: two launches forward (unbiased three), one
-backward, autograd in C++. The Gram route always. The unbiased estimator works as `dominating` says: about a location
-that rows far larger than the others do not move, and without diagonals. Half-precision features are multiplied as tf32,
-which has fp16's mantissa and fp32's range.
+It takes at most 512 rows, where launches and host code cost more than arithmetic: two launches forward (unbiased
+three), one backward, autograd in C++, always the gram route. The unbiased estimator follows `dominating`: its origin is
+a location that a few rows far larger than the others do not move, and diagonals are left out of all sums.
+Half-precision features are multiplied as tf32, which has fp16's mantissa and fp32's range.
 
-The same kernels run on CPU tensors, thread by thread, where ``BIRD_EMULATE=1`` is set: for tests.
+For tests, the same kernels run on CPU tensors, emulated thread by thread, if ``BIRD_EMULATE=1`` is set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..moments import Coefficients
 from ..plan import FEW_ROWS
 from ..types import Problem, Route, Shapes, Stash, Statistic
 
-_STATISTICS = get_args(Statistic)  # csrc/kernels.h numbers them in this order
+_STATISTICS = get_args(Statistic)  # the enum in csrc/kernels.h has the first three of them, in this order
 
 _module: ModuleType | None
 try:
@@ -58,25 +58,25 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Tensor:
-    """The statistic (0-d, fp32) of x [n, p], y [n, q] and mask [n] or None, with C++ autograd behind it."""
+    """The statistic (0-d, fp32) of x [n, p], y [n, q] and mask [n] or None, differentiable by C++ autograd."""
     value: Tensor = _native().alignment(x, y, mask, *_options(problem))
     return value
 
 
 def differentiate_backward_with(function: Callable[..., Any]) -> None:
-    """Who answers a backward under ``create_graph`` or a dispatch mode.
+    """Set the function that computes a backward under ``create_graph`` or a dispatch mode, or for a lazy negative.
 
-    ``function(grad, x, y, mask, coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad)`` gives dx or None, dy
-    or None.
+    ``function(grad, x, y, mask, coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad)`` returns dx and dy,
+    None if not wanted.
     """
     _native().set_differentiable_backward(function)
 
 
 def at_once_where(most: Callable[[str, torch.dtype, torch.device], int]) -> Callable[..., Tensor | None]:
-    """A whole public call in C++, checks included: a function of x, y, a mask or None, and `Options`.
+    """A function of x, y, a mask or None, and `Options` that makes a whole public call in C++, checks included.
 
-    It gives None for a call that is not ordinary (csrc/at_once.h): not two plain matrices, too many rows, anything
-    wrong, or more numbers in x and y than ``most(backend, dtype, device)``, which is asked once.
+    It returns None if Python must make the call (csrc/at_once.h): no plain matrices, too many rows, unusual options, a
+    wrong argument, or more numbers in x and y together than ``most(backend, dtype, device)``, which is cached.
     """
     at_once: Callable[..., Tensor | None] = _native().at_once_where(most)
     return at_once
@@ -109,7 +109,7 @@ def backward(
 
 
 def stash_of(coefficients: Tensor, k: Tensor, l: Tensor) -> Stash:
-    """What the extension keeps, as the operators pass it on."""
+    """The stash made of what the extension returns: coefficients fp64 [11], K and L fp32 [n, n]."""
     return Stash(coefficients, k.new_empty(0), k.new_empty(0), k, l, k.new_empty(0), k.new_empty(0))
 
 
@@ -119,7 +119,7 @@ def _native() -> ModuleType:
 
 
 def _options(problem: Problem) -> tuple[int, bool, bool]:
-    """The statistic's number, unbiased, exact fp32 products. tf32x3 is honoured by exact ones."""
+    """(the statistic's number, unbiased, exact): exact fp32 products, which also stand in for tf32x3."""
     precision = problem.precision or torch.backends.cuda.matmul.fp32_precision
     exact = problem.dtype == torch.float32 and precision != "tf32"
     return _STATISTICS.index(problem.statistic), problem.estimator == "unbiased", exact

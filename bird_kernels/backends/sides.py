@@ -1,4 +1,4 @@
-"""Both sides of a linear problem, centred, with their products: what a forward keeps and a backward is made of."""
+"""What the library backend's forward computes of a linear problem and its backward needs: centred sides, products."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .linalg import inner, mm, self_product, self_product_norm
 
 
 class Sides(NamedTuple):
-    """Both sides, centred and scaled, and what the backward needs of their products; fields as in `Stash`.
+    """Both sides, centred and scaled, and their products; fields of a `Stash` as there.
 
-    ``kl``, ``kk`` and ``ll`` are <K,L>, <K,K> and <L,L> of centred matrices; unbiased: of U-centred ones. ``rows``
-    [3, n] (unbiased) holds kappa, lambda, and 1 for the rows that are apart; ``sum_k`` and ``sum_l`` are the sums of
-    kappa and lambda if that is all that the gradient needs beside the products (`unbiased.plain`), else 0.
+    ``kl``, ``kk`` and ``ll`` are <K,L>, <K,K> and <L,L> of centred Gram matrices, unbiased of U-centred ones. ``rows``
+    [3, n] (unbiased only) holds the squared row norms kappa of x and lambda of y, and 1 for rows that are kept apart
+    (`dominating`). ``sum_k``, ``sum_l``: the sums of kappa and lambda, by `unbiased.plain` alone, else 0.
     """
 
     xs: Tensor
@@ -35,8 +35,8 @@ class Sides(NamedTuple):
 
 
 class Shifted(NamedTuple):
-    """The rows of `Side` as they are multiplied: columns ``own`` and ``other`` of z (`rows.Rows`), but the rows ``few``
-    [k], which are ``beside`` it (`rows.beside_z`)."""
+    """A `Side`'s rows as operands of products: columns ``own`` and ``other`` of z (`rows.Rows`), except for the rows
+    ``few`` [k] (indices), which are in ``beside`` (`rows.beside_z`)."""
 
     z: Tensor
     beside: Tensor
@@ -46,8 +46,9 @@ class Shifted(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What the gradient of one side is made of; ``cross`` is the other Gram matrix, or other^T own; ``rows``
-    (unbiased) are kappa and lambda, or the reverse, and the rows apart; ``sums`` `Sides`' of its own and the other."""
+    """What the gradient of one side needs: on the gram route ``cross`` is the other side's Gram matrix, ``product`` its
+    own; on the cross route other^T own, own^T own. ``rows`` (unbiased) are kappa and lambda of (own, other), and the
+    rows that are kept apart; ``sums`` are `Sides`' of (own, other)."""
 
     own: Tensor
     other: Tensor

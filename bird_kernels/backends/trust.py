@@ -1,8 +1,8 @@
-"""Whether a backend's kernels work on this machine: a small problem at their first use, and what became of others.
+"""Whether a backend's kernels work on this machine: a test on a small problem at their first use, and its results.
 
-Compilers, drivers and cards differ, and few of them were tried. Under ``backend="auto"`` a kernel that does
-not compile or computes wrong numbers is left out from then on, with one warning; training goes on by another backend.
-``BIRD_STRICT=1`` raises instead, and so does a backend that was asked for by name.
+Compilers, drivers and GPUs differ, and the kernels were tested with few of them. Under ``backend="auto"``, kernels that
+do not compile or compute wrong numbers are not used again in this process; one warning says so, and training continues
+with another backend. ``BIRD_STRICT=1`` raises instead, and so does a backend that was requested by name.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from ..types import RBF, Problem, Route
 
-# Of the small problem, multiples of 16, as compilers specialise on; more rows on the cross route.
+# Sizes of the small problem: multiples of 16, since Triton specialises on them; the cross route has MANY_ROWS.
 ROWS, MANY_ROWS, WIDTHS = 48, 208, (64, 32)
 
 
 class Use(NamedTuple):
-    """What is trusted or not as one: the kernels of a backend for a dtype on a device.
+    """Kernels that are used or left out together: those of one kind of a backend for a dtype on a device.
 
-    ``kind`` is "linear", "rbf" or, several pairs in common launches, "pairs"; of the library "shifted", with the route
-    where one is tried.
+    ``kind`` is "linear", "rbf", "pairs" (several in shared launches) or, of the library, "shifted", in tests with the
+    route: "shifted gram", "shifted cross".
     """
 
     backend: str
@@ -36,22 +36,22 @@ class Use(NamedTuple):
     device: torch.device
 
 
-_works: set[tuple[Use, Problem]] = set()  # problems without their sizes: other options are other kernels
+_works: set[tuple[Use, Problem]] = set()  # problems by `_options_of`: other options compile other kernels
 _broken: dict[Use, str] = {}
 
 
 def use_of(backend: str, problem: Problem, kind: str = "") -> Use:
-    """The use that a problem makes of a backend."""
+    """The kernels of ``backend`` that a problem uses; ``kind`` "" is that of its kernel function."""
     return Use(backend, kind or ("rbf" if problem.kernel else "linear"), problem.dtype, problem.device)
 
 
 def why_not(backend: str, kind: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """The reason why ``auto`` must not take a backend, None without one."""
+    """Why ``auto`` must not use these kernels; None if they have not failed."""
     return _broken.get(Use(backend, kind, dtype, device))
 
 
 def leave_out(use: Use, error: Exception) -> bool:
-    """Remember that the kernels of a use failed; whether that is news.
+    """Record that the kernels of a use failed; return whether this is the first time.
 
     Raises:
         Exception: ``error`` itself, under ``BIRD_STRICT=1``.
@@ -65,7 +65,7 @@ def leave_out(use: Use, error: Exception) -> bool:
 
 
 def warn(use: Use, instead: str) -> None:
-    """Say once what was left out, why, and what runs instead."""
+    """Warn that the kernels of a use are left out, why, and what runs instead."""
     warnings.warn(
         f"bird_kernels: the {use.backend} backend's {use.kind} kernels of {use.dtype} on {use.device} are left out, "
         f'{instead} runs instead ({_broken[use]}). backend="{use.backend}" or BIRD_STRICT=1 raises the error',
@@ -75,25 +75,25 @@ def warn(use: Use, instead: str) -> None:
 
 
 def forget_trials() -> None:
-    """Forget what was tried, as at the start."""
+    """Forget all results, as in a new process."""
     _works.clear()
     _broken.clear()
 
 
 def is_known(use: Use, problem: Problem) -> bool:
-    """Whether the kernels of a use have been tried with a problem's options, and work."""
+    """Whether the kernels of a use have been tested with a problem's options and work."""
     return (use, _options_of(problem)) in _works
 
 
 def _options_of(problem: Problem) -> Problem:
-    """Without sizes and a kernel's numbers, which are no part of what is compiled."""
+    """The problem without sizes and bandwidths, on which the choice of compiled kernels does not depend."""
     return problem._replace(n=0, p=0, q=0, kernel=problem.kernel and RBF())
 
 
 def failure_of(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
-    """What went wrong with a small problem of the same options; None if nothing did, which is remembered.
+    """Test the kernels on a small problem with the same options: return the exception, or None and record success.
 
-    A CUDA graph that is being captured and a dispatch mode must not see it: then None, and a later call tries.
+    None, too, in the capture of a CUDA graph, under a dispatch mode and if memory runs out: then a later call tests.
     """
     if torch._C._len_torch_dispatch_stack() > 0:
         return None
@@ -103,7 +103,7 @@ def failure_of(backend: ModuleType, library: ModuleType, problem: Problem, use: 
         with _undisturbed(problem.device):
             _try(backend, library, problem, use.kind)
     except torch.OutOfMemoryError:
-        return None  # says nothing of the kernels
+        return None  # not the kernels' fault
     except Exception as error:
         return error
     _works.add((use, _options_of(problem)))
@@ -111,22 +111,22 @@ def failure_of(backend: ModuleType, library: ModuleType, problem: Problem, use: 
 
 
 def _try(backend: ModuleType, library: ModuleType, problem: Problem, kind: str) -> None:
-    """Raises an ArithmeticError if value or gradients are not those of fp64 on the CPU."""
+    """Raise an ArithmeticError unless value and gradients agree with those of ``library`` in fp64 on the CPU."""
     (p, q), cpu = WIDTHS, torch.device("cpu")
     route: Route = "cross" if kind.endswith("cross") else "gram"
     n = MANY_ROWS if route == "cross" else ROWS
     small = problem._replace(n=n, p=p, q=q)
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(n, width, generator=generator).to(small.dtype) for width in WIDTHS)
+    generator = torch.Generator(cpu).manual_seed(0)
+    x, y = (torch.randn(n, width, generator=generator, device=cpu).to(small.dtype) for width in WIDTHS)
     y[:, :p] += x[:, :q]
-    mask = torch.arange(n) % 5 != 1 if small.masked else None
+    mask = torch.arange(n, device=cpu) % 5 != 1 if small.masked else None
     wide = small._replace(dtype=torch.float64, device=cpu, precision=None)
     true = _evaluate(library, x.double(), y.double(), mask, wide, route)
     device = small.device
     here = x.to(device), y.to(device), None if mask is None else mask.to(device)
     found = _evaluate_pairs(backend, *here, small) if kind == "pairs" else _evaluate(backend, *here, small, route)
     exact = small.dtype == torch.float32 and small.precision in ("ieee", "tf32x3")
-    bound = 1e-3 if exact else 3e-2  # wrong numbers are wrong by more
+    bound = 1e-3 if exact else 3e-2  # working kernels are far below, wrong ones above
     for name, one, other in zip(("value", "dx", "dy"), found, true, strict=True):
         error = float((one.cpu().double() - other).norm() / other.norm().clamp(min=1e-30)) if other.numel() else 0.0
         if not error <= bound:
@@ -153,7 +153,7 @@ def _evaluate_pairs(
 
 @contextlib.contextmanager
 def _undisturbed(device: torch.device) -> Iterator[None]:
-    """No autograd, transform or autocast; the comparison waits for the device, which a debugging mode may forbid."""
+    """A context without autograd, transforms and autocast, and without CUDA's debug mode that forbids to wait."""
     functions = torch._C._DisableFuncTorch()
     with functions, torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         if device.type != "cuda":

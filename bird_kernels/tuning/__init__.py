@@ -1,8 +1,8 @@
-"""Which backend was fastest on this device: tables of measurements, which `bird tune` makes (`tuner`).
+"""Tables of measured times, from which ``auto`` takes the fastest candidate on a GPU; `bird tune` (`tuner`) makes them.
 
-A table is a JSON file: what it was measured on and with, and a row for every problem and candidate. One in the user's
-cache counts where device, driver, PyTorch and Triton are the same, one that ships where the device is. ``BIRD_TUNING``
-names a file to take instead, or is "off".
+A table is a JSON file: a key of device and versions, and a row for each problem and candidate. The table in the user's
+cache folder is used if device, driver, PyTorch and Triton are the same; one in the package, if the device is the same.
+The environment variable ``BIRD_TUNING`` names another file to use, or is "off".
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import torch
 from ..types import Problem
 
 VERSION = 1
-SHIPPED = Path(__file__).parent  # none ship yet
-# A measurement speaks for problems up to this many times larger or smaller, over all three sizes.
+SHIPPED = Path(__file__).parent  # where the package's own tables would be; there are none yet
+# A measurement is used for problems whose sizes differ from its own by up to this factor, multiplied over n, p and q.
 REACH = 8.0
 
 
 class Key(NamedTuple):
-    """What a measurement depends on beside the problem."""
+    """What a measurement depends on besides the problem: the device's name, and versions of what runs on it."""
 
     device: str
     driver: str
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
     q: int
 
     def distance(self, other: Shape) -> float:
-        """How many times larger or smaller, multiplied over the sizes; as a logarithm."""
+        """The factors between the sizes, each at least 1, multiplied over n, p and q; as a logarithm."""
         return sum(abs(math.log(a / b)) for a, b in zip(self, other, strict=True))
 
 
@@ -68,7 +68,7 @@ class Measurement:
     device: float
 
     def check(self) -> None:
-        """Raises a ValueError, TypeError or AttributeError unless sizes, times and candidate can be what they say."""
+        """Raise a ValueError, TypeError or AttributeError for sizes, times or a candidate that no measurement has."""
         if not (min(self.n, self.p, self.q) > 0 and min(self.host, self.device) > 0 and self.us < math.inf):
             raise ValueError(f"a time or size is not positive: {self}")
         name, *numbers = self.candidate.split()
@@ -78,7 +78,7 @@ class Measurement:
 
     @property
     def us(self) -> float:
-        """What a call takes in a stream of such calls."""
+        """Microseconds per call in a stream of such calls: the slower of host and device."""
         return max(self.host, self.device)
 
 
@@ -105,7 +105,7 @@ def key_of(device: torch.device) -> Key:
 
 @lru_cache
 def _driver() -> str:
-    """The newest CUDA that the driver speaks, "13000" for 13.0; "unknown" without one. PyTorch does not tell."""
+    """The newest CUDA version that the driver supports, "13000" for 13.0, else "unknown"; PyTorch does not have it."""
     version = ctypes.c_int()
     try:
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
@@ -116,13 +116,13 @@ def _driver() -> str:
 
 
 def user_file(key: Key) -> Path:
-    """Where `bird tune` keeps the table of this key."""
+    """The file in the user's cache folder that holds the table of this key."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "bird-kernels" / "tuning" / f"{_slug('-'.join(key))}.json"
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Write a table, whole or not at all: other processes may read or write the same file meanwhile."""
+    """Write a table atomically: other processes may read or write the same file at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"version": VERSION, "key": table.key._asdict(), "when": table.when}
     lines = ",\n".join(json.dumps(asdict(row)) for row in table.rows)
@@ -142,7 +142,7 @@ def write_table(path: Path, table: Table) -> None:
 
 @lru_cache
 def read_table(path: Path) -> Table | None:
-    """The table in a file, None if there is none; one that cannot be read is warned of once, and none."""
+    """The table in a file; None if there is no file, or, with one warning, if it cannot be read."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["version"] != VERSION:
@@ -160,7 +160,7 @@ def read_table(path: Path) -> Table | None:
 
 @lru_cache
 def table_of(key: Key) -> Table | None:
-    """The measurements that count on this device: ``BIRD_TUNING``, the user's, or shipped ones; None without any."""
+    """The table to use: that of ``BIRD_TUNING``, of the user's cache folder or of the package; None without any."""
     override = os.environ.get("BIRD_TUNING")
     if override == "off":
         return None
@@ -177,7 +177,7 @@ def table_of(key: Key) -> Table | None:
 
 
 def forget_files() -> None:
-    """Read the files anew at the next question."""
+    """Clear the caches, so that files are read again."""
     _driver.cache_clear()
     read_table.cache_clear()
     table_of.cache_clear()
@@ -186,7 +186,7 @@ def forget_files() -> None:
 
 
 def nearest(key: Key, problem: Problem) -> Finding | None:
-    """The measurement of the same dtype, precision and estimator whose sizes are nearest, or None within REACH."""
+    """The measurement of the same dtype, precision and estimator with the nearest sizes; None if beyond `REACH`."""
     shape = Shape(problem.n, problem.p, problem.q)
     findings = _findings(key).get((*number_of(problem), problem.estimator), ())
     best = min(findings, key=lambda finding: shape.distance(finding.shape), default=None)
@@ -195,9 +195,9 @@ def nearest(key: Key, problem: Problem) -> Finding | None:
 
 @lru_cache(maxsize=1024)
 def product_kernel(problem: Problem) -> tuple[int, ...] | None:
-    """The configuration of the symmetric product kernel that was measured to be the fastest way for a problem on a GPU.
+    """The configuration of the symmetric product kernel if it was measured to be the fastest candidate, else None.
 
-    None where it was not; ``problem.precision`` must be written out (`backends.precise`).
+    The problem must be on a GPU, its ``precision`` explicit (`backends.precise`).
     """
     finding = nearest(key_of(problem.device), problem)
     if finding is None:
@@ -207,7 +207,7 @@ def product_kernel(problem: Problem) -> tuple[int, ...] | None:
 
 
 def lost_somewhere(name: str, key: Key, dtype: torch.dtype, candidates: Sequence[str]) -> bool:
-    """Whether a measurement of this dtype was won by another of the candidates."""
+    """Whether, in any measurement of this dtype, another of the ``candidates`` was faster than backend ``name``."""
     for (kind, *_), findings in _findings(key).items():
         for finding in findings if kind == str(dtype).removeprefix("torch.") else ():
             known = [candidate for candidate in finding.us if candidate.split()[0] in (*candidates, "symmetric")]
@@ -217,7 +217,7 @@ def lost_somewhere(name: str, key: Key, dtype: torch.dtype, candidates: Sequence
 
 
 def number_of(problem: Problem) -> tuple[str, str]:
-    """The dtype and, for fp32, the precision of a problem, as a row has them."""
+    """A problem's dtype and precision as a `Measurement` has them; the latter is "" unless the dtype is "float32"."""
     dtype = str(problem.dtype).removeprefix("torch.")
     return dtype, (problem.precision or "ieee") if dtype == "float32" else ""
 

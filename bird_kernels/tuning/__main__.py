@@ -1,4 +1,4 @@
-"""What ``auto`` would choose for the problems that the design is judged by, on any device by its name, without it.
+"""The cost model's predictions and ``auto``'s choices for a list of problems on any GPU, which need not be here.
 
 python -m bird_kernels.tuning --device "NVIDIA H200"
 """
@@ -16,7 +16,7 @@ from .. import cost
 from ..types import RBF, Cost, Problem, Sheet
 
 RESNET18 = (*[64] * 5, *[128] * 4, *[256] * 4, *[512] * 4, 1000)  # widths of the 18 layers
-# The problems that the design is judged by: a name, sizes, dtype, precision, kernel.
+# Name, rows, width of both sides (0: the layers of RESNET18), dtype, precision, kernel.
 PROBLEMS: tuple[tuple[str, int, int, str, str, RBF | None], ...] = (
     ("", 128, 512, "float32", "ieee", None),
     ("", 512, 2048, "bfloat16", "", None),
@@ -34,7 +34,7 @@ CANDIDATES = ("native", "triton", "library", "symmetric")
 
 
 def lines(device_name: str) -> Iterator[str]:
-    """A Markdown table: of every problem sizes, dtype, predicted microseconds of each candidate, and the choice."""
+    """The lines of a Markdown table: a problem, its dtype, predicted microseconds by candidate, and the choice."""
     yield f"| problem | dtype | {' | '.join(CANDIDATES)} | choice |"
     yield "|---" * (len(CANDIDATES) + 3) + "|"
     sheet = cost.sheet_of(device_name)
@@ -55,7 +55,7 @@ def _predicted(
         return {"library": cost.matrix(n, RESNET18, problem, sheet)}, "library"
     costs = cost.predict(problem, sheet)
     choice = cost.best(costs, problem)
-    if choice == "native":  # which need not be built
+    if choice == "native":  # which may not be built
         choice += ", else " + cost.best({name: c for name, c in costs.items() if name != "native"}, problem)
     return costs, choice
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = parser.parse_args(arguments).device
     sheet = cost.sheet_of(name)
     if sheet is cost.UNKNOWN:
-        sys.stdout.write(f"No data sheet of it is known, and a guess stands in; known are {', '.join(cost.SHEETS)}.\n")
+        sys.stdout.write(f"Its data sheet is not known, so a guess is used; known are {', '.join(cost.SHEETS)}.\n")
     sys.stdout.write(f"{name}, data sheet: {sheet.name}. Forward and backward, predicted microseconds\n\n")
     sys.stdout.writelines(f"{line}\n" for line in lines(name))
 

@@ -1,18 +1,18 @@
 // Centred Gram matrices, their moments and the gradient, for up to 512 rows: three launches in all, unbiased four.
 //
-//   partial_grams   one block: all rows of some features, centred in shared memory, times themselves: a partial tile of K or L
-//   reduce_grams    K and L from the partial tiles, their products in fp64; biased, value and coefficients in the last block
-//   sum_rows        unbiased: the row sums of the hollow K and L, what they add to the products, value and coefficients
-//   gradient        dX = (2 alpha L + 4 gamma K) X, the features centred again, the upstream gradient folded in
+//   partial_grams   a block centres all rows of some features in shared memory and multiplies them into a partial tile of K or L
+//   reduce_grams    sums partial tiles into K and L, and takes their moments in fp64; biased, the last block stores the results
+//   sum_rows        unbiased only: the row sums of K and L and their moments; the last block stores value and coefficients
+//   gradient        dX = (2 alpha L + 4 gamma K) X: centres the features again, applies the upstream gradient
 //
-// The unbiased HSIC does not depend on where the features' origin is, but its rounding does: about the mean, one row that is 10^4
-// times as large as the others stands in all of them. So its origin is a robust location, K and L lose their diagonals before
-// anything is summed, and what is left is U-centred: off the diagonal, Kc_ij = K_ij - (r_i + r_j) / (n-2) + sum(r) / ((n-1)(n-2))
-// with the row sums r. The products of Kc and Lc are those of K and L and of the row sums, all in fp64 (`combine`); the gradient
-// centres the entries as it reads them.
+// The unbiased HSIC does not depend on the features' origin, but its rounding does: if the mean is the origin, one row that is
+// 10^4 times as large as the others enters all of them. So the origin is a robust location, K and L get zero diagonals before
+// anything is summed, and the rest is U-centred: off the diagonal, Kc_ij = K_ij - (r_i + r_j) / (n-2) + sum(r) / ((n-1)(n-2))
+// with the row sums r. The moments of Kc and Lc follow from those of K and L and of the row sums, all in fp64 (`combine`); the
+// gradient centres the entries as it reads them.
 //
-// The including file provides <cuda_runtime.h> and <mma.h>, or emulation/cuda.h, and defines BIRD_TARGET, the namespace of what
-// is made here, and launch(kernel, grid, bytes of shared memory, stream, call).
+// The including file provides <cuda_runtime.h> and <mma.h>, or emulation/cuda.h; it defines the namespace BIRD_TARGET and
+// launch(kernel, grid, bytes of shared memory, stream, call).
 #pragma once
 
 #include <type_traits>
@@ -26,7 +26,7 @@ void launch(void (*kernel)(Call), dim3 grid, size_t shared, void* stream, const 
 
 constexpr int OUT_ROWS = 64;  // rows of the gradient that a block computes at a time
 
-// Row and column of the upper tile number `pair`, row by row.
+// Row and column of upper tile number `pair`; they are numbered row by row.
 __device__ inline void locate(int pair, int tiles, int& row, int& column) {
   for (row = 0; pair >= tiles - row; ++row) pair -= tiles - row;
   column = row + pair;
@@ -66,15 +66,15 @@ struct Combined {
   double value, d_kl, d_kk, d_ll;
 };
 
-// The largest self-HSIC that is rounding alone, of the sum of the squared row norms and the sum of their squares: off the diagonal,
-// K_ij is off by eps |x_i| |x_j|, and 64 eps allows for what centring adds.
+// The largest self-HSIC that may be rounding alone, from the sum of the squared row norms and the sum of their squares: the error
+// of K_ij is eps |x_i| |x_j| off the diagonal, and 64 eps includes what centring adds.
 __device__ inline double noise(double sum, double squares) {
   constexpr double ROUNDING = 64.0 * 1.1920928955078125e-07;
   return ROUNDING * ROUNDING * (sum * sum - squares);
 }
 
-// moments.combine of m: <K,L>, <K,K>, <L,L>, the same of the row sums, the totals of K and of L. A side without variance has a
-// self-HSIC of no more than its noise. A test holds the two equal.
+// moments.combine of m: <K,L>, <K,K>, <L,L>, the same of the row sums, and the totals of K and of L. A side counts as without
+// variance if its self-HSIC does not exceed its noise. A test compares this function with Python's.
 __device__ inline Combined combine(const double* m, double noise_k, double noise_l, double n, Statistic statistic, bool unbiased) {
   const bool enough = n >= (unbiased ? 4.0 : 2.0);
   if (!enough) n = 4.0;
@@ -94,7 +94,7 @@ __device__ inline Combined combine(const double* m, double noise_k, double noise
   return {1.0 - cka, -d_kl, -d_kk, -d_ll};
 }
 
-// What the threads of a block add up to, into its own slots.
+// Stores the sums of `moments` over the threads of a block in the block's own slots.
 __device__ inline void deposit(const double (&moments)[MOMENTS], double* slots) {
   __shared__ double sums[MOMENTS][WARPS];
   for (int m = 0; m < MOMENTS; ++m) {
@@ -109,12 +109,12 @@ __device__ inline void deposit(const double (&moments)[MOMENTS], double* slots) 
   }
 }
 
-// True in the block that comes here last, which sees what all blocks stored before they came.
+// Whether this block is the last of the grid to call it; that block sees everything the others stored before their calls.
 __device__ inline bool arrives_last(int* counter) {
   __shared__ bool last;
   __syncthreads();
-  // The thread that arrives speaks for its block: it releases what the others stored before the barrier, and acquires
-  // what other blocks released for those behind the next one.
+  // Thread 0 acts for its block: its first fence releases what all threads stored before the barrier above; its second acquires
+  // what other blocks released, for the threads that pass the barrier below.
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicAdd(counter, 1) == static_cast<int>(gridDim.x) - 1;
@@ -124,7 +124,7 @@ __device__ inline bool arrives_last(int* counter) {
   return last;
 }
 
-// The sums of the slots of some blocks, in shared memory, for thread 0.
+// Sums the slots of `blocks` blocks into `totals`, in shared memory, which thread 0 may read afterwards.
 __device__ inline void collect(const double* slots, int blocks, double* totals) {
   static_assert(MOMENTS == WARPS, "a warp for each moment");
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -135,7 +135,7 @@ __device__ inline void collect(const double* slots, int blocks, double* totals) 
   __syncthreads();
 }
 
-// Value and coefficients; m as in `combine`. By one thread.
+// Stores value and coefficients; m as in `combine`. Called by one thread.
 __device__ inline void conclude(const Forward& call, const double* m, double noise_k, double noise_l, double n) {
   const Combined result = combine(m, noise_k, noise_l, n, call.statistic, call.unbiased);
   *call.value = static_cast<float>(result.value);
@@ -145,13 +145,13 @@ __device__ inline void conclude(const Forward& call, const double* m, double noi
   for (int c = 0; c < COEFFICIENTS; ++c) call.coefficients[c] = coefficients[c];
 }
 
-// Blocks that share the entries of the upper tiles.
+// The number of blocks over which reduce_grams divides the entries of the upper tiles.
 __host__ __device__ inline int reducing_blocks(const Shape& shape) {
   const int blocks = shape.pairs * shape.tile * shape.tile / THREADS;
   return blocks < MAX_REDUCE_BLOCKS ? blocks : MAX_REDUCE_BLOCKS;
 }
 
-// Grid: reducing_blocks. Unbiased, K and L are stored with diagonal 0, and the last of the moments are of what was there, the
+// Grid: reducing_blocks. Unbiased, K and L are stored with zero diagonals, and moments 3 to 6 are those of what was on them, the
 // squared row norms kappa and lambda: <kappa,kappa>, <lambda,lambda>, sum(kappa), sum(lambda).
 template <int TILE>
 __global__ void __launch_bounds__(THREADS, 2) reduce_grams(const Forward call) {
@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(THREADS, 2) reduce_grams(const Forward call) {
   if (threadIdx.x == 0) conclude(call, totals, 0.0, 0.0, rows.count);
 }
 
-// Grid: blocks of WARPS rows, unbiased only. A warp sums a row of K and of L, and leaves r_i / (n-2) on their diagonals, which were
-// zero. The moments are those of the row sums r and s, <r,s>, <r,r>, <s,s>, sum(r), sum(s), in their places in `combine`.
+// Grid: blocks of WARPS rows, unbiased only. A warp sums a row of K and of L, and stores r_i / (n-2) on their diagonals, which were
+// zero. The moments are those of the row sums r and s, <r,s>, <r,r>, <s,s>, sum(r), sum(s), at their positions in `combine`.
 __global__ void __launch_bounds__(THREADS, 2) sum_rows(const Forward call) {
   __shared__ double totals[2][MOMENTS];
   const int lane = threadIdx.x % WARP, n = call.n, i = blockIdx.x * WARPS + threadIdx.x / WARP;
@@ -228,14 +228,14 @@ __device__ inline double inverse_scale(double product) {
   return norm > 0.0 && norm < 1e300 ? ldexp(1.0, -ilogb(norm) - 1) : 1.0;
 }
 
-// The matrix of which the gradient is a product with the features: M = 2 alpha Lc + 4 gamma Kc. Biased, K and L are centred.
-// Unbiased, that is done here, by the row sums on their diagonals; M's rows then sum to zero, whatever the features' origin.
+// The matrix M = 2 alpha Lc + 4 gamma Kc, whose product with the features is the gradient. Biased, K and L are centred already.
+// Unbiased, they are centred here, by the row sums on their diagonals; M's rows sum to zero, so the features' origin is free.
 struct Mixture {
   const float *own, *other;  // [n, n]
   int n;
   bool unbiased;
-  float scale_own, scale_other;    // powers of two: at scales of 1e-12 the coefficients alone would leave fp32
-  float d_own, d_other, constant;  // of the scaled matrices
+  float scale_own, scale_other;    // powers of two: for features of 1e-12 the coefficients alone exceed fp32's range
+  float d_own, d_other, constant;  // for the scaled matrices
 
   __device__ float entry(int i, int k) const {
     return fmaf(other[i * n + k] * scale_other, d_other, own[i * n + k] * scale_own * d_own);
@@ -261,10 +261,10 @@ __device__ inline Mixture mixture(const Backward& call, const Backward::Side& si
   return m;
 }
 
-// Grid: (chunks of features, blocks that share the rows, sides).
+// Grid: (chunks of features, blocks over which the rows are divided, sides).
 template <class T, bool EXACT>
 __global__ void __launch_bounds__(THREADS, 2) gradient(const Backward call) {
-  BIRD_DYNAMIC_SHARED(slice);  // [n up to a whole CHUNK][PITCH], then [OUT_ROWS][PITCH]
+  BIRD_DYNAMIC_SHARED(slice);  // [n, rounded up to a multiple of CHUNK][PITCH], then [OUT_ROWS][PITCH]
   __shared__ float sums[WARPS * WARP];
   const Backward::Side& side = call.sides[blockIdx.z];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * CHUNK, width = side.own.width;
@@ -313,7 +313,7 @@ void launch_backward(const Backward& call, int multiprocessors, void* stream) {
     const int64_t own = (call.sides[side].own.width + CHUNK - 1) / CHUNK;
     chunks = own > chunks ? own : chunks;
   }
-  // Blocks that share the rows fill the device where features are few; where they are many each one centres only once.
+  // With few features the rows are divided over several blocks, to fill the device; with many, each chunk is centred only once.
   const int row_blocks = (call.n + OUT_ROWS - 1) / OUT_ROWS;
   const dim3 grid(static_cast<unsigned>(chunks), chunks * call.count < 2 * multiprocessors ? row_blocks : 1, call.count);
   const int rows = (call.n + CHUNK - 1) / CHUNK * CHUNK + OUT_ROWS;
@@ -325,7 +325,7 @@ void forward_of(const Forward& call, void* stream) {
   (call.shape.tile == 64 ? launch_forward<T, 64, EXACT> : launch_forward<T, 128, EXACT>)(call, stream);
 }
 
-// Half-precision features are always multiplied as tf32, see kernels.h.
+// Half-precision features are always multiplied as tf32 (kernels.h).
 void forward(Type type, bool exact, const Forward& call, void* stream) {
   if (type == Type::f16) return forward_of<c10::Half, false>(call, stream);
   if (type == Type::bf16) return forward_of<c10::BFloat16, false>(call, stream);

@@ -1,4 +1,4 @@
-// The kernels for NVIDIA GPUs.
+// The kernels of gram.cuh compiled for NVIDIA GPUs.
 #include <cuda_runtime.h>
 #include <mma.h>
 
@@ -28,7 +28,7 @@ void launch(void (*kernel)(Call), dim3 grid, size_t shared, void* stream, const 
 
 int multiprocessors(int device) {
   int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));  // a lookup, no call of the driver
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));  // a lookup in the runtime, no call of the driver
   return count;
 }
 

@@ -1,7 +1,6 @@
-// Rows of features in shared memory, centred, and products of tiles of them by the threads of a block.
+// What gram.cuh is built from: loads that centre features in shared memory, and products of tiles of them by a block's threads.
 //
-// The including file provides <cuda_runtime.h> and <mma.h>, or emulation/cuda.h, and defines BIRD_TARGET, the namespace of what
-// is made here.
+// The including file provides <cuda_runtime.h> and <mma.h>, or emulation/cuda.h, and defines the namespace BIRD_TARGET.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -19,16 +18,16 @@ constexpr int PITCH = CHUNK + 4;  // floats between rows in shared memory: align
 
 struct Rows {
   const bool* mask;
-  const short* order;  // [n], all rows: those that count, in their order, then the others; null without a mask
+  const short* order;  // [n], all rows: those that count (not masked) in their order, then the others; null without a mask
   int n;
-  int count;  // those that count
+  int count;  // of the rows that count
 
   __device__ bool operator[](int i) const { return i < n && (mask == nullptr || mask[i]); }
-  // The row in place k of that order; from n on, k itself.
+  // The k-th row in that order; from n on, k itself.
   __device__ int at(int k) const { return mask == nullptr || k >= n ? k : order[k]; }
 };
 
-// By all threads of a block, once in a kernel.
+// Must be called by all threads of a block, and once in a kernel, since its shared memory holds the result.
 __device__ inline Rows order_rows(const bool* mask, int n) {
   __shared__ short order[MAX_ROWS];
   __shared__ int counted[WARPS];
@@ -52,7 +51,7 @@ __device__ inline Rows order_rows(const bool* mask, int n) {
   return {mask, order, n, count};
 }
 
-// The median of WARPS numbers that are WARP apart, the lower one of two, without NaN; 0 of nothing else.
+// The lower median of those of WARPS numbers, WARP apart in memory, that are not NaN; 0 if all are.
 __device__ inline float median(const float* numbers) {
   float v[WARPS];
   int count = 0;
@@ -72,12 +71,12 @@ __device__ inline float median(const float* numbers) {
   return middle;
 }
 
-// Rows 0..padded of CHUNK features in shared memory, minus their location; zero in all places that do not count.
+// Loads rows 0..padded of CHUNK features into shared memory and subtracts their location; zero where no row counts.
 //
-// The location is the mean of the rows that count. Robust, it is the median of the means of eight groups of them, to which they
-// are dealt in turn, whatever the period of a mask (a group without rows is left out): few rows cannot move it, however large.
+// The location is the mean of the rows that count. If `robust`, it is the median of the means of eight groups of them, to which
+// they are assigned in turn (a group without rows is ignored): a few rows cannot move it far, however large they are.
 //
-// It is taken twice: the second one is the rounding of the first, and makes a constant column exactly zero.
+// It is subtracted twice: the second location is the rounding error of the first, so a constant column becomes exactly zero.
 template <class T, bool ROUND>
 __device__ void load_centred(
     float* slice, float* sums, const Features& features, int64_t first, const Rows& rows, int padded, bool robust) {
@@ -85,7 +84,7 @@ __device__ void load_centred(
   const int64_t column = first + lane;
   const bool inside = column < features.width;
   const T* data = static_cast<const T*>(features.data) + column * features.column_stride;
-  float total = 0.f;  // of the warp's rows, which are its group
+  float total = 0.f;  // over the rows of this warp, which are one group
   const float counted = static_cast<float>((rows.count - warp + WARPS - 1) / WARPS);
   for (int k = warp; k < padded; k += WARPS) {
     const int i = rows.at(k);
@@ -116,8 +115,8 @@ __device__ void load_centred(
   __syncthreads();
 }
 
-// A tile [ROWS, COLUMNS] of a product that the whole block accumulates: A from rows of shared memory, B from rows
-// (TRANSPOSED: A B^T) or columns (A B).
+// A tile [ROWS, COLUMNS] of a product of matrices in shared memory that the whole block accumulates: A B^T if TRANSPOSED, else
+// A B. EXACT: in fp32 without matrix units.
 template <int ROWS, int COLUMNS, bool TRANSPOSED, bool EXACT>
 class Product;
 
@@ -162,10 +161,10 @@ class Product<ROWS, COLUMNS, TRANSPOSED, true> {
   }
 };
 
-// On the matrix units; the operands in shared memory are rounded to tf32 already.
+// On the matrix units; the operands in shared memory must be rounded to tf32 already.
 template <int ROWS, int COLUMNS, bool TRANSPOSED>
 class Product<ROWS, COLUMNS, TRANSPOSED, false> {
-  // Eight warps, 2 x 4 over a tile of at least 64 columns, 4 x 2 over a narrow one.
+  // The eight warps are 2 x 4 over a tile of at least 64 columns, 4 x 2 over a narrower one.
   static constexpr int ACROSS = COLUMNS >= 64 ? 4 : 2, DOWN = WARPS / ACROSS;
   static constexpr int M = ROWS / DOWN / 16, N = COLUMNS / ACROSS / 16, K = 8;
   using A = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, K, nvcuda::wmma::precision::tf32, nvcuda::wmma::row_major>;

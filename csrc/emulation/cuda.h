@@ -1,11 +1,11 @@
-// As much of CUDA as gram.cuh uses, on a CPU: for tests of values where there is no GPU, as Triton's interpreter is for Triton.
+// The part of CUDA that gram.cuh uses, emulated on a CPU, to test values without a GPU, as Triton's interpreter does for Triton.
 //
-// A block's threads are fibres that run in turn, each up to its next barrier; blocks run one after the other. Every other
-// round goes backwards, and shared memory starts as NaN, so that a forgotten barrier or initialisation changes the values. What it
-// cannot show: races within a warp, memory order between blocks, speed.
+// A block's threads are fibres that run in turn, each up to its next barrier; blocks run one after the other. The order of threads
+// is reversed in every other round, and dynamic shared memory starts as NaN, so that a missing barrier or initialisation changes
+// values. It cannot show races within a warp, memory order between blocks, or speed.
 #pragma once
 
-#undef _FORTIFY_SOURCE  // it takes a jump to another stack for a mistake
+#undef _FORTIFY_SOURCE  // its longjmp aborts on a jump to another stack
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -68,7 +68,7 @@ class Block {
     _longjmp(block.scheduler_, 1);
   }
 
-  // ucontext only makes the stacks: swapcontext asks the kernel for the signal mask each time.
+  // ucontext only starts the fibres; setjmp and longjmp switch between them, since swapcontext makes a system call each time.
   void resume(Fibre& fibre) {
     if (_setjmp(scheduler_)) return;
     if (fibre.started) _longjmp(fibre.resume, 1);
@@ -77,7 +77,7 @@ class Block {
   }
 
  public:
-  std::vector<double> exchange;  // what votes and shuffles pass on
+  std::vector<double> exchange;  // each thread's value in a vote or shuffle
 
   explicit Block(unsigned threads) : fibres_(threads), exchange(threads) {}
 
@@ -115,7 +115,7 @@ class Block {
 
 inline void __syncthreads() { emulated::Block::running().barrier(); }
 
-// These are called by all threads of a block, not of a warp alone.
+// Here these are barriers, so all threads of a block must call them, not a single warp.
 inline unsigned __ballot_sync(unsigned, bool vote) {
   emulated::Block& block = emulated::Block::running();
   block.exchange[threadIdx.x] = vote;
@@ -141,7 +141,7 @@ inline void __threadfence() {}
 inline int atomicAdd(int* address, int v) { return (*address += v) - v; }
 inline double __ldcg(const double* address) { return *address; }
 
-// The matrix units. Lane 0 holds what the hardware spreads over a warp.
+// The matrix units: lane 0 holds the whole fragment, which the hardware spreads over a warp.
 namespace nvcuda::wmma {
 
 struct row_major;

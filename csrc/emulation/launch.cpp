@@ -1,4 +1,4 @@
-// The kernels, thread by thread, on a CPU.
+// The kernels of gram.cuh compiled for the emulation on a CPU.
 #include "cuda.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace bird::emulation {
 
-// One launch at a time, of whichever kernel: a block's state is global, as it is to a block.
+// Only one launch runs at a time, because the state of a block is in global variables.
 static std::mutex one_at_a_time;
 static std::atomic<int64_t> launched{0};
 

@@ -93,7 +93,7 @@ def test_taps_removed_from_a_compiled_model_stop_recording(net: Net, images: Ten
     model(images)
     taps.remove()
     model(images)
-    assert not taps._features
+    assert not taps._passes.now.features
 
 
 def test_checkpoints_in_a_compiled_model(net: Net, images: Tensor) -> None:
@@ -126,7 +126,7 @@ def test_a_compiled_block_in_a_checkpoint_records_nothing_in_backward() -> None:
         x = torch.randn(3, 4)
         logits = net(x)
         torch.testing.assert_close(taps.pop()["block.0"], net.block[0](x))
-        taps._features.clear()  # of the line above
+        taps._passes.now.features.clear()  # of the line above
         logits.sum().backward()
         with pytest.raises(RuntimeError, match="no features"):
             taps.pop()

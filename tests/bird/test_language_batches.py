@@ -65,7 +65,7 @@ def test_batches_by_themselves_count_alike(kind: type, tmp_path: Path) -> None:
     before = weights(trainer)
     batches = [dict(batch) for _, batch in zip(range(2), trainer.get_train_dataloader(), strict=False)]
     trainer.model.train()
-    distances = [trainer._distance(*_rows(trainer, batch)) for batch in batches]
+    distances = [trainer._bird_distance(*_rows(trainer, batch)) for batch in batches]
     mean = 0.9 * sum(distances) / 2
     gradients = torch.autograd.grad(mean, [*trainer.model.parameters()], allow_unused=True)
     trainer.train()
@@ -75,10 +75,10 @@ def test_batches_by_themselves_count_alike(kind: type, tmp_path: Path) -> None:
 
 
 def _rows(trainer: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-    trainer.guide.taps.listen()
+    trainer.bird_guide.taps.listen()
     trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    sequences = trainer.sequences(batch)
-    return trainer.guide.student_rows(sequences), sequences
+    sequences = trainer.bird_sequences(batch)
+    return trainer.bird_guide.student_rows(sequences), sequences
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_whose_loss_is_a_share(declared: Any, accepts: bool, items: Any, functio
     kind = SimpleNamespace(
         loss_is_scaled_for_ga=declared, model_accepts_loss_kwargs=accepts, compute_loss_func=function
     )
-    assert BirdMixin._is_share(kind, items) is share  # type: ignore[arg-type]
+    assert BirdMixin._bird_is_share(kind, items) is share  # type: ignore[arg-type]
 
 
 def test_dropout_repeats_its_masks_in_accumulated_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

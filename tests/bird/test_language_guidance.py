@@ -18,7 +18,6 @@ import bird.language
 from bird.language import Guidance, pool_tokens
 from bird.language.guidance import Guide, Sequences
 from bird.language.mixin import _require_plain_parallelism
-from bird.language.pooling import right_padded
 from bird.taps import FirstPass
 from tests.bird.tiny import bytes_tokenizer, guidance, letters_tokenizer, student, teacher
 
@@ -61,9 +60,9 @@ def test_pooling_by_mask(pooling: Any, side: str) -> None:
         "mean": torch.stack([row.mean(0) for row in rows]),
         "all": torch.cat(rows),
     }[pooling]
+    torch.testing.assert_close(pool_tokens(features, mask, pooling), wanted)
     virtual = torch.randn(3, 2, 5, dtype=torch.float64)  # of prompt learning, in front
-    for given in (features, torch.cat([virtual, features], 1)):
-        torch.testing.assert_close(pool_tokens(given, mask, pooling), wanted)
+    torch.testing.assert_close(pool_tokens(torch.cat([virtual, features], 1), mask, pooling, virtual=2), wanted)
 
 
 def test_pooling_refuses() -> None:
@@ -72,17 +71,11 @@ def test_pooling_refuses() -> None:
         pool_tokens(features, mask, "cls")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\[3, 5\] and \[3, 4\].*keeps the tokens"):
         pool_tokens(features[:, 0], mask)
+    with pytest.raises(ValueError, match=r"\[3, 4, 5\] and \[3, 3\]"):  # padded inside, as Longformer's
+        pool_tokens(features, mask[:, :3])
     mask[1] = 0
     with pytest.raises(ValueError, match=r"sequences \[1\].*no token"):
         pool_tokens(features, mask)
-
-
-def test_padding_moves_to_the_right() -> None:
-    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1], [1, 0, 1, 0]])
-    ids = torch.arange(12).view(3, 4)
-    found, moved = right_padded(mask, ids)
-    assert found.tolist() == [[True, True, False], [True, True, True], [True, True, False]]
-    assert [row[of].tolist() for row, of in zip(moved, found, strict=True)] == [[2, 3], [5, 6, 7], [8, 10]]
 
 
 # ---------------------------------------------------------------------------------------------- what is read
@@ -95,8 +88,8 @@ def test_padding_changes_nothing(kind: str, completion_only: bool) -> None:
     torch.manual_seed(3)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
     guide = {
-        "llama": guidance(teacher=student(seed=5), tokenizer=None, completion_only=completion_only),
-        "gpt2": guidance(teacher=gpt2, tokenizer=None, completion_only=completion_only),
+        "llama": guidance(teacher=student(seed=5), tokenizer=bytes_tokenizer(), completion_only=completion_only),
+        "gpt2": guidance(teacher=gpt2, tokenizer=bytes_tokenizer(), completion_only=completion_only),
         "bert": guidance(completion_only=completion_only),
     }[kind]
     model = student()
@@ -143,7 +136,7 @@ def test_completions_alone_are_pooled() -> None:
 
 def test_all_tokens_as_rows() -> None:
     model, other = student(), student(seed=4)
-    guide = Guide(Guidance(other, pooling="all"), model, bytes_tokenizer())
+    guide = Guide(Guidance(other, bytes_tokenizer(), pooling="all"), model, bytes_tokenizer())
     sequences = batch(TEXTS, "left")
     ours, theirs = rows_of(guide, model, sequences), guide.teacher_rows(sequences)
     assert len(ours) == len(theirs) == sum(map(len, TEXTS))
@@ -154,7 +147,7 @@ def test_all_tokens_as_rows() -> None:
 @pytest.mark.parametrize("bare", [BertModel, LlamaModel])
 def test_backbones_without_a_head_are_teachers(bare: type) -> None:
     guide = teacher(kind=bare) if bare is BertModel else student(kind=bare)
-    chosen = guidance(teacher=guide, tokenizer=letters_tokenizer() if bare is BertModel else None)
+    chosen = guidance(teacher=guide, tokenizer=letters_tokenizer() if bare is BertModel else bytes_tokenizer())
     rows = Guide(chosen, student(), bytes_tokenizer()).teacher_rows(batch(TEXTS))
     tokenizer = letters_tokenizer() if bare is BertModel else bytes_tokenizer()
     wanted = guide(**tokenizer(TEXTS[2], return_tensors="pt")).last_hidden_state[0].mean(0)
@@ -172,7 +165,7 @@ def test_backbones_without_a_head_are_teachers(bare: type) -> None:
         ({"pooling": "cls"}, "pooling must be one of"),
         ({"teacher_pooling": "max"}, "teacher_pooling must be one of"),
         ({"rows": "loser"}, "rows must be one of"),
-        ({"pooling": "all"}, "share it and a tokenizer"),
+        ({"pooling": "all"}, "must share it, and read all of a text"),
         ({"rows": "prompt", "completion_only": True}, "leaves no completion"),
         ({"estimator": "best"}, "estimator must be one of 'biased', 'unbiased'"),
     ],
@@ -187,7 +180,7 @@ def test_choices_that_do_not_exist(changes: dict[str, Any], why: str) -> None:
     [
         ({"layer": "model.layer.0"}, r"no layer is called.*'model\.layers\.0'"),
         ({"teacher_layer": "encoder"}, "no layer is called"),
-        ({"tokenizer": None}, "257 token ids and the teacher 31: give the teacher's own tokenizer"),
+        ({"tokenizer": None}, "not known which tokenizer the teacher reads with: give it"),
         ({"teacher": torch.nn.Linear(3, 3)}, None),
     ],
 )
@@ -215,7 +208,7 @@ def test_texts_that_cannot_be_read() -> None:
     only = Guide(guidance(completion_only=True), student(), bytes_tokenizer())
     with pytest.raises(ValueError, match=r"sequences \[1\].*empty text or response"):
         only.teacher_rows(batch(["a good", "ba", "so so"], prompt=2))
-    with pytest.raises(ValueError, match="do not say where the completion begins"):
+    with pytest.raises(ValueError, match="do not say which tokens are the completion"):
         only.teacher_rows(batch(TEXTS)._replace(completion=None))
     other = Guide(guidance(completion_only=True, text=lambda p, c: f"{p}{c}."), student(), bytes_tokenizer())
     with pytest.raises(ValueError, match="must end with the completion"):

@@ -163,7 +163,7 @@ def test_guidance_of_a_frozen_copy(tmp_path: Path) -> None:
     teacher = copy.deepcopy(model)
     before = weights(teacher)
     history = train_policy(
-        model, bytes_tokenizer(), PAIRS, TRAINING, tmp_path, guidance=Guidance(teacher, alpha=1.0, beta=1.0)
+        model, bytes_tokenizer(), PAIRS, TRAINING, tmp_path, guidance=Guidance(teacher, bytes_tokenizer(), 1.0, 1.0)
     )
     assert history["train"][0]["cka"] == pytest.approx(1, abs=1e-5)
     assert history["train"][-1]["cka"] < 1

@@ -257,7 +257,7 @@ def test_saves_data_and_a_picture(tmp_path: Path) -> None:
     about = json.loads((folder / "cka.json").read_text(encoding="utf-8"))
     assert about.pop("cka") == [[0.25, -0.125, 1.0], [0.5, None, 0.75]]  # there is no NaN in JSON
     assert about == dict(
-        estimator="biased", batches=3, samples=40, layers_a=["a, b", "c"], layers_b=["x", "y", "z"]
+        estimator="biased", batches=3, samples=40, layers_a=["a, b", "c"], layers_b=["x", "y", "z"], names=["a", "b"]
     )  # fmt: skip
     picture = image.imread(folder / "cka.png")
     assert min(picture.shape[:2]) > 300

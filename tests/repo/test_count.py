@@ -8,7 +8,8 @@ from tests.repo import count
 def test_the_core_is_thin() -> None:
     files, lines = count.count("bird", ("bird/lab",))
     assert files >= 13, "the core was not found"
-    assert lines <= 2000
+    # 2,010 before faults that users of other projects met: layouts, threads, second passes, texts, trainers.
+    assert lines <= 2391
 
 
 def test_no_file_is_too_long() -> None:

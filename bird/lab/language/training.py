@@ -18,7 +18,6 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ...language.mixin import BirdMixin
 from ..stages import require_same
 from ..tensors import file_checksum, read_checked, write_checked
 from .recipe import Training
@@ -154,7 +153,7 @@ def reading(weights: Path) -> Iterator[None]:
 
 
 def trained(trainer: Any, folder: Path, progress: bool) -> list[dict[str, Any]]:
-    """Run a trainer from where its folder stands; what it logged of every step. What guided it lets go of the model.
+    """Run a trainer from where its folder stands; what it logged of every step.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -166,8 +165,6 @@ def trained(trainer: Any, folder: Path, progress: bool) -> list[dict[str, Any]]:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     finally:
         watch.close()
-        if isinstance(trainer, BirdMixin):
-            trainer.guide.taps.remove()
     return [{k: v for k, v in row.items() if k != "epoch"} for row in trainer.state.log_history if "loss" in row]
 
 

@@ -67,7 +67,7 @@ def teacher_layer(teacher: Teacher) -> Layer:
         ValueError: it taps several.
     """
     name = _only(teacher.names)
-    return Layer(teacher.model, name, teacher.pool, lambda x: teacher(x)[name])
+    return Layer(teacher.model, name, teacher.rows[name].pool, lambda x: teacher(x)[name])
 
 
 @contextmanager

@@ -1,24 +1,25 @@
 r"""The library backend's Gaussian kernels: K_ij = exp(-f D_ij), D_ij = |x_i - x_j|^2, f = 1 / (2 sigma^2), by strips.
 
-Distances come from centred features, ``D = |x_i|^2 + |x_j|^2 - 2 <x_i, x_j>``: a large mean costs nothing. Centring the
-kernel matrix cancels most of it when sigma is large (K near 1) and when distances are much alike, so a strip holds
-``K - c = c expm1(t - f D)`` with c = exp(-t) a typical entry, t = f median(D) or f mean(D). K comes back from it with
-K's own accuracy. The diagonal, which is 1 and may be larger than all the rest, is not in it. Before any product it is
-centred::
+Distances are computed from centred features, ``D = |x_i|^2 + |x_j|^2 - 2 <x_i, x_j>``, so a large mean costs no digits.
+Centring K cancels most of it when sigma is large (K near 1) or distances are nearly equal. So a strip holds ``K - c =
+c expm1(t - f D)``, with c = exp(-t) a typical entry, t = f median(D) or f mean(D), from which K can be restored to its
+own accuracy. The strip's diagonal is 0: that of K is 1, which may exceed all other entries, and is added separately.
+Before any product a strip is centred::
 
     biased    Kc = H K H                                                          (Gretton et al. 2005)
     unbiased  Kc = K_ij - (r_i + r_j)/(n-2) + sum(r)/((n-1)(n-2)), diagonal 0     (Szekely and Rizzo 2014)
 
-with row sums r (of the hollow K when unbiased): HSIC(K, L) is <Kc, Lc> over the estimator's norm, and the other five
-moments are zero. Since V = d value/dK = d_kl Lc + 2 d_kk Kc is symmetric, with W = V o K, sigma constant::
+with row sums r (unbiased: of K without its diagonal). HSIC(K, L) is <Kc, Lc> over the estimator's norm, and the other
+five moments are zero. V = d value/dK = d_kl Lc + 2 d_kk Kc is symmetric, so with the elementwise product W = V o K and
+a constant sigma::
 
-    dX = -(2 / sigma^2) (diag(W 1) - W) X                                         one product a side
+    dX = -(2 / sigma^2) (diag(W 1) - W) X                                         one product for each side
 
-If the gradient flows through the median D_ab, then, K being a function of D/sigma^2, the value changes with sigma^2 by
--<X, dX> / (2 sigma^2): dX loses ``<X, dX>/D_ab (x_a - x_b)`` in row a, and row b gains it.
+If the gradient flows through the median D_ab, then, K being a function of D/sigma^2, the derivative of the value with
+respect to sigma^2 is -<X, dX> / (2 sigma^2): ``<X, dX>/D_ab (x_a - x_b)`` is taken from row a of dX and added to row b.
 
-An upper strip are the columns from its diagonal block on. Strips are kept, or, above `plan.KEPT`, computed again by
-every pass: no n x n memory then.
+An upper strip is a block of rows from its diagonal block on. Strips are kept in memory or, above `plan.KEPT`, computed
+again by each pass, without any n x n memory.
 """
 
 from __future__ import annotations
@@ -37,16 +38,12 @@ from .strips import Bandwidth, Strips
 
 __all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
 
-# Largest t. Beyond, squares of K underflow in the products' dtype.
+# The largest t: with larger ones, squares of K underflow in the products' dtype.
 LIMIT = {torch.float32: 44.0, torch.float64: 350.0}
 
 
 class _Coefficients(NamedTuple):
-    """What the backward needs besides strips; derivatives are those of `moments.Combined`, the rest is by side.
-
-    ``factor`` f of scaled features, ``typical`` t, ``level`` c (0: not centred), ``scale`` of the features, ``first``
-    and ``second`` the rows whose distance is the median (flow only).
-    """
+    """What the backward needs besides tensors: derivatives (`moments.Combined`), and the `Bandwidth` of each side."""
 
     d_kl: Scalar
     d_kk: Scalar
@@ -68,7 +65,7 @@ class _Coefficients(NamedTuple):
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash: centred features, the kept strips of both sides, row shifts.
 
-    Kc is K - c - shift_i - shift_j, with ``rows`` [2, n] the shifts, in fp64: of V they cancel.
+    ``rows`` [2, n] are the shifts of x and y with Kc = K - c - shift_i - shift_j; fp64, since they cancel in V.
     """
     n, p, q = problem.n, problem.p, problem.q
     wide, operand = linalg.dtypes(problem)
@@ -91,7 +88,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     wide, _ = linalg.dtypes(problem)
     shapes = stash_shapes(problem, route)
     count = linalg.row_count(x, mask)
-    features = problem._replace(center=True)  # whatever is done to the kernels
+    features = problem._replace(center=True)  # even if the kernel matrices are not centred
     with linalg.fp32_products(problem):
         xs, scale_x, _ = linalg.centre(x, mask, count, features)
         ys, scale_y, _ = linalg.centre(y, mask, count, features)
@@ -144,7 +141,10 @@ def backward(
 
 
 def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Bandwidth:
-    """What the rule of the problem's kernel makes of squared distances; on a GPU nothing waits for the device."""
+    """The `Bandwidth` by the rule of the problem's `RBF`, from strips of squared distances; no synchronisation on CUDA.
+
+    ``scale`` is that of the features, ``count`` the number of rows that count, ``side`` 0 for x and 1 for y.
+    """
     kernel = strips.problem.kernel
     assert kernel is not None
     n = _as_tensor(count, strips.norms)
@@ -159,14 +159,14 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
         typical = median.double()
         square = typical * (kernel.threshold or 1.0) ** 2
     factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=torch.finfo(strips.wide).max / 16)
-    typical = (factor * typical).clamp(max=LIMIT[strips.wide]).to(strips.wide).double()  # what the strips see
+    typical = (factor * typical).clamp(max=LIMIT[strips.wide]).to(strips.wide).double()  # rounded as in the strips
     level = (-typical).exp() if strips.problem.center else 0.0 * typical
     scalar = linalg.scalar
     return Bandwidth(scalar(factor), scalar(typical), scalar(level), scale, scalar(first), scalar(second))
 
 
 def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[Bandwidth, Tensor]:
-    """Takes strips from distances to the kernel; its bandwidth, and the shift [n] that centres it."""
+    """Turn strips of distances into strips of the kernel; return its bandwidth and its row shifts [n], fp64."""
     bandwidth = bandwidth_of(strips, scale, count, side)
     strips.become_kernel(bandwidth)
     n = _as_tensor(count, strips.norms)
@@ -188,7 +188,7 @@ def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[B
 
 
 def _diagonal(strips: Strips, bandwidth: Bandwidth) -> Tensor:
-    """1 - c for the rows that count; [n], fp64."""
+    """The diagonal of K - c, which strips leave out: 1 - c for the rows that count, else 0; [n], fp64."""
     ones = torch.ones(strips.problem.n, dtype=torch.float64, device=strips.features.device)
     ones = ones if strips.keep is None else strips.keep.double()
     return ones * (1.0 - bandwidth.level)
@@ -197,7 +197,7 @@ def _diagonal(strips: Strips, bandwidth: Bandwidth) -> Tensor:
 def _products(
     k: Strips, l: Strips, bandwidths: tuple[Bandwidth, Bandwidth], shifts: tuple[Tensor, Tensor]
 ) -> tuple[Scalar, Scalar, Scalar]:
-    """<K,L>, <K,K>, <L,L>, centred; of gram_mse 0, <K-L,K-L>, 0, which is exact where the two agree."""
+    """<Kc,Lc>, <Kc,Kc>, <Lc,Lc>; for gram_mse 0, <Kc-Lc,Kc-Lc>, 0, which is exactly zero for equal matrices."""
     problem = k.problem
     kl: Scalar = 0.0
     kk: Scalar = 0.0
@@ -223,20 +223,20 @@ def _products(
 
 
 def _twice(a: Tensor, b: Tensor, rows: int) -> Scalar:
-    """The share of an upper strip in <A, B>: what is not in the diagonal block counts for the lower half too."""
+    """The share of an upper strip in <A, B>: entries right of its diagonal block count twice, for the lower half."""
     return 2.0 * linalg.inner(a, b) - linalg.inner(a[:, :rows], b[:, :rows])
 
 
 def _without_noise(kk: Scalar, bandwidth: Bandwidth, count: Scalar, wide: torch.dtype) -> Scalar:
-    """Zero for a kernel whose entries differ by no more than their rounding (rows at equal distances, unbiased)."""
+    """<Kc,Kc>, or 0 if K's entries differ by no more than rounding (unbiased, e.g. rows at equal distances)."""
     noise = (ROUNDING * torch.finfo(wide).eps * bandwidth.level * bandwidth.typical * count) ** 2
-    if isinstance(noise, Tensor):  # kk may be a float even then, the zero of gram_mse
+    if isinstance(noise, Tensor):  # kk may be a float all the same: the zero of gram_mse
         return torch.where(noise >= kk, 0.0, kk)
     return 0.0 if kk <= noise else kk
 
 
 class _Gradient:
-    """The gradient of one side, summed over strips: W X and W 1."""
+    """The gradient of one side, from W X and W 1, which are summed over strips."""
 
     def __init__(self, strips: Strips, bandwidth: Bandwidth) -> None:
         self.strips, self.features, self.bandwidth = strips, strips.features, bandwidth
@@ -245,7 +245,7 @@ class _Gradient:
         self.sums = self.product.new_zeros(len(self.features))
 
     def add(self, i: int, j: int, own: Tensor, v: Tensor, shift: Tensor) -> None:
-        """The part of rows i..j, from the strips of K - c and of V + shift_i + shift_j, which is overwritten."""
+        """Add the strip of rows i:j: ``own`` is K - c, ``v`` V before the ``shift`` is subtracted; overwritten."""
         if self.strips.problem.center:
             v.sub_(shift[i:j, None]).sub_(shift[i:])
         w = self.strips.cleared(v.mul_(own + self.bandwidth.level), i, j)

@@ -1,4 +1,4 @@
-"""The median of squared distances by the rules of `RBF`, exact, without a sort, without waiting for the device."""
+"""The exact median of squared distances by the rules of `RBF`: a radix select by histograms, without sort or sync."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 from ...types import RBF
 from .strips import Strips
 
-DIGIT = 16  # bits of a distance that one pass settles
-# A CPU may look, and with few rows a selection is faster than a histogram: n = 128, two cores of a Zen 5 CPU, 0.13 ms
-# against 1.4.
+DIGIT = 16  # bits of the median that one pass over the distances determines
+# Up to so many rows a CPU, which can read values, selects instead: 0.13 ms against 1.4 by histograms at n = 128 on two
+# cores of a Zen 5 CPU.
 FEW = 256
 
 
 def lower_median(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
-    """The rule's median of the squared distances; 0-d. No sort and no sync, 0 of nothing.
+    """The median of the strips' squared distances by the rule of ``kernel``, for ``n`` rows that count; 0-d, 0 of none.
 
-    The bits of numbers that are not negative are in their order, so digit by digit a histogram tells in which bin the
-    wanted one lies. In the whole matrix every distance stands twice: of 2m sorted entries the lower middle one is entry
-    (m-1)//2 of the m above the diagonal. With the diagonal's n zeros before them it is ((n^2-1)//2 - n)//2.
+    Non-negative floats are ordered as their bit patterns, so histograms of the digits, highest first, find those of the
+    median. Every distance occurs twice in the whole matrix: the lower middle of 2m sorted entries is entry (m-1)//2 of
+    the m above the diagonal. With the diagonal's n zeros before them it is entry ((n^2-1)//2 - n)//2.
     """
     if strips.features.is_cpu and strips.problem.n <= FEW:
         return _selected(strips, n, kernel)
@@ -32,7 +32,7 @@ def lower_median(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
     for shift in range(highest, -1, -DIGIT):
         counts = torch.zeros(bins + 1, dtype=torch.int64, device=n.device)
         for i, j, distances in strips:
-            pattern = distances.view(integer) & torch.iinfo(integer).max  # a NaN's sign is anything
+            pattern = distances.view(integer) & torch.iinfo(integer).max  # clears the sign, which a NaN may have
             digit = (pattern >> shift) & (bins - 1)
             skip = _not_counted(strips, distances, i, j, kernel.threshold is None)
             if shift < highest:
@@ -45,14 +45,14 @@ def lower_median(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
             if kernel.threshold is not None:
                 rank = _rank_among_all(entries)
         upto = counts.cumsum(0)
-        found = torch.searchsorted(upto, rank, right=True)  # the first bin for rank -1: of nothing
+        found = torch.searchsorted(upto, rank, right=True)  # bin 0 for rank -1, that of no distances
         rank = rank - upto[found] + counts[found]
         prefix = (prefix << DIGIT) | found
     return prefix.to(integer).view(strips.wide).squeeze(0)
 
 
 def _selected(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
-    """The same, read from the device."""
+    """`lower_median` by a selection; reads values from the device."""
     nonzero = kernel.threshold is None
     entries = torch.cat([d[~_not_counted(strips, d, i, j, nonzero)] for i, j, d in strips])
     rank = (len(entries) - 1) // 2 if nonzero else _rank_among_all(int(n))
@@ -60,12 +60,12 @@ def _selected(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
 
 
 def _rank_among_all(n: Any) -> Any:
-    """Where the lower median of n x n distances stands above the diagonal; -1: on it."""
+    """The rank of the lower median of all n x n distances among those above the diagonal; -1: on the diagonal."""
     return ((n * n - 1) // 2 - n) // 2
 
 
 def _not_counted(strips: Strips, distances: Tensor, i: int, j: int, nonzero: bool) -> Tensor:
-    """True where a strip's distance is not above the diagonal, of rows that do not count, or zero if those do not."""
+    """True for a strip's entries not above the diagonal, of masked rows or, where only ``nonzero`` count, zero."""
     skip = distances == 0 if nonzero else torch.zeros_like(distances, dtype=torch.bool)
     block = skip[:, : j - i]
     block |= torch.ones_like(block).tril()
@@ -75,13 +75,13 @@ def _not_counted(strips: Strips, distances: Tensor, i: int, j: int, nonzero: boo
 
 
 def _histogram(digits: Tensor, size: int) -> Tensor:
-    """How many there are of each of ``size`` digits; `torch.bincount` would wait for the device."""
+    """The count of each of ``size`` digits, int64; unlike `torch.bincount` it does not synchronise."""
     counts = torch.zeros(size, dtype=torch.int64, device=digits.device)
     return counts.scatter_add_(0, digits.flatten().long(), counts.new_ones(1).expand(digits.numel()))
 
 
 def rows_of(strips: Strips, median: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two rows whose squared distance is ``median``; 0-d."""
+    """The first pair of rows whose squared distance is ``median``, as two 0-d int64 tensors; 0, 0 if there is none."""
     rows = torch.zeros(2, dtype=torch.int64, device=median.device)
     missing = torch.ones((), dtype=torch.bool, device=median.device)
     for i, j, distances in strips:

@@ -1,4 +1,4 @@
-"""The upper strips of one side's kernel matrix: kept in memory, or computed whenever they are asked for."""
+"""The upper strips of one side's kernel matrix (`library_rbf`): kept in memory, or computed at each iteration."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from ...moments import Scalar
 from ...types import Problem
 from .. import linalg
 
-# Distances up to SAME * eps * (|x_i|^2 + |x_j|^2) are zero: rounding is all there is in them.
+# Squared distances up to SAME * eps * (|x_i|^2 + |x_j|^2) are set to zero: they may be rounding alone.
 SAME = 16.0
 
 
 class Bandwidth(NamedTuple):
-    """One side's part of `_Coefficients`."""
+    """The numbers of one side: ``factor`` f of the scaled features, ``typical`` t, ``level`` c (0: not centred),
+    ``scale`` of the features, and ``first`` and ``second``, the rows whose distance is the median (flow only)."""
 
     factor: Scalar
     typical: Scalar
@@ -29,9 +30,9 @@ class Bandwidth(NamedTuple):
 
 
 class Strips:
-    """The upper strips of one side: squared distances, and then K - c (K where it will not be centred), diagonal 0.
+    """The upper strips of one side: squared distances, from `become_kernel` on K - c (not centred K), diagonal 0.
 
-    ``flat`` holds them if they are kept, else they are computed whenever they are asked for.
+    They are kept in ``flat``, or computed at each iteration if that is empty. ``filled``: ``flat`` holds them already.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Strips:
                 self._distances(i, j, strip)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(i, j, rows i..j of the columns from i on)."""
+        """Yield (i, j, the strip [j - i, n - i] of rows i:j and columns i:)."""
         if self.kept:
             yield from ((i, j, strip) for strip, (i, j) in zip(self.kept, self.blocks, strict=True))
             return
@@ -70,13 +71,13 @@ class Strips:
             yield i, j, strip
 
     def become_kernel(self, bandwidth: Bandwidth) -> None:
-        """From squared distances to the kernel, in place where they are kept."""
+        """Turn squared distances into the kernel: kept strips in place, others from the next iteration on."""
         for strip, (i, j) in zip(self.kept, self.blocks, strict=bool(self.kept)):
             self._kernel(strip, i, j, bandwidth)
         self.bandwidth = bandwidth
 
     def centred(self, strip: Tensor, i: int, j: int, shift: Tensor) -> Tensor:
-        """The strip of Kc, as a new tensor, diagonal 0; of K, if it is not to be centred."""
+        """The strip of Kc as a new tensor, diagonal 0; the strip itself if ``center`` is False."""
         if not self.problem.center:
             return strip
         strip = strip - shift[i:j, None]
@@ -84,7 +85,7 @@ class Strips:
         return self.cleared(strip, i, j)
 
     def cleared(self, strip: Tensor, i: int, j: int) -> Tensor:
-        """Zero where it does not count, and on the diagonal; in place."""
+        """Set entries of masked rows and the diagonal to zero, in place; returns ``strip``."""
         if self.keep is not None:
             strip.mul_(self.keep[i:j, None]).mul_(self.keep[i:])
         strip[:, : j - i].diagonal().zero_()

@@ -1,0 +1,136 @@
+"""Chunks that draw at random: the second pass sees what the first one saw, or says that it did not; learned weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bird import BirdLoss, Teacher, chunked_backward
+from bird.chunks import random_state, set_random_state
+
+PAIRS = [("0", "0"), ("0", "2")]
+OWN = np.random.default_rng(0)
+DRAWS = {
+    "python": lambda: random.gauss(0, 1),
+    "numpy": lambda: np.random.standard_normal(),  # noqa: NPY002, the global generator is the question
+    "torch": lambda: torch.randn(()).item(),
+    "own": lambda: OWN.standard_normal(),
+}
+
+
+class Augmented(Sequence[tuple[Tensor, Tensor]]):
+    """Chunks that are shifted by what a generator draws, each time that they are fetched."""
+
+    def __init__(self, draw: str, chunks: int = 4, rows: int = 12) -> None:
+        torch.manual_seed(0)
+        self.images = [torch.randn(rows, 10) for _ in range(chunks)]
+        self.labels = [torch.randint(3, (rows,)) for _ in range(chunks)]
+        self.noise = torch.randn(rows, 10)
+        self.draw, self.seen = DRAWS[draw], []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        self.seen.append((self.images[i] + self.draw() * self.noise.roll(i), self.labels[i]))
+        return self.seen[-1]
+
+
+def networks(width: int) -> tuple[nn.Sequential, Teacher]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, 3))
+    return model, Teacher(nn.Sequential(nn.Linear(10, width + 1)), ["0"])
+
+
+def forward(model: nn.Sequential, count: int = 48):
+    def student(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        x, y = chunk
+        first = model[0](x)
+        last = model[1:](first)
+        return F.cross_entropy(last, y, reduction="sum") / count, {"0": first, "2": last}
+
+    return student
+
+
+@pytest.mark.parametrize("width", [4, 60])  # by statistics, by features
+@pytest.mark.parametrize("draw", ["python", "numpy", "torch"])
+@pytest.mark.parametrize("limit", [0, 1 << 28])  # whether the teacher runs again
+def test_global_generators_repeat(draw: str, width: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bird.chunks.TEACHER_BYTES", limit)
+    (model, teacher), loss, chunks = networks(width), BirdLoss(pairs=PAIRS), Augmented(draw)
+    value = chunked_backward(forward(model), lambda chunk: teacher(chunk[0]), chunks, loss, model=model)
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    images, labels = (torch.cat(parts) for parts in zip(*chunks.seen[:4], strict=True))
+    for parameter in model.parameters():
+        parameter.grad = None
+    task, features = forward(model)((images, labels))
+    expected = loss(task, teacher(images), features)
+    expected.backward()
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-6)
+    for one, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_what_does_not_repeat_is_told() -> None:
+    (model, teacher), chunks = networks(4), Augmented("own")
+    with pytest.raises(RuntimeError, match=r"chunk 0, and perhaps others, gave other features in the second pass"):
+        chunked_backward(forward(model), lambda chunk: teacher(chunk[0]), chunks, BirdLoss(pairs=PAIRS), model=model)
+
+
+def test_a_teacher_that_does_not_repeat_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bird.chunks.TEACHER_BYTES", 0)
+    (model, teacher), chunks, calls = networks(4), Augmented("torch"), []
+
+    def moody(chunk: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        calls.append(0)
+        return teacher(chunk[0] if len(calls) != 7 else chunk[0].flip(0))
+
+    with pytest.raises(RuntimeError, match=r"chunk 2, and perhaps others"):
+        chunked_backward(forward(model), moody, chunks, BirdLoss(pairs=PAIRS), model=model)
+
+
+def test_rounding_is_no_other_input() -> None:
+    """In bf16 a kernel with a graph may round otherwise than one without."""
+    (model, teacher), chunks = networks(4), Augmented("torch")
+    student = forward(model)
+
+    def rounding(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        task, features = student(chunk)
+        if torch.is_grad_enabled():
+            features = {name: x * (1 + 4e-3 * torch.randn_like(x)) for name, x in features.items()}
+        return task, features
+
+    chunked_backward(rounding, lambda chunk: teacher(chunk[0]), chunks, BirdLoss(pairs=PAIRS), model=model)
+
+
+def test_states_of_all_global_generators() -> None:
+    state = random_state([])
+    first = random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
+    set_random_state(state)
+    assert (random.random(), np.random.rand(), torch.rand(())) == first  # noqa: NPY002
+
+
+@pytest.mark.parametrize("width", [4, 60])
+def test_learned_weights_get_their_gradient(width: int) -> None:
+    def weights() -> dict[str, nn.Parameter]:
+        numbers = {"alpha": torch.tensor(0.3), "beta": torch.tensor(0.8), "weights": torch.tensor([0.5, 2.0])}
+        return {name: nn.Parameter(number) for name, number in numbers.items()}
+
+    (model, teacher), chunks = networks(width), Augmented("torch")
+    loss, whole = (BirdLoss(pairs=PAIRS, **weights()) for _ in range(2))
+    assert {name for name, _ in loss.named_parameters()} == {"alpha", "beta", "weights"}
+    value = chunked_backward(forward(model), lambda chunk: teacher(chunk[0]), chunks, loss, model=model, gradient=0.5)
+    assert not value.requires_grad
+    found = [parameter.grad.clone() for parameter in (*model.parameters(), *loss.parameters())]
+    images, labels = (torch.cat(parts) for parts in zip(*chunks.seen[:4], strict=True))
+    model.zero_grad()
+    task, features = forward(model)((images, labels))
+    (0.5 * whole(task, teacher(images), features)).backward()
+    for one, parameter in zip(found, (*model.parameters(), *whole.parameters()), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-5)
