@@ -143,8 +143,11 @@ def test_stages_of_others_are_waited_for_with_a_word(tmp_path: Path) -> None:
         said.append(line)
         threading.Timer(20 * 0.002, lock.release).start()
 
+    rescue = threading.Timer(20, lock.release)  # of a test that fails: nobody would end the wait
+    rescue.start()
     # The lock is of a thread's other lock object, as it would be of another process.
     complete([stage], tmp_path, idle=idle, patience=0.002)
+    rescue.cancel()
     assert said == ["waiting for other processes: 1 of 1 stages, The slow one first"]
     assert LOOKS > 1
 
