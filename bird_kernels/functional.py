@@ -50,7 +50,7 @@ def cka_loss(
             Both may be lists: pairs of layers, the two of a pair with the same rows; one mask for all. The result is
             the sum over the pairs of weight * loss through one autograd node; on a GPU, with the same rows for all and
             up to 512 of them, in common launches.
-        kernel: "linear".
+        kernel: "linear"; "rbf", a Gaussian kernel whose sigma is the median distance; or an `RBF`.
         estimator: "biased" is the published loss. "unbiased" is Song et al. 2012 (HSIC_1): for unrelated features the
             loss is 1 on average, whatever n; it may exceed 1 and is never clamped. Needs n >= 4. It keeps its digits
             where up to a quarter of the rows are far larger than the others (at most 64, on CUDA 32, where rows
