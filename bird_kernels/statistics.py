@@ -197,7 +197,7 @@ class Statistics:
         """What `state_dict` gave, as statistics again.
 
         Raises:
-            ValueError: a name is missing.
+            ValueError: a name is missing, or what it stands for has no such shape or dtype.
         """
         new = cls(precision=precision)
         if not state:
@@ -205,9 +205,11 @@ class Statistics:
         try:
             norms = Norms(**{name: state[f"norms.{name}"] for name in Norms._fields})
             saved = Sums(norms=norms, **{name: state[name] for name in Sums._fields if name != "norms"})
-            new._products = torch.float64 if state["eps"] < 1e-12 else torch.float32
+            eps = state["eps"]
         except KeyError as missing:
-            raise ValueError(f"no state of Statistics: {missing} is not among {sorted(state)}") from missing
+            raise ValueError(f"no state of Statistics: {missing} is not among {sorted(map(str, state))}") from missing
+        _require_state(saved, eps)
+        new._products = torch.float64 if eps < 1e-12 else torch.float32
         with torch.inference_mode(False):
             new._sums = sums.merged([saved])  # a copy, to be added to
         return new
@@ -262,3 +264,36 @@ def _require_same(what: str, kind: tuple[int, int, torch.device], s: Sums) -> No
         raise ValueError(f"these statistics are of x and y with {known} features; {what} have {p} and {q}")
     if device != s.n.device:
         raise ValueError(f"these statistics are on {s.n.device}, {what} on {device}: move them with .to()")
+
+
+PRODUCTS = torch.float32, torch.float64
+
+
+def _require_state(saved: Sums, eps: object) -> None:
+    """Raises a ValueError unless shapes, dtypes and devices fit together. Values on a device are not looked at."""
+    norms = saved.norms
+    assert norms is not None
+    plain = {name: value for name, value in saved._asdict().items() if name != "norms"}
+    parts = plain | {f"norms.{name}": value for name, value in norms._asdict().items()}
+    for name, value in (parts | {"eps": eps}).items():
+        if not isinstance(value, Tensor) or value.dtype not in PRODUCTS or value.layout != torch.strided:
+            raise ValueError(f"a damaged state of Statistics: {name} is no tensor of fp32 or fp64")
+    assert isinstance(eps, Tensor)
+    p, q = saved.mean_x.numel(), saved.mean_y.numel()
+    shapes = {
+        "mean_x": [p], "mean_y": [q], "xx": [p, p], "xy": [q, p], "yy": [q, q],
+        "norms.kx": [p], "norms.lx": [p], "norms.ky": [q], "norms.ly": [q],
+    }  # fmt: skip
+    for name, value in parts.items():
+        if list(value.shape) != shapes.get(name, []) or value.device != saved.n.device:
+            raise ValueError(
+                f"a damaged state of Statistics: {name} is {list(value.shape)} on {value.device}, not "
+                f"{shapes.get(name, [])} on {saved.n.device}"
+            )
+        if value.dtype != torch.float64 and name not in ("xx", "xy", "yy"):
+            raise ValueError(f"a damaged state of Statistics: {name} is {value.dtype}, not torch.float64")
+    if eps.numel() != 1 or eps.device.type != "cpu" or not 0 < float(eps) <= 1:
+        raise ValueError("a damaged state of Statistics: eps is no number above 0 on the CPU")
+    n = saved.n
+    if n.device.type == "cpu" and not (n.item() >= 0 and float(n).is_integer()):
+        raise ValueError(f"a damaged state of Statistics: n is {n.item()}, no number of rows")

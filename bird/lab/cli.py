@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import hashlib
 import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from bird_kernels import tuner, tuning
 from .experiment import Cell
 from .language import recipe as language_recipes
 from .recipe import names, parsed
-from .stages import complete, side_by_side
+from .stages import alone, complete, side_by_side
+from .tables import version
+from .tensors import read_json
 from .vision import candidates
 from .vision import recipe as vision_recipes
 from .vision import report as vision_reports
@@ -43,17 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error)
     except KeyboardInterrupt:
         how = "what was measured is kept" if options.run is _tune else "the same command goes on from here"
-        print(f"\nbird: interrupted; {how}", file=sys.stderr)
+        _say(f"\nbird: interrupted; {how}", sys.stderr)
         return 130
 
 
 def _complain(error: Exception) -> int:
-    print(f"bird: {error}", file=sys.stderr)
+    _say(f"bird: {error}", sys.stderr)
     return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bird", description="Move a teacher's robustness into a student.")
+    parser.add_argument("--version", action="version", version=f"bird-kernels {version('bird-kernels')}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser(
@@ -139,8 +142,10 @@ def _run(options: argparse.Namespace) -> int:
     """Several of these, by hand or by torchrun, share the work: each takes a stage that nobody is at."""
     device = _device(options.device)
     rank = os.environ.get("LOCAL_RANK")
+    if rank is not None and not rank.isdecimal():
+        raise ValueError(f"the environment's LOCAL_RANK is {rank!r}, which is no number: torchrun sets it, or unset it")
     if rank is not None and device.type != "cpu" and options.device is None:
-        device = torch.device(device.type, int(rank))
+        device = _device(f"{device.type}:{rank}")
     jobs = options.jobs if options.jobs is not None else cores() if device.type == "cpu" and rank is None else 1
     if jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {jobs}")
@@ -154,7 +159,7 @@ def _run(options: argparse.Namespace) -> int:
     what = "candidates" if options.command == "select" else "cells"
     _say(f"{experiment.recipe.title}: {len(asked)} {what}, {jobs} at a time on {device}; all is kept in {options.out}/")
     if jobs > 1:
-        side_by_side(_share_aside, [(experiment, options.command, choice)] * jobs)
+        side_by_side(_share_aside, [(experiment, options.command, choice, number == 0) for number in range(jobs)])
     _share(experiment, options.command, choice)
     if rank in (None, "0"):
         _write(experiment, options.command, choice)
@@ -167,14 +172,16 @@ def _asked(experiment: Any, command: str, choice: dict[str, Any]) -> list[Cell]:
     return experiment.candidates(**choice) if command == "select" else experiment.cells(**choice)
 
 
-def _share(experiment: Any, command: str, choice: dict[str, Any]) -> None:
-    complete([stage for one in _asked(experiment, command, choice) for stage in one.wanted], experiment.root, tell=_say)
+def _share(experiment: Any, command: str, choice: dict[str, Any], first: bool = True) -> None:
+    """Make what nobody else is making; of several processes here the first one says when it waits."""
+    stages = [stage for one in _asked(experiment, command, choice) for stage in one.wanted]
+    complete(stages, experiment.root, tell=_say, idle=_say if first else _nothing)
 
 
-def _share_aside(experiment: Any, command: str, choice: dict[str, Any]) -> None:
+def _share_aside(experiment: Any, command: str, choice: dict[str, Any], first: bool) -> None:
     """The same in a process of its own, whose parent does not see what was raised."""
     try:
-        _share(experiment, command, choice)
+        _share(experiment, command, choice, first)
     except EXPECTED as error:
         sys.exit(_complain(error))
 
@@ -186,6 +193,15 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _write(experiment: Any, command: str, choice: dict[str, Any]) -> None:
+    """The report: its files are of one process, however many write it."""
+    if not experiment.root.is_dir():
+        raise ValueError(f"there is no folder {experiment.root}: bird run it, or say which --out")
+    with alone(experiment.root / ".report.lock", lambda: _say("waiting for another process, which writes the report")):
+        text, folder = _written(experiment, command, choice)
+    _say(f"\n{text}\nIn {folder}/ with files and pictures.")
+
+
+def _written(experiment: Any, command: str, choice: dict[str, Any]) -> tuple[str, Path]:
     if command == "select":
         folder = experiment.root / "teachers" / _named(experiment.recipe.name, choice)
         text = candidates.write_teachers(experiment, experiment.candidates(**choice), folder)
@@ -198,14 +214,16 @@ def _write(experiment: Any, command: str, choice: dict[str, Any]) -> None:
             from .language import report
 
             text = report.write_language_report(experiment, experiment.cells(**choice), folder)
-    _say(f"\n{text}\nIn {folder}/ with files and pictures.")
+    return text, folder
 
 
 def _named(recipe: str, choice: dict[str, Any]) -> str:
     """A part of a recipe is reported beside the whole, not over it."""
     parts = [name for names in choice.values() if isinstance(names, list) for name in names]
     seeds = [] if choice["seeds"] is None else [f"seeds {choice['seeds']}"]
-    return "-".join([recipe, *parts, *seeds]).replace(" ", "-").replace(",", "")
+    name = "-".join([recipe, *parts, *seeds]).replace(" ", "-").replace(",", "")
+    many = hashlib.sha256(name.encode()).hexdigest()[:16]  # of more parts than the name of a file can hold
+    return name if len(name.encode()) <= 200 else f"{recipe.replace('/', '-')}-{many}"
 
 
 def _parse(name: str, table: Mapping[str, Any]) -> vision_recipes.VisionRecipe | language_recipes.LanguageRecipe:
@@ -269,29 +287,50 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        trial = torch.ones(1, device=name)
+        trial.item()  # of a device that holds numbers, as "meta" does not
+        return trial.device
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it lacks
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used here: {reason}") from error
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _nothing(line: str) -> None:
+    """Where another process says it."""
+
+
+def _say(line: str, file: Any = None) -> None:
+    """Print a line as far as the terminal can, or not at all: what is trained does not hang on who reads along."""
+    file = file or sys.stdout
+    try:
+        text = line.replace("±", "+-") if _lacks("±", file) else line
+        print(text.encode(file.encoding or "utf-8", "replace").decode(file.encoding or "utf-8"), file=file, flush=True)
+    except OSError:  # `| head` has gone, or the disk of a log is full
+        with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), file.fileno())  # or Python fails once more at its end
+
+
+def _lacks(character: str, file: Any) -> bool:
+    try:
+        character.encode(file.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _info(options: argparse.Namespace) -> int:
-    print(f"bird-kernels {_version('bird-kernels')}, torch {torch.__version__}, triton {_version('triton')}")
-    print(f"Python {platform.python_version()}, {platform.platform()}")
-    print(f"cpu: {torch.get_num_threads()} threads")
+    _say(f"bird-kernels {version('bird-kernels')}, torch {torch.__version__}, triton {version('triton')}")
+    _say(f"Python {platform.python_version()}, {platform.platform()}")
+    _say(f"cpu: {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
-        print(f"cuda:{index}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB")
-        print(f"cuda:{index}: {_tuned(index)}")
+        _say(f"cuda:{index}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB")
+        _say(f"cuda:{index}: {_tuned(index)}")
     if torch.cuda.device_count() == 0:
-        print("cuda: no device found" if torch.version.cuda else "cuda: this torch is built without it")
-        print("tuning: nothing to tune on a CPU")
+        _say("cuda: no device found" if torch.version.cuda else "cuda: this torch is built without it")
+        _say("tuning: nothing to tune on a CPU")
     for name, reason in bird_kernels.backend_status().items():
-        print(f"backend {name}: {'available' if reason is None else f'not available: {reason}'}")
+        _say(f"backend {name}: {'available' if reason is None else f'not available: {reason}'}")
     return 0
 
 
@@ -330,8 +369,18 @@ def _shapes_of(folder: Path) -> list[list[Any]]:
     files = sorted(folder.rglob("shapes.json"))
     if not files:
         raise ValueError(f"{folder} has no shapes.json: a run of `fit` with BirdLoss writes one with its checkpoints")
-    noted = {tuple(shape) for file in files for shape in json.loads(file.read_text(encoding="utf-8"))}
+    noted = {shape for file in files for shape in _shapes(file)}
     return [[*shape] for shape in sorted(noted) if shape[3] in ("float32", "bfloat16", "float16")]
+
+
+def _shapes(file: Path) -> list[tuple[int, int, int, str]]:
+    advice = "delete it, and the run's next checkpoint writes it anew"
+    shapes = read_json(file, advice)
+    for shape in shapes if isinstance(shapes, list) else [None]:
+        *sizes, dtype = shape if isinstance(shape, list) and len(shape) == 4 else [None]
+        if not isinstance(dtype, str) or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"{file} is damaged ({shape} is not [rows, width, width, dtype]): {advice}")
+    return [tuple(shape) for shape in shapes]
 
 
 def _tuned(index: int) -> str:
@@ -340,10 +389,3 @@ def _tuned(index: int) -> str:
     if table is None:
         return "not tuned: `auto` follows a cost model; `bird tune` measures"
     return f"tuned {table.when}, {len(table.rows)} measurements"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"

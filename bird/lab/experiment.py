@@ -94,8 +94,12 @@ class Experiment(ABC):
             ValueError: the recipe asks for something that there is not.
         """
         for library in self.libraries:
-            if importlib.util.find_spec(library) is None:
-                raise ImportError(f"{library} is not installed: pip install 'bird-kernels[{self.extra}]'")
+            self.require_library(library)
+
+    def require_library(self, library: str) -> None:
+        """Raises an ImportError, with what to do, where it is not installed."""
+        if importlib.util.find_spec(library) is None:
+            raise ImportError(f"{library} is not installed: pip install 'bird-kernels[{self.extra}]'")
 
 
 def collect(experiment: Experiment, cells: Sequence[Cell]) -> tuple[dict[Group, Results], list[Cell]]:

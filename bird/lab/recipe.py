@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -17,6 +19,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+LONGEST = 60  # characters of a name; those of a network and a variant meet in one file name, of at most 255 bytes
 
 
 def require_known(what: str, value: str, known: Iterable[str]) -> None:
@@ -25,6 +28,15 @@ def require_known(what: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         near = difflib.get_close_matches(str(value), known) or known
         raise ValueError(f"{what}: there is no {value!r}; there is {', '.join(map(repr, near))}")
+
+
+def require_name(what: str, name: str) -> None:
+    """Raises a ValueError unless a name of the user's can begin the name of a file, in the folder meant for it."""
+    if name.startswith(".") or len(name) > LONGEST or not name.isprintable() or set(name) & set("/\\"):
+        raise ValueError(
+            f"{what} {name!r} names files: no slashes, no control characters, no dot at the beginning, and at most "
+            f"{LONGEST} characters"
+        )
 
 
 def grid(
@@ -67,6 +79,7 @@ def parsed(recipe: str, parse: Callable[[str, Mapping[str, Any]], T]) -> T:
         path, name = Path(recipe), Path(recipe).stem
         if not path.is_file():
             raise ValueError(f"there is no file {recipe}")
+        require_name("the recipe", name)
         text = path.read_text(encoding="utf-8")
     else:
         require_known("recipe", recipe, names())
@@ -80,15 +93,93 @@ def parsed(recipe: str, parse: Callable[[str, Mapping[str, Any]], T]) -> T:
 
 def made(where: str, kind: type[T], table: Mapping[str, Any]) -> T:
     """The dataclass from a table; lists become tuples, unknown keys are refused with a ValueError that says where."""
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for key in table:
+    require_table(where, table)
+    known, hints = {f.name: f for f in fields(kind)}, get_type_hints(kind)  # type: ignore[arg-type]
+    for key, value in table.items():
         require_known(f"a key of {where}", key, known)
+        if not _is(value, hints[key]):
+            raise ValueError(f"{where}: {key} must be {_called(hints[key])}, not {value!r}")
+    for key, f in known.items():
+        if key not in table and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{where}: {key} must be there")
     try:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
+def require_table(where: str, table: Any) -> Mapping[str, Any]:
+    """The same, or a ValueError unless it is a table of TOML."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{where} must be a table, not {table!r}")
+    return table
+
+
+def require_within(part: Any, **bounds: float | tuple[float, float]) -> None:
+    """Raises a ValueError unless numbers of a dataclass are finite and within bounds; None passes.
+
+    Args:
+        part: the dataclass.
+        bounds: by field: the least value, or the least and the largest.
+    """
+    for name, bound in bounds.items():
+        value = getattr(part, name)
+        least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
+            limit = f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"
+            raise ValueError(f"{name} must be {limit}{'' if isinstance(value, int) else ', and finite'}, not {value}")
+
+
+def settings_of(part: Any, later: Collection[str]) -> dict[str, Any]:
+    """A dataclass as plain data for the names of stages, without settings that are ``later`` than the first recipes
+    where they have their defaults: what was trained before they could be said keeps its name."""
+    defaults = {f.name: f.default for f in fields(part)}
+    return asdict(
+        part, dict_factory=lambda items: {k: v for k, v in items if k not in later or v != defaults.get(k, MISSING)}
+    )
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Is it of the annotated type? A whole number is a number too, but true is none."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is(value, part) for part in parts)
+    if kind is tuple:
+        return isinstance(value, (list, tuple)) and all(_is(each, parts[0]) for each in value)
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(_is(each, parts[1]) for each in value.values())
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint if hint in (int, bool, str) else isinstance(value, hint)
+
+
+def _called(hint: Any) -> str:
+    """A type in words; None, which TOML cannot say, is left out."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(_called(part) for part in parts if part is not NoneType)
+    if kind is tuple:
+        return f"a list of {names[parts[0]].split()[-1].replace('number', 'whole number')}s"
+    return names.get(hint, "a table")
+
+
 def data_root(root: Path | str | None) -> Path:
-    """The folder that holds the data sets: `root`, else ``$BIRD_DATA``, else ``data`` in the working directory."""
-    return Path(root or os.environ.get("BIRD_DATA") or "data").expanduser().absolute()
+    """The folder that holds the data sets: `root`, else ``$BIRD_DATA``, else ``data`` in the working directory.
+
+    Raises:
+        ValueError: it begins with the home of a user that there is not.
+    """
+    return at_home(root or os.environ.get("BIRD_DATA") or "data").absolute()
+
+
+def at_home(path: Path | str) -> Path:
+    """The path with ``~`` and ``~name`` at its beginning resolved.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: there is no home of such a user here") from error

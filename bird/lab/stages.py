@@ -16,9 +16,11 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from multiprocessing.connection import wait
@@ -28,7 +30,9 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..files import write_json
+from .tensors import read_checked, write_checked
+
+LOOKS = 10  # at what other processes are making, before a word is said
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +69,26 @@ class Stage:
         """What `make` returned; None while that has not happened."""
         path = self.folder(root) / "result.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            found = read_checked(path, "delete it, and it is made again")
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it, and it is made again") from error
+        self._require_own(found.pop("stage", None), path)
+        return found
 
     def _complete(self, root: Path) -> None:
         folder = self.folder(root)
-        write_json(
-            {"kind": self.kind, "about": self.about, "parents": [p.key for p in self.parents]}, folder / "stage.json"
-        )
-        write_json(self.make(folder), folder / "result.json")
+        path, name = folder / "stage.json", f"{self.kind}-{self.key}"
+        if path.exists():
+            old = read_checked(path, "delete the folder, and it is made again")
+            self._require_own(old.get("stage"), path)
+        about = {"kind": self.kind, "about": self.about, "parents": [p.key for p in self.parents]}
+        write_checked(about | {"stage": name}, path)
+        write_checked(self.make(folder) | {"stage": name}, folder / "result.json")
+
+    def _require_own(self, name: str | None, path: Path) -> None:
+        """What was written before stages were named in their files says nothing."""
+        if name not in (None, f"{self.kind}-{self.key}"):
+            raise ValueError(f"{path} is of {name}, copied into this folder: delete the folder, and it is made again")
 
 
 def lineage(stages: Iterable[Stage]) -> list[Stage]:
@@ -99,6 +111,7 @@ def complete(
     root: Path,
     *,
     tell: Callable[[str], None] = lambda line: None,
+    idle: Callable[[str], None] = lambda line: None,
     patience: float = 0.5,
 ) -> None:
     """Make all stages that are not there yet, and wait for those that other processes are making.
@@ -107,12 +120,13 @@ def complete(
         stages: with their parents they are made in order, as far as others leave them.
         root: the folder of the stages' folders.
         tell: gets a line for each stage that is made here, when it is done.
+        idle: gets a line, once, if nothing was left to do here at `LOOKS` looks in a row.
         patience: seconds between two looks at what others are making.
 
     Raises:
         Exception: what a stage's ``make`` raises; what is complete stays.
     """
-    wanted = lineage(stages)
+    wanted, looks = lineage(stages), 0
     left = [stage for stage in wanted if stage.result(root) is None]
     while left:
         ready = [stage for stage in left if all(parent.result(root) is not None for parent in stage.parents)]
@@ -122,8 +136,31 @@ def complete(
         if made is not None:
             done, seconds = len(wanted) - len(left), time.perf_counter() - start
             tell(f"[{done}/{len(wanted)}] {made.kind}-{made.key}  {made.title} ({seconds:.0f} s)")
+            looks = min(looks, 0)
         elif left:
+            looks += 1
+            if looks == LOOKS:
+                idle(f"waiting for other processes: {len(left)} of {len(wanted)} stages, {left[0].title} first")
+                looks = -sys.maxsize
             time.sleep(patience)
+
+
+@contextmanager
+def alone(lock: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Inside no other process is, of those that name the same file; ``busy`` is called once if one is waited for.
+
+    A killed process gives the lock back; the file stays.
+    """
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        busy()
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def _made(stage: Stage, root: Path) -> bool:
@@ -233,7 +270,7 @@ class Lines:
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             row = json.loads(line)
-        except ValueError:  # of JSON or of UTF-8
+        except (ValueError, RecursionError):  # of JSON or of UTF-8
             row = None
         if not isinstance(row, dict):
             raise ValueError(

@@ -15,13 +15,22 @@ from typing import Any
 import torch
 
 from ..files import atomic, write_json
+from .tensors import FORMAT
+
+
+def version(package: str) -> str:
+    """Of an installed package; "not installed" of others, as of a source tree on the path."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def report_origin() -> dict[str, Any]:
     """Versions, and the machine that a report is made on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "bird-kernels": metadata.version("bird-kernels"),
+        "bird-kernels": version("bird-kernels"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -58,7 +67,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 def write_report(folder: Path, page: str, numbers: Mapping[str, Any]) -> None:
     """``README.md`` and ``results.json``, each atomically."""
     write_markdown(folder / "README.md", page)
-    write_json(numbers, folder / "results.json")
+    write_json({"format": FORMAT} | dict(numbers), folder / "results.json")
 
 
 def write_markdown(path: Path, text: str) -> None:

@@ -9,7 +9,6 @@ also ends a text, and GPT-2 has none, so they would read another token, or refus
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,13 +23,13 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ...files import atomic, write_json
+from ...files import atomic
 from ...language.guidance import window_of
 from ...language.pooling import Pooling, pool_tokens, require_pooling
 from ...language.trainers import BirdTrainer
 from .data import padded
 from .recipe import Training
-from .training import arguments, claim, forget_checkpoints, quiet, trained
+from .training import arguments, claim, forget_checkpoints, quiet, read_history, reading, trained, write_history
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -117,14 +115,8 @@ class Classifier(nn.Module):
             ValueError: it is damaged, or of another architecture.
         """
         path = folder / "classifier.safetensors"
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it") from error
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is of another architecture ({error})") from error
+        with reading(path):
+            self.load_state_dict(load_file(path))
 
 
 def class_probabilities(
@@ -282,7 +274,7 @@ def train_classifier(
     if finished.exists():
         model.to(place).restore(folder)
         model.eval()
-        return json.loads(finished.read_text(encoding="utf-8"))
+        return read_history(finished)
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
     with quiet(progress):
         more: dict[str, Any] = dict(guidance=guidance, seed=seed, device=place, save_every=save_every)
@@ -290,7 +282,7 @@ def train_classifier(
         history = {"train": trained(trainer, folder, progress), "cut": cut}
     model.eval()
     model.save(folder)
-    write_json(history, finished)
+    write_history(history, folder / "classifier.safetensors")
     forget_checkpoints(folder)
     return history
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...features import find_layers
 from ...language.guidance import Guidance
 from ..experiment import Experiment
 from .data import Labelled
@@ -40,6 +41,21 @@ class LanguageExperiment(Experiment):
         for pair in self.recipe.networks.values():
             locate_network(pair.teacher)
             locate_network(pair.student)
+            self._check_layers(pair)
+
+    def _check_layers(self, pair: Pair) -> None:
+        """Has each network the layer that is asked of it? It is loaded only where one is."""
+        for name, network in (("layer", pair.student), ("teacher_layer", pair.teacher)):
+            layer = getattr(self.recipe.guidance, name)
+            if layer is not None:
+                if name == "layer" and self.recipe.kind == "preference":
+                    model: Any = fresh_network(network, "causal")[0]
+                else:
+                    model = classifier(network, pair.pooling, 0)[0]
+                try:
+                    find_layers(model, [layer])
+                except ValueError as error:
+                    raise ValueError(f"guidance.{name} of {network}: {error}") from error
 
     def prompts(self, seed: int) -> list[str]:
         """What is asked of students, as text; nothing where texts are classified."""
@@ -48,10 +64,8 @@ class LanguageExperiment(Experiment):
     def change(self, pair: Pair, variant: str) -> tuple[Change, Training]:
         """A variant, and how its students are trained."""
         change = self.recipe.variants[variant]
-        own = {"lr": pair.lr} | {name: getattr(change, name) for name in ("epochs", "batch_size")}
-        return change, replace(
-            self.recipe.transfer, **{name: value for name, value in own.items() if value is not None}
-        )
+        training = self.recipe.changed(self.recipe.transfer, change)
+        return change, training if pair.lr is None else replace(training, lr=pair.lr)
 
     def limit(self, change: Change) -> int | None:
         """How many rows count: the variant's number before the recipe's."""
@@ -59,8 +73,7 @@ class LanguageExperiment(Experiment):
 
     def guiding(self, change: Change) -> dict[str, Any]:
         """Options of `Guidance`, the variant's before the recipe's."""
-        own = {name: getattr(change, name) for name in ("alpha", "beta", "rows", "completion_only")}
-        return asdict(self.recipe.guidance) | {name: value for name, value in own.items() if value is not None}
+        return asdict(self.recipe.changed(self.recipe.guidance, change))
 
     def about(self, seed: int | None, **more: Any) -> dict[str, Any]:
         """What a stage's results depend on, for its folder."""

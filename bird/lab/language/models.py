@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..recipe import at_home
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -109,8 +111,8 @@ def load(
             f"a classifier needs classes, at least 1, and nothing else has any; got {classes} for {head!r}"
         )
     known = MODELS.get(name)
-    if known is not None and known.encoder and head == "causal":
-        raise ValueError(f"{name} is an encoder, which cannot be a causal model")
+    if head == "causal":
+        require_decoder(name, "a causal model")
     transformers = _transformers()
     place = locate_network(name)
     options: dict[str, Any] = {"gguf_file": place.name} if place is not None and place.is_file() else {}
@@ -128,16 +130,25 @@ def load(
             model = _plain(model, getattr(transformers, HEADS[head])) if options else model
     except OSError as error:
         raise FileNotFoundError(f"{where} cannot be loaded as {HEADS[head]}: {error}\n{_advice(name)}") from error
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(f"{where} wants to run code of its own, which is not done here: choose another") from error
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files fail in any way
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{where} wants to run code of its own, which is not done here: choose another") from error
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{place or where} is damaged, or no such network ({said}): {_advice(name)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if head == "causal" and model.generation_config is not None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+def require_decoder(name: str, what: str) -> None:
+    """Raises a ValueError for a network that is known to be an encoder; the others show when they are loaded."""
+    if name in MODELS and MODELS[name].encoder:
+        raise ValueError(f"{name} is an encoder, which cannot be {what}")
 
 
 def locate_network(name: str) -> Path | None:
@@ -154,7 +165,7 @@ def locate_network(name: str) -> Path | None:
     if known is not None and known.package is not None:
         return _in_package(known)
     if known is None:
-        folder = Path(name).expanduser()
+        folder = at_home(name)
         if (folder / "config.json").is_file():
             return folder
         if folder.is_dir():

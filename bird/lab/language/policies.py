@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from trl import DPOConfig, DPOTrainer
 
-from ...files import atomic, write_json
+from ...files import atomic
 from ...language.trl_trainers import BirdDPOTrainer
 from .data import Preference, columns
 from .recipe import Training
-from .training import arguments, claim, forget_checkpoints, quiet, trained
+from .training import arguments, claim, forget_checkpoints, quiet, read_history, reading, trained, write_history
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +71,7 @@ def train_policy(
     if finished.exists():
         restore(model, folder)
         nn.Module.to(model, device)
-        return json.loads(finished.read_text(encoding="utf-8"))
+        return read_history(finished)
     more: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
     if training.adapters:
         from peft import LoraConfig
@@ -102,7 +100,7 @@ def train_policy(
         save_model(whole, str(partial))
     whole.eval()
     history = {"train": rows}
-    write_json(history, finished)
+    write_history(history, folder / "policy.safetensors")
     forget_checkpoints(folder)
     return history
 
@@ -115,8 +113,6 @@ def restore(model: nn.Module, folder: Path) -> None:
         ValueError: they are damaged, or of another architecture.
     """
     path = folder / "policy.safetensors"
-    try:
+    with reading(path):
         load_model(model, str(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged, or of another architecture ({error}): delete its folder") from error
     model.eval()

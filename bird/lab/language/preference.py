@@ -24,12 +24,14 @@ from .data.preferences import PKU, pku_answers, pku_preferences, preferences
 from .data.snippets import snippets
 from .experiment import LanguageExperiment, classifier, fresh_network, pair_title, texts_and_labels, trained_classifier
 from .judges import BagOfWords, ClassifierJudge, LanguageModel, Lexicon, independent
-from .models import load
+from .models import load, locate_network, require_decoder
 from .recipe import Change, Judging, Pair, Training
 from .verdicts import Judge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from .endpoint import Endpoint
 
 SAFETY = "pku-saferlhf"
 
@@ -61,14 +63,35 @@ class Preferences(LanguageExperiment):
         """As of `LanguageExperiment`; the data and the judges' keys too.
 
         Raises:
-            FileNotFoundError: the data set is missing: what is expected where.
-            ValueError: a key is not in the environment.
+            FileNotFoundError: the data set or a judge's network is missing: what is expected where.
+            ImportError: a library that a judge or adapters need is.
+            ValueError: a key is not in the environment, a judge cannot be what the recipe says.
         """
+        for pair in self.recipe.networks.values():
+            require_decoder(pair.student, "a student that is tuned on preferences")
         super().check()
-        self.material(0)
-        for judging in self.recipe.judges.values():
-            if judging.key_variable is not None and not os.environ.get(judging.key_variable):
-                raise ValueError(f"the judge's key is expected in the environment variable {judging.key_variable}")
+        material = self.material(0)
+        if self.recipe.transfer.adapters:
+            self.require_library("peft")
+        for name, judging in self.recipe.judges.items():
+            try:
+                self._check_judge(judging, material)
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"judges.{name}: {error}") from error
+
+    def _check_judge(self, judging: Judging, material: Material) -> None:
+        if judging.kind == "lexicon":
+            self.require_library("vaderSentiment")
+        elif judging.kind == "bag-of-words" and len({row.label for row in material.judged}) < 2:
+            raise ValueError(f"{self.recipe.data.source} has no texts to train a bag of words on: choose another kind")
+        elif judging.kind == "endpoint":
+            endpoint(judging, None)
+        elif judging.kind in ("classifier", "language-model"):
+            if judging.kind == "language-model":
+                require_decoder(judging.model, "a judge of kind 'language-model'")
+            locate_network(judging.model)
+        if judging.key_variable is not None and not os.environ.get(judging.key_variable):
+            raise ValueError(f"the judge's key is expected in the environment variable {judging.key_variable}")
 
     def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
@@ -202,7 +225,7 @@ class Preferences(LanguageExperiment):
 
     def _verdicts(self, pair: Pair, judging: Judging, responses: Stage, teacher: Stage, seed: int) -> Stage:
         """What a judge says of them; result: 1, 0 or null for each."""
-        about = self.about(seed, judge=asdict(judging))
+        about = self.about(seed, judge=judging.about)
 
         def make(folder: Path) -> dict[str, Any]:
             material = self.material(seed)
@@ -223,9 +246,7 @@ class Preferences(LanguageExperiment):
             texts, labels = texts_and_labels(material.judged)
             return BagOfWords(texts, [bool(label) for label in labels])
         if judging.kind == "endpoint":
-            from .endpoint import Endpoint
-
-            return Endpoint(judging.url, judging.model, judging.key_variable, cache=folder / "answers.jsonl")
+            return endpoint(judging, folder / "answers.jsonl")
         if judging.kind == "classifier":
             model, tokenizer = load(judging.model, "classifier", classes=2)
             return ClassifierJudge(nn.Module.to(model, self.device), tokenizer, good=1, name=judging.model)
@@ -245,6 +266,14 @@ class Preferences(LanguageExperiment):
 
         parents = (teacher,) if policy is None else (policy, teacher)
         return Stage("alignment", about, make, parents, pair_title(pair, seed))
+
+
+def endpoint(judging: Judging, cache: Path | None) -> Endpoint:
+    """A recipe's judge elsewhere."""
+    from .endpoint import Endpoint
+
+    options: dict[str, Any] = {name: getattr(judging, name) for name in ("max_tokens", "key_header", "timeout")}
+    return Endpoint(judging.url, judging.model, judging.key_variable, cache=cache, **options)
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
-from ..recipe import made, require_known
+from ..recipe import made, require_known, require_name, require_table, require_within, settings_of
 
 PREFERENCES = {
     "none": "None",
@@ -26,6 +26,9 @@ WEAK_TO_STRONG = {
     "bird-unbiased": "Soft labels + BIRD, unbiased",
     "ceiling": "Ceiling",
 }
+Part = TypeVar("Part", "Training", "Guiding")
+ROWS = "both", "chosen", "rejected", "prompt"  # as of `bird.language.Guidance`
+POOLINGS = "last", "first", "mean"  # which give a row for each text, as a teacher with a tokenizer of its own needs
 JUDGES = ("lexicon", "bag-of-words", "classifier", "language-model", "endpoint")
 
 
@@ -56,10 +59,7 @@ class Training:
     adapters: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        require_within(self, epochs=1, batch_size=1, micro_batch=1, max_length=1)
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} must divide batch_size {self.batch_size}")
         for name in ("lr", "preference_beta"):
@@ -82,6 +82,15 @@ class Guiding:
     completion_only: bool = False
     rows: str = "both"
 
+    def __post_init__(self) -> None:
+        require_within(self, alpha=0, beta=0)
+        require_known("rows", self.rows, ROWS)
+        for name in ("pooling", "teacher_pooling"):
+            if getattr(self, name) is not None:
+                require_known(name, getattr(self, name), POOLINGS)
+        if self.completion_only and self.rows == "prompt":
+            raise ValueError('rows = "prompt" leaves no completion to pool: choose it or completion_only')
+
 
 @dataclass(frozen=True)
 class Data:
@@ -102,10 +111,7 @@ class Data:
     words: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("limit", "held_out", "words"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name} must be at least 2, not {value}")
+        require_within(self, limit=2, held_out=2, words=2)
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,11 @@ class Generation:
     temperature: float = 1.0
     top_p: float = 1.0
 
+    def __post_init__(self) -> None:
+        require_within(self, max_new_tokens=1, batch_size=1, temperature=0, top_p=(0, 1))
+        if not self.temperature or not self.top_p:
+            raise ValueError("temperature and top_p must be above 0; greedy = true takes the most probable token")
+
 
 @dataclass(frozen=True)
 class Judging:
@@ -128,12 +139,16 @@ class Judging:
         model: of "classifier" and "language-model" a name as of `bird.lab.language.models.load`; of "endpoint" its own.
         url: of an OpenAI-compatible endpoint.
         key_variable: the environment variable that holds its key.
+        max_tokens, key_header, timeout: of an endpoint, see `bird.lab.language.endpoint.Endpoint`.
     """
 
     kind: str
     model: str = ""
     url: str = ""
     key_variable: str | None = None
+    max_tokens: int = 8
+    key_header: str = "Authorization"
+    timeout: float = 60
 
     def __post_init__(self) -> None:
         require_known("kind", self.kind, JUDGES)
@@ -141,6 +156,13 @@ class Judging:
             raise ValueError(f"a judge of kind {self.kind!r} needs a model")
         if self.kind == "endpoint" and not self.url:
             raise ValueError("a judge of kind 'endpoint' needs a url")
+        require_within(self, max_tokens=1, timeout=0)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides its verdicts, for the names of stages."""
+        plain = settings_of(self, ("max_tokens",))
+        return {name: value for name, value in plain.items() if name not in ("key_header", "timeout")}
 
 
 @dataclass(frozen=True)
@@ -161,6 +183,10 @@ class Pair:
     lr: float | None = None
     paper: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require_known("pooling", self.pooling, POOLINGS)
+        require_within(self, lr=0)
+
 
 @dataclass(frozen=True)
 class Change:
@@ -174,6 +200,11 @@ class Change:
     beta: float | None = None
     rows: str | None = None
     completion_only: bool | None = None
+
+    def __post_init__(self) -> None:
+        require_within(self, limit=2, epochs=1, batch_size=1, alpha=0, beta=0)
+        if self.rows is not None:
+            require_known("rows", self.rows, ROWS)
 
 
 @dataclass(frozen=True)
@@ -219,8 +250,28 @@ class LanguageRecipe:
             object.__setattr__(self, "methods", tuple(known))
         if self.kind == "preference" and not self.judges:
             raise ValueError("who judges the responses? [judges.<name>] must be there")
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+        require_within(self, seeds=1)
+        for name in ("networks", "variants"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        for pair in self.networks.values():
+            for method in pair.paper:
+                require_known("paper", method, known)
+        if self.teacher.adapters or (self.kind == "weak-to-strong" and self.transfer.adapters):
+            raise ValueError("adapters are for students that are tuned on preferences, not for classifiers")
+        for name, change in self.variants.items():
+            try:
+                guiding = self.changed(self.guidance, change)
+                self.changed(self.transfer, change)
+            except ValueError as error:
+                raise ValueError(f"variants.{name}: {error}") from error
+            if self.kind == "weak-to-strong" and (guiding.completion_only or guiding.rows != "both"):
+                raise ValueError("rows and completion_only are of preferences, not of texts that are classified")
+
+    def changed(self, part: Part, change: Change) -> Part:
+        """A part of the recipe as a variant has it."""
+        own = {f.name: getattr(change, f.name, None) for f in fields(part)}
+        return replace(part, **{name: value for name, value in own.items() if value is not None})
 
     @property
     def titles(self) -> Mapping[str, str]:
@@ -244,5 +295,7 @@ def parse(name: str, data: Mapping[str, Any]) -> LanguageRecipe:
             table[part] = made(part, kind, table[part])
     for part, each in (("networks", Pair), ("judges", Judging), ("variants", Change)):
         if part in table:
+            for key in require_table(part, table[part]):
+                require_name(f"the {part} of a recipe:", key)
             table[part] = {key: made(f"{part}.{key}", each, value) for key, value in table[part].items()}
     return made("the recipe", LanguageRecipe, table)

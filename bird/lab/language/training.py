@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,17 @@ import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
-from ...files import write_json
 from ..stages import require_same
+from ..tensors import file_checksum, read_checked, write_checked
 from .recipe import Training
 
 if TYPE_CHECKING:
     from ...language.guidance import Guidance
+
+
+NETWORKS = "teacher", "tokenizer", "text"  # of a guidance: what is no plain data
+MARK = "whole.json"  # in a checkpoint that is
+CHECKPOINT = re.compile("checkpoint-([0-9]+)")
 
 
 def arguments(
@@ -45,7 +52,6 @@ def arguments(
         "use_cpu": device.type == "cpu",
         "save_strategy": "epoch" if save_every is None else "steps",
         "save_steps": save_every or 500,
-        "save_total_limit": 1,
         "report_to": "none",
         "disable_tqdm": True,
         "logging_steps": 1,
@@ -87,15 +93,63 @@ def claim(folder: Path, data: Any, guidance: Guidance | None, **settings: Any) -
         ValueError: it is another run's: what changed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    networks = ("teacher", "tokenizer", "text")
-    choices = None if guidance is None else {k: str(v) for k, v in vars(guidance).items() if k not in networks}
+    choices = None if guidance is None else {k: str(v) for k, v in vars(guidance).items() if k not in NETWORKS}
     digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()
     run = settings | {"data": digest, "guidance": choices}
     path = folder / "run.json"
     if path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        require_same(old, run, f"{folder} is of another run", "choose another folder")
-    write_json(run, path)
+        old = read_checked(path, f"delete the folder {folder} to start over, or choose another")
+        require_same(_completed(old, guidance), run, f"{folder} is of another run", "choose another folder")
+    write_checked(run, path)
+
+
+def _completed(old: dict[str, Any], guidance: Guidance | None) -> dict[str, Any]:
+    """What an earlier version wrote, with the defaults of what could not be set then."""
+    found = dict(old)
+    if isinstance(old.get("training"), dict):
+        found["training"] = asdict(Training()) | old["training"]
+    if isinstance(old.get("guidance"), dict) and guidance is not None:
+        defaults = {f.name: str(f.default) for f in fields(guidance) if f.default is not MISSING}
+        defaults = {name: value for name, value in defaults.items() if name not in NETWORKS}
+        found["guidance"] = defaults | old["guidance"]
+    return found
+
+
+def read_history(path: Path) -> dict[str, Any]:
+    """What a complete run has logged.
+
+    Raises:
+        ValueError: it is damaged; what to do.
+    """
+    history = read_checked(path, f"delete the folder {path.parent}, and it is trained again")
+    history.pop("weights", None)
+    return history
+
+
+def write_history(history: dict[str, Any], weights: Path) -> None:
+    """Last of all of a run: ``history.json`` beside its weights, with their checksum."""
+    write_checked(history | {"weights": file_checksum(weights)}, weights.with_name("history.json"))
+
+
+@contextmanager
+def reading(weights: Path) -> Iterator[None]:
+    """Inside weights are read that a run has left.
+
+    Raises:
+        OSError: they are not there.
+        ValueError: they are not those that were written, or of another architecture; what to do.
+    """
+    advice = "delete its folder, and it is trained again"
+    history = weights.with_name("history.json")
+    said = read_checked(history, advice).get("weights") if history.exists() else None
+    if said is not None and file_checksum(weights) != said:
+        raise ValueError(f"{weights} is damaged (its checksum is of other contents): {advice}")
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header fails in any way
+        raise ValueError(f"{weights} is damaged, or of another architecture ({error}): {advice}") from error
 
 
 def trained(trainer: Any, folder: Path, progress: bool) -> list[dict[str, Any]]:
@@ -115,20 +169,45 @@ def trained(trainer: Any, folder: Path, progress: bool) -> list[dict[str, Any]]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The latest whole one; the trainer writes ``trainer_state.json`` last, so one without it is of a killed run."""
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append((json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"], path))
-        except (OSError, ValueError, KeyError):
+    """The latest whole one: with the mark that is set when all else of it is on the disk. None is deleted here.
+
+    Raises:
+        OSError: one cannot be read, now; nothing is lost.
+        ValueError: one has lost files since it was whole.
+    """
+    for _, path in reversed(_checkpoints(folder)):
+        mark = path / MARK
+        if not mark.exists():
+            continue  # of a killed run; the trainer writes it anew when it is there again
+        kept = read_checked(mark, f"delete the folder {path}")
+        for name, size in kept["files"].items():
+            if not (path / name).is_file() or (path / name).stat().st_size != size:
+                raise ValueError(f"{path} is no longer whole ({name} is not the file of {size} bytes): delete {path}")
+        return str(path)
+    return None
+
+
+def mark_whole(checkpoint: Path) -> None:
+    """Bring a checkpoint to the disk, and then its mark."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARK)
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+    write_checked({"files": sizes}, checkpoint / MARK)
+
+
+def forget_checkpoints(folder: Path, before: int | None = None) -> None:
+    """Of a run that is complete, or those of fewer than so many steps; folders of other names are somebody else's."""
+    for step, path in _checkpoints(folder):
+        if before is None or step < before:
             shutil.rmtree(path)
-    return str(max(whole)[1]) if whole else None
 
 
-def forget_checkpoints(folder: Path) -> None:
-    """Of a run that is complete."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Steps and folders as transformers' trainer names them, in the order of the steps."""
+    named = [(CHECKPOINT.fullmatch(path.name), path) for path in folder.glob("checkpoint-*")]
+    return sorted((int(name[1]), path) for name, path in named if name and path.is_dir() and not path.is_symlink())
 
 
 class Watch(TrainerCallback):
@@ -151,6 +230,12 @@ class Watch(TrainerCallback):
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss became {loss} at step {state.global_step}; a lower lr may help")
         self.bar.update(state.global_step - self.bar.n)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The checkpoint is whole, and those before it can go."""
+        folder = Path(args.output_dir)
+        mark_whole(folder / f"checkpoint-{state.global_step}")
+        forget_checkpoints(folder, before=state.global_step)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -6,17 +6,19 @@ from it.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...files import PARTIAL
 from ..stages import require_same
-from ..tensors import UNREADABLE, load, save
+from ..tensors import FORMAT, UNREADABLE, load, require_format, save
 
 # A shorter last batch is left out of its epoch: unbiased CKA needs four rows, biased CKA two, batch normalisation more
 # than one value. All methods leave out the same batches, and every epoch has another order.
@@ -81,6 +83,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
+        for name in ("lr", "final_lr", "momentum", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0, and finite, not {getattr(self, name)}")
 
 
 @dataclass
@@ -124,6 +129,7 @@ class TrainingRun:
         samples: size of the training set; kept for the same reason.
         device: where the modules are.
         folder: where ``last.pt`` and ``best.pt`` go; None to keep nothing.
+        about: plain data that tells the run from others of the same settings; kept for the same reason.
         trained: paths of the parts that are trained, kept for the same reason; None for everything.
         to_train: puts the model in training mode, or those parts; None for ``model.train``.
 
@@ -139,6 +145,7 @@ class TrainingRun:
         device: torch.device,
         folder: Path | None,
         *,
+        about: Mapping[str, Any] | None = None,
         trained: Sequence[str] | None = None,
         to_train: Callable[[], object] | None = None,
     ) -> None:
@@ -153,6 +160,7 @@ class TrainingRun:
         self.autocast = torch.autocast(device.type, dtype=precision, enabled=settings.amp is not None)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         self._identity = asdict(settings) | {"samples": samples, "trained": None if trained is None else [*trained]}
+        self._identity |= {"about": json.loads(json.dumps(about or {}, sort_keys=True))}
         self._saved: int | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,6 +174,7 @@ class TrainingRun:
         if self.folder is None:
             return
         state = {
+            "format": FORMAT,
             "identity": self._identity,
             "step": step,
             "modules": self.modules.state_dict(),
@@ -186,9 +195,17 @@ class TrainingRun:
         if not resume:
             raise FileExistsError(f"{path} holds an earlier run: pass resume=True, or choose another folder")
         state = load(path)
+        require_format(state, path)
         if not state.keys() >= _PARTS:
             raise ValueError(UNREADABLE.format(path))
-        require_same(state["identity"], self._identity, f"{path} comes from another run", "choose another folder")
+        old = self._before() | state["identity"]
+        require_same(old, self._identity, f"{path} comes from another run", "choose another folder")
+        known = {f.name for f in fields(History)}
+        if unknown := sorted(state["history"].keys() - known):
+            raise ValueError(
+                f"{path} has a history of another version of bird-kernels, with {', '.join(unknown)}: "
+                "update, or choose another folder"
+            )
         try:
             self.modules.load_state_dict(state["modules"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -202,6 +219,11 @@ class TrainingRun:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self._saved = state["step"]
         return state["step"]
+
+    def _before(self) -> dict[str, Any]:
+        """What a checkpoint of an earlier version does not say: a setting that there was not had its default."""
+        defaults = {f.name: f.default for f in fields(Settings) if f.default is not MISSING}
+        return defaults | {"about": self._identity["about"]}
 
     def report(
         self, step: int, lr: float, losses: list[Tensor], totals: dict[str, Tensor], *, weights: bool
@@ -251,7 +273,10 @@ class TrainingRun:
         if history.best_score is None or score > history.best_score:
             history.best_step, history.best_score = step, score
             if self.folder is not None:
-                save({"step": step, "score": score, "model": model.state_dict()}, self.folder / "best.pt")
+                save(
+                    {"format": FORMAT, "step": step, "score": score, "model": model.state_dict()},
+                    self.folder / "best.pt",
+                )
         return score
 
 

@@ -153,6 +153,7 @@ class VisionExperiment(Experiment):
                 device=self.device,
                 folder=folder,
                 resume=True,
+                about={"role": role, "network": network},
                 progress=self.progress,
                 label=f"{network}, seed {seed}",
             )

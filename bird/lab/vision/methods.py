@@ -159,6 +159,7 @@ class Transfer:
                 device=self.device,
                 folder=None if self.folder is None else self.folder / f"phase{number + 1}",
                 resume=True,
+                about={"method": method, "phase": number + 1, "pairs": self.pairs, "weights": dict(self.weights)},
                 label=f"{known.title}, seed {self.settings.seed}",
                 progress=self.progress,
             )

@@ -30,12 +30,11 @@ The package ships one for every table of the paper (`names`); `read` also takes 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..recipe import made, parsed, require_known
+from ..recipe import made, parsed, require_known, require_name, require_table, require_within, settings_of
 from .checkpoints import MIN_BATCH, Settings
 from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
 from .datasets import DATASETS
@@ -67,6 +66,14 @@ class Source:
         if self.classes is None and DATASETS[self.data].classes is None:
             raise ValueError(f"how many classes {self.data!r} has is not known: list them, classes = [0, 1, ...]")
         require_known("augment", self.augment, AUGMENTS)
+        require_within(self, limit_per_class=1)
+        if self.classes is not None:
+            most = DATASETS[self.data].classes
+            if len(set(self.classes)) != len(self.classes) or len(self.classes) < 2:
+                raise ValueError(f"classes must be at least two, each once, not {[*self.classes]}")
+            if min(self.classes) < 0 or (most is not None and max(self.classes) >= most):
+                known = "numbers from 0" if most is None else f"0 to {most - 1}"
+                raise ValueError(f"classes of {self.data!r} are {known}, not {[*self.classes]}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"say epochs or steps, one of them, got epochs={self.epochs}, steps={self.steps}")
+        require_within(self, epochs=1, steps=1)
         self.settings(self.batch_size, 0)  # says what is wrong with the rest
 
     def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
@@ -113,6 +121,7 @@ class Scoring:
     def __post_init__(self) -> None:
         for name in self.corruptions:
             require_known("corruptions", name, CORRUPTIONS)
+        require_within(self, images=MIN_BATCH)  # as the alignment does
 
 
 @dataclass(frozen=True)
@@ -166,10 +175,7 @@ class Variant:
     student_layer: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("teacher_steps", 1), ("batch_size", MIN_BATCH), ("alpha", 0), ("beta", 0)):
-            value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"{name} must be at least {least}, and finite, not {value}")
+        require_within(self, teacher_steps=1, batch_size=MIN_BATCH, alpha=0, beta=0)
 
     def pairs(self, networks: Networks) -> tuple[tuple[str, str], ...]:
         """The guiding and the guided layer of each pair.
@@ -229,8 +235,12 @@ class VisionRecipe:
         return {name: method.title for name, method in METHODS.items()}
 
     def __post_init__(self) -> None:
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+        require_within(self, seeds=1)
+        for name in ("networks", "variants", "methods", "corruptions", "held_out"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        for method in self.paper_pgr:
+            require_known("paper_pgr", method, METHODS)
         for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
             require_known("methods", method, METHODS)
         changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
@@ -246,7 +256,7 @@ class VisionRecipe:
 
 def as_plain(part: Budget | VisionRecipe) -> dict[str, Any]:
     """For the names of stages, and reports. They are older than ``chunk_size``: it is named where it is used."""
-    return asdict(part, dict_factory=lambda items: {k: v for k, v in items if (k, v) != ("chunk_size", None)})
+    return settings_of(part, ("chunk_size",))
 
 
 def read(recipe: str) -> VisionRecipe:
@@ -271,6 +281,11 @@ def parse(name: str, data: Mapping[str, Any]) -> VisionRecipe:
         parts["scoring"] = Scoring
     for part, kind in parts.items():
         table[part] = made(part, kind, table[part])
+    for part in ("networks", "variants"):
+        for key, value in require_table(part, table.get(part, {})).items():
+            require_table(f"{part}.{key}", value)
+    for key in (*table["networks"], *table.get("variants", ())):
+        require_name("the networks and variants of a recipe:", key)
     table["networks"] = {
         key: made(f"networks.{key}", Networks, {"teacher": key, "student": key} | value)
         for key, value in table["networks"].items()

@@ -9,7 +9,7 @@ PyTorch's loss scaling looks at the gradients in every step).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def fit(
     device: torch.device | str = "cpu",
     folder: Path | None = None,
     resume: bool = False,
+    about: Mapping[str, Any] | None = None,
     label: str = "training",
     progress: bool | None = None,
 ) -> History:
@@ -66,6 +67,8 @@ def fit(
             `BirdLoss` ``shapes.json`` (what `bird tune --from-run` reads), and logs for TensorBoard where that is
             installed. None to keep nothing.
         resume: go on from ``last.pt`` if the folder has one.
+        about: plain data that tells this run from others with the same settings, such as the name of its method: a
+            checkpoint that says something else is refused.
         label: the progress bar's title.
         progress: show the bar; None to show it on a terminal only.
 
@@ -85,7 +88,9 @@ def fit(
     if settings.compile:
         model.compile()
     with train_only(model, trained) as to_train:
-        run = TrainingRun(modules, settings, len(train), device, folder, trained=trained, to_train=to_train)
+        run = TrainingRun(
+            modules, settings, len(train), device, folder, about=about, trained=trained, to_train=to_train
+        )
         done = run.restore(resume)
         to_train()
         hidden = None if progress is None else not progress

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ...recipe import data_root
+from ...recipe import at_home, data_root
 
 Row: TypeAlias = "dict[str, Any]"
 
@@ -35,7 +35,7 @@ def read_rows(source: Path | str, split: str) -> list[Row]:
         ValueError: a file that is not what its name says, with the line; a split that is not there.
         ImportError: `datasets` or pyarrow is needed and not installed.
     """
-    path = Path(source).expanduser()
+    path = at_home(source)
     if path.is_file():
         own = _split_of(path)
         if split != (own or "train"):
@@ -73,10 +73,10 @@ def _read_file(path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         rows = _read_parquet(path)
     elif path.suffix == ".json":
-        rows = _parse(path.read_text(encoding="utf-8"), str(path))
+        rows = _parse(path.read_bytes(), str(path))
     elif path.suffix == ".jsonl":
         # Not splitlines: JSON allows U+2028 and its kin inside a string.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().split(b"\n")
         rows = [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     else:
         raise ValueError(f"{path}: only {', '.join(SUFFIXES)} files are read")
@@ -87,10 +87,10 @@ def _read_file(path: Path) -> list[Row]:
     return rows
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return json.loads(text.decode())
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{where}: not JSON: {error}") from error
 
 
@@ -98,7 +98,7 @@ def _read_parquet(path: Path) -> list[Row]:
     parquet = _need("pyarrow.parquet")
     try:
         rows: list[Row] = parquet.read_table(path).to_pylist()
-    except (ValueError, OSError) as error:  # pyarrow's own errors are of these
+    except Exception as error:  # pyarrow's own are of many kinds
         raise ValueError(f"{path}: not a parquet file: {error}") from error
     return rows
 
@@ -114,7 +114,11 @@ def _read_folder(folder: Path, split: str) -> list[Row]:
 
 
 def _read_saved(folder: Path, split: str) -> list[Row]:
-    saved = _need("datasets").load_from_disk(str(folder))
+    load = _need("datasets").load_from_disk
+    try:
+        saved = load(str(folder))
+    except Exception as error:  # a damaged file in it fails in any way
+        raise ValueError(f"{folder}: not whole as `datasets` saves it ({error}): save it again") from error
     parts = saved if hasattr(saved, "keys") else {"train": saved}
     for name in SPLITS.get(split, (split,)):
         if name in parts:

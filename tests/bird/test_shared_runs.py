@@ -1,0 +1,194 @@
+"""Several processes in one run folder: the same files, one writer of the report, a word for who waits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from bird.lab import cli
+from bird.lab.recipe import require_name
+from bird.lab.stages import LOOKS, Stage, alone, complete
+from bird.lab.vision.recipe import read
+
+ROOT = Path(__file__).resolve().parents[2]
+SIDE = 'data = "fashion-mnist-subset"\nlimit_per_class = 4\naugment = "none"\n'
+TINY = f"""
+title = "Tiny"
+methods = ["none"]
+seeds = 1
+corruptions = ["contrast"]
+held_out = ["brightness"]
+[teacher]
+{SIDE}
+[student]
+{SIDE}
+[pretraining]
+steps = 1
+batch_size = 8
+[transfer]
+steps = 1
+batch_size = 8
+[scoring]
+corruptions = ["brightness", "contrast"]
+images = 8
+[networks.one]
+teacher = "plain"
+student = "plain"
+"""
+# Imports once and computes nothing before it forks, as processes do that are started one after the other.
+MANY = """
+import os, sys
+from bird.lab import cli
+import matplotlib.figure, torch._dynamo
+def started(arguments):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = cli.main(arguments)
+        finally:
+            os._exit(code)
+    return pid
+count, recipe, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+for command in (["run", "--device", "cpu", "--jobs", "1"], ["run", "--device", "cpu", "--jobs", "1"], ["report"]):
+    processes = [started([command[0], recipe, *command[1:], "--out", out]) for _ in range(count)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in processes]
+    print("codes", codes, flush=True)
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """All that is there, without locks, and checkpoints, which hold how long steps took."""
+    found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {name: data for name, data in found.items() if Path(name).name not in (".lock", ".report.lock", "last.pt")}
+
+
+def test_processes_that_share_a_folder_end_with_the_same_files(recipe: Path, tmp_path: Path) -> None:
+    """On a fresh folder, on a finished one, and all reporting at once."""
+    alone_, shared = tmp_path / "alone", tmp_path / "shared"
+    for count, out in ((1, alone_), (4, shared)):
+        done = subprocess.run(
+            [sys.executable, "-c", MANY, str(count), str(recipe), str(out)],
+            cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.stdout.count(f"codes {[0] * count}") == 3, done.stdout + done.stderr
+    ours, theirs = files(shared), files(alone_)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        if not name.endswith("result.json") and name != "reports/tiny/results.json":  # which hold steps per second
+            assert ours[name] == theirs[name], name
+    for name in (name for name in ours if name.endswith("results.json")):
+        assert json.loads(ours[name])["cells"] == json.loads(theirs[name])["cells"]
+
+
+def test_a_report_waits_for_another_and_says_so(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["run", str(recipe), "--device", "cpu", "--jobs", "1", "--out", str(out)]) == 0
+    page = out / "reports/tiny/README.md"
+    page.unlink()
+    codes: list[int] = []
+    with FileLock(out / ".report.lock"):
+        report = threading.Thread(target=lambda: codes.append(cli.main(["report", str(recipe), "--out", str(out)])))
+        report.start()
+        said = ""
+        while "waiting for another process, which writes the report" not in said:
+            assert report.is_alive()
+            said += capsys.readouterr().out
+            time.sleep(0.01)
+        assert not page.exists()
+    report.join()
+    assert codes == [0]
+    assert page.exists()
+
+
+def test_alone_tells_only_where_it_waits(tmp_path: Path) -> None:
+    said: list[str] = []
+    with alone(tmp_path / "lock", lambda: said.append("waits")):
+        assert not said
+        with pytest.raises(RuntimeError, match="busy"), alone(tmp_path / "lock", _busy):
+            pass
+    with alone(tmp_path / "lock", lambda: said.append("waits")):
+        assert not said
+
+
+def _busy() -> None:
+    raise RuntimeError("busy")
+
+
+def test_stages_of_others_are_waited_for_with_a_word(tmp_path: Path) -> None:
+    stage = Stage("slow", {}, lambda folder: {}, title="The slow one")
+    folder = stage.folder(tmp_path)
+    folder.mkdir(parents=True)
+    lock, said = FileLock(folder / ".lock", thread_local=False), list[str]()
+    lock.acquire()
+
+    def idle(line: str) -> None:
+        said.append(line)
+        threading.Timer(20 * 0.002, lock.release).start()
+
+    rescue = threading.Timer(20, lock.release)  # of a test that fails: nobody would end the wait
+    rescue.start()
+    # The lock is of a thread's other lock object, as it would be of another process.
+    complete([stage], tmp_path, idle=idle, patience=0.002)
+    rescue.cancel()
+    assert said == ["waiting for other processes: 1 of 1 stages, The slow one first"]
+    assert LOOKS > 1
+
+
+@pytest.mark.parametrize("name", ["../../../x", "a/b", "a\\b", ".hidden", "..", "a\nb", "x" * 61])
+def test_names_that_begin_files_stay_in_their_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names files: no slashes"):
+        require_name("it", name)
+    key = json.dumps(name)  # as TOML quotes it too
+    for text in (
+        TINY.replace("networks.one", f"networks.{key}"),
+        f"{TINY}\n[variants.{key}]\n",
+    ):
+        path = tmp_path / "named.toml"
+        path.write_text(text)
+        with pytest.raises(ValueError, match="names files: no slashes"):
+            read(str(path))
+
+
+def test_names_of_judges_and_recipes_are_looked_at_too(tmp_path: Path) -> None:
+    from bird.lab.language import recipe as language
+
+    table: dict[str, Any] = {
+        "kind": "preference", "title": "x", "data": {"source": "positivity"}, "teacher": {}, "transfer": {},
+        "networks": {"one": {"teacher": "minilm", "student": "smollm2-135m"}},
+        "judges": {"lexicon": {"kind": "lexicon"}},
+    }  # fmt: skip
+    assert language.parse("x", table).networks
+    for part in ("networks", "judges", "variants"):
+        other = {"../x": next(iter(table[part].values())) if part in table else {}}
+        with pytest.raises(ValueError, match=rf"the {part} of a recipe: '\.\./x' names files"):
+            language.parse("x", table | {part: other})
+    path = tmp_path / "..toml"
+    path.write_text(TINY)
+    with pytest.raises(ValueError, match=r"the recipe '\.' names files"):
+        read(str(path))
+
+
+def test_a_report_of_many_parts_has_a_name_that_a_disk_takes() -> None:
+    choice = {"variants": [f"variant number {i}, with a long name" for i in range(20)], "seeds": None}
+    name = cli._named("fashion/demo", choice)
+    assert len(name) < 100
+    assert name != cli._named("fashion/demo", choice | {"seeds": 1})
+    assert cli._named("fashion/demo", {"networks": ["a b"], "seeds": 2}) == "fashion/demo-a-b-seeds-2"
