@@ -190,6 +190,9 @@ class Rows:
             first, last = _among(second, everything), _among(final, everything)
             if first == last:
                 first, last = _among(second, convolutions), _among(final, matrices)
+            if last and not first:  # a dense block's growth may equal its width in pixels: its channels stand elsewhere
+                first = _among(second, self.sizes[-1][2]) and not _among(final, self.sizes[-1][1])
+                last = not first
             if first != last:
                 return "channels_first" if first else "channels_last"
         if features.ndim == 3:

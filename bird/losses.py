@@ -30,7 +30,7 @@ class _Guided(nn.Module):
             if not (math.isfinite(_number(weight)) and _number(weight) >= 0):
                 raise ValueError(f"{name} must be finite and not negative, not {weight!r}")
         listed = [tuple(pair) for pair in pairs]
-        if not listed or any(len(pair) != 2 for pair in listed):
+        if not listed or any(len(pair) != 2 or isinstance(pair, str) for pair in pairs):
             raise ValueError(f"pairs must list one or more (teacher_layer, student_layer), not {pairs!r}")
         self.alpha, self.beta = (w if isinstance(w, Tensor) else float(w) for w in (alpha, beta))
         self.pairs = [(teacher, student) for teacher, student in listed]
@@ -119,7 +119,7 @@ class BirdLoss(_Guided):
                 `bird_kernels.cka_loss` raises. With ``group``, on every rank.
         """
         try:
-            total, last = self.alpha * task_loss, {"task": task_loss.detach()}
+            total, last = self.alpha * _scalar(task_loss), {"task": task_loss.detach()}
             names, teachers, students = zip(*self.matched(teacher_features, student_features), strict=True)
         except Exception as error:
             distributed.report(self.distance.options["group"], error)
@@ -189,7 +189,7 @@ class Hints(_Guided):
         Raises:
             ValueError: a layer of ``pairs`` is not among the features, or shapes do not fit the widths.
         """
-        total, last = self.alpha * task_loss, {"task": task_loss.detach()}
+        total, last = self.alpha * _scalar(task_loss), {"task": task_loss.detach()}
         matched = self.matched(teacher_features, student_features)
         for regressor, (name, teacher, student) in zip(self.regressors, matched, strict=True):
             missed = _mean_squares(regressor, name, teacher, student)
@@ -226,7 +226,7 @@ class LwF(_Guided):
         Raises:
             ValueError: a layer of ``pairs`` is missing, or its features are not ``[N, D]`` of the same shape.
         """
-        total, last = self.alpha * task_loss, {"task": task_loss.detach()}
+        total, last = self.alpha * _scalar(task_loss), {"task": task_loss.detach()}
         for name, teacher, student in self.matched(teacher_features, student_features):
             if teacher.ndim != 2 or teacher.shape != student.shape:
                 raise ValueError(
@@ -257,6 +257,14 @@ def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Ten
         return F.mse_loss(regressor(student.to(wide)), teacher.to(wide, copy=copy))
 
 
+def _scalar(task_loss: Tensor) -> Tensor:
+    """The loss of the task; one for each sample would multiply the guidance by their number in a sum."""
+    if not isinstance(task_loss, Tensor) or task_loss.ndim > 0:
+        found = f"of shape {list(task_loss.shape)}" if isinstance(task_loss, Tensor) else repr(task_loss)
+        raise ValueError(f"task_loss must be a 0-d tensor, got {found}: average it, as reduction='mean' does")
+    return task_loss
+
+
 def _number(weight: Weight) -> float:
     return float(weight.detach() if isinstance(weight, Tensor) else weight)
 
@@ -275,6 +283,8 @@ def _one_for_each(weights: Sequence[Weight] | Tensor, pairs: Sequence[tuple[str,
 
 
 def _named(what: str, mapping: Mapping[str, T], layer: str) -> T:
+    if not isinstance(mapping, Mapping):
+        raise TypeError(f"{what} must be a dict of layers, got {type(mapping).__name__}")
     if layer not in mapping:
         raise ValueError(f"{what} has no layer {layer!r}, which pairs names; it has {list(mapping)}")
     return mapping[layer]

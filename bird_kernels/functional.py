@@ -50,7 +50,7 @@ def cka_loss(
             Both may be lists, which are pairs of layers: both tensors of a pair have the same rows, and one mask is
             used for all. The result is the sum of weight * loss over the pairs through one autograd node; on a GPU, if
             all pairs have the same rows and at most 512, they are computed in common launches.
-        kernel: "linear", "rbf" or an `RBF`.
+        kernel: "linear"; "rbf", a Gaussian kernel whose sigma is the median distance; or an `RBF`.
         estimator: "biased" is the published loss. "unbiased" is HSIC_1 of Song et al. 2012: for unrelated features the
             expected loss is about 1 for any n; it may exceed 1 and is never clamped. Needs n >= 4. It is accurate if up
             to a quarter of the rows are far larger than the others (at most 64, on CUDA 32, where rows outnumber

@@ -73,7 +73,7 @@ def as_rows(x: Tensor, y: Tensor, mask: Tensor | None, row_dims: int) -> tuple[T
         raise ValueError(f"x and y must be on one device, got x on {x.device} and y on {y.device}")
     n = math.prod(rows)
     if mask is not None:
-        mask = mask if type(mask) in PLAIN else _strided("mask", mask)
+        mask = _strided("mask", mask) if isinstance(mask, Tensor) and type(mask) not in PLAIN else mask
         require_mask(mask, rows, x.device)
         mask = mask.reshape(n)
     if x.dtype != y.dtype:

@@ -326,3 +326,20 @@ def test_networks_with_channels_last_are_compared() -> None:
         progress=False,
     )
     assert again.matrix[0, 0] == pytest.approx(explicit.matrix[0, 0])
+
+
+def test_a_concatenation_whose_parts_are_as_wide_as_the_picture() -> None:
+    """A dense block's own weights know its growth, 32 here, and not the 96 channels that it gives."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grow = nn.Conv2d(64, 32, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, self.grow(x)], 1)
+
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), Dense(), nn.BatchNorm2d(96), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with Taps(model, "1") as taps:
+        model(torch.randn(2, 3, 32, 32))
+        assert taps.pop()["1"].shape == (2, 96)

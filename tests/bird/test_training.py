@@ -300,7 +300,7 @@ def test_a_folder_is_not_used_for_two_runs(tmp_path: Path) -> None:
     train(folder=tmp_path, steps=6)
     with pytest.raises(FileExistsError, match="resume=True"):
         train(folder=tmp_path, steps=6)
-    with pytest.raises(ValueError, match=r"steps was 6, is 8; lr was 0\.05, is 0\.1"):
+    with pytest.raises(ValueError, match=r"lr was 0\.05, is 0\.1; steps was 6, is 8"):
         train(folder=tmp_path, steps=8, lr=0.1, resume=True)
     with pytest.raises(ValueError, match="samples was 50, is 40"):
         train(folder=tmp_path, steps=6, data=images(40), resume=True)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .centre import counts
 from .double import mixed_centring_of, mixed_shifts_of, store_totals
-from .reduce import KK, KL, ROWS, arrive, finish, store_sizes, sum_slots, weights_of
+from .reduce import KK, KL, ROWS, arrive, finish, store_no_totals, store_sizes, sum_slots, weights_of
 from .shift import padded_width, rounded
 
 
@@ -106,6 +106,7 @@ def cross_finish_kernel(
     if arrive(counters, programs):
         trace_x, trace_y = sum_slots(slots, 3, programs), sum_slots(slots, 4, programs)
         store_sizes(coefficients, sizes)
+        store_no_totals(coefficients)
         rooms = trace_x * trace_x, trace_y * trace_y
         finish(slots, programs, coefficients, value, sizes, rooms, STATISTIC, False)
 

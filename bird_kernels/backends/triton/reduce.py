@@ -112,6 +112,15 @@ def store_sizes(coefficients, sizes):
 
 
 @triton.jit
+def store_no_totals(coefficients):
+    """Zeros where nothing is read: a stash is compared, copied and saved as a whole."""
+    tl.store(coefficients + SUM_K, 0.0)
+    tl.store(coefficients + SUM_L, 0.0)
+    tl.store(coefficients + ROOM_K, 0.0)
+    tl.store(coefficients + ROOM_L, 0.0)
+
+
+@triton.jit
 def sizes_of(coefficients):
     """Scales of x and of y and the number of rows, fp64."""
     return tl.load(coefficients + SCALE_X), tl.load(coefficients + SCALE_Y), tl.load(coefficients + ROWS)

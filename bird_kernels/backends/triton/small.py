@@ -28,7 +28,19 @@ from . import double
 from .centre import counts, largest_of, rows_counted, scale_of, shifted_tile, store_location
 from .double import mixed_centring_of, mixed_shifts_of, moments_kernel, store_totals
 from .launch import Launch, aligned, as_bytes, few_steps, many_steps
-from .reduce import COEFFICIENTS, KK, ROWS, SCALE_X, WIDTH, arrive, finish, store_sizes, upper_tile, weights_of
+from .reduce import (
+    COEFFICIENTS,
+    KK,
+    ROWS,
+    SCALE_X,
+    WIDTH,
+    arrive,
+    finish,
+    store_no_totals,
+    store_sizes,
+    upper_tile,
+    weights_of,
+)
 
 REDUCED = 8  # rows of a tile per program of `reduce_kernel`: 16 bytes of a part for each thread
 UNROLL = tl.constexpr(8)  # parts that are loaded at once
@@ -196,6 +208,7 @@ def reduce_kernel(
                     parts += n
                 tl.store(rows + 2 * pair * n + places, total, mask=there)
         else:
+            store_no_totals(coefficients)
             finish(slots, programs, coefficients, values + pair, sizes, (0.0, 0.0), STATISTIC, False)
 
 
