@@ -15,6 +15,7 @@ from torch import Tensor
 import bird_kernels
 from bird_kernels import RBF, Statistics, cka_loss
 from tests.accuracy import features
+from tests.selection import short
 
 ROOT = Path(__file__).resolve().parents[2]
 N, P, Q = 24, 6, 5
@@ -44,6 +45,10 @@ KINDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
 }
 
 
+@short(
+    "every kind in one function, and two kinds in its siblings, which share the check",
+    lambda kind, name, side: name == "cka_loss" or (kind in ("sparse", "array") and side == "y"),
+)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("side", ["x", "y"])
 @pytest.mark.parametrize("name", CALLS)

@@ -336,8 +336,8 @@ def test_the_sweep_knows_every_kernel_and_puts_launches_back() -> None:
     make = launch.Launch.__init__
     kernels = [SimpleNamespace(__name__=name, arg_names=["N"]) for name in found[:2]]
     with sweeps.launched_with(found[0], {"num_warps": 32}) as seen:
-        made = [launch.Launch(kernel, (1,), (), {"N": 1}, num_warps=4) for kernel in kernels]
-    assert [one._named["num_warps"] for one in made] == [32, 4]
+        made = [launch.Launch(kernel, (1,), {"N": 1}, num_warps=4) for kernel in kernels]
+    assert [one._options["num_warps"] for one in made] == [32, 4]
     assert seen == set(found[:2])
     assert launch.Launch.__init__ is make
 
