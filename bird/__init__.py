@@ -1,7 +1,7 @@
-"""BIRD: a teacher's robustness moved into a student by aligning the geometry of their features.
+"""BIRD: a frozen teacher's robustness is transferred to a student by aligning the geometry of their features.
 
-`BirdLoss` is the loss, `Taps` and `Teacher` give it its features, and the operators of `bird_kernels` stand beside them
-for loops of your own. Trainers for language models are in `bird.language`, the laboratory in `bird.lab`.
+`BirdLoss` is the loss, `Taps` and `Teacher` record the features it compares; the operators of `bird_kernels` are
+re-exported. Trainers for language models are in `bird.language`, experiments that reproduce the paper in `bird.lab`.
 """
 
 import bird_kernels

@@ -1,4 +1,4 @@
-"""``python -m bird`` is ``bird``."""
+"""``python -m bird`` runs the command ``bird``."""
 
 import sys
 

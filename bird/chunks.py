@@ -1,13 +1,13 @@
-"""Batches larger than memory: the exact gradient of BIRD's loss, chunk by chunk.
+"""Batches larger than memory: the exact gradient of BIRD's loss, computed chunk by chunk.
 
-CKA compares every sample with every other, so the losses of chunks do not add up to the batch's, as a task's do. But
-the gradient of a sample's features needs no other sample, only statistics of all of them. Hence two passes, the scheme
-of GradCache (Gao et al. 2021) for contrastive losses:
+CKA compares every sample with every other, so the CKA losses of chunks do not add up to that of the batch, as task
+losses do. But the gradient of a sample's features depends on the other samples only through statistics of all of them
+(`bird_kernels.Statistics`). Hence two passes, as GradCache (Gao et al. 2021) makes them for contrastive losses:
 
-1. student and teacher run chunk by chunk without graphs, and leave statistics, or their features where those are fewer;
-2. the student runs again, chunk by chunk with a graph, and its features get their part of the batch's gradient.
+1. student and teacher run chunk by chunk without graphs; statistics of their features are kept, or all the features;
+2. the student runs again, chunk by chunk with a graph, and the batch's gradient is back-propagated through each chunk.
 
-At any time one chunk's graph is in memory. The price is a second forward of the student.
+Only one chunk's graph is in memory at a time. The price is a second forward pass of the student.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .losses import BirdLoss
 Chunk = TypeVar("Chunk")
 Features = Mapping[str, Tensor]
 
-# A pair's teacher rows are kept for the second pass up to here, else the teacher runs again: 65,536 x 1,024 in fp32.
+# If a pair's teacher rows take more bytes (65,536 x 1,024 in fp32), they are not kept: the teacher runs again.
 TEACHER_BYTES = 1 << 28
 
 
@@ -59,46 +59,46 @@ def chunked_backward(
         optimizer.step()
 
     It is the gradient of ``loss(sum of the tasks, all teacher rows, all student rows)`` with the model run on each
-    chunk by itself: batch normalisation takes a chunk's statistics. A chunk that runs again finds the global random
-    generators (Python's, NumPy's, PyTorch's of the CPU and of the model's devices) and the model's buffers as the first
-    time, so dropout repeats its masks; afterwards generators and running statistics have advanced as by one pass. What
-    draws elsewhere, from a generator of its own or in a worker, does not repeat, which a sample of the features tells.
-    Autocast is kept, around the call or inside the functions.
+    chunk by itself: batch normalisation uses the chunk's statistics. Before a chunk runs again, the global random
+    generators (Python's, NumPy's, PyTorch's of the CPU and of the model's devices) and the model's buffers are reset to
+    their state before its first run, so dropout repeats its masks; in the end both have advanced by one pass only.
+    Random numbers from other generators, or from a worker, do not repeat; a comparison of sampled features detects it.
+    Autocast works both around the call and inside the functions.
 
-    In `DistributedDataParallel` the last chunk's backward alone communicates gradients. With the ``group`` of ``loss``
-    CKA is that of all ranks' samples, the gradient as DDP's *average* wants it (`bird_kernels.cka_loss`); each rank has
-    one chunk at least.
+    Under `DistributedDataParallel` gradients are communicated in the last chunk's backward only. If ``loss`` has a
+    ``group``, CKA compares the samples of all its ranks, and the gradient is scaled for DDP's average over ranks
+    (`bird_kernels.cka_loss`); each rank needs at least one chunk.
 
     Args:
-        student: runs ``model`` on a chunk; gives its part of the task's loss (0-d, the batch's is their sum) and
-            ``{layer: [m, P]}``, as `bird.Taps.pop` does; rows that do not count, of padding say, are left out here and
-            by ``teacher``. Called twice for each chunk, first without a graph.
-        teacher: ``{layer: [m, Q]}`` of the same samples. Called again in the second pass for batches whose teacher
-            rows take more than `TEACHER_BYTES`.
-        chunks: whatever the functions take. Each item is fetched when its turn comes, once in either pass with the
-            same random state, so a sequence may load and augment on the way.
-        loss: its weights, pairs and options; ``loss.last`` is set. The "linear" kernel works from statistics where the
-            batch has more samples than both layers together have features, and in a group; all else keeps the features,
-            ``[n, P + Q]``.
-        model: the student, perhaps in DDP.
+        student: runs ``model`` on a chunk; returns the chunk's part of the task loss (0-d; the parts are summed) and
+            the features ``{layer: [m, P]}``, as `bird.Taps.pop` does. Rows that do not count, padding for example, must
+            be left out here and by ``teacher``. Called twice for each chunk, first without a graph.
+        teacher: returns ``{layer: [m, Q]}`` of the same samples. Called again in the second pass for batches whose
+            teacher rows take more than `TEACHER_BYTES`.
+        chunks: items that the functions accept. Each is indexed once per pass, under the same random state, so a
+            sequence may load and augment lazily.
+        loss: its weights, pairs and options are used, and ``loss.last`` is set. The "linear" kernel keeps statistics
+            if the batch has more samples than both layers together have features, and always in a group; otherwise
+            all features ``[n, P + Q]`` are kept.
+        model: the student, bare or in DDP.
         gradient: multiplies all gradients, as in `torch.Tensor.backward`: ``scaler.scale(torch.ones(()))`` with a
             GradScaler, ``1 / k`` where k batches make a step.
 
     Returns:
-        The loss, 0-d and detached, without the factor ``gradient``; the task in it is this rank's.
+        The loss, 0-d and detached, without the factor ``gradient``; its task part is this rank's alone.
 
     Raises:
-        ValueError: no chunks; also whatever ``loss`` raises. With ``group``, on every rank, as is an error of the first
-            pass; DDP, if it broadcasts buffers, must have got through the first chunk.
-        RuntimeError: nothing that ``student`` returns requires grad; or the second pass saw other features than the
-            first, and what it added to ``.grad`` is wrong.
+        ValueError: ``chunks`` is empty; also whatever ``loss`` raises. With ``group`` every rank raises, and so it does
+            for other errors of the first pass (if DDP broadcasts buffers: from the second chunk on).
+        RuntimeError: nothing that ``student`` returns requires grad; or the features of the second pass differ from
+            those of the first, and what was added to ``.grad`` is wrong.
     """
     _start(chunks, loss)
     replay = _Replay(model)
     with distributed.Reported(loss.distance.options["group"]):
         pairs = _first_pass(student, teacher, chunks, loss, replay)
     shares = [loss.beta * weight for weight in ([1.0] * len(pairs) if loss.weights is None else loss.weights)]
-    with torch.no_grad():  # of what is learned among them the gradient comes last
+    with torch.no_grad():  # learned weights get their own gradient at the end, from total.backward
         upstream, *upstreams = (share * gradient for share in (loss.alpha, *shares))
     distances = [pair.settle(factor) for pair, factor in zip(pairs, upstreams, strict=True)]
     task = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=upstream)
@@ -113,7 +113,7 @@ def chunked_backward(
 
 
 def _start(chunks: Sequence[object], loss: BirdLoss) -> None:
-    """Raises a ValueError if there are no chunks, or ranks differ: before a forward, in which DDP may communicate."""
+    """Raise a ValueError if there are no chunks or ranks disagree, before any forward: DDP may communicate in one."""
     options: dict[str, Any] = dict(loss.distance.options)
     group = options.pop("group")
     with distributed.Reported(group):
@@ -131,7 +131,7 @@ def _first_pass(
     loss: BirdLoss,
     replay: _Replay,
 ) -> list[_Kept | _Merged]:
-    """What is left of the chunks' features, for each pair of layers."""
+    """Run all chunks without graphs; return the kept features or statistics of each pair of layers."""
     pairs: list[_Kept | _Merged] = []
     for i in range(len(chunks)):
         replay.record()
@@ -156,7 +156,7 @@ def _second_pass(
     *,
     upstream: Tensor | float,
 ) -> Tensor:
-    """Back-propagate chunk by chunk, and return the task's loss. ``upstream`` is the task's share of the gradient."""
+    """Back-propagate chunk by chunk; return the task loss. ``upstream`` is the gradient with respect to that loss."""
     tasks: list[Tensor] = []
     others: list[Tensor] = []
     for i in replay.rewound():
@@ -172,7 +172,7 @@ def _second_pass(
             _backward(roots, gradients)
         tasks.append(task.detach())
         others.append(torch.stack([*map(_differ, replay.samples[i], _samples(rows, pairs))]).any())
-    if any(different := torch.stack(others).tolist()):  # the one time that the host waits for the device
+    if any(different := torch.stack(others).tolist()):  # the only place where the host waits for the device
         raise RuntimeError(_NOT_REPEATED.format(different.index(True)))
     return torch.stack(tasks).sum()
 
@@ -185,21 +185,21 @@ _NOT_REPEATED = (
 
 
 def _samples(rows: Sequence[tuple[Tensor, Tensor | None]], pairs: Sequence[_Kept | _Merged]) -> list[Tensor]:
-    """Of what both passes compute up to 4,096 numbers each, fp32, from all over: an odd step meets all columns."""
+    """Up to 8,191 numbers (fp32) of each tensor that both passes compute; an odd step samples columns at all places."""
     both = 1 + any(pair.forgets for pair in pairs)
     sides = [side for row in rows for side in row[:both] if side is not None]
     return [side.reshape(-1)[:: side.numel() // 4096 | 1].float() for side in sides]
 
 
 def _differ(before: Tensor, after: Tensor) -> Tensor:
-    """Whether two samples are of other inputs, 0-d: kernels with and without a graph may round in their own ways."""
+    """Whether two samples differ by more than rounding, 0-d bool: kernels may round differently with a graph."""
     if len(before) != len(after):
         return torch.ones((), dtype=torch.bool, device=before.device)
     return (after - before).norm() > 0.05 * (before - before.mean()).norm() + 0.01 * before.norm()
 
 
 def _backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
-    """From several tensors at once, so that each layer runs backward once; but a part may need no gradient."""
+    """Run backward from all roots at once, so that each layer runs once; roots without a graph are skipped."""
     chosen = [root.requires_grad for root in roots]
     if not any(chosen):
         raise RuntimeError("neither the task nor the features of a chunk have a graph: no parameter requires grad")
@@ -210,11 +210,10 @@ def _backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
 def keeps_features(
     n: int, p: int, q: int, kernel: object = "linear", backend: str = "auto", group: object = None
 ) -> bool:
-    """Whether a pair of layers of p and q features, and n samples, goes from pass to pass by its features.
+    """Whether the features of a pair of layers (n samples; p and q features) are kept, and not their statistics.
 
-    Statistics are of the linear kernel, in plain PyTorch. Where they could serve too, the features are fewer operations
-    and less memory exactly where the Gram matrices are (`bird_kernels.plan`); but the ranks of a group, who may have
-    different n, must all do the same.
+    Statistics exist for the linear kernel only, in plain PyTorch. Otherwise keeping the features is cheaper exactly
+    where the route over Gram matrices is (`bird_kernels.plan`); ranks of a group, whose n may differ, must agree.
     """
     if kernel != "linear" or backend not in ("auto", "library"):
         return True
@@ -222,7 +221,7 @@ def keeps_features(
 
 
 def _pair(options: dict[str, Any], x: Tensor, y: Tensor, chunks: int) -> _Kept | _Merged:
-    """How a pair of layers goes from pass to pass, by the sizes of its first chunk."""
+    """What to keep of a pair of layers between the passes, decided by the sizes of its first chunk."""
     row_dims = options["row_dims"]
     n = math.prod(x.shape[:row_dims]) * chunks
     p, q = (math.prod(side.shape[row_dims:]) for side in (x, y))
@@ -232,7 +231,7 @@ def _pair(options: dict[str, Any], x: Tensor, y: Tensor, chunks: int) -> _Kept |
 
 
 class _Kept:
-    """A pair of layers by its features, all of them."""
+    """A pair of layers of which all features are kept between the passes."""
 
     forgets = False
 
@@ -247,7 +246,7 @@ class _Kept:
         self.y.append(y)
 
     def settle(self, upstream: Tensor | float) -> Tensor:
-        """The distance; from here on there are gradients, times ``upstream``."""
+        """Return the distance 1 - CKA, 0-d, and compute the gradients, multiplied by ``upstream``."""
         with torch.enable_grad():
             with distributed.Reported(self.options["group"]):
                 x, y = torch.cat(self.x).requires_grad_(), torch.cat(self.y)
@@ -257,12 +256,12 @@ class _Kept:
         return value.detach()
 
     def gradient(self, i: int, x: Tensor, y: Tensor | None) -> Tensor:
-        """For chunk i, whose features are x and, unless they were kept, y."""
+        """The gradient of chunk i's student features x, in their shape; y may be None where it was kept."""
         return self.dx[i].view_as(x)
 
 
 class _Merged:
-    """A pair of layers by its statistics; ``forgets`` the teacher's features, or keeps them for the gradients."""
+    """A pair of layers of which statistics are kept and, unless ``forgets``, the teacher's features for gradients."""
 
     def __init__(self, options: dict[str, Any], forgets: bool) -> None:
         self.statistics, self.options = Statistics(precision=options["precision"]), options
@@ -291,23 +290,23 @@ class _Merged:
 
 
 class _Replay:
-    """What a forward pass reads and changes beside its inputs: random generators, buffers, DDP's mind."""
+    """The state that a forward pass reads and changes: random generators, buffers, DDP's flag to broadcast them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
         self.states: list[dict[Any, Any]] = []
-        self.samples: list[list[Tensor]] = []  # of each chunk's features, a pair's student's and teacher's
+        self.samples: list[list[Tensor]] = []  # of each chunk: `_samples` of its features
         self.buffers = [
             (module._buffers, name, buffer, None if buffer is None else buffer.clone())
             for module in model.modules()
             for name, buffer in module._buffers.items()
         ]
         self.parallel = model if isinstance(model, DistributedDataParallel) else None
-        # Whether the next forward starts by taking rank 0's buffers.
+        # Whether DDP broadcasts rank 0's buffers at the start of the next forward.
         self.takes_buffers = self.parallel is not None and self.parallel.require_forward_param_sync
 
     def record(self) -> None:
-        """The next chunk's first run begins."""
+        """Save the state of the random generators before the next chunk's first run."""
         self.states.append(random_state(self.devices))
 
     @torch.no_grad()
@@ -321,7 +320,7 @@ class _Replay:
         torch.clear_autocast_cache()  # older PyTorch keeps weights in it that were cast without a graph (#158232)
 
     def rewound(self) -> Iterator[int]:
-        """The chunks again, each as it was found; in the end everything is as it was before."""
+        """Yield each chunk's index with the state before its first run restored; at the end, restore the last one."""
         end = random_state(self.devices)
         self.rewind()
         for i, state in enumerate(self.states):
@@ -330,7 +329,7 @@ class _Replay:
         set_random_state(end)
 
     def silence(self) -> contextlib.AbstractContextManager[None]:
-        """No communication of gradients inside."""
+        """A context in which DDP does not communicate gradients."""
         return contextlib.nullcontext() if self.parallel is None else self.parallel.no_sync()
 
 
@@ -344,13 +343,13 @@ _GLOBAL: dict[
 
 
 def random_state(devices: Iterable[torch.device]) -> dict[Any, Any]:
-    """Where the global generators stand: Python's, NumPy's, PyTorch's of the CPU and of these other devices."""
+    """The states of the global random generators: Python's, NumPy's, PyTorch's of the CPU and of ``devices``."""
     own: dict[Any, Any] = {name: read() for name, (read, _) in _GLOBAL.items()}
     return own | {d: torch.get_device_module(d).get_rng_state(d) for d in devices}
 
 
 def set_random_state(state: Mapping[Any, Any]) -> None:
-    """Undo `random_state`."""
+    """Restore the states that `random_state` returned."""
     for name, own in state.items():
         if isinstance(name, torch.device):
             torch.get_device_module(name).set_rng_state(own, name)

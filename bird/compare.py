@@ -1,4 +1,4 @@
-"""Two networks layer by layer over a data set: CKA of each layer of one with each of the other, as data and picture."""
+"""CKA of each layer of one network with each layer of another over a data set, as a matrix and as a heat map."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from .features import Pools, Rows, evaluating, find_layers, first_tensor, top_la
 from .files import atomic, write_json
 from .taps import Taps
 
-INK, MOST_NUMBERED = "#333333", 14  # with more layers than that on a side, cells are too small for numbers
+INK, MOST_NUMBERED = "#333333", 14  # with more layers than this on an axis, the cells are too small for numbers
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """What `compare` found.
+    """The result of `compare`.
 
     Args:
         matrix: CKA of each layer of a (rows) with each of b (columns), fp64.
-        layers_a: the rows' layers.
-        layers_b: the columns' layers.
-        estimator: of the batches' HSIC.
-        batches: how many were averaged.
-        samples: how many samples they held.
-        names: what a and b are called.
+        layers_a: layers of a, one per row of the matrix.
+        layers_b: layers of b, one per column.
+        estimator: "biased" or "unbiased", with which HSIC was computed in each batch.
+        batches: how many batches were used.
+        samples: how many samples these batches held.
+        names: display names of the two networks.
     """
 
     matrix: np.ndarray[tuple[int, int], np.dtype[np.float64]]
@@ -56,11 +56,11 @@ class Similarity:
 
     @classmethod
     def load(cls, folder: str | Path) -> Similarity:
-        """What `save` wrote there.
+        """Read what `save` wrote into a folder.
 
         Raises:
-            OSError: there is no ``cka.json``.
-            ValueError: it is not what `save` writes.
+            OSError: ``cka.json`` cannot be read.
+            ValueError: its contents are not what `save` writes.
         """
         path = Path(folder) / "cka.json"
         try:
@@ -77,10 +77,10 @@ class Similarity:
     def save(self, folder: str | Path, *, title: str = "CKA, layer by layer") -> None:
         """Write ``cka.csv`` (a table with the layers' names), ``cka.json`` (everything) and ``cka.png``, a heat map.
 
-        Each file is whole or not there. The folder is made.
+        Each file is written atomically: it is complete or absent. The folder is created.
 
         Raises:
-            ImportError: matplotlib is missing; the data are written.
+            ImportError: matplotlib is missing; the CSV and JSON files are written all the same.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ class Similarity:
         self.picture(folder / "cka.png", title=title)
 
     def picture(self, path: Path, *, title: str) -> None:
-        """Draw the heat map into the PNG ``path``, atomically; the first layers meet in the lower left corner.
+        """Draw the heat map as the PNG file ``path``, atomically; the first layers are in the lower left corner.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -147,38 +147,38 @@ def compare(
     .. math::  \frac{\sum_b \mathrm{HSIC}(K_b, L_b)}
                     {\sqrt{\sum_b \mathrm{HSIC}(K_b, K_b)}\,\sqrt{\sum_b \mathrm{HSIC}(L_b, L_b)}}
 
-    (The minibatch CKA of Nguyen et al. 2021; every batch b counts the same.) With the unbiased estimator what the sums
-    estimate does not depend on the size of the batches; with the biased one, the smaller they are the larger the value.
-    Memory is that of one batch.
+    (The minibatch CKA of Nguyen et al. 2021; every batch b has the same weight.) With the unbiased estimator the
+    expected sums do not depend on the batch size; with the biased one smaller batches give larger values. Memory is
+    that of one batch.
 
-    Both models run in eval mode, without gradients, each on the device of its parameters, and every module gets the
-    mode back that it had.
+    Both models run in eval mode, without gradients, each on the device of its parameters; afterwards every module is
+    back in the mode that it had before.
 
     Args:
-        model_a: a network; wrapped or not, see `bird.Taps`.
-        model_b: another one, or the same, which then runs once.
-        loader: batches of inputs: a tensor; a tuple or list, whose first element counts; or a mapping of the models'
-            arguments, of which the first counts if a model takes none of these names. Each batch goes to both models.
-            Where a mapping has an ``attention_mask`` (layers in a ``decoder``: ``decoder_attention_mask``), means of
-            tokens leave padding out.
-        layers_a: module paths or globs, see `bird.features.find_layers`. None: the outermost layers (the model's
-            children; of a ModuleList, what is in it) that run once and whose output ``pool`` makes a row a sample of.
-            Which they are the first batch tells, which runs once more for it.
+        model_a: a network, wrapped or not, see `bird.Taps`.
+        model_b: another network, or the same one, which then runs once per batch.
+        loader: batches of inputs: a tensor; a tuple or list, whose first element is used; or a mapping of keyword
+            arguments, of which the first tensor is used if a model takes none of these names. Both models run on each
+            batch. If a mapping has an ``attention_mask`` (layers in a ``decoder``: ``decoder_attention_mask``), means
+            over tokens leave padding out.
+        layers_a: module paths or globs, see `bird.features.find_layers`. None: of the outermost layers (the model's
+            children, and the items of a ModuleList) those that run once and whose output ``pool`` turns into one row
+            per sample. This is determined with the first batch, which runs once more.
         layers_b: the same for ``model_b``.
-        estimator: "unbiased" (HSIC_1, Song et al. 2012) or "biased". A batch with fewer rows than it needs, 4 or 2, is
-            left out.
+        estimator: "unbiased" (HSIC_1, Song et al. 2012) or "biased". Batches of fewer than 4 and 2 rows respectively
+            are skipped.
         pool: how a layer's output becomes rows, see `bird.features.pool_rows`; or ``{layer: pool}``.
-        names: what the two are called, on the axes of the picture.
-        device: where both run; afterwards they are back where they were. None: each where its parameters are.
-        progress: whether to show a bar.
+        names: display names of the two networks, on the axes of the heat map.
+        device: where both run; afterwards they are moved back. None: each where its parameters are.
+        progress: whether to show a progress bar.
 
     Returns:
-        The matrix with the layers' names; ``save(folder)`` writes data and picture. A layer whose HSIC with itself is
-        not positive has CKA 0.
+        The matrix with the layers' names; its ``save(folder)`` writes the data and the heat map. A layer whose HSIC
+        with itself is not positive has CKA 0.
 
     Raises:
-        ValueError: no batch is large enough; a layer that is not there, or no outermost one with features; also
-            whatever `bird.Taps` and `bird_kernels.cka_matrix` raise.
+        ValueError: no batch is large enough; a layer does not exist, or no outermost layer gives rows; also whatever
+            `bird.Taps` and `bird_kernels.cka_matrix` raise.
     """
     require_choice(estimator=estimator)
     same = unwrap(model_a) is unwrap(model_b)
@@ -215,7 +215,7 @@ def compare(
 def _names(
     model: nn.Module, layers: str | Sequence[str] | None, first: list[Any], pool: Pools, device: Any
 ) -> tuple[str, ...]:
-    """The layers that were asked for, or the outermost ones of which the first batch has features, if there is one."""
+    """The requested layers; if None, the outermost ones that give one row per sample of the ``first`` batch, if any."""
     if layers is not None:
         return tuple(find_layers(model, layers))
     outermost = top_layers(model)
@@ -231,7 +231,7 @@ def _names(
     with ExitStack() as stack:
         for name, layer in outermost.items():
             stack.callback(layer.register_forward_hook(partial(look, name)).remove)
-        if "torch._dynamo" in sys.modules:  # what was compiled without hooks sees none; for one batch nothing is
+        if "torch._dynamo" in sys.modules:  # code compiled before these hooks existed would skip them: run eagerly
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         run = stack.enter_context(_running(model, device))
         for batch in first:
@@ -243,7 +243,7 @@ def _names(
 
 
 def _cka(sums: Hsics) -> Tensor:
-    """0 where the HSIC of a layer with itself is not positive; NaN stays."""
+    """CKA from sums of HSIC, 0 where the HSIC of a layer with itself is not positive; NaN is kept."""
     own = sums.xx[:, None].sqrt() * sums.yy[None, :].sqrt()
     dead = (sums.xx <= 0)[:, None] | (sums.yy <= 0)[None, :]
     return torch.where(dead, 0.0, sums.xy / own)
@@ -253,7 +253,7 @@ def _cka(sums: Hsics) -> Tensor:
 def _tapped(
     model: nn.Module, names: Sequence[str], pool: Pools, device: Any
 ) -> Iterator[Callable[[Any], dict[str, Tensor]]]:
-    """From a batch to the features of the layers."""
+    """Yield a function from a batch to the features ``{layer: [N, D]}`` of the named layers."""
     own = {name: pool[name] for name in names if name in pool} if isinstance(pool, Mapping) else pool
     with _running(model, device) as run, Taps(model, names, pool=own) as taps:
 
@@ -266,14 +266,14 @@ def _tapped(
 
 
 def _masks(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Which tokens of a batch count, for each layer."""
+    """The attention mask ``[N, T]`` of each layer, where the batch has one."""
     kinds = {name: "decoder_attention_mask" if "decoder" in name.split(".") else "attention_mask" for name in names}
     return {name: batch[kind] for name, kind in kinds.items() if isinstance(batch.get(kind), Tensor)}
 
 
 @contextmanager
 def _running(model: nn.Module, device: Any) -> Iterator[Callable[[Any], object]]:
-    """To run a batch through the model, in eval mode, on ``device`` if that is not None."""
+    """Yield a function that runs the model on a batch, in eval mode, on ``device`` if that is not None."""
     home = next((parameter.device for parameter in model.parameters()), None)
     place = home if device is None else torch.device(device)
     parameters = inspect.signature(unwrap(model).forward).parameters

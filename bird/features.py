@@ -1,6 +1,6 @@
 """From layer names to modules, and from a layer's output to one row of features per sample.
 
-What taps and teachers share. Users write the bare path of a layer, whatever the model is wrapped in.
+`bird.Taps` and `bird.Teacher` share this. A layer is named by its path in the unwrapped model.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Layout: TypeAlias = Literal["channels_first", "channels_last", "time_first"]
 Pool: TypeAlias = Literal["mean", "flatten", "none"] | Layout | Callable[[Tensor], Tensor]
 Pools: TypeAlias = Pool | Mapping[str, Pool]  # one for all layers, or by name; "mean" for those that are not named
 
-# Wrappers recognised by the child they hold, which spares importing torch.compile's machinery:
-# torch.compile, and torch.distributed's activation-checkpoint wrapper.
+# torch.compile and torch.distributed's activation-checkpoint wrapper are recognised by the name of their only child,
+# so that torch._dynamo need not be imported.
 _WRAPPED_CHILDREN = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`, DDP, DataParallel and checkpoint wrappers, in whatever order."""
+    """The module inside `torch.compile`, DDP, DataParallel and checkpoint wrappers, in any order."""
     if isinstance(model, (DistributedDataParallel, DataParallel)):
         return unwrap(model.module)
     for name in _WRAPPED_CHILDREN:
@@ -42,15 +42,15 @@ def find_layers(model: nn.Module, names: str | Sequence[str]) -> dict[str, nn.Mo
     """The named layers of a model, in the order asked for.
 
     Args:
-        model: the model, wrapped or not (see `unwrap`). Wrappers inside it are seen through as well; the
-            outermost one is returned, since its output lies outside the compiled or checkpointed region.
+        model: the model, wrapped or not (see `unwrap`). Paths leave out wrappers inside the model, too; of a wrapped
+            layer the outermost wrapper is returned, since its output lies outside the compiled or checkpointed region.
         names: bare module paths (``"layer4"``, ``"features.3"``) or globs. In a glob ``*`` stops at a dot:
-            ``"blocks.*"`` is each block, ``"blocks.*.attn"`` the attention in each, neither what is below.
+            ``"blocks.*"`` matches each block, ``"blocks.*.attn"`` the attention in each; neither matches submodules.
 
     Raises:
         ValueError: no names, a name that no layer has (the nearest are listed), or a glob without a match.
-            Containers without an output of their own (ModuleList, ModuleDict) do not count as layers.
-        TypeError: a name is no string.
+            Containers without a forward of their own (ModuleList, ModuleDict) do not count as layers.
+        TypeError: a name is not a string.
     """
     patterns = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
     if not all(isinstance(pattern, str) for pattern in patterns):
@@ -68,19 +68,19 @@ def find_layers(model: nn.Module, names: str | Sequence[str]) -> dict[str, nn.Mo
 
 
 def top_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's outermost layers by name: its children, and instead of a ModuleList what is in it."""
+    """A model's outermost layers by name: its children, and in place of a ModuleList its items."""
     return dict(_walk(model, deep=False))
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The first tensor, depth first, of what a module returned.
+    """The first tensor, depth first, of a module's output.
 
-    A tensor, tuple, list, mapping, dataclass or object with a ``last_hidden_state``, nested as they like:
-    ``(hidden, weights)`` gives ``hidden``, a transformers output its first field that is not None. Sequences that are
-    packed, as recurrent networks return them, become a nested tensor.
+    The output may be a tensor, tuple, list, mapping, dataclass or object with a ``last_hidden_state``, nested in any
+    way: ``(hidden, weights)`` gives ``hidden``, a transformers output its first field that is not None. A
+    PackedSequence, as recurrent networks return it, becomes a nested tensor.
 
     Raises:
-        TypeError: there is none.
+        TypeError: the output contains no tensor.
     """
     for tensor in _tensors(output):
         return tensor
@@ -92,21 +92,21 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
 
     Args:
         features: floating point, samples first: ``[N, C, H, W]`` (or more spatial dimensions), ``[N, T, D]``
-            (tokens) or ``[N, D]``. Of a nested tensor, ``[t, D]`` for each sample, all tokens count and no padding.
-        pool: ``"mean"``: over space (``[N, C]``), over tokens (``[N, D]``), or the rows as they are;
-            accumulated in fp32 (fp64 for fp64), so that fp16 cannot overflow on the way. Where a layer is known,
-            `Rows` finds out how its output is laid out; these say it, and are means, too: ``"channels_first"``,
+            (tokens) or ``[N, D]``; or a nested tensor with ``[t, D]`` per sample, which has no padding.
+        pool: ``"mean"``: over space (``[N, C]``), over tokens (``[N, D]``), or unchanged where they are ``[N, D]``;
+            accumulated in fp32 (fp64 for fp64), so that sums in fp16 cannot overflow. `Rows` finds out which dimension
+            is which from the layer; these state it, and are means, too: ``"channels_first"``,
             ``[N, C, ...]``; ``"channels_last"``, ``[N, ..., C]``; ``"time_first"``, ``[T, N, D]``.
-            ``"flatten"``: ``[N, everything else]``.
-            ``"none"``: the features as they are, for losses that know tokens: ``[N, T, D]``.
-            A callable ``Tensor -> [N, D]`` for everything else, the first token say (``lambda t: t[:, 0]``).
+            ``"flatten"``: ``[N, product of the other sizes]``.
+            ``"none"``: the features unchanged, for losses over tokens: ``[N, T, D]``.
+            A callable ``Tensor -> [N, D]`` for everything else, e.g. the first token (``lambda t: t[:, 0]``).
 
     Returns:
-        A tensor of its own, never a view: a later in-place layer (``ReLU(inplace=True)``) cannot change it.
+        A new tensor, never a view: a later in-place layer (``ReLU(inplace=True)``) cannot change it.
 
     Raises:
-        ValueError: an unknown ``pool``, a shape it cannot pool, or (``"none"`` apart) a result that is not
-            ``[N, D]``, D > 1.
+        ValueError: an unknown ``pool``, a shape it cannot pool, or (except for ``"none"``) a result that is not
+            ``[N, D]`` with D > 1.
         TypeError: ``features`` are not floating point.
     """
     if not features.is_floating_point():
@@ -142,11 +142,11 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
 
 
 class Rows:
-    """How the outputs of one layer become rows: what a shape alone does not tell, its model does.
+    """Turns the outputs of one layer into rows; for ``"mean"`` the layout is inferred from the model.
 
-    ``[T, N, D]`` comes from PyTorch's recurrent layers and transformers that are not ``batch_first``, and from what is
-    in them. Of ``[N, C, ...]`` and ``[N, ..., C]`` the one is taken whose C is a size of the layer's weights, else of
-    those around it; where both are, a size of convolutions comes first and one of matrices last.
+    The layout is ``[T, N, D]`` in PyTorch's recurrent layers and transformers that are not ``batch_first``, and in
+    their submodules. Otherwise it is ``[N, C, ...]`` or ``[N, ..., C]``, depending on whose C is a size of the layer's
+    weights, else of those of the enclosing modules; if both are, C of a convolution is first and C of a matrix last.
     """
 
     def __init__(self, model: nn.Module, name: str, layer: nn.Module, pool: Pools) -> None:
@@ -158,12 +158,12 @@ class Rows:
         self.sizes = [*map(_sizes, reversed(around))]  # from the layer itself outwards
 
     def __call__(self, output: Any, inputs: Sequence[torch.Size] = (), mask: Tensor | None = None) -> Tensor:
-        """The rows ``[N, D]`` of what the layer returned, where the model was given tensors of these shapes.
+        """The rows ``[N, D]`` of the layer's output, in a forward whose input tensors have the shapes ``inputs``.
 
-        A mean is of the tokens that ``mask`` ``[N, T]`` counts, if the output is ``[N, T, D]`` of as many.
+        A mean over tokens ``[N, T, D]`` leaves out those where ``mask`` ``[N, T]`` is 0.
 
         Raises:
-            ValueError: the layout is unclear, or the rows are not as many as the samples; also as `pool_rows`.
+            ValueError: the layout is ambiguous, or there is not one row per sample; also as `pool_rows`.
         """
         features, pool = first_tensor(output), self.pool
         if pool == "mean" and not features.is_nested and features.ndim > 2:
@@ -209,7 +209,7 @@ _ASK = (
 
 
 def rows_of(model: nn.Module, layers: Mapping[str, nn.Module], pool: Pools) -> dict[str, Rows]:
-    """`Rows` of each layer by name; raises a ValueError if ``pool`` names others."""
+    """A `Rows` for each layer by name; raises a ValueError if ``pool`` names other layers."""
     if isinstance(pool, Mapping) and not pool.keys() <= layers.keys():
         raise ValueError(f"pool names {[*pool]}, but the layers are {[*layers]}")
     return {name: Rows(model, name, layer, pool) for name, layer in layers.items()}
@@ -234,21 +234,21 @@ def _sizes(module: nn.Module) -> tuple[list[int], list[int], list[int]]:
 
 
 def _among(size: int, sizes: list[int]) -> bool:
-    return any(size == known for known in sizes)  # compiled, `in` would not do for a size that is symbolic
+    return any(size == known for known in sizes)  # torch.compile does not support `in` for symbolic sizes
 
 
 class Pass:
-    """What a forward has recorded."""
+    """The record of one forward pass of a model."""
 
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
-        self.inputs: list[torch.Size] = []  # the shapes of the tensors that the model was given
-        self.builds_graph = False  # the grad mode in which the forward began
-        self.running = False  # whether the model is in its forward
+        self.inputs: list[torch.Size] = []  # the shapes of the model's input tensors
+        self.builds_graph = False  # whether gradients were enabled when the forward began
+        self.running = False  # whether the forward is in progress
 
 
 class Passes(threading.local):
-    """The pass of each thread, ``now``; in a copy or pickle an empty one. (torch.compile sets no attribute here.)"""
+    """Holds each thread's `Pass` as ``now``; copies and pickles are empty. (torch.compile sets no attributes here.)"""
 
     def __init__(self) -> None:
         self.now = Pass()
@@ -258,14 +258,14 @@ class Passes(threading.local):
 
 
 def shapes_of(*inputs: Any) -> list[torch.Size]:
-    """The shapes of the tensors that a model is called with."""
+    """The shapes of the tensors among a model's arguments, without nested and 0-d ones."""
     return [tensor.shape for tensor in _tensors(inputs) if not tensor.is_nested and tensor.ndim > 0]
 
 
 def _walk(module: nn.Module, path: str = "", *, deep: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """(bare path, layer) of all that has a forward below a module, or of the outermost of these alone.
+    """Yield (path, layer) of all submodules with a forward of their own; unless ``deep``, only of the outermost ones.
 
-    A shared one comes under each of its names.
+    Paths leave out wrappers. A shared module is yielded under each of its names.
     """
     inner = unwrap(module)
     if path and type(inner).forward is not nn.Module.forward:
@@ -278,7 +278,7 @@ def _walk(module: nn.Module, path: str = "", *, deep: bool = True) -> Iterator[t
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """A glob compared part by part, so that ``*`` does not cross a dot."""
+    """Whether a path matches a glob; they are compared part by part, so that ``*`` does not cross a dot."""
     parts, globs = name.split("."), pattern.split(".")
     return len(parts) == len(globs) and all(map(fnmatchcase, parts, globs))
 
@@ -309,7 +309,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode and no gradients inside, and each module's own mode afterwards; yields the model's device."""
+    """Switch to eval mode and no gradients, and restore each module's mode afterwards; yields the model's device."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

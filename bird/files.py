@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writing: under its final name a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PARTIAL = ".partial."  # begins the names of files that are being written: .partial.1f9a20c4.NAME
+PARTIAL = ".partial."  # prefix of files that are being written: .partial.1f9a20c4.NAME
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a new file beside ``path`` to write to; it becomes ``path`` in one step, or is removed after an exception.
+    """Yield a new file beside ``path`` to write to; it is renamed to ``path``, or removed after an exception.
 
-    Its name is new, so that several processes can write ``path`` at once (the last one stays) and no link is followed.
-    The contents reach the disk before the name does, and the name before the block is left.
+    Its name is random, so several processes can write ``path`` at once (the last one wins) and no link is followed.
+    The contents are synced to disk before the rename, and the rename before the block is left.
     """
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(4)}.{path.name}")
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -30,7 +30,7 @@ def atomic(path: Path) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # a folder is a file there, and the new name is in it
+    if os.name == "posix":  # the rename is durable once the folder is synced, too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -39,6 +39,6 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write_json(data: Any, path: Path) -> None:
-    """Write plain data as JSON, atomically."""
+    """Write data as JSON, atomically."""
     with atomic(path) as partial:
         partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Training losses with guidance: ``alpha * task + beta * sum over pairs of layers``."""
+"""Training losses with guidance by a teacher's features: ``alpha * task + beta * sum over pairs of layers``."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
-Weight = float | Tensor  # a tensor, an nn.Parameter say, gets its gradient
+Weight = float | Tensor  # a tensor, for example an nn.Parameter, receives a gradient
 Features = Mapping[str, Tensor]
 
 
 class _Guided(nn.Module):
-    """What the guided losses share: two weights, pairs of layers, and the components of the last call."""
+    """Base class of the losses: two weights, pairs of layers, and the components of the last call."""
 
     def __init__(self, alpha: Weight, beta: Weight, pairs: Sequence[tuple[str, str]]) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class _Guided(nn.Module):
         self.last: dict[str, Tensor] = {}
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """The arguments that ``repr`` shows."""
         return f"alpha={float(self.alpha)}, beta={float(self.beta)}, pairs={self.pairs}"
 
     def matched(self, teacher: Features, student: Features) -> list[tuple[str, Tensor, Tensor]]:
-        """(name for the log, teacher's rows, student's rows) of each pair.
+        """(name for the log, teacher's features, student's features) of each pair.
 
         Raises:
-            ValueError: a layer of ``pairs`` is missing, or the two are not on one device.
+            ValueError: a layer of ``pairs`` is missing, or its features are on different devices.
         """
         found = []
         for t, s in self.pairs:
@@ -59,17 +59,17 @@ class _Guided(nn.Module):
 
 
 class BirdLoss(_Guided):
-    r"""BIRD's loss: the task, and the geometry of a student's layer pulled towards a frozen teacher's.
+    r"""BIRD's loss: the task's, plus the distance (1 - CKA) of student layers from layers of a frozen teacher.
 
     .. math:: L = \alpha \, L_{task} + \beta \sum_{(t, s)} w_{ts} (1 - \mathrm{CKA}(S_s, T_t))
 
     With one pair, the linear kernel, the biased estimator and the default weights it is the published loss
-    (Pogoncheff and Beyeler, ICLR 2026). Under DDP or FSDP give ``group=torch.distributed.group.WORLD``: the samples of
-    all processes are compared, where without it each compares its own, which is another objective.
+    (Pogoncheff and Beyeler, ICLR 2026). Under DDP or FSDP give ``group=torch.distributed.group.WORLD``: then the
+    samples of all processes are compared; without it each process compares its own only, a different objective.
 
     Args:
-        alpha: weight of the task's loss. It may be an ``nn.Parameter``, then one of this module, and is learned; so
-            may ``beta`` and ``weights``.
+        alpha: weight of the task's loss. An ``nn.Parameter`` becomes a parameter of this module and can be learned;
+            the same holds for ``beta`` and ``weights``.
         beta: weight of the guidance.
         pairs: ``(teacher layer, student layer)``, one or more.
         weights: one number for each pair, or a tensor [pairs]; finite and not negative. None: 1 each.
@@ -77,9 +77,9 @@ class BirdLoss(_Guided):
             the tokens of ``pool="none"``, ``[N, T, D]``, as rows.
 
     Attributes:
-        last: what the last call was made of, 0-d and detached; keeping it does not wait for the device.
+        last: the components of the last call, 0-d and detached, without a synchronisation with the device:
             ``"task"``, and for each pair ``"cka/<teacher layer>/<student layer>"``.
-        shapes: what it has been called with: rows, student's and teacher's width, dtype; for `bird tune --from-run`.
+        shapes: all (rows, student's width, teacher's width, dtype) so far; for `bird tune --from-run`.
     """
 
     def __init__(
@@ -140,29 +140,29 @@ class BirdLoss(_Guided):
         return prod(p[:dims]), prod(p[dims:]), prod(q[dims:]), dtype
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """The arguments that ``repr`` shows."""
         return super().extra_repr() + ("" if self.weights is None else f", weights={self.weights}")
 
 
 class Hints(_Guided):
-    r"""FitNets' hints: the task, and a learned linear map from the student's features to the teacher's.
+    r"""FitNets' hints: the task, plus the error of a learned linear map from student to teacher features.
 
     .. math:: L = \alpha \, L_{task} + \beta \sum_{(t, s)} \frac{1}{N Q} \lVert r_{ts}(S_s) - T_t \rVert^2
 
     (Romero et al., FitNets, ICLR 2015, where hints are a stage before the task; here the two are joint.)
     The maps r are this module's parameters: give them to the optimizer,
-    ``[*student.parameters(), *loss.parameters()]``, and keep them in the checkpoint. Under DDP wrap this
-    module too, so that its gradients are averaged.
+    ``[*student.parameters(), *loss.parameters()]``, and save them in the checkpoint. Under DDP wrap this
+    module, too, so that its gradients are averaged.
 
     Args:
         alpha: weight of the task's loss.
-        beta: weight of the guidance. Both default to BIRD's, so that the two differ in nothing but the term.
+        beta: weight of the guidance. Both default to those of `BirdLoss`, so that only the term differs.
         pairs: ``(teacher layer, student layer)``, one or more.
         teacher_widths: ``{layer: Q}``, how many features each teacher layer in ``pairs`` has.
         student_widths: ``{layer: P}``, the same for the student.
 
     Raises:
-        ValueError: a layer of ``pairs`` has no width.
+        ValueError: the width of a layer of ``pairs`` is missing.
 
     Attributes:
         last: as in `BirdLoss`: ``"task"``, and for each pair ``"hint/<teacher layer>/<student layer>"``.
@@ -200,18 +200,18 @@ class Hints(_Guided):
 
 
 class LwF(_Guided):
-    r"""Robust transfer after "learning without forgetting": the task, and features that stay near a frozen source's.
+    r"""Robust transfer by "learning without forgetting": the task, plus the L1 distance from a frozen source network.
 
     .. math:: L = \alpha \, L_{task} + \beta \sum_{(t, s)} \frac{1}{N} \sum_{i=1}^N \lVert S_{s,i} - T_{t,i} \rVert_1
 
-    (Shafahi et al., Adversarially robust transfer learning, ICLR 2020. Their text leaves the distance open; their code
-    takes this one: summed over features, averaged over samples.) The student starts as a copy of the source, with a
-    new head; the layer is the penultimate one. BIRD's authors weigh it with 0.005, the default here.
+    (Shafahi et al., Adversarially robust transfer learning, ICLR 2020. Their text does not define the distance; their
+    code uses this one: summed over features, averaged over samples.) The student starts as a copy of the source with a
+    new head; the layer is the penultimate one. The default weight 0.005 is that of BIRD's authors.
 
     Args:
         alpha: weight of the task's loss.
         beta: weight of the distance.
-        pairs: ``(teacher layer, student layer)``, one or more, as wide as each other.
+        pairs: ``(teacher layer, student layer)``, one or more; both layers of a pair have the same width.
 
     Attributes:
         last: as in `BirdLoss`: ``"task"``, and for each pair ``"l1/<teacher layer>/<student layer>"``.
@@ -224,7 +224,7 @@ class LwF(_Guided):
         """The weighted sum, a 0-d tensor; arguments as in `BirdLoss.forward`.
 
         Raises:
-            ValueError: a layer of ``pairs`` is not among the features, or the two are not ``[N, D]`` of one shape.
+            ValueError: a layer of ``pairs`` is missing, or its features are not ``[N, D]`` of the same shape.
         """
         total, last = self.alpha * _scalar(task_loss), {"task": task_loss.detach()}
         for name, teacher, student in self.matched(teacher_features, student_features):
@@ -242,7 +242,7 @@ class LwF(_Guided):
 
 
 def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean of (r(student) - teacher)^2 in the map's own dtype: in bf16 the difference would be lost."""
+    """Mean of (r(student) - teacher)^2, 0-d, in the dtype of the map r: bf16 would round the difference away."""
     assert isinstance(regressor, nn.Linear)
     wide = regressor.weight.dtype
     needed = [len(teacher), regressor.out_features], [len(teacher), regressor.in_features]
@@ -252,7 +252,7 @@ def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Ten
             f"came, {needed[0]} and {needed[1]} are needed: the same samples, and widths as declared"
         )
     with torch.autocast(teacher.device.type, enabled=False):
-        # A copy of what came from torch.inference_mode(), which autograd does not save.
+        # Tensors from torch.inference_mode() are copied, since autograd refuses to save them.
         copy = not torch.compiler.is_compiling() and teacher.is_inference()
         return F.mse_loss(regressor(student.to(wide)), teacher.to(wide, copy=copy))
 

@@ -1,4 +1,4 @@
-"""Taps: named features of one forward pass of a network in training."""
+"""Taps: forward hooks that record the features of named layers in one forward pass of a network in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .features import Passes, Pools, find_layers, rows_of, shapes_of, unwrap
 
 
 class Taps:
-    """Features of named layers, pooled to rows ``[N, D]``, taken while the model runs.
+    """Records the features of named layers, pooled to rows ``[N, D]``, while the model runs.
 
     ::
 
@@ -24,27 +24,27 @@ class Taps:
             logits = model(images)
             features = taps.pop()      # {"layer3": [N, 256], "layer4": [N, 512]}
 
-    Features belong to the graph of the forward pass, keep the dtype they come out with (bf16 under autocast),
-    and are of one forward only: `pop` forgets them, and so does the next call of the model. Each thread has its own.
-    A layer that returns a tuple, list, mapping or dataclass is read by its first tensor.
+    Features belong to the graph of the forward pass, keep the dtype of the layer's output (bf16 under autocast), and
+    are those of one forward only: `pop` clears them, and so does the next call of the model. Each thread has its own.
+    Of a layer that returns a tuple, list, mapping or dataclass the first tensor is recorded.
 
     Args:
         model: the network, bare or in DDP, `torch.compile` or one-device DataParallel.
         names: module paths or globs, see `bird.features.find_layers`.
         pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled), a layout or a callable, see `bird.features.pool_rows`,
-            or ``{layer: pool}``. Where the layout is unclear, or rows are not as many as samples, a mean is refused.
+            or ``{layer: pool}``. A mean raises if the layout is ambiguous or there is not one row per sample.
 
-    Compiled models: make the taps before the first call, else `pop` raises and says what to do. Once
-    `torch.compile` has compiled, it does not look for new hooks on inner layers.
+    Compiled models: create the taps before the first call, else `pop` raises and says what to do. Once
+    `torch.compile` has compiled a model, it does not look for new hooks on inner layers.
 
-    Checkpointing: ``use_reentrant=False`` works; a layer that runs again in the backward pass records nothing
-    then. Remove the taps after backward only, because the second run must do what the first one did.
+    Checkpointing: ``use_reentrant=False`` works; the recomputation in the backward pass records nothing. Remove the
+    taps only after backward, because the recomputation must save the same tensors as the first run.
     Reentrant checkpointing runs layers without a graph, so it raises, as does `torch.no_grad` around a tapped
-    layer in a forward pass that is recorded otherwise.
+    layer in a forward pass that otherwise builds a graph.
 
     Attributes:
-        names: the bare paths of the tapped layers, globs written out.
-        masks: ``{layer: [N, T]}``, to be set before a forward: which tokens count in the means of ``[N, T, D]``.
+        names: the paths of the tapped layers in the unwrapped model, globs expanded.
+        masks: ``{layer: [N, T]}``, to be set before a forward: tokens with 0 are left out of means of ``[N, T, D]``.
     """
 
     def __init__(self, model: nn.Module, names: str | Sequence[str], *, pool: Pools = "mean") -> None:
@@ -62,7 +62,7 @@ class Taps:
             self._handles.append(layer.register_forward_hook(functools.partial(self._record, name)))
 
     def pop(self) -> dict[str, Tensor]:
-        """The features of the last forward, ``{name: [N, D]}`` in the order of `names`; forgotten here.
+        """Return the features of the last forward, ``{name: [N, D]}`` in the order of `names`, and clear them.
 
         Raises:
             RuntimeError: a tapped layer has not run since the last `pop`, or the taps were removed.
@@ -78,7 +78,7 @@ class Taps:
         return {name: features[name] for name in self.names}
 
     def remove(self) -> None:
-        """Take the hooks off the model and forget what they recorded; doing it twice is harmless."""
+        """Remove the hooks from the model and clear what they recorded; may be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -91,7 +91,7 @@ class Taps:
         self.remove()
 
     def _begin(self, _model: nn.Module, args: Any, kwargs: Any) -> None:
-        """A forward begins: a branch that it skips must not leave its features of last time."""
+        """Start a forward: features are cleared, so that a skipped branch does not leave those of the last one."""
         if torch.compiler.is_compiling() or not _in_backward():
             self._passes.now.features = {}
             self._passes.now.inputs = shapes_of(args, kwargs)
@@ -106,9 +106,9 @@ class Taps:
         # which must save the same tensors for backward as the first run did.
         rows = self._rows[name](output, self._passes.now.inputs, self.masks.get(name))
         if torch.compiler.is_compiling():
-            # Traced code cannot ask autograd. A checkpoint inside the graph is the compiler's affair; when a compiled
-            # block lies inside a checkpoint, it runs for the second time outside of any forward, on a GPU in a thread
-            # of autograd's own.
+            # Traced code cannot call `_in_backward`. Checkpoints inside the graph are handled by the compiler; a
+            # compiled block inside a checkpoint is recomputed outside of any forward, on a GPU in one of autograd's
+            # threads.
             if self._called and not self._passes.now.running:
                 return
         elif _in_backward():
@@ -131,15 +131,14 @@ class Taps:
 
 
 class FirstPass(Taps):
-    """Taps for a step in which the model runs more than once, as trainers do for a reference: the first pass counts.
+    """Taps for a step in which the model runs more than once, as DPO's trainer does: the first pass is recorded.
 
-    `listen` begins a step. What runs from then on is recorded once; later passes, and passes under `torch.no_grad` in
-    a step that has gradients, leave no trace. A wrapper may call the inner network's ``forward`` past its hooks, as
-    PEFT's does. Arguments as of `Taps`.
+    `listen` begins a step. Later passes, and passes under `torch.no_grad` in a step with gradients, are ignored. It
+    does not rely on hooks of the model itself, which PEFT bypasses by calling ``forward``. Arguments as of `Taps`.
     """
 
     def listen(self) -> None:
-        """Forget; the features of the next forward count, with a graph if gradients are enabled now."""
+        """Clear the features and record the next forward, with a graph if gradients are enabled now."""
         self._passes.now.features = {}
         self._passes.now.builds_graph = torch.is_grad_enabled()
 
@@ -164,7 +163,7 @@ _NO_GRAPH = (
 
 
 def _in_backward() -> bool:
-    """Whether autograd is running a backward pass in this thread: checkpointed layers run again then."""
+    """Whether autograd runs a backward pass in this thread, in which checkpointed layers are recomputed."""
     return torch._C._current_graph_task_id() != -1
 
 

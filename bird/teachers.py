@@ -1,4 +1,4 @@
-"""Teacher: a frozen network that gives the features of a few layers and runs no further than it must."""
+"""Teacher: a frozen network that returns the features of named layers and stops after the last of them."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from .features import Passes, Pools, find_layers, rows_of, shapes_of, unwrap
 
 
 class Teacher(nn.Module):
-    """``teacher(x) -> {layer: rows [N, D]}``: frozen, always in eval mode, no graph, cut after its last tap.
+    """``teacher(x) -> {layer: rows [N, D]}``: frozen, always in eval mode, without a graph, stopped after its last tap.
 
     ::
 
         teacher = Teacher(resnet18, ["layer4"]).to("cuda")
         guides = teacher(images)       # {"layer4": [N, 512]}; what comes after layer4 does not run
 
-    The teacher takes the model over: its parameters stop requiring gradients, and it goes to eval mode, which
-    no ``.train()``, here or on a parent, undoes. To go on training a model, give the teacher a
+    The model itself is changed: its parameters stop requiring gradients, and it is set to eval mode, which
+    ``.train()`` on the teacher or on a parent does not undo. To go on training a model, give the teacher a
     `copy.deepcopy` of it.
 
-    Inside a parent module the teacher is cargo, not a part: it shows no parameters, buffers or state.
-    Optimizers, DDP, ``parent.apply(init)`` and ``parent.requires_grad_()`` pass it by, and the parent's
+    The network is not registered as a submodule: inside a parent module it adds no parameters, buffers or state.
+    Optimizers, DDP, ``parent.apply(init)`` and ``parent.requires_grad_()`` do not see it, and the parent's
     ``state_dict`` is the same with and without it: checkpoints stay the size of the student, and the teacher
-    comes from its own file, the same in every process of a distributed run. Only what moves or casts reaches
+    is loaded from its own file, the same in every process of a distributed run. Only moves and casts apply to
     it: ``.to()``, ``.cuda()``, ``.half()``, on the teacher or on a parent. ``parent.to_empty()`` leaves its weights as
-    they are, and a network that accelerate has placed (``device_map``, ``cpu_offload``) stays where it is.
+    they are, and a network that accelerate has placed (``device_map``, ``cpu_offload``) is not moved.
 
-    DDP and `torch.compile` wrappers around the model are taken off: there are no gradients to reduce, and a
-    compiled graph cannot be cut. Compile the teacher instead, or what calls it; a compiler leaves out the
-    layers after the last tap as dead code.
+    DDP and `torch.compile` wrappers around the model are removed: there are no gradients to reduce, and a
+    compiled graph cannot be stopped early. Compile the teacher instead, or the code that calls it; the compiler
+    removes the layers after the last tap as dead code.
 
     Args:
         model: the network.
         taps: module paths or globs, see `bird.features.find_layers`. Of a layer that runs several times in
-            one forward, the first output counts.
+            one forward, the first output is used.
         pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled), a layout or a callable, see `bird.features.pool_rows`,
             or ``{layer: pool}``.
 
     Attributes:
-        names: the bare paths of the tapped layers, globs written out.
-        pool: as given.
-        rows: how each layer's output becomes rows, `bird.features.Rows`.
+        names: the paths of the tapped layers in the unwrapped model, globs expanded.
+        pool: the argument.
+        rows: a `bird.features.Rows` for each layer, which pools its output.
     """
 
     def __init__(self, model: nn.Module, taps: str | Sequence[str], *, pool: Pools = "mean") -> None:
@@ -56,7 +56,7 @@ class Teacher(nn.Module):
         self.pool = pool
         self.rows = rows_of(model, layers, pool)
         self._passes = Passes()
-        self._cargo = [model.requires_grad_(False).eval()]  # nn.Module does not look into a list
+        self._cargo = [model.requires_grad_(False).eval()]  # in a list nn.Module does not register it as a submodule
         for name, layer in layers.items():
             layer.register_forward_hook(functools.partial(self._record, name))
         self.eval()
@@ -67,14 +67,14 @@ class Teacher(nn.Module):
         return self._cargo[0]
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Pooled features ``{name: [N, D]}``, in the order of `names`, for the model's own inputs.
+        """Run the model; return pooled features ``{name: [N, D]}`` in the order of `names`.
 
-        They keep the dtype they come out with (bf16 under autocast) and never require gradients.
+        They keep the dtype of the layer's output (bf16 under autocast) and never require gradients.
 
         Raises:
             RuntimeError: the model's forward ended without running one of the layers.
         """
-        if self.model.training:  # whoever made the model may hold it too
+        if self.model.training:  # other code may hold the model and have called train()
             self.model.eval()
         features = self._passes.now.features = {}
         self._passes.now.inputs, self._passes.now.running = shapes_of(args, kwargs), True
@@ -91,16 +91,16 @@ class Teacher(nn.Module):
         return {name: features[name] for name in self.names}
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode, whatever ``mode`` says."""
+        """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
     def extra_repr(self) -> str:
-        """What ``repr`` shows."""
+        """The arguments that ``repr`` shows."""
         return f"{type(self.model).__name__}, taps={list(self.names)}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
-        # The one way that .to(), .cuda(), .half() and the like take, from here and from a parent. What accelerate has
-        # placed on several devices, or off them, has hooks that move it.
+        # nn.Module implements .to(), .cuda(), .half() and the like by _apply, on this module or on a parent. A network
+        # that accelerate has placed is left alone: its hooks move the weights.
         if not any(hasattr(module, "_hf_hook") for module in self.model.modules()):
             self.model._apply(functools.partial(_moved, fn), recurse)
         return super()._apply(fn, recurse)
@@ -115,13 +115,13 @@ class Teacher(nn.Module):
 
 
 def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """A weight where, and as what, ``fn`` puts it; its values stay, though ``parent.to_empty()`` would lose them."""
+    """``fn(tensor)`` with the values of ``tensor``, which ``parent.to_empty()`` would lose."""
     moved = fn(tensor)
     if tensor.is_meta and not moved.is_meta:
         raise RuntimeError("the teacher has no weights yet (meta tensors): load them before a parent is made real")
-    of_its_own_kind = type(tensor) not in (Tensor, nn.Parameter)  # quantized weights, which know how to move
+    of_its_own_kind = type(tensor) not in (Tensor, nn.Parameter)  # quantized weights implement their own moves
     return moved if moved is tensor or moved.is_meta or of_its_own_kind else moved.copy_(tensor)
 
 
 class _AllSeen(BaseException):
-    """Leaves the model's forward once every tap has fired; no Exception, lest the model's code catch it."""
+    """Ends the model's forward once every tap has fired; a BaseException, lest the model's code catch it."""

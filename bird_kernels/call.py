@@ -1,6 +1,6 @@
-"""A public call on its way to a backend: it is checked, its plan made, and one pair computed or many.
+"""Implements the public functions: checks a call, chooses a backend, and computes one pair of features or many.
 
-A call is x and y, a mask [rows] or None, and its `Options`; functional.py has what users see of it.
+A call consists of x, y, a mask [rows] or None, and its `Options`; functional.py has the public signatures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def loss(
     options: Options,
     weights: Sequence[float | Tensor] | Tensor | None,
 ) -> Tensor:
-    """The statistic of x and y, 0-d; of two lists, its sum over the pairs, each times its weight.
+    """The statistic of x and y, 0-d; of two lists, the weighted sum over their pairs.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `bird_kernels.cka_loss`.
@@ -41,10 +41,10 @@ def loss(
 def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tensor:
     """The statistic of each pair of two lists, [pairs], fp32 (fp64 if any pair has it).
 
-    Pairs that have no common form are single calls, and so are all under torch.compile and torch.func.
+    They are computed together if the options allow it, else and under torch.compile and torch.func one by one.
 
     Raises:
-        TypeError, ValueError: not two lists of one length, no pairs, a pair whose rows differ; what `evaluate` raises.
+        TypeError, ValueError: not two lists of one length, no pairs, a pair whose rows differ; also as `evaluate`.
     """
     try:
         both = inputs.require_lists(x, y, options.row_dims)
@@ -78,7 +78,7 @@ def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: 
 
 
 def _in_forward_mode(options: Options) -> Options:
-    """With tangents about (`torch.func.jvp`, dual tensors) the literal formula carries them; no backend does."""
+    """The options in forward mode (`torch.func.jvp`, dual tensors), which only the literal formula supports."""
     if options.backend not in ("auto", "reference"):
         raise RuntimeError(
             f'backend="{options.backend}" has no forward-mode derivative: leave backend="auto", which then takes the '
@@ -95,7 +95,7 @@ def _in_group(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many:
 
 
 def across(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: int = 1) -> Tensor:
-    """`evaluate` by what travels between the ranks of a group, also where there is one."""
+    """`evaluate` by communication between the ranks of a group, even if it has only one."""
     part = global_batch.meet(x, y, mask, options, many)
     if part.transport.name == "merged":
         return global_batch.merged(part)
@@ -103,7 +103,7 @@ def across(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: in
 
 
 def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend: str) -> Tensor:
-    """The statistic of one batch: by the best backend, or by the literal formula."""
+    """The statistic of one batch, 0-d, by the resolved backend or by the literal formula."""
     if backend == "reference":
         require_fp64('backend="reference"', x.device)
         literal = getattr(reference, problem.statistic)
@@ -115,7 +115,7 @@ def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend:
 
 
 def explain(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Plan:
-    """How `evaluate` would compute this call; ranks of a group must ask together."""
+    """The plan by which `evaluate` would compute this call; all ranks of a group must call it."""
     transport = None
     if options.group is None or distributed.world_size(options.group) == 1:
         *_, problem = inputs.prepare(x, y, mask, options)
@@ -130,7 +130,7 @@ def explain(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Plan
 
 
 def gram(x: Tensor, kernel: str | RBF) -> Tensor:
-    """`bird_kernels.centered_gram`."""
+    """Implements `bird_kernels.centered_gram`."""
     rbf = inputs.parse_kernel(kernel)
     (x,) = inputs.require_features(1, x=x)
     if rbf is not None:

@@ -1,4 +1,4 @@
-"""What the sums of a batch give: the value of a statistic, and the gradient of any of the rows they were made of."""
+"""The value of a statistic from the sums of a batch (`sums`), and the gradient of any of its rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .types import Problem
 
 
 def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
-    """The value of ``problem.statistic``, and what `gradient` needs: the coefficients, and the sums that they scale,
-    the products in the memory of ``s``.
+    """The value of ``problem.statistic``, and what `gradient` needs: coefficients and scaled sums (``s`` is scaled in
+    place).
 
-    The features are brought to a root mean square near 1 by powers of two, so that the squares of the products fit in
+    The features are scaled by powers of two to a root mean square near 1, so that the squares of the products fit in
     fp32.
     """
     n = scalar(s.n)
@@ -47,10 +47,10 @@ def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
 
 
 def _u_centred(product: Scalar, diagonal: Scalar, total: Scalar, n: Scalar) -> tuple[Scalar, Scalar]:
-    """The inner product of two U-centred Gram matrices of centred columns, and the sum of what it is a difference of.
+    """The inner product of two U-centred Gram matrices of centred columns, and the sum of its terms' absolute values.
 
-    ``product`` and ``diagonal`` are those of the whole matrices and of their diagonals, ``total`` is the product of
-    their traces: the row sums without the diagonal are minus the diagonal.
+    ``product`` and ``diagonal`` are the inner products of the whole matrices and of their diagonals, ``total`` is the
+    product of their traces: since columns are centred, the row sums without the diagonal are minus the diagonal.
     """
     total = total / ((n - 1.0) * (n - 2.0))
     return product - diagonal * n / (n - 2.0) + total, product + diagonal + total
@@ -60,11 +60,11 @@ def gradient(
     x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients, upstream: Scalar, *, problem: Problem,
     exact: Sums | None = None,
 ) -> Tensor:  # fmt: skip
-    """dX [m, p] of some rows x [m, p], y [m, q] of those that ``s`` and ``c`` (of `evaluate`) were made from.
+    """dX [m, p] in x's dtype for rows x [m, p], y [m, q] that are part of ``s``; ``s`` and ``c`` are from `evaluate`.
 
-    With X, Y about the merged means, alpha = c.d_kl and gamma = c.d_kk, it is Y (2 alpha C) + X (4 gamma A); unbiased,
-    see `_rows`. In x's dtype. For dY exchange the sides, by `exchanged`. ``exact`` are the same sums with products in
-    fp64 if those of ``s`` were rounded: rows that dominate need them.
+    With X, Y about the merged means, alpha = c.d_kl and gamma = c.d_kk, it is Y (2 alpha C) + X (4 gamma A); for the
+    unbiased estimator see `_rows`. For dY swap the sides by `exchanged`. ``exact`` are the same sums with products in
+    fp64, if those of ``s`` were rounded: dominating rows need them.
     """
     if x.shape[0] == 0:
         return torch.zeros_like(x)
@@ -84,8 +84,8 @@ def gradient(
 
 
 def _about(x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients) -> tuple[Tensor, Tensor]:
-    """Both sides about the merged means, times `Coefficients`' scales, in fp32 or fp64; the means in two parts, so that
-    fp32 loses none of their fp64 digits that count."""
+    """Both sides minus the merged means, times the scales of ``c``, in fp32 or fp64; the fp64 means are subtracted in
+    two fp32 parts, so that their digits are not lost."""
     wide = torch.promote_types(x.dtype, torch.float32)
     xs, ys = (
         kept((to(a, wide) - to(mean, wide)).sub_(to(mean - to(mean, wide), wide)).mul_(scale), mask)
@@ -95,7 +95,7 @@ def _about(x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients) 
 
 
 def _products(xs: Tensor, ys: Tensor, xx: Tensor, xy: Tensor, factors: tuple[Scalar, Scalar]) -> Tensor:
-    """ys (xy factors[0]) + xs (xx factors[1]) of products about the rows' origins."""
+    """ys (xy factors[0]) + xs (xx factors[1]), where all are about the same origin."""
     d = ys @ to(xy * factors[0], ys.dtype)
     return torch.addmm(d, xs, to(xx * factors[1], xs.dtype), out=d)
 
@@ -103,7 +103,7 @@ def _products(xs: Tensor, ys: Tensor, xx: Tensor, xy: Tensor, factors: tuple[Sca
 def _terms(
     z: Rows, origins: tuple[Tensor, Tensor], xx: Tensor, xy: Tensor, factors: tuple[Scalar, Scalar], c: Coefficients
 ) -> tuple[Term, Term]:
-    """The same of shifted rows, for `weighed`."""
+    """The two summands of `_products` for shifted rows, as terms of `weighed`."""
     each = (z.x, origins[0], xx, factors[1] * c.scale_x), (z.y, origins[1], xy, factors[0] * c.scale_y)
     wide = wide_of(z.z)
     x, y = (
@@ -120,7 +120,7 @@ def _unbiased(
     """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
     if z is None:
         xs, ys = _about(x, y, mask, s, c)
-        if not x.is_cuda and not any(dominated(squared_norms(a)) for a in (xs, ys)):  # which may look
+        if not x.is_cuda and not any(dominated(squared_norms(a)) for a in (xs, ys)):  # a test that synchronises
             return _rows(lambda xx, xy: _products(xs, ys, xx, xy, factors), xs, ys, s, None, factors, c=c)
         z = shifted(to(x, xs.dtype), to(y, xs.dtype), mask)
     z, few, *_ = apart(z, x, y, mask)
@@ -142,16 +142,16 @@ def _rows(
     product: Callable[[Tensor, Tensor], Tensor], xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor] | None,
     factors: tuple[Scalar, Scalar], *, c: Coefficients,
 ) -> Tensor:  # fmt: skip
-    r"""dX [m, p] of rows xs, ys about an origin that is ``about`` = (u, v) from the merged means; None: there.
+    r"""dX [m, p] of rows xs, ys about an origin that is ``about`` = (u, v) from the merged means; None: u = v = 0.
 
-    The estimator does not depend on the origin, its rounding does. With a and b the ``factors``, A and C about that
+    The estimator does not depend on the origin, but its rounding does. With a and b the ``factors``, A and C about that
     origin, T = sum(x) = -n u and T' = sum(y) = -n v over all rows, r_i = x_i T - kappa_i and s_i = y_i T' - lambda_i
     the row sums of the Gram matrices without their diagonals, rho = a s + b r and tau = sum(rho) / ((n-1)(n-2))::
 
         dX_i = y_i a C + x_i b A - (a lambda_i + b kappa_i) x_i
                + (2 rho_i / (n-2) - tau) x_i - (rho_i / (n-2) - tau) T - sum_j(rho_j x_j) / (n-2)
 
-    ``product`` makes the first two terms from A and C.
+    ``product(A, C)`` computes the first two terms.
     """
     a, b = factors
     norms, n = s.norms, c.n
@@ -180,7 +180,7 @@ def _rows(
 
 
 def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
-    """The two sides change places."""
+    """``s`` and ``c`` with the sides x and y swapped."""
     norms = None if s.norms is None else Norms(*(s.norms[i] for i in (3, 2, 1, 0, 6, 5, 4, 8, 7)))
     return (
         Sums(s.n, s.mean_y, s.mean_x, s.yy, s.xy.T, s.xx, norms),
@@ -189,7 +189,7 @@ def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
 
 
 def _unit(product: Tensor, count: Scalar) -> Scalar:
-    """2^k that brings the largest feature's root mean square into [1/2, 1)."""
+    """2^k that brings the root mean square of the largest feature into [1/2, 1); 1 if that is 0, NaN or Inf."""
     peak = product.diagonal().amax()
     if isinstance(count, float):
         square = peak.item() / max(count, 1.0)

@@ -1,4 +1,4 @@
-"""What a call's arguments must be: checked once, and brought to the one form that everything below expects."""
+"""Checks a call's arguments once and normalises them to the form that all lower modules expect."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ CHOICES: dict[str, tuple[object, ...]] = {
 def prepare(
     x: Tensor, y: Tensor, mask: Tensor | None, options: Options, part: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None, Problem]:
-    """Checked inputs as x [n, p], y [n, q] of one dtype and mask [n], and the problem they pose.
+    """Checked inputs as x [n, p], y [n, q] of one dtype and mask [n], and the `Problem` that describes the call.
 
-    A ``part`` of a batch may have any number of rows.
+    A ``part`` of a batch may have any number of rows; otherwise the estimator's minimum is required.
 
     Raises:
-        TypeError, ValueError: tensors or options that `bird_kernels.cka_loss` does not take.
+        TypeError, ValueError: as `bird_kernels.cka_loss`. RuntimeError: under `torch.jit.trace` (`refuse_tracing`).
     """
     statistic, kernel, estimator, row_dims, _, center, backend, precision = options
     if torch.jit.is_tracing() and backend != "reference":
@@ -50,7 +50,7 @@ def prepare(
         )
     recording = torch.is_grad_enabled()
     if recording and not torch.compiler.is_compiling() and (x.is_inference() or y.is_inference() or mask is not None):
-        # Rows of a teacher under torch.inference_mode(): autograd saves a copy, never them.
+        # Autograd refuses to save tensors made under torch.inference_mode(), so it gets a copy.
         x, y = (a.clone() if a.is_inference() else a for a in (x, y))
         mask = mask.clone() if mask is not None and mask.is_inference() else mask
     problem = Problem(
@@ -79,17 +79,17 @@ def as_rows(x: Tensor, y: Tensor, mask: Tensor | None, row_dims: int) -> tuple[T
     if x.dtype != y.dtype:
         dtype = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(dtype), y.to(dtype)
-    # Not (n, -1): torch.compile would have to divide by a symbolic size.
+    # Not reshape(n, -1): torch.compile would have to divide by a symbolic size.
     x = x if x.dim() == 2 and row_dims == 1 else x.reshape(n, math.prod(x.shape[row_dims:]))
     y = y if y.dim() == 2 and row_dims == 1 else y.reshape(n, math.prod(y.shape[row_dims:]))
     return x, y, mask
 
 
 def require_lists(x: object, y: object, row_dims: int) -> list[tuple[Tensor, Tensor]]:
-    """The pairs of one list x of layers and another y.
+    """The pairs (x[i], y[i]) of two lists of layers.
 
     Raises:
-        TypeError, ValueError: they are not lists of as many layers, one at least, each pair with the same rows.
+        TypeError, ValueError: not two lists of the same length, at least 1, or the rows of a pair differ.
     """
     lists = (list, tuple)
     if not (isinstance(x, lists) and isinstance(y, lists)):
@@ -130,17 +130,17 @@ def parse_kernel(kernel: object) -> RBF | None:
 
 
 def require_choice(known: Mapping[str, tuple[object, ...]] = CHOICES, /, **chosen: object) -> None:
-    """Raises a ValueError that lists what is allowed, unless every value is among the ``known`` ones of its name."""
+    """Raise a ValueError that lists the allowed values unless each value is among the ``known`` ones of its name."""
     for name, value in chosen.items():
         if value not in known[name]:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known[name]))}; got {value!r}")
 
 
 def require_features(row_dims: int, **named: object) -> list[Tensor]:
-    """The values; of a DTensor that is replicated, its local tensor.
+    """The checked tensors, with the local tensor in place of a replicated DTensor.
 
     Raises:
-        TypeError, ValueError: one is not a strided floating-point tensor of rows with features.
+        TypeError, ValueError: one is not a strided floating-point tensor with row and feature dimensions.
     """
     found = []
     for name, value in named.items():
@@ -165,7 +165,7 @@ def require_features(row_dims: int, **named: object) -> list[Tensor]:
 
 
 def _strided(name: str, value: Tensor) -> Tensor:
-    """A tensor of whatever kind as one that the kernels read; raises a TypeError if it has no such form."""
+    """A tensor of any subclass or layout as a strided one; raises a TypeError if it has no such form."""
     kind, remedy = None, "convert it with .to_dense()"
     if type(value).__name__ == "MaskedTensor":
         kind, remedy = "masked", "give its data, and as mask= which rows count"
@@ -188,7 +188,7 @@ def _strided(name: str, value: Tensor) -> Tensor:
 
 
 def refuse_tracing() -> None:
-    """Raises a RuntimeError under `torch.jit.trace`, which would keep the numbers of its example as constants."""
+    """Raise a RuntimeError under `torch.jit.trace`, which would keep this call's numbers as constants."""
     if torch.jit.is_tracing():
         raise RuntimeError(
             "torch.jit.trace (and torch.onnx.export on top of it) would keep this call's numbers as constants: use "
@@ -197,7 +197,7 @@ def refuse_tracing() -> None:
 
 
 def require_mask(mask: object, rows: torch.Size, device: torch.device) -> None:
-    """Raises a TypeError or ValueError unless ``mask`` is a bool tensor of these rows."""
+    """Raise a TypeError or ValueError unless ``mask`` is a bool tensor of shape ``rows`` on ``device``."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor (True keeps a row), got {kind}; convert it with mask.bool()")

@@ -1,10 +1,10 @@
-r"""How PyTorch sees the operators: schema, shapes without data, autograd, vmap. The only file that names torch.library.
+r"""Registers the operators with PyTorch: schemas, fake kernels, autograd, vmap. The only file that names torch.library.
 
-``bird::alignment`` computes a statistic and what its backward needs, ``bird::alignment_backward`` the gradients. Both
-are opaque to torch.compile. Autograd is attached by `torch.autograd.Function`, not `torch.library.register_autograd`,
-which costs no less and generates one without ``setup_context``, which torch.func.grad refuses (torch 2.15). Plain
-tensors under plain autograd, which is every training loop, go to the backend without the dispatcher: two thirds of the
-host time.
+``bird::alignment`` computes a statistic and the stash, that is the tensors which its backward needs;
+``bird::alignment_backward`` computes the gradients. Both are opaque to torch.compile. Autograd is attached by
+`torch.autograd.Function`: `torch.library.register_autograd` is no cheaper and generates one without ``setup_context``,
+which torch.func.grad refuses (torch 2.15). Plain tensors under plain autograd, the case of training loops, bypass the
+dispatcher, which takes two thirds of the host time.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Spec(NamedTuple):
 class Call(NamedTuple):
     """How a problem is computed.
 
-    ``auto``: the backend was not asked for by name; where its kernels fail, another takes over (`backends.replace`).
-    ``module``: the backend's, which has computed it and left a stash.
+    ``auto``: the backend was chosen automatically; if its kernels fail, another one is used (`backends.replace`).
+    ``module``: the module of the backend that computed the value and the stash.
     """
 
     problem: Problem
@@ -90,7 +90,7 @@ def _spec(call: Call) -> Spec:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast reaches into an operator's kernel and would round its fp32 products; some devices have none."""
+    """Disables autocast, which would otherwise round an operator's fp32 products; some devices have no autocast."""
     kind = device.type
     if (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -106,7 +106,7 @@ def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[
     spec = Spec(*spec_)
     problem = _problem(x, y, mask, spec)
     value, stash = _run(backends.of(problem, spec.backend).forward, x, y, mask, problem, spec.route)
-    # What an operator returns is no input: uncentred features are their own stash.
+    # An operator must not return its inputs, but the stash of uncentred features is the features themselves.
     return value, *(kept.clone() if kept is x or kept is y else kept for kept in stash)
 
 
@@ -118,7 +118,7 @@ def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None,
     return dx, dy
 
 
-# For every device: what runs on it, `backends` knows.
+# Registered for every device; `backends` decides what runs on it.
 torch.library.impl("bird::alignment", "CompositeExplicitAutograd", _alignment)
 torch.library.impl("bird::alignment_backward", "CompositeExplicitAutograd", _alignment_backward)
 
@@ -144,7 +144,7 @@ def _alignment_backward_fake(
 
 
 def value_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of results for inputs of ``dtype``."""
+    """The dtype of results for inputs of ``dtype``: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -171,7 +171,7 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
 
 
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash, Call]:
-    """Value, stash, and whose they are: under ``auto`` another backend's where the first one's kernels fail."""
+    """Value, stash, and the call that made them; under ``auto`` by another backend if the first one's kernels fail."""
     while True:
         problem, route, backend, auto, _ = call
         module = backends.of(problem, backend)
@@ -185,8 +185,8 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tens
 def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, call: Call
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dy where they are wanted, by what made the stash, or by the operator where somebody must see it; under
-    ``auto`` of a forward anew by another backend where the kernels fail."""
+    """dx and dy, None where not wanted: by the backend that made the stash, or by the operator if `is_visible`. Under
+    ``auto``, if its kernels fail, another backend repeats the forward and runs the backward."""
     problem = call.problem
     if is_visible(grad, x):
         dx, dy = _visible_backward(grad, x, y, mask, _spec(call), stash)
@@ -200,7 +200,7 @@ def backward(
 
 
 def _instead(call: Call, error: Exception) -> Call:
-    """The call by another backend. Raises ``error`` if that one was asked for by name."""
+    """The call with another backend; raises ``error`` if the failed one was chosen by name."""
     if not call.auto:
         raise error
     backend = backends.replace(call.backend, call.problem, error)
@@ -208,17 +208,17 @@ def _instead(call: Call, error: Exception) -> Call:
 
 
 def is_visible(grad: Tensor, x: Tensor) -> bool:
-    """Whether a backward must be made of operators: under create_graph, in a batch of them, or where it is traced."""
+    """Whether a backward must call the operator: under create_graph, with batched gradients, or if it is traced."""
     return torch.is_grad_enabled() or watched(grad, x) or is_batched(grad)
 
 
-# Of ``torch.autograd.grad(is_grads_batched=True)`` and ``jacobian(vectorize=True)``, which are no torch.func.vmap.
+# True under ``torch.autograd.grad(is_grads_batched=True)`` and ``jacobian(vectorize=True)``, which use no torch.func.
 is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def watched(x: Tensor, y: Tensor) -> bool:
-    """Whether torch.compile, torch.func, a dispatch mode or a tensor subclass follows the call and must see operators;
-    or the dispatcher has something to do (a lazy negative, as ``z.conj().imag`` is)."""
+    """Whether torch.compile, torch.func, a dispatch mode or a tensor subclass intercepts the call and must see
+    operators; or whether the dispatcher must resolve a lazy negation, such as ``z.conj().imag``."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -230,13 +230,13 @@ def watched(x: Tensor, y: Tensor) -> bool:
     )
 
 
-# A whole public call in C++, or None where that call needs Python; there is none before the native backend has run.
+# Runs a whole public call in C++, or returns None if that call needs Python. Unset until the native backend is loaded.
 at_once: Callable[..., Tensor | None] | None = None
 
 
 @lru_cache
 def _native() -> Any:
-    """The native backend: its autograd is its own, in C++, but for backwards that are differentiated or traced."""
+    """The native backend, which has its own autograd in C++, except for backwards that are differentiated or traced."""
     global at_once
     from .backends import native
 
@@ -257,7 +257,7 @@ def _native() -> Any:
 
 
 class _Alignment(torch.autograd.Function):
-    """A backend under plain autograd: no dispatcher, and the stash is saved without being returned."""
+    """A backend under plain autograd, without the dispatcher; the stash is saved without being returned."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
@@ -275,20 +275,20 @@ def _visible_backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec, stash: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """dx and dy by the operator; differentiable under create_graph and torch.func."""
-    if not torch.compiler.is_compiling() and is_batched(grad):  # they are linear in it
+    if not torch.compiler.is_compiling() and is_batched(grad):  # dx and dy are linear in grad
         dx, dy = _visible_backward(x.new_ones((), dtype=grad.dtype), x, y, mask, spec, stash)
         return (dx * grad).to(dx.dtype), (dy * grad).to(dy.dtype)
     gradients: tuple[Tensor, Tensor]
     if torch.is_grad_enabled():
         gradients = _AlignmentBackward.apply(grad, x, y, mask, *spec, *stash)
-    else:  # not always the function: torch.compile of 2.11 cannot trace one inside another
+    else:  # without grad mode the operator itself: torch.compile of 2.11 cannot trace a Function inside another
         gradients = torch.ops.bird.alignment_backward(grad, x, y, mask, *stash, *spec)
     return gradients
 
 
 class _TransformableAlignment(torch.autograd.Function):
-    """The same in the form that torch.func and torch.compile can transform: everything saved is an input or an
-    output."""
+    """The same in the form that torch.func and torch.compile can transform: all saved tensors are inputs or
+    outputs."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, mask: Tensor | None, *spec: Any) -> tuple[Tensor, ...]:
@@ -314,7 +314,7 @@ class _TransformableAlignment(torch.autograd.Function):
 
 
 class _AlignmentBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that it can be differentiated again."""
+    """The backward as a Function of its own, so that it can be differentiated again."""
 
     @staticmethod
     def forward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *spec_and_stash: Any) -> tuple[Tensor, Tensor]:
@@ -354,7 +354,7 @@ class _AlignmentBackward(torch.autograd.Function):
 def _loop(
     function: type[torch.autograd.Function], info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """vmap as a loop over the batch: each member is a whole problem of its own."""
+    """vmap as a loop over the batch: each member is a separate problem."""
     members = [
         function.apply(*(a.movedim(d, 0)[i] if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)

@@ -1,4 +1,4 @@
-"""Several pairs of layers in one call: one node for autograd, whatever their number and widths."""
+"""Several pairs of layers in one call through one autograd node, whatever their number and widths."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .types import Problem, Stash
 
 
 class _Calls(NamedTuple):
-    """How pairs are computed: each, or all ``together`` by Triton's common launches."""
+    """How pairs are computed: one by one, or all ``together`` in common launches of the Triton backend."""
 
     each: list[Call]
     together: bool
 
 
 def numbers(weights: Sequence[float | Tensor] | Tensor | None, x: object) -> Sequence[float] | Tensor | None:
-    """The weights as `weighted_sum` takes them; ``x`` are the pairs' tensors of one side, if it is a list of them.
+    """The weights in the form that `weighted_sum` expects; ``x`` is the list of one side's tensors, or invalid.
 
     Raises:
-        TypeError, ValueError: not one number for each pair.
+        TypeError, ValueError: ``weights`` is not one number for each pair.
     """
     if weights is None or not isinstance(x, (list, tuple)):
-        return None  # `inputs.require_lists` says what is wrong with x
+        return None  # `inputs.require_lists` raises if x is invalid
     if isinstance(weights, Tensor) and weights.dim() != 1:
         raise ValueError(f"weights must be a vector, [pairs], got shape {tuple(weights.shape)}")
     if len(weights) != len(x):
@@ -42,37 +42,37 @@ def numbers(weights: Sequence[float | Tensor] | Tensor | None, x: object) -> Seq
 
 
 def weighted_sum(losses: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
-    """sum of weight * loss over the pairs, 0-d, ``weights`` from `numbers`; every weight is 1 where there are none.
+    """The sum of weight * loss over the pairs, 0-d; ``weights`` are from `numbers`, None means 1 each.
 
-    Weights that are a tensor may be learned: they get their gradient.
+    Weights that are a tensor may be learned: they receive a gradient.
     """
     if weights is None:
-        return losses.sum() if len(losses) > 1 else losses.squeeze(0)  # of one pair: no kernel
+        return losses.sum() if len(losses) > 1 else losses.squeeze(0)  # one pair needs no kernel launch
     if isinstance(weights, Tensor):
         return (losses * weights.to(losses)).sum()
     if torch.compiler.is_compiling():
         return sum((w * loss for w, loss in zip(weights, losses.unbind(), strict=True)), losses.new_zeros(()))
-    # Not losses @ vector: autocast would round that to bf16.
+    # Not losses @ vector, which autocast would round to bf16.
     return torch.dot(losses, _vector(tuple(weights), losses.dtype, losses.device))
 
 
 def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers on ``device``."""
+    """The numbers as a vector on ``device``."""
     return _kept(values, dtype) if device.type == "cpu" else _filled(values, dtype, device)
 
 
 @lru_cache(maxsize=64)
 def _kept(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    """On the CPU; 4 us, the second time 0.2."""
+    """The numbers as a vector on the CPU, cached: 4 us at first, 0.2 us from then on."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers on a GPU in two launches, of which they are arguments.
+    """The numbers as a vector on a GPU by two launches, which take them as arguments.
 
-    A copy from the host would wait for the GPU, in each step whose numbers are new. A copy that is kept would have to
-    live as long as any captured CUDA graph that reads it.
+    A copy from the host would synchronise with the GPU in each step whose numbers are new. A cached copy would have to
+    outlive every captured CUDA graph that reads it.
     """
     vector = torch.zeros(len(values), dtype=dtype, device=device)
     torch._foreach_add_(vector.unbind(), values)
@@ -80,9 +80,9 @@ def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 def losses(pairs: list[tuple[Tensor, Tensor, Tensor | None, Problem]], requested: str) -> Tensor:
-    """The statistics of two pairs and more, [L], fp32 (fp64 if any pair has it), by the ``requested`` backend.
+    """The statistics of L >= 2 pairs, [L], fp32 (fp64 if any pair has it), by the ``requested`` backend.
 
-    ``pairs`` are what `inputs.prepare` gives of each; they have one mask.
+    ``pairs`` are results of `inputs.prepare`; all have the same mask.
     """
     tensors, mask, problems = [side for x, y, *_ in pairs for side in (x, y)], pairs[0][2], [pair[3] for pair in pairs]
     calls = _calls(problems, requested)
@@ -93,7 +93,7 @@ def losses(pairs: list[tuple[Tensor, Tensor, Tensor | None, Problem]], requested
 
 
 def _calls(problems: list[Problem], requested: str) -> _Calls:
-    """In common launches of the Triton backend, three in all instead of three each; else each by its own backend."""
+    """Together in three launches of the Triton backend if it can, instead of three per pair; else one by one."""
     auto, first = requested == "auto", problems[0]
     asked = requested == "triton" or (auto and backends.compares(first.device))
     asked = asked and plan.together(problems)
@@ -104,7 +104,7 @@ def _calls(problems: list[Problem], requested: str) -> _Calls:
 
 
 def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], _Calls]:
-    """Values [L], the tensors of the stash of all, or of each, and how they were computed."""
+    """Values [L], the tensors of the common stash or of all stashes in turn, and how the pairs were computed."""
     if calls.together:
         problems = tuple(call.problem for call in calls.each)
         try:
@@ -124,7 +124,7 @@ def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> t
 
 
 def _apart(calls: _Calls, error: Exception) -> _Calls:
-    """The same pairs each for itself, after the common launches that ``auto`` chose have failed."""
+    """The same pairs one by one, after the common launches failed; raises ``error`` unless ``auto`` chose them."""
     problems = [call.problem for call in calls.each]
     if not calls.each[0].auto:
         raise error
@@ -133,7 +133,7 @@ def _apart(calls: _Calls, error: Exception) -> _Calls:
 
 
 class _Pairs(torch.autograd.Function):
-    """All pairs as one node; ``tensors`` are x and y of the first pair, of the second, ..."""
+    """All pairs as one autograd node; ``tensors`` are x and y of the first pair, of the second, ..."""
 
     @staticmethod
     def forward(ctx: Any, calls: _Calls, mask: Tensor | None, *tensors: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class _Pairs(torch.autograd.Function):
                 return None, None, *triton.backward_together(grad, tensors, mask, Stash(*saved), problems)
             except Exception as error:
                 _, saved, calls = _forward(_apart(calls, error), mask, tensors)
-        elif calls.together:  # to be differentiated again, each pair by itself: what it left is found once more
+        elif calls.together:  # a differentiable backward runs pair by pair, so each pair's stash is computed again
             _, saved, calls = _forward(_Calls(calls.each, False), mask, [tensor.detach() for tensor in tensors])
         fields = len(Stash._fields)
         gradients: list[Tensor | None] = []
@@ -165,6 +165,6 @@ class _Pairs(torch.autograd.Function):
 
 
 def stack(values: list[Tensor]) -> Tensor:
-    """0-d values as a vector of the dtype that they promote to."""
+    """0-d values as a vector, in the dtype that they promote to."""
     dtype = reduce(torch.promote_types, (value.dtype for value in values))
     return torch.stack([value.to(dtype) for value in values])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Statistics:
-    r"""What linear CKA and HSIC of two sets of features need of their rows, whatever the number of rows.
+    r"""Sufficient statistics for linear CKA and HSIC of two sets of features, of a size independent of their rows.
 
     ::
 
@@ -28,16 +28,16 @@ class Statistics:
             statistics.update(student(images), teacher(images))
         statistics.cka(), statistics.cka("unbiased")     # of the whole data set at once
 
-    It holds means, products and squared row norms (`bird_kernels.sums`), :math:`p^2 + pq + q^2` numbers in fp64 and
-    little more. Parts are merged about their common mean (Chan, Golub and LeVeque 1979), so any split of the rows, over
-    batches, processes or files, gives the same value to rounding. The products of one update are taken in the features'
-    precision, fp32 at least. Nothing is read back from the device, and nothing is differentiated; but see `gradient`.
+    They are means, products and sums of squared row norms (`bird_kernels.sums`), :math:`p^2 + pq + q^2` numbers in fp64
+    and a few vectors. Parts are merged about their common mean (Chan, Golub and LeVeque 1979), so any split of the
+    rows over batches, processes or files gives the same value up to rounding. Products of one update are computed in
+    the features' precision, at least fp32. Nothing is read back from the device; autograd records nothing (`gradient`).
 
-    The unbiased estimator keeps its digits where up to a quarter of an update's rows, at most 64 (CUDA 32), are far
-    larger than the others, by up to 10^6 times (`gradient`: 10^5): the sums hold fourth powers, in fp64.
+    The unbiased estimator is accurate if up to a quarter of an update's rows, at most 64 (CUDA 32), are far larger than
+    the others, by up to 10^6 times (`gradient`: 10^5): the sums hold fourth powers, in fp64.
 
-    Of features whose squares the sums cannot hold (spread below 1e-13 or above 1e13; in fp64 1e-72 and 1e72) everything
-    is NaN: multiply them by a number first, which changes no CKA.
+    If the sums cannot represent the features' squares (spread below 1e-13 or above 1e13; in fp64 1e-72 and 1e72), all
+    results are NaN: multiply the features by a number first, which does not change CKA.
 
     Args:
         precision: of the fp32 products, as in `bird_kernels.cka_loss`.
@@ -47,15 +47,15 @@ class Statistics:
         inputs.require_choice(precision=precision)
         self.precision: Precision | None = precision  # type: ignore[assignment]
         self._sums: Sums | None = None
-        self._products = torch.float64  # what the products were taken in: fp32 once any of them were
+        self._products = torch.float64  # the dtype in which products were computed: fp32 once one update was
         self._derivatives: dict[str, tuple[Coefficients, Sums, Sums]] = {}
 
     def update(self, x: Tensor, y: Tensor, mask: Tensor | None = None, row_dims: int = 1) -> None:
-        """Add rows; any number of them, none too.
+        """Add any number of rows, even none.
 
         Args:
             x, y: features [n, ...] of the same samples; fp64, fp32, bf16 or fp16.
-            mask: bool, shape of the leading ``row_dims`` dimensions; False leaves a row out, whatever it holds.
+            mask: bool, shape of the leading ``row_dims`` dimensions; False leaves a row out, whatever it contains.
             row_dims: how many leading dimensions index rows; 2 for tokens [batch, time, width].
 
         Raises:
@@ -70,7 +70,7 @@ class Statistics:
             self._add(part, ops.value_dtype(x.dtype))
 
     def merge(self, other: Statistics) -> None:
-        """Add the rows of other statistics, which stay as they are.
+        """Add the rows of other statistics, which are not changed.
 
         Raises:
             ValueError: their features have other widths, or they are on another device.
@@ -84,21 +84,21 @@ class Statistics:
             self._add(part, other._products)
 
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
-        """Merge those of all ranks, on all of them; a rank may have had no updates.
+        """Merge the statistics of all ranks, on each of them; a rank may have had no updates.
 
         Args:
-            group: the ranks, all of which must call this; None for all there are.
+            group: the ranks, all of which must call this; None: all ranks (the WORLD group).
 
         Raises:
-            TypeError: ``group`` is none, or there are no processes.
-            ValueError: the ranks' features differ in widths or kind of device, or the group's backend does not carry
-                that, or no rank has had an update; on every rank.
+            TypeError: ``group`` is not a process group, or torch.distributed is not initialised.
+            ValueError: the ranks' features differ in widths or kind of device, or the group's backend does not support
+                that device, or no rank has had an update; on every rank.
             RuntimeError: another rank has failed (with its message).
         """
         group = torch.distributed.group.WORLD if group is None else group
         distributed.world_size(group)
         assert group is not None
-        kinds = ["none", *distributed.devices(group)]  # as numbers that all ranks read alike
+        kinds = ["none", *distributed.devices(group)]  # kinds of devices are exchanged as indices into this list
         error, mine = None, [0, 0, 0, 0]
         if self._sums is not None:
             try:
@@ -123,14 +123,14 @@ class Statistics:
 
     @property
     def n(self) -> int:
-        """How many rows count so far. Waits for the device."""
+        """The number of rows so far, without masked ones. Synchronises with the device."""
         return 0 if self._sums is None else int(self._sums.n)
 
     def cka(self, estimator: str = "biased") -> Tensor:
         """CKA of all rows, as `bird_kernels.cka` defines it: 0-d, fp64; NaN for fewer rows than the estimator needs.
 
         Raises:
-            ValueError: there was no update, or an unknown estimator.
+            ValueError: there was no update, or the estimator is unknown.
         """
         return self._value("cka", estimator)
 
@@ -141,21 +141,21 @@ class Statistics:
     def gradient(
         self, x: Tensor, y: Tensor, estimator: str = "biased", *, row_dims: int = 1, upstream: Scalar = 1.0
     ) -> Tensor:
-        r"""d (1 - CKA of all rows) / dx for some of the rows: what back-propagates a batch that was cut in parts.
+        r"""d (1 - CKA of all rows) / dx for some of the rows, to back-propagate a batch part by part.
 
         .. math:: \frac{2}{\sqrt{bc}} \Big( \frac{a}{b} X X_*^\top X_* - Y Y_*^\top X_* \Big), \quad
                   a = \|Y_*^\top X_*\|^2,\; b = \|X_*^\top X_*\|^2,\; c = \|Y_*^\top Y_*\|^2
 
-        for "biased", with X, Y the given rows and X_*, Y_* all of them, about the means of all; for "unbiased" see
-        `bird_kernels.sums`.
+        for "biased", with X, Y the given rows and X_*, Y_* all rows, minus the means of all; for "unbiased" see
+        `bird_kernels.from_sums`.
 
         Args:
-            x, y, row_dims: rows that `update` has seen.
+            x, y, row_dims: rows that were given to `update` before.
             estimator: "biased" or "unbiased".
-            upstream: the factor that the result is multiplied by, before it is rounded to x's dtype.
+            upstream: a factor of the result, applied before rounding to the dtype of the result.
 
         Returns:
-            The shape of ``x``, in the dtype that ``x`` and ``y`` promote to.
+            A tensor of the shape of ``x``, in the dtype that ``x`` and ``y`` promote to.
 
         Raises:
             TypeError, ValueError: as `update` and `cka`.
@@ -173,16 +173,16 @@ class Statistics:
         return own.view(shape)
 
     def to(self, device: torch.device | str) -> Statistics:
-        """The same on another device; a new object unless it is there already."""
+        """The statistics on another device: a new object, or self if they are there already."""
         if self._sums is None or self._sums.n.device == torch.device(device):
             return self
         moved = {name: value if name == "eps" else value.to(device) for name, value in self.state_dict().items()}
         return Statistics.from_state_dict(moved, precision=self.precision)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Plain tensors, on the device where they are, for `torch.save` or safetensors; none before an update.
+        """Tensors by name for `torch.save` or safetensors, on the statistics' device; empty before an update.
 
-        But "eps", by which products were rounded, is on the CPU: reading it must not wait for a device.
+        Only "eps", the machine epsilon of the products, is on the CPU, where it can be read without synchronisation.
         """
         if self._sums is None:
             return {}
@@ -194,7 +194,7 @@ class Statistics:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], *, precision: str | None = None) -> Statistics:
-        """What `state_dict` gave, as statistics again.
+        """Restore statistics from a `state_dict`.
 
         Raises:
             ValueError: a name is missing, or what it stands for has no such shape or dtype.
@@ -236,7 +236,7 @@ class Statistics:
         s = self._known()
         problem = Problem(0, *_widths(s), self._products, s.n.device, statistic, estimator)  # type: ignore[arg-type]
         wanted = s if estimator == "unbiased" else s._replace(norms=None)
-        return from_sums.evaluate(sums.merged([wanted]), problem)  # in the memory of a copy
+        return from_sums.evaluate(sums.merged([wanted]), problem)  # `merged` copies: evaluate works in place
 
     def _value(self, statistic: Statistic, estimator: str) -> Tensor:
         value, _, _ = self._evaluate(statistic, estimator)
@@ -257,7 +257,7 @@ def _no_sums(p: int, q: int, device: torch.device) -> Sums:
 
 
 def _require_same(what: str, kind: tuple[int, int, torch.device], s: Sums) -> None:
-    """Raises a ValueError unless ``kind``, widths and device, is that of ``s``."""
+    """Raise a ValueError unless ``kind``, i.e. both widths and the device, is that of ``s``."""
     p, q, device = kind
     if (p, q) != _widths(s):
         known = "{} and {}".format(*_widths(s))

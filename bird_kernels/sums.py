@@ -1,4 +1,4 @@
-r"""What a set of rows adds to the cross route: sums that merge exactly, and the gradient of rows from merged sums.
+r"""Sums over rows that determine CKA and HSIC and can be merged: the statistics of the cross route.
 
 For rows of X [n, p] and Y [n, q] about their means, with kappa_i = |x_i|^2 and lambda_i = |y_i|^2::
 
@@ -6,15 +6,15 @@ For rows of X [n, p] and Y [n, q] about their means, with kappa_i = |x_i|^2 and 
     sum(kappa x), sum(kappa y), sum(lambda x), sum(lambda y),
     sum(kappa^2), sum(kappa lambda), sum(lambda^2)                                     (unbiased as well)
 
-Rows that dominate (`backends.dominating`) are a part of their own where the estimator is unbiased, in fp64: the value
-is what is left of their fourth powers. That is nothing from 10^7 times the others' size on.
+For the unbiased estimator dominating rows (`backends.dominating`) are summed separately in fp64, because the value is a
+small difference of their fourth powers. From 10^7 times the others' size on no digit of it is left.
 
-Moved to another centre, x + u and y + v with u = old mean - new mean, they are (sum(x) = sum(y) = 0 before)::
+About another centre, i.e. of x + u and y + v with u = old mean - new mean, the sums are (sum(x) = sum(y) = 0 before)::
 
     A + n u u^T,   C + n v u^T,   B + n v v^T,   kappa -> kappa + 2 x.u + |u|^2,  and so on
 
-and about one common centre the sums of two sets add. So any split of a batch, over chunks or over processes, gives the
-statistic of the whole; and the gradient of a row needs the merged sums and that row alone (`from_sums.gradient`).
+and about a common centre the sums of two sets are added. So any split of a batch, over chunks or over processes, gives
+the statistic of the whole; the gradient of a row needs only the merged sums and that row (`from_sums.gradient`).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .types import Problem
 
 
 class Norms(NamedTuple):
-    """Sums of the squared row norms kappa and lambda with the rows and with each other; fp64, [p], [q] or 0-d.
+    """Sums of products of the squared row norms kappa, lambda with the rows and each other; fp64, [p], [q] or 0-d.
 
-    ``off_x`` and ``off_y`` bound what rounding has changed of ``xx`` and ``yy``, by its Frobenius norm.
+    ``off_x`` and ``off_y`` bound the Frobenius norm of the rounding errors of ``xx`` and ``yy``.
     """
 
     kx: Tensor
@@ -54,7 +54,7 @@ class Norms(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """The module's sums about the rows' own means; ``norms`` None where only the biased estimator is wanted.
+    """The sums of the module's docstring about the rows' means; ``norms`` is None for the biased estimator.
 
     ``n`` (0-d), ``mean_x`` [p] and ``mean_y`` [q] are fp64; ``xx`` [p, p], ``xy`` [q, p] and ``yy`` [q, q] fp32 or
     fp64.
@@ -69,16 +69,16 @@ class Sums(NamedTuple):
     norms: Norms | None
 
     def to(self, dtype: torch.dtype) -> Sums:
-        """The same with products of another dtype."""
+        """The same sums with the products in another dtype."""
         return self._replace(xx=self.xx.to(dtype), xy=self.xy.to(dtype), yy=self.yy.to(dtype))
 
 
 def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums:
     """The sums of x [n, p] and y [n, q] of one dtype, mask bool [n] or None; norms if the estimator is "unbiased".
 
-    Products are fp32 (fp64 for fp64, and where rows dominate) and not scaled, so that those of several sets add. What
-    they cannot hold is NaN: features all below 2^-46 (1.4e-14), or up to 2^46 and more; in fp64 2^-240 and 2^240.
-    """
+    Products are fp32 (fp64 for fp64, and if dominating rows are summed separately) and not scaled, so that those of
+    several sets can be added. They are NaN if all features are below 2^-46 (1.4e-14) or any reaches 2^46; in fp64
+    2^-240 and 2^240."""
     unbiased = problem.estimator == "unbiased"
     if len(x) == 0:
         return _none(x, y, dtypes(problem)[0], unbiased)
@@ -99,7 +99,7 @@ def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums
 
 
 def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
-    """`sums_of` shifted rows, all alike."""
+    """`sums_of` shifted rows, none of them treated as dominating."""
     norms = None
     if problem.estimator == "unbiased":
         xs, ys = (rows.centred(z.z, side.place, z.mean(side)) for side in (z.x, z.y))
@@ -109,7 +109,7 @@ def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
 
 
 def _of_centred(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums | None:
-    """`sums_of` rows that need no shift, all alike; None if some dominate, unbiased."""
+    """`sums_of` rows by centring them first; for the unbiased estimator None if some rows dominate."""
     count, norms = row_count(x, mask), None
     (xs, scale_x, means_x), (ys, scale_y, means_y) = (centre(a, mask, count, problem) for a in (x, y))
     if problem.estimator == "unbiased":
@@ -123,7 +123,7 @@ def _of_centred(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> 
 
 
 def _unscaled(scale: Scalar, dtype: torch.dtype) -> Scalar:
-    """1 / scale, but NaN where the squares of the features would leave the products' range, or their fourth powers
+    """1 / scale, but NaN if the squares of the features leave the range of the products, or their fourth powers
     that of fp64."""
     limit = 2.0**240 if dtype == torch.float64 else 2.0**46
     if isinstance(scale, Tensor):
@@ -141,9 +141,9 @@ def merged(parts: Sequence[Sums]) -> Sums:
 
 
 def include(total: Sums, part: Sums) -> Sums:
-    """The sums of two disjoint sets of rows, the products in the memory of ``total``: no copies of p x p numbers.
+    """The sums of the union of two disjoint sets of rows; products are added in place to those of ``total``.
 
-    A set without rows changes nothing, and equal means stay what they are: a constant side stays constant.
+    A set without rows changes nothing, and equal means are kept exactly: a constant side stays constant.
     """
     n = total.n + part.n
     rows = n.clamp(min=1.0)
@@ -165,12 +165,12 @@ def include(total: Sums, part: Sums) -> Sums:
 
 
 def all_reduced(s: Sums, group: Any) -> Sums:
-    """The sums of the union of the rows of all ranks of a ProcessGroup, the same bits on each rank.
+    """The sums of the union of the rows of all ranks of a ProcessGroup, bitwise equal on each rank.
 
-    First n and the means, then everything else about the common mean: two all-reduces (three with norms) whose size
-    does not depend on the number of ranks. With a slot per rank for its means one would do, but at 4096 ranks of
-    512 + 512 features the slots weigh 34 MB and the products 2.4. Beside ``s`` there is what travels, and then the
-    result beside that: nothing is copied on the way.
+    First n and the means are reduced, then everything else about the common mean: two all-reduces (three with norms)
+    whose size does not depend on the number of ranks. With a slot per rank for its means one would suffice, but at
+    4096 ranks of 512 + 512 features the slots take 34 MB and the products 2.4. Besides ``s`` only the communicated
+    buffer is in memory, then that buffer and the result.
     """
     p, q = len(s.mean_x), len(s.mean_y)
     totals = distributed.all_reduce(torch.cat([s.n[None], s.mean_x * s.n, s.mean_y * s.n]), group)
@@ -191,7 +191,7 @@ def all_reduced(s: Sums, group: Any) -> Sums:
 
 
 def _moved_flat(s: Sums, u: Tensor, v: Tensor) -> Tensor:
-    """The products of the rows x + u and y + v as they travel: upper blocks of ``xx``, ``xy``, those of ``yy``."""
+    """The products of the rows x + u, y + v in one buffer: upper blocks of ``xx``, ``xy``, upper blocks of ``yy``."""
     p, q = len(u), len(v)
     flat = s.xx.new_empty(upper_size(p) + p * q + upper_size(q))
     u_n, v_n, u, v = (a.to(flat.dtype) for a in (u * s.n, v * s.n, u, v))  # rounded here: no fp64 copy of a product
@@ -210,7 +210,7 @@ def _moved_flat(s: Sums, u: Tensor, v: Tensor) -> Tensor:
 
 
 def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
-    """The norms of the rows x + u and y + v; u [p], v [q], fp64."""
+    """The `Norms` of the rows x + u and y + v; u [p], v [q], fp64."""
     assert s.norms is not None
     kx, ky, lx, ly, kk, kl, ll, off_x, off_y = s.norms
     n, kappa, lam = s.n, trace(s.xx), trace(s.yy)
@@ -231,13 +231,13 @@ def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
 
 
 def _own_if_equal(own: Tensor, common: Tensor) -> Tensor:
-    """The common mean, but a rank's own where they differ by the common one's rounding: of 100 fp64 constants, 25 do
-    not survive a weighted mean, and what is left of one has the look of variance."""
+    """The common mean, replaced by the rank's own where they differ by rounding only: of 100 fp64 constants, 25 are
+    changed by a weighted mean, and the difference would count as variance."""
     return torch.where((own - common).abs() <= 4.0 * torch.finfo(own.dtype).eps * common.abs(), own, common)
 
 
 def _symmetric(flat: Tensor, width: int) -> Tensor:
-    """The matrix [width, width] of its upper blocks."""
+    """The symmetric matrix [width, width] whose upper blocks are ``flat``."""
     blocks = upper_blocks(width)
     out = flat.new_empty(width, width)
     for (i, j), part in zip(blocks, flat.split([(j - i) * (width - i) for i, j in blocks]), strict=True):
@@ -256,7 +256,7 @@ def _none(x: Tensor, y: Tensor, wide: torch.dtype, norms: bool) -> Sums:
 
 
 def _norms(xs: Tensor, ys: Tensor, look: bool = False) -> Norms | None:
-    """Of rows about their means; None if a ``look`` finds some that dominate."""
+    """The `Norms` of centred rows; with ``look`` (it synchronises) None if some rows dominate."""
     kappa, lam = squared_norms(xs), squared_norms(ys)
     powers = torch.stack([kappa, lam, torch.ones_like(kappa)]).double()
     powers = torch.mm(powers, powers.T)
@@ -271,7 +271,7 @@ def _norms(xs: Tensor, ys: Tensor, look: bool = False) -> Norms | None:
 
 
 def scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:
-    """The sums of a x and b y but for the means, which stay those of x and y; the products in the memory of ``s``."""
+    """The sums of a x and b y, except the means, which stay those of x and y; products are scaled in place."""
     norms = s.norms
     if norms is not None:
         powers = (a**3, a * a * b, a * b * b, b**3, a**4, (a * b) ** 2, b**4, a**2, b**2)
@@ -285,5 +285,5 @@ def trace(product: Tensor) -> Tensor:
 
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """matrix @ vector in fp64: features of 1e12 have sums of cubes. A few rows at a time, no fp64 copy of the whole."""
+    """matrix @ vector in fp64, since features of 1e12 enter cubed; 1,024 rows at a time, to avoid an fp64 copy."""
     return torch.cat([rows.double() @ vector for rows in matrix.split(1024)])

@@ -1,7 +1,7 @@
-"""BIRD for language models: a teacher's geometry in the trainers of transformers and TRL.
+"""BIRD for language models: guidance by a frozen teacher in the trainers of transformers and TRL.
 
-Names load when asked for: the trainers need transformers, and TRL's need TRL: ``pip install
-'bird-kernels[language]'``.
+Names are imported on first access, because the trainers need transformers and TRL:
+``pip install 'bird-kernels[language]'``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What guides a language model: a frozen teacher that reads the student's batches as text, and a layer of each."""
+"""Guidance of a language model: a frozen teacher reads the student's batches, and a layer of each is compared."""
 
 from __future__ import annotations
 
@@ -34,51 +34,51 @@ Rows = Literal["both", "chosen", "rejected", "prompt"]
 
 
 def concatenated(prompt: str, completion: str) -> str:
-    """What the teacher reads unless told otherwise: the student's text."""
+    """The default of ``Guidance.text``: the teacher reads the student's text."""
     return prompt + completion
 
 
 @dataclass(frozen=True)
 class Guidance:
-    r"""How a teacher guides a language model in training.
+    r"""How a frozen teacher guides a language model in training.
 
     .. math:: L = \alpha \, L_{task} + \beta \, (1 - \mathrm{CKA}(S, T))
 
     S and T have a row for each sequence of the batch: a layer's features of the student and of the teacher, pooled over
-    the tokens (Pogoncheff and Beyeler, ICLR 2026). What the paper leaves open for language is ours: layers, pooling,
-    which rows, and the text that a teacher with a tokenizer of its own is given.
+    the tokens (Pogoncheff and Beyeler, ICLR 2026). The paper does not specify layers, pooling, rows or the text for a
+    teacher with another tokenizer; these choices are this project's.
 
     Args:
-        teacher: any network of transformers, an encoder or a decoder with whatever head; it is frozen, and runs no
-            further than its guiding layer. `copy.deepcopy` one that you go on training.
-        tokenizer: the teacher's; None: the one of its ``name_or_path``. A teacher of the student's vocabulary is given
-            the ids of the student's tokens, unless ``text`` is given too; any other reads the text, for which
-            ``completion_only`` needs a fast tokenizer.
+        teacher: any network of transformers, an encoder or a decoder with any head; it is frozen and stops after its
+            guiding layer. To go on training a network, give a `copy.deepcopy` of it.
+        tokenizer: the teacher's; None: the one of its ``name_or_path``. If it has the student's vocabulary and ``text``
+            is not given, the teacher reads the student's token ids; otherwise it reads the decoded text, and
+            ``completion_only`` then needs a fast tokenizer.
         alpha: weight of the trainer's own loss.
-        beta: weight of the guidance. The published weights of vision, 0.1 and 0.9, are the defaults.
-        layer: guided layer, a path in the student as it was before PEFT; None: the backbone's output, which is the
-            final hidden state, after the last norm. Of an encoder-decoder network it has to be in the encoder.
-        teacher_layer: guiding layer, the same.
-        pooling: of the student's tokens, see `bird.language.pool_tokens`. ``"all"`` needs the student's vocabulary on
-            both sides.
-        teacher_pooling: of the teacher's; None: as the student's. ``"mean"`` suits sentence encoders, ``"first"``
-            classifiers of BERT's kind.
-        completion_only: pool over the tokens of the completion alone, on both sides.
-        rows: of a preference batch, which sequences are rows: ``"both"`` (the default: chosen and rejected, 2 B rows,
-            so that the geometry holds what sets them apart), ``"chosen"``, ``"rejected"``, or ``"prompt"`` (its tokens
-            alone). Batches of other trainers have ``"both"`` only: all sequences.
+        beta: weight of the guidance. The defaults, 0.1 and 0.9, are those published for vision.
+        layer: the student's layer, a path as before PEFT wrapped it; None: the backbone's output, that is the final
+            hidden state, after the last norm. In an encoder-decoder network it must be in the encoder.
+        teacher_layer: the teacher's guiding layer, in the same way.
+        pooling: of the student's tokens, see `bird.language.pool_tokens`. ``"all"`` needs a teacher with the student's
+            vocabulary.
+        teacher_pooling: of the teacher's tokens; None: as ``pooling``. ``"mean"`` suits sentence encoders, ``"first"``
+            classifiers such as BERT.
+        completion_only: whether only the tokens of the completion are pooled, for both networks.
+        rows: which sequences of a preference batch are rows: ``"both"`` (chosen and rejected, 2 B rows, so that their
+            differences are compared, too), ``"chosen"``, ``"rejected"``, or ``"prompt"`` (only the tokens of the
+            prompt). Batches of other trainers support ``"both"`` only: all sequences.
         kernel, estimator: as of `bird.cka_loss`. Biased CKA is high for unrelated features of few rows.
-        text: makes the teacher's text of prompt and completion, which are the sequence's text in its order without the
-            student's special tokens: what stands before the first token of the completion, and all from there on (later
-            turns of a conversation too). In batches that do not mark a completion the prompt is ``""``. For
+        text: makes the teacher's text from prompt and completion. These are the sequence's decoded text, without the
+            student's special tokens, before and from the first token of the completion (with later turns of a
+            conversation). In batches that do not mark a completion the prompt is ``""``. For
             ``completion_only`` the result must end with the completion.
-        truncation: the side on which a text is cut that is longer than the teacher takes: ``"left"`` drops its
-            beginning, ``"right"`` its end; ``teacher_truncated`` in the log counts them. None: such a text is an error.
-        whole_batch: CKA compares all rows of an optimizer step: those of all processes, and of all accumulated
-            batches, for which the student runs forward once more. False: each batch of each process by itself.
+        truncation: the side on which texts too long for the teacher are cut: ``"left"`` drops the beginning,
+            ``"right"`` the end; ``teacher_truncated`` in the log counts them. None: such a text is an error.
+        whole_batch: whether CKA compares all rows of an optimizer step, those of all processes and of all accumulated
+            batches (for which the student runs forward once more). False: each batch of each process by itself.
 
     Raises:
-        ValueError: an unknown choice, or weights that are negative or not finite.
+        ValueError: an unknown choice, a combination that is excluded, or weights that are negative or not finite.
     """
 
     teacher: nn.Module
@@ -98,7 +98,7 @@ class Guidance:
     whole_batch: bool = True
 
     def __post_init__(self) -> None:
-        BirdLoss(self.alpha, self.beta, [("teacher", "student")])  # says what is wrong with the weights
+        BirdLoss(self.alpha, self.beta, [("teacher", "student")])  # validates the weights
         require_pooling("pooling", self.pooling)
         require_pooling("teacher_pooling", self.teacher_pooling or self.pooling)
         sides = ("left", "right", None)
@@ -116,8 +116,8 @@ class Guidance:
 class Sequences(NamedTuple):
     """The sequences of a batch that are rows: token ids and masks, ``[B, T]``.
 
-    ``completion`` marks the tokens that the student answers with, wherever they stand; None where that is not known.
-    ``part`` are the sequences' places in what the student runs on.
+    ``completion`` marks the tokens of the student's answer, at any position; None if that is not known. ``part``
+    selects these sequences from the batch that the student runs on.
     """
 
     ids: Tensor
@@ -127,11 +127,11 @@ class Sequences(NamedTuple):
 
 
 class Guide:
-    """A `Guidance` at work on one student: what trainers call.
+    """Applies a `Guidance` to one student; trainers call it.
 
     Args:
-        guidance: what to do.
-        student: the network in training, bare or in PEFT; taps go on it at once.
+        guidance: its options.
+        student: the network in training, bare or in PEFT; its layer is tapped at once.
         tokenizer: the student's.
         group: processes whose rows are compared together.
 
@@ -139,8 +139,8 @@ class Guide:
         truncated: how many texts were cut for the teacher.
 
     Raises:
-        ValueError: an unknown layer (the nearest are listed), or one in the decoder of an encoder-decoder network; a
-            tokenizer that is not known, or is of another vocabulary where tokens are compared.
+        ValueError: an unknown layer (the nearest are listed), or one outside the encoder of an encoder-decoder network;
+            a tokenizer that is not known, or has another vocabulary although tokens are compared.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Guide:
         self.reader, self.window = reader, window_of(self.network, reader)
 
     def watch(self, student: nn.Module) -> None:
-        """Puts the taps on a student."""
+        """Tap the layer of a student."""
         core = without_adapters(student)
         self.layer = self.guidance.layer or backbone(core)
         _require_encoder(core, find_layers(core, self.layer))
@@ -186,25 +186,25 @@ class Guide:
         self.watches = True
 
     def release(self) -> None:
-        """Takes the taps off the student, and forgets its features."""
+        """Remove the taps from the student and clear its features."""
         self.taps.remove()
         self.watches = False
 
     def student_rows(self, sequences: Sequences) -> Tensor:
-        """Rows of the student's first pass since ``taps.listen()``, ``[N, P]``."""
+        """Pooled features ``[N, P]`` of the student's first pass since ``taps.listen()``."""
         features, mask = self.taps.pop()[self.layer][sequences.part], self._counted(sequences)
-        virtual = self.virtual if features.shape[1] > mask.shape[1] else 0  # none where a prefix is keys and values
+        virtual = self.virtual if features.shape[1] > mask.shape[1] else 0  # prefix tuning adds keys and values only
         return pool_tokens(features, mask, self.guidance.pooling, virtual=virtual)
 
     def teacher_rows(self, sequences: Sequences) -> Tensor:
-        """The teacher's rows of the same sequences, ``[N, Q]``.
+        """Run the teacher on the same sequences; its pooled features ``[N, Q]``.
 
         Raises:
-            ValueError: a text is empty, or longer than the teacher takes.
+            ValueError: a text is empty, or too long for the teacher and ``truncation`` is None.
         """
         ids, counted = self._handed_on(sequences) if self.hands_on else self._read(sequences)
         device = next(self.network.parameters()).device
-        if device.type == "meta":  # accelerate has put the weights elsewhere, and moves what the network is given
+        if device.type == "meta":  # accelerate has offloaded the weights, and moves the network's inputs itself
             device = sequences.ids.device
         takes = inspect.signature(type(self.network).forward).parameters
         options = {"use_cache": False} if "use_cache" in takes else {}
@@ -214,7 +214,7 @@ class Guide:
         return pool_tokens(features[self.teacher_layer], _table(counted), pooling)
 
     def can_compare(self, rows: int) -> bool:
-        """Whether the estimator can do with so many rows in every process; warns where it cannot."""
+        """Whether ``rows`` in every process suffice for the estimator; warns if not."""
         rows *= self.processes
         needed = MIN_ROWS[self.guidance.estimator]
         if rows < needed:
@@ -226,7 +226,7 @@ class Guide:
         return rows >= needed
 
     def _counted(self, sequences: Sequences) -> Tensor:
-        """Which tokens are pooled."""
+        """The mask ``[B, T]`` of the tokens that are pooled."""
         if not self.guidance.completion_only:
             return sequences.mask
         if sequences.completion is None:
@@ -234,7 +234,7 @@ class Guide:
         return sequences.mask * sequences.completion
 
     def _handed_on(self, sequences: Sequences) -> tuple[list[list[int]], list[list[int]]]:
-        """The student's token ids without padding, and which of them are pooled."""
+        """The student's token ids without padding, and for each whether it is pooled (0 or 1)."""
         ids, counted = (_unpadded(table, sequences.mask) for table in (sequences.ids, self._counted(sequences)))
         if self._are_long(ids):
             kept = slice(-self.window, None) if self.guidance.truncation == "left" else slice(self.window)
@@ -242,7 +242,7 @@ class Guide:
         return ids, counted
 
     def _read(self, sequences: Sequences) -> tuple[list[list[int]], list[list[int]]]:
-        """The student's text in the teacher's tokens, and which of them are pooled."""
+        """The student's text as the teacher's token ids, and for each whether it is pooled (0 or 1)."""
         only = self._counted(sequences) is not sequences.mask
         completion = sequences.mask if sequences.completion is None else sequences.completion
         read = [*map(self._text, *(_unpadded(table, sequences.mask) for table in (sequences.ids, completion)))]
@@ -264,16 +264,16 @@ class Guide:
         return tokens["input_ids"], counted
 
     def _text(self, ids: list[int], marked: list[int]) -> tuple[str, list[tuple[int, int]]]:
-        """What the student's tokens say, and from where to where in it the marked ones reach."""
+        """The text of the student's tokens, and the spans (start, end) of the marked ones in it, in characters."""
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         text: str = decode(ids)
         edges = F.pad(torch.tensor(marked, device="cpu").ne(0).int(), (1, 1)).diff().nonzero().flatten().tolist()
-        # A token may be a part of a character, or lose its space at the beginning, so none is decoded by itself.
+        # A token may be part of a character, or lose its leading space, so tokens are not decoded one by one.
         places = [len(commonprefix([text, decode(ids[:edge])])) for edge in edges]  # noqa: RUF071 -- by character
         return text, [*zip(places[::2], places[1::2], strict=True)]
 
     def _are_long(self, rows: list[list[int]]) -> bool:
-        """Whether tokens must be cut for the teacher, and may be."""
+        """Whether any row is too long for the teacher; counts them, and raises a ValueError if none may be cut."""
         long = [len(row) for row in rows if len(row) > self.window]
         if long and self.guidance.truncation is None:
             raise ValueError(
@@ -286,7 +286,7 @@ class Guide:
 
 
 class _Whole(nn.Module):
-    """A bare backbone, whose output has no path of its own, with one."""
+    """Wraps a bare backbone, so that its output has a path that can be tapped."""
 
     base_model_prefix = "backbone"
 
@@ -299,17 +299,17 @@ class _Whole(nn.Module):
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """The network inside wrappers and PEFT, whose layers have the paths that they had before."""
+    """The network inside wrappers and PEFT, whose layers have their original paths."""
     model = unwrap(model)
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
 
 
 def backbone(model: nn.Module) -> str:
-    """The path of a network's backbone: all but the head; its output is the final hidden state.
+    """The path of a network's backbone, that is all but the head; its output is the final hidden state.
 
     Raises:
-        ValueError: it has none that transformers would know.
+        ValueError: ``base_model_prefix`` names no child of it.
     """
     if not _has_backbone(model):
         raise ValueError(f"{type(model).__name__} does not say which of its layers is the backbone: name the layer")
@@ -321,7 +321,7 @@ def _has_backbone(model: nn.Module) -> bool:
 
 
 def _require_encoder(network: Any, layers: dict[str, nn.Module]) -> None:
-    """Raises a ValueError for layers of a decoder beside an encoder: the text's mask is not of their tokens."""
+    """Raise a ValueError for layers outside the encoder of an encoder-decoder: the text's mask does not fit them."""
     if not getattr(getattr(network, "config", None), "is_encoder_decoder", False):
         return
     encoder = network.get_encoder()
@@ -334,7 +334,7 @@ def _require_encoder(network: Any, layers: dict[str, nn.Module]) -> None:
 
 
 def _tokenizer_of(network: nn.Module) -> PreTrainedTokenizerBase | None:
-    """The one that was published with a network, if that can be had without running code of its folder."""
+    """The tokenizer of a network's ``name_or_path``, loaded without running remote code; None if that fails."""
     from transformers import AutoTokenizer
 
     try:
@@ -345,9 +345,9 @@ def _tokenizer_of(network: nn.Module) -> PreTrainedTokenizerBase | None:
 
 
 def window_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens a network takes: what its tokenizer says, and its table of positions.
+    """How many tokens a network accepts: the least of its tokenizer's limit and its table of positions.
 
-    RoBERTa and its kind count positions from the one behind the padding's: of 514 they use 512.
+    RoBERTa and its relatives start counting positions after the padding index: of 514 they use 512.
     """
     positions: Any = getattr(getattr(network, "config", None), "max_position_embeddings", None) or sys.maxsize
     tables = [table for name, table in network.named_modules() if name.endswith("position_embeddings")]
@@ -360,6 +360,6 @@ def _unpadded(table: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def _table(rows: list[list[int]]) -> Tensor:
-    """Padded on the right by 0, whatever the side that the student pads on: networks count positions from the left."""
+    """Rows as ``[B, T]`` int64, padded with 0 on the right always, since networks count positions from the left."""
     tensors = [torch.tensor(row, dtype=torch.long, device="cpu") for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True)

@@ -1,4 +1,4 @@
-"""BIRD inside the trainers of transformers and TRL: their own loss, and a teacher's geometry."""
+"""BIRD inside the trainers of transformers and TRL: a mixin adds guidance by a teacher to their own loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .guidance import Guidance, Guide, Sequences, without_adapters
 
 
 class BirdMixin:
-    r"""Put before a trainer, it adds the geometry of a teacher to the loss of whatever that trainer trains.
+    r"""As the first base class of a trainer, adds the distance from a teacher's geometry to the trainer's loss.
 
     ::
 
@@ -23,29 +23,29 @@ class BirdMixin:
 
         trainer = BirdRewardTrainer(model, ..., guidance=Guidance(teacher, tokenizer))
 
-    The trainer's own loss is untouched (``alpha=1, beta=0`` trains as without the mixin); CKA is taken from the pass
-    that it runs anyway. It needs batches with ``input_ids`` and ``attention_mask``, so neither packing nor padding-free
-    batches. With ``Guidance(whole_batch=True)`` CKA is that of all rows of an optimizer step:
+    The trainer's own loss is unchanged (``alpha=1, beta=0`` trains as without the mixin); CKA uses the features of the
+    trainer's own forward pass. Batches must have ``input_ids`` and ``attention_mask``, so packing and padding-free
+    batches are refused. With ``Guidance(whole_batch=True)`` CKA compares all rows of an optimizer step:
 
     - of several processes exactly, under DDP (FSDP2, which Accelerate runs on accelerators only, has not been tried;
       tensor, context and sequence parallelism are refused);
-    - of accumulated batches exactly, where the student computes a row alike both times: the batches run forward once
-      more, first, with the same random states, so dropout repeats its masks (not in compiled models, whose generators
-      the two runs do not share).
+    - of accumulated batches exactly, if the student computes the same rows twice: before the step all its batches run
+      forward once more with the same random states, so dropout repeats its masks (not in compiled models, whose
+      generators the two runs do not share).
 
-    A batch with fewer rows than the estimator needs, the last of an epoch say, trains on the task alone.
+    A batch with fewer rows than the estimator needs, for example the last of an epoch, trains on the task alone.
 
     Logged with the trainer's own metrics, over all processes: ``cka`` of teacher and student, ``cka_loss`` (1 - CKA),
-    ``task_loss`` (the trainer's own loss), and with ``Guidance(truncation=)`` ``teacher_truncated``, the number of the
-    texts that were cut; in evaluation and prediction the same of that set's batches behind a prefix: ``eval_cka``.
+    ``task_loss`` (the trainer's own loss), and with ``Guidance(truncation=)`` ``teacher_truncated``, the number of
+    texts that were cut; in evaluation and prediction the same of that set's batches, with a prefix: ``eval_cka``.
 
-    The attributes that the mixin adds to a trainer begin with ``bird_``, or with ``_bird_``.
+    The attributes that the mixin adds to a trainer begin with ``bird_`` or ``_bird_``.
 
     Args:
-        guidance: what guides; all other arguments are the trainer's.
+        guidance: the teacher and its options; all other arguments are the trainer's.
 
     Raises:
-        ValueError: as of `bird.language.guidance.Guide`; a kind of parallelism or of batches that does not fit; in
+        ValueError: as of `bird.language.guidance.Guide`; a kind of parallelism or of batches that is not supported; in
             training, batches without a mask, and empty or over-long texts.
     """
 
@@ -61,12 +61,12 @@ class BirdMixin:
         self.bird_guide = Guide(guidance, trainer.model, trainer.processing_class, group)
         self.bird_guide.teacher.to(trainer.args.device)
         self._bird_step: _Accumulated | None = None
-        self._bird_noted: list[tuple[Tensor, Tensor | None]] = []  # of batches: the trainer's loss, and the distance
-        self._bird_totals: Tensor | None = None  # of training since it was logged
+        self._bird_noted: list[tuple[Tensor, Tensor | None]] = []  # (trainer's loss, distance) of each batch
+        self._bird_totals: Tensor | None = None  # sums over training steps since the last log
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own, which leaves no tap on the student."""
-        self.bird_guide.release()  # ``model_init`` makes another student
+        """The trainer's own ``train``; afterwards no tap remains on the student."""
+        self.bird_guide.release()  # ``model_init`` creates another student
         try:
             return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
@@ -74,7 +74,7 @@ class BirdMixin:
             self._bird_step = None
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of the next optimizer step, as the trainer collects them; remembered where they are several."""
+        """The batches of the next optimizer step, as the trainer collects them; stored if they are accumulated."""
         collected = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         batches = collected[0]
         several = len(batches) > 1 and self.bird_guide.guidance.whole_batch
@@ -82,7 +82,7 @@ class BirdMixin:
         return collected
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's own; at the end of an optimizer step all processes add up what there is to log."""
+        """The trainer's own step; at the end of an optimizer step the metrics are summed over all processes."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not self._bird_noted:
             raise RuntimeError(f"{type(self).__name__} trains without compute_loss, where the guidance would come in")
@@ -92,7 +92,7 @@ class BirdMixin:
         return loss
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The trainer's own, of evaluation and prediction, and the guidance's metrics of this set."""
+        """The trainer's own loop of evaluation and prediction, with the guidance's metrics of this set added."""
         kept, self._bird_noted = self._bird_noted, []
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)  # type: ignore[misc]
@@ -107,7 +107,7 @@ class BirdMixin:
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """``alpha`` times the trainer's loss, and ``beta`` times the distance of the geometries."""
+        """``alpha`` times the trainer's loss plus ``beta`` times the distance 1 - CKA, 0-d."""
         guide = self.bird_guide
         if not guide.watches:
             guide.watch(self.model)  # type: ignore[attr-defined]
@@ -124,8 +124,8 @@ class BirdMixin:
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
         task = result[0] if return_outputs else result
-        # The trainer divides what it gets by the number of accumulated batches, unless the loss is a share of the
-        # whole already; then so must the guidance be.
+        # The trainer divides the loss by the number of accumulated batches, unless it is normalised over the whole
+        # step already; then the guidance must be, too.
         batches = getattr(self, "current_gradient_accumulation_steps", 1) if model.training else 1
         later = batches if model.training and not self._bird_is_share(num_items_in_batch) else 1
         rows, loss = guide.student_rows(sequences), guide.loss.alpha * task
@@ -136,17 +136,17 @@ class BirdMixin:
         return (loss, result[1]) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The trainer's own metrics of training, and the guidance's since the last time; no process waits here."""
+        """Log the trainer's metrics, and the guidance's since the last log; no communication between processes."""
         if self._bird_totals is not None and logs.keys() & {"loss", "train_loss"}:
             logs.update(self._bird_metrics(self._bird_totals))
             self._bird_totals = None
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def bird_sequences(self, inputs: Mapping[str, Any]) -> Sequences:
-        """Which sequences of a batch are rows, and which of their tokens the completion; override it for other batches.
+        """The sequences of a batch that are rows, with the mask of their completion; override it for other batches.
 
         Raises:
-            ValueError: no ids or mask.
+            ValueError: the batch has no ``input_ids`` or ``attention_mask``.
         """
         if missing := [name for name in ("input_ids", "attention_mask") if name not in inputs]:
             raise ValueError(
@@ -161,10 +161,10 @@ class BirdMixin:
         return Sequences(ids, mask, completion)
 
     def _bird_first_passes(self, model: Any, step: _Accumulated) -> tuple[list[Tensor], list[Tensor]]:
-        """Rows of student and teacher of every batch of the step, without graphs."""
+        """For every batch of the step: rows ``[N, P]`` of the student and ``[N, Q]`` of the teacher, without graphs."""
         trainer: Any = self
         ours, theirs = [], []
-        others = [trainer.args.device] if trainer.args.device.type != "cpu" else []  # which is "cpu:1" on a second rank
+        others = [trainer.args.device] if trainer.args.device.type != "cpu" else []  # the CPU is included anyway
         for batch in step.batches:
             inputs = trainer._prepare_inputs(batch)
             sequences = self.bird_sequences(inputs)
@@ -177,12 +177,12 @@ class BirdMixin:
         return ours, theirs
 
     def _bird_pass(self, model: Any, inputs: Mapping[str, Any]) -> None:
-        """The student's forward of a batch, for its features."""
+        """Run the student forward on a batch, for its features only."""
         core = without_adapters(model)
-        forward = inspect.signature(type(core).forward).parameters  # a wrapper hides its own
+        forward = inspect.signature(type(core).forward).parameters  # a wrapper hides its signature
         known = {name: value for name, value in inputs.items() if name in forward}
         if not getattr(getattr(core, "config", None), "is_encoder_decoder", False):
-            known.pop("labels", None)  # which are what a decoder of its own reads
+            known.pop("labels", None)  # not needed for features; an encoder-decoder needs them as the decoder's input
         extra = {"use_cache": False, "logits_to_keep": 1}  # the head's output is not needed
         model(**known, **{name: value for name, value in extra.items() if name in forward})
 
@@ -192,7 +192,7 @@ class BirdMixin:
         return guide.loss.distance(rows, guide.teacher_rows(sequences).to(rows.device)) if many else None
 
     def _bird_is_share(self, num_items_in_batch: Tensor | int | None) -> bool:
-        """Whether the trainer's loss of a batch is its share of the optimizer step's: what `Trainer` itself asks."""
+        """Whether a batch's loss is normalised over the whole optimizer step: the condition that `Trainer` uses."""
         trainer: Any = self
         if (declared := getattr(trainer, "loss_is_scaled_for_ga", None)) is not None:
             return bool(declared)
@@ -200,7 +200,7 @@ class BirdMixin:
         return by_items or trainer.compute_loss_func is not None
 
     def _bird_sums(self) -> Tensor:
-        """Of what was noted, sums and numbers over all processes, each of which must call it; it is forgotten here."""
+        """Sums and counts of the noted losses over all processes, each of which must call this; clears the notes."""
         trainer: Any = self
         noted, self._bird_noted = self._bird_noted, []
         zero = torch.zeros((), device=trainer.args.device)
@@ -218,7 +218,7 @@ class BirdMixin:
 
 
 class _Accumulated:
-    """An optimizer step of several batches: the gradient of the distance of all their rows, for each batch's own."""
+    """An optimizer step of several batches: the distance over all their rows, and its gradient for each batch."""
 
     def __init__(self, batches: list[Mapping[str, Any]]) -> None:
         self.batches = batches
@@ -238,7 +238,7 @@ class _Accumulated:
             self.distance = distance.detach()
 
     def next(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The distance, and a zero whose gradient is the distance's for these rows, which are of the next batch."""
+        """For the rows of the next batch: the distance, and a zero whose gradient at these rows is the distance's."""
         assert self.gradients is not None
         gradient = self.gradients[self.number]
         self.number += 1

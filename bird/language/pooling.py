@@ -1,4 +1,4 @@
-"""From the hidden states of tokens to one row for each sequence, by attention mask and never by token id."""
+"""Pools the hidden states of tokens to one row per sequence, by attention mask and never by token id."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Pooling = Literal["last", "first", "mean", "all"]
 
 
 def pool_tokens(features: Tensor, mask: Tensor, pooling: Pooling = "last", *, virtual: int = 0) -> Tensor:
-    """Rows of token features; padding may stand on either side and hold anything.
+    """Pool token features to rows; padding may be on either side and contain anything.
 
     Args:
         features: ``[B, V + T, D]``.
-        mask: ``[B, T]``, bool or integer, 0 leaves a token out.
-        pooling: ``"last"``, ``"first"``: of each sequence's tokens, ``[B, D]``; ``"mean"``: over them, ``[B, D]``, in
-            fp32 or wider; ``"all"``: every token a row, ``[number of tokens, D]``, sequence after sequence.
-        virtual: V, how many tokens that are not in the mask stand in front (prompt learning); they are left out.
+        mask: ``[B, T]``, bool or integer; tokens with 0 are left out.
+        pooling: ``"last"``, ``"first"``: that token of each sequence, ``[B, D]``; ``"mean"``: over its tokens,
+            ``[B, D]``, in fp32 or wider; ``"all"``: every token is a row, ``[number of tokens, D]``, in order.
+        virtual: V, the number of virtual tokens (prompt learning) at the front, outside of the mask; they are left out.
 
     Raises:
-        ValueError: an unknown ``pooling``, shapes that do not fit, or a sequence without a token.
+        ValueError: an unknown ``pooling``, shapes that do not fit, or a sequence without tokens.
     """
     require_pooling("pooling", pooling)
     if features.ndim != 3 or mask.ndim != 2 or features.shape[:2] != (len(mask), virtual + mask.shape[1]):
@@ -46,6 +46,6 @@ def pool_tokens(features: Tensor, mask: Tensor, pooling: Pooling = "last", *, vi
 
 
 def require_pooling(name: str, pooling: str) -> None:
-    """Raises a ValueError unless ``pooling`` is known."""
+    """Raise a ValueError unless ``pooling`` is known."""
     if pooling not in get_args(Pooling):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(Pooling)))}, not {pooling!r}")

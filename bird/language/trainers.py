@@ -1,4 +1,4 @@
-"""`BirdTrainer`: transformers' `Trainer` with a teacher. TRL's are in `bird.language.trl_trainers`."""
+"""`BirdTrainer`: transformers' `Trainer` with a teacher. Those of TRL are in `bird.language.trl_trainers`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .mixin import BirdMixin
 
 
 class BirdTrainer(BirdMixin, Trainer):
-    """`transformers.Trainer` with ``guidance=``, see `BirdMixin`: classifiers, causal language models, ...
+    """`transformers.Trainer` with ``guidance=``, see `BirdMixin`: for classifiers, causal language models, ...
 
-    With labels for every token, those that are not -100 are the completion.
+    If the labels are per token, tokens whose label is not -100 are the completion.
     """

@@ -1,4 +1,4 @@
-r"""Library matrix products and closed-form gradients. Any device, any dtype, both routes.
+r"""Backend of PyTorch's matrix products and closed-form gradients. Any device, any dtype, both routes.
 
 With X, Y centred, alpha = d value/d<K,L> and gamma = d value/d<K,K> (`moments.combine`), the gradient is::
 
@@ -13,10 +13,10 @@ u = rho/(n-2) - tau, w = u + rho/(n-2), T = sum(x), V = sum(rho x)/(n-2)::
     gram    dX = (2 alpha L + 4 gamma K) X + diag(w) X - 1 V
     cross   dX = Y (2 alpha C) + X (4 gamma A) + E X_S + diag(w - 2 alpha lambda - 4 gamma kappa) X - u T - 1 V
 
-where the few rows S that dominate (`dominating`) are in no product but E = 2 alpha L_S + 4 gamma K_S, their columns of
-the Gram matrices without a diagonal, and kappa and lambda are zero for them.
+where the few dominating rows S (`dominating`) are left out of A, C, kappa and lambda, and enter only by their columns
+of the Gram matrices without diagonals, E = 2 alpha L_S + 4 gamma K_S.
 
-Scalars are read and combined as Python floats; on CUDA they are tensors, and nothing leaves the device.
+Scalars are read and combined as Python floats; on CUDA they stay 0-d tensors, so that nothing synchronises.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ from .unbiased import add_rows, amid, plain, plain_gradient
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
-    """The library backend runs everywhere."""
+    """None: the library backend runs everywhere."""
     return None
 
 
 def stash_shapes(problem: Problem, route: Route, rows: int | None = None) -> Shapes:
-    """Shape and dtype of every tensor of the stash. Where rows are shifted, ``xs`` is z, of so many ``rows``, n if
-    None, and ``ys`` the rows beside it."""
+    """Shape and dtype of every tensor of the stash. If rows are shifted (`rows`), ``xs`` is z with ``rows`` rows (n if
+    None), and ``ys`` holds the dominating rows and the means."""
     n, p, q = problem.n, problem.p, problem.q
     wide, operand = dtypes(problem)
     gram = route == "gram"
@@ -112,7 +112,7 @@ def forward(
     products = Moments(sides.kl, sides.kk, sides.ll)
     result = combine(products, count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
     value, d_kl, d_kk, d_ll = result
-    if problem.statistic in ("hsic", "gram_mse"):  # have units
+    if problem.statistic in ("hsic", "gram_mse"):  # they are not invariant to the scales
         value, d_kl, d_kk, d_ll = (unscaled(a, sides.scale_x, sides.scale_y) for a in result)
     coefficients = Coefficients(
         d_kl, d_kk, d_ll, sides.kl, sides.kk, sides.ll, sides.sum_k, sides.sum_l, sides.scale_x, sides.scale_y,
@@ -133,7 +133,7 @@ def backward(
     gram, xs, ys = route == "gram", stash.xs, stash.ys
     numbers = *c[:6], upstream
     if mask is not None and gram and x.is_cpu and problem.estimator == "biased" and all(map(math.isfinite, numbers)):
-        mask = None  # a row that does not count is zero, and so is its gradient
+        mask = None  # masked rows are zero, and so are their gradients
     rows = stash.rows.unbind() if problem.estimator == "unbiased" else ()
     with fp32_products(problem):
         if _shifts(problem, route):
@@ -155,7 +155,7 @@ def backward(
 def _gradient(
     side: Side, d_cross: Scalar, d_own: Scalar, upstream: Scalar, mask: Tensor | None, route: Route
 ) -> Tensor:
-    """Gradient of one side, by the formulas of the module."""
+    """Gradient of one side, by the formulas of the module's docstring."""
     d_cross, d_own, factors = _folded(d_cross, d_own, upstream, side.scale)
     if side.shifted is not None:
         z, beside, few, own, other = side.shifted
@@ -176,9 +176,9 @@ def _gradient(
 
 
 def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> tuple[Scalar, Scalar, list[Scalar]]:
-    """The products' factors, and those that are left for the gradient: what would leave fp32's range is not folded in.
+    """The products' factors, and further factors of the gradient, which would leave fp32's range if multiplied in.
 
-    A scale is up to 2^240 (fp64: 2^1000), a loss scale anything, and derivatives in units are fourth powers of scales.
+    Scales are up to 2^240 (fp64: 2^1000), a loss scale is arbitrary, and derivatives of HSIC hold scales' 4th powers.
     """
     unit: Scalar = 1.0
     if isinstance(d_own, float):
@@ -192,9 +192,9 @@ def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> 
 
 
 def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Problem, route: Route) -> Sides | None:
-    """The plain way, if its outcome says that this was good enough; a CPU can look.
+    """Centres by one subtraction of the means; None if the result shows that this was too inaccurate (CPU only).
 
-    A subtraction of the means: to centre with care takes a third as long as the products at 128 x 512.
+    It saves the careful centring, which takes a third of the time of the products at 128 x 512.
     """
     if n < MIN_ROWS[problem.estimator] or (problem.statistic == "gram_mse" and route == "gram"):
         return None
@@ -206,7 +206,7 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
     if problem.center:
         x, x_sum = subtract_mean(x, n, keep, keep is not None)
         y, y_sum = subtract_mean(y, n, keep, keep is not None)
-    if problem.estimator == "unbiased":  # takes row sums of K for zero: n eps |mean| counts
+    if problem.estimator == "unbiased":  # `plain` assumes that row sums of K are zero, so residual means matter
         (x, x_sum), (y, y_sum) = subtract_mean(x, n, keep, True), subtract_mean(y, n, keep, True)
         sides = plain(x, y, n, problem, route)
     else:
@@ -215,12 +215,12 @@ def _looked(x: Tensor, y: Tensor, mask: Tensor | None, n: float, problem: Proble
 
 
 def _sound(kk: float, total: Tensor | None, n: float) -> bool:
-    """Whether a plain subtraction of the mean was good enough, judged by its outcome (CPU).
+    """Whether one subtraction of the mean was accurate enough, judged by its result (CPU).
 
-    The subtraction leaves a residual of about eps |mean|, the same in every row. It enters <K,L> not at all (L is
-    centred), <K,K> by its square, and the gradient to first order as a constant: eps |mean| / spread. Up to 16 eps of
-    that are let pass, spread being the fourth root of <K,K> over sqrt(n). Anything else (larger means, a constant side,
-    squares of squares that leave fp32's range, NaN) takes the careful way. No ``total``: nothing was subtracted.
+    The subtraction leaves a residual of about eps |mean|, the same in every row. It does not enter <K,L> (L is
+    centred), enters <K,K> by its square, and the gradient to first order as a constant: eps |mean| / spread. Up to
+    16 eps of that are accepted, where spread is the fourth root of <K,K> over sqrt(n). All else (larger means, a
+    constant side, fourth powers outside fp32's range, NaN) is centred carefully. No ``total``: nothing was subtracted.
     """
     return 1e-25 < kk < 1e25 and (total is None or 256.0 * n * math.sqrt(kk) > torch.dot(total, total).item())
 
@@ -228,19 +228,19 @@ def _sound(kk: float, total: Tensor | None, n: float) -> bool:
 def _near_one(
     x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem
 ) -> tuple[tuple[Tensor, Scalar], tuple[Tensor, Scalar]]:
-    """Both sides times powers of two, and these: the sums and squares of what is far from 1 leave the range of fp32."""
+    """(side, power of two) of both sides, scaled by the latter: sums and squares far from 1 leave the range of fp32."""
     wide, _ = dtypes(problem)
     x, y = (kept(to(a, wide), mask) for a in (x, y))
     units = power_of_two(x), power_of_two(y)
-    if problem.statistic == "gram_mse":  # K - L needs one for both
+    if problem.statistic == "gram_mse":  # K - L needs a common scale
         units = (lesser(*units),) * 2
-    if all(isinstance(u, float) and 1e-5 < u < 1e5 for u in units):  # fourth powers fit
+    if all(isinstance(u, float) and 1e-5 < u < 1e5 for u in units):  # fourth powers fit into fp32 unscaled
         return (x, 1.0), (y, 1.0)
     return (x * units[0], units[0]), (y * units[1], units[1])
 
 
 def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:
-    """Columns minus their means, with care, brought near 1; biased."""
+    """Centres the columns in two passes and scales them near 1 (`centre`); biased estimator."""
     xs, scale_x, _ = centre(x, mask, count, problem)
     ys, scale_y, _ = centre(y, mask, count, problem)
     if problem.statistic == "gram_mse":  # K - L needs one scale for both
@@ -250,7 +250,7 @@ def _careful(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: 
 
 
 def _products(xs: Tensor, ys: Tensor, scale_x: Scalar, scale_y: Scalar, problem: Problem, route: Route) -> Sides:
-    """The products of one route and their inner products; biased."""
+    """The products of one route and their inner products; biased estimator."""
     if route == "gram":
         xx, yy = self_product(xs), self_product(ys)
         xy = xx.new_empty(0, 0)

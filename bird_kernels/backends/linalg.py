@@ -1,7 +1,7 @@
-"""Library matrix products of centred features: what every computation in plain PyTorch is made of.
+"""Building blocks in plain PyTorch: centring, scaling, matrix products and inner products.
 
-Half precision is multiplied as it is and accumulated in fp32 where the library can (CUDA), else widened. Scalars
-are Python floats; on CUDA they are tensors, and nothing leaves the device.
+Half-precision operands are multiplied without conversion and accumulated in fp32 where the library can (CUDA), else
+converted to fp32. Scalars are Python floats; on CUDA they stay 0-d tensors, so that nothing synchronises.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch import Tensor
 from ..moments import Scalar
 from ..types import Problem
 
-# Symmetric products of two blocks and more are formed block by block, the upper ones alone. Two cores of a Zen 5 CPU,
-# fp32: a product takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024. With fewer than 256 rows it pays where
-# they are long: 1.0 at 128 x 512, 0.86 at 128 x 2048. On CUDA not yet measured.
+# Symmetric products of two or more blocks are computed block by block, only the upper ones. On two cores of a Zen 5 CPU
+# in fp32 this takes 0.9 of the time at m = 256, 0.75 at 512, 0.68 at 1024; with fewer than 256 rows it is faster only
+# if they are long: 1.0 at 128 x 512, 0.86 at 128 x 2048. On CUDA not yet measured.
 SMALLEST_BLOCK, LARGEST_BLOCK = {"cpu": 128, "cuda": 2048}, {"cpu": 512, "cuda": 4096}
 LONG_ROWS, SMALLEST_BLOCK_OF_LONG_ROWS = 1024, 64
-# Up to here a dot product (MKL) and a sum (PyTorch) run on one thread. To wake a second one costs 80 us.
+# Up to these sizes a dot product (MKL) and a sum (PyTorch) run on one thread. Waking a second thread costs 80 us.
 ONE_THREAD_DOT, ONE_THREAD_SUM = 1 << 13, 1 << 15
-# Terms of a sum of products that are added up at a time: matrix units truncate, and so do long sums of a CPU.
+# The most terms of a sum of products that are accumulated at a time; longer sums lose accuracy on GPU and CPU.
 PART = 16_384
 FP32_MAX = torch.finfo(torch.float32).max
 
 
 def to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x.to(dtype), for nothing where there is nothing to do: the call alone takes 0.8 us."""
+    """x.to(dtype), skipped if x has that dtype already: the call alone takes 0.8 us."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [n, d] with zeros in the rows that do not count."""
+    """x [n, d] with zeros in the rows where ``mask`` [n] is False."""
     if mask is None:
         return x
-    if x.is_cpu:  # a fourth of the time of `where`, if these rows hold no NaN or Inf
+    if x.is_cpu:  # takes a fourth of the time of `where`, but is wrong if masked rows hold NaN or Inf
         product = x * mask[:, None]
         if math.isfinite(product.sum().item()):
             return product
@@ -48,17 +48,17 @@ def kept(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def subtract_mean(x: Tensor, n: float, keep: Tensor | None, ours: bool = False) -> tuple[Tensor, Tensor]:
-    """Columns minus their means over ``n`` rows, and their sums; in the memory of x if that is ``ours``.
+    """Columns minus their means over ``n`` rows, and their sums; in place if x is ``ours``.
 
-    ``keep`` [rows]: ones, and zeros for rows that do not count and are zero; None: all count. sum(0) takes half as long
-    as mean(0) where x is small.
+    ``keep`` [rows]: 1, or 0 for masked rows, in which x must be zero; None: no row is masked. For small x sum(0) takes
+    half the time of mean(0).
     """
     total = x.sum(0)
     out = x if ours else None
     if keep is not None:
         return torch.addr(x, keep, total * (1.0 / n), alpha=-1.0, out=out), total
-    # In one operator only where each row is cut into vectors and a rest alike: in vectors it is fused, in the rest
-    # rounded twice, and the rows of a column-major x, or of one that threads share, would get different residuals.
+    # In one operator only if each row is split into SIMD vectors and a remainder alike: vectors use fused multiply-add,
+    # the remainder rounds twice, so a column-major x, or one that threads share, would get different residuals by row.
     alone = x.numel() <= ONE_THREAD_SUM or torch.get_num_threads() == 1
     if alone and x.shape[1] > 1 and x.is_contiguous():
         return torch.sub(x, total, alpha=1.0 / n, out=out), total
@@ -68,10 +68,10 @@ def subtract_mean(x: Tensor, n: float, keep: Tensor | None, ours: bool = False) 
 def centre(
     x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem
 ) -> tuple[Tensor, Scalar, tuple[Tensor, Tensor]]:
-    """Columns minus their means, times a power of two that brings the largest entry near 1; that; the means' two parts.
+    """Centred columns times a power of two that brings the largest entry near 1, that scale, and the means' two parts.
 
-    The mean is taken twice: the second one is the rounding of the first. It makes a constant column exactly zero, where
-    one pass leaves eps * |mean| that looks like variance. Not subtracted if the problem says not to centre.
+    The mean is subtracted in two passes; the second removes the rounding error of the first. So a constant column is
+    exactly zero, where one pass would leave a variance of eps * |mean|. Nothing is subtracted without `center`.
     """
     wide, operand = dtypes(problem)
     x = to(x, wide)
@@ -92,16 +92,16 @@ def centre(
         second = x.sum(0) / rows
         x.addr_(keep, second, alpha=-1.0)
     scale = power_of_two(x)
-    # Without a mean to subtract x may still be the caller's.
+    # If no mean was subtracted, x may be the caller's tensor and must not be changed.
     return to(x.mul_(scale) if problem.center else x * scale, operand), scale, (first, second)
 
 
-# Exponents of the scales: of fp32 so that a scaled number of 2^-126 is normal, of fp64 so that 2^k is finite.
+# The largest exponents of scales: in fp32 a scaled 2^-126 must be a normal number, in fp64 2^k must be finite.
 LIMIT = {torch.float32: 120, torch.float64: 1000}
 
 
 def power_of_two(x: Tensor) -> Scalar:
-    """2^k with 0.5 <= 2^k max|x| < 1; some finite number for zeros, NaN and Inf."""
+    """2^k with 0.5 <= 2^k max|x| < 1; finite for zeros, NaN and Inf, too."""
     limit = LIMIT[x.dtype]
     low, high = torch.aminmax(x)
     if is_host(x.device):
@@ -112,7 +112,7 @@ def power_of_two(x: Tensor) -> Scalar:
 
 
 def halves(scale: Scalar) -> tuple[Scalar, Scalar]:
-    """Two numbers, the first a power of two, whose product is ``scale``, which may leave the range of fp32."""
+    """Two factors of ``scale``, which may be outside the range of fp32; the first is a power of two."""
     half: Scalar
     if isinstance(scale, Tensor):
         half = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent // 2)
@@ -122,19 +122,19 @@ def halves(scale: Scalar) -> tuple[Scalar, Scalar]:
 
 
 def unscaled(value: Scalar, scale_x: Scalar, scale_y: Scalar) -> Scalar:
-    """``value`` over the squares of both scales, one after the other: their product may leave fp64's range."""
+    """``value`` divided by the squares of both scales, one by one, since their product may leave fp64's range."""
     for scale in (scale_x, scale_y, scale_x, scale_y):
         value = value / scale
     return value
 
 
 def is_host(device: torch.device) -> bool:
-    """Whether scalars are Python floats: everywhere but on CUDA, where nothing may wait for the device."""
+    """Whether scalars are Python floats: on all devices except CUDA, where nothing may synchronise."""
     return device.type != "cuda"
 
 
 def has_fp64(device: torch.device) -> bool:
-    """Whether fp64 tensors can live there. Apple's GPUs have none and not all of Intel's do."""
+    """Whether the device certainly supports fp64. Apple's GPUs do not, and not all of Intel's do."""
     return device.type in ("cpu", "cuda", "meta")
 
 
@@ -144,7 +144,7 @@ def exact(x: Tensor) -> Tensor:
 
 
 def require_fp64(what: str, device: torch.device) -> None:
-    """Raises a ValueError where ``what`` needs numbers that the device does not have."""
+    """Raise a ValueError if the device lacks the fp64 that ``what`` needs."""
     if not has_fp64(device):
         raise ValueError(f"{what} needs fp64, which {device.type} devices may lack: move the features to the CPU")
 
@@ -160,7 +160,7 @@ def lesser(a: Scalar, b: Scalar) -> Scalar:
 
 
 def row_count(x: Tensor, mask: Tensor | None) -> Scalar:
-    """How many rows count."""
+    """The number of rows that are not masked."""
     if mask is None:
         return float(x.shape[0])
     return float(mask.count_nonzero().item()) if is_host(x.device) else mask.sum(dtype=torch.float64)
@@ -169,15 +169,15 @@ def row_count(x: Tensor, mask: Tensor | None) -> Scalar:
 def dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
     """(dtype of products and statistics, dtype of the matrix operands)."""
     wide = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    # Half-precision products with fp32 results exist on CUDA only; the CPU would round them to half.
+    # Half-precision products with fp32 results exist on CUDA only; the CPU would round results to half precision.
     return wide, problem.dtype if problem.device.type == "cuda" else wide
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of matrices or of batches of them, in fp32 for half operands, whose products are exact on a CPU as well.
+    """a @ b of matrices or of batches of them; the result is fp32 for half-precision operands.
 
-    Longer sums than `PART` go in parts on a CPU, whose library adds up all terms of a narrow result one after the
-    other: with 10^6 rows of 8 features X^T X is 4.5e-4 off in one product, in parts 8.5e-7, in less time.
+    Sums longer than `PART` are split on a CPU, whose library adds all terms of a narrow result sequentially: with 10^6
+    rows of 8 features X^T X has an error of 4.5e-4 in one product, in parts 8.5e-7, in less time.
     """
     times = torch.mm if a.dim() == 2 else torch.bmm
     if a.is_cpu and a.shape[-1] > PART and a.dtype != torch.float64:
@@ -189,14 +189,14 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def padded(size: int, multiple: int = 8) -> int:
-    """The least multiple that is not smaller."""
+    """``size`` rounded up to a multiple of ``multiple``."""
     return -(-size // multiple) * multiple
 
 
 def scaled_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b where one side may be a wide matrix that has yet to be rounded to the other's half precision.
+    """a @ b, where an fp32 side is rounded to the half precision of the other one, if that has it.
 
-    It is brought near 1 first: at n = 128 the entries of L - (a/b) K over sqrt(bc) are below fp16's normal range.
+    It is scaled near 1 first: at n = 128 the entries of L - (a/b) K over sqrt(bc) are below fp16's normal range.
     """
     if a.dtype == b.dtype:
         return a @ b
@@ -209,25 +209,25 @@ def scaled_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def weighted_sum(a: Tensor, s: Scalar, b: Tensor, t: Scalar) -> Tensor:
     """s a + t b"""
-    if isinstance(t, Tensor) or abs(t) > 1e38:  # PyTorch takes an alpha beyond fp32 for a mistake
+    if isinstance(t, Tensor) or abs(t) > 1e38:  # PyTorch raises for an alpha outside fp32's range
         return a * s + b * t
     return torch.mul(a, s).add_(b, alpha=t)
 
 
 def weighted_sum_mm(a: Tensor, s: Scalar, b: Tensor, t: Scalar, c: Tensor) -> Tensor:
-    """(s a + t b) @ c; on a CPU as s ((a + t/s b) @ c), which takes one pass less."""
+    """(s a + t b) @ c; on a CPU as s ((a + t/s b) @ c), which saves one pass over memory."""
     if isinstance(s, float) and 1e-30 < abs(s) < 1e30 and abs(t) < 1e30 * abs(s):
         return torch.addmm(c, torch.add(a, b, alpha=t / s), c, beta=0.0, alpha=s)
     return scaled_mm(weighted_sum(a, s, b, t), c)
 
 
 def add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """d + a @ b, in the memory of ``d`` where the product needs no scaling."""
+    """d + a @ b, in place of ``d`` if a and b have the same dtype."""
     return torch.addmm(d, a, b, out=d) if a.dtype == b.dtype else d + scaled_mm(a, b)
 
 
 def _blocks(a: Tensor) -> list[tuple[int, int]]:
-    """Ranges of rows of ``a`` whose products are formed together; the last one takes what is left."""
+    """Ranges of rows of ``a`` whose products are computed together; the last one includes the remainder."""
     m, k = a.shape
     device = "cpu" if a.is_cpu else "cuda"
     smallest = SMALLEST_BLOCK[device]
@@ -241,7 +241,7 @@ def _blocks(a: Tensor) -> list[tuple[int, int]]:
 
 
 def self_product(a: Tensor) -> Tensor:
-    """a @ a.T for a [m, k], upper blocks computed and mirrored."""
+    """a @ a.T for a [m, k]: [m, m], at least fp32; upper blocks are computed and mirrored."""
     blocks = _blocks(a)
     if len(blocks) < 2:
         return mm(a, a.T)
@@ -253,7 +253,7 @@ def self_product(a: Tensor) -> Tensor:
 
 
 def self_product_norm(a: Tensor) -> Scalar:
-    """|a @ a.T|^2, one row of upper blocks in memory at a time."""
+    """|a @ a.T|^2 (Frobenius) with one row of upper blocks in memory at a time."""
     total: Scalar = 0.0
     for i, j in _blocks(a):
         strip = mm(a[i:j], a[i:].T)
@@ -263,12 +263,12 @@ def self_product_norm(a: Tensor) -> Scalar:
 
 
 def inner(a: Tensor, b: Tensor) -> Scalar:
-    """sum(a * b). Long sums go by rows in the dtype of ``a`` (pairwise) and from there on in fp64: no fp64 copy."""
+    """sum(a * b). Long sums are per row in the dtype of ``a`` (pairwise), then over rows in fp64: no fp64 copy."""
     if a.is_cpu and a.numel() < ONE_THREAD_SUM:
         if a.numel() <= ONE_THREAD_DOT and a.is_contiguous() and b.is_contiguous():
             return torch.dot(a.view(-1), b.view(-1)).item()
         return (a * b).sum().item()
-    if a is b and a.is_cuda:  # in one pass
+    if a is b and a.is_cuda:  # reads a once
         return torch.linalg.vector_norm(a, dtype=torch.float64).square()
     rows = torch.linalg.vecdot(a, b)
     return scalar(rows.sum(dtype=torch.float64) if has_fp64(rows.device) else exact(rows).sum())
@@ -286,7 +286,7 @@ _UNCHANGED = contextlib.nullcontext()
 
 
 def fp32_products(problem: Problem) -> contextlib.AbstractContextManager[None]:
-    """Run with the requested fp32 precision; None leaves PyTorch's own switch alone. tf32x3 is honoured by ieee."""
+    """A context with the requested precision of fp32 products; None keeps PyTorch's setting, tf32x3 runs as ieee."""
     if problem.precision is None or problem.dtype != torch.float32:
         return _UNCHANGED
     switch: Any = torch.backends.cuda.matmul if problem.device.type == "cuda" else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -298,7 +298,7 @@ _SWITCHING = threading.RLock()
 
 @contextlib.contextmanager
 def _switched(switch: Any, precision: str) -> Iterator[None]:
-    with _SWITCHING:  # the switch is the whole process's: a second thread would take the first one's for the user's
+    with _SWITCHING:  # the setting is global: a second thread would mistake the first one's for the user's
         before = switch.fp32_precision
         switch.fp32_precision = precision
         try:
@@ -308,7 +308,7 @@ def _switched(switch: Any, precision: str) -> Iterator[None]:
 
 
 def scalar(value: Tensor) -> Scalar:
-    """A 0-d tensor as what the other scalars are: a Python float, or 0-d fp64 on a CUDA device."""
+    """A 0-d tensor as a scalar: a Python float, or a 0-d fp64 tensor on a CUDA device."""
     return value.item() if value.is_cpu or is_host(value.device) else value.double()
 
 
@@ -318,21 +318,21 @@ def read(values: Tensor) -> tuple[Scalar, ...]:
 
 
 def write(value: Scalar, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A scalar as a 0-d tensor."""
+    """A scalar as a 0-d tensor of ``dtype``; beyond fp32's range it becomes Inf."""
     if isinstance(value, Tensor):
         return value.to(dtype)
     if abs(value) > FP32_MAX and dtype == torch.float32:
-        value = math.copysign(math.inf, value)  # which PyTorch takes for a mistake
+        value = math.copysign(math.inf, value)  # PyTorch would raise
     return torch.scalar_tensor(value, dtype=dtype, device=device)
 
 
 def as_tensor(value: Scalar, device: torch.device) -> Tensor:
-    """A scalar as a 0-d tensor, fp64; not by tensor(): a copy from the host would break CUDA graph capture."""
+    """A scalar as a 0-d fp64 tensor; not by torch.tensor, whose copy from the host breaks CUDA graph capture."""
     return value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
 
 
 def pack(scalars: tuple[Scalar, ...], device: torch.device) -> Tensor:
-    """Scalars as a vector, fp64; on the CPU where the device has no fp64."""
+    """Scalars as an fp64 vector, on the CPU if the device has no fp64."""
     if device.type == "cpu" or is_host(device):
         packed = torch.from_numpy(np.array(scalars))  # a third of torch.tensor's time
         return packed.to(device) if device.type != "cpu" and has_fp64(device) else packed

@@ -1,15 +1,15 @@
-r"""The library backend's linear kernels on CUDA: shifted operands, library products, one finishing launch.
+r"""The library backend's linear kernels on CUDA: shifted operands (`rows`), library products, one finishing launch.
 
 Launches of a forward: two that shift both sides (`triton.shift`), the library's two products, on the Gram route one for
 row sums, and one that centres and combines (`triton.finish`, `triton.double`). A gradient is a launch that forms the
-matrix to multiply by, rounded to the features' dtype, and one product with z; fp16 scales its result in a third.
+matrix of weights, rounded to the features' dtype, and one product with z; fp16 scales the result in a third launch.
 
     cross   z = [Zy | Zx | 1 1 0 ..],  P = [Zy | Zx]^T Zx and Zy^T Zy,  dX = z [2 d_kl C; 4 d_kk A; bias]
     gram    K = Zx Zx^T, L = Zy Zy^T,  dX = [2 d_kl L + 4 d_kk K | row sums] [Zx; -mean]
 
-The bias and the row sums centre z in the gradient; they are taken of the rounded matrix. Widths are padded to multiples
-of 8, which keeps every row of z aligned. Other problems (`takes`) are `library`'s; so is the unbiased cross route, of
-rows shifted here.
+The bias and the row sums centre z in the gradient; they are computed from the rounded matrix. Widths are padded to
+multiples of 8, which keeps every row of z aligned. `library` computes all problems that `takes` excludes, and the
+unbiased cross route, for which rows are shifted here.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from .triton.reduce import COEFFICIENTS
 from .triton.shift import Shift
 from .triton.symmetric import Configuration, multiply
 
-BLOCK = 64  # columns of z, and sides of the tiles of the cross route's results, that a program takes
+BLOCK = 64  # columns of z per program, and side of a program's tile of the cross route's products
 
 
 def takes(problem: Problem) -> bool:
-    """Whether a problem on a device that Triton compiles for is computed here, on one of its routes at least."""
+    """Whether a problem on a device that Triton supports is computed here, on at least one of its routes."""
     linear = problem.kernel is None and problem.center and problem.statistic != "gram_mse"
     return linear and problem.dtype != torch.float64
 
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
-    """Shape and dtype of every tensor of the stash; ``rows`` holds means of z (cross) or row sums of K and L (gram)."""
+    """Shape and dtype of every tensor of the stash; ``rows``: means of z (cross) or row sums of K and L (gram)."""
     if not _is_here(problem, route):
         return library.stash_shapes(problem, route, _geometry(problem, "cross")[0])
     n, pa, qa, rows = problem.n, padded(problem.p), padded(problem.q), _geometry(problem, route)[0]
@@ -64,8 +64,8 @@ def forward(
 ) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None.
 
-    ``symmetric``: how our own kernel multiplies a side with itself (halves and tf32); None: the library does, unless
-    that kernel was measured to be faster on this device (`tuning`).
+    ``symmetric``: the configuration of `triton.symmetric` for products of a side with itself (half precision and
+    tf32); None: the library computes them, unless that kernel was measured to be faster on this device (`tuning`).
     """
     if not _is_here(problem, route):
         return library.forward(x, y, mask, problem, route, partial(rows_of, problem=problem))
@@ -89,13 +89,13 @@ def backward(
         return library.backward(grad, x, y, mask, stash, problem, route=route)
     with device_of(x), fp32_products(problem):
         launches = _launches_of(problem, route, precision_of(problem))
-        bytes_ = stash.rows if mask is None else as_bytes(mask)  # without a mask, any pointer
+        bytes_ = stash.rows if mask is None else as_bytes(mask)  # without a mask any valid pointer will do
         dx = launches.gradient(0, grad, bytes_, stash) if problem.x_grad else x.new_empty(0)
         return dx, launches.gradient(1, grad, bytes_, stash) if problem.y_grad else y.new_empty(0)
 
 
 def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Rows:
-    """`rows.shifted` in two launches; ``problem`` is one of these rows that the cross route takes."""
+    """`rows.shifted` in two launches, for a ``problem`` of the cross route."""
     with device_of(x):
         launches = _launches_of(problem._replace(estimator="biased"), "cross", precision_of(problem))
         z = x.new_empty((launches.rows, launches.width))
@@ -106,7 +106,7 @@ def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Rows
 
 
 class _Launches:
-    """All that a problem decides of its launches: found once, kept for the next call."""
+    """The part of the launches that a problem determines; built once and cached for later calls."""
 
     def __init__(self, problem: Problem, route: Route, precision: str) -> None:
         self.problem, self.pa, self.qa = problem, padded(problem.p), padded(problem.q)
@@ -119,7 +119,7 @@ class _Launches:
         self.decided: dict[str, Any] = dict(
             n=problem.n, p=problem.p, q=problem.q, parts=self.parts, shares=self.shifted.shares,
             MASKED=problem.masked, STATISTIC=problem.statistic, UNBIASED=problem.estimator == "unbiased",
-            TF32=self.tf32, NEAR=problem.dtype == torch.float16,  # its range is short: results are scaled in fp32
+            TF32=self.tf32, NEAR=problem.dtype == torch.float16,  # its range is small: results are scaled in fp32
         )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ class _Cross(_Launches):
 
 
 def _cross_stash(stash: Stash) -> dict[str, Tensor]:
-    """What the kernels call the parts of a stash of the cross route."""
+    """The tensors of a stash of the cross route by the kernels' parameter names."""
     return dict(ca=stash.xx, b=stash.yy, means=stash.rows, coefficients=stash.coefficients)
 
 
@@ -183,7 +183,7 @@ class _Gram(_Launches):
         stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.shapes))
         n, zx, zy = self.problem.n, stash.xs, stash.ys if self.problem.y_grad else x.new_empty((self.rows, self.qa))
         known, memory = self.shifted(x, y, mask, zx=zx, zy=zy, ones=zx)
-        for gram, z in ((stash.xx[0], zx[:n]), (stash.xx[1], zy[:n])):  # iterating over a tensor costs more
+        for gram, z in ((stash.xx[0], zx[:n]), (stash.xx[1], zy[:n])):  # faster than iterating over a tensor
             if own is not None:
                 multiply(z, False, 1, own, self.tf32, gram)
             elif z.is_cuda and z.dtype != torch.float32:
@@ -206,7 +206,7 @@ class _Gram(_Launches):
 
 
 def _gram_stash(stash: Stash) -> dict[str, Tensor]:
-    """What the kernels call the parts of a stash of the Gram route."""
+    """The tensors of a stash of the Gram route by the kernels' parameter names."""
     return dict(grams=stash.xx, rows=stash.rows, coefficients=stash.coefficients)
 
 
@@ -216,17 +216,17 @@ def _launches_of(problem: Problem, route: Route, precision: str) -> _Cross | _Gr
 
 
 def _batched(a: Tensor, b: Tensor) -> Tensor:
-    """`mm` of batches; the library splits long sums of one product, not of a batch of one."""
+    """`mm` of batches; one product is no batch, since the library splits long sums of single products only."""
     return mm(a[0], b[0])[None] if len(a) == 1 else mm(a, b)
 
 
 def _is_here(problem: Problem, route: Route) -> bool:
-    """Not the unbiased cross route, which takes rows that dominate apart."""
+    """Whether the route is computed here: not the unbiased cross route, which separates dominating rows."""
     return takes(problem) and not (route == "cross" and problem.estimator == "unbiased")
 
 
 def _geometry(problem: Problem, route: Route) -> tuple[int, int]:
-    """Rows of z, and the parts of equal length that products are taken of."""
+    """The number of rows of z, and of the equal parts over which products are summed."""
     if route == "gram":
         return padded(problem.n + 1), 1
     parts = ceil_div(problem.n, PART)

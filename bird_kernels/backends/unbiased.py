@@ -1,7 +1,7 @@
-"""The library backend's unbiased estimator: its products and its share of the gradient; formulas in `library`.
+"""The library backend's unbiased estimator: its products and its part of the gradient; formulas in `library`.
 
-A CPU tries the plain way first, with columns about their means, and looks at what came out. Else, and on CUDA always,
-the origin is put amid the rows that do not dominate (`dominating`).
+A CPU first centres the columns by their means (`plain`) and checks the result. If that is inaccurate, and on CUDA
+always, the origin is a robust centre of the rows, and dominating rows are treated separately (`amid`, `dominating`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from .linalg import at_least, dtypes, exact, inner, inner_products, pack, read, 
 from .rows import Shift, apart, beside_z, products, shifted, wanted, whole
 from .sides import Side, Sides, by_columns
 
-# Of what the unbiased self-HSIC is a difference of, the share that has to be left (CPU): 1 / 0.02 roundings are let
-# pass. Below, rows dominate, or there are a dozen of them: the way without cancellation.
+# The least ratio of the unbiased self-HSIC to the sum of its terms that `plain` accepts (CPU): cancellation then
+# amplifies rounding by at most 1 / 0.02. It is less if rows dominate or there are only a dozen: `amid` is used.
 LEFT = 0.02
 
 
 def amid(
     x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route, *, shift: Shift = shifted
 ) -> Sides:
-    """The unbiased estimator whatever the rows: about the mean of those that do not dominate."""
+    """The unbiased estimator for any rows: the origin is the mean of those that do not dominate."""
     n = at_least(4.0, count)
     if route == "gram":
         rows, (_, operand) = shifted(x, y, mask), dtypes(problem)
@@ -36,16 +36,16 @@ def amid(
     beside = beside_z(rows, *heavy)
     xs, ys = (whole(rows.z[: len(x)], side.place, beside[:, side.place], few) for side in (rows.x, rows.y))
     norms = torch.stack([squared_norms(a) for a in (xs, ys)])
-    diagonals = norms.index_fill(1, few, 0.0)  # kappa and lambda of the others
+    diagonals = norms.index_fill(1, few, 0.0)  # kappa and lambda, zero for the dominating rows
     taken = torch.zeros_like(norms[0]).index_fill_(0, few, 1.0)
     e = torch.stack([columns(a, few) for a in (xs, ys)])  # K_S and L_S [2, n, k]
     kappas, sums = exact(diagonals), exact(e.sum(2)) - exact(diagonals)  # and r_K, r_L [2, n]
-    # <K,K>, <K,L>, <L,K> and <L,L> [2, 2]; the products of two rows, of which one is apart, stand in E once.
+    # <K,K>, <K,L>, <L,K> and <L,L> [2, 2]; E holds the product of a dominating and an ordinary row only once.
     whole_products = pack(tuple(inner(a, a) for a in (xx, xy, xy, yy)), x.device).view(2, 2)
     dots, totals = kappas @ kappas.T, sums.sum(1)
     found = whole_products + exact((e[:, None] * e).sum(3)) @ (2.0 - exact(taken)) - dots
     found += torch.outer(totals, totals) / ((n - 1.0) * (n - 2.0)) - 2.0 / (n - 2.0) * (sums @ sums.T)
-    # Of the others a difference is taken: what is left of it has the rounding of its terms.
+    # The other rows' part is a difference, whose rounding error is that of its terms.
     bound = noise((xs, ys), norms, few, eps) + ROUNDING * eps * (whole_products + dots).diagonal()
     kk, kl, _, ll = read(found.flatten())
     kk, ll = (alive(a, b) for a, b in zip((kk, ll), read(bound), strict=True))
@@ -56,8 +56,8 @@ def amid(
 
 
 def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> Sides | None:
-    """Of sides about their means: the row sums without the diagonals are minus the diagonals. A CPU's way, which looks:
-    None where rows dominate or too little is left."""
+    """The products of centred sides, whose row sums without diagonals are minus the diagonals (CPU); None if rows
+    dominate or cancellation is too large."""
     if route == "gram":
         xx, yy, xy = self_product(xs), self_product(ys), xs.new_empty(0, 0)
         rows = torch.stack([xx.diagonal(), yy.diagonal(), xx.new_ones(len(xx))])
@@ -74,7 +74,7 @@ def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> S
     dots = product, squares_k, squares_l
     totals = [a * b / ((n - 1.0) * (n - 2.0)) for a, b in ((sum_k, sum_l), (sum_k, sum_k), (sum_l, sum_l))]
     terms = kk + squares_k + totals[1], ll + squares_l + totals[2]
-    share = 2.0 / (n - 2.0) if route == "gram" else n / (n - 2.0)  # the diagonals are still in products of columns
+    share = 2.0 / (n - 2.0) if route == "gram" else n / (n - 2.0)  # products of columns still include the diagonals
     kl, kk, ll = (a - share * b + c for a, b, c in zip((kl, kk, ll), dots, totals, strict=True))
     if not (kk > LEFT * terms[0] and ll > LEFT * terms[1]):
         return None
@@ -82,7 +82,7 @@ def plain(xs: Tensor, ys: Tensor, n: float, problem: Problem, route: Route) -> S
 
 
 def _by_rows(xs: Tensor, ys: Tensor, n: Scalar, mask: Tensor | None) -> Sides:
-    """U-centred Gram matrices, which need nothing of `add_rows`: its rows are zero."""
+    """The Gram route: U-centred Gram matrices. `add_rows` is not needed for them, so ``rows`` is zero."""
     eps = torch.finfo(torch.float64 if xs.dtype == torch.float64 else torch.float32).eps
     xx, yy = self_product(xs), self_product(ys)
     norms = torch.stack([xx.diagonal(), yy.diagonal()])
@@ -94,8 +94,8 @@ def _by_rows(xs: Tensor, ys: Tensor, n: Scalar, mask: Tensor | None) -> Sides:
 
 
 def plain_gradient(side: Side, d_cross: float, d_own: float) -> Tensor:
-    """dX by rows of what `plain` found: rho is minus the diagonal, so all of the formula in `library` fits into the
-    matrix that multiplies X, here over ``d_cross``, which is not zero."""
+    """dX of the Gram route after `plain`: rho is minus the diagonal, so the whole formula in `library` is one matrix
+    times X; the matrix is divided by ``d_cross``, which is not zero."""
     n, ratio = side.n, d_own / d_cross
     kappa, lam, _ = side.rows
     sum_own, sum_other = side.sums
@@ -106,12 +106,12 @@ def plain_gradient(side: Side, d_cross: float, d_own: float) -> Tensor:
 
 
 def add_rows(d: Tensor, side: Side, d_cross: Scalar, d_own: Scalar) -> Tensor:
-    """The unbiased estimator's share of dX by columns: what stands behind the products in the formula of `library`."""
+    """Add the unbiased estimator's terms to ``d`` on the cross route: those after the products in `library`."""
     kappa, lam, apart = side.rows
     sum_own, sum_other = side.sums
     own, n = to(side.own, d.dtype), at_least(4.0, side.n)
     diagonal = weighted_sum(lam, d_cross, kappa, d_own)
-    if isinstance(sum_own, float) and sum_own > 0.0:  # `plain`: rho = -diagonal, no rows stand apart, T = 0
+    if isinstance(sum_own, float) and sum_own > 0.0:  # from `plain`: rho = -diagonal, no dominating rows, T = 0
         constant = (d_cross * sum_other + d_own * sum_own) / ((n - 1.0) * (n - 2.0))
         d.addcmul_((diagonal * (-n / (n - 2.0)) + constant)[:, None], own)
         return d.add_(diagonal @ own, alpha=1.0 / (n - 2.0))

@@ -1,9 +1,9 @@
 """Classifiers of texts: any backbone of transformers, its tokens pooled by attention mask, and a linear head.
 
-They are trained on soft labels by transformers' `Trainer`, alone or with a teacher's geometry.
+They are trained on soft labels by transformers' `Trainer`, alone or with guidance by a teacher.
 
-transformers' own classifiers of decoders look for the last token by the id of padding. SmolLM2 pads with the id that
-also ends a text, and GPT-2 has none, so they would read another token, or refuse a batch. These go by the mask alone.
+transformers' own classifiers of decoders find the last token by the padding's id. SmolLM2 pads with the id that
+also ends a text, and GPT-2 has none, so they would use another token, or raise. These use the attention mask only.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Classifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def save(self, folder: Path) -> None:
-        """Write the weights as safetensors; the file is whole or not there.
+        """Write the weights as safetensors, atomically.
 
         Raises:
             OSError: it could not be written.
@@ -108,7 +108,7 @@ class Classifier(nn.Module):
             save_file(state, partial, metadata={"format": "pt"})
 
     def restore(self, folder: Path) -> None:
-        """Take the weights that `save` wrote; no code in the file runs.
+        """Load the weights that `save` wrote; the format holds no code.
 
         Raises:
             OSError: there is no such file.
@@ -288,7 +288,7 @@ def train_classifier(
 
 
 class _Order(Sampler[int]):
-    """Another order for each epoch, which follows from seed and epoch alone: no generator that dropout draws from."""
+    """A new order for each epoch, determined by seed and epoch only, without the generators that dropout uses."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed, self.epoch = count, seed, 0
@@ -377,5 +377,5 @@ def batched(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 
 def _few(numbers: Sequence[int]) -> str:
-    """The first ones, for a message."""
+    """The first numbers as text, for a message."""
     return f"{[*numbers[:5]]}{'' if len(numbers) <= 5 else f' and {len(numbers) - 5} more'}"

@@ -1,8 +1,8 @@
-"""A judge at the other end of the network: any server of OpenAI's chat completions, through the standard library.
+"""A judge on a server with OpenAI's chat completions API, by the standard library.
 
-The key is read from the environment for each request, and stands nowhere else: not in the object, the cache, logs
-or errors. (The `openai` client would log addresses with their query, send any server what OPENAI_CUSTOM_HEADERS and
-its like hold, and leave retries, back-off and strict reading to this file all the same.)
+The key is read from the environment for each request and stored nowhere: not in the object, the cache, logs
+or errors. (The `openai` client would log addresses with their query, send the contents of OPENAI_CUSTOM_HEADERS and
+similar variables to any server, and retries, back-off and strict parsing would be needed here all the same.)
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _REFUSED_AT_FIRST = 3  # items in a row: then it is not the items
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """urllib would take the key along to wherever a server points."""
+    """Refuses redirects, in which urllib would send the key to another server."""
 
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Not followed: the redirect is an error like 404."""
+        """Return None: the redirect is not followed, and is an error like 404."""
         return
 
 
 class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Plain and encrypted connections, of which the last one can be cut."""
+    """Handler of HTTP and HTTPS connections, which can close the last one."""
 
     sock: socket.socket | None = None
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
-        """As urllib's, and remembers the socket."""
+        """As urllib's, and stores the socket."""
 
         def made(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
             connection: http.client.HTTPConnection = http_class(*args, **kwargs)
@@ -70,9 +70,9 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     @contextlib.contextmanager
     def deadline(self, seconds: float) -> Iterator[None]:
-        """Cut the connection of what runs inside after so many seconds.
+        """Close the connection if the block takes longer than ``seconds``.
 
-        The timeout of a socket is for each piece that arrives: a server that sends a byte a minute never meets it.
+        A socket's own timeout is per read: a server that sends a byte a minute would never exceed it.
         """
         done, end, self.sock = threading.Event(), time.monotonic() + seconds, None
 
@@ -168,7 +168,7 @@ class Endpoint:
         self._next = 0.0  # when the next request may go
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """None where the first word of an answer is neither of the two, or there is none.
+        """A verdict per response, None where an answer's first word is neither of the two, or there is no answer.
 
         Raises:
             ValueError: the key's variable is not set, or what it holds cannot be a key.
@@ -248,7 +248,7 @@ class Endpoint:
         return text.strip()
 
     def _failure(self, status: int, message: str, pause: float) -> Exception:
-        """What an error of a server means: to ask again, otherwise or not at all, or to leave the item out."""
+        """The exception for a server's error: `_Again`, `_Unjudged`, or a RuntimeError; may change option names."""
         if status in (408, 429) or status >= 500:
             return _Again(message, pause)
         if status in (400, 422):
@@ -271,7 +271,7 @@ class Endpoint:
         return key
 
     def _place(self) -> str:
-        """Where requests go, without a query, which may be private."""
+        """The URL without its query, which may be private."""
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc}{parts.path}"
 
@@ -283,7 +283,7 @@ class Endpoint:
 
 
 class _Again(Exception):
-    """A failure that may pass.
+    """A temporary failure: the request can be sent again.
 
     Args:
         message: what failed.
@@ -296,7 +296,7 @@ class _Again(Exception):
 
 
 class _Unjudged(Exception):
-    """An item has no answer; another one may.
+    """The server gives no answer for this item; others may get one.
 
     Args:
         reason: in a word or two, to count by.

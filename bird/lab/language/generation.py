@@ -2,9 +2,9 @@
 
     responses = generate(model, tokenizer, prompts, max_new_tokens=64, path=Path("responses.jsonl"))
 
-Each prompt has random numbers of its own, so a response follows from model, prompt and seed. The loop is this
-project's: the settings that come with a model (penalties, top-k) do not sneak in, and no setting of the tokenizer's
-padding matters, or changes.
+Each prompt has its own random numbers, so that a response depends on model, prompt and seed only. transformers'
+``generate`` is not used: a model's default settings (penalties, top-k) have no effect, and the tokenizer's padding
+settings are neither used nor changed.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def generate(
     path: Path | None = None,
     progress: bool | None = None,
 ) -> list[str]:
-    """One response for each prompt: what the model says after it, without special tokens and without the end.
+    """One response for each prompt: the model's continuation, without special tokens and the end token.
 
     Args:
-        model: a causal LM of transformers, on any device; given back in the modes it had.
-        tokenizer: its tokenizer; nothing of it changes.
-        prompts: strings, continued as they are, or conversations, to which the chat template is applied.
+        model: a causal LM of transformers, on any device; its modules' modes are restored.
+        tokenizer: its tokenizer, which is not changed.
+        prompts: strings, which are continued, or conversations, to which the chat template is applied.
         max_new_tokens: where a response is cut that does not end: at the model's or the tokenizer's end of text.
         batch_size: prompts at a time; changes speed and memory, and logits by rounding only.
         greedy: take the most probable token; temperature, top_p and seed then do nothing.
@@ -127,13 +127,13 @@ def sample(logits: Tensor, draws: Tensor, temperature: float = 1.0, top_p: float
 def perplexity(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, batch_size: int = 8) -> float:
     """exp of the mean negative log likelihood of a token given those before it, over all tokens of all texts.
 
-    A text's first token has none before it and does not count; where the tokenizer starts texts with a special token,
-    that is the first. Special tokens that the tokenizer adds at the end do count.
+    A text's first token is not predicted and is left out; if the tokenizer starts texts with a special token, that is
+    the first. Special tokens that the tokenizer adds at the end are included.
 
     Args:
-        model: a causal LM of transformers, on any device; given back in the modes it had.
-        tokenizer: its tokenizer; nothing of it changes.
-        texts: whole, never truncated.
+        model: a causal LM of transformers, on any device; its modules' modes are restored.
+        tokenizer: its tokenizer, which is not changed.
+        texts: never truncated.
         batch_size: texts at a time.
 
     Raises:
@@ -202,14 +202,14 @@ def _takes(model: nn.Module) -> set[str]:
 
 
 def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Chat models end turns with tokens that only their generation config knows."""
+    """The ids of all end tokens: chat models also list some in their generation config only."""
     known = getattr(getattr(unwrap(model), "generation_config", None), "eos_token_id", None)
     several = [*known] if isinstance(known, (list, tuple)) else [known]
     return {int(end) for end in [*several, tokenizer.eos_token_id] if end is not None}
 
 
 def _draws(seed: int, key: str, count: int) -> Tensor:
-    """The prompt's own uniform numbers, fp64 ``[count]``, the same on all devices."""
+    """The prompt's uniform random numbers, fp64 ``[count]``, equal on all devices."""
     digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.rand(count, dtype=torch.float64, generator=generator)

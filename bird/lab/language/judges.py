@@ -1,10 +1,10 @@
-"""Judges of responses: a lexicon, classifiers, language models here, and language models elsewhere.
+"""Judges of responses: a lexicon, classifiers and local language models; `endpoint` has those on a server.
 
     judge = Lexicon()
     verdicts = judge(prompts, responses)         # True, False, or None where the judge could not be understood
     independent(other, teacher)                  # raises where the judge is the teacher
 
-A judge is never the teacher: a student that copies it would be graded by the copied.
+A judge must not be the teacher: it would reward a student for imitating it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Lexicon:
         self._analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """Never None; nothing has the score 0."""
+        """A verdict, never None, for each response; an empty one has the score 0."""
         texts = [response for _, response in paired(prompts, responses)]
         return [self._analyzer.polarity_scores(text)["compound"] > POSITIVE for text in texts]
 
@@ -50,11 +50,11 @@ class Lexicon:
 class BagOfWords:
     """Words and pairs of words by TF-IDF, and logistic regression on them, both of scikit-learn.
 
-    It has nothing in common with a language model but the texts it learns from: give it others than the student's.
-    ``pipeline`` is what it has learnt, scikit-learn's.
+    It is independent of language models, except for its training texts: use others than the student's.
+    ``pipeline`` is the fitted pipeline of scikit-learn.
 
     Args:
-        texts: to learn from.
+        texts: to be trained on.
         labels: whether each is good; both must occur.
 
     Raises:
@@ -81,7 +81,7 @@ class BagOfWords:
             self.pipeline.fit(list(texts), [bool(label) for label in labels])
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """Never None; of a text without a known word the more frequent label."""
+        """A verdict, never None, for each response; without a known word it is the more frequent label."""
         texts = [response for _, response in paired(prompts, responses)]
         return [bool(good) for good in self.pipeline.predict(texts)] if texts else []
 
@@ -90,7 +90,7 @@ class ClassifierJudge:
     """A sequence classifier of transformers, such as one fine-tuned on a sentiment or toxicity dataset.
 
     Args:
-        model: text to logits ``[n, classes]``, at least two; on any device, given back in the modes it had.
+        model: text to logits ``[n, classes]``, at least two; on any device; its modules' modes are restored.
         tokenizer: its tokenizer, with a padding token. Longer texts than it allows are truncated.
         good: index of the class that is good.
         name: in results: which model it is.
@@ -104,7 +104,7 @@ class ClassifierJudge:
         self.batch_size = batch_size
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """None where the logits are not finite.
+        """A verdict for each response, None where the logits are not finite.
 
         Raises:
             ValueError: fewer than two classes, or none with the index that is good.
@@ -129,7 +129,7 @@ class LanguageModel:
     """A causal language model that is asked for one word, as in Zheng et al. (NeurIPS 2023); greedy.
 
     Args:
-        model: an instruction-tuned causal LM of transformers, on any device; given back in the modes it had.
+        model: an instruction-tuned causal LM of transformers, on any device; its modules' modes are restored.
         tokenizer: its tokenizer; the question goes through its chat template if it has one.
         name: in results: which model it is.
         template: the question, with ``{prompt}`` and ``{response}``.
@@ -155,7 +155,7 @@ class LanguageModel:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
 
     def __call__(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Verdict]:
-        """None where the first word is neither of the two."""
+        """A verdict for each response, None where the answer's first word is neither of the two."""
         questions: list[Prompt] = [fill(self.template, *pair) for pair in paired(prompts, responses)]
         if getattr(self.tokenizer, "chat_template", None):
             questions = [[{"role": "user", "content": str(question)}] for question in questions]
@@ -172,7 +172,7 @@ class LanguageModel:
 
 
 def independent(judge: Judge | nn.Module, teacher: nn.Module) -> None:
-    """Make sure that a judge is not the teacher. Judges without a network here pass: look at their names.
+    """Raise if a judge is the teacher. Judges without a local network are not checked, except by their names.
 
     Args:
         judge: a judge, or its network.

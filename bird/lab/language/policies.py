@@ -1,4 +1,4 @@
-"""Students tuned on preferences: TRL's DPO, by itself or with a teacher's geometry, as one call that resumes."""
+"""Students tuned on preferences by TRL's DPO, alone or with guidance by a teacher; a call resumes an earlier run."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def train_policy(
     save_every: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Train in place by DPO (Rafailov et al., 2023) as TRL has it; its reference is the model as it comes.
+    """Train in place by TRL's DPO (Rafailov et al., 2023); the reference is the model before training.
 
-    The folder gets ``policy.safetensors`` (whole weights, adapters merged) and, last of all, ``history.json``. Called
-    again with the model as it came, it goes on from its last whole checkpoint, and a complete one is only read. Nothing
-    is unpickled but what ``torch.load(weights_only=True)`` admits. The reference's log probabilities are computed once,
-    at the start, so no second model is held.
+    ``policy.safetensors`` (all weights, adapters merged) and, at the very end, ``history.json`` are written to the
+    folder. Called again with the same initial model, it resumes from the last complete checkpoint; a finished run is
+    only read. Checkpoints are loaded by ``torch.load(weights_only=True)``. The reference's log probabilities are
+    computed once, at the start, so no second model is in memory.
 
     Args:
         model: a causal language model; trained in place, in eval mode at the end.
         tokenizer: the model's.
         pairs: of responses to a prompt.
-        training: how long and how.
-        folder: of this run alone.
-        guidance: adds a teacher's geometry; the order of the pairs is the same with it.
+        training: steps, learning rate and other options.
+        folder: used by this run only.
+        guidance: adds guidance by a teacher; the order of the pairs does not depend on it.
         seed: of the order of the pairs, and of dropout (which TRL turns off).
         device: ``"cpu"`` or a kind of accelerator.
         save_every: steps between checkpoints; None: one for each epoch.
@@ -62,8 +62,8 @@ def train_policy(
         something guides).
 
     Raises:
-        ValueError: a folder of another run; what `bird.language.BirdMixin` refuses.
-        FloatingPointError: the loss is no longer finite.
+        ValueError: a folder of another run; also as `bird.language.BirdMixin`.
+        FloatingPointError: the loss is not finite.
     """
     data = columns(pairs)
     claim(folder, data, guidance, training=asdict(training), seed=seed)
@@ -106,10 +106,10 @@ def train_policy(
 
 
 def restore(model: nn.Module, folder: Path) -> None:
-    """Give a model of the same architecture the weights that `train_policy` left; eval mode.
+    """Load the weights that `train_policy` wrote into a model of the same architecture; sets eval mode.
 
     Raises:
-        OSError: there are none.
+        OSError: the file cannot be read.
         ValueError: they are damaged, or of another architecture.
     """
     path = folder / "policy.safetensors"

@@ -1,4 +1,4 @@
-"""Images in memory, and their splits by class."""
+"""Labelled images in memory, and splits into training, validation and test sets by class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images, held whole in memory.
+    """Labelled images, all in memory; other dtypes and shapes raise a ValueError.
 
     Args:
         images: uint8 ``[n, channels, height, width]``, 0-255.
@@ -35,17 +35,17 @@ class Images:
         return len(self.images)
 
     def select(self, index: Tensor) -> Images:
-        """The samples at the positions `index` (int64 ``[m]``), in that order."""
+        """The samples at the positions ``index`` (int64 ``[m]``), in that order."""
         return Images(self.images[index], self.labels[index])
 
     def to(self, device: torch.device | str) -> Images:
-        """The same on another device."""
+        """The same images on another device."""
         return Images(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint sets: ``train`` to fit, ``validation`` to choose with, ``test`` to report on, at the end."""
+    """Disjoint sets: ``train`` to fit, ``validation`` to make choices, ``test`` for the final report only."""
 
     train: Images
     validation: Images
@@ -58,12 +58,12 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def of_classes(data: Images, classes: Sequence[int], limit_per_class: int | None = None) -> Images:
-    """The images of some classes, class by class in the order given, each in the order of `data`.
+    """The images of some classes, class by class in the order given, each in the order of ``data``.
 
     Args:
-        data: labels 0 to classes - 1.
-        classes: those to keep; they are renumbered 0, 1, ...
-        limit_per_class: keep only the first so many of each.
+        data: labelled images.
+        classes: the labels to keep; they are renumbered 0, 1, ...
+        limit_per_class: how many images to keep of each class, the first ones; None: all.
     """
     return _gather(data, [_members(data, c)[:limit_per_class] for c in classes])
 
@@ -77,18 +77,18 @@ def split(
     seed: int,
     limit_per_class: int | None,
 ) -> Splits:
-    """Set some training images of each class aside for validation, at random; the test set is left as it is.
+    """Set random training images of each class aside for validation; the test set does not depend on the seed.
 
     Args:
-        train: fit and validation come from here.
-        test: labels numbered as in `train`.
-        classes: those to keep, renumbered 0, 1, ... in the order given.
-        held_out: from the number of training images of a class to how many of them validate.
+        train: the images that are divided into training and validation set.
+        test: labels numbered as in ``train``.
+        classes: the labels to keep, renumbered 0, 1, ... in the order given.
+        held_out: from the number of training images of a class to the number set aside for validation.
         seed: decides which ones.
-        limit_per_class: keep at most so many images of each class in each of the three sets.
+        limit_per_class: the most images to keep of each class in each of the three sets; None: all.
 
     Raises:
-        ValueError: nothing of a class would be left to train on, or the limit is below 1.
+        ValueError: no training image of a class would be left, or the limit is below 1.
     """
     if limit_per_class is not None and limit_per_class < 1:
         raise ValueError(f"limit_per_class must be at least 1, got {limit_per_class}")
@@ -108,7 +108,7 @@ def split(
 
 
 def check_classes(classes: Sequence[int], number: int) -> None:
-    """Refuse, with a ValueError, classes that are repeated, none at all, or not among 0 to ``number - 1``."""
+    """Raise a ValueError if ``classes`` is empty, has duplicates, or numbers other than 0 to ``number - 1``."""
     if not classes or len(set(classes)) != len(classes) or not set(classes) <= set(range(number)):
         raise ValueError(f"classes must be different numbers from 0 to {number - 1}, got {list(classes)}")
 
@@ -118,6 +118,6 @@ def _members(data: Images, c: int) -> Tensor:
 
 
 def _gather(data: Images, members: list[Tensor]) -> Images:
-    """One class after the other; their positions in `members` become the labels."""
+    """The images at some indices, given class by class; the position of a class in ``members`` becomes its label."""
     labels = torch.cat([torch.full((len(index),), k) for k, index in enumerate(members)])
     return Images(data.images[torch.cat(members)], labels)

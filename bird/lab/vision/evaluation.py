@@ -1,4 +1,4 @@
-"""How good a model is on clean and on corrupted images, and how near its features are to a teacher's."""
+"""Accuracy on clean and on corrupted images, and the alignment (CKA) of features with a teacher's."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .data import Images, to_float
 
 @dataclass(frozen=True)
 class Robustness:
-    """Accuracies, as shares of 1.
+    """Accuracies, in 0-1.
 
     Args:
-        clean: on the images as they are.
-        corrupted: for each corruption, one for each severity.
+        clean: on clean images.
+        corrupted: for each corruption a list with one accuracy per severity.
     """
 
     clean: float
@@ -32,22 +32,22 @@ class Robustness:
 
     @property
     def robust(self) -> float:
-        """Robust accuracy: the mean over corruptions and severities; clean images do not count."""
+        """Robust accuracy: the mean over corruptions and severities, without clean images."""
         return fmean(fmean(accuracies) for accuracies in self.corrupted.values())
 
     @property
     def pooled(self) -> float:
-        """The paper's figure: severity 0 pooled with the rest, so that with five the clean one is a sixth."""
+        """The paper's measure: the mean over severities with 0, so that with five the clean accuracy has weight 1/6."""
         severities = len(next(iter(self.corrupted.values())))
         return (self.clean + severities * self.robust) / (1 + severities)
 
 
 def accuracy(model: nn.Module, data: Images, *, batch_size: int = 500) -> float:
-    """Share of the images that the model gets right, in eval mode and without gradients, on the model's device.
+    """The share of images that are classified correctly, in eval mode without gradients, on the model's device.
 
     Args:
         model: images ``[n, c, h, w]`` in 0-1 to logits ``[n, classes]``.
-        data: any device; batches move to the model's.
+        data: on any device; batches are moved to the model's.
         batch_size: images at a time.
 
     Raises:
@@ -64,13 +64,13 @@ def accuracy(model: nn.Module, data: Images, *, batch_size: int = 500) -> float:
 
 
 def robustness(model: nn.Module, data: Images, names: Sequence[str], key: Hashable = None) -> Robustness:
-    """Score a model on clean images and on corrupted ones, these in 8 bits as published ones are.
+    """Score a model on clean images and on corrupted ones, which are rounded to 8 bits like published ones.
 
     Args:
         model: as for `accuracy`.
-        data: corrupted where it lies.
-        names: keys of `bird.lab.vision.corruptions.CORRUPTIONS`; each at every severity.
-        key: tells these images from others: those of the last key are kept if they fit; None keeps nothing.
+        data: clean images, corrupted on their device.
+        names: keys of `bird.lab.vision.corruptions.CORRUPTIONS`; each is applied at every severity.
+        key: identifies the images in a cache of the last key's corrupted images, up to `KEPT` bytes; None: no cache.
 
     Raises:
         ValueError: no images, or an unknown corruption.
@@ -82,18 +82,18 @@ def robustness(model: nn.Module, data: Images, names: Sequence[str], key: Hashab
 
 
 def first(data: Images, count: int | None) -> Images:
-    """A fixed choice of so many images."""
+    """A fixed random choice of ``count`` images; all if ``count`` is None or larger."""
     if count is None or count >= len(data):
         return data
     return data.select(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
 
 
-KEPT = 4 << 30  # bytes of corrupted images that a process keeps; more are made anew for each model
+KEPT = 4 << 30  # the most bytes of corrupted images that are cached; larger sets are corrupted anew for each model
 _kept: dict[Hashable, list[tuple[str, Images]]] = {}
 
 
 def corrupted(data: Images, names: Sequence[str], key: Hashable) -> Iterator[tuple[str, Images]]:
-    """Each corruption at each severity, as for `robustness`."""
+    """Yield (corruption, images) for each corruption and severity; arguments as of `robustness`."""
     if key in _kept:
         yield from _kept[key]
         return
@@ -127,9 +127,9 @@ def layer_alignment(
     *,
     batch_size: int = 500,
 ) -> float:
-    """CKA between two layers over all the images at once, in eval mode.
+    """CKA between two layers over all images at once, in eval mode.
 
-    It is unbiased: the biased one would depend on how many images there are.
+    The unbiased estimator is used, because the biased one depends on the number of images.
     """
     rows: list[tuple[Tensor, Tensor]] = []
     with evaluating(student) as device, Taps(student, [student_layer]) as taps:

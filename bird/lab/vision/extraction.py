@@ -1,7 +1,7 @@
-"""Features of a frozen layer, for images as they are and for all their corrupted versions at once.
+"""Features of a frozen layer for clean images, and their statistics over all corrupted versions of each image.
 
-Corrupted versions are never kept: of each sample's features over them only the lowest, the highest and the mean are,
-so that memory and disk do not depend on how many corruptions there are.
+Features of single versions are not stored, only each feature's minimum, maximum and mean over the versions of a sample,
+so that memory and disk space do not depend on the number of corruptions.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .data import Images, to_float
 
 Array = NDArray[np.float32]
 
-FORMAT = 1  # of the kept files: one more when their content changes for the same images and weights
+FORMAT = 1  # of the cached files; to be increased when their content changes for the same images and weights
 
 
 class Views(NamedTuple):
-    """Features of images and of their versions (the clean one among them), float32 ``[n, d]`` each."""
+    """Features of clean images, and statistics over all versions (the clean one included); float32 ``[n, d]`` each."""
 
     clean: Array
     lowest: Array
@@ -48,9 +48,9 @@ class Layer:
     """One layer of a frozen network.
 
     Args:
-        network: what its features depend on.
+        network: the network, whose weights and buffers are part of the cache's key.
         name: the layer's path.
-        pool: how its output becomes rows.
+        pool: how its output becomes rows, see `bird.features.pool_rows`.
         run: images ``[n, c, h, w]`` in 0-1 to rows ``[n, d]``.
     """
 
@@ -61,7 +61,7 @@ class Layer:
 
 
 def teacher_layer(teacher: Teacher) -> Layer:
-    """The one layer that a teacher taps.
+    """The `Layer` of a teacher that taps only one.
 
     Raises:
         ValueError: it taps several.
@@ -72,7 +72,7 @@ def teacher_layer(teacher: Teacher) -> Layer:
 
 @contextmanager
 def student_layer(student: nn.Module, name: str) -> Iterator[Layer]:
-    """A layer of a network that is in use elsewhere: in eval mode inside, and afterwards as it was."""
+    """Yield a `Layer` of a network in use elsewhere, which is in eval mode meanwhile and restored afterwards."""
     student = unwrap(student)
     with evaluating(student), Taps(student, name) as taps:
         only = _only(taps.names)
@@ -86,20 +86,20 @@ def student_layer(student: nn.Module, name: str) -> Iterator[Layer]:
 
 @dataclass(frozen=True)
 class Extractor:
-    """How features are extracted.
+    """Extracts features of layers.
 
     Args:
         corruptions: keys of `bird.lab.vision.corruptions.CORRUPTIONS`.
         severities: 1 to 5; each corruption at each of them is one version of an image.
         seed: of the corruptions.
-        batch_size: images at a time; changes speed and memory.
-        device: where to run; networks are back where they were afterwards. None: where they are.
+        batch_size: images at a time; affects speed and memory only.
+        device: where to run; networks are moved back afterwards. None: where they are.
         cache: a folder to keep features in, as ``.npy``. A file's name is a hash of all that its content depends on
             (weights, buffers and structure of the network, layer, images, corruptions, severities, seed; also of the
-            first image corrupted, which tells one implementation of a corruption from another), so that nothing in it
-            is ever out of date; delete what you no longer want. Layers pooled by a callable are not kept, since it
-            has no hash. None: keep nothing.
-        progress: show a bar; None to show it on a terminal only.
+            first image corrupted, to detect changed implementations of corruptions), so that no file is ever out of
+            date; unneeded files may be deleted. Layers pooled by a callable are not cached, since it has no hash.
+            None: no cache.
+        progress: show a progress bar; None to show it on a terminal only.
 
     Raises:
         ValueError: an unknown corruption or severity.
@@ -120,14 +120,14 @@ class Extractor:
             raise ValueError(f"severities must be of 1 to 5, got {list(self.severities)}")
 
     def clean(self, layer: Layer, images: Images, *, label: str) -> Array:
-        """Features of the images as they are, float32 ``[n, d]``; `views` tells what it raises."""
+        """Features of clean images, float32 ``[n, d]``; raises as `views`."""
         return self._get(layer, images, [], label)[0]
 
     def views(self, layer: Layer, images: Images, *, label: str) -> Views:
-        """Features of the images as they are, and over all versions.
+        """Features of clean images, and their statistics over all versions.
 
         Raises:
-            ValueError: features that are not ``[n, d]`` or not finite, a damaged file.
+            ValueError: features are not ``[n, d]`` or not finite, or a cached file is damaged.
         """
         versions = [(name, severity) for name in self.corruptions for severity in self.severities]
         found = self._get(layer, images, versions, label)
@@ -198,7 +198,7 @@ class Extractor:
 
 @contextmanager
 def _on(network: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """A network on a device, and afterwards back where it was; yields the device."""
+    """Move a network to a device and afterwards back; yields the device."""
     first = next(chain(network.parameters(), network.buffers()), None)
     home = first.device if first is not None else torch.device("cpu")
     there = home if device is None else torch.device(device)

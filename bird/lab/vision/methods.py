@@ -1,10 +1,10 @@
-"""The methods that are compared, by name: whose weights each starts from, what it trains, and what pulls it.
+"""The methods that are compared, by name: whose weights each starts from, what it trains, and which loss guides it.
 
 ======================= ======= ============ ====================================================================
 name                    start   batch norm   what happens with the transfer's steps
 ======================= ======= ============ ====================================================================
-``none``                student              nothing: the pre-trained student as it is
-``continued``           student learns       its own task goes on: what more steps do by themselves (ours, a control)
+``none``                student              nothing: the pre-trained student without further steps
+``continued``           student learns       its own task: the effect of more steps alone (a control, not in the paper)
 ``lp``                  teacher frozen       a new head is trained, the frozen body stays in eval mode (linear probe)
 ``ft``                  teacher learns       a new head, and everything is trained (fine-tuning)
 ``lp-ft``               teacher frozen, then ``lp`` for the first half, ``ft`` for the second (Kumar et al. 2022)
@@ -17,14 +17,14 @@ name                    start   batch norm   what happens with the transfer's st
 ``bird-unbiased``       student learns       the same with the unbiased estimator
 ``bird-rbf``            student learns       the same with Gaussian kernels, sigma from the median
 ``bird-rbf-unbiased``   student learns       both
-``ceiling``             student learns       the task, under the teacher's corruptions: what a student reaches that
-                                             may see them
+``ceiling``             student learns       the task, with the teacher's corruptions as augmentation: an upper bound
+                                             for methods without them
 ======================= ======= ============ ====================================================================
 
-All have the same number of steps, batches and learning rates; two halves have a cosine each. What starts from the
-teacher has the teacher's network. Batch normalisation that "learns" is in train mode: its weights are trained, batches
-are normalised by their own statistics, and the running ones move; "frozen" is in eval mode with the teacher's
-statistics, like the guiding teacher of every method. No method chooses a step: the last one counts.
+All have the same number of steps, batches and learning rates; two halves have a cosine schedule each. Methods that
+start from the teacher have the teacher's architecture. Batch normalisation that "learns" is in train mode: its weights
+are trained, batches are normalised by their own statistics, and running statistics are updated; "frozen" is in eval
+mode with the teacher's statistics, like a guiding teacher. No checkpoint is selected: the last step is evaluated.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class Method:
     """One of `METHODS`.
 
     Args:
-        title: in tables and pictures.
+        title: its display name in tables and figures.
         start: whose weights it starts from.
-        phases: equal shares of the steps, each (trains the head alone, what guides it).
+        phases: equal shares of the steps, each (whether only the head is trained, guidance or None).
         options: of `BirdLoss`.
-        corrupted: whether it sees the teacher's corruptions.
+        corrupted: whether it is trained with the teacher's corruptions.
     """
 
     title: str
@@ -69,8 +69,8 @@ class Method:
     corrupted: bool = False
 
 
-# alpha and beta of Hints, ours: with the published weights of BIRD it does little more than go on with the task, and
-# 0.1 and 90 does not train (chosen on validation images of the demo).
+# alpha and beta of Hints, chosen on validation images of the demo: with the published weights of BIRD the hints have
+# little effect, and with 0.1 and 90 training fails.
 HINTS = 0.1, 9.0
 _BIRD: tuple[tuple[bool, Guidance | None], ...] = ((False, "bird"),)
 METHODS = {
@@ -92,7 +92,7 @@ METHODS = {
 
 
 class Transferred(NamedTuple):
-    """A trained network, the history of each phase, and what guidance costs (None without)."""
+    """A trained network, the history of each phase, and the times of a step (None without guidance)."""
 
     model: nn.Module
     histories: list[History]
@@ -105,11 +105,11 @@ class Transfer:
 
     Args:
         networks: of the teacher and of the student, keys of `bird.lab.vision.models.MODELS`.
-        pairs: of a guiding and a guided layer each.
-        settings: of all steps together.
-        classes: of the student's task.
-        weights: ``alpha`` and ``beta`` of BIRD, where they are not the published ones.
-        folder: gets a folder for each phase.
+        pairs: (guiding layer, guided layer), one or more.
+        settings: of all phases together.
+        classes: the number of classes of the student's task.
+        weights: ``alpha`` and ``beta`` of BIRD, if they are not the published ones.
+        folder: a folder for each phase is created in it; None: nothing is kept.
     """
 
     networks: tuple[str, str]
@@ -124,12 +124,12 @@ class Transfer:
     progress: bool | None = None
 
     def run(self, method: str, teacher: nn.Module | None, student: nn.Module | None, train: Images) -> Transferred:
-        """Train by a method; the networks it starts from are left as they are.
+        """Train by a method; ``teacher`` and ``student`` are not changed.
 
         Args:
             method: a key of `METHODS`.
-            teacher: not needed by what neither starts from it nor is guided by it.
-            student: the same.
+            teacher: may be None if the method neither starts from it nor is guided by it.
+            student: may be None if the method starts from the teacher.
             train: the student's training images.
 
         Raises:
@@ -190,6 +190,6 @@ class Transfer:
 
 
 def _widths(network: nn.Module, layers: Sequence[str], images: Images) -> dict[str, int]:
-    """How many features each layer has once it is pooled."""
+    """The number of features of each layer after pooling."""
     look = Teacher(deepcopy(network).cpu(), layers)
     return {layer: rows.shape[1] for layer, rows in look(to_float(images.images[:1].cpu())).items()}

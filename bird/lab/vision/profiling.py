@@ -1,4 +1,4 @@
-"""How long a step of training takes, and how much of it guidance costs: measured beside the loop, not in it."""
+"""Times of a training step and of its guidance, measured outside the training loop."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class StepTimes:
     """Seconds, medians over several steps.
 
     Args:
-        step: all of a step: batch, forward, guidance, backward, optimiser.
-        teacher: of it, the teacher's forward.
-        loss: of it, the guide's loss (CKA), forward and backward to the student's features.
+        step: a whole step: batch, forward, guidance, backward, optimiser.
+        teacher: the teacher's forward, a part of it.
+        loss: the guide's loss (CKA), forward and backward to the student's features, a part of it.
     """
 
     step: float
@@ -41,13 +41,13 @@ def step_times(
     device: torch.device | str = "cpu",
     repeats: int = 10,
 ) -> StepTimes:
-    """Time the first batch's step again and again, waiting for the device each time.
+    """Time the step of the first batch several times, synchronising with the device each time.
 
-    Arguments as of `bird.lab.vision.training.fit`. As there, all modules move to the device; but their weights,
-    buffers and PyTorch's generators are left as they were, and gradients are dropped.
+    Arguments as of `bird.lab.vision.training.fit`. As there, all modules are moved to the device; their weights,
+    buffers and PyTorch's generators are restored afterwards, and gradients are cleared.
 
     Args:
-        repeats: how often each part is timed, after two runs that do not count.
+        repeats: how often each part is timed, after two warm-up runs.
 
     Raises:
         ValueError: as `bird.lab.vision.training.fit`; ``repeats`` below 1.

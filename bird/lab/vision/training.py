@@ -1,9 +1,9 @@
-"""One plain training loop for every method: pre-training, fine-tuning, hints and BIRD.
+"""The training loop of all methods: pre-training, fine-tuning, hints and BIRD.
 
     history = fit(student, train, Settings(steps=1000), guide=Guide(teacher, taps, loss), validate=score)
 
-The loop waits for the device where it reports, every ``log_every`` steps, and nowhere else (but with float16
-PyTorch's loss scaling looks at the gradients in every step).
+The loop synchronises with the device only where it reports, every ``log_every`` steps (except with float16, where
+PyTorch's loss scaling checks the gradients in every step).
 """
 
 from __future__ import annotations
@@ -43,30 +43,30 @@ def fit(
     label: str = "training",
     progress: bool | None = None,
 ) -> History:
-    """Train ``model`` in place; at the end it is on the device and holds the weights of the last step.
+    """Train ``model`` in place; at the end it is on the device and has the weights of the last step.
 
-    A run that is resumed ends with bitwise the weights of one that was never interrupted, on the same machine
+    A resumed run ends with bitwise the weights of an uninterrupted one, on the same machine
     with the same number of threads (on a GPU: as far as PyTorch's own kernels are deterministic).
 
-    With ``settings.compile`` taps must have been made before; by then they are, in ``guide``.
+    With ``settings.compile`` taps must exist before the model is compiled; those in ``guide`` do.
 
     Args:
         model: images ``[n, c, h, w]`` in 0-1 to logits ``[n, classes]``.
-        train: the training set; moves to the device whole.
-        settings: how long, how fast, in which order, and how much at a time.
+        train: the training set, which is moved to the device as a whole.
+        settings: steps, learning rate, seed, batch size and others.
         guide: None to train on the task alone.
         trained: module paths or globs of the parts that are trained, ``["head"]`` for a linear probe; all else is
             frozen and stays in eval mode (`bird.lab.vision.freezing.train_only`), only in this call. None to train
             everything.
-        augment: changes the images of every batch; of every chunk, where there are chunks, and with `BirdLoss` twice,
-            both times with PyTorch's generators in the same state.
+        augment: changes the images of every batch (with chunks: of every chunk, and with `BirdLoss` twice,
+            both times with PyTorch's generators in the same state).
         validate: scores the model, in eval mode and without gradients, on *validation* data, never on test
             data; higher is better.
         device: any PyTorch device.
-        folder: gets ``last.pt`` (all that resuming needs), ``best.pt`` (the weights of the best validation), with
-            `BirdLoss` ``shapes.json`` (what `bird tune --from-run` reads), and logs for TensorBoard where that is
-            installed. None to keep nothing.
-        resume: go on from ``last.pt`` if the folder has one.
+        folder: where ``last.pt`` (all that resuming needs), ``best.pt`` (the weights of the best validation), with
+            `BirdLoss` ``shapes.json`` (for `bird tune --from-run`), and, if TensorBoard is installed, its logs are
+            written. None to keep nothing.
+        resume: continue from ``last.pt`` if the folder has one.
         about: plain data that tells this run from others with the same settings, such as the name of its method: a
             checkpoint that says something else is refused.
         label: the progress bar's title.
@@ -76,7 +76,7 @@ def fit(
         FileExistsError: the folder has a checkpoint, and ``resume`` is off.
         ValueError: the checkpoint cannot be read, or comes from other settings or data; fewer than `MIN_BATCH`
             samples; labels that the model has no logits for; an unknown layer in ``trained``, or nothing to train.
-        FloatingPointError: the loss or the weights are no longer finite; ``last.pt`` is from before.
+        FloatingPointError: the loss or the weights are not finite; ``last.pt`` is from before that.
     """
     device = torch.device(device)
     torch.manual_seed(settings.seed)
@@ -108,7 +108,7 @@ def _loop(
     bar: Any,
 ) -> None:
     settings, writer = batches.settings, _tensorboard(run.folder, done)
-    losses: list[Tensor] = []  # of each step since the last report: which one was the first that is not finite?
+    losses: list[Tensor] = []  # of each step since the last report, to find the first that is not finite
     totals: dict[str, Tensor] = {}
     clock = time.perf_counter()
     for step in range(done, settings.steps):
@@ -138,9 +138,9 @@ def _loop(
 
 
 def _note_shapes(run: TrainingRun, guide: Guide | None) -> None:
-    """``shapes.json`` beside the checkpoint: sizes and dtype of every alignment, which `bird tune --from-run` reads.
+    """Write ``shapes.json`` beside the checkpoint: sizes and dtype of every alignment, for `bird tune --from-run`.
 
-    Batches in chunks are sums that merge, and have none.
+    Batches in chunks record no shapes.
     """
     if run.folder is None or guide is None:
         return
@@ -149,7 +149,7 @@ def _note_shapes(run: TrainingRun, guide: Guide | None) -> None:
 
 
 def _tensorboard(folder: Path | None, done: int) -> Any:
-    """A writer that drops what an interrupted run logged after its checkpoint; None where none can be."""
+    """A writer that purges entries which an interrupted run logged after its checkpoint; None without TensorBoard."""
     if folder is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Backend 2: fused Triton kernels where launches count: few rows (`small`), and Gaussian kernels (`gaussian`).
+"""The Triton backend: fused kernels where launch overhead matters: few rows (`small`), Gaussian kernels (`gaussian`).
 
 Same interface as `bird_kernels.backends.library`; linear kernels take the Gram route and at most `plan.FEW_ROWS` rows.
 """
@@ -52,7 +52,7 @@ def backward(
 def forward_together(
     tensors: Sequence[Tensor], mask: Tensor | None, problems: tuple[Problem, ...]
 ) -> tuple[Tensor, Stash]:
-    """Values [pairs], fp32, and stash of pairs that `plan.together` accepts: x and y of the first, of the next, ..."""
+    """Values [pairs] (0-d for one), fp32, and stash; ``tensors`` are x and y of each pair (see `plan.together`)."""
     with device_of(tensors[0]):
         return small_of(problems, precision_of(problems[0])).forward(tensors, mask)
 
@@ -60,6 +60,6 @@ def forward_together(
 def backward_together(
     grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: Stash, problems: tuple[Problem, ...]
 ) -> list[Tensor | None]:
-    """The gradients of the tensors times the upstream ``grad`` [pairs], in one launch; None where unwanted."""
+    """The gradients of the tensors times the upstream ``grad`` [pairs], by one launch; None where not wanted."""
     with device_of(tensors[0]):
         return small_of(problems, precision_of(problems[0])).backward(grad, tensors, mask, stash)

@@ -1,8 +1,8 @@
-r"""Where the columns of a side lie, and tiles of its features as seen from there: for programs that read all rows.
+r"""Locations of the columns of a side (their mean, or a robust centre), and tiles of features minus their locations.
 
-``x - location = (x - high) - low`` with two fp32 numbers a column: exact to the spread of the features, not to the size
-of their mean, and exactly zero for a constant column. The extremes of a column bound its entries, whose largest sets a
-power of two that brings them near 1. The kernels shift and scale as they load; no shifted copy exists.
+``x - location = (x - high) - low`` with two fp32 numbers per column: the error is relative to the spread of the
+features, not to their mean, and zero for a constant column. A power of two, from the columns' extremes, scales entries
+to near 1. The kernels shift and scale when they load; no shifted copy is stored. A program reads all rows of a column.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-GROUPS = tl.constexpr(8)  # of rows, whose means are compared: rows that count are dealt to them in turn
+GROUPS = tl.constexpr(8)  # of rows, for the median of means; rows that are not masked are assigned to them in turn
 SLOTS = tl.constexpr(32)  # rows that are loaded together
 
 
 @triton.jit
 def counts(mask, rows, n, MASKED: tl.constexpr):
-    """Which of these rows count; ``mask`` is [n] bytes."""
+    """Which of these rows count, that is are below n and not masked; ``mask`` is [n] bytes."""
     keep = rows < n
     if MASKED:
         keep = keep & (tl.load(mask + rows, mask=keep, other=0) != 0)
@@ -59,7 +59,7 @@ def scale_of(peak):
 
 @triton.jit
 def largest_of(peaks, begin, end, WIDTH: tl.constexpr):
-    """The largest of the peaks begin..end, which are not negative."""
+    """The largest of peaks[begin:end], which are not negative."""
     peak = tl.zeros([WIDTH], tl.float32)
     for start in range(begin, end, WIDTH):
         places = start + tl.arange(0, WIDTH)
@@ -69,16 +69,16 @@ def largest_of(peaks, begin, end, WIDTH: tl.constexpr):
 
 @triton.jit
 def _sampled(index, every):
-    """One row of every ``every``, at another place in each stretch."""
+    """One row of each block of ``every`` rows, at a pseudo-random place in it."""
     return index * every + ((index.to(tl.uint32) * 2654435761) >> 16).to(tl.int32) % every
 
 
 @triton.jit
 def dealt(mask, start, before, every, samples, n, MASKED: tl.constexpr, SLOTS: tl.constexpr):
-    """Which rows SLOTS slots take of the sampled ones from the ``start``-th on, whether they take one, and ``before``.
+    """Assigns SLOTS sampled rows, from the ``start``-th on, to slots: each slot's row, whether it has one, ``before``.
 
-    One row of every ``every`` is sampled. The one that counts as the r-th of all goes into slot r mod SLOTS: the slots,
-    and groups of them, fill evenly, whatever the period of a mask. ``before`` is how many counted so far.
+    One row of each ``every`` is sampled. The r-th of those that count is assigned to slot r mod SLOTS, so that slots,
+    and groups of them, fill evenly even if a mask is periodic. ``before`` is the number that counted so far.
     """
     slots = tl.arange(0, SLOTS)
     rows = _sampled(start + slots, every)
@@ -97,7 +97,7 @@ def dealt(mask, start, before, every, samples, n, MASKED: tl.constexpr, SLOTS: t
 def median_of_means(sums, numbers, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """By column, the median over groups of sums [SLOTS, BLOCK] / numbers [SLOTS]; slot s is in group s mod GROUPS.
 
-    Of two in the middle it is their mean; groups without rows are left out, and of none it is 0.
+    Of an even number it is the mean of the middle two; groups without rows are left out; without any group it is 0.
     """
     number = tl.sum(tl.reshape(numbers, [SLOTS // GROUPS, GROUPS]), 0)
     mean = tl.sum(tl.reshape(sums, [SLOTS // GROUPS, GROUPS, BLOCK]), 0) / tl.maximum(number, 1.0)[:, None]
@@ -119,11 +119,11 @@ def store_location(
     columns,  # [BLOCK]
     n,
     d,
-    ROBUST: tl.constexpr,  # the median of the means of GROUPS groups of rows, which few rows that dominate do not move
+    ROBUST: tl.constexpr,  # the median of the means of GROUPS groups of rows, which few dominating rows do not move
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Stores the location of these columns, their mean if not ROBUST; returns how far their entries are from it."""
+    """Stores the location of these columns, their mean if not ROBUST; returns the largest distance of an entry."""
     there = columns < d
     total = tl.zeros([SLOTS, BLOCK], tl.float64)
     number = tl.zeros([SLOTS], tl.float64)
@@ -145,5 +145,5 @@ def store_location(
     centre = exact.to(tl.float32)
     tl.store(location + columns, centre, mask=there)
     tl.store(location + d + columns, (exact - centre.to(tl.float64)).to(tl.float32), mask=there)
-    spread = tl.maximum(tl.max(high, 0) - centre, centre - tl.min(low, 0))  # -inf of no row
+    spread = tl.maximum(tl.max(high, 0) - centre, centre - tl.min(low, 0))  # -inf without rows
     return tl.max(tl.where(there, spread, 0.0), 0)

@@ -1,10 +1,10 @@
-r"""Centring of matrices that are in memory, from both sides: K_ij - s_i - s_j with shifts s from the row sums r of K::
+r"""Double centring of Gram matrices in memory: K_ij - s_i - s_j with shifts s from the row sums r of K::
 
     biased    s_i = r_i / n - sum(r) / (2 n^2)                                                  (Gretton et al. 2005)
     unbiased  s_i = r_i / (n-2) - sum(r) / (2 (n-1) (n-2)), of K with diagonal 0, which stays   (Szekely and Rizzo 2014)
 
-Then HSIC(K, L) is <Kc, Lc> over the estimator's norm, and all other moments are zero. The centred matrix is never
-stored: whoever reads K takes the shifts off.
+Then HSIC(K, L) is <Kc, Lc> over the estimator's norm, and all other moments are zero. The centred matrix is not
+stored: each kernel that reads K subtracts the shifts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import triton.language as tl
 from .centre import counts
 from .reduce import ROOM_K, ROOM_L, ROWS, SUM_K, SUM_L, arrive, finish, sizes_of, sum_slots
 
-HEIGHT, LENGTH = 8, 256  # of the part of a matrix that a program reads at a time where there is no product
+HEIGHT, LENGTH = 8, 256  # of the tile that a program without matrix products reads at a time
 
 
 @triton.jit
 def store_totals(coefficients, slots, programs, UNBIASED: tl.constexpr):
-    """What the row sums' programs left in slots [2, 3, programs]: the total of K, its trace, the squares of that."""
+    """Stores totals and rooms from slots [2, 3, programs]: sums of K, of its diagonal, of the diagonal's squares."""
     for side in tl.static_range(2):
         own = slots + 3 * side * programs
         tl.store(coefficients + SUM_K + side, sum_slots(own, 0, programs))
@@ -28,13 +28,13 @@ def store_totals(coefficients, slots, programs, UNBIASED: tl.constexpr):
         room *= room
         if UNBIASED:
             room -= sum_slots(own, 2, programs)
-        # The product of two rows is off by eps of their norms' product; over all pairs of rows, squared.
+        # The error of two rows' product is eps times the product of their norms; this is its square over all pairs.
         tl.store(coefficients + ROOM_K + side, room)
 
 
 @triton.jit
 def centring_of(coefficients, UNBIASED: tl.constexpr):
-    """What makes shifts of row sums: s = share * r - correction; the share and the corrections of K and L, fp64."""
+    """The share and the corrections of K and L, fp64, for shifts from row sums: s = share * r - correction."""
     n = tl.load(coefficients + ROWS)
     share, half = 1.0 / n, 0.5 / (n * n)
     if UNBIASED:
@@ -51,7 +51,7 @@ def shifts_of(rows, centring, index, side, n):
 
 @triton.jit
 def mixed_centring_of(coefficients, side, a, b, UNBIASED: tl.constexpr):
-    """The same of a L + b K (``side`` 1: a K + b L): what row sums of either are multiplied by, and the correction."""
+    """The same for a L + b K (``side`` 1: a K + b L): the factors of both matrices' row sums, and the correction."""
     share, k, l = centring_of(coefficients, UNBIASED)
     return share * a, share * b, tl.where(side == 0, l, k) * a + tl.where(side == 0, k, l) * b
 
@@ -69,21 +69,21 @@ def moments_kernel(
     grams,  # fp32 [pairs, 2, n, n]: K and L of each pair
     rows,  # fp64 [pairs, 2, n]: their row sums
     mask,  # bytes [n]: the rows that count
-    slots,  # fp64 [pairs, 3, programs]: for the programs of a pair to meet in
+    slots,  # fp64 [pairs, 3, programs]: partial sums of the programs of a pair
     counters,  # int32 [pairs], zero
     values,  # out, fp32 [pairs]
-    coefficients,  # fp64 [pairs, NUMBERS]: sizes, totals and rooms are there, the others are written
+    coefficients,  # fp64 [pairs, NUMBERS]: sizes, totals and rooms are read, the others are written
     n,
     NUMBERS: tl.constexpr,
     MASKED: tl.constexpr,
     STATISTIC: tl.constexpr,
-    UNBIASED: tl.constexpr,  # the diagonal does not count
+    UNBIASED: tl.constexpr,  # the diagonal is left out
     HEIGHT: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """Grid (blocks of HEIGHT rows, pairs): <Kc,Lc>, <Kc,Kc>, <Lc,Lc>, twice what is above the diagonal, and the end.
+    """Grid (blocks of HEIGHT rows, pairs): <Kc,Lc>, <Kc,Kc>, <Lc,Lc> from upper triangles, value and coefficients.
 
-    Squares are fp64: rows that dominate have products whose squares leave fp32's range.
+    Squares are fp64: the squared products of dominating rows leave fp32's range.
     """
     block, blocks, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     k = grams + 2 * pair.to(tl.int64) * n * n

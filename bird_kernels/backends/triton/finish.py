@@ -1,7 +1,7 @@
-r"""What follows the library's products of shifted operands: centring of the small results, moments, weights.
+r"""Kernels after the library's products of shifted operands: centring of the results, moments, weights of gradients.
 
-Products of features (cross) are centred and squared in fp64: the programs leave their shares of the moments in slots,
-and the last one to arrive combines them (`reduce`). Of Gram matrices the rows are summed here, and `double` goes on.
+Products of features (cross route) are centred and squared in fp64: programs write their parts of the moments to slots,
+and the last one combines them (`reduce`). Of Gram matrices the rows are summed here, and `double` does the rest.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def _column_sums(sums, columns, width, shares):
 
 @triton.jit
 def _sizes(sums, scales, width, shares):
-    """Scales of x and y, and how many rows count: the sum of the ones in the last eight columns; fp64."""
+    """Scales of x and y, and the number of rows that count (the sum of a column of ones), fp64."""
     n = tl.sum(_column_sums(sums, width - 8 + tl.arange(0, 1), width, shares), 0)
     return tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64), n
 
 
 @triton.jit
 def _centred(products, sums, rows, columns, right, height, width, shares, total, n, parts, BLOCK: tl.constexpr):
-    """A tile of the sum of products [parts, height, width], raw and minus (column sums of z)^2 / n; fp64.
+    """A tile of the sum of products [parts, height, width], raw and minus (products of column sums of z) / n; fp64.
 
-    ``right``: which columns of z the tile's columns are.
+    ``right``: the columns of z that correspond to the tile's columns.
     """
     inside = (rows < height)[:, None] & (columns < width)[None, :]
     offsets = rows[:, None].to(tl.int64) * width + columns[None, :]
@@ -68,7 +68,7 @@ def cross_finish_kernel(
     STORE_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (tiles of [C; A], then of B)."""
+    """Grid (tiles of [C; A], then of B): centres the products, and computes the value and the coefficients."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     pa, qa = padded_width(p), padded_width(q)
     width = qa + pa + 8
@@ -119,16 +119,16 @@ def cross_mix_kernel(
     coefficients,  # fp64 [COEFFICIENTS]
     grad,  # 0-d
     w,  # out, [qa + pa + 8, pa] for dX, [.., qa] for dY: d = [z | 1 1 0 ..] w
-    factor,  # out (NEAR), fp32, 0-d: what d is still to be multiplied by
+    factor,  # out (NEAR), fp32, 0-d: by which d must still be multiplied
     p,
     q,
     SIDE: tl.constexpr,  # 0: of x, [2 d_kl C; 4 d_kk A; bias]; 1: of y, [4 d_ll B; 2 d_kl C^T; bias]
     TF32: tl.constexpr,
-    NEAR: tl.constexpr,  # fp16: w is brought near 1
+    NEAR: tl.constexpr,  # fp16: w is scaled near 1
     HEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (blocks of columns of w). The bias is minus the means times w, in two numbers of w's dtype."""
+    """Grid (blocks of columns of w). The bias is minus the means times w, as a sum of two numbers of w's dtype."""
     pa, qa = padded_width(p), padded_width(q)
     outer, cross, own = weights_of(coefficients, SIDE, tl.sqrt(tl.load(coefficients + KL)) / 16.0, grad)
     if NEAR:
@@ -166,7 +166,7 @@ def gram_rows_kernel(
     sums,  # fp32 [shares, qa + pa + 8]
     scales,  # fp32 [2]
     rows,  # out, fp64 [2, n]: row sums of K and L, UNBIASED without the diagonals
-    slots,  # fp64 [2, 3, blocks]: for the programs to meet in
+    slots,  # fp64 [2, 3, blocks]: partial sums of the programs
     counters,  # int32 [1], 0 before and after
     coefficients,  # out, fp64 [COEFFICIENTS]: sizes, totals and rooms
     n,
@@ -179,7 +179,7 @@ def gram_rows_kernel(
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (blocks of rows of K, of L; blocks of columns of z, whose means with a minus become row n)."""
+    """Grid (blocks of rows of K, of L; blocks of columns of z): row sums, and minus the means of z as its row n."""
     program, blocks = tl.program_id(0), tl.cdiv(n, HEIGHT)
     pa, qa = padded_width(p), padded_width(q)
     if program < 2 * blocks:
@@ -220,18 +220,18 @@ def gram_mix_kernel(
     rows,  # fp64 [2, n]
     coefficients,  # fp64 [COEFFICIENTS]
     grad,  # 0-d
-    m,  # out, [n, n + 1 or more]: column n is the sum of a row, the last ones are zero: d = m z
-    factor,  # out (NEAR), fp32, 0-d: what d is still to be multiplied by
+    m,  # out, [n, n + 1 or more]: column n is the row sum, further columns are zero: d = m z
+    factor,  # out (NEAR), fp32, 0-d: by which d must still be multiplied
     n,
     SIDE: tl.constexpr,  # 0: for dX; 1: for dY
     UNBIASED: tl.constexpr,
     MASKED: tl.constexpr,
     TF32: tl.constexpr,
-    NEAR: tl.constexpr,  # fp16: m is brought near 1
+    NEAR: tl.constexpr,  # fp16: m is scaled near 1
     HEIGHT: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """Grid (blocks of rows)."""
+    """Grid (blocks of rows): the matrix m by which z is multiplied for a gradient."""
     pitch = padded_width(n + 1)
     size = tl.sqrt(tl.load(coefficients + KK + 1 - SIDE) / tl.load(coefficients + ROWS))
     outer, a, b = weights_of(coefficients, SIDE, size, grad)

@@ -1,8 +1,8 @@
 r"""Gaussian kernels: distances by tiles, K and L, their moments, and dX = (2 / sigma^2) (W - diag(W 1)) X.
 
-The mathematics is that of `library_rbf`. Up to `plan.KEPT` only: K and L stay in memory, both halves of both. A matrix
-holds squared distances first and then, in the same place, K - c with c = exp(-t) a typical entry. Five launches and one
-for the backward; between distances and kernels, library operations find the bandwidth.
+The mathematics is in `library_rbf`. For up to `plan.KEPT` rows only, since K and L are kept in memory as full matrices.
+A matrix holds squared distances at first and then, in place, K - c, where c = exp(-t) is a typical entry. Five launches
+forward and one backward; between distances and kernels, library operations compute the bandwidth.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from .shift import Shift, padded_width
 __all__ = ["backward", "forward", "stash_shapes"]
 
 EPS = tl.constexpr(2.0**-23)
-# Behind the common coefficients, by side: f of scaled features, c, the features' scale, the largest K off the diagonal.
+# After the common coefficients, per side: f for scaled features, c, the features' scale, the largest off-diagonal K.
 FACTOR, LEVEL, SCALE, PEAK, SIDE = (tl.constexpr(i) for i in range(5))
 NUMBERS = COEFFICIENTS.value + 2 * SIDE.value
 
 
 @triton.jit
 def distances_kernel(
-    zx,  # [n, pa], of `shift.shift_kernel`
+    zx,  # [n, pa], from `shift.shift_kernel`
     zy,  # [n, qa]
     norms,  # fp32 [2, n]: of their rows, squared
     grams,  # out, fp32 [2, n, n]: squared distances, diagonal 0
     n,
     p,
     q,
-    SAME: tl.constexpr,  # distances up to so many units in the last place of the norms are rounding, and zero
+    SAME: tl.constexpr,  # squared distances up to this many eps of the norms are rounding errors and set to zero
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Grid (upper tiles, sides): a tile and its mirror image."""
+    """Grid (upper tiles, sides): a tile of squared distances and its mirror image."""
     tile, side = tl.program_id(0), tl.program_id(1)
     row_tile, column_tile = upper_tile(tile, tl.cdiv(n, BLOCK))
     rows, others = row_tile * BLOCK + tl.arange(0, BLOCK), column_tile * BLOCK + tl.arange(0, BLOCK)
@@ -86,13 +86,13 @@ def expm1(x):
 
 @triton.jit
 def kernels_kernel(
-    grams,  # fp32 [2, n, n]: from squared distances to K - c and L - c; UNBIASED with diagonal 0
+    grams,  # fp32 [2, n, n]: in, squared distances; out, K - c and L - c, UNBIASED with diagonal 0
     bandwidths,  # fp64 [2, 3]: f, t and c of each side
     scales,  # fp32 [2]: of the features
     mask,  # bytes [n]
     rows,  # out, fp64 [2, n]: row sums
-    slots,  # fp64 [2, blocks]: shares of the totals, for the last program
-    tops,  # fp32 [2, blocks]: the largest entries of K off the diagonal, for the last program
+    slots,  # fp64 [2, blocks]: parts of the totals, read by the last program
+    tops,  # fp32 [2, blocks]: the largest off-diagonal entries of K, read by the last program
     counters,  # int32 [1], 0 before and after
     coefficients,  # out, fp64 [NUMBERS]
     n,
@@ -101,7 +101,7 @@ def kernels_kernel(
     HEIGHT: tl.constexpr,
     LENGTH: tl.constexpr,
 ):
-    """Grid (blocks of HEIGHT rows, sides)."""
+    """Grid (blocks of HEIGHT rows, sides): kernels from distances, their row sums, and coefficients."""
     block, blocks, side = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     i = block * HEIGHT + tl.arange(0, HEIGHT)
     counted_i = counts(mask, i, n, MASKED)
@@ -130,11 +130,11 @@ def kernels_kernel(
     if arrive(counters, 2 * blocks):
         tl.store(counters, 0)
         count = rows_counted(mask, n, MASKED, WIDTH)
-        store_sizes(coefficients, (1.0, 1.0, count))  # a kernel has no scale
+        store_sizes(coefficients, (1.0, 1.0, count))  # Gaussian kernels are not scaled
         for each in tl.static_range(2):
             f, t = tl.load(bandwidths + each * 3 + 0), tl.load(bandwidths + each * 3 + 1)
             c = tl.load(bandwidths + each * 3 + 2)
-            room = c * t * count  # entries may differ by no more than their rounding, which is that of t
+            room = c * t * count  # the rounding error of an entry is c times that of t
             tl.store(coefficients + ROOM_K + each, room * room)
             tl.store(coefficients + SUM_K + each, sum_slots(slots, each, blocks))
             own = coefficients + COEFFICIENTS + each * SIDE
@@ -165,11 +165,11 @@ def rbf_backward_kernel(
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Grid (column tiles of dX, then of dY, of those that are wanted; row tiles).
+    """Grid (column tiles of dX, then of dY, if wanted; row tiles).
 
-    A tile of dX is sum_j W_ij (x_j - x_i), W = (d_kl Lc + 2 d_kk Kc) o K off the diagonal. W is formed in fp32, where
-    it cancels as CKA -> 1, and brought near 1 before it is rounded: Lc to the size of n Lc/|L|, K to at most 1. Its row
-    sums are those of the rounded entries, so equal rows pull nowhere.
+    A tile of dX is sum_j W_ij (x_j - x_i), W = (d_kl Lc + 2 d_kk Kc) o K off the diagonal. W is computed in fp32, since
+    it cancels as CKA -> 1, and scaled near 1 before it is rounded: Lc to n Lc/|L|, K to at most 1. Its row sums are
+    those of the rounded entries, so that equal rows contribute exactly zero.
     """
     block, blocks_x = tl.program_id(0), tl.cdiv(p, BLOCK) if OF_X else 0
     of_x = block < blocks_x
@@ -243,7 +243,7 @@ def backward(
 
 
 class _Gaussian:
-    """Locations, shifted features and distances; the library's bandwidth; kernels, moments; the backward."""
+    """The launches of a problem: shift, distances, kernels and moments of a forward, and one for the backward."""
 
     def __init__(self, problem: Problem, precision: str) -> None:
         n, p, q = problem.n, problem.p, problem.q
@@ -256,7 +256,7 @@ class _Gaussian:
             HEIGHT=double.HEIGHT, LENGTH=double.LENGTH,
         )  # fmt: skip
         multiply = many_steps(problem, precision)
-        self.shifted = Shift(problem, n, precision, always=True, cross=False)  # the norms are taken of what is left
+        self.shifted = Shift(problem, n, precision, always=True, cross=False)  # distances need small norms
         self.distances = Launch(distances_kernel, (tiles * (tiles + 1) // 2, 2), decided, **multiply)
         self.kernels = Launch(kernels_kernel, (self.blocks, 2), decided)
         self.moments = Launch(moments_kernel, (self.blocks, 1), decided)
@@ -285,7 +285,7 @@ class _Gaussian:
         return memory["values"], stash
 
     def backward(self, grad: Tensor, mask: Tensor | None, stash: Stash) -> tuple[Tensor, Tensor]:
-        """dX and dY times ``grad``; an unwanted one is empty."""
+        """dX [n, p] and dY [n, q] times ``grad``; an unwanted one is empty."""
         wanted = self.problem.x_grad, self.problem.y_grad
         n, p, q = self.problem.n, self.problem.p, self.problem.q
         dx, dy = (stash.xs.new_empty((n, d) if w else (0,)) for d, w in zip((p, q), wanted, strict=True))
@@ -297,12 +297,12 @@ class _Gaussian:
 
 
 def _named(stash: Stash) -> dict[str, Tensor]:
-    """What the kernels call the parts of a stash."""
+    """The tensors of a stash by the kernels' parameter names."""
     return dict(zx=stash.xs, zy=stash.ys, grams=stash.xx, rows=stash.rows, coefficients=stash.coefficients)
 
 
 class _Whole(Strips):
-    """Squared distances that a kernel has left in ``matrix`` [n, n], upper strip by upper strip."""
+    """`Strips` over squared distances that are in memory already, ``matrix`` [n, n]; upper strips are views of it."""
 
     def __init__(self, matrix: Tensor, norms: Tensor, mask: Tensor | None, problem: Problem) -> None:
         n, rows = problem.n, plan.strip_rows(problem)

@@ -1,8 +1,8 @@
-"""A kernel launch whose cost to the host is the launch.
+"""Kernel launches with little host overhead: the compiled kernel is cached.
 
-Triton finds the compiled kernel by everything that it specialises on, argument by argument, at every launch: 17 to 28
-us of Python for these kernels, where a launch of what was found takes 4 (on a CPU at 2 GHz, with a driver that does
-nothing). All of that is decided by the problem and by a few facts of the tensors, so it is found once and kept.
+At every launch Triton looks the compiled kernel up by all properties of the arguments that it specialises on: 17 to 28
+us of Python for these kernels, where launching a known compiled kernel takes 4 (on a CPU at 2 GHz, with a driver that
+does nothing). The problem and a few facts of the tensors determine these properties, so the look-up is cached by them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Known: TypeAlias = Hashable  # None: nothing is known
 
 
 class Launch:
-    """A kernel with what a problem decides of its launch: grid, sizes and constants, warps and stages.
+    """A kernel with the grid, sizes, constants, warps and stages that a problem determines.
 
-    A kernel's parameters are given by their names: those that ``decided`` has are the last ones of its signature, and
-    the others come from ``memory`` at the launch.
+    Parameters are given by name: those in ``decided`` must be the last ones of the kernel's signature; the others are
+    taken from ``memory`` at the launch. Raises a ValueError if they are not the last ones.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], decided: Mapping[str, Any], **options: int) -> None:
@@ -40,10 +40,10 @@ class Launch:
         self._compiled: dict[Hashable, Any] = {}
 
     def __call__(self, known: Known, memory: Mapping[str, Any]) -> None:
-        """Launches with what the kernel names of ``memory``.
+        """Launch with the arguments that the kernel takes from ``memory``.
 
-        ``known`` stands for what the compiler may know of it beyond the problem: two launches with one ``known``
-        must agree in dtypes, strides and alignment. None: nothing is known, Triton has to look.
+        ``known`` is the key of the cache for all that the compiler specialises on beyond the problem: launches with
+        equal ``known`` must agree in dtypes, strides and alignment. None: not cached, Triton looks the kernel up.
         """
         launch = self._compiled.get(known)
         if launch is not None:
@@ -55,7 +55,7 @@ class Launch:
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether all of them begin at a multiple of 16 bytes, as Triton asks."""
+    """Whether all of them begin at a multiple of 16 bytes, on which Triton specialises."""
     addresses = 0
     for tensor in tensors:
         addresses |= tensor.data_ptr()
@@ -63,7 +63,7 @@ def aligned(*tensors: Tensor) -> bool:
 
 
 def precision_of(problem: Problem) -> str:
-    """How fp32 tiles are multiplied: by PyTorch's own switch, where the call does not say; "ieee" of half precision."""
+    """The precision of fp32 products: the call's, else PyTorch's setting; "ieee" for half-precision features."""
     if problem.dtype.itemsize == 2:
         return "ieee"
     if problem.precision is not None:
@@ -72,7 +72,7 @@ def precision_of(problem: Problem) -> str:
 
 
 def many_steps(problem: Problem, precision: str) -> dict[str, int]:
-    """Warps and stages of the kernels that multiply: no spills but those in docs/explain/kernels.md."""
+    """Warps and stages of kernels with matrix products; they avoid spills except those in docs/explain/kernels.md."""
     single = problem.dtype == torch.float32
     old = capability(problem.device) < (9, 0)
     exact = single and precision != "tf32"
@@ -80,9 +80,9 @@ def many_steps(problem: Problem, precision: str) -> dict[str, int]:
 
 
 def few_steps(problem: Problem) -> dict[str, int]:
-    """The same for programs that multiply few steps of features, which are not worth pipelining.
+    """The same for programs with few steps along the features, too few for pipelining.
 
-    With one stage, masked bf16 spills 24 bytes on sm_80.
+    With one stage, masked bf16 would spill 24 bytes on sm_80.
     """
     half = problem.dtype.itemsize == 2
     return dict(num_warps=4, num_stages=2 if half and capability(problem.device) < (9, 0) else 1)
@@ -94,10 +94,10 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """A context in which x's device is the current one, on which Triton launches."""
     return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
 
 
 def as_bytes(mask: Tensor) -> Tensor:
-    """The mask as the kernels read it."""
+    """The bool mask as contiguous bytes, as the kernels read it."""
     return mask.contiguous().view(torch.uint8)

@@ -1,10 +1,10 @@
 r"""The end of a forward: fixed-order sums of the programs' slots, and `moments.combine` as a device function.
 
-Every program writes its share of the moments to its own fp64 slot and then counts itself in. The one that arrives last
-sums all slots in their order (bitwise repeatable, no float atomics), combines them and stores the value and the
+Every program writes its part of the moments to its own fp64 slot and then increments a counter. The last one sums all
+slots in order (bitwise repeatable, no float atomics), combines them and stores the value and the
 coefficients. That costs one counter instead of a dozen launches of scalar operations.
 
-Moments here are those of matrices that are centred: <Kc,Lc>, <Kc,Kc> and <Lc,Lc>, of either estimator.
+Moments here are those of centred matrices: <Kc,Lc>, <Kc,Kc> and <Lc,Lc>, of either estimator.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import triton.language as tl
 from ...moments import ROUNDING, Coefficients
 
 WIDTH = tl.constexpr(256)
-# Places in a vector of coefficients, the last two for what a kernel that sums rows leaves to the one that centres.
+# Indices into a vector of coefficients; the last two are written by a kernel that sums rows and read in `finish`.
 NAMES = (*Coefficients._fields, "room_k", "room_l")
 D_KL, D_KK, D_LL, KL, KK, LL, SUM_K, SUM_L, SCALE_X, SCALE_Y, ROWS, ROOM_K, ROOM_L = (
     tl.constexpr(NAMES.index(name))
     for name in ("d_kl", "d_kk", "d_ll", "kl", "kk", "ll", "sum_k", "sum_l", "scale_x", "scale_y", "n", *NAMES[-2:])
 )
 COEFFICIENTS = tl.constexpr(len(NAMES))
-NOISE = tl.constexpr((ROUNDING * 2.0**-23) ** 2)  # of a self-HSIC, beside the squares of what it was made of
+NOISE = tl.constexpr((ROUNDING * 2.0**-23) ** 2)  # rounding errors of a self-HSIC relative to its room, see `finish`
 
 
 @triton.jit
 def combine_centred(kl, kk, ll, n, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr):
-    """`moments.combine` of centred matrices in fp64; the two are held equal by a test. Returns value, d_kl, d_kk, d_ll.
+    """`moments.combine` of centred matrices in fp64; a test holds the two equal. Returns value, d_kl, d_kk, d_ll.
 
-    A side without variance has a self-product of exactly zero: whoever calls clears what is no more than noise.
+    A side without variance must have kk or ll of exactly zero: callers set values that are rounding errors to zero.
     """
     enough = n >= (4.0 if UNBIASED else 2.0)
     valid = tl.where(enough, 1.0, float("nan")).to(tl.float64)
@@ -60,15 +60,15 @@ def sum_slots(slots, index, count):
     total = tl.zeros([WIDTH], tl.float64)
     for start in range(0, count, WIDTH):
         places = start + tl.arange(0, WIDTH)
-        # .cg: other programs wrote these a moment ago, and L1 is not coherent.
+        # .cg bypasses L1, which is not coherent: other programs wrote these slots in this launch.
         total += tl.load(slots + index * count + places, mask=places < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
 
 
 @triton.jit
 def arrive(counter, programs):
-    """True in the one program that comes last, after which every other program's stores are visible."""
-    tl.debug_barrier()  # all threads of this program have stored before one of them counts it in
+    """True in the last program to call it, in which the stores of all other programs are visible."""
+    tl.debug_barrier()  # all threads of this program have stored before one of them increments the counter
     arrived = tl.atomic_add(counter, 1, sem="acq_rel")
     tl.debug_barrier()
     return arrived == programs - 1
@@ -76,16 +76,16 @@ def arrive(counter, programs):
 
 @triton.jit
 def finish(
-    slots,  # fp64 [3, programs]: shares of kl, kk and ll
+    slots,  # fp64 [3, programs]: parts of kl, kk and ll
     programs,
     coefficients,  # out, fp64 [COEFFICIENTS]
     value,  # out, fp32, 0-d
     sizes,  # scales of x and of y and the number of rows, as `sizes_of`
-    rooms,  # of K and L, the squares that centring took kk and ll from: a self-product that is rounding of them is zero
+    rooms,  # of K and L: the squares before centring; kk or ll within their rounding error is set to zero
     STATISTIC: tl.constexpr,
     UNBIASED: tl.constexpr,
 ):
-    """Adds up the moments, and stores the value and the coefficients that `store_sizes` leaves."""
+    """Sums the moments, and stores the value and all coefficients that `store_sizes` does not store."""
     kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
     kk = tl.where(kk <= rooms[0] * NOISE, 0.0, kk)
     ll = tl.where(ll <= rooms[1] * NOISE, 0.0, ll)
@@ -105,7 +105,7 @@ def finish(
 
 @triton.jit
 def store_sizes(coefficients, sizes):
-    """What is known before the moments are: scales of x and of y and the number of rows, fp64."""
+    """Stores the scales of x and of y and the number of rows, fp64."""
     tl.store(coefficients + SCALE_X, sizes[0])
     tl.store(coefficients + SCALE_Y, sizes[1])
     tl.store(coefficients + ROWS, sizes[2])
@@ -130,8 +130,8 @@ def sizes_of(coefficients):
 def weights_of(coefficients, side, size, grad):
     """d, a and b of d (a Lc + b Kc), twice ``grad`` times the value's derivative with respect to K (``side`` 1: to L).
 
-    a Lc is of the size |Lc| / ``size``, so that its entries can be rounded to a dtype of short range; d, fp64, has the
-    scale of the features; a and b are fp32.
+    The norm of a Lc is |Lc| / ``size``, so that its entries can be rounded to a dtype of small range; d, fp64, includes
+    the features' scale; a and b are fp32.
     """
     inner = tl.load(coefficients + D_KL) * size
     dead = inner == 0.0
@@ -146,7 +146,7 @@ def upper_tile(index, tiles):
     width = 2 * tiles + 1
     guess = (width.to(tl.float32) - tl.sqrt((width * width - 8 * index).to(tl.float32))) * 0.5
     row = guess.to(tl.int32)
-    # fp32 is exact up to 2,000 tiles; the guess is off by one at the most beyond.
+    # In fp32 the guess is exact up to 2,000 tiles, and beyond off by one at most.
     row = tl.where((row + 1) * tiles - (row + 1) * row // 2 <= index, row + 1, row)
     row = tl.where(row * tiles - row * (row - 1) // 2 > index, row - 1, row)
     return row, row + index - (row * tiles - row * (row - 1) // 2)

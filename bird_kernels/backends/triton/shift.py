@@ -1,13 +1,13 @@
 r"""Shifted operands: z = (x - s) u in the features' own dtype, and the sums of its columns.
 
-The shift s of a column is its location, a number of that dtype; u is a power of two for a whole side. The subtraction
-is exact, or as good as exact, so that products of z lose nothing to the mean, and what is left of the mean is taken off
-their results. In half precision a column whose location is within six spreads keeps it: entries much smaller than the
-shift lose bits to it. (Above five, entries within three spreads of the location lose none.)
+The shift s of a column is its location (a robust mean) in that dtype; u is one power of two per side. The subtraction
+is exact or nearly so, products of z are accurate whatever the mean, and the remaining mean is subtracted from their
+results. In half precision a column is not shifted if its location is within six standard deviations of 0: entries much
+smaller than the shift would lose bits. (Above five, entries within three of the location lose none.)
 
-Location and spread are medians of the means of 16 groups of up to 1,024 rows in all, so that a few rows that dominate
-move neither. The rows are one of every ``every``, at another place in each stretch: sorted and drifting batches are
-seen whole, and no period of the batch meets the sample's own. Those that count are dealt to the groups in turn.
+Location and spread are medians of the means of 16 groups of up to 1,024 sampled rows in all, so that a few dominating
+rows change neither. One row is sampled of each block of ``every`` rows, at a pseudo-random place: the sample covers
+sorted and drifting batches, and periodic ones do not alias. Rows that count are assigned to the groups in turn.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .centre import counts, dealt, largest_of, median_of_means
 from .launch import Known, Launch, aligned, as_bytes
 from .reduce import WIDTH
 
-SAMPLE = 1024  # rows that location and spread are judged by
-LOCATED, SHIFTED = 32, 64  # columns of a program that judges and of one that shifts, which takes as many rows at a time
-SHARES = 64  # programs at the most that share a column's rows
+SAMPLE = 1024  # rows from which location and spread are estimated
+LOCATED, SHIFTED = 32, 64  # columns per program of `locate_kernel`, and of `shift_kernel` (also its rows at a time)
+SHARES = 64  # the most programs among which the rows of a column are divided
 GROUPS = tl.constexpr(16)  # of the sampled rows that count
 SLOTS = tl.constexpr(64)  # sampled rows that are loaded together
 
 
 @triton.jit
 def _tile(x, rows, columns, counted, d, row, column):
-    """x[rows, columns], fp32, of rows ``row`` apart and columns ``column``; zero outside and where not ``counted``."""
+    """x[rows, columns], fp32, with strides ``row`` and ``column``; zero outside and in rows not ``counted``."""
     offsets = rows.to(tl.int64)[:, None] * row + columns.to(tl.int64)[None, :] * column
     return tl.load(x + offsets, mask=counted[:, None] & (columns < d)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def padded_width(d):
-    """The width of z for d columns, a multiple of 8, as the compiler sees."""
+    """d rounded up to a multiple of 8, in a form from which the compiler infers divisibility."""
     return (d + 7) // 8 * 8
 
 
@@ -53,16 +53,16 @@ def locate_kernel(
     strides,  # of x, then of y: between rows, between columns
     shifts,  # out, fp32 [qa + pa]: of the columns of y, then of x
     peaks,  # out, fp32 [programs]: the largest sampled |x - s| of each block of columns
-    counters,  # out, int32 [1]: cleared for the kernels that follow
+    counters,  # out, int32 [1]: set to zero for later kernels
     n,
     p,
     q,
-    every,  # one row of so many is sampled
+    every,  # one row of this many is sampled
     MASKED: tl.constexpr,
-    ALWAYS: tl.constexpr,  # every column is shifted
-    LOCATED: tl.constexpr,  # columns of a program
+    ALWAYS: tl.constexpr,  # whether all columns are shifted
+    LOCATED: tl.constexpr,  # columns per program
 ):
-    """Grid (blocks of columns of y, then of x): location and then spread, in two passes over the sample."""
+    """Grid (blocks of columns of y, then of x): location and spread, in two passes over the sample."""
     block, blocks_y = tl.program_id(0), tl.cdiv(q, LOCATED)
     if block == 0:
         tl.store(counters, 0)
@@ -84,7 +84,7 @@ def locate_kernel(
     for first in range(0, samples, SLOTS):
         rows, counted, before = dealt(mask, first, before, every, samples, n, MASKED, SLOTS)
         tile = _tile(x, rows, columns, counted, d, row, column)
-        away = tl.where(counted[:, None], tl.abs(tile - location[None, :]), 0.0)  # 0 in columns from d on
+        away = tl.where(counted[:, None], tl.abs(tile - location[None, :]), 0.0)  # 0 in padding columns
         sums += away
         largest = tl.maximum(largest, away)
     shift = location.to(x.dtype.element_ty).to(tl.float32)
@@ -97,7 +97,7 @@ def locate_kernel(
 
 @triton.jit
 def rounded(x, like, TF32: tl.constexpr):
-    """fp32 as a product will see it: in the dtype of ``like``, or with tf32's ten bits; NaN stays NaN."""
+    """fp32 rounded as matrix products do: to the dtype of ``like``, or to tf32's ten bits; NaN stays NaN."""
     if TF32:
         bits = x.to(tl.int32, bitcast=True)
         return tl.where(x == x, ((bits + 4095 + ((bits >> 13) & 1)) & -8192).to(tl.float32, bitcast=True), x)
@@ -107,10 +107,10 @@ def rounded(x, like, TF32: tl.constexpr):
 
 @triton.jit
 def _scale(peaks, count, WIDTH: tl.constexpr):
-    """2^k that brings the peak into 1/4..16, the nearest; finite for Inf and NaN, 1 if all that was sampled is alike.
+    """2^k nearest to 1 that brings the peak into [1/4, 16); finite for Inf and NaN, 1 for a peak of 0.
 
-    fp16 then has room for rows that the sample missed, 100,000 times as large, keeps all its bits for entries a
-    100,000th of a large peak, and a gradient's weights for both sides are of similar size.
+    Then rows that the sample missed fit into fp16 up to thousands of times the peak, entries of a 100,000th of a
+    large peak keep all bits, and the weights of a gradient are of similar size for both sides.
     """
     largest = largest_of(peaks, 0, count, WIDTH)
     exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
@@ -136,15 +136,15 @@ def shift_kernel(
     p,
     q,
     length,  # rows of z, n or more
-    share,  # of these, of a program
+    share,  # rows per program
     MASKED: tl.constexpr,
     CROSS: tl.constexpr,  # z is [zy | zx | ones]
     TF32: tl.constexpr,
     LOCATED: tl.constexpr,
-    SHIFTED: tl.constexpr,  # columns of a program, and rows that it takes at a time
+    SHIFTED: tl.constexpr,  # columns per program, and rows that it processes at a time
     WIDTH: tl.constexpr,  # peaks that are read together
 ):
-    """Grid (blocks of columns of y, of x, and one for the ones; shares of the rows). Other rows and columns are 0."""
+    """Grid (blocks of columns of y, of x, and one for the ones; shares of the rows). Padding and masked rows are 0."""
     block, part = tl.program_id(0), tl.program_id(1)
     pa, qa = padded_width(p), padded_width(q)
     blocks_y, peaks_y = tl.cdiv(qa, SHIFTED), tl.cdiv(q, LOCATED)
@@ -185,7 +185,7 @@ def shift_kernel(
 
 
 class Shift:
-    """Both launches, for z of ``length`` rows; what they read and write is named as their parameters are."""
+    """The launches of `locate_kernel` and `shift_kernel`, for z of ``length`` rows."""
 
     def __init__(self, problem: Problem, length: int, precision: str, *, always: bool, cross: bool) -> None:
         n, p, q = problem.n, problem.p, problem.q
@@ -203,10 +203,10 @@ class Shift:
         self.shift = Launch(shift_kernel, (columns + 1, self.shares), decided, num_warps=8)
 
     def __call__(self, x: Tensor, y: Tensor, mask: Tensor | None, **z: Tensor) -> tuple[Known, dict[str, Any]]:
-        """Writes ``zx``, ``zy`` and ``ones``; what launches may know of x, y and mask, and what was read or made."""
+        """Write ``zx``, ``zy`` and ``ones``; returns the `Known` of later launches, and all tensors by parameter."""
         memory: dict[str, Any] = {name: x.new_empty(size, dtype=torch.float32) for name, size in self.sizes.items()}
         memory |= dict(x=x, y=y, strides=(*x.stride(), *y.stride()), counters=x.new_empty(1, dtype=torch.int32), **z)
-        memory["mask"] = bytes_ = memory["counters"] if mask is None else as_bytes(mask)  # without one, any pointer
+        memory["mask"] = bytes_ = memory["counters"] if mask is None else as_bytes(mask)  # None: any valid pointer
         known = memory["strides"] if aligned(x, y, bytes_) else None
         self.locate(known, memory)
         self.shift(known, memory)

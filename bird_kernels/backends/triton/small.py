@@ -1,14 +1,14 @@
 r"""Launch-bound problems: up to `plan.FEW_ROWS` rows, K = X X^T and L = Y Y^T, for any number of pairs at once.
 
-Forward: `partials_kernel` shifts a share of some side's columns and multiplies it into a part of a tile of its Gram
-matrix; `reduce_kernel` adds the parts in order. Biased, the columns were centred by their means, so these matrices are
-centred and the last program to arrive combines their moments. Unbiased, the columns are shifted by a location that rows
-that dominate do not move, the diagonals are zeroed, and `double.moments_kernel` centres what is left: a mean would have
-spread such a row over all others. Backward: one launch.
+Forward: `partials_kernel` shifts a range (split) of a side's columns and multiplies it to a part of a tile of the Gram
+matrix; `reduce_kernel` adds the parts in order. Biased, the columns are centred by their means, so the matrices are
+centred and the last program combines their moments. Unbiased, the columns are shifted by a location that dominating
+rows do not move (a mean would add such a row to all others), the diagonals are zeroed, and `double.moments_kernel`
+centres the matrices. Backward: one launch.
 
-One pair is a list of one. Addresses come as tuples of arguments and widths as constants, so a program finds its side (x
-and y of the first pair, of the second, ...) by a row of selects, nothing is copied to the device, and a CUDA graph
-keeps it all. The rows, dtype, mask and estimator are those of all pairs.
+One pair is a list of one. Pointers are passed as tuples of arguments and widths as constants, so a program selects its
+side (x and y of the first pair, of the second, ...) by a chain of selects, nothing is copied to the device, and CUDA
+graphs can capture the call. All pairs have the same rows, dtype, mask and estimator.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from .reduce import (
     weights_of,
 )
 
-REDUCED = 8  # rows of a tile that one program adds up: 16 bytes of a part for each thread
-UNROLL = tl.constexpr(8)  # parts that are under way at once
+REDUCED = 8  # rows of a tile per program of `reduce_kernel`: 16 bytes of a part for each thread
+UNROLL = tl.constexpr(8)  # parts that are loaded at once
 
 
 @triton.jit
 def partials_kernel(
     sides,  # x and y of the first pair, of the second, ...: [n, d] each, dense
     mask,  # bytes [n]
-    locations,  # out, fp32 [2, d] of each side, one after the other
+    locations,  # out, fp32 [2, d] of each side, concatenated
     peaks,  # out, fp32 [splits]: the largest shifted entry of each
-    partials,  # out, fp32 [splits, upper tiles, BLOCK, BLOCK], in the scale of the split
-    counters,  # out, int32 [pairs]: cleared for the next kernel
+    partials,  # out, fp32 [splits, upper tiles, BLOCK, BLOCK], times the square of the split's scale
+    counters,  # out, int32 [pairs]: set to zero for the next kernel
     n,
     WIDTHS: tl.constexpr,  # d of each side
     SIDES: tl.constexpr,
@@ -66,7 +66,7 @@ def partials_kernel(
 ):
     """Grid (upper tiles, splits of all sides): a split's part of a tile.
 
-    Every tile's program of a split finds, and stores, the same locations and the same peak.
+    All programs of a split compute, and store, the same locations and the same peak.
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     x, d, side, first, location = sides[0], WIDTHS[0], 0, 0, 0
@@ -109,13 +109,13 @@ def partials_kernel(
 
 @triton.jit
 def _sum_parts(partials, peaks, scale, begin, end, tile, upper, inner, BLOCK: tl.constexpr, HEIGHT: tl.constexpr):
-    """The parts begin..end of a strip of a tile, added in order and in one scale."""
+    """The sum of parts[begin:end] of a strip of a tile, in order and in a common scale."""
     total = tl.zeros([HEIGHT, BLOCK], tl.float32)
     exponent = scale.to(tl.int32, bitcast=True) >> 23
     for split in tl.range(begin, end, loop_unroll_factor=UNROLL):
         part = tl.load(partials + (split * upper + tile).to(tl.int64) * (BLOCK * BLOCK) + inner)
         own = scale_of(tl.load(peaks + split)).to(tl.int32, bitcast=True) >> 23
-        # The square of the ratio of the scales, a power of two and 1 at the most: nothing is rounded.
+        # The factor is the squared ratio of the scales, a power of two of at most 1: the product is exact.
         total += part * ((127 + tl.maximum(2 * (exponent - own), -126)) << 23).to(tl.float32, bitcast=True)
     return total
 
@@ -126,11 +126,11 @@ def reduce_kernel(
     partials,  # fp32 [splits, upper tiles, BLOCK, BLOCK]
     mask,  # bytes [n]
     grams,  # out, fp32 [pairs, 2, n, n]: K and L, with diagonal 0 if UNBIASED
-    sums,  # fp64 [pairs, 2, tiles, n] (unbiased): row sums of each tile, for the last program
+    sums,  # fp64 [pairs, 2, tiles, n] (unbiased): row sums of each tile, read by the last program
     rows,  # out, fp64 [pairs, 2, n] (unbiased): row sums
-    slots,  # fp64 [pairs, 3 or, unbiased, 6, programs]: for the programs of a pair to meet in
+    slots,  # fp64 [pairs, 3 or, unbiased, 6, programs]: partial sums of the programs of a pair
     counters,  # int32 [pairs]
-    values,  # out, fp32 [pairs]; unbiased, the next kernel's
+    values,  # out, fp32 [pairs]; unbiased, the next kernel writes them
     coefficients,  # out, fp64 [pairs, COEFFICIENTS]
     n,
     WIDTHS: tl.constexpr,
@@ -140,9 +140,9 @@ def reduce_kernel(
     STATISTIC: tl.constexpr,
     UNBIASED: tl.constexpr,
     BLOCK: tl.constexpr,
-    REDUCED: tl.constexpr,  # rows of a program
+    REDUCED: tl.constexpr,  # rows per program
 ):
-    """Grid (blocks of REDUCED rows, tiles, pairs): adds the parts of some rows of a tile of K and of L."""
+    """Grid (blocks of REDUCED rows, tiles, pairs): sums the parts of REDUCED rows of a tile of K and of L."""
     strip, column_tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     tiles = tl.num_programs(1)
     programs = tl.num_programs(0) * tiles
@@ -161,7 +161,7 @@ def reduce_kernel(
     low, high = tl.minimum(row_tile, column_tile), tl.maximum(row_tile, column_tile)
     tile, upper = low * tiles - low * (low + 1) // 2 + high, tiles * (tiles + 1) // 2
     own, other = (i % BLOCK)[:, None], (j % BLOCK)[None, :]
-    inner = tl.where(row_tile <= column_tile, own * BLOCK + other, other * BLOCK + own)  # below: the mirror image
+    inner = tl.where(row_tile <= column_tile, own * BLOCK + other, other * BLOCK + own)  # below: transposed
     scale_x = scale_of(largest_of(peaks, first, middle, WIDTH))
     scale_y = scale_of(largest_of(peaks, middle, last, WIDTH))
     k_tile = _sum_parts(partials, peaks, scale_x, first, middle, tile, upper, inner, BLOCK, REDUCED)
@@ -182,7 +182,7 @@ def reduce_kernel(
             tl.store(own + (3 * side + 1) * programs, tl.sum(squares, 0))
             tl.store(own + (3 * side + 2) * programs, tl.sum(squares * squares, 0))
         k_tile, l_tile = tl.where(diagonal, 0.0, k_tile), tl.where(diagonal, 0.0, l_tile)
-    else:  # fp32 inside a strip, since nothing overflows in these scales
+    else:  # fp32 within a strip: scaled entries do not overflow
         tl.store(own + 0 * programs, tl.sum(tl.sum(k_tile * l_tile, 1), 0).to(tl.float64))
         tl.store(own + 1 * programs, tl.sum(tl.sum(k_tile * k_tile, 1), 0).to(tl.float64))
         tl.store(own + 2 * programs, tl.sum(tl.sum(l_tile * l_tile, 1), 0).to(tl.float64))
@@ -214,20 +214,20 @@ def reduce_kernel(
 
 @triton.jit
 def backward_kernel(
-    wanted,  # the sides that want a gradient: [n, d] each, dense
-    gradients,  # out, theirs
+    wanted,  # the sides of which the gradient is wanted: [n, d] each, dense
+    gradients,  # out, their gradients
     mask,  # bytes [n]
     locations,  # fp32 [2, d] of each side
     grams,  # fp32 [pairs, 2, n, n]
     rows,  # fp64 [pairs, 2, n] (unbiased)
     coefficients,  # fp64 [pairs, COEFFICIENTS]
-    grad,  # of the values, upstream
+    grad,  # upstream gradient of the values
     stride_grad,
     n,
-    WIDTHS: tl.constexpr,  # of the sides that want one, and below:
-    WANTED: tl.constexpr,  # their numbers among all sides
-    STARTS: tl.constexpr,  # where their locations begin
-    COUNT: tl.constexpr,
+    WIDTHS: tl.constexpr,  # of the sides in ``wanted``, and below:
+    WANTED: tl.constexpr,  # their indices among all sides
+    STARTS: tl.constexpr,  # the offsets of their locations
+    COUNT: tl.constexpr,  # their number
     MASKED: tl.constexpr,
     UNBIASED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -236,8 +236,8 @@ def backward_kernel(
 ):
     """Grid (column tiles of all wanted gradients, row tiles): a tile of dX = M X, M = a Lc + b Kc, or of dY likewise.
 
-    M is formed in fp32, where it cancels as CKA -> 1, and brought to the size of sqrt(n) L/|L| before it is rounded:
-    its entries lie below fp16's normal range at n = 128 already.
+    M is computed in fp32, since it cancels as CKA -> 1, and scaled to the size of sqrt(n) L/|L| before it is rounded:
+    otherwise its entries would be below fp16's normal range at n = 128 already.
     """
     block = tl.program_id(0)
     x, dx, d, number, first, start_location = wanted[0], gradients[0], WIDTHS[0], WANTED[0], 0, STARTS[0]
@@ -285,10 +285,10 @@ def backward_kernel(
 
 
 def shapes_of(problems: Sequence[Problem]) -> Shapes:
-    """Shape and dtype of every tensor of the stash of some pairs.
+    """Shape and dtype of every tensor of the common stash of some pairs.
 
-    ``coefficients`` are by pair, ``xs`` holds locations [2, d] of one side after the other, ``xx`` K and L by pair and
-    ``rows`` their row sums (unbiased only).
+    ``coefficients`` are per pair, ``xs`` holds the locations [2, d] of all sides, concatenated, ``xx`` K and L per pair
+    and ``rows`` their row sums (unbiased only).
     """
     first, pairs, none = problems[0], len(problems), ((0,), torch.float32)
     return dict(
@@ -303,7 +303,7 @@ def shapes_of(problems: Sequence[Problem]) -> Shapes:
 
 
 class Small:
-    """The launches of some pairs: two forward (unbiased three), one backward."""
+    """The launches of some pairs: two forward (unbiased: three), one backward."""
 
     def __init__(self, problems: tuple[Problem, ...], precision: str) -> None:
         t = small_tiling(problems)
@@ -341,7 +341,7 @@ class Small:
         )
 
     def forward(self, tensors: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Stash]:
-        """Values [pairs], of one pair 0-d, fp32, and stash for x and y of the first pair, of the second, ..."""
+        """Values [pairs] (0-d for one pair), fp32, and stash for x and y of the first pair, of the second, ..."""
         sides = tuple(x.contiguous() for x in tensors)
         bytes_ = sides[0] if mask is None else as_bytes(mask)
         stash = Stash(*(sides[0].new_empty(shape, dtype=dtype) for shape, dtype in self.stash))
@@ -357,7 +357,7 @@ class Small:
     def backward(
         self, grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: Stash
     ) -> list[Tensor | None]:
-        """The gradients of all sides times ``grad`` [pairs], in the order of ``tensors``; None where unwanted."""
+        """The gradients of all sides times ``grad`` [pairs], in the order of ``tensors``; None where not wanted."""
         found: list[Tensor | None] = [None] * len(tensors)
         if self.wanted:
             wanted = tuple(tensors[side].contiguous() for side in self.wanted)
@@ -373,11 +373,11 @@ class Small:
 
 
 def _named(stash: Stash) -> dict[str, Any]:
-    """What the kernels call the parts of a stash."""
+    """The tensors of a stash by the kernels' parameter names."""
     return dict(locations=stash.xs, grams=stash.xx, rows=stash.rows, coefficients=stash.coefficients)
 
 
 @lru_cache(maxsize=1024)
 def small_of(problems: tuple[Problem, ...], precision: str) -> Small:
-    """The launches of these pairs, found once; ``precision`` is what `launch.precision_of` made of it."""
+    """The launches of these pairs, cached; ``precision`` is from `launch.precision_of`."""
     return Small(problems, precision)

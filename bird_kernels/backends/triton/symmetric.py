@@ -1,7 +1,7 @@
-r"""Products of a matrix with itself, Z^T Z or Z Z^T: upper tiles alone, stored in both halves.
+r"""Products of a matrix with itself, Z^T Z or Z Z^T: only upper tiles are computed, and stored in both halves.
 
-Shifted operands go to the matrix units as they are: by descriptors from sm_90 on, by pointers before. A candidate for
-tuning; nothing chooses it unmeasured.
+Shifted operands are loaded without conversion: by tensor descriptors from sm_90 on, by pointers before. It is used only
+where tuning measured it to be faster.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...plan import ceil_div
 from .launch import Launch, aligned, capability, device_of
 
-GROUP = 8  # rows of tiles that run side by side, for the sake of L2
+GROUP = 8  # rows of tiles that are processed together, for reuse in L2
 
 
 class Configuration(NamedTuple):
-    """A tile of ``rows`` x ``columns``, the bytes of Z that a step takes of each, and how the program is scheduled."""
+    """A tile of ``rows`` x ``columns``, the bytes per row or column that a ``step`` reads, warps, pipeline stages."""
 
     rows: int
     columns: int
@@ -38,14 +38,14 @@ CONFIGURATIONS = (
     Configuration(128, 128, 128, 8, 4),
     Configuration(128, 256, 128, 8, 3),
 )
-SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # KB a block may use; 99 elsewhere
+SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # shared memory per block, KB; else 99
 
 
 def fitting(device: tuple[int, int]) -> tuple[Configuration, ...]:
-    """The configurations whose operands find room in the shared memory of a device of this compute capability.
+    """The configurations whose operands fit into the shared memory of a device of this compute capability.
 
-    A tile of 128 x 256 spills: up to 80 bytes a thread on 8.x, whose matrix units read registers, and 8 on 10.x.
-    """
+    A tile of 128 x 256 spills except on 9.x: up to 80 bytes a thread on 8.x, whose matrix units read registers, and 8
+    on 10.x."""
     room = SHARED.get(device, 99) * 1024
     widest = 256 if device[0] == 9 else 128
     return tuple(
@@ -73,8 +73,8 @@ def symmetric_kernel(
     columns,
     pitch,
     size,  # columns (TRANSPOSED) or rows
-    length,  # of the sums of a part
-    TRANSPOSED: tl.constexpr,  # Z^T Z, by parts of the rows; else Z Z^T
+    length,  # terms of the sums of a part
+    TRANSPOSED: tl.constexpr,  # Z^T Z, in parts over the rows; else Z Z^T
     DESCRIBED: tl.constexpr,
     TF32: tl.constexpr,
     GROUP: tl.constexpr,
@@ -82,7 +82,7 @@ def symmetric_kernel(
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Grid (tiles, by groups of rows of tiles; parts). Programs below the diagonal do nothing."""
+    """Grid (tiles, ordered by groups of GROUP rows of tiles; parts). Programs below the diagonal do nothing."""
     program, part, tiles = tl.program_id(0), tl.program_id(1), tl.cdiv(size, N)
     row = (program // (GROUP * tiles) * GROUP + program % GROUP) * M
     column = program % (GROUP * tiles) // GROUP * N
@@ -119,9 +119,9 @@ def _launch(size: int, parts: int, c: Configuration, **decided: Any) -> Launch:
 def multiply(
     z: Tensor, transposed: bool, parts: int, c: Configuration, tf32: bool, out: Tensor | None = None
 ) -> Tensor:
-    """Z^T Z by ``parts`` equal parts of the rows, [parts, m, m], or Z Z^T, [1, n, n], in ``out``; fp32.
+    """Z^T Z over each of ``parts`` equal parts of the rows, [parts, m, m], or Z Z^T, [1, n, n]; fp32, in ``out``.
 
-    ``z`` has rows that begin at multiples of 16 bytes; several parts have a multiple of 128 rows.
+    Rows of ``z`` must begin at multiples of 16 bytes, and several parts must have multiples of 128 rows.
     """
     rows, columns = z.shape
     size, step = z.shape[transposed], c.step // z.itemsize

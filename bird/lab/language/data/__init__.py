@@ -1,6 +1,6 @@
-"""Rows of text as plain data, and what divides them: seeded, and the same on every machine; prompts as text and tokens.
+"""Rows of text as dataclasses, seeded splits that are equal on every machine, and prompts as text and tokens.
 
-Nothing here is a `datasets` object; ``Dataset.from_dict(columns(rows))`` makes one where a trainer wants it.
+`datasets` is not used here; ``Dataset.from_dict(columns(rows))`` converts rows for a trainer that needs it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt and two ways to go on, in TRL's explicit format: all three strings, or all three lists of messages.
+    """A prompt and two completions, in TRL's explicit format: all three strings, or all three lists of messages.
 
     Strings are joined as they stand: ``prompt + chosen`` is the text. The space between them begins the completion, as
     tokenizers merge a space with the word behind it.
@@ -54,7 +54,7 @@ def columns(rows: Sequence[Any]) -> dict[str, list[Any]]:
 
 
 def split(rows: Sequence[T], sizes: Sequence[int], seed: int) -> list[list[T]]:
-    """Disjoint random parts of the given sizes; what is left over is in none of them.
+    """Disjoint random parts of the given sizes; remaining rows are dropped.
 
     Raises:
         ValueError: a negative size, or more rows asked for than there are.
@@ -78,7 +78,7 @@ def halves(rows: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
 
 
 def balance(rows: Sequence[Labelled], seed: int) -> list[Labelled]:
-    """As many of either class: a random surplus is dropped, and the order of the others stays.
+    """Equally many rows of both classes: a random surplus is dropped, and the order of the others is kept.
 
     Raises:
         ValueError: a label that is not 0 or 1.
@@ -95,7 +95,7 @@ def balance(rows: Sequence[Labelled], seed: int) -> list[Labelled]:
 
 
 def plain(prompt: Prompt) -> str:
-    """A prompt as a person reads it: of one message its content, of several a line ``role: content`` for each."""
+    """A prompt as readable text: of one message its content, of several a line ``role: content`` for each."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -104,7 +104,7 @@ def plain(prompt: Prompt) -> str:
 
 
 def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The tokens of a prompt. The tokenizer adds its special ones to a string; a chat template brings its own.
+    """The token ids of a prompt. The tokenizer adds its special tokens to a string; a chat template has its own.
 
     Raises:
         ValueError: messages, but the tokenizer has no chat template; no tokens.
@@ -124,8 +124,8 @@ def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
 def padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, int64 ``[rows, longest]``.
 
-    The mask comes from lengths: what stands in the padding is never looked at, and may well be a token of texts (with
-    many tokenizers the end of text pads).
+    The mask follows from lengths, not from the padding's id, which may be a token of texts, too (many tokenizers pad
+    with the end of text).
     """
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -140,8 +140,8 @@ def padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor
 def distinct(texts: Sequence[str], n: int = 2) -> float:
     """Distinct-n (Li et al., NAACL 2016): different n-grams of all texts together, over all n-grams.
 
-    Words are what stands between spaces, as written. Texts without an n-gram give 0, as does a student that says
-    nothing. It falls with the amount of text: compare equally many responses of equal limits.
+    Words are separated by white space and not normalised. Without any n-gram, as for empty responses, it is 0. It falls
+    with the amount of text: compare equal numbers of responses with equal length limits.
 
     Raises:
         ValueError: ``n`` below 1.

@@ -1,7 +1,7 @@
 """Rows of a published set, from a file, a folder or the Hugging Face hub. No pickle is read and no script is run.
 
-Files are read here and not by `datasets`, which fills in fields that a row lacks, makes times of strings that look like
-some, does not name a broken line, and keeps a copy of each file in its cache.
+Files are not read by `datasets`, which fills in missing fields, converts strings that look like times, does not say
+which line is damaged, and copies each file to its cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def read_rows(source: Path | str, split: str) -> list[Row]:
     """The rows of one split, each a dictionary of the published fields.
 
     Args:
-        source: a .jsonl, .json (an array) or .parquet file, which is the split that its name says, else ``"train"``;
+        source: a .jsonl, .json (an array) or .parquet file, which is the split in its name, else ``"train"``;
             a folder with such files at any depth, named ``train.jsonl`` or ``train-00000-of-00001.parquet``; a folder
             that ``save_to_disk`` of `datasets` has written; or a hub id.
         split: ``"train"``, ``"validation"`` (also called valid, val or dev in files) or ``"test"``.
@@ -75,7 +75,7 @@ def _read_file(path: Path) -> list[Row]:
     elif path.suffix == ".json":
         rows = _parse(path.read_bytes(), str(path))
     elif path.suffix == ".jsonl":
-        # Not splitlines: JSON allows U+2028 and its kin inside a string.
+        # Not splitlines: JSON allows U+2028 and similar characters inside a string.
         lines = path.read_bytes().split(b"\n")
         rows = [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
     else:

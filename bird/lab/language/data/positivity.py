@@ -24,7 +24,7 @@ class Positivity:
 
     Args:
         teacher: texts, 1 if positive, to train a teacher of sentiment.
-        judge: the same, for whoever judges the outcome and must not have learnt from the teacher's texts.
+        judge: the same, to train a judge, which must not be trained on the teacher's texts.
         pairs: preferences for positive over negative ways to end a sentence.
         prompts: held out, all different: no text of ``pairs``, ``teacher`` and ``judge`` begins with their words.
         texts: the held-out sentences that begin so, positive or not, for perplexity; no lead before them.
@@ -46,16 +46,16 @@ def positivity(
     held_out: int = HELD_OUT,
     share: float = 0.18,
 ) -> Positivity:
-    """Preference pairs that share their prompt, and what it takes to guide, judge and test.
+    """Preference pairs with a common prompt, and data to train a teacher and a judge and to test.
 
     The first two words of a sentence are its opening. ``held_out`` openings are drawn first, and all sentences that
-    begin so leave with them. Of the others, a share trains the teacher, a share the judge, and the rest is paired: a
-    positive with a negative sentence of the same opening, each used once; what finds no partner is paired by its first
-    word alone. The prompt is the lead and the opening, the completions are the rests of the sentences.
+    begin with them are set aside. Of the others, a share trains the teacher, a share the judge, and the rest is paired:
+    a positive with a negative sentence of the same opening, each used once; sentences without a partner are paired by
+    the first word alone. The prompt is the lead and the opening, the completions are the rests of the sentences.
 
     Args:
         snippets: no text twice.
-        seed: decides who goes where and with whom.
+        seed: decides the parts and the pairs.
         lead: goes before every prompt, with a space.
         margin: positive is above it, negative below minus it; what lies between is in no part but ``texts``.
         held_out: how many prompts.

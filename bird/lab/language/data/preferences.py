@@ -62,7 +62,7 @@ def preferences(source: Path | str, split: str = "train", *, drop: bool = False)
 def pku_preferences(source: Path | str = PKU, split: str = "train", *, by: str = "safer") -> list[Preference]:
     """PKU-SafeRLHF as conversations: the safer of two answers, or the better, is chosen.
 
-    Pairs that are both safe or both unsafe stay: people ordered them too. Pairs of equal answers are left out.
+    Pairs that are both safe or both unsafe are kept: annotators ranked them, too. Pairs of equal answers are left out.
 
     Args:
         source: the hub id, or a file or folder of the published fields.
@@ -88,7 +88,7 @@ def pku_preferences(source: Path | str = PKU, split: str = "train", *, by: str =
 
 
 def pku_answers(source: Path | str = PKU, split: str = "train") -> list[Answer]:
-    """PKU-SafeRLHF's answers one by one, each once, to train a teacher that knows what is safe.
+    """PKU-SafeRLHF's answers one by one, each once, to train a teacher that classifies safety.
 
     An answer that was judged safe in one pair and unsafe in another is left out. Arguments and errors are those of
     `pku_preferences`.
@@ -145,7 +145,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _extract(row: Mapping[str, Any]) -> tuple[Preference | None, str]:
-    """The preference, or None and why it is none."""
+    """(the preference, or None; the reason if it is None)."""
     try:
         from trl.data_utils import maybe_extract_prompt
     except ImportError as error:

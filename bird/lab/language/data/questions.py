@@ -1,4 +1,4 @@
-"""Binary questions for weak-to-strong learning, made as Burns et al. (arXiv 2312.09390) describe theirs.
+"""Binary questions for weak-to-strong learning, constructed as described by Burns et al. (arXiv 2312.09390).
 
 A question and an answer to it are one text, and the label says whether the answer is right; both classes are equally
 frequent. ``"sentiment"`` needs no network: a sentence of a movie review, and whether people found it positive.
@@ -28,8 +28,8 @@ class Questions:
 
     Args:
         weak: with true labels, for the weak teacher.
-        strong: for the strong student, who learns the teacher's labels; the true ones set the ceiling.
-        test: for all of them.
+        strong: for the strong student, which learns the teacher's labels; the true ones give the upper bound.
+        test: to evaluate all of them.
     """
 
     weak: list[Labelled]
@@ -49,8 +49,8 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words
         words: leave out texts of more words, before the classes are balanced; None for none.
 
     Raises:
-        FileNotFoundError: not there, and the hub cannot be reached.
-        ValueError: an unknown name, or a row that is not as published; which.
+        FileNotFoundError: no such folder, and the hub cannot be reached.
+        ValueError: an unknown name, or a row that is not as published (the error says which).
     """
     if name == "sentiment":
         train, test = _sentiment(root)

@@ -1,4 +1,4 @@
-"""Sentences with the sentiment that people gave them, out of the source distribution of vaderSentiment (MIT).
+"""Sentences with sentiment scores by people, read from the source distribution of vaderSentiment (MIT).
 
 Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text" (ICWSM 2014):
 each score is a mean over about 20 people, from -4 to 4. The package's wheel does not hold them, its source does.
@@ -46,8 +46,8 @@ def snippets(source: str = "movieReviewSnippets", root: Path | str | None = None
         root: the folder where the archive lies. None: ``BIRD_DATA``, else ``data`` in the working directory.
 
     Raises:
-        FileNotFoundError: the archive is not there; the command that gets it.
-        ValueError: an unknown source; the archive, or a row in it, is broken.
+        FileNotFoundError: the archive was not found; says the command that downloads it.
+        ValueError: an unknown source; the archive, or a row in it, is damaged.
     """
     if source not in SOURCES:
         raise ValueError(f"there are no snippets {source!r}; there are {', '.join(SOURCES)}")

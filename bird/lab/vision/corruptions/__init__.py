@@ -1,12 +1,12 @@
-"""The 19 common corruptions of CIFAR-10-C in batched PyTorch: seeded per sample, on any device, nothing on disk.
+"""The 19 common corruptions of CIFAR-10-C in batched PyTorch: seeded per sample, on any device, without files.
 
 Kinds, order and strengths are those of Hendrycks and Dietterich (2019), "Benchmarking Neural Network Robustness to
 Common Corruptions and Perturbations", with the parameters that made CIFAR-10-C (``make_cifar_c.py`` in
-hendrycks/robustness), for pictures around 32 x 32. What is a part of 32 pixels there is a part of the picture's side
-here. It cuts its results down to bytes; here nothing is rounded at the end. Frost's pictures are drawn by code.
+hendrycks/robustness), for images around 32 x 32. Lengths that are fractions of 32 pixels there are fractions of the
+image's side here. It truncates its results to bytes; here they are not rounded. Frost textures are drawn by code.
 
-A sample meets the same corruption, to the bit, in any batch and any order: random numbers are hashes (`random`), and no
-sum depends on how a batch is cut (`filters`). Nothing waits for the device. A corruption takes a batch
+A sample's corruption is bitwise equal in any batch and any order: random numbers are hashes (`random`), and no
+sum depends on how a batch is divided (`filters`). Nothing synchronises with the device. A corruption takes a batch
 ``x`` ``[n, channels, height, width]``, every sample's `Level` and a source of noise.
 """
 
@@ -55,7 +55,7 @@ CORRUPTIONS: dict[str, Corruption] = {
 TEACHER_CORRUPTIONS = tuple(CORRUPTIONS)[:15]
 HELD_OUT_CORRUPTIONS = tuple(CORRUPTIONS)[15:]
 SEVERITIES = (1, 2, 3, 4, 5)
-_CHUNK = 100  # images at a time on a CPU: what is between two steps stays in its cache
+_CHUNK = 100  # images at a time on a CPU, so that intermediate results stay in its cache
 
 
 def corrupt(x: Tensor, name: str, severity: int | Tensor, *, index: Tensor, seed: int = 0) -> Tensor:
@@ -65,10 +65,10 @@ def corrupt(x: Tensor, name: str, severity: int | Tensor, *, index: Tensor, seed
         x: float32 ``[n, channels, height, width]`` in 0-1, 1 or 3 channels, at least 4 x 4, any device.
         name: a key of `CORRUPTIONS`.
         severity: 1 (mild) to 5 (strong), 0 for none: one for all, or int64 ``[n]`` on the device of ``x``
-            (what is outside 0-5 is then clamped, since looking at it would wait for the device).
-        index: int64 ``[n]``, which sample each image is. Equal seed, name, severity and index give equal
+            (values outside 0-5 are then clamped, since checking them would synchronise).
+        index: int64 ``[n]``, the number of each image's sample. Equal seed, name, severity and index give equal
             noise, in any batch.
-        seed: any whole number.
+        seed: any integer.
 
     Returns:
         float32 ``[n, channels, height, width]`` in 0-1, a new tensor.
@@ -107,21 +107,21 @@ def _corrupted(x: Tensor, name: str, severity: int | Tensor, index: Tensor, seed
 
 
 class Mixture:
-    """An augmentation: every sample meets one of several corruptions, at a random severity from 0 to 5.
+    """An augmentation: every sample gets one of several corruptions, at a random severity from 0 to 5.
 
-    The corruptions take turns along the batch, whose order is random already: each gets its equal share, and
-    nothing waits for the device.
+    The corruptions are assigned in turn along the batch, whose order is random already, so that each gets an equal
+    share and nothing synchronises with the device.
 
     Args:
         names: keys of `CORRUPTIONS`.
-        seed: of severities and noise; the same sample meets something else in every epoch.
+        seed: of severities and noise, which are different for a sample in every epoch.
     """
 
     def __init__(self, names: Sequence[str] = TEACHER_CORRUPTIONS, *, seed: int = 0) -> None:
         self.names, self.seed = tuple(names), seed
 
     def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
-        """Corrupt a batch; ``x`` and ``index`` as in `corrupt`."""
+        """Corrupt a batch; ``x``, ``index`` and the result as in `corrupt`."""
         index = index.to(x.device)
         seed = 1_000_003 * self.seed + epoch
         severity = (6 * Noise(keys(index, seed)).uniform()).long()

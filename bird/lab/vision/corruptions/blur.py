@@ -12,12 +12,12 @@ from torch import Tensor
 from .filters import FilterTaps, Level, gaussian_matrix, separable, weighted, zoom_lines
 from .random import Noise
 
-ANGLES = 4096  # directions that a motion may take; their sines are tables, the same on every device
-_LEAST = 1e-6  # weights below are left out: 1/4000 of a grey level of 255
+ANGLES = 4096  # possible directions of a motion; their sines are tables, so that they are equal on every device
+_LEAST = 1e-6  # smaller weights are left out: 1/4000 of one of 255 grey levels
 
 
 def gaussian_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """A soft picture; the numbers are standard deviations in pixels."""
+    """A Gaussian filter; the numbers are standard deviations in pixels."""
     return separable(x, level, gaussian_matrix, 0.4, 0.6, 0.7, 0.8, 1.0)
 
 
@@ -28,7 +28,7 @@ def defocus_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _disks(shape: tuple[int, int], device: torch.device) -> FilterTaps:
-    """A disk, convolved with a 3 x 3 Gaussian; beyond the edge the picture is mirrored at its last pixel."""
+    """A disk, convolved with a 3 x 3 Gaussian; beyond the edge the image is mirrored at its last pixel."""
     levels = []
     for radius, alias in ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1)):
         reach = int(radius) + 1
@@ -50,17 +50,17 @@ def _disks(shape: tuple[int, int], device: torch.device) -> FilterTaps:
 
 
 def glass_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Frosted glass: pixels change places with their neighbours, between two Gaussian blurs.
+    """Frosted glass: pixels are replaced by neighbours, between two Gaussian blurs.
 
-    The published loop goes backwards through the pixels and assigns a pair of pixels to each other crosswise. In
-    NumPy the second is then a view of what the first has just overwritten: nothing is swapped, a pixel becomes a *copy*
-    of itself or of its neighbour to the left, above, or both, which the loop reaches only later. So a round is a
-    choice among four shifted pictures, without any order; the official archives were made that way.
+    The published loop goes backwards through the pixels and is meant to swap pairs by a tuple assignment. In
+    NumPy the second value is a view of what the first has just overwritten: nothing is swapped, a pixel becomes a
+    *copy* of itself or of its neighbour to the left, above, or both, which the loop has not reached yet. So a round is
+    a choice among four shifted images, independent of order; the official archives were made that way.
     """
     sigmas = (0.05, 0.25, 0.4, 0.25, 0.4)
     height, width = x.shape[-2:]
     x = separable(x, level, gaussian_matrix, *sigmas)
-    x = x.mul_(255).add_(2.0**-10).floor_().div_(255)  # bytes; what is a whole number but for rounding stays one
+    x = x.mul_(255).add_(2.0**-10).floor_().div_(255)  # bytes; 2^-10 protects integers from rounding errors
     twice = max(level.present) > 2
     steps = noise.integers(4, 2, height - 2, width - 2)
     for turn in range(1 + twice):
@@ -72,7 +72,7 @@ def glass_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
 
 def _copy_neighbours(x: Tensor, step: Tensor) -> Tensor:
-    """Every pixel from row and column 2 on becomes the one ``step & 1`` to its left, ``step >> 1`` above it."""
+    """Replace every pixel from row and column 2 on by the one ``step & 1`` to its left and ``step >> 1`` above it."""
     height, width = x.shape[-2:]
     source = torch.arange(height * width, device=x.device).expand(len(x), -1).clone().view(-1, height, width)
     source[:, 2:, 2:] -= (step & 1) + (step >> 1) * width
@@ -80,7 +80,7 @@ def _copy_neighbours(x: Tensor, step: Tensor) -> Tensor:
 
 
 def motion_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """A moved camera: half a Gaussian along a line, within 45 degrees of the horizontal."""
+    """Camera motion: half a Gaussian along a line, within 45 degrees of the horizontal."""
     angle = noise.integers(ANGLES)
     return streak(x, level, angle, (6, 6, 6, 8, 9), (1.0, 1.5, 2.0, 2.0, 2.5), (-45.0, 45.0))
 
@@ -96,12 +96,12 @@ def streak(
     """Blur along a line that begins at the pixel, as ImageMagick's ``MotionBlurImage``.
 
     Tap ``i`` of ``2 * radius + 1`` has weight ``exp(-i^2 / 2 sigma^2)`` and lies at ``(i cos, i sin)`` of the angle, to
-    the nearest pixel; beyond the edge the last pixel repeats. Light weights (1e-6) are left out.
+    the nearest pixel; beyond the edge the last pixel is repeated. Relative weights below 1e-6 are left out.
 
     Args:
         x: float32 ``[n, channels, height, width]``.
-        level: decides radius and sigma.
-        angle: int64 ``[n]``, which of 4,096 angles in equal steps.
+        level: selects radius and sigma.
+        angle: int64 ``[n]``, the index among 4,096 angles in equal steps.
         radii: five, in pixels.
         sigmas: five, in pixels.
         between: the range of the angles, in degrees, clockwise from the right.
@@ -113,7 +113,7 @@ def streak(
     down, right = _streak_lines(between, x.device)[:, angle]
     row = torch.arange(height, device=x.device).view(1, height, 1)
     column = torch.arange(width, device=x.device).view(1, 1, width)
-    place = row.new_empty(len(x), height, width)  # of one tap at a time
+    place = row.new_empty(len(x), height, width)  # the source positions of one tap, reused for all
 
     def taps(i: int) -> tuple[Tensor, Tensor]:
         rows = (row + down[:, i].view(-1, 1, 1)).clamp_(0, height - 1).mul_(width)
@@ -144,7 +144,7 @@ def _streak_weights(radii: tuple[int, ...], sigmas: tuple[float, ...], device: t
 
 @lru_cache(maxsize=8)
 def _streak_lines(between: tuple[float, float], device: torch.device) -> Tensor:
-    """int64 ``[2, angles, 32]``: how far down and to the right of the pixel a streak's taps lie."""
+    """int64 ``[2, angles, 32]``: offsets of a streak's taps from the pixel, down and to the right."""
     share = (np.arange(ANGLES) + 0.5) / ANGLES
     angle = np.deg2rad(between[0] + (between[1] - between[0]) * share)[:, None]
     line = np.arange(32) * np.stack([np.sin(angle), np.cos(angle)])
@@ -152,7 +152,7 @@ def _streak_lines(between: tuple[float, float], device: torch.device) -> Tensor:
 
 
 def zoom_blur(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Moving towards the scene: the average of the picture and of its magnified middles."""
+    """Motion towards the scene: the average of the image and of its magnified middles."""
     return _zooms(x.shape[-2:], x.device)(x, level)
 
 
@@ -164,13 +164,13 @@ def _zooms(shape: tuple[int, int], device: torch.device) -> FilterTaps:
 
 
 def _zoom_taps(shape: tuple[int, int], factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The zooms' bilinear taps, added up per source: (source, weight) ``[taps, height * width]``."""
+    """The bilinear taps of all zooms, summed per source pixel: (source, weight) ``[taps, height * width]``."""
     height, width = shape
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     reach = math.ceil(max(shape) / 2 * (1 - 1 / factors[-1])) + 2
     side = 2 * reach + 1
     total = np.zeros((height, width, side, side))
-    total[:, :, reach, reach] = 1  # the picture itself
+    total[:, :, reach, reach] = 1  # the image itself
     for factor in factors:
         (top, below), (left, beside) = (zoom_lines(size, factor) for size in shape)
         for down, right in np.ndindex(2, 2):

@@ -1,4 +1,4 @@
-"""Digital: brightness, contrast, saturation, elastic deformation, pixelation. JPEG has a file of its own."""
+"""Digital: brightness, contrast, saturation, elastic deformation, pixelation. JPEG is in `jpeg`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .random import Noise
 
 
 def brightness(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Overexposure: more value in HSV, with hue and saturation as they are; grey pictures are simply lighter."""
+    """Overexposure: increases the value in HSV and keeps hue and saturation; grey images become lighter."""
     value = x.amax(dim=1, keepdim=True)
     lighter = (value + level.pick(0.05, 0.1, 0.15, 0.2, 0.3)).clamp_(max=1)
     black = (value == 0).to(x.dtype)
@@ -20,9 +20,9 @@ def brightness(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
 
 def saturate(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Weaker or stronger colours: saturation in HSV, times and plus. Grey pictures have none and stay.
+    """Weaker or stronger colours: saturation in HSV, times a factor plus a constant. Grey images do not change.
 
-    As published, a grey pixel of a colour picture has hue 0, red, and takes on some of it where something is added.
+    As published, a grey pixel of a colour image has hue 0 (red) and becomes reddish if the constant is not 0.
     """
     value, least = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
     spread = value - least
@@ -36,15 +36,15 @@ def saturate(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
 
 def contrast(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Everything nearer to the mean of each colour."""
+    """Reduces the distance of all pixels from the mean of their channel."""
     share = level.pick(0.75, 0.5, 0.4, 0.3, 0.15)
-    whole = (x * 2.0**24).long().sum(dim=(2, 3), keepdim=True)  # whole numbers: the sum has no order
+    whole = (x * 2.0**24).long().sum(dim=(2, 3), keepdim=True)  # integers, so the order of the sum does not matter
     mean = (whole / (x.shape[2] * x.shape[3])).to(x.dtype) * 2.0**-24
     return (x - mean) * share + mean
 
 
 def pixelate(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """A picture taken with fewer pixels."""
+    """Reduces the resolution."""
     return separable(x, level, _cell_matrix, 0.95, 0.9, 0.85, 0.75, 0.65)
 
 
@@ -54,7 +54,7 @@ def _cell_matrix(size: int, share: float) -> np.ndarray:
 
 
 def _box_matrix(source: int, target: int) -> np.ndarray:
-    """``[target, source]``: Pillow's ``Image.BOX``: the mean of the pixels whose middle lies in the target's cell."""
+    """``[target, source]``: Pillow's ``Image.BOX``, the mean of the source pixels whose centre is in a target pixel."""
     scale = source / target
     reach = max(scale, 1) / 2
     centre = (np.arange(target)[:, None] + 0.5) * scale
@@ -64,9 +64,9 @@ def _box_matrix(source: int, target: int) -> np.ndarray:
 
 
 def elastic_transform(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """A picture on rubber: three points are pulled (an affine map), then every pixel moves along a smooth field.
+    """Elastic deformation: an affine map moves three points, then every pixel moves along a smooth random field.
 
-    Both steps interpolate between four pixels; the first mirrors at the last pixel, the second at the picture's edge.
+    Both steps interpolate between four pixels; the first mirrors at the last pixel, the second at the image's edge.
     """
     height, width = x.shape[-2:]
     side = min(height, width)
@@ -90,12 +90,12 @@ def _mirrored_gaussian(size: int, sigma: float) -> np.ndarray:
 
 
 def _affine_sources(jitter: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where each pixel comes from, rows and columns ``[n, height, width]``, under an affine map.
+    """The source position of each pixel, rows and columns ``[n, height, width]``, under an affine map.
 
-    It moves three corners of the picture's middle by ``jitter`` ``[n, 3, 2]`` (columns, then rows, in pixels).
+    It moves three corners of a central square by ``jitter`` ``[n, 3, 2]`` (columns, then rows, in pixels).
 
     With the moved corners p, u = p0 - p1 and v = p2 - p1, a pixel p1 + a u + b v (a and b by Cramer's rule) comes from
-    the same a and b between the corners at rest, where u points down and v to the left.
+    the same a and b with the original corners, where u points down and v to the left.
     """
     third = min(height, width) // 3
     x1, y1 = width // 2 + third, height // 2 - third
@@ -110,7 +110,7 @@ def _affine_sources(jitter: Tensor, height: int, width: int) -> tuple[Tensor, Te
 
 
 def _sampled(x: Tensor, rows: Tensor, columns: Tensor, *, mirror_last: bool) -> Tensor:
-    """Interpolate at real positions ``[n, height, width]``, mirrored at the last pixel's middle or at its edge."""
+    """Interpolate at positions ``[n, height, width]``, mirrored at the last pixel's centre or at its edge."""
     places = []
     for place, size in zip((columns, rows), (x.shape[3], x.shape[2]), strict=True):
         places.append(place * (2 / (size - 1)) - 1 if mirror_last else (place * 2 + 1) / size - 1)

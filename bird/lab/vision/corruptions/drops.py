@@ -1,8 +1,8 @@
 """Spatter: drops of water (severities 1-3) or mud (4-5) where a smooth random field is high.
 
-The published water takes five steps of OpenCV on bytes: Canny's edges of the drops, the distance to them, histogram
-equalisation, an emboss, a blur. They are written here for batches, in whole numbers, as OpenCV defines them. Two
-differences are ours: Canny's weak edges join a strong one over at most eight pixels (over two, 3.6 % of 2,000 fields of
+The published water uses five steps of OpenCV on bytes: Canny's edges of the drops, the distance to them, histogram
+equalisation, an emboss, a blur. They are implemented here for batches, in integers, as OpenCV defines them. There are
+two differences: Canny's weak edges join a strong one over at most eight pixels (over two, 3.6 % of 2,000 fields of
 severity 3 differ from OpenCV's; over eight, none), and a field above 1 is a full drop, where the published byte wraps.
 """
 
@@ -26,7 +26,7 @@ _FAR, _FARTHEST = 8192.0, 20.0
 
 
 def spatter(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Water adds its colour, mud covers with its own; grey pictures take the colours' luminance."""
+    """Drops: water adds its colour, mud covers with its own; on grey images the luminance of the colour is used."""
     field = noise.normal(1, *x.shape[2:]) * level.pick(0.1, 0.1, 0.3, 0.1, 0.1)
     field = separable(field + level.pick(0.62, 0.65, 0.65, 0.65, 0.65), level, gaussian_matrix, 0.7, 0.8, 1, 0.7, 0.5)
     bar = level.pick(0.7, 0.7, 0.69, 0.69, 0.68)
@@ -60,7 +60,7 @@ def _water(x: Tensor, field: Tensor, bar: Tensor, level: Level) -> Tensor:
 
 
 def _convolved(x: Tensor, kernel: tuple[tuple[int, ...], ...]) -> Tensor:
-    """A 3 x 3 filter of whole numbers; beyond the edge the picture is mirrored at its last pixel."""
+    """A 3 x 3 filter with integer weights; beyond the edge the image is mirrored at its last pixel."""
     height, width = x.shape[-2:]
     padded = F.pad(x, [1] * 4, mode="reflect")
     total = torch.zeros_like(x)
@@ -81,7 +81,7 @@ def edges(x: Tensor) -> Tensor:
     """Canny's edges with OpenCV's rules (Sobel 3 x 3, L1 norm, thresholds 50 and 150), 0 or 1.
 
     Args:
-        x: float32 ``[n, 1, height, width]``, whole numbers 0-255.
+        x: float32 ``[n, 1, height, width]``, integers 0-255.
     """
     height, width = x.shape[-2:]
     padded = F.pad(x, [1] * 4, mode="replicate")
@@ -95,7 +95,7 @@ def edges(x: Tensor) -> Tensor:
     def at(down: int, right: int) -> Tensor:
         return around[..., 1 + down : 1 + down + height, 1 + right : 1 + right + width]
 
-    def highest(down: int, right: int) -> Tensor:  # of the pixels on both sides; the second may be as high
+    def highest(down: int, right: int) -> Tensor:  # compared with the pixels on both sides; the second may be equal
         return above(norm, at(-down, -right)) * (1 - above(at(down, right), norm))
 
     across, steep = dx.abs() * 13573, dy.abs() * 32768  # tan 22.5 degrees in 15 bits
@@ -112,7 +112,7 @@ def edges(x: Tensor) -> Tensor:
 
 
 def _spread(x: Tensor, dim: int) -> Tensor:
-    """The highest of a pixel and its two neighbours along an axis."""
+    """The maximum of each pixel and its two neighbours along an axis."""
     size = x.shape[dim]
     highest = x.clone()
     after, before = highest.narrow(dim, 1, size - 1), highest.narrow(dim, 0, size - 1)
@@ -124,8 +124,8 @@ def _spread(x: Tensor, dim: int) -> Tensor:
 def distance_to(edge: Tensor) -> Tensor:
     """Each pixel's distance, up to `_FARTHEST`, to the nearest edge (1 in ``edge`` ``[n, 1, height, width]``).
 
-    OpenCV's with mask 5 counts straight, diagonal and knight's moves, which makes a distance that is the greatest of
-    four linear functions of ``(across, down)``. It grows with ``across``: of every row only the nearest edge counts.
+    OpenCV's distance with mask 5 counts straight, diagonal and knight's moves; it is the maximum of four linear
+    functions of ``(across, down)``. It grows with ``across``, so in every row only the nearest edge matters.
     """
     height, width = edge.shape[-2:]
     ramp = torch.arange(width, device=edge.device, dtype=edge.dtype)
@@ -133,7 +133,7 @@ def distance_to(edge: Tensor) -> Tensor:
     left = (far - ramp).cummin(dim=3).values + ramp
     right = ((far + ramp).flip(3).cummin(dim=3).values.flip(3)) - ramp
     across = torch.minimum(left, right)
-    # The norm's faces, for across >= down; those for across < down are the same with both exchanged.
+    # The linear functions for across >= down; those for across < down are the same with both exchanged.
     faces = ((1.0, _KNIGHT - 2), (_KNIGHT - _DIAGONAL, 2 * _DIAGONAL - _KNIGHT))
     parts = [(across * a, b) for a, b in (*faces, *(face[::-1] for face in faces))]
     distance = across.clamp(max=_FARTHEST)
@@ -148,7 +148,7 @@ def distance_to(edge: Tensor) -> Tensor:
 
 
 def equalised(x: Tensor) -> Tensor:
-    """OpenCV's histogram equalisation of whole numbers 0-20, to whole numbers 0-255."""
+    """OpenCV's histogram equalisation of integers 0-20, to integers 0-255."""
     values = x.flatten(1).long()
     bins = torch.zeros(len(x), int(_FARTHEST) + 1, device=x.device)
     bins.scatter_add_(1, values, torch.ones_like(values, dtype=bins.dtype))
@@ -158,5 +158,5 @@ def equalised(x: Tensor) -> Tensor:
     rest = values.shape[1] - lowest
     scaled = ((upto - lowest).clamp(min=0) * (255 / rest.clamp(min=1))).round_()
     lowest_value = x.flatten(1).amin(1, keepdim=True)
-    scaled = torch.where(rest == 0, lowest_value, scaled)  # one value only stays what it is
+    scaled = torch.where(rest == 0, lowest_value, scaled)  # an image of a single value is not changed
     return scaled.gather(1, values).view(x.shape)

@@ -1,7 +1,7 @@
-"""Linear filters whose result does not depend on the batch: fixed sums of shifted pictures, and exact products.
+"""Linear filters whose result does not depend on the batch: sums of shifted images in fixed order, exact products.
 
-A matrix product of the library adds in an order that follows the size of the batch. `separable` makes that harmless:
-pixels and weights are whole multiples of 2^-24, so that fp64 holds every product and every partial sum exactly, and
+The order of summation in a library matrix product depends on the batch size. In `separable` that has no effect:
+pixels and weights are integer multiples of 2^-24, so that fp64 holds every product and every partial sum exactly, and
 any order gives the same bits.
 """
 
@@ -16,21 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TO_GRID = 1.5 * 2.0**28  # added and taken away in fp64, it leaves multiples of 2^-24
+_TO_GRID = 1.5 * 2.0**28  # adding and subtracting this in fp64 rounds to multiples of 2^-24
 
 
 def above(x: Tensor, bar: Tensor | float) -> Tensor:
-    """1 where ``x > bar``, else 0, in the dtype of ``x``: a bool takes many times as long to select with on a CPU."""
+    """1 where ``x > bar``, else 0, in the dtype of ``x``: on a CPU selecting with bool tensors is many times slower."""
     return (x - bar).sign_().clamp_(min=0)
 
 
 @dataclass(frozen=True)
 class Level:
-    """How strong a corruption is for every sample: severity - 1.
+    """The level of a corruption, severity - 1, for every sample.
 
     Args:
         index: int64 ``[n]``, 0-4.
-        only: the level of all samples, if the host knows it: the tables' rows are then read once for all.
+        only: the common level of all samples, if it is known on the host: tables are then read once for all.
     """
 
     index: Tensor
@@ -42,27 +42,27 @@ class Level:
         return range(5) if self.only is None else range(self.only, self.only + 1)
 
     def of(self, table: Tensor) -> Tensor:
-        """Each sample's row of a table ``[5, ...]``: ``[n, ...]``, or ``[1, ...]`` where one serves all."""
+        """Each sample's row of a table ``[5, ...]``: ``[n, ...]``, or ``[1, ...]`` if ``only`` is known."""
         return table[self.index] if self.only is None else table[self.only : self.only + 1]
 
     def pick(self, *values: float) -> Tensor:
-        """Each sample's number of five, ``[n or 1, 1, 1, 1]``."""
+        """Each sample's number among five, one per level: ``[n or 1, 1, 1, 1]``."""
         return self.of(constants(values, self.index.device)).view(-1, 1, 1, 1)
 
 
 @lru_cache(maxsize=512)
 def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 constants, kept on the device: building them anew would wait for the device each time."""
+    """float32 constants, cached on the device: copying them there each time would synchronise."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _exact(device: torch.device) -> bool:
-    """Whether there is fp64. Without it (MPS) the last bit of a `separable` filter may depend on the batch."""
+    """Whether the device has fp64. Without it (MPS) the last bit of a `separable` filter may depend on the batch."""
     return device.type != "mps"
 
 
 def to_grid(x: Tensor) -> Tensor:
-    """fp64, rounded to multiples of 2^-24; for numbers up to 16."""
+    """``x`` in fp64, rounded to multiples of 2^-24; for numbers up to 16."""
     return x.double().add_(_TO_GRID).sub_(_TO_GRID) if _exact(x.device) else x
 
 
@@ -70,7 +70,7 @@ def to_grid(x: Tensor) -> Tensor:
 def matrices(
     build: Callable[[int, float], np.ndarray], size: int, values: tuple[float, ...], device: torch.device
 ) -> Tensor:
-    """``build(size, value)`` for each value, ``[values, size, size]``, on `separable`'s grid, kept on the device."""
+    """``build(size, value)`` for each value, ``[values, size, size]``, rounded for `separable`, cached on device."""
     stack = torch.from_numpy(np.stack([build(size, value) for value in values]))
     scaled = (stack * 2.0**24).round_().mul_(2.0**-24)
     return scaled.to(device) if _exact(device) else scaled.float().to(device)
@@ -81,9 +81,9 @@ def separable(x: Tensor, level: Level, build: Callable[[int, float], np.ndarray]
 
     Args:
         x: float32 ``[n, channels, height, width]``, at most 8.
-        level: whose value a sample takes.
-        build: gives the matrix ``[size, size]`` for a value.
-        values: five.
+        level: selects the value of each sample.
+        build: from ``(size, value)`` to a matrix ``[size, size]``.
+        values: five, one per level.
     """
     rows, columns = (level.of(matrices(build, size, values, x.device)).unsqueeze(1) for size in x.shape[-2:])
     return (rows @ to_grid(to_grid(x) @ columns.mT)).float()
@@ -93,7 +93,7 @@ def gaussian_matrix(size: int, sigma: float, truncate: float = 4.0, edge: str = 
     """``[size, size]``: convolution with a Gaussian that sums to one and is cut ``truncate`` sigmas out, as in SciPy.
 
     Args:
-        edge: NumPy's name of what lies beyond: "edge" repeats the last pixel, "symmetric" mirrors the picture.
+        edge: NumPy's padding mode: "edge" repeats the last pixel, "symmetric" mirrors the image.
     """
     reach = int(truncate * sigma + 0.5)
     offsets = np.arange(-reach, reach + 1)
@@ -106,11 +106,11 @@ def gaussian_matrix(size: int, sigma: float, truncate: float = 4.0, edge: str = 
 
 
 def zoom_lines(size: int, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """A picture's middle magnified back to its size, along one axis.
+    """Magnifies the middle of an image to its full size, along one axis, by linear interpolation.
 
-    Gives the first of two neighbouring sources and the share of the second, both ``[size]``.
+    Returns the first of two neighbouring source pixels and the weight of the second, both ``[size]``.
 
-    As published: the middle ``ceil(size / factor)`` pixels, ``scipy.ndimage.zoom`` of order 1, and its middle again.
+    As published: the middle ``ceil(size / factor)`` pixels, ``scipy.ndimage.zoom`` of order 1, cropped to its middle.
     """
     crop = math.ceil(size / factor)
     zoomed = round(crop * factor)
@@ -131,10 +131,10 @@ def zoom_matrix(size: int, factor: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FilterTaps:
-    """A filter as a sum of a few pixels each, for five levels.
+    """A filter as a weighted sum of a few source pixels (taps) per pixel, for five levels.
 
     Args:
-        source: int64 ``[5, taps, height * width]``, positions in the flat picture.
+        source: int64 ``[5, taps, height * width]``, positions in the flattened image.
         weight: float32 ``[5, taps, height * width]`` or ``[5, taps, 1]``, zero where a level has fewer taps.
         counts: how many taps each level has.
     """

@@ -1,7 +1,7 @@
-"""Pictures of frost, drawn by code: needles of ice that branch at 60 degrees, over a haze.
+"""Frost textures, drawn by code: needles of ice that branch at 60 degrees, over a haze.
 
-Ours: the published corruption crops photographs, which are not free to ship. What is kept is its form, a random part
-of one of five pictures, and its weights. The pictures repeat themselves without a seam, so that any part will do.
+The published corruption crops photographs, whose licence does not allow redistribution. As there, a random part of
+one of five images is used, with the published weights. The textures are periodic, so that a part may start anywhere.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from .random import hash32
 
-SIDE = 128  # of a picture, in pixels
+SIDE = 128  # of a texture, in pixels
 _PICTURES = 5
-_NUCLEI = 14  # crystals per picture
+_NUCLEI = 14  # crystals per texture
 _LENGTHS = (10.0, 34.0)  # of a crystal's six arms, in pixels
 _SPACING = 3.5  # between the branches of an arm
 
 
 class _Dice:
-    """Uniform numbers from the hash, one after the other."""
+    """A sequence of uniform random numbers from `hash32`."""
 
     def __init__(self, seed: int) -> None:
         self._seed, self._count = hash32(seed + 1), 0
@@ -39,7 +39,7 @@ class _Dice:
 
 @lru_cache(maxsize=8)
 def textures(device: torch.device) -> Tensor:
-    """float32 ``[5, 128, 128]`` in 0-1, kept on the device."""
+    """The textures, float32 ``[5, 128, 128]`` in 0-1, cached on the device."""
     return torch.from_numpy(np.stack([_picture(_Dice(i)) for i in range(_PICTURES)])).float().to(device)
 
 
@@ -52,7 +52,7 @@ def _picture(dice: _Dice) -> np.ndarray:
 
 
 def _crystal(dice: _Dice) -> Iterator[tuple[float, float, float, float, float]]:
-    """Needles as (y, x, angle, length, light): six arms, and on both sides of each branches that shorten outwards."""
+    """Needles as (y, x, angle, length, brightness): six arms with branches on both sides that shorten outwards."""
     y, x, turn = dice(0, SIDE), dice(0, SIDE), dice(0, math.pi / 3)
     for arm in range(6):
         angle, length = turn + arm * math.pi / 3, dice(*_LENGTHS)
@@ -71,8 +71,8 @@ def _crystal(dice: _Dice) -> Iterator[tuple[float, float, float, float, float]]:
 
 
 def _draw(ice: np.ndarray, y: float, x: float, angle: float, length: float, light: float) -> None:
-    """Lay a needle that thins out over the picture, the brighter of both wins; what leaves on one side enters on the
-    other."""
+    """Draw a fading needle into the texture by the maximum of both; beyond an edge it continues at the opposite
+    one."""
     reach = math.ceil(length) + 2
     offset = np.arange(-reach, reach + 1)
     rows, columns = int(y) + offset, int(x) + offset
@@ -87,7 +87,7 @@ def _draw(ice: np.ndarray, y: float, x: float, angle: float, length: float, ligh
 
 
 def _haze(dice: _Dice) -> np.ndarray:
-    """A smooth random field of deviation one: noise on a coarse grid, interpolated by cosines."""
+    """A smooth random field of mean 0 and variance 1: noise on coarse grids, interpolated by cosines."""
     total = np.zeros((SIDE, SIDE))
     for side, weight in ((4, 1.0), (8, 0.7), (16, 0.4), (64, 0.25)):
         total += weight * _enlarged(dice.field(side))

@@ -1,8 +1,8 @@
-"""JPEG, baseline, as Pillow writes and reads it: what the compression loses, without the file.
+"""The loss of baseline JPEG compression, as Pillow writes and reads it, without a file.
 
 YCbCr, colours at half the resolution (4:2:0), a cosine transform of 8 x 8 blocks, the standard's tables scaled by the
-quality, and all of it back, bytes in between as in libjpeg. Cosines are rounded to 2^-30, which makes fp64 products
-of whole numbers exact, so that a block rounds the same in any batch.
+quality, and the inverse, with rounding to bytes between the steps as in libjpeg. Cosines are rounded to multiples of
+2^-30, so that fp64 products with integers are exact, and a block is rounded alike in any batch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _CHROMINANCE = (
 
 
 def jpeg_compression(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Saved and read again; grey pictures have the luminance's table only."""
+    """Compress and decompress; for grey images only the luminance table is used."""
     x = (x * 255).round_()
     if x.shape[1] == 1:
         return _coded(x, level, chroma=False).div_(255)
@@ -77,7 +77,7 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _coded(x: Tensor, level: Level, *, chroma: bool) -> Tensor:
-    """Bytes ``[n, channels, height, width]`` through the quantised transform; the last pixels fill up blocks."""
+    """Bytes ``[n, channels, height, width]`` after the quantised transform; incomplete blocks repeat the last pixel."""
     n, channels, height, width = x.shape
     padded = F.pad(x, [0, -width % 8, 0, -height % 8], mode="replicate")
     down, across = padded.shape[2] // 8, padded.shape[3] // 8
@@ -110,7 +110,7 @@ def _to_rgb(light: Tensor, colours: Tensor) -> Tensor:
 
 
 def _halved(x: Tensor) -> Tensor:
-    """Means of 2 x 2 bytes, halves rounded down and up by turns along the row, as in libjpeg."""
+    """Means of 2 x 2 bytes; along a row, halves are rounded down and up alternately, as in libjpeg."""
     padded = F.pad(x, [0, -x.shape[3] % 16, 0, x.shape[2] % 2], mode="replicate")
     total = padded[..., ::2, ::2] + padded[..., ::2, 1::2] + padded[..., 1::2, ::2] + padded[..., 1::2, 1::2]
     total[..., ::2] += 1
@@ -119,7 +119,7 @@ def _halved(x: Tensor) -> Tensor:
 
 
 def _doubled(x: Tensor) -> Tensor:
-    """Twice the height and width: three parts of the nearer byte, one of the farther, as libjpeg's fancy upsampling."""
+    """Twice the height and width, 3/4 of the nearer byte and 1/4 of the farther: libjpeg's fancy upsampling."""
     rows = F.pad(x, [0, 0, 1, 1], mode="replicate")
     above, below = x * 3 + rows[..., :-2, :], x * 3 + rows[..., 2:, :]
     tall = torch.stack([above, below], dim=3).flatten(2, 3)

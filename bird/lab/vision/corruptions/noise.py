@@ -10,21 +10,21 @@ from torch import Tensor
 from .filters import Level, above
 from .random import Noise, quantile
 
-_FEW = 4.0  # photons: below, the distribution is summed; above, its quantile is expanded
+_FEW = 4.0  # expected photons: below this probabilities are summed, above it the quantile is expanded
 
 
 def gaussian_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """A weak or cold sensor: the same noise everywhere."""
+    """Additive Gaussian noise of equal strength in all pixels."""
     return noise.normal(*x.shape[1:]).mul_(level.pick(0.04, 0.06, 0.08, 0.09, 0.10)).add_(x)
 
 
 def speckle_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Noise in proportion to the light."""
+    """Gaussian noise proportional to the pixel's value."""
     return noise.normal(*x.shape[1:]).mul_(level.pick(0.06, 0.1, 0.12, 0.16, 0.2)).mul_(x).add_(x)
 
 
 def impulse_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Salt and pepper: a share of the values becomes black or white, half of them each."""
+    """Salt and pepper noise: a share of the values becomes 0 or 1, half of them each."""
     share = level.pick(0.01, 0.02, 0.03, 0.05, 0.07)
     uniform = noise.uniform(*x.shape[1:])
     salt, struck = above(share / 2, uniform), above(share, uniform)
@@ -38,10 +38,10 @@ def shot_noise(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
 
 def poisson(rate: Tensor, bits: Tensor) -> Tensor:
-    """Poisson numbers by inversion of the distribution function: one draw of 32 bits each, no rejection, no waiting.
+    """Poisson numbers by inversion of the distribution function: 32 bits each, no rejection, no synchronisation.
 
     Above `_FEW` the quantile is expanded around the normal one, ``w``, to order 1 / rate (Cornish and Fisher; Giles
-    2016, "Algorithm 955"), which misses the exact number by one in 0.2 % of draws at the seam, and less often above.
+    2016, "Algorithm 955"), which is off by one in 0.2 % of draws at `_FEW`, and less often above.
     Below, probabilities are summed.
 
     Args:
@@ -49,7 +49,7 @@ def poisson(rate: Tensor, bits: Tensor) -> Tensor:
         bits: int32 of the same shape.
 
     Returns:
-        float32 whole numbers.
+        float32 tensor of integers, of the same shape.
     """
     few = _summed(rate.clamp(max=_FEW), ((bits >> 8) & 0xFFFFFF).float().add_(0.5).mul_(2.0**-24))
     many = _expanded(rate.clamp(min=_FEW), quantile((bits >> 16) & 0xFFFF))
@@ -57,13 +57,13 @@ def poisson(rate: Tensor, bits: Tensor) -> Tensor:
 
 
 def _summed(rate: Tensor, uniform: Tensor) -> Tensor:
-    """The first number whose probability and that of all below it exceed ``uniform``."""
+    """The least number whose cumulative probability is at least ``uniform``."""
     probability = torch.exp(-rate)
     below, count, step = probability.clone(), torch.zeros_like(rate), torch.empty_like(rate)
     for k in range(1, int(_FEW + 6 * math.sqrt(_FEW)) + 1):
         count += torch.sub(uniform, below, out=step).ceil_()  # 1 where uniform is greater, else 0
         below += probability.mul_(rate).mul_(1 / k)
-    return count.clamp_(min=0)  # 0 - 1 may have been rounded to -1
+    return count.clamp_(min=0)  # uniform - below may be rounded to -1, and so may its ceiling be
 
 
 def _expanded(rate: Tensor, w: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Random numbers that depend on the sample and on nothing else, with the same bits on every device.
+"""Counter-based random numbers per sample, bitwise equal in any batch and on every device.
 
-Every number is a hash of (seed, kind, severity, sample index, position), so that a sample meets the same noise in any
-batch, in any order. Only integer arithmetic and tables are used on the way: logarithms and cosines would round
-differently from device to device, some even by an element's place in a tensor.
+Every number is a hash of (seed, kind, severity, sample index, position), so that a sample gets the same noise in any
+batch, in any order. Only integer arithmetic and tables are used: logarithms and cosines round
+differently from device to device, some even depending on an element's position in a tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HALF = 1 << 31
 
 
 def hash32(value: Any) -> Any:
-    """Scramble 32-bit numbers, an int or an int64 tensor of them: "lowbias32" of Wellons' hash-prospector."""
+    """Hash 32-bit numbers, an int or an int64 tensor of them: "lowbias32" of Wellons' hash-prospector."""
     value = value & _MASK
     value = value ^ (value >> 16)
     value = (value * 0x7FEB352D) & _MASK
@@ -30,7 +30,7 @@ def hash32(value: Any) -> Any:
 
 
 def _hash32_(bits: Tensor) -> Tensor:
-    """The same in place on int32, whose products wrap and whose shifts repeat the sign: a third of the time."""
+    """`hash32` in place on int32, whose products wrap and whose shifts extend the sign: in a third of the time."""
     bits ^= (bits >> 16) & 0xFFFF
     bits *= 0x7FEB352D
     bits ^= (bits >> 15) & 0x1FFFF
@@ -40,7 +40,7 @@ def _hash32_(bits: Tensor) -> Tensor:
 
 
 def keys(index: Tensor, *parts: int | Tensor) -> Tensor:
-    """One 32-bit key per sample, int64 ``[n]``, from its index and from what else the noise depends on."""
+    """One 32-bit key per sample, int64 ``[n]``, from its index and all else that the noise depends on."""
     key: int | Tensor = 0
     for part in (*parts, index):
         key = hash32(key ^ part)
@@ -48,13 +48,13 @@ def keys(index: Tensor, *parts: int | Tensor) -> Tensor:
 
 
 def _signed(bits: Tensor) -> Tensor:
-    """32-bit numbers in int64 as the int32 of the same bits."""
+    """32-bit numbers in int64 as int32 with the same bits."""
     return ((bits + _HALF) % (1 << 32) - _HALF).to(torch.int32)
 
 
 @lru_cache(maxsize=8)
 def _quantiles(device: torch.device) -> Tensor:
-    """float32 ``[65536]``: the standard normal's quantiles in the middle of 65,536 equal shares, variance one."""
+    """float32 ``[65536]``: standard normal quantiles at the centres of 65,536 equal intervals, scaled to variance 1."""
     share = (torch.arange(32768, dtype=torch.float64) + 0.5) / 65536
     lower = torch.tensor([NormalDist().inv_cdf(p) for p in share.tolist()], dtype=torch.float64)
     both = torch.cat([lower, -lower.flip(0)])
@@ -62,12 +62,12 @@ def _quantiles(device: torch.device) -> Tensor:
 
 
 def quantile(share: Tensor) -> Tensor:
-    """The standard normal's quantile of int32 numbers 0 to 65535, float32 of the same shape."""
+    """The standard normal quantile for int32 numbers 0 to 65535, float32 of the same shape."""
     return _quantiles(share.device).index_select(0, share.flatten()).view(share.shape)
 
 
 class Noise:
-    """Random numbers that depend on the sample and on nothing else; each call draws fresh ones.
+    """Random numbers that depend on the samples' keys only; each call draws new ones.
 
     Args:
         keys: int64 ``[n]``, one 32-bit key per sample.
@@ -92,11 +92,11 @@ class Noise:
         return (((self.bits(*shape) >> 9) & 0x7FFFFF).float() + 0.5).mul_(2.0**-23)
 
     def integers(self, choices: int, *shape: int) -> Tensor:
-        """int64 ``[n, *shape]``, uniform on 0 to ``choices`` - 1 (to 1 / 65536 of a share per choice)."""
+        """int64 ``[n, *shape]``, uniform on 0 to ``choices`` - 1; probabilities are multiples of 1 / 65536."""
         return (((self.bits(*shape) >> 16) & 0xFFFF).long() * choices) >> 16
 
     def normal(self, *shape: int) -> Tensor:
-        """float32 ``[n, *shape]``, standard normal in 65,536 steps, at most 4.3: two numbers of each 32 bits."""
+        """float32 ``[n, *shape]``, standard normal in 65,536 steps, at most 4.3; 16 bits make a number."""
         count = math.prod(shape)
         halves = self.bits((count + 1) // 2).view(torch.int16)[:, :count]
         return quantile(halves.int().add_(32768)).view(-1, *shape)

@@ -1,4 +1,4 @@
-"""Weather: snow, frost, fog. Spatter has a file of its own."""
+"""Weather: snow, frost, fog. Spatter is in `drops`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FROST_TINT = (0.9, 0.98, 1.06)  # bluish
 
 
 def luma(x: Tensor) -> Tensor:
-    """The grey picture ``[n, 1, height, width]`` of one with 1 or 3 channels."""
+    """The luminance ``[n, 1, height, width]`` of images with 1 or 3 channels."""
     if x.shape[1] == 1:
         return x
     red, green, blue = x.split(1, dim=1)
@@ -23,7 +23,7 @@ def luma(x: Tensor) -> Tensor:
 
 
 def fog(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Light from a fractal on top, the whole dimmed by what it adds."""
+    """Adds the light of a fractal, and dims the sum to the image's brightness."""
     height, width = x.shape[-2:]
     thick = level.pick(0.2, 0.5, 0.75, 1, 1.5)
     brightest = x.amax(dim=(1, 2, 3), keepdim=True)
@@ -37,8 +37,8 @@ def plasma(side: int, decay: Tensor, noise: Noise) -> Tensor:
 
     Args:
         side: a power of two.
-        decay: ``[n or 1, 1, 1]``: by how much every finer grid varies less.
-        noise: one number per pixel, but the first.
+        decay: ``[n or 1, 1, 1]``: the factor by which every finer grid varies less.
+        noise: one number is drawn per pixel, except the first.
     """
     wibble = torch.full_like(decay, 100.0)
 
@@ -46,7 +46,7 @@ def plasma(side: int, decay: Tensor, noise: Noise) -> Tensor:
         uniform = noise.uniform(*total.shape[1:]).mul_(2).sub_(1)
         return total / 4 + wibble * (wibble * uniform)
 
-    # A coarse grid lives in a tensor of its own: every pass then reads and writes neighbours in memory.
+    # Each coarse grid is a contiguous tensor, so that every pass reads and writes adjacent memory.
     corner = decay.new_zeros(len(noise), 1, 1)
     while corner.shape[1] < side:
         step = corner.shape[1]
@@ -62,8 +62,8 @@ def plasma(side: int, decay: Tensor, noise: Noise) -> Tensor:
 
 
 def frost(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Ice on the glass: a random part of one of five pictures of frost, which are ours
-    (`bird.lab.vision.corruptions.ice`) where the original has photographs; the weights are published."""
+    """Ice on glass: adds a random part of one of five frost textures, drawn by code
+    (`bird.lab.vision.corruptions.ice`) where the original has photographs, with the published weights."""
     height, width = x.shape[-2:]
     which, top, left = noise.integers(5), noise.integers(SIDE), noise.integers(SIDE)
     rows = (top[:, None] + torch.arange(height, device=x.device)) % SIDE + which[:, None] * SIDE
@@ -75,7 +75,7 @@ def frost(x: Tensor, level: Level, noise: Noise) -> Tensor:
 
 
 def snow(x: Tensor, level: Level, noise: Noise) -> Tensor:
-    """Flakes: the peaks of magnified noise, drawn out downwards, over a picture that has lost its colours."""
+    """Flakes (the peaks of magnified noise, blurred downwards) over an image with paler colours."""
     zooms = (1.0, 1.0, 1.75, 2.25, 1.25)
     height, width = x.shape[-2:]
     layer = noise.normal(1, height, width) * level.pick(0.2, 0.2, 0.3, 0.3, 0.3)

@@ -1,7 +1,7 @@
-"""The data sets of the paper's vision half, whole in memory, at 32x32.
+"""The data sets of the paper's vision experiments, all in memory, at 32x32.
 
-Nothing is downloaded: the official files are read where torchvision and everybody else leave them, below one
-root, and what is missing is said with where to get it. No pickle is loaded as such (see `unpickling`).
+Nothing is downloaded: the official files are read below one root, from the folders that torchvision and the official
+archives use; errors say which files are missing and where to get them. Python's unpickler is not used (`unpickling`).
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ def load(
 
     The test set is the official one (TinyImageNet and ImageNet: the official validation set, as the labels of
     their test sets are not public; ``"digits"``: the last fifth of each class) and does not depend on the seed.
-    Images come class by class. 28x28 images are padded with zeros, digits scaled bilinearly, image files of
-    any size cropped to a square and resized with a box filter; they are decoded once and kept beside their
+    Images are ordered by class. 28x28 images are padded with zeros, digits scaled bilinearly, image files of
+    any size cropped to a square and resized with a box filter; they are decoded once and cached beside their
     folder. While splitting, the training images are in memory twice (ImageNet-32: 7.9 GB), unless they come
     from that cache.
 
     Args:
-        name: a key of `DATASETS`, which say what lies where.
+        name: a key of `DATASETS`, where each entry describes its files.
         root: the folder with the data sets' own folders, such as ``cifar-10-batches-py``; for
             ``"image-folder"`` the one with ``train`` and ``test`` or ``val``. None: the environment variable
             ``BIRD_DATA``, else ``data`` in the working directory, where PyTorch's tutorials put theirs.
         classes: classes to keep; labels are renumbered 0, 1, ... in the order given. None: all.
-        seed: decides which training images of each class validate.
+        seed: decides which training images of each class are used for validation.
         validation: their share of each class, 0 (none) or more, below 1; at least one image if it is not 0.
-        limit_per_class: keep at most so many images of each class in each of the three sets.
+        limit_per_class: the most images to keep of each class in each of the three sets; None: all.
 
     Returns:
-        images uint8 ``[n, 3 or 1, 32, 32]``, labels int64 ``[n]``.
+        The three sets, with images uint8 ``[n, 3 or 1, 32, 32]`` and labels int64 ``[n]``.
 
     Raises:
-        FileNotFoundError: the data set is not there; which files are expected where, and where to get them.
+        FileNotFoundError: the data set was not found; says which files are expected where, and where to get them.
         ValueError: an unknown name or class, a share or limit out of range, a broken file.
         ImportError: Pillow or scikit-learn is needed and not installed.
     """

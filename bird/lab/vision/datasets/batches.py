@@ -1,4 +1,4 @@
-"""CIFAR and ImageNet-32: batches of rows of 3,072 bytes, the red plane first, then green, then blue."""
+"""CIFAR and ImageNet-32: files of rows of 3,072 bytes, the red plane first, then green, then blue."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .layout import Counts
 from .unpickling import load_batch
 
 PIXELS = 3 * 32 * 32
-Batch: TypeAlias = tuple[Path, Any, np.ndarray]  # a file, its rows uint8 [n, 3072], and n labels
+Batch: TypeAlias = tuple[Path, Any, np.ndarray]  # (file, rows uint8 [n, 3072], labels [n])
 
 
 def stack_batches(batches: Iterable[Batch], count: int) -> Images:
-    """One array from many batches, filled in place: at no time is there a second copy of what was read before.
+    """All batches as one array, filled in place, so that earlier batches are never copied.
 
     Args:
-        batches: what the files hold, in order.
-        count: images in all.
+        batches: the contents of the files, in order.
+        count: the expected number of images; if there are fewer, the result is shorter.
 
     Raises:
-        ValueError: a batch of another shape or dtype, labels that do not fit it, or more than `count` images.
+        ValueError: a batch has another shape or dtype, labels do not fit it, or there are more than ``count`` images.
     """
     images = np.empty((count, 3, 32, 32), np.uint8)
     labels = np.empty(count, np.int64)
@@ -45,7 +45,7 @@ def stack_batches(batches: Iterable[Batch], count: int) -> Images:
 
 
 def _train_and_test(batches: Iterator[Batch], files: int, counts: Counts) -> tuple[Images, Images]:
-    """The last file is the test set."""
+    """The training images of all files but the last, and the test images of the last."""
     train = stack_batches(islice(batches, files - 1), counts[0])
     return train, stack_batches(batches, counts[1])
 
@@ -61,12 +61,12 @@ def _binary(paths: list[Path], label_bytes: int) -> Iterator[Batch]:
 
 
 def read_cifar10_binary(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Records of a label and an image."""
+    """Training and test images from records of a label and an image."""
     return _train_and_test(_binary(paths, 1), len(paths), counts)
 
 
 def read_cifar100_binary(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Records of a coarse label, the fine one that counts, and an image."""
+    """Training and test images from records of a coarse label, a fine label (which is used) and an image."""
     return _train_and_test(_binary(paths, 2), len(paths), counts)
 
 
@@ -85,21 +85,21 @@ def _arrays(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
-    except Exception as error:  # of zipfile, of zlib, of NumPy
+    except Exception as error:  # from zipfile, zlib or NumPy
         raise ValueError(f"{path}: {error}") from error
 
 
 def read_cifar10_python(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Pickled dicts of ``data`` and ``labels``."""
+    """Training and test images from pickled dicts of ``data`` and ``labels``."""
     return _train_and_test(_pickled(paths, "labels"), len(paths), counts)
 
 
 def read_cifar100_python(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Pickled dicts of ``data`` and ``fine_labels``."""
+    """Training and test images from pickled dicts of ``data`` and ``fine_labels``."""
     return _train_and_test(_pickled(paths, "fine_labels"), len(paths), counts)
 
 
 def read_imagenet32(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Dicts of ``data`` and ``labels`` 1 to 1000, pickled or ``.npz``; here the labels start at 0."""
+    """Training and test images from dicts, pickled or ``.npz``, of ``data`` and ``labels`` 1-1000, here 0-999."""
     shifted = ((path, rows, numbers - 1) for path, rows, numbers in _pickled(paths, "labels"))
     return _train_and_test(shifted, len(paths), counts)

@@ -1,4 +1,4 @@
-"""The data sets by name: what they are, how they lie on disk, and where they come from."""
+"""The data sets by name: their sizes, their layouts on disk, and their sources."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ DATASETS: dict[str, Dataset] = {
                 ),
                 read_imagenet32,
             ),
-            Layout("imagenet", ("train", "val"), read_image_folder),  # ImageNet itself, a folder a class
+            Layout("imagenet", ("train", "val"), read_image_folder),  # ImageNet itself, a folder per class
         ),
         source="Get Imagenet32_train and Imagenet32_val, .zip or _npz.zip, from "
         "https://image-net.org/download-images.php (after a login; ImageNet's terms: research, not commercial).",
@@ -118,7 +118,7 @@ DATASETS: dict[str, Dataset] = {
         title="scikit-learn's digits",
         classes=10,
         channels=1,
-        counts=(0, 0),  # 1,797 in all, split here
+        counts=(0, 0),  # 1,797 in all, split by `read_digits`
         layouts=(Layout(".", (), read_digits),),
         source="They come with scikit-learn (UCI's optical recognition of handwritten digits, CC BY 4.0).",
     ),

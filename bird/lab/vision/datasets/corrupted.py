@@ -1,7 +1,7 @@
 """The published corrupted test sets: CIFAR-10-C, CIFAR-100-C and Tiny-ImageNet-C.
 
 Hendrycks and Dietterich (2019), "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations". Images come in the order of `load`'s test set, so that corrupted and clean ones pair up.
+Perturbations". Images are in the order of `load`'s test set, so that corrupted and clean ones correspond.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RECORDS = {"cifar10": 2535967, "cifar100": 3555552, "tiny-imagenet": 2536630}
 
 
 def available_corruptions(name: str, root: Path | str | None = None) -> list[str]:
-    """The corruptions of a published set that lie below `root`, sorted; none where there is no such folder."""
+    """The corruptions of a published set that exist below ``root``, sorted; empty if its folder does not exist."""
     folder = data_root(root) / _folder(name)
     if name == "tiny-imagenet":
         return class_names(folder) if folder.is_dir() else []
@@ -45,20 +45,20 @@ def load_corrupted(
 
     Args:
         name: ``"cifar10"``, ``"cifar100"`` or ``"tiny-imagenet"``.
-        root: as for `load`; below it lies ``CIFAR-10-C``, ``CIFAR-100-C`` or ``Tiny-ImageNet-C``, as unpacked.
+        root: as for `load`; it contains ``CIFAR-10-C``, ``CIFAR-100-C`` or ``Tiny-ImageNet-C``, as unpacked.
         corruption: the file's or folder's name, e.g. ``"gaussian_noise"``.
         severity: 1 to 5.
         classes: as for `load`.
 
     Raises:
-        FileNotFoundError: it is not there; which files are expected where, and where to get them.
+        FileNotFoundError: it was not found; says which files are expected where, and where to get them.
         ValueError: an unknown set, severity or class, or a broken file.
     """
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be 1 to 5, got {severity}")
     published = _folder(name)
     clean = DATASETS[name]
-    number = clean.classes or 0  # of these three it is known
+    number = clean.classes or 0  # never None for these three
     kept = range(number) if classes is None else classes
     check_classes(kept, number)
 
@@ -81,7 +81,7 @@ def load_corrupted(
 
 
 def _read_block(paths: list[Path], counts: Counts, severity: int) -> tuple[Images, ...]:
-    """One of the five blocks of a CIFAR file, uint8 ``[5 * n, 32, 32, 3]``; only its part of the disk is read."""
+    """One severity's block of a CIFAR file, uint8 ``[5 * n, 32, 32, 3]``; only this block is read from disk."""
     (count,) = counts
     images, labels = (load_array(path, "r") for path in paths)
     if images.dtype != np.uint8 or images.shape != (len(SEVERITIES) * count, 32, 32, 3):

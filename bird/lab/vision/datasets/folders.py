@@ -1,10 +1,10 @@
 """Image files in folders, decoded once to 32x32: TinyImageNet, its corrupted copy, any folder of classes.
 
-Every image becomes RGB; the largest square in its middle is resized with Pillow's box filter, the mean of the
-pixels that a new one covers (rounded along rows, then along columns), which ImageNet-32 was made with too. For
-the 64x64 of TinyImageNet these are blocks of 2x2. What was decoded is kept beside the folder, as
-``NAME.32x32-FINGERPRINT.npy``. The fingerprint is of all paths, sizes and times of change: a changed folder is
-decoded again.
+Images are converted to RGB; the largest centred square is resized with Pillow's box filter, the mean of the
+pixels that a new one covers (rounded along rows, then along columns), with which ImageNet-32 was made, too. For
+the 64x64 of TinyImageNet these are blocks of 2x2. Decoded images are cached beside the folder, as
+``NAME.32x32-FINGERPRINT.npy``. The fingerprint is a hash of all paths, sizes and modification times: a changed
+folder is decoded again.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ from ..data import Images
 from .layout import Counts
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))  # torchvision's
-_CHUNK = 256  # images that a thread decodes in one go
+_CHUNK = 256  # images per task of a thread
 
 
-# Pillow's names of the formats behind SUFFIXES. Left to itself it would take a file by its content alone, and an EPS
-# called .png would start Ghostscript.
+# Pillow's names of the formats of SUFFIXES. By default it detects a format by content only, so an EPS file called
+# .png would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
 def _decode(path: Path) -> np.ndarray:
-    """One image, uint8 ``[3, 32, 32]``."""
+    """One image, uint8 ``[3, 32, 32]``; raises a ValueError if it cannot be decoded."""
     from PIL import Image, ImageOps
 
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise ValueError(f"{path} is no file")
     try:
         with Image.open(path, formats=_FORMATS) as image:
             small = ImageOps.fit(_eight_bits(image).convert("RGB"), (32, 32), Image.Resampling.BOX)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises them all
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of them
         raise ValueError(f"{path} cannot be decoded: {error}") from error
     return np.asarray(small).transpose(2, 0, 1)
 
 
 def _eight_bits(image: Any) -> Any:
-    """The image with 8 bits a channel: Pillow's own conversion cuts off all that is above 255.
+    """The image with 8 bits per channel; Pillow's own conversion would clip 16-bit values at 255.
 
     Raises:
-        ValueError: its numbers have no known range.
+        ValueError: the range of its pixel values is not known.
     """
     from PIL import Image
 
@@ -66,7 +66,7 @@ def _eight_bits(image: Any) -> Any:
 
 
 def _decode_all(files: Sequence[Path], label: str) -> np.ndarray:
-    """uint8 ``[n, 3, 32, 32]``, on as many threads as there are cores: Pillow decodes outside Python's lock."""
+    """uint8 ``[n, 3, 32, 32]``, decoded by a pool of threads: Pillow releases Python's global lock."""
     images = np.empty((len(files), 3, 32, 32), np.uint8)
 
     def work(start: int) -> int:
@@ -86,7 +86,7 @@ def _decode_all(files: Sequence[Path], label: str) -> np.ndarray:
 
 
 def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
-    """The images of some files below `folder`, from the cache beside it if nothing has changed.
+    """The images of ``files`` below ``folder``, from the cache beside it if nothing has changed.
 
     Returns:
         uint8 ``[n, 3, 32, 32]``, in the order of the files.
@@ -97,7 +97,7 @@ def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
     """
     stem = f"{folder.name}.32x32-"
     cache = folder.with_name(f"{stem}{_fingerprint(folder, files)}.npy")
-    with contextlib.suppress(FileNotFoundError, ValueError):  # the latter: damaged, or not ours
+    with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: damaged, or another kind of file
         images = load_array(cache, "c")
         if images.shape == (len(files), 3, 32, 32) and images.dtype == np.uint8:
             return images
@@ -111,13 +111,13 @@ def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
 
 
 def _keep(images: np.ndarray, cache: Path, stem: str) -> None:
-    """Write the cache and remove those of earlier states of the folder; only warn if that cannot be done."""
+    """Write the cache and remove those of earlier states of the folder; warn if that fails."""
     try:
         with atomic(cache) as partial:
             np.save(partial, images)
         for old in set(cache.parent.glob(f"{glob.escape(stem)}*.npy")) - {cache}:
             old.unlink(missing_ok=True)
-    except OSError as error:  # a folder that others own, a full disk
+    except OSError as error:  # no permission, a full disk
         warnings.warn(f"the decoded images cannot be kept, the next run decodes again: {error}", stacklevel=2)
 
 
@@ -130,12 +130,12 @@ def _fingerprint(folder: Path, files: Sequence[Path]) -> str:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; not of hidden ones."""
+    """The names of the folders in a folder, sorted, without hidden ones."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _images(folder: Path) -> list[Path]:
-    """The image files below a folder, sorted; none that is hidden, or in a hidden folder: copies, thumbnails."""
+    """The image files below a folder, sorted, without hidden files and folders (copies, thumbnails)."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
@@ -144,7 +144,7 @@ def read_classes(folder: Path, names: Sequence[str], inner: str = "") -> Images:
     """Images of ``folder/NAME/inner/**``, label k for the k-th name, sorted by path within a class.
 
     Raises:
-        ValueError: a class without images, or a folder that is none of the classes.
+        ValueError: a class without images, or a folder that is not a class; also as `decoded`.
     """
     if unknown := set(class_names(folder)) - set(names):
         raise ValueError(f"{folder} has folders that are no class: {', '.join(sorted(unknown)[:5])}")
@@ -161,15 +161,15 @@ def read_classes(folder: Path, names: Sequence[str], inner: str = "") -> Images:
 
 
 def read_image_folder(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Training and test folder, one folder a class in each, numbered in the order of the training folder's names."""
+    """Training and test images, with a folder per class; classes are numbered by the training folder's sorted names."""
     names = class_names(paths[0])
     return read_classes(paths[0], names), read_classes(paths[1], names)
 
 
 def read_tiny_imagenet(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Classes are numbered in the order of their sorted WordNet ids, as torchvision's ``ImageFolder`` does.
+    """Training and test images; classes are numbered by sorted WordNet ids, as in torchvision's ``ImageFolder``.
 
-    The official validation set is the test set, ordered by class and name like Tiny-ImageNet-C.
+    The test set is the official validation set, ordered by class and name like Tiny-ImageNet-C.
     """
     wnids, train, annotations, val = paths
     names = sorted(wnids.read_text(encoding="utf-8").split())

@@ -1,4 +1,4 @@
-"""Grey images: Fashion-MNIST's IDX files and the subset that ships, and the digits that come with scikit-learn."""
+"""Grey images: Fashion-MNIST's IDX files, the subset of it in this package, and the digits of scikit-learn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_idx(path: Path) -> np.ndarray:
     The header is big-endian: two zeros, type 8, the rank, and one uint32 size for each dimension.
 
     Raises:
-        ValueError: not such a file, its data is cut short or longer than the header says, or the header says more than
+        ValueError: not such a file, its data is shorter or longer than the header says, or the header says more than
             `LARGEST` bytes.
     """
     try:
@@ -35,7 +35,7 @@ def read_idx(path: Path) -> np.ndarray:
             count = math.prod(shape)
             if count > LARGEST:
                 raise ValueError(f"{path}: the header says {shape}, {count} bytes; at most {LARGEST} are read")
-            data = file.read(count + 1)  # no more than that: a gzip file may hold a thousand times its size
+            data = file.read(count + 1)  # bounded, since a gzip file may expand to a thousand times its size
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     if len(data) != count:
@@ -56,19 +56,19 @@ def _from_idx(images: Path, labels: Path) -> Images:
 
 
 def read_fashion(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """28x28, two rows and columns of zeros (the background) on every side."""
+    """Training and test images, 28x28 padded by two rows and columns of zeros (the background) on every side."""
     return _from_idx(*paths[:2]), _from_idx(*paths[2:])
 
 
 def read_fashion_subset(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """The same from one NumPy archive; nothing in it is unpickled."""
+    """As `read_fashion`, from one NumPy archive, without unpickling."""
     with np.load(paths[0], allow_pickle=False) as arrays:
         train, test = (_padded(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
     return train, test
 
 
 def read_digits(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """8x8, 0-16, scaled to 0-255 and, bilinearly, to 32x32. The last fifth of each class is the test set."""
+    """Training and test images, 8x8 in 0-16, scaled to 0-255 and bilinearly to 32x32; a class's last fifth is test."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:

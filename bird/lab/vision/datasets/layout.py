@@ -1,4 +1,4 @@
-"""What a data set on disk consists of, where it is looked for, and what is said when it is not there."""
+"""Descriptions of data sets on disk: their files, how they are found and read, and errors if they are missing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Reader: TypeAlias = Callable[[list[Path], Counts], tuple[Images, ...]]
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which a data set may lie on disk.
+    """One way in which a data set may be stored on disk.
 
     Args:
-        folder: under the root, or absolute.
-        files: files and folders below it, all of them needed.
+        folder: relative to the root, or absolute.
+        files: names of files and folders in it, all of them required.
         read: from their paths and the official numbers of images to the sets of images.
-        suffixes: what may follow a file's name.
+        suffixes: alternatives that may be appended to a file's name.
     """
 
     folder: str
@@ -31,12 +31,12 @@ class Layout:
     suffixes: tuple[str, ...] = ("",)
 
     def find(self, root: Path) -> list[Path | None]:
-        """The path of each of the files, None for one that is missing."""
+        """The path of each file, None for those that are missing."""
         choices = [[root / self.folder / (file + suffix) for suffix in self.suffixes] for file in self.files]
         return [next((path for path in paths if path.exists()), None) for paths in choices]
 
     def describe(self, root: Path) -> str:
-        """What is expected where, and which of it is missing."""
+        """A text: which files are expected where, and which of them are missing."""
         missing = [file for file, path in zip(self.files, self.find(root), strict=True) if path is None]
         names = ", ".join(self.files)
         if len(self.files) > 6:
@@ -48,15 +48,15 @@ class Layout:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set by name.
+    """Description of a data set.
 
     Args:
-        title: what it is called.
-        classes: their number; None where the folders tell.
+        title: its display name.
+        classes: their number; None if it follows from the folders.
         channels: 3 or 1.
-        counts: official numbers of training and of test images, which are checked; 0 where any number will do.
+        counts: official numbers of training and of test images, which are checked; 0 accepts any number.
         layouts: the first one that is complete is read.
-        source: where to get it, and its licence.
+        source: a text: where to get it, and its licence.
     """
 
     title: str
@@ -67,16 +67,16 @@ class Dataset:
     source: str
 
     def describe(self, root: Path) -> str:
-        """Which files are expected where, which of them are missing, and where to get them."""
+        """A text: which files are expected where, which of them are missing, and where to get them."""
         places = [f"\n  {layout.describe(root)}" for layout in self.layouts]
         return f"{self.title} is read from{' one of' if len(places) > 1 else ''}:{''.join(places)}\n{self.source}"
 
     def read(self, root: Path) -> tuple[Images, ...]:
-        """One `Images` for each of the counts.
+        """Read the images: one `Images` for each of ``counts``.
 
         Raises:
-            FileNotFoundError: no layout is complete; what is missing, and where to get it.
-            ValueError: a file is not what it should be, or images are missing.
+            FileNotFoundError: no layout is complete; says what is missing, and where to get it.
+            ValueError: a file is damaged or of another format, or images are missing.
         """
         layout, paths = self.locate(root)
         try:
@@ -90,7 +90,7 @@ class Dataset:
         """The first layout that is complete, and the paths of its files.
 
         Raises:
-            FileNotFoundError: none is; what is missing, and where to get it.
+            FileNotFoundError: none is complete; says what is missing, and where to get it.
         """
         for layout in self.layouts:
             found = layout.find(root)
@@ -103,9 +103,9 @@ class Dataset:
         )
 
     def fingerprint(self, root: Path) -> str | None:
-        """What tells these images from others of this name; None where the official numbers do, or nothing need.
+        """A hash of the files' paths, sizes and modification times, to tell different images of this name apart.
 
-        A hash of the files' paths, sizes and times of change.
+        None if the official numbers of images are checked, or the data set has no files.
 
         Raises:
             FileNotFoundError: as `locate`.

@@ -1,10 +1,9 @@
-"""Arrays, lists, numbers and strings out of pickles, by a reader that has no other values.
+"""A safe reader of pickles that contain only arrays, lists, numbers and strings.
 
 The official CIFAR and ImageNet-32 batches are pickled dicts of a NumPy array and lists. A pickle is a program. Python's
-unpickler can be told which functions the program may call, but NumPy's own are enough to write outside an array: they
-trust the type and the shape that the file gives them. This reader walks through the program's instructions itself
-(`pickletools.genops`, which runs nothing), knows the few that such files need, and makes each array from bytes whose
-type and size it has checked.
+unpickler can restrict which functions it calls, but NumPy's own suffice to write outside an array: they trust the type
+and the shape in the file. This reader interprets the program's instructions itself (`pickletools.genops` only lists
+them), supports only those that such files need, and makes each array from bytes whose type and size it has checked.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 LARGEST_FILE = 1 << 31  # bytes; the largest official batch has 473 MB
-MOST_INSTRUCTIONS = 4_000_000  # a batch of ImageNet-32 takes 400,000; each may make an object of some 100 bytes
+MOST_INSTRUCTIONS = 4_000_000  # a batch of ImageNet-32 needs 400,000; each may create an object of about 100 bytes
 
 _CALLABLE = {
     "numpy ndarray": "array",
@@ -44,7 +43,7 @@ class _Named:
 
 @dataclass
 class _Type:
-    """A pickled NumPy type: ``code`` such as "u1", and the byte order that its state tells."""
+    """A pickled NumPy dtype: ``code`` such as "u1", and the byte order from its state."""
 
     code: str
     order: str = "|"
@@ -52,20 +51,20 @@ class _Type:
 
 @dataclass
 class _Array:
-    """A pickled array, which its state fills."""
+    """A pickled array; its value is set by a BUILD instruction."""
 
     value: np.ndarray | None = None
 
 
 def load_batch(path: Path) -> dict[str, Any]:
-    """Read a pickled dict of arrays, lists, numbers and strings, as Python 2 or 3 wrote it.
+    """Read a pickled dict of arrays, lists, numbers and strings, written by Python 2 or 3.
 
     Returns:
-        the dict, its keys as str. Arrays are read-only.
+        The dict, with keys as str. Arrays are read-only.
 
     Raises:
-        ValueError: the file is larger than 2 GiB, is cut short, holds no dict, or asks for anything else than such
-            values; nothing that it names is called.
+        ValueError: the file is larger than 2 GiB, is cut short, holds no dict, or needs anything but such
+            values; no function that it names is called.
     """
     size = path.stat().st_size
     if size > LARGEST_FILE:
@@ -85,7 +84,7 @@ def load_batch(path: Path) -> dict[str, Any]:
 
 
 def _evaluate(data: bytes) -> object:
-    """The value of a pickle; `_Named`, `_Type` and `_Array` stand for what is NumPy's."""
+    """The value of a pickle, with `_Named`, `_Type` and `_Array` in place of NumPy's objects."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -152,14 +151,14 @@ def _evaluate(data: bytes) -> object:
 
 
 def _a(kind: type[Any], value: Any) -> Any:
-    """``value``, if it is of the kind that an instruction needs."""
+    """``value``; raises a ValueError unless its type is exactly ``kind``."""
     if type(value) is not kind:
         raise ValueError(f"it is damaged: a {type(value).__name__} where a {kind.__name__} is needed")
     return value
 
 
 def _put(into: dict[Any, Any], values: list[Any]) -> dict[Any, Any]:
-    """Keys and values in turns, into a dict. Keys are text: to hash a tuple of tuples may take for ever."""
+    """Put alternating keys and values into a dict. Keys must be text, since hashing nested tuples may never end."""
     if len(values) % 2:
         raise ValueError("it is damaged: a key without a value")
     for key, value in zip(values[::2], values[1::2], strict=True):
@@ -170,7 +169,7 @@ def _put(into: dict[Any, Any], values: list[Any]) -> dict[Any, Any]:
 
 
 def _called(kind: str, arguments: tuple[Any, ...]) -> object:
-    """What a call of one of `_CALLABLE` stands for."""
+    """The result of a call of one of `_CALLABLE`."""
     if kind == "reconstruct":
         return _Array()
     if kind == "dtype":
@@ -187,7 +186,7 @@ def _called(kind: str, arguments: tuple[Any, ...]) -> object:
 
 
 def _restore(what: object, state: tuple[Any, ...]) -> None:
-    """The state of a type, ``(version, byte order, ...)``, or of an array, ``(version, shape, type, order, bytes)``."""
+    """Set the state of a type, ``(version, byte order, ...)``, or array, ``(version, shape, type, order, bytes)``."""
     if isinstance(what, _Type):
         order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
         if order not in ("<", ">", "|", "="):
@@ -196,7 +195,7 @@ def _restore(what: object, state: tuple[Any, ...]) -> None:
         return
     _, shape, kind, by_columns, raw = state
     shape, kind = _a(tuple, shape), _a(_Type, kind)
-    if isinstance(raw, str):  # Python 2's
+    if isinstance(raw, str):  # written by Python 2
         raw = raw.encode("latin1")
     if not all(type(size) is int and 0 <= size <= LARGEST_FILE for size in shape) or len(shape) > 4:
         raise ValueError(f"an array of the shape {str(shape)[:60]}")

@@ -8,8 +8,8 @@ installed with ``pip install 'bird-kernels[vision]'``. The small ones are for CP
 batch of 64 grey images take one core of an EPYC server 13 ms (resnet-tiny), 16 to 17 (mobilenetv2-tiny, resnet-small)
 or 20 to 22.
 
-The paper chose its one guiding and one guided layer heuristically. `ImageModel.guide` is ours for both: the output of
-the last stage before the head; its average over space is what the head reads, the "penultimate" features.
+The paper chose its one guiding and one guided layer heuristically. Here both are `ImageModel.guide`: the output of
+the last stage before the head, whose average over space is the head's input, the "penultimate" features.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["MODELS", "ImageModel", "Normalise", "PlainNet", "ResNet", "build", "
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A network that `build` knows.
+    """Description of a network that `build` can make.
 
     Args:
         name: its name.
@@ -49,10 +49,10 @@ class ImageModel:
 
     @property
     def guide(self) -> str:
-        """The layer that guides, or is guided, unless something else is said: the last one.
+        """The default guiding or guided layer: the last one.
 
-        What the head reads is its average over space. ViT's head reads the class token, which is one of the 65 tokens
-        of this average.
+        Its average over space is the input of the head, except in ViT, whose head reads the class token: that is one
+        of the 65 tokens of this average.
         """
         return list(self.layers)[-1]
 
@@ -63,8 +63,8 @@ def build(name: str, classes: int, *, channels: int = 3) -> nn.Module:
     Args:
         name: one of `MODELS`.
         classes: how many logits.
-        channels: 3 (colour) or 1 (grey). The network itself takes off CIFAR-10's mean, or Fashion-MNIST's, and divides
-            by the standard deviation.
+        channels: 3 (colour) or 1 (grey). The network itself subtracts the mean of CIFAR-10, or of Fashion-MNIST, and
+            divides by the standard deviation.
 
     Returns:
         A module, float32 ``[n, channels, 32, 32]`` in 0-1 to logits ``[n, classes]``.
@@ -82,9 +82,9 @@ def replace_head(model: nn.Module, name: str, classes: int) -> nn.Linear:
     """Give a network a new head, in place, and return it: PyTorch's own initialisation of `nn.Linear`, like `build`'s.
 
     Args:
-        model: what ``build(name, ...)`` made, with whatever weights.
-        name: of the network.
-        classes: how many logits from now on.
+        model: made by ``build(name, ...)``, with any weights.
+        name: one of `MODELS`.
+        classes: how many logits the new head has.
 
     Raises:
         ValueError: an unknown name; fewer than 2 classes; ``model`` has no such head.
@@ -128,7 +128,7 @@ def _mobilenetv2(
 
 
 def _small_mobilenetv2(name: str, width: int, last: int, parameters: int) -> ImageModel:
-    # torchvision multiplies by 0.5, which halves the stem too.
+    # torchvision multiplies all channels by 0.5, those of the stem, too.
     stages = (1, 16, 1, 1), (3, 32, 1, 2), (6, 2 * width, 2, 2)
     make = partial(families.mobilenetv2, stages=stages, stride=2, width=0.5, last=last)
     return _mobilenetv2(name, {1: 8, 2: 16, 4: width, 5: last}, parameters, make)

@@ -1,18 +1,18 @@
-"""torchvision's networks for 32x32 images: its bodies, with stems of ours and the last layers as `MODELS` describes.
+"""torchvision's networks adapted to 32x32 images: other stems (first layers), and last layers as in `MODELS`.
 
-Made for 224x224 images, the originals would leave one position of a 32x32 image, or none. As the usual variants for
-CIFAR do, the stems stride less. In each, the first convolution is replaced by `Normalise` and a convolution:
+The originals are made for 224x224 images and would reduce 32x32 images to one position, or none. As in the usual
+variants for CIFAR, the stems have smaller strides. The first convolution is replaced by `Normalise` and a convolution:
 
 - ResNet: ``conv1`` 3x3 with stride 1 for 7x7 with stride 2, and no max pool; the last stage sees 4x4 positions.
 - DenseNet: ``features.conv0`` likewise, no ``pool0``; 4x4. The ReLU before the head, a function call in the original,
-  is the layer ``features.relu5``, so that it can be tapped, and ``features.pool5`` averages what it gives.
+  is the layer ``features.relu5``, so that it can be tapped, and ``features.pool5`` averages its output.
 - MobileNetV2: stride 1 for 2 in the stem ``features.0`` and in the stage of 24 channels; 4x4. No dropout at the head.
 - AlexNet: ``features.0`` 3x3 with stride 2 for 11x11 with stride 4; 1x1 after the last pool, so that the classifier
   begins with 256 features for 9,216.
 - ViT: patches of 4x4, 64 tokens and the class token, in the size that DeiT calls Tiny: 12 blocks, 192 wide, 3 heads.
   Of the published sizes it is the one between MobileNetV2 and ResNet18 in parameters (5.4 million) and operations.
 
-torchvision loads when a network is built. Heads are replaced in any case, see `replace_head`.
+torchvision is imported when a network is built. Heads are always replaced, see `replace_head`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _stem(
     stride: int,
     padding: int,
 ) -> nn.Sequential:
-    """`Normalise`, and a convolution as wide as ``conv``, which it stands for; ``init`` as torchvision has it."""
+    """`Normalise` and a convolution with as many outputs as ``conv``, which it replaces; ``init`` as in torchvision."""
     normalise = Normalise(channels)
     new = nn.Conv2d(channels, conv.out_channels, size, stride, padding, bias=conv.bias is not None)
     if init is not None:
@@ -59,7 +59,7 @@ def _fan_in(weight: Tensor) -> None:
 
 
 def resnet(channels: int, classes: int, *, depth: int) -> nn.Module:
-    """He et al. 2016; torchvision's puts a bottleneck's stride at its 3x3 convolution ("v1.5")."""
+    """He et al. 2016; in torchvision the stride of a bottleneck is at its 3x3 convolution ("v1.5")."""
     network = getattr(_torchvision(), f"resnet{depth}")(num_classes=classes)
     network.conv1 = _stem(channels, network.conv1, _fan_out, size=3, stride=1, padding=1)
     network.maxpool = nn.Identity()
@@ -77,7 +77,7 @@ def densenet(channels: int, classes: int, *, depth: int) -> nn.Module:
     return network
 
 
-# Expansion, channels, blocks and stride of the first block, stage by stage: the paper's table, but for a stride of 1 in
+# Expansion, channels, blocks and stride of the first block per stage: the paper's table, except for a stride of 1 in
 # the second line.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
@@ -91,7 +91,7 @@ def mobilenetv2(
     width: float = 1.0,
     last: int = 1280,
 ) -> nn.Module:
-    """Sandler et al. 2018; ``stride`` of the stem, ``width`` multiplies the channels but the ``last``."""
+    """Sandler et al. 2018; ``stride`` is the stem's, ``width`` multiplies all channels except the ``last``."""
     module = _torchvision().mobilenetv2
     network = module.MobileNetV2(classes, width, [list(stage) for stage in stages], dropout=0.0)
     stem, end = network.features[0], network.features[-1]

@@ -1,4 +1,4 @@
-"""What every network does first: bring images in 0-1 to the mean and deviation of the data it was made for."""
+"""The first layer of every network: normalises images in 0-1 by the mean and deviation of a data set."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Normalise(nn.Module):
         if channels not in STATISTICS:
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), not {channels}")
         for name, values in zip(("mean", "std"), STATISTICS[channels], strict=True):
-            # Constants: they move with the network, but are not part of its state.
+            # Constants: they move with the network, but are not in its state_dict.
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[n, channels, h, w]`` to the same."""
+        """Normalise ``[n, channels, h, w]``; the shape stays."""
         return (x - self.mean) / self.std

@@ -1,7 +1,7 @@
 """Small networks of three families for a CPU: a step of 64 images in 10 to 20 ms on one core.
 
 All take float32 ``[n, channels, height, width]`` in 0-1, normalise it themselves, begin with a strided convolution, and
-return logits ``[n, classes]``. Of a 32x32 image the stages of `ResNet` see 16x16, 8x8 and 4x4 positions.
+return logits ``[n, classes]``. For a 32x32 image the stages of `ResNet` have 16x16, 8x8 and 4x4 positions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .normalise import Normalise
 
 
 def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> list[nn.Module]:
-    """A convolution that keeps (or strides) the picture's size, then batch normalisation."""
+    """A convolution that keeps the image's size (divided by the stride), then batch normalisation."""
     return [
         nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False),
         nn.BatchNorm2d(outputs),
@@ -21,7 +21,7 @@ def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> list[
 
 
 class PlainNet(nn.Module):
-    """Four 3x3 convolutions, one after the other: 79,000 parameters, 96 features at the end."""
+    """Four 3x3 convolutions without shortcuts: 79,000 parameters, 96 features before the head."""
 
     def __init__(self, classes: int, *, channels: int = 1) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class ResNet(nn.Module):
     Args:
         classes: how many logits.
         channels: of the images, 1 or 3.
-        widths: channels of the three blocks; the last are the features at the end.
+        widths: channels of the three blocks; the last is the number of features before the head.
     """
 
     def __init__(self, classes: int, *, channels: int = 1, widths: tuple[int, int, int] = (16, 24, 48)) -> None:
