@@ -69,12 +69,10 @@ def choose(problem: Problem, rows: Sequence[int], backend: str) -> Transport:
     other problems, and for a ``backend`` requested by another name than "library".
     """
     world, itemsize = len(rows), problem.dtype.itemsize
-    merged = all_reduce_bytes(
-        merged_size(problem.p, problem.q, itemsize, problem.estimator == "unbiased"), world
-    )  # fmt: skip
-    gathered = all_gather_bytes(
-        gathered_size(max(rows), problem.p, problem.q, itemsize, world, problem.masked), world
-    )  # fmt: skip
+    size = merged_size(problem.p, problem.q, itemsize, problem.estimator == "unbiased")
+    merged = all_reduce_bytes(size, world)
+    size = gathered_size(max(rows), problem.p, problem.q, itemsize, world, problem.masked)
+    gathered = all_gather_bytes(size, world)
     linear = problem.kernel is None and problem.center and problem.statistic in ("cka_loss", "cka", "hsic")
     if linear and backend in ("auto", "library") and merged <= gathered:
         return Transport("merged", world, sum(rows), merged, gathered)
