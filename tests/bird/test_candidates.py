@@ -189,7 +189,7 @@ def test_nothing_measured(tmp_path: Path, experiment: VisionExperiment) -> None:
             'teacher = { data = "digit"',
             "variants.own.teacher: data: there is no 'digit'",
         ),
-        ("teacher_steps = 4", "teacher_steps = 0", "variants.short: teacher_steps must be at least 1, and finite"),
+        ("teacher_steps = 4", "teacher_steps = 0", "variants.short: teacher_steps must be at least 1, not 0"),
     ],
 )
 def test_what_is_wrong_in_a_variant(tmp_path: Path, old: str, new: str, complaint: str) -> None:

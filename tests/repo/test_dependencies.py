@@ -37,6 +37,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "bird/compare.py": ("demo",),  # it draws, if asked to
     "bird": (),
     "bird_kernels": (),
+    "examples/own_loop.py": ("vision",),
+    "examples/dpo.py": ("language",),
+    "examples/trl_sft.py": ("language",),
+    "examples": ("language",),  # DDP, which needs nothing, and Accelerate
 }
 # Declared for libraries that look for them.
 UNSEEN = {"accelerate": "transformers' trainers", "gguf": "transformers, where weights are GGUF files"}
@@ -82,7 +86,7 @@ def imported(path: Path) -> Iterator[str]:
 def imports() -> dict[str, dict[str, list[str]]]:
     """Part, package, files that import it."""
     found: dict[str, dict[str, list[str]]] = {part: {} for part in PARTS}
-    for file in sorted(path for ours in OURS for path in (ROOT / ours).rglob("*.py")):
+    for file in sorted(path for ours in (*OURS, "examples") for path in (ROOT / ours).rglob("*.py")):
         name = file.relative_to(ROOT).as_posix()
         for package in imported(file):
             found[part_of(name)].setdefault(package, []).append(name)
