@@ -60,6 +60,7 @@ def test_a_line_that_cannot_be_written_stops_nothing(error: OSError) -> None:
     cli._say("a line", Closed(error))
 
 
+@pytest.mark.smoke
 def test_what_an_encoding_lacks_is_replaced() -> None:
     for encoding, said in (("ascii", "1 +- 2 ?\n"), ("latin-1", "1 ± 2 ?\n"), ("utf-8", "1 ± 2 →\n")):
         raw = io.BytesIO()

@@ -144,6 +144,7 @@ def test_test_images_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert ours.scores["score"].result(runs[0].root) != theirs.scores["score"].result(runs[1].root)
 
 
+@pytest.mark.smoke
 def test_the_command_line_explains_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, complaint in (
         (["--device", "abacus"], "--device abacus cannot be used here"),

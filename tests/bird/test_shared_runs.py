@@ -118,6 +118,7 @@ def test_a_report_waits_for_another_and_says_so(
     assert page.exists()
 
 
+@pytest.mark.smoke
 def test_alone_tells_only_where_it_waits(tmp_path: Path) -> None:
     said: list[str] = []
     with alone(tmp_path / "lock", lambda: said.append("waits")):
