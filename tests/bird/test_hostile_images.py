@@ -17,14 +17,19 @@ from bird.lab.vision.datasets.grey import read_idx
 Image = pytest.importorskip("PIL.Image", reason="image files need the extra vision")
 
 
-def test_only_image_formats_are_tried(tmp_path: Path) -> None:
+def test_only_image_formats_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its content Pillow would take this for EPS, and start Ghostscript on it."""
-    path = tmp_path / "a.png"
+    path, started = tmp_path / "a.png", []
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    monkeypatch.setattr(
+        "PIL.EpsImagePlugin.Ghostscript", lambda *_: started.append(path) or Image.new("RGB", (8, 8)).im
+    )
     with Image.open(path) as image:
-        assert image.format == "EPS"
+        image.load()
+    assert started == [path]
     with pytest.raises(ValueError, match=r"a\.png cannot be decoded"):
         folders._decode(path)
+    assert started == [path]
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -107,9 +107,10 @@ def test_a_report_waits_for_another_and_says_so(
     with FileLock(out / ".report.lock"):
         report = threading.Thread(target=lambda: codes.append(cli.main(["report", str(recipe), "--out", str(out)])))
         report.start()
-        said = ""
+        said, end = "", time.monotonic() + 60.0
         while "waiting for another process, which writes the report" not in said:
             assert report.is_alive()
+            assert time.monotonic() < end, "no word while it waits"
             said += capsys.readouterr().out
             time.sleep(0.01)
         assert not page.exists()
