@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bird_kernels import RBF, plan
-from bird_kernels.backends.library_rbf import median
-from tests.kernels.gaussian import RULES
+from bird_kernels import RBF
+from tests.kernels.gaussian import MEMORIES, RULES
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -64,12 +63,7 @@ def rule(request: pytest.FixtureRequest) -> RBF:
     return RULES[request.param]
 
 
-@pytest.fixture(params=["kept", "kept in parts", "streamed"])
-def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """One strip, several, and several that nobody keeps; the CPU's median of few rows, and that of any device."""
-    if request.param != "kept":
-        monkeypatch.setattr(plan, "STRIP", {"cpu": 16, "cuda": 16})
-        monkeypatch.setattr(median, "FEW", 0)
-    if request.param == "streamed":
-        monkeypatch.setattr(plan, "KEPT", 0)
-    return request.param
+@pytest.fixture(params=MEMORIES)
+def memory(request: pytest.FixtureRequest) -> Iterator[str]:
+    with MEMORIES[request.param]():
+        yield request.param

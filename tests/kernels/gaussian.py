@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
 import torch
 from torch import Tensor
 
-from bird_kernels import RBF
+from bird_kernels import RBF, plan
+from bird_kernels.backends.library_rbf import median
 
 N, P, Q = 37, 21, 30
 RULES = {
@@ -36,3 +42,22 @@ def centred(x: Tensor, kernel: RBF, side: int = 0) -> Tensor:
     k = torch.exp(-distances(x) / (2 * bandwidth(x, kernel, side)))
     h = torch.eye(len(x), dtype=torch.float64) - 1 / len(x)
     return h @ k @ h
+
+
+@contextlib.contextmanager
+def in_strips(kept: int | None = None) -> Iterator[None]:
+    """Distances in strips of few rows, and the median of any device; of so many bytes that are ``kept``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "STRIP", {"cpu": 16, "cuda": 16})
+        patch.setattr(median, "FEW", 0)
+        if kept is not None:
+            patch.setattr(plan, "KEPT", kept)
+        yield
+
+
+# One strip, several, and several that nobody keeps.
+MEMORIES: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "kept": contextlib.nullcontext,
+    "in parts": in_strips,
+    "streamed": partial(in_strips, 0),
+}

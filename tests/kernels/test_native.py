@@ -14,7 +14,6 @@ from bird_kernels.moments import MIN_ROWS, Coefficients, Moments, combine
 from bird_kernels.plan import FEW_ROWS
 from bird_kernels.types import Problem
 from tests.accuracy import Result, evaluate, features, operator, truth
-from tests.kernels.test_dominating_rows import assert_gradient, assert_right, case
 
 native = pytest.importorskip("bird_kernels._native", reason="the native part is not built")
 N, P, Q = 9, 5, 7
@@ -75,33 +74,6 @@ def test_closed_form_is_python_s(kind: str, statistic: str, estimator: str, devi
         tolerance = 1e-7 if name == "value" else 1e-13
         same = math.isnan(ours) and math.isnan(theirs)
         assert same or ours == pytest.approx(theirs, rel=tolerance, abs=tolerance), name
-
-
-@pytest.mark.parametrize("size", [1e2, 3e4])
-@pytest.mark.parametrize("count", [1, 5])
-@pytest.mark.parametrize("period", [1, 2])
-def test_rows_that_dominate(period: int, count: int, size: float, device: torch.device) -> None:
-    """Of all rows, or of every second that a mask lets count: half of the groups are empty."""
-    true = case(64, count, size)
-    kept = torch.arange(64 * period) % period == 0
-    x, y = (a.new_full((len(kept), a.shape[1]), torch.nan) for a in (true.x, true.y))
-    x[kept], y[kept] = true.x, true.y
-    mask = None if period == 1 else kept.to(device)
-    found = evaluate(operator("gram", "native", "unbiased", "cka", mask=mask), x.to(device), y.to(device), "x")
-    assert_right(found.value.item(), true.value)
-    assert found.dx is not None
-    assert_gradient(found.dx.cpu()[kept], true)
-    assert found.dx.cpu()[~kept].eq(0).all()
-
-
-@pytest.mark.parametrize("mean", [0.0, 1e3])
-def test_unbiased_value_does_not_depend_on_the_origin(mean: float, device: torch.device) -> None:
-    """Nor on a drift of the rows: the location is of strided groups."""
-    x, y = features(64, P, Q, device=device)
-    x += mean + torch.linspace(-3.0, 3.0, 64, device=device)[:, None]
-    found, true = evaluate(operator("gram", "native", "unbiased"), x, y), truth(x, y, "unbiased")
-    assert (found.value - true.value).abs() < 1e-6
-    torch.testing.assert_close(found.dx.double(), true.dx, rtol=0, atol=1e-6 * true.dx.norm().item())
 
 
 emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="of the emulation")
@@ -167,19 +139,6 @@ def test_other_dtypes_are_refused(device: torch.device) -> None:
         native.forward(x, x, None, 0, False, True)
 
 
-@pytest.mark.parametrize("shape", [(9, 300, 33), (70, 40, 500), (3, 1, 2)], ids=str)
-def test_any_strides(shape: tuple[int, int, int], device: torch.device) -> None:
-    """Transposed, sliced and expanded inputs are read where they lie; gradients are dense."""
-    n, p, q = shape
-    x, y = features(n, p, q, device=device)
-    plain = evaluate(operator("gram", "native"), x, y)
-    wide = torch.full((n, 3 * q + 1), math.nan, device=device)
-    wide[:, 1::3] = y
-    strided = evaluate(operator("gram", "native"), x.T.contiguous().T, wide[:, 1::3])
-    torch.testing.assert_close(strided, plain, rtol=0, atol=0)
-    assert strided.dx.is_contiguous()
-
-
 def test_graph_outlives_its_inputs(device: torch.device) -> None:
     """The extension keeps what its backward reads, and lets go of it afterwards."""
     x, y = features(N, P, Q, device=device)
@@ -191,13 +150,3 @@ def test_graph_outlives_its_inputs(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match="second time"):
         value.backward()
     assert len(junk) == 8
-
-
-def test_changed_inputs_are_noticed(device: torch.device) -> None:
-    x, y = features(N, P, Q, device=device)
-    leaf = x.clone().requires_grad_()
-    inner = leaf * 1.0
-    value = operator("gram", "native")(inner, y)
-    inner.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        value.backward()

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bird_kernels
-from bird_kernels import backends, ops
+from bird_kernels import ops
 from bird_kernels.ops import Spec
-from bird_kernels.types import Problem, Stash
 from tests.accuracy import evaluate, features, operator, poison
 from tests.selection import short
 
@@ -49,21 +48,6 @@ def test_opcheck(
     if sides:
         arguments = torch.ones_like(value), *inputs, *stash, *spec
         torch.library.opcheck(torch.ops.bird.alignment_backward.default, arguments, test_utils=CHECKS)
-
-
-@pytest.mark.parametrize("sides", ["x", "y", "xy", ""])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, pytest.param(torch.float16, marks=COMPILED)], ids=str)
-def test_stash_is_as_announced(
-    dtype: torch.dtype, sides: str, estimator: str, route: str, backend: str, device: torch.device
-) -> None:
-    x, y = features(N, P, Q, dtype, device)
-    x_grad, y_grad = ("x" in sides), ("y" in sides)
-    problem = Problem(N, P, Q, dtype, device, "cka", estimator, None, False, x_grad, y_grad)
-    spec = Spec("cka", estimator, route, backend, None, x_grad, y_grad)
-    value, *stash = torch.ops.bird.alignment(x, y, None, *spec)
-    assert value.dtype == ops.value_dtype(dtype)
-    announced = backends.load(backend).stash_shapes(problem, route)
-    assert {name: (tuple(t.shape), t.dtype) for name, t in zip(Stash._fields, stash, strict=True)} == announced
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -1,10 +1,7 @@
 """What CKA is invariant to, on shapes and splits of rows that hypothesis chooses; and which estimator has no bias.
 
-A split of rows (`splits`) says which row goes to which part: rows of a permutation, of a mask, of a chunk or a rank.
-
 Gaussian kernels have the same symmetries, with two exceptions: a fixed sigma has the units of the features, so scales
-count unless sigma has them too (`test_a_fixed_sigma_has_the_features_units`), and their sums do not merge over parts.
-Where the gradient flows through the median it moves two rows alone, and everything still holds.
+count unless sigma has them too, and their sums do not merge over parts.
 """
 
 from __future__ import annotations
@@ -21,32 +18,25 @@ from torch import Tensor
 
 from bird_kernels import RBF, Statistics, cka, cka_loss, hsic
 from tests.accuracy import Result, evaluate, features
+from tests.selection import short
 
 SETTINGS = settings(
     deadline=None,
     derandomize=True,
     database=None,
-    max_examples=15,
+    max_examples=10,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # ours are constants
 )
 FEW = settings(SETTINGS, max_examples=3)  # for kernels that are emulated, and slow
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}  # of values; gradients, relative to their norm: 10 times that
-
-# With a rule for sigma that follows the features; and all.
-FREE = {
+KERNELS: dict[str, str | RBF] = {
     "linear": "linear",
     "median": RBF(),
     "threshold": RBF(threshold=0.6),
     "median, flowing": RBF(flow=True),
+    "fixed": RBF(sigma=4.0),
 }
-KERNELS = FREE | {"fixed": RBF(sigma=4.0)}
-
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest) -> str | RBF:
-    return KERNELS[request.param]
 
 
 class Sides(NamedTuple):
@@ -71,10 +61,6 @@ class Sides(NamedTuple):
         return torch.linalg.qr(self.random(like.double(), width, width))[0].to(like)
 
 
-SEEDS = st.integers(0, 2**16)
-SIDES = st.builds(Sides, st.integers(8, 40), st.integers(2, 16), st.integers(2, 16), SEEDS, st.sampled_from([0.0, 5.0]))
-
-
 @st.composite
 def splits(draw: st.DrawFn, n: int, most: int = 4) -> list[list[int]]:
     """Rows 0..n-1, shuffled and cut anywhere into 1 to ``most`` parts, some of them empty perhaps."""
@@ -87,7 +73,17 @@ def joined(parts: list[list[int]]) -> list[int]:
     return list(chain.from_iterable(parts))
 
 
-SPLIT_SIDES = SIDES.flatmap(lambda sides: st.tuples(st.just(sides), splits(sides.n)))
+SIDES = st.builds(
+    Sides,
+    st.integers(8, 40),
+    st.integers(2, 16),
+    st.integers(2, 16),
+    st.integers(0, 2**16),
+    st.sampled_from([0.0, 5.0]),
+)
+Case = tuple[Sides, list[list[int]]]
+CASES = SIDES.flatmap(lambda sides: st.tuples(st.just(sides), splits(sides.n)))
+POWERS = st.tuples(st.floats(-12, 12), st.floats(-12, 12))
 
 
 def loss(estimator: str, **options: object) -> Callable[[Tensor, Tensor], Tensor]:
@@ -101,122 +97,100 @@ def assert_same(found: Result, expected: Result) -> None:
         assert (got - want).norm() < 10 * tolerance * (want.norm() + tolerance)
 
 
+Moved = tuple[Tensor, Tensor, Callable[[Result], Result]]
+
+
+def turned(case: Case, powers: tuple[float, float], x: Tensor, y: Tensor) -> Moved:
+    u, v = case[0].rotation(x), case[0].rotation(y)
+    return x @ u, y @ v, lambda r: Result(r.value, r.dx @ u.T, r.dy @ v.T)
+
+
+def shifted(case: Case, powers: tuple[float, float], x: Tensor, y: Tensor) -> Moved:
+    size = 10.0 ** round(powers[0] / 12)
+    x, y = x + size * case[0].random(x, x.shape[1]), y - size * case[0].random(y, y.shape[1])
+    return x, y, lambda r: r
+
+
+def scaled(case: Case, powers: tuple[float, float], x: Tensor, y: Tensor) -> Moved:
+    """From 1e-12 to 1e12 on either side, mirrored or not; the gradient is the inverse's."""
+    s, t = (-1.0) ** case[0].seed * 10 ** powers[0], 10 ** powers[1]
+    return s * x, t * y, lambda r: Result(r.value, s * r.dx, t * r.dy)
+
+
+def exchanged(case: Case, powers: tuple[float, float], x: Tensor, y: Tensor) -> Moved:
+    return y, x, lambda r: Result(r.value, r.dy, r.dx)
+
+
+def reordered(case: Case, powers: tuple[float, float], x: Tensor, y: Tensor) -> Moved:
+    """Parts of the rows, put together in any order, are the batch."""
+    order = joined(case[1])
+    back = torch.tensor(order, device=x.device).argsort()
+    return x[order], y[order], lambda r: Result(r.value, r.dx[back], r.dy[back])
+
+
+MOVES = {move.__name__: move for move in (turned, shifted, scaled, exchanged, reordered)}
+
+
+@short(
+    "every kernel in fp32, the linear one and the median's in fp64; a fixed sigma is no invariant of scale",
+    lambda dtype, kernel: dtype == torch.float32 or kernel in ("linear", "median"),
+)
 @DTYPES
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("move", MOVES)
 @SETTINGS
-@given(sides=SIDES)
-def test_orthogonal_maps(
-    sides: Sides, kernel: str | RBF, estimator: str, dtype: torch.dtype, device: torch.device
+@given(case=CASES, powers=POWERS)
+def test_moves_that_change_nothing(
+    case: Case, powers: tuple[float, float], move: str, kernel: str, estimator: str, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """A value stays, gradients move along."""
+    x, y = case[0].draw(dtype, device)
+    first = second = KERNELS[kernel]
+    if isinstance(first, RBF) and first.sigma is not None and move in ("scaled", "exchanged"):
+        first = RBF(sigma=(4.0, 3.0))
+        s, t = (10**p for p in powers)
+        second = RBF(sigma=(4.0 * s, 3.0 * t) if move == "scaled" else (3.0, 4.0))
+    a, b, back = MOVES[move](case, powers, x, y)
+    expected = evaluate(loss(estimator, kernel=first), x, y)
+    assert_same(back(evaluate(loss(estimator, kernel=second), a, b)), expected)
+    if first != second and move == "scaled":  # features alone are others
+        alone = evaluate(loss(estimator, kernel=first), 4 * x, y)
+        assert (alone.value - expected.value).abs() > 100 * TOLERANCE[dtype]
+
+
+@short(
+    "every kernel in fp32, the linear one and the median's in fp64",
+    lambda dtype, kernel: dtype == torch.float32 or kernel in ("linear", "median"),
+)
+@DTYPES
+@pytest.mark.parametrize("kernel", KERNELS)
+@SETTINGS
+@given(case=CASES)
+def test_equal_geometry_and_masks(
+    case: Case, kernel: str, estimator: str, dtype: torch.dtype, device: torch.device
 ) -> None:
+    """Equal geometry is loss 0 and a stationary point; a mask is the call on its rows, whatever the others hold."""
+    sides, parts = case
     x, y = sides.draw(dtype, device)
-    u, v = sides.rotation(x), sides.rotation(y)
-    value, dx, dy = evaluate(loss(estimator, kernel=kernel), x, y)
-    assert_same(evaluate(loss(estimator, kernel=kernel), x @ u, y @ v), Result(value, dx @ u, dy @ v))
-
-
-@DTYPES
-@SETTINGS
-@given(sides=SIDES, size=st.sampled_from([0.1, 1.0, 10.0]))
-def test_shifts(
-    sides: Sides, size: float, kernel: str | RBF, estimator: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    x, y = sides.draw(dtype, device)
-    shifted = x + size * sides.random(x, x.shape[1]), y - size * sides.random(y, y.shape[1])
-    assert_same(evaluate(loss(estimator, kernel=kernel), *shifted), evaluate(loss(estimator, kernel=kernel), x, y))
-
-
-@DTYPES
-@pytest.mark.parametrize("kernel", FREE)
-@SETTINGS
-@given(sides=SIDES, s=st.floats(-12, 12), t=st.floats(-12, 12), sign=st.sampled_from([1.0, -1.0]))
-def test_isotropic_scales(
-    sides: Sides, s: float, t: float, sign: float, kernel: str, estimator: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """From 1e-12 to 1e12 on either side; the gradient is the inverse's."""
-    x, y = sides.draw(dtype, device)
-    s, t = sign * 10**s, 10**t
-    function = loss(estimator, kernel=FREE[kernel])
-    value, dx, dy = evaluate(function, s * x, t * y)
-    assert_same(Result(value, dx * s, dy * t), evaluate(function, x, y))
-
-
-@DTYPES
-@SETTINGS
-@given(sides=SIDES, s=st.floats(-12, 12), t=st.floats(-12, 12))
-def test_a_fixed_sigma_has_the_features_units(
-    sides: Sides, s: float, t: float, estimator: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Measured in other units, features and sigma give the same; features alone do not."""
-    x, y = sides.draw(dtype, device)
-    s, t = 10**s, 10**t
-    found = evaluate(loss(estimator, kernel=RBF(sigma=(4 * s, 3 * t))), s * x, t * y)
-    expected = evaluate(loss(estimator, kernel=RBF(sigma=(4.0, 3.0))), x, y)
-    assert_same(Result(found.value, found.dx * s, found.dy * t), expected)
-    alone = evaluate(loss(estimator, kernel=RBF(sigma=(4.0, 3.0))), 4 * x, y)
-    assert (alone.value - expected.value).abs() > 100 * TOLERANCE[dtype]
-
-
-@DTYPES
-@SETTINGS
-@given(sides=SIDES)
-def test_symmetry(sides: Sides, kernel: str | RBF, estimator: str, dtype: torch.dtype, device: torch.device) -> None:
-    x, y = sides.draw(dtype, device)
-    value, dy, dx = evaluate(loss(estimator, kernel=kernel), y, x)
-    assert_same(Result(value, dx, dy), evaluate(loss(estimator, kernel=kernel), x, y))
-
-
-@DTYPES
-@SETTINGS
-@given(sides=SIDES)
-def test_equal_geometry_is_one(
-    sides: Sides, kernel: str | RBF, estimator: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """And a stationary point."""
-    x, y = sides.draw(dtype, device)
-    size = 1 if kernel == KERNELS["fixed"] else 3
-    steepest = evaluate(loss(estimator, kernel=kernel), x, y).dx.norm()
-    for same in (x, size * x @ sides.rotation(x) + 1):
-        found = evaluate(loss(estimator, kernel=kernel), x, same)
+    function = loss(estimator, kernel=KERNELS[kernel])
+    steepest = evaluate(function, x, y).dx.norm()
+    for same in (x, (1 if kernel == "fixed" else 3) * x @ sides.rotation(x) + 1):
+        found = evaluate(function, x, same)
         assert found.value.abs() < TOLERANCE[dtype]
         assert found.dx.norm() < 100 * TOLERANCE[dtype] * steepest
-
-
-@DTYPES
-@SETTINGS
-@given(case=SPLIT_SIDES)
-def test_the_order_of_rows(
-    case: tuple[Sides, list[list[int]]], kernel: str | RBF, estimator: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Parts of the rows, put together in any order, are the batch."""
-    sides, parts = case
-    x, y = sides.draw(dtype, device)
-    value, dx, dy = evaluate(loss(estimator, kernel=kernel), x, y)
-    together = (torch.cat([side[part] for part in parts]) for side in (x, y))
-    order = joined(parts)
-    assert_same(evaluate(loss(estimator, kernel=kernel), *together), Result(value, dx[order], dy[order]))
-
-
-@DTYPES
-@SETTINGS
-@given(case=SPLIT_SIDES)
-def test_masks(
-    case: tuple[Sides, list[list[int]]], kernel: str | RBF, estimator: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """The call on the first part's rows, and whatever the others hold."""
-    sides, parts = case
-    x, y = sides.draw(dtype, device)
     kept = parts[0] if len(parts[0]) >= 6 else joined(parts)[:6]
     mask = torch.zeros(sides.n, dtype=torch.bool, device=device).index_fill(0, torch.tensor(kept, device=device), True)
-    expected = evaluate(loss(estimator, kernel=kernel), x[mask], y[mask])
     hidden = (side.masked_fill(~mask[:, None], torch.nan) for side in (x, y))
-    found = evaluate(loss(estimator, kernel=kernel, mask=mask), *hidden)
-    assert_same(Result(found.value, found.dx[mask], found.dy[mask]), expected)
+    found = evaluate(loss(estimator, kernel=KERNELS[kernel], mask=mask), *hidden)
+    assert_same(Result(found.value, found.dx[mask], found.dy[mask]), evaluate(function, x[mask], y[mask]))
     assert found.dx[~mask].eq(0).all()
     assert found.dy[~mask].eq(0).all()
 
 
 @FEW
-@given(case=SPLIT_SIDES)
-def test_all_at_once(case: tuple[Sides, list[list[int]]], estimator: str, backend: str, device: torch.device) -> None:
+@given(case=CASES)
+def test_all_at_once(case: Case, estimator: str, backend: str, device: torch.device) -> None:
     """Rotated, shifted, scaled, swapped, in another order, among masked rows: on every backend."""
     sides, parts = case
     x, y = sides.draw(torch.float32, device)
@@ -231,10 +205,8 @@ def test_all_at_once(case: tuple[Sides, list[list[int]]], estimator: str, backen
 
 @DTYPES
 @SETTINGS
-@given(case=SPLIT_SIDES, late=st.booleans())
-def test_parts(
-    case: tuple[Sides, list[list[int]]], late: bool, estimator: str, dtype: torch.dtype, device: torch.device
-) -> None:
+@given(case=CASES, late=st.booleans())
+def test_parts(case: Case, late: bool, estimator: str, dtype: torch.dtype, device: torch.device) -> None:
     """Chunks of a batch, or the shards of ranks: merged statistics give the value and gradient of the whole, however
     the rows are cut, and whether each part is added to a running total or merged in the end."""
     sides, parts = case
@@ -257,7 +229,7 @@ def test_parts(
 
 # ---------------------------------------------------------------------------------------------- bias
 
-N, BATCHES, FEWER = 16, 6000, 1000  # for HSIC, for CKA
+N, BATCHES, FEWER = 16, 3000, 1000  # for HSIC, for CKA
 LIMIT = 4.0  # standard errors. A right estimator leaves them once in 16,000 comparisons (two-sided normal).
 
 

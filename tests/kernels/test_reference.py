@@ -78,18 +78,6 @@ def test_small_cases_by_hand() -> None:
     assert reference.cka_loss(line, -5 * line + 3).item() == pytest.approx(0.0, abs=1e-15)
 
 
-@pytest.mark.parametrize("widths", [(1, 1), (3, 40)])
-def test_agrees_with_correlations(widths: tuple[int, int]) -> None:
-    """Linear CKA as squared covariances between features over those within (Kornblith et al. 2019)."""
-    x, y = (a.numpy() for a in features(50, *widths, torch.float64, mean=1.0))
-    both = np.cov(np.hstack([x, y]).T)
-    p = widths[0]
-    between, own, other = both[p:, :p], both[:p, :p], both[p:, p:]
-    expected = (between**2).sum() / np.sqrt((own**2).sum() * (other**2).sum())
-    found = reference.cka(torch.from_numpy(x), torch.from_numpy(y)).item()
-    assert found == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.parametrize(("n", "expected"), [(32, 0.957), (64, 0.920), (128, 0.854)])
 def test_biased_cka_of_unrelated_features_is_high(n: int, expected: float) -> None:
     """sqrt(pq / ((n + p)(n + q))) for 512 and 1280 features, and the unbiased estimator does not have it."""
@@ -97,14 +85,6 @@ def test_biased_cka_of_unrelated_features_is_high(n: int, expected: float) -> No
     x, y = (torch.randn(n, width, generator=generator) for width in (512, 1280))
     assert reference.cka(x, y).item() == pytest.approx(expected, abs=0.01)
     assert reference.cka(x, y, None, "unbiased").item() == pytest.approx(0, abs=0.1)
-
-
-def test_invariant_to_rotation_shift_and_scale(estimator: str) -> None:
-    x, y = features(37, 9, 13, torch.float64)
-    rotation = torch.linalg.qr(features(9, 9, 9, torch.float64, seed=1)[0]).Q
-    moved = 1e-3 * x @ rotation + 7.0
-    found, expected = (reference.cka(a, y, None, estimator) for a in (moved, x))
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("statistic", ["hsic", "cka", "cka_loss"])

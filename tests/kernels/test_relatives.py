@@ -83,15 +83,6 @@ def test_values_and_gradients(
     assert max(found_errors.values()) < allowed.get(dtype, torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("backend", ["library", "triton"])
-def test_sqrt_of_every_backend(backend: str, route: str, device: torch.device) -> None:
-    if backend == "triton":
-        pytest.importorskip("triton")
-    x, y = features(N, P, Q, device=device, mean=1.0)
-    found = evaluate(operator(route, backend, statistic="sqrt_cka_loss"), x, y)
-    assert max(errors(found, truth(x, y, statistic="sqrt_cka_loss")).values()) < 2e-6
-
-
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("choice", KERNELS)
 def test_derivatives(choice: str, name: str, device: torch.device) -> None:
@@ -102,19 +93,6 @@ def test_derivatives(choice: str, name: str, device: torch.device) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- sqrt
-
-
-@pytest.mark.parametrize("side", ["x", "y"])
-def test_sqrt_of_a_side_without_variance(side: str, kernel: RBF | None, device: torch.device) -> None:
-    x, y = features(N, P, Q, device=device)
-    flat = torch.full((N, P), 0.1, device=device)
-    pair = (flat, y) if side == "x" else (x, flat)
-    for backend in ("library", "reference"):
-        options = dict(sqrt=True, kernel=kernel or "linear", backend=backend)
-        found = evaluate(lambda a, b, o=options: cka_loss(a, b, **o), *pair)
-        assert found.value == 1.0
-        assert found.dx.eq(0).all()
-        assert found.dy.eq(0).all()
 
 
 @pytest.mark.parametrize("backend", ["library", "triton", "reference"])

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from bird_kernels import backends, from_sums, reference, sums
+from bird_kernels import backends, from_sums, sums
 from bird_kernels.backends import library, linalg, rows, unbiased
 from bird_kernels.types import Problem
-from tests.accuracy import Result, errors, features, poison, truth
+from tests.accuracy import Result, errors, features, truth
 from tests.kernels import test_dominating_rows as dominating
-from tests.selection import short
+from tests.kernels.ways import ALLOWED, by_sums
 
 pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-# Allowed error of the value, relative error of a gradient; of halves that of a product of rounded matrices.
-ALLOWED = {FLOAT32: (1e-6, 3e-6), BFLOAT16: (3e-6, 4e-3), FLOAT16: (3e-6, 5e-4)}
-UPSTREAM = 512.0  # keeps fp16 gradients in that dtype's normal range
-CUTS = [0, 1, 30, 30, 70]  # a part of one row, one of none
+compute = partial(by_sums, "")
 
 
 @pytest.fixture(params=["triton", "plain"], autouse=True)
@@ -40,129 +36,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-def compute(
-    x: Tensor, y: Tensor, mask: Tensor | None = None, cuts: list[int] | None = None, upstream: float = UPSTREAM,
-    **options: Any,
-) -> Result:  # fmt: skip
-    """The loss and its gradients from the sums of the parts between ``cuts``."""
-    named = dict(statistic="cka_loss") | options
-    problem = Problem(*x.shape, y.shape[1], x.dtype, x.device, masked=mask is not None, **named)
-    ends = pairwise(cuts or [0, len(x)])
-    parts = [(x[a:b], y[a:b], None if mask is None else mask[a:b]) for a, b in ends]
-    value, c, s = from_sums.evaluate(sums.merged([sums.sums_of(*part, problem) for part in parts]), problem)
-    exchanged = from_sums.exchanged(s, c)
-    dx = torch.cat([from_sums.gradient(a, b, m, s, c, upstream, problem=problem) for a, b, m in parts])
-    dy = torch.cat([from_sums.gradient(b, a, m, *exchanged, upstream, problem=problem) for a, b, m in parts])
-    assert dx.dtype == dy.dtype == x.dtype
-    return Result(torch.as_tensor(value), dx, dy)
-
-
-def assert_right(x: Tensor, y: Tensor, mask: Tensor | None = None, looser: float = 1.0, **options: Any) -> None:
-    upstream = options.pop("upstream", UPSTREAM)
-    found = compute(x, y, mask, upstream=upstream, **options)
-    named = {name: options[name] for name in ("estimator", "statistic") if name in options}
-    off = errors(found, truth(x, y, mask=mask, upstream=upstream, **named))
-    value, gradient = ALLOWED[x.dtype]
-    assert off.pop("value") <= looser * value
-    assert max(off.values()) <= looser * gradient, off
-
-
-@short(
-    "all in fp32; halves with most of what changes",
-    lambda dtype, cuts, masked: dtype == FLOAT32 or (cuts is not None and masked),
-)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("cuts", [None, CUTS], ids=["whole", "parts"])
-def test_values_and_gradients(
-    dtype: torch.dtype, estimator: str, cuts: list[int] | None, masked: bool, device: torch.device
-) -> None:
-    x, y = features(70, 13, 21, dtype=dtype, device=device, mean=2.0)
-    assert_right(x, y, torch.arange(70, device=device) % 5 != 2 if masked else None, cuts=cuts, estimator=estimator)
-
-
-@short(
-    "every mean in fp32, the largest in halves",
-    lambda dtype, mean: dtype == FLOAT32 or mean == 1000,
-)
-@pytest.mark.parametrize("mean", [0, 4.1, 1000])
-def test_means(dtype: torch.dtype, estimator: str, mean: float, device: torch.device) -> None:
-    """No digit is lost to the mean, whether a column is shifted or not."""
-    x, y = features(200, 12, 10, dtype=dtype, device=device, mean=mean)
-    assert_right(x, y, cuts=[0, 80, 200], estimator=estimator)
-
-
-def test_a_sorted_set_in_parts(dtype: torch.dtype, device: torch.device) -> None:
-    """Each part has means of its own, some of them 20 spreads from those of all rows.
-
-    All columns drift alike, so that CKA is all but 1 and the gradient is what rounded weights leave of a difference:
-    centred rows, and `shifted` of the whole, lose as much of it (0.03 in bf16).
-    """
-    x, y = features(300, 12, 10, dtype=dtype, device=device)
-    drift = torch.linspace(-30, 30, 300, device=device, dtype=torch.float64)[:, None]
-    assert_right((x + drift).to(dtype), (y - drift).to(dtype), cuts=[0, 100, 200, 300], looser=10.0)
-
-
-@short(
-    "every constant in fp32; in halves the one that is furthest from 0",
-    lambda dtype, constant: dtype == FLOAT32 or constant == -3e4,
-)
-@pytest.mark.parametrize("constant", [0.0, 0.1, -3e4])
-def test_a_side_without_variance(dtype: torch.dtype, estimator: str, constant: float, device: torch.device) -> None:
-    x = torch.full((61, 5), constant, device=device, dtype=dtype)
-    _, y = features(61, 5, 7, dtype=dtype, device=device)
-    for a, b in ((x, y), (y, x)):
-        found = compute(a, b, cuts=[0, 1, 20, 61], estimator=estimator)
-        assert found.value == 1
-        assert not found.dx.any()
-        assert not found.dy.any()
-
-
-@short(
-    "the estimators share it in halves",
-    lambda dtype, estimator: dtype == FLOAT32 or estimator == "unbiased",
-)
-def test_rows_that_do_not_count(dtype: torch.dtype, estimator: str, device: torch.device) -> None:
-    """NaN among them; a part has no others."""
-    x, y = features(60, 5, 7, dtype=dtype, device=device)
-    mask = torch.arange(60, device=device) % 3 == 0
-    mask[20:40] = False
-    x[~mask], y[~mask] = torch.nan, torch.inf
-    found = compute(x, y, mask, cuts=[0, 20, 40, 60], estimator=estimator)
-    true = truth(x[mask], y[mask], estimator=estimator, upstream=UPSTREAM)
-    assert abs(found.value - true.value) <= ALLOWED[dtype][0]
-    off = errors(Result(found.value, found.dx[mask], found.dy[mask]), true)
-    assert max(off["dx"], off["dy"]) <= ALLOWED[dtype][1]
-    assert not found.dx[~mask].any()
-
-
-def test_nan_stays_visible(dtype: torch.dtype, estimator: str, device: torch.device) -> None:
-    x, y = features(61, 5, 7, dtype=dtype, device=device)
-    x[50, 3] = torch.nan
-    found = compute(x, y, cuts=[0, 40, 61], estimator=estimator)
-    assert found.value.isnan()
-    assert found.dx.isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_sizes(dtype: torch.dtype, estimator: str, device: torch.device) -> None:
-    x, y = features(70, 13, 21, dtype=dtype, device=device, mean=1.0)
-    assert_right(x * 2.0**40, y * 2.0**-40, cuts=CUTS, estimator=estimator, upstream=2.0**40)
-
-
-def test_fp16_near_its_largest(device: torch.device) -> None:
-    x, y = features(70, 13, 21, dtype=FLOAT16, device=device)
-    x = (x.float() * 500 + 60000).clamp(max=65000).half()
-    assert_right(x, (y.float() * 15000).clamp(-65000, 65000).half(), upstream=1e6)
-
-
-def test_a_row_that_dominates(device: torch.device) -> None:
-    """It weighs no more in the unbiased estimator than its products with the others do."""
-    x, y = features(80, 13, 21, device=device, mean=1.0)
-    x[5] *= 1e3
-    y[5] *= 1e3
-    assert_right(x, y, cuts=[0, 40, 80], estimator="unbiased", looser=6.0)
-
-
 @pytest.mark.parametrize("where", ["both", "apart"])
 @pytest.mark.parametrize(("count", "size"), [(1, 3e3), (1, 1e4), (5, 1e4)])
 def test_rows_that_dominate_are_no_less_exact(
@@ -171,7 +44,7 @@ def test_rows_that_dominate_are_no_less_exact(
     """In halves too, and in a part without such a row."""
     true = dominating.case(64 if way == "triton" else 600, count, size, dtype, where)
     upstream = dominating.loss_scale(true)
-    for cuts in (None, [0, 31, len(true.x)]):
+    for cuts in ([0, len(true.x)], [0, 31, len(true.x)]):
         found = compute(true.x, true.y, cuts=cuts, estimator="unbiased", upstream=upstream)
         assert abs(1.0 - found.value - true.value) <= ALLOWED[FLOAT32][0]
         assert found.dx is not None
@@ -211,7 +84,10 @@ def test_one_batch_of_the_unbiased_cross_route(
 def test_long_sums_go_in_parts(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "PART", 128)
     x, y = features(300, 12, 20, dtype=dtype, device=device, mean=2.0)
-    assert_right(x, y, torch.arange(300, device=device) % 5 != 2)
+    mask = torch.arange(300, device=device) % 5 != 2
+    off = errors(compute(x, y, mask, upstream=512.0, cuts=[0, 300]), truth(x, y, mask=mask, upstream=512.0))
+    assert off.pop("value") <= ALLOWED[dtype][0]
+    assert max(off.values()) <= ALLOWED[dtype][1]
 
 
 def test_products_are_of_the_features_dtype(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,24 +109,3 @@ def test_products_are_of_the_features_dtype(dtype: torch.dtype, monkeypatch: pyt
     assert seen == [(dtype, dtype)] * 3
     from_sums.gradient(x, y, None, s, c, 1.0, problem=problem)
     assert seen[3:] == [(dtype, dtype)]
-
-
-@short(
-    "the unbiased estimator needs all sums of the biased one, and more",
-    lambda dtype, estimator: dtype == FLOAT32 or estimator == "unbiased",
-)
-def test_bitwise_repeatable_from_poisoned_memory(dtype: torch.dtype, estimator: str, device: torch.device) -> None:
-    x, y = features(70, 13, 21, dtype=dtype, device=device, mean=2.0)
-    mask = torch.arange(70, device=device) % 5 != 2
-    first = compute(x, y, mask, estimator=estimator)
-    with poison():
-        second = compute(x, y, mask, estimator=estimator)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_statistics(device: torch.device) -> None:
-    x, y = features(70, 13, 21, device=device, mean=1.0)
-    hsic = reference.hsic(x.double(), y.double())
-    assert_right(x, y, statistic="cka")
-    found = compute(x, y, statistic="hsic").value
-    assert abs(found - hsic) <= 1e-6 * hsic

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -12,8 +11,10 @@ from torch import Tensor
 from bird_kernels import backends, reference
 from bird_kernels.backends import library
 from bird_kernels.types import Problem
-from tests.accuracy import Result, assert_no_worse, errors, evaluate, features, operator, plain, poison, truth
+from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain, truth
 from tests.kernels import test_dominating_rows as dominating
+from tests.kernels.ways import ALLOWED, WAYS
+from tests.kernels.ways import by_shifting as run
 from tests.selection import short
 
 shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
@@ -23,44 +24,21 @@ symmetric = pytest.importorskip("bird_kernels.backends.triton.symmetric")
 pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-SHAPES = {"cross": (70, 13, 21), "gram": (37, 70, 41)}  # nothing is a multiple of 8; more than one block of rows
-# Allowed error of the value, relative error of a gradient. In halves a gradient is a product of rounded matrices that
-# is rounded itself: sqrt(2) times the spread of a rounding, 0.0017 and 0.0002.
-ALLOWED = {FLOAT32: (1e-6, 3e-6), BFLOAT16: (3e-6, 4e-3), FLOAT16: (3e-6, 5e-4)}
+SHAPES = {route: WAYS[f"shifted {route}"].shape for route in ("cross", "gram")}
+PROBLEM = Problem(70, 13, 21, FLOAT32, torch.device("cpu"), x_grad=True, y_grad=True)
 UPSTREAM = 512.0  # keeps fp16 gradients in that dtype's normal range
 
 
-def problem_of(x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", **options: Any) -> Problem:
-    wanted = dict(masked=mask is not None, x_grad="x" in sides, y_grad="y" in sides)
-    return Problem(*x.shape, y.shape[1], x.dtype, x.device, **wanted, **options)
-
-
-def run(
-    route: str, x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", upstream: float = 1.0,
-    **options: Any,
-) -> Result:  # fmt: skip
-    symmetric = options.pop("symmetric", None)
-    problem = problem_of(x, y, mask, sides, **options)
-    value, stash = shifted.forward(x, y, mask, problem, route, symmetric)
-    shapes = shifted.stash_shapes(problem, route)
-    assert {name: (tensor.shape, tensor.dtype) for name, tensor in stash._asdict().items()} == shapes
-    dx, dy = shifted.backward(torch.full_like(value, upstream), x, y, mask, stash, problem, route=route)
-    assert all(tensor.is_contiguous() for tensor in (*stash, dx, dy))  # as the fake operators say
-    return Result(value, dx if "x" in sides else None, dy if "y" in sides else None)
-
-
 def assert_right(
-    route: str, x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", upstream: float = UPSTREAM,
-    looser: float = 1.0, **options: Any,
-) -> Result:  # fmt: skip
+    route: str, x: Tensor, y: Tensor, mask: Tensor | None = None, sides: str = "xy", looser: float = 1.0, **options: Any
+) -> None:
     """Within ALLOWED of the truth, times ``looser``."""
-    found = run(route, x, y, mask, sides, upstream, **options)
+    found = run(route, x, y, mask, sides=sides, upstream=UPSTREAM, **options)
     named = {name: options[name] for name in ("estimator", "statistic") if name in options}
-    off = errors(found, truth(x, y, mask=mask, sides=sides, upstream=upstream, **named))
+    off = errors(found, truth(x, y, mask=mask, sides=sides, upstream=UPSTREAM, **named))
     value, gradient = ALLOWED[x.dtype]
     assert off.pop("value") <= looser * value
     assert all(error <= looser * gradient for error in off.values()), off
-    return found
 
 
 def sides_of(route: str, dtype: torch.dtype, device: torch.device, mean: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -77,42 +55,6 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @short(
-    "every launch in fp32; in halves both gradients under a mask",
-    lambda dtype, sides, masked: dtype == FLOAT32 or (sides == "xy" and masked),
-)
-@pytest.mark.parametrize(("sides", "masked"), [("xy", False), ("xy", True), ("x", True), ("y", False), ("", True)])
-def test_values_and_gradients(
-    route: str, dtype: torch.dtype, estimator: str, sides: str, masked: bool, device: torch.device
-) -> None:
-    """Every kernel's constants in all pairs that change what it does: a side's gradient has a launch of its own, a
-    mask reaches all of them."""
-    x, y = sides_of(route, dtype, device, mean=2.0)
-    looser = 10.0 if (route, estimator) == ("cross", "unbiased") and dtype != FLOAT32 else 1.0  # `library`'s
-    assert_right(route, x, y, rows_kept(x) if masked else None, sides, estimator=estimator, looser=looser)
-
-
-@pytest.mark.parametrize("statistic", ["cka", "hsic", "sqrt_cka_loss"])
-def test_statistics(route: str, statistic: str, device: torch.device) -> None:
-    x, y = sides_of(route, FLOAT32, device, mean=1.0)
-    true = truth(x, y, statistic=statistic).value
-    found = run(route, x, y, statistic=statistic)
-    off = errors(found, truth(x, y, statistic=statistic))
-    assert off["value"] < 1e-6 * true.abs()
-    assert max(off["dx"], off["dy"]) < 3e-6
-
-
-@short(
-    "every mean in fp32; in halves the first that is shifted, and the largest",
-    lambda dtype, mean: dtype == FLOAT32 or mean in (4.1, 1000),
-)
-@pytest.mark.parametrize("mean", [0, 3.9, 4.1, 16, 64, 1000])
-def test_means(route: str, dtype: torch.dtype, mean: float, device: torch.device) -> None:
-    """No digit is lost to the mean, whether a column is shifted or not."""
-    n, p, q = (600, 48, 40) if route == "cross" else (96, 128, 72)
-    assert_right(route, *features(n, p, q, dtype=dtype, device=device, mean=mean))
-
-
-@short(
     "periods below the number of groups, without a factor of it, it, and twice it",
     lambda stride: stride in (2, 5, 8, 16),
 )
@@ -123,106 +65,10 @@ def test_masks_with_a_period(stride: int, device: torch.device) -> None:
     mask = torch.arange(16 * stride, device=device) % stride == stride - 1
     x, y = (torch.full((len(mask), a.shape[1]), torch.nan, device=device) for a in (true.x, true.y))
     x[mask], y[mask] = true.x.to(device), true.y.to(device)
-    found = run("gram", x, y, mask, "x", estimator="unbiased", statistic="cka")
+    found = run("gram", x, y, mask, sides="x", estimator="unbiased", statistic="cka")
     dominating.assert_right(found.value.item(), true.value)
     assert found.dx is not None
     dominating.assert_gradient(found.dx[mask].cpu(), true)
-
-
-def test_arbitrary_strides(route: str, device: torch.device) -> None:
-    n, p, q = SHAPES[route]
-    x, y = features(n, p, q, device=device)
-    wide = torch.full((n, 3 * q + 1), torch.nan, device=device)
-    wide[:, 1::3] = y
-    expected = run(route, x, y)
-    found = run(route, x.T.contiguous().T, wide[:, 1::3])
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert_right(route, torch.arange(n, device=device).float()[:, None].expand(n, p), y)  # rows of one number
-
-
-def test_a_massive_column(route: str, dtype: torch.dtype, device: torch.device) -> None:
-    x, y = sides_of(route, dtype, device)
-    x[:, 3] *= 1000
-    assert_right(route, x, y, looser=2.0)
-
-
-def test_fp16_near_its_largest(route: str, device: torch.device) -> None:
-    """60,000: the squares, the products and x - s itself would leave fp16's range."""
-    x, y = sides_of(route, FLOAT16, device)
-    signs = torch.where(torch.arange(x.shape[1], device=device) % 2 == 0, 1.0, -1.0)
-    x = ((x.float() * 500 + 60000).clamp(max=65000) * signs).half()
-    assert_right(route, x, (y.float() * 15000).clamp(-65000, 65000).half(), upstream=1e6)
-
-
-def test_rectified_features(route: str, dtype: torch.dtype, estimator: str, device: torch.device) -> None:
-    """Most entries are zero, some columns all of them."""
-    n, p, q = (96, 30, 20) if route == "cross" else (48, 60, 40)
-    x, y = features(n, p, q, dtype=dtype, device=device, mean=-1.5)
-    x, y = x.relu(), y.relu()
-    x[:, :4] = 0
-    looser = 10.0 if (route, estimator) == ("cross", "unbiased") else 1.0
-    assert_right(route, x, y, estimator=estimator, looser=looser)
-
-
-@short(
-    "every constant in fp32; in halves the one that is furthest from 0",
-    lambda dtype, constant: dtype == FLOAT32 or constant == -3e4,
-)
-@pytest.mark.parametrize("constant", [0.0, 0.1, -3e4])
-def test_a_side_without_variance(route: str, dtype: torch.dtype, constant: float, device: torch.device) -> None:
-    """Loss 1 and no gradient, masked rows as different as they may be."""
-    x, y = sides_of(route, dtype, device)
-    mask = rows_kept(x)
-    x = torch.where(mask[:, None], torch.full_like(x, constant), x)
-    for a, b in ((x, y), (y, x), (x, x)):
-        found = run(route, a, b, mask)
-        assert found.value == 1
-        assert found.dx is not None
-        assert found.dy is not None
-        assert found.dx.abs().max() == found.dy.abs().max() == 0
-
-
-def test_orthogonal_rows_have_no_unbiased_variance(dtype: torch.dtype, device: torch.device) -> None:
-    """Nor do rows that are orthogonal up to fp32's rounding."""
-    x = 3 * torch.eye(24, dtype=dtype, device=device)
-    _, y = features(24, 24, 30, dtype=dtype, device=device)
-    assert run("gram", x, y, estimator="unbiased").value == 1
-    turned = torch.linalg.qr(y[:, :24].double()).Q.float()
-    assert run("gram", turned, y.float(), estimator="unbiased").value == 1
-
-
-@short(
-    "NaN in every dtype; Inf becomes NaN in the first difference",
-    lambda dtype, wrong: dtype == FLOAT32 or math.isnan(wrong),
-)
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_nan_out(route: str, dtype: torch.dtype, wrong: float, device: torch.device) -> None:
-    x, y = sides_of(route, dtype, device)
-    x[7, 2] = wrong
-    found = run(route, x, y)
-    assert found.value.isnan()
-    assert found.dx is not None
-    assert found.dx.isnan().any()
-    x[~rows_kept(x)] = wrong
-    x[7, 2], y[2] = 0.0, wrong  # row 7 is left out, as row 2 is
-    assert_right(route, x, y, rows_kept(x))
-
-
-@pytest.mark.parametrize("kept", [0, 1, 3])
-def test_too_few_rows(route: str, kept: int, device: torch.device) -> None:
-    x, y = sides_of(route, FLOAT32, device)
-    mask = torch.arange(x.shape[0], device=device) < kept
-    estimator = "unbiased" if route == "gram" else "biased"
-    assert run(route, x, y, mask, estimator=estimator).value.isnan() == (kept < (4 if route == "gram" else 2))
-
-
-@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
-def test_a_row_that_dominates_unbiased(size: float, device: torch.device) -> None:
-    """It weighs no more than its products with the others do."""
-    x, y = sides_of("gram", FLOAT32, device, mean=1.0)
-    x[5] *= size
-    y[5] *= size
-    assert_right("gram", x, y, estimator="unbiased", looser=3.0)
 
 
 def test_a_massive_first_token_unbiased(dtype: torch.dtype, device: torch.device) -> None:
@@ -256,14 +102,6 @@ def test_squares_that_leave_the_range_of_fp32(device: torch.device, monkeypatch:
     assert (found.value - true.value).abs() < 1e-6
     assert found.dx.isfinite().all()
     assert found.dy.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-@pytest.mark.parametrize("power", [-12, 12])
-def test_scales(route: str, dtype: torch.dtype, power: int, device: torch.device) -> None:
-    x, y = sides_of(route, dtype, device, mean=1.0)
-    x, y = x * 2.0 ** (4 * power), y * 2.0 ** (-3 * power)
-    assert_right(route, x, y, upstream=1.0)
 
 
 @pytest.mark.parametrize("period", [0, 2, 4, 64])
@@ -307,27 +145,9 @@ def test_precisions(route: str, precision: str, device: torch.device) -> None:
     assert_right(route, x, y, precision=precision, looser=1.0 if precision == "tf32x3" else 500.0)
 
 
-@short(
-    "the unbiased estimator writes all that the biased one does, and more",
-    lambda dtype, estimator: dtype == FLOAT32 or estimator == "unbiased",
-)
-def test_bitwise_repeatable_from_poisoned_memory(
-    route: str, dtype: torch.dtype, estimator: str, device: torch.device
-) -> None:
-    x, y = sides_of(route, dtype, device, mean=2.0)
-    mask = rows_kept(x)
-    before = x.clone(), y.clone(), mask.clone()
-    first = run(route, x, y, mask, estimator=estimator)
-    with poison():
-        second = run(route, x, y, mask, estimator=estimator)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, y, mask), strict=True))
-
-
 @pytest.mark.parametrize("change", [dict(dtype=torch.float64), dict(statistic="gram_mse"), dict(center=False)], ids=str)
-def test_other_problems_are_the_librarys(change: dict[str, Any], route: str, device: torch.device) -> None:
-    x, y = sides_of(route, FLOAT32, device)
-    problem = problem_of(x, y)._replace(**change)
+def test_other_problems_are_the_librarys(change: dict[str, Any], route: str) -> None:
+    problem = PROBLEM._replace(**change)
     assert not shifted.takes(problem)
     assert shifted.stash_shapes(problem, route) == library.stash_shapes(problem, route)
 
@@ -338,7 +158,7 @@ def test_the_library_backend_is_shifted_where_triton_compiles(
     """Forward, backward, and the operators that a second backward goes through."""
     monkeypatch.setattr(backends, "_shifts", lambda dtype, device: True)
     x, y = sides_of(route, FLOAT32, device)
-    problem = problem_of(x, y)
+    problem = PROBLEM
     assert backends.of(problem, "library") is shifted
     assert backends.of(problem._replace(dtype=torch.float64), "library") is library
     function = operator(route, "library", estimator)

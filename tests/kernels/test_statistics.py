@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from bird_kernels import Statistics, cka_loss, distributed, reference, sums
+from bird_kernels import Statistics, distributed, reference, sums
 from bird_kernels.sums import Sums
 from tests.accuracy import features
 from tests.groups import run_ranks
@@ -83,47 +83,6 @@ def test_a_drifting_mean_costs_no_digits(device: torch.device) -> None:
         cka = true[0] / (true[1] * true[2]).sqrt()
         assert abs(statistics.cka(estimator) / cka - 1) < 1e-7
         assert abs(statistics.hsic(estimator) / (true[0] / norm) - 1) < 1e-7
-
-
-@pytest.mark.slow
-def test_ten_million_rows_cost_no_digits_either() -> None:
-    """fp32 updates of 10,000 rows around a mean that drifts, beside sums about the means of all rows in fp64."""
-    n, cut = 10_000_000, 10_000
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(n, width, generator=generator) for width in (3, 2))
-    y += x[:, :2]
-    for i, (a, b) in enumerate(zip(x.split(cut), y.split(cut), strict=True)):
-        a += 1000 + 3 * math.sin(5 * i * cut / n)
-        b -= 1000 + 3 * math.cos(4 * i * cut / n)
-    statistics = Statistics()
-    for part in zip(x.split(cut), y.split(cut), strict=True):
-        statistics.update(*part)
-    assert statistics.n == n
-
-    means = [side.sum(0, dtype=torch.float64) / n for side in (x, y)]
-    products = dict.fromkeys(("xy", "xx", "yy"), torch.zeros((), dtype=torch.float64))  # matrices, once added to
-    norms, totals = dict.fromkeys(products, 0.0), dict.fromkeys("xy", 0.0)
-    for part in zip(x.split(100 * cut), y.split(100 * cut), strict=True):
-        sides = dict(zip("xy", (side.double() - mean for side, mean in zip(part, means, strict=True)), strict=True))
-        squares = {name: side.square().sum(1) for name, side in sides.items()}
-        for first, second in products:
-            products[first + second] = products[first + second] + sides[first].T @ sides[second]
-            norms[first + second] += float(squares[first] @ squares[second])
-        for name, square in squares.items():
-            totals[name] += float(square.sum())
-
-    def hsic(pair: str, estimator: str) -> float:
-        product = float(products[pair].square().sum())
-        if estimator == "biased":
-            return product / (n - 1) ** 2
-        both = totals[pair[0]] * totals[pair[1]]
-        return (product - n / (n - 2) * norms[pair] + both / ((n - 1) * (n - 2))) / (n * (n - 3))
-
-    for estimator in ("biased", "unbiased"):
-        true = [hsic(pair, estimator) for pair in ("xy", "xx", "yy")]
-        cka = true[0] / math.sqrt(true[1] * true[2])
-        assert abs(float(statistics.hsic(estimator)) / true[0] - 1) < 7e-7  # 1e-8 was measured
-        assert abs(float(statistics.cka(estimator)) / cka - 1) < 7e-7  # 1.4e-7
 
 
 def test_merging_is_the_union_of_the_rows() -> None:
@@ -291,15 +250,6 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="call update"):
         Statistics().cka()
     assert statistics.n == 61
-
-
-def test_a_data_set_through_a_loader() -> None:
-    x, y = features(300, 7, 5)
-    data = torch.utils.data.TensorDataset(x, y)
-    statistics = Statistics()
-    for batch in torch.utils.data.DataLoader(data, batch_size=64, shuffle=True):
-        statistics.update(*batch)
-    assert abs(1 - statistics.cka() - cka_loss(x, y)) < 1e-6
 
 
 def _rank(rank: int, results: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bird_kernels import backends, cost, explain, tuning
-from bird_kernels.tuning import Key, Measurement, Shape, Table
+from bird_kernels.tuning import Key, Measurement, Table
 from bird_kernels.types import Problem
 
 KEY = Key("NVIDIA Test 80GB (PCIe)", "12080", "2.11.0", "3.6.0")
@@ -277,7 +277,3 @@ def test_shipped_tables_are_whole() -> None:
         table = tuning.read_table(path)
         assert table is not None
         assert tuning._slug(table.key.device) == path.stem
-
-
-def test_distance() -> None:
-    assert Shape(1, 2, 4).distance(Shape(2, 2, 2)) == pytest.approx(2 * 0.6931472)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import bird_kernels
-from bird_kernels import RBF, CKALoss, HSICLoss, Statistics, cka_loss, ops, plan, token_cka_loss
-from bird_kernels.matrix import hsic_matrix
+from bird_kernels import ops, plan
 from bird_kernels.types import Stash
 from tests.accuracy import features
 from tests.kernels.device_without_fp64 import MixedDevicesError, NoDoubleError, OnDevice, WithoutDoubles
+from tests.kernels.gaussian import in_strips
+from tests.kernels.surface import CALLS, OTHERS, Call
 
 N, P, Q = 24, 9, 7
 KEYS = ["MPS", "XPU", "HPU", "PrivateUse1"]  # the dispatcher's names of devices
-
-Call = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -28,63 +25,6 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The code that runs is that of plain tensors, though a mode looks on."""
     monkeypatch.setattr(ops, "watched", lambda *tensors: False)
     return
-
-
-def statistics(x: Tensor, y: Tensor, mask: Tensor) -> Statistics:
-    total, other = Statistics(), Statistics()
-    for each in (total, total, other):
-        each.update(x, y, mask)
-    total.merge(other)
-    return total
-
-
-def tokens(x: Tensor, y: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-    x, y = x.unflatten(0, (4, 6)), y.unflatten(0, (4, 6))
-    return token_cka_loss(x, y, mask=None if mask is None else mask.unflatten(0, (4, 6)), **options)
-
-
-# Training must run.
-LOSSES: dict[str, Call] = {
-    "cka_loss": lambda x, y, mask: cka_loss(x, y),
-    "cka_loss, masked": lambda x, y, mask: cka_loss(x, y, mask=mask),
-    "unbiased": lambda x, y, mask: cka_loss(x, y, estimator="unbiased"),
-    "unbiased, masked": lambda x, y, mask: cka_loss(x, y, estimator="unbiased", mask=mask),
-    "cka": lambda x, y, mask: bird_kernels.cka(x, y),
-    "hsic": lambda x, y, mask: bird_kernels.hsic(x, y),
-    "hsic, unbiased": lambda x, y, mask: bird_kernels.hsic(x, y, estimator="unbiased", mask=mask),
-    "sqrt": lambda x, y, mask: cka_loss(x, y, sqrt=True),
-    "uncentred": lambda x, y, mask: cka_loss(x, y, center=False),
-    "gram_mse": lambda x, y, mask: bird_kernels.gram_mse(x, y),
-    "lists": lambda x, y, mask: cka_loss([x, x[:, :3]], [y, y], mask=mask),
-    "lists with weights": lambda x, y, mask: cka_loss([x, x[:, :3]], [y, y], weights=[0.5, 2.0]),
-    "modules": lambda x, y, mask: CKALoss()(x, y) + HSICLoss(estimator="unbiased")(x, y),
-    "tokens": lambda x, y, mask: tokens(x, y, mask),
-    "last tokens": lambda x, y, mask: tokens(x, y, None, tokens="last"),
-    "mean tokens": lambda x, y, mask: tokens(x, y, mask, tokens="mean"),
-}
-# These may refuse.
-OTHERS: dict[str, Call] = {
-    "rbf": lambda x, y, mask: cka_loss(x, y, kernel="rbf"),
-    "rbf, masked": lambda x, y, mask: cka_loss(x, y, kernel="rbf", mask=mask, estimator="unbiased"),
-    "rbf, fixed": lambda x, y, mask: cka_loss(x, y, kernel=RBF(sigma=2.0)),
-    "rbf, threshold": lambda x, y, mask: cka_loss(x, y, kernel=RBF(threshold=0.5)),
-    "rbf, flow": lambda x, y, mask: cka_loss(x, y, kernel=RBF(flow=True)),
-    "rbf, uncentred": lambda x, y, mask: cka_loss(x, y, kernel="rbf", center=False),
-    "rbf gram_mse": lambda x, y, mask: bird_kernels.gram_mse(x, y, kernel="rbf"),
-    "sequences": lambda x, y, mask: tokens(x, y, mask, tokens="sequence"),
-    "sequences, unbiased": lambda x, y, mask: tokens(x, y, None, tokens="sequence", estimator="unbiased"),
-    "centered_gram": lambda x, y, mask: bird_kernels.centered_gram(x).square().sum(),
-    "centered_gram, rbf": lambda x, y, mask: bird_kernels.centered_gram(x, kernel="rbf").square().sum(),
-    "cka_matrix": lambda x, y, mask: bird_kernels.cka_matrix([x, y], [y], mask=mask, estimator="unbiased"),
-    "cka_matrix, by features": lambda x, y, mask: bird_kernels.cka_matrix([x[:, :2]], [y[:, :2], y[:, :1]]),
-    "cka_matrix, itself": lambda x, y, mask: bird_kernels.cka_matrix([x, y]),
-    "hsic_matrix": lambda x, y, mask: hsic_matrix([x, y]).xy,
-    "statistics": lambda x, y, mask: statistics(x, y, mask).cka(),
-    "statistics, unbiased": lambda x, y, mask: statistics(x, y, mask).hsic("unbiased"),
-    "statistics, gradient": lambda x, y, mask: statistics(x, y, mask).gradient(x, y).sum(),
-    "reference": lambda x, y, mask: cka_loss(x, y, backend="reference"),
-}
-CALLS = LOSSES | OTHERS
 
 
 def on_cpu(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,35 +37,33 @@ def refuses_in_words(error: Exception) -> bool:
     return isinstance(error, (TypeError, ValueError)) and not isinstance(error, NoDoubleError) and "fp64" in str(error)
 
 
-def run(call: Call, dtype: torch.dtype = torch.float32) -> list[Tensor] | None:
-    """Value, and gradients of x and y, brought to the CPU; None where the call refuses."""
-    mode = WithoutDoubles()
-    x, y, mask = (mode.put(tensor.clone()) for tensor in on_cpu(dtype))
+def gradients(call: Call, rows: Sequence[Tensor], masked: bool) -> list[Tensor]:
+    """Value, and gradients of x and y where there are some."""
+    x, y, mask = rows
     x.requires_grad_()
     y.requires_grad_()
+    value = call(x, y, mask if masked else None)
+    found = [value, *(torch.autograd.grad(value, (x, y), allow_unused=True) if value.requires_grad else ())]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def run(name: str, dtype: torch.dtype = torch.float32, masked: bool = False) -> list[Tensor] | None:
+    """As `gradients`, brought to the CPU; None where the call refuses."""
+    mode = WithoutDoubles()
+    rows = [mode.put(tensor.clone()) for tensor in on_cpu(dtype)]
     with mode:
         try:
-            value = call(x, y, mask)
+            found = gradients(CALLS[name], rows, masked)
         except Exception as error:
             if refuses_in_words(error):
                 return None
             raise
-        found = [value]
-        if value.requires_grad:
-            found += torch.autograd.grad(value, (x, y), allow_unused=True)
-    assert value.device.type in (mode.device.type, "cpu")  # statistics may live on the host
-    return [tensor.held if isinstance(tensor, OnDevice) else tensor for tensor in found if tensor is not None]
+    assert found[0].device.type in (mode.device.type, "cpu")  # statistics may live on the host
+    return [tensor.held if isinstance(tensor, OnDevice) else tensor for tensor in found]
 
 
-def expected(call: Call, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    x, y, mask = on_cpu(dtype)
-    x.requires_grad_()
-    y.requires_grad_()
-    value = call(x, y, mask)
-    found = [value]
-    if value.requires_grad:
-        found += torch.autograd.grad(value, (x, y), allow_unused=True)
-    return [tensor for tensor in found if tensor is not None]
+def expected(name: str, dtype: torch.dtype = torch.float32, masked: bool = False) -> list[Tensor]:
+    return gradients(CALLS[name], on_cpu(dtype), masked)
 
 
 def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = 1e-5) -> None:
@@ -134,36 +72,36 @@ def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: fl
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_values_and_gradients(name: str) -> None:
-    found = run(CALLS[name])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_and_gradients(name: str, masked: bool) -> None:
+    found = run(name, masked=masked)
     assert found is not None or name in OTHERS
     if found is not None:
-        assert_same(found, expected(CALLS[name]))
+        assert_same(found, expected(name, masked=masked))
 
 
-@pytest.mark.parametrize("name", ["cka_loss", "unbiased, masked", "lists with weights", "gram_mse"])
+@pytest.mark.parametrize("name", ["cka_loss", "unbiased", "lists with weights", "gram_mse"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_halves(dtype: torch.dtype, name: str) -> None:
-    found = run(LOSSES[name], dtype=dtype)
+    found = run(name, dtype, masked=name == "unbiased")
     assert found is not None
-    assert_same(found, expected(LOSSES[name], dtype=dtype), 4 * torch.finfo(dtype).eps)
+    assert_same(found, expected(name, dtype, masked=name == "unbiased"), 4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("name", ["cka_loss", "unbiased, masked", "lists"])
+@pytest.mark.parametrize("name", ["cka_loss", "unbiased", "lists"])
 def test_on_both_routes(name: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "choose_route", lambda *sizes: route)
-    found = run(LOSSES[name])
+    found = run(name, masked=True)
     assert found is not None
-    assert_same(found, expected(LOSSES[name]))
+    assert_same(found, expected(name, masked=True))
 
 
-def test_streamed_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_kernels() -> None:
     """Strips that nobody keeps, and the median that does not look."""
-    monkeypatch.setattr(plan, "KEPT", 0)
-    monkeypatch.setattr(plan, "STRIP", {"cpu": 16, "cuda": 16})
-    found = run(OTHERS["rbf"])
-    if found is not None:
-        assert_same(found, expected(OTHERS["rbf"]))
+    with in_strips(0):
+        found = run("rbf")
+        if found is not None:
+            assert_same(found, expected("rbf"))
 
 
 # ---------------------------------------------------------------------------------------------- as operators
