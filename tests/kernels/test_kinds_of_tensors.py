@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +15,10 @@ from torch import Tensor
 import bird_kernels
 from bird_kernels import RBF, Statistics, cka_loss
 from tests.accuracy import features
-from tests.selection import short
+from tests.kernels.test_errors import CALLS
 
 ROOT = Path(__file__).resolve().parents[2]
 N, P, Q = 24, 6, 5
-CALLS: dict[str, Callable[[Any, Any], object]] = {
-    "cka_loss": cka_loss,
-    "list": lambda x, y: cka_loss([x, x], [y, y]),
-    "gaussian": lambda x, y: cka_loss(x, y, kernel="rbf"),
-    "reference": lambda x, y: cka_loss(x, y, backend="reference"),
-    "centered_gram": lambda x, y: (bird_kernels.centered_gram(x), bird_kernels.centered_gram(y)),
-    "cka_matrix": lambda x, y: bird_kernels.cka_matrix([x], [y]),
-    "Statistics": lambda x, y: Statistics().update(x, y),
-    "explain": bird_kernels.explain,
-}
-KINDS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "sparse": (lambda a: a.to_sparse(), r"a strided tensor, got a sparse_coo one: convert it with \.to_dense\(\)"),
-    "csr": (lambda a: a.to_sparse_csr(), r"a strided tensor, got a sparse_csr one: convert it with \.to_dense\(\)"),
-    "mkldnn": (lambda a: a.to_mkldnn(), r"a strided tensor, got a _mkldnn one: convert it with \.to_dense\(\)"),
-    "nested": (lambda a: torch.nested.nested_tensor([*a.view(4, 6, -1)]), r"got a nested one: pad it"),
-    "jagged": (
-        lambda a: torch.nested.nested_tensor([*a.view(4, 6, -1)], layout=torch.jagged),
-        r"got a nested one: pad it.* give which rows count",
-    ),
-    "masked": (lambda a: torch.masked.masked_tensor(a, a > 0), r"got a masked one: give its data, and as mask="),
-    "complex": (lambda a: torch.complex(a, a), r"got torch\.complex64; convert it with torch\.view_as_real"),
-    "float8": (lambda a: a.to(torch.float8_e4m3fn), r"got torch\.float8_e4m3fn; convert it with .*\.float\(\)"),
-    "array": (lambda a: a.numpy(), r"must be a torch\.Tensor, got ndarray"),
-}
-
-
-@short(
-    "every kind in one function, and two kinds in its siblings, which share the check",
-    lambda kind, name, side: name == "cka_loss" or (kind in ("sparse", "array") and side == "y"),
-)
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("side", ["x", "y"])
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_that_kernels_cannot_read_is_refused_in_words(kind: str, name: str, side: str) -> None:
-    x, y = features(N, P, Q, device=torch.device("cpu"))
-    make, message = KINDS[kind]
-    with pytest.raises(TypeError, match=message):
-        CALLS[name](make(x) if side == "x" else x, make(y) if side == "y" else y)
 
 
 @pytest.fixture(scope="module")

@@ -185,24 +185,3 @@ def test_beside_pytorch_cka() -> None:
     found = bird_kernels.cka_matrix(xs, ys, estimator="unbiased")
     torch.testing.assert_close(found, cka_from_features(xs, ys), rtol=0, atol=1e-5)
     assert found.min() > 0.1  # it clamps
-
-
-X = torch.randn(9, 3)
-REFUSED: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
-    "a tensor": (X, None, {}, TypeError, "xs must be a list of tensors"),
-    "no layers": ([], None, {}, ValueError, "xs has no layers"),
-    "no other layers": ([X], [], {}, ValueError, "ys has no layers"),
-    "not tensors": ([X, 3], None, {}, TypeError, r"xs\[1\] must be a torch.Tensor"),
-    "rows": ([X], [X, X[:5]], {}, ValueError, r"same rows.*\(9,\).*\(5,\)"),
-    "devices": ([X], [X.to("meta")], {}, ValueError, "same rows and device.*cpu.*meta"),
-    "few rows": ([X[:3]], None, {"estimator": "unbiased"}, ValueError, "at least 4 rows, got 3"),
-    "estimator": ([X], None, {"estimator": "?"}, ValueError, "estimator must be one of"),
-    "mask": ([X], None, {"mask": torch.ones(8, dtype=torch.bool)}, ValueError, "mask must have the shape"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case: str) -> None:
-    xs, ys, options, error, words = REFUSED[case]
-    with pytest.raises(error, match=words):
-        bird_kernels.cka_matrix(xs, ys, **options)

@@ -178,19 +178,6 @@ def test_weights_are_learned(kind: str, compiled: bool) -> None:
     torch.testing.assert_close(xs[0].grad, again.softmax(0)[0].detach() * expected, rtol=1e-6, atol=1e-9)
 
 
-def test_weights_have_the_shape_of_the_pairs() -> None:
-    x, y = pair()
-    with pytest.raises(ValueError, match=r"weights must be a vector, \[pairs\], got shape \(1, 2\)"):
-        cka_loss([x, x], [y, y], weights=torch.ones(1, 2))
-
-
-@pytest.mark.parametrize("name", ["sigma", "threshold"])
-def test_a_bandwidth_that_would_not_be_learned_is_refused(name: str) -> None:
-    number: Any = torch.tensor(1.0, requires_grad=True)
-    with pytest.raises(TypeError, match=r"sigma and threshold are Python numbers.* RBF\(sigma=1\.0\)"):
-        RBF(**{name: (number, 2.0) if name == "sigma" else number})
-
-
 # ------------------------------------------------------------------------------------ inference mode
 
 

@@ -232,29 +232,6 @@ def test_under_functorch(device: torch.device) -> None:
     torch.testing.assert_close(values, torch.stack(singles), rtol=0, atol=1e-6)
 
 
-X, Y = torch.randn(9, 3), torch.randn(9, 4)
-
-REFUSED: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
-    "lengths": ([X, X], [Y], {}, ValueError, "got 2 and 1 layers"),
-    "empty": ([], [], {}, ValueError, "at least one pair"),
-    "rows of a pair": ([X, X], [Y, Y[:5]], {}, ValueError, r"x\[1\] and y\[1\] must have the same rows.*9.*5"),
-    "a mask for other rows": ([X, X[:5]], [Y, Y[:5]], {"mask": X[:, 0] > 0}, ValueError, "mask must have the shape"),
-    "one list": (X, [Y], {}, TypeError, r"y must be a torch.Tensor, got list, because x is no list"),
-    "not tensors": ([X, None], [Y, Y], {}, TypeError, r"x\[1\] must be a torch.Tensor"),
-    "weights": ([X, X], [Y, Y], {"weights": [1.0]}, ValueError, "one number for each pair, got 1 for 2"),
-    "weights of one pair": (X, Y, {"weights": [1.0]}, ValueError, "weights are for lists"),
-    "an option": ([X, X], [Y, Y], {"estimator": "?"}, ValueError, "estimator must be one of"),
-    "another kernel": ([X, X], [Y, Y], {"kernel": "?"}, ValueError, "kernel must be one of"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case: str) -> None:
-    x, y, options, error, words = REFUSED[case]
-    with pytest.raises(error, match=words):
-        bird_kernels.cka_loss(x, y, **options)
-
-
 # ---------------------------------------------------------------------------------------------- common launches
 
 
