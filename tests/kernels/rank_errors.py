@@ -20,6 +20,30 @@ def sides(pairs: int = 2) -> tuple[list[Tensor], list[Tensor]]:
     return list(xs), list(ys)
 
 
+def same(side: Any) -> Any:
+    return side
+
+
+def single(
+    odd: bool,
+    x: Callable[[Tensor], Any] = same,
+    y: Callable[[Tensor], Any] = same,
+    function: Callable[..., Any] = bird_kernels.cka_loss,
+    **options: Any,
+) -> None:
+    """The last rank's own features of one pair, function and options."""
+    a, b = torch.randn(6, 4), torch.randn(6, 3)
+    if odd:
+        function(x(a), y(b), group=dist.group.WORLD, **options)
+    else:
+        bird_kernels.cka_loss(a, b, group=dist.group.WORLD)
+
+
+def few_rows(odd: bool) -> None:
+    rows = 3 if odd else 0
+    bird_kernels.cka_loss(torch.randn(rows, 4), torch.randn(rows, 3), estimator="unbiased", group=dist.group.WORLD)
+
+
 def number_of_pairs(odd: bool) -> None:
     bird_kernels.cka_loss(*sides(3 if odd else 2), group=dist.group.WORLD)
 
@@ -112,6 +136,26 @@ def statistics(odd: bool, width: int = 4, device: str = "cpu") -> None:
 
 # What the last rank raises, in which words; and whether it alone is to blame, or all ranks find that they differ.
 COMPLAINTS: dict[str, tuple[Callable[[bool], None], str, str]] = {
+    "width": (lambda odd: single(odd, lambda x: x[:, :2]), "differ", "p is 4 on rank {others}, 2 on rank {last}"),
+    "dtype": (
+        lambda odd: single(odd, Tensor.double), "differ",
+        "dtype is torch.float32 on rank {others}, torch.float64 on rank {last}",
+    ),
+    "estimator": (
+        lambda odd: single(odd, estimator="unbiased"), "differ",
+        "estimator is 'biased' on rank {others}, 'unbiased' on rank {last}",
+    ),
+    "statistic": (
+        lambda odd: single(odd, function=bird_kernels.hsic), "differ",
+        "statistic is 'cka_loss' on rank {others}, 'hsic' on rank {last}",
+    ),
+    "mask": (lambda odd: single(odd, mask=torch.ones(6)), "TypeError", "mask must be a bool tensor"),
+    "not a tensor": (lambda odd: single(odd, lambda x: "x"), "TypeError", "x must be a torch.Tensor, got str"),
+    "rows": (
+        lambda odd: single(odd, y=lambda y: y[:5]), "ValueError",
+        "x and y must have the same rows, got (6,) for x and (5,) for y",
+    ),
+    "few rows": (few_rows, "differ", "needs at least 4 rows, got 3 in all"),
     "pairs": (number_of_pairs, "differ", "pairs is 2 on rank {others}, 3 on rank {last}"),
     "member": (member, "TypeError", "x[1] must be a torch.Tensor, got str"),
     "rows of a pair": (rows_of_a_pair, "ValueError", "x[1] and y[1] must have the same rows, got (6,) and (5,)"),
@@ -137,6 +181,7 @@ COMPLAINTS: dict[str, tuple[Callable[[bool], None], str, str]] = {
         lambda odd: statistics(odd, width=5), "differ",
         "4 and 3 on cpu (rank 0), {between}5 and 3 on cpu (rank {last})",
     ),
+    "no statistics": (lambda odd: bird_kernels.Statistics().all_reduce(), "differ", "they have none (rank 0), "),
     "device of statistics": (
         lambda odd: statistics(odd, device="meta"), "ValueError", "the features are on meta",
     ),

@@ -152,35 +152,6 @@ def raised(call: Callable[[], Any]) -> tuple[str, str]:
     return "none", ""
 
 
-def complaint(what: str) -> tuple[str, str]:
-    """The last rank does something else than the others."""
-    odd = dist.get_rank() == dist.get_world_size() - 1
-    x, y = torch.randn(6, 4), torch.randn(6, 3)
-    mask: Tensor | None = None
-    options: dict[str, Any] = {}
-    if what == "few rows":
-        x, y = x[:0], y[:0]
-        if odd:
-            x, y = torch.randn(3, 4), torch.randn(3, 3)
-        options["estimator"] = "unbiased"
-    elif odd:
-        if what == "width":
-            x = x[:, :2]
-        elif what == "dtype":
-            x = x.double()
-        elif what == "estimator":
-            options["estimator"] = "unbiased"
-        elif what == "statistic":
-            return raised(lambda: bird_kernels.hsic(x, y, group=dist.group.WORLD))
-        elif what == "mask":
-            mask = torch.ones(6)
-        elif what == "not a tensor":
-            x = "x"  # type: ignore[assignment]
-        elif what == "rows":
-            y = y[:5]
-    return raised(lambda: bird_kernels.cka_loss(x, y, mask=mask, group=dist.group.WORLD, **options))
-
-
 def whole_again() -> float:
     """After all those errors the group still works."""
     x, y = features(6, 4, 3)
@@ -306,9 +277,6 @@ def silence() -> tuple[str, str] | None:
     return raised(lambda: bird_kernels.cka_loss(x, y, group=group))
 
 
-COMPLAINTS = ("width", "dtype", "estimator", "statistic", "mask", "not a tensor", "rows", "few rows")
-
-
 def cases(world: int) -> dict[str, Callable[[], Any]]:
     """Every case of a world size, in order."""
     from tests.kernels import rank_calls as calls
@@ -327,7 +295,6 @@ def cases(world: int) -> dict[str, Callable[[], Any]]:
         "one rank": one_rank,
     }
     if world > 1:
-        found |= {f"complaint {what}": lambda what=what: complaint(what) for what in COMPLAINTS}
         found |= {f"complaint {what}": lambda what=what: errors.complaint(what) for what in errors.COMPLAINTS}
         found |= {
             "whole again": whole_again, "explained": explained, "refusals": refusals,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from bird_kernels import backends, ops, reference
+from bird_kernels import ops, reference
 from bird_kernels.plan import FEW_ROWS
 from bird_kernels.types import Options
 from tests.accuracy import evaluate, features
@@ -206,14 +206,6 @@ def test_python_is_asked_once(device: torch.device) -> None:
 
     with pytest.raises(RuntimeError, match="no driver"):
         native.at_once_where(broken)(*call(ORDINARY["plain"], device))
-
-
-def test_what_python_answers(device: torch.device) -> None:
-    asked = "native", "auto"
-    found = [backends.most_at_once(name, torch.float32, device) for name in asked]
-    assert found[0] > 1 << 60
-    assert (found[1] > 0) == (device.type == "cuda")
-    assert [backends.most_at_once(name, torch.float64, device) for name in asked] == [0, 0]
 
 
 def test_transforms_see_operators(spy: Spy, device: torch.device) -> None:

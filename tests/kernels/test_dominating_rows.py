@@ -8,8 +8,9 @@ cancel (several dominating rows are alike in x and y: CKA is near 1 and both ter
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -107,15 +108,57 @@ def check(true: Case, route: str, backend: str = "library") -> None:
     assert_gradient(found.dx, true, share=upstream)
 
 
-@short(
-    "every size of one row; of several the size where rounding begins to tell, and the largest",
-    lambda size, count: count == 1 or size in (1e2, 3e4),
-)
-@pytest.mark.parametrize("size", SIZES)
+def by_statistics(cases: list[Case], parts: bool = False) -> None:
+    for true in cases:
+        statistics, rows = Statistics(), len(true.x) // 2 - 1 if parts else len(true.x)
+        for x, y in zip(true.x.split(rows), true.y.split(rows), strict=True):
+            statistics.update(x, y)
+        assert_right(statistics.cka("unbiased").item(), true.value)
+        assert_gradient(statistics.gradient(true.x, true.y, "unbiased"), true, sign=-1.0)
+
+
+def by_matrix(cases: list[Case]) -> None:
+    """One layer for each case. Of 8 and 64 rows by Gram matrices, of more by products of features."""
+    xs, ys = [true.x for true in cases], [true.y for true in cases]
+    hsics = hsic_matrix(xs, ys, estimator="unbiased")
+    both = hsics.xy / (hsics.xx[:, None].sqrt() * hsics.yy[None, :].sqrt())
+    for found in (cka_matrix(xs, ys, estimator="unbiased"), both):
+        for value, true in zip(found.diagonal().tolist(), cases, strict=True):
+            assert_right(value, true.value)
+    itself = cka_matrix(xs, estimator="unbiased")
+    for value in itself.diagonal().tolist():
+        assert_right(value, 1.0)
+    assert_right(itself[0, 2].item(), truth(xs[0], xs[2], "unbiased", "cka", sides="").value.item())
+
+
+def by_sequences(cases: list[Case], route: str) -> None:
+    """One sequence for each case."""
+    x, y = torch.stack([true.x for true in cases]).requires_grad_(), torch.stack([true.y for true in cases])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "choose_route", lambda *sizes: route)
+        value = token_cka_loss(x, y, tokens="sequence", estimator="unbiased")
+        (dx,) = torch.autograd.grad(value, x)
+    assert_right(value.item(), 1.0 - sum(true.value for true in cases) / len(cases))
+    for own, true in zip(dx, cases, strict=True):
+        assert_gradient(own, true, sign=-1.0, share=1.0 / len(cases))
+
+
+CALLS: dict[str, Callable[[list[Case]], object]] = {
+    "gram": lambda cases: [check(true, "gram") for true in cases],
+    "cross": lambda cases: [check(true, "cross") for true in cases],
+    "statistics": by_statistics,
+    "statistics of parts": partial(by_statistics, parts=True),
+    "matrix": by_matrix,
+    "sequences, gram": partial(by_sequences, route="gram"),
+    "sequences, cross": partial(by_sequences, route="cross"),
+}
+
+
+@pytest.mark.parametrize("n", [8, 64, 600, 1000])
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("n", [8, 64, 600, 2000])
-def test_value_and_gradient(n: int, count: int, size: float, route: str) -> None:
-    check(case(n, count, size), route)
+@pytest.mark.parametrize("call", CALLS)
+def test_value_and_gradient(call: str, count: int, n: int) -> None:
+    CALLS[call]([case(n, count, size) for size in SIZES])
 
 
 @short(
@@ -170,53 +213,6 @@ def test_the_location_is_amid_the_rows_that_count(shape: tuple[int, ...], masks:
     wanted = x[..., stride::stride, :].mean(-2, keepdim=True)
     found = dominating.location(torch.where(keep[..., None], x, torch.nan), keep)
     assert (found - wanted).abs().max() < 2.0
-
-
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("n", [8, 64, 600, 2000])
-def test_statistics(n: int, count: int) -> None:
-    for size in SIZES:
-        true = case(n, count, size)
-        whole, parts = Statistics(), Statistics()
-        whole.update(true.x, true.y)
-        for x, y in zip(true.x.split(n // 2 - 1), true.y.split(n // 2 - 1), strict=True):
-            parts.update(x, y)
-        for statistics in (whole, parts):
-            assert_right(statistics.cka("unbiased").item(), true.value)
-            assert_gradient(statistics.gradient(true.x, true.y, "unbiased"), true, sign=-1.0)
-
-
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("n", [8, 64, 600, 2000])
-def test_matrices(n: int, count: int) -> None:
-    """One layer for each size. Of 8 and 64 rows by Gram matrices, of more by products of features."""
-    cases = [case(n, count, size) for size in SIZES]
-    xs, ys = [true.x for true in cases], [true.y for true in cases]
-    for found in (cka_matrix(xs, ys, estimator="unbiased"), _cka(hsic_matrix(xs, ys, estimator="unbiased"))):
-        for value, true in zip(found.diagonal().tolist(), cases, strict=True):
-            assert_right(value, true.value)
-    itself = cka_matrix(xs, estimator="unbiased")
-    for value in itself.diagonal().tolist():
-        assert_right(value, 1.0)
-    assert_right(itself[0, 2].item(), truth(xs[0], xs[2], "unbiased", "cka", sides="").value.item())
-
-
-def _cka(found: Any) -> Tensor:
-    return found.xy / (found.xx[:, None].sqrt() * found.yy[None, :].sqrt())
-
-
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("n", [8, 64, 600, 2000])
-def test_sequences(n: int, count: int, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sequence for each size."""
-    monkeypatch.setattr(plan, "choose_route", lambda *sizes: route)
-    cases = [case(n, count, size) for size in SIZES]
-    x, y = torch.stack([true.x for true in cases]).requires_grad_(), torch.stack([true.y for true in cases])
-    value = token_cka_loss(x, y, tokens="sequence", estimator="unbiased")
-    (dx,) = torch.autograd.grad(value, x)
-    assert_right(value.item(), 1.0 - sum(true.value for true in cases) / len(cases))
-    for own, true in zip(dx, cases, strict=True):
-        assert_gradient(own, true, sign=-1.0, share=1.0 / len(cases))
 
 
 # ---------------------------------------------------------------------------------------------- as reported

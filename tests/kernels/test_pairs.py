@@ -191,15 +191,6 @@ def test_can_be_differentiated_twice(backend: str, device: torch.device) -> None
     assert_close(found, wanted, 1e-4)
 
 
-def test_gradcheck(estimator: str) -> None:
-    xs, ys = lists(6, torch.device("cpu"), torch.float64)
-
-    def function(*tensors: Tensor) -> Tensor:
-        return bird_kernels.cka_loss(tensors[:4], tensors[4:], weights=WEIGHTS, estimator=estimator)
-
-    assert torch.autograd.gradcheck(function, (*xs, *(y.requires_grad_() for y in ys)))
-
-
 def test_weights_are_not_rounded_under_autocast(device: torch.device) -> None:
     xs, ys = lists(12, device)
     plain = bird_kernels.cka_loss(xs, ys, weights=WEIGHTS)

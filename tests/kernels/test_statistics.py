@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 
 from bird_kernels import Statistics, distributed, reference, sums
 from bird_kernels.sums import Sums
 from tests.accuracy import features
-from tests.groups import run_ranks
 
 CUTS = [0, 11, 1, 30, 19]  # rows per update
 
@@ -250,41 +249,6 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="call update"):
         Statistics().cka()
     assert statistics.n == 61
-
-
-def _rank(rank: int, results: Any) -> None:
-    x, y = features(61, 7, 5)
-    share = slice(0, 50) if rank == 0 else slice(50, 61)
-    statistics, late, wrong = Statistics(), Statistics(), Statistics()
-    statistics.update(x[share], y[share])
-    if rank == 1:
-        late.update(x, y)
-    wrong.update(x, y[:, : 4 + rank])
-    values = []
-    for each in (statistics, late):
-        each.all_reduce()
-        values += [each.cka("biased"), each.cka("unbiased")]
-    errors = []
-    for each in (wrong, Statistics()):
-        try:
-            each.all_reduce()
-        except ValueError as error:
-            errors.append(str(error))
-    results.put((rank, [value.item() for value in values], statistics.n, errors))
-
-
-def test_all_ranks_get_the_statistics_of_all(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    results = context.SimpleQueue()
-    run_ranks(_rank, 2, tmp_path, results)
-    whole = stream(*features(61, 7, 5))
-    expected = 2 * [whole.cka("biased").item(), whole.cka("unbiased").item()]
-    for _ in range(2):
-        _, values, n, errors = results.get()
-        assert values == pytest.approx(expected, rel=1e-6)
-        assert n == 61
-        assert errors[0].endswith("they have 7 and 4 on cpu (rank 0), 7 and 5 on cpu (rank 1)")
-        assert errors[1].endswith("they have none (rank 0), none (rank 1)")
 
 
 @pytest.mark.parametrize("kind", ["cpu", "meta"])
