@@ -233,7 +233,7 @@ def test_too_few_rows_are_nan(way: str, estimator: str, device: torch.device) ->
     least = LEAST[estimator]
     for count in (0, least - 1, least):
         mask = torch.arange(len(x), device=device) < count
-        for statistic in ("cka_loss", "hsic"):
+        for statistic in ("cka_loss", "hsic") if way in FAST else ("cka_loss",):
             value = WAYS[way].run(x, y, mask, estimator=estimator, statistic=statistic).value
             assert value.isnan() == (count < least)
 
@@ -259,7 +259,7 @@ def test_no_bit_depends_on_other_memory(way: str, dtype: torch.dtype, estimator:
     x, y = sides_of(way, dtype, device, mean=2.0)
     mask = every_third(x)
     first = None
-    for garbage in (0.0, torch.nan, torch.inf, 6e4):
+    for garbage in (0.0, torch.nan, *((torch.inf, 6e4) if way in FAST else ())):
         sides = [torch.where(mask[:, None], a, garbage) for a in (x, y)]
         before = [a.clone() for a in (*sides, mask)]
         found = WAYS[way].run(*sides, mask, estimator=estimator)
