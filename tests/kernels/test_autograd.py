@@ -94,15 +94,6 @@ def test_vmap(
     torch.testing.assert_close(gradients, expected, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("upstream", [0.0, -0.1, *(pytest.param(g, marks=COMPILED) for g in (1e-20, 65536.0))])
-def test_upstream_gradient(upstream: float, estimator: str, route: str, backend: str, device: torch.device) -> None:
-    x, y = features(N, P, Q, device=device)
-    function = operator(route, backend, estimator)
-    found, unit = evaluate(function, x, y, upstream=upstream), evaluate(function, x, y)
-    for one, other in ((found.dx, unit.dx), (found.dy, unit.dy)):
-        assert (one.double() - upstream * other.double()).norm() <= 2e-6 * abs(upstream) * other.double().norm()
-
-
 def test_backward_twice(estimator: str, route: str, backend: str, device: torch.device) -> None:
     x, y = (a.requires_grad_() for a in features(N, P, Q, device=device))
     value = operator(route, backend, estimator)(x, y)

@@ -11,7 +11,7 @@ from torch import Tensor
 from bird_kernels import backends, reference
 from bird_kernels.backends import library
 from bird_kernels.types import Problem
-from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain, truth
+from tests.accuracy import errors, evaluate, features, operator, truth
 from tests.kernels import test_dominating_rows as dominating
 from tests.kernels.ways import ALLOWED, WAYS
 from tests.kernels.ways import by_shifting as run
@@ -76,15 +76,6 @@ def test_a_massive_first_token_unbiased(dtype: torch.dtype, device: torch.device
     x, y = features(64, 160, 160, dtype=dtype, device=device)
     x[0, :2] = y[0, :2] = 3000
     assert_right("gram", x, y, estimator="unbiased", looser=2.0)
-
-
-@pytest.mark.parametrize("size", [1e2, 1e4])
-def test_a_row_that_dominates_biased(route: str, size: float, device: torch.device) -> None:
-    """CKA is all but 1 then, and what is left of the gradient no better than plain PyTorch could make it."""
-    x, y = sides_of(route, FLOAT32, device, mean=1.0)
-    x[5] *= size
-    y[5] *= size
-    assert_no_worse([run(route, x, y)], [evaluate(plain(route), x, y)], [truth(x, y)], floor=1e-5)
 
 
 def test_squares_that_leave_the_range_of_fp32(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
