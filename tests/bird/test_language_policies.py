@@ -18,9 +18,10 @@ from bird.lab.language import training as runs
 from bird.lab.language.data import Preference
 from bird.lab.language.data.positivity import LEAD
 from bird.lab.language.models import load
-from bird.lab.language.policies import restore, train_policy
+from bird.lab.language.policies import train_policy
 from bird.lab.language.preference import _material, _read, spoken
 from bird.lab.language.recipe import Training
+from bird.lab.language.training import restore
 from bird.language import Guidance
 from tests.bird.tiny import bytes_tokenizer, guidance, letters_tokenizer, saved, student
 
@@ -97,7 +98,7 @@ def test_a_policy_is_what_trls_trainer_makes(tmp_path: Path) -> None:
     )
     assert len(history["train"]) == 6
     again = student(seed=9)
-    restore(again, tmp_path / "ours")
+    restore(again, tmp_path / "ours/policy.safetensors")
     assert_equal(weights(again), weights(model))
     assert not list((tmp_path / "ours").glob("checkpoint-*"))
 
@@ -111,7 +112,7 @@ def test_a_killed_policy_goes_on(adapters: int, tmp_path: Path, monkeypatch: pyt
         options: dict[str, Any] = {"guidance": guidance(), "seed": 1, "save_every": 2}
         train_policy(model, bytes_tokenizer(), PAIRS, training, tmp_path / folder, **options | more)
         found = student(seed=8)
-        restore(found, tmp_path / folder)
+        restore(found, tmp_path / folder / "policy.safetensors")
         return found
 
     whole = train("whole")

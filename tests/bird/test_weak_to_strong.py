@@ -19,7 +19,6 @@ from bird.lab.language import classifiers
 from bird.lab.language import training as runs
 from bird.lab.language.classifiers import (
     Classifier,
-    accuracy,
     batched,
     certain,
     class_probabilities,
@@ -317,17 +316,17 @@ def test_the_loss_takes_probabilities_and_numbers() -> None:
 
 def test_saved_and_restored(tmp_path: Path) -> None:
     model, other = Classifier(bert(1), "mean", seed=3), Classifier(bert(2), "mean")
-    model.save(tmp_path)
-    other.restore(tmp_path)
+    file = tmp_path / "classifier.safetensors"
+    runs.finish(model, file, {"train": []})
+    runs.restore(other, file)
     assert gap(model, other) == 0
     with pytest.raises(ValueError, match="architecture"):
-        Classifier(llama()).restore(tmp_path)
+        runs.restore(Classifier(llama()), file)
     with pytest.raises(FileNotFoundError):
-        other.restore(tmp_path / "nowhere")
-    file = tmp_path / "classifier.safetensors"
+        runs.restore(other, tmp_path / "nowhere")
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ValueError, match="damaged"):
-        other.restore(tmp_path)
+        runs.restore(other, file)
 
 
 @pytest.mark.parametrize(
@@ -371,12 +370,7 @@ def test_a_window_is_not_widened() -> None:
         class_probabilities(Classifier(llama()), BYTES, ["a"], max_length=WINDOW + 1)
 
 
-def test_scores() -> None:
-    chances = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
-    assert accuracy(chances, [0, 1, 0, 1]) == 0.5
-    assert accuracy(chances, torch.tensor([0, 1, 1, 1])) == 0.75
-    with pytest.raises(ValueError, match="labels"):
-        accuracy(chances, [0, 1])
+def test_true_labels_as_targets() -> None:
     assert certain([1, 0]).tolist() == [[0, 1], [1, 0]]
-    with pytest.raises(ValueError, match="0 or 1"):
+    with pytest.raises(RuntimeError, match="smaller than num_classes"):
         certain([0, 2])

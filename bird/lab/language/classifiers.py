@@ -1,4 +1,4 @@
-"""Classifiers of texts: any backbone of transformers, its tokens pooled by attention mask, and a linear head.
+"""Classifiers of texts: a backbone of transformers, its tokens pooled by attention mask, and a linear head for two classes.
 
 They are trained on soft labels by transformers' `Trainer`, alone or with guidance by a teacher.
 
@@ -16,29 +16,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ...files import atomic
+from ...features import evaluating
 from ...language.guidance import window_of
 from ...language.pooling import Pooling, pool_tokens, require_pooling
 from ...language.trainers import BirdTrainer
 from .data import padded
 from .recipe import Training
-from .training import arguments, claim, forget_checkpoints, quiet, read_history, reading, trained, write_history
+from .training import arguments, claim, finish, finished, quiet, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ...language.guidance import Guidance
 
+WEIGHTS = "classifier.safetensors"  # in a run's folder
+
 
 class Classifier(nn.Module):
-    """A backbone, one row of features for each text, and a new linear head in fp32.
+    """A backbone, one row of features for each text, and a new linear head for two classes in fp32.
 
     Guidance finds ``backbone`` by itself, as teacher's and as student's layer; its output is the final hidden state.
 
@@ -47,7 +48,6 @@ class Classifier(nn.Module):
         pooling: of its tokens: ``"last"`` for decoders, ``"mean"`` or ``"first"`` for encoders, see
             `bird.language.pool_tokens`. With ``"last"`` padding may stand on either side, since positions are counted
             by the mask; encoders count theirs from the first place, so theirs is on the right.
-        classes: how many.
         seed: of the head's weights, normal with deviation 0.02 as in transformers; the bias is zero. PyTorch's global
             generators stay where they are.
 
@@ -57,15 +57,15 @@ class Classifier(nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, backbone: nn.Module, pooling: Pooling = "last", *, classes: int = 2, seed: int = 0) -> None:
+    def __init__(self, backbone: nn.Module, pooling: Pooling = "last", *, seed: int = 0) -> None:
         super().__init__()
         require_pooling("pooling", pooling)
         if pooling == "all":
             raise ValueError('pooling="all" gives a row for each token: a classifier needs one for each text')
-        self.backbone, self.pooling, self.classes = backbone, pooling, classes
+        self.backbone, self.pooling = backbone, pooling
         config: Any = backbone.config
         self.config = config
-        self.head = nn.utils.skip_init(nn.Linear, config.hidden_size, classes, dtype=torch.float32)
+        self.head = nn.utils.skip_init(nn.Linear, config.hidden_size, 2, dtype=torch.float32)
         with torch.no_grad():
             self.head.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
             self.head.bias.zero_()
@@ -77,12 +77,12 @@ class Classifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> SequenceClassifierOutput:
-        """Logits ``[B, C]`` in fp32; with ``labels``, their mean cross-entropy.
+        """Logits ``[B, 2]`` in fp32; with ``labels``, their mean cross-entropy.
 
         Args:
             input_ids: ``[B, T]``.
             attention_mask: ``[B, T]``, 0 for padding.
-            labels: probabilities ``[B, C]``, or class numbers ``[B]``.
+            labels: probabilities ``[B, 2]``, or class numbers ``[B]``.
         """
         options: dict[str, Any] = dict(self._options)
         if self._counts_positions:
@@ -96,28 +96,6 @@ class Classifier(nn.Module):
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
-    def save(self, folder: Path) -> None:
-        """Write the weights as safetensors, atomically.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic(folder / "classifier.safetensors") as partial:
-            save_file(state, partial, metadata={"format": "pt"})
-
-    def restore(self, folder: Path) -> None:
-        """Load the weights that `save` wrote; the format holds no code.
-
-        Raises:
-            OSError: there is no such file.
-            ValueError: it is damaged, or of another architecture.
-        """
-        path = folder / "classifier.safetensors"
-        with reading(path):
-            self.load_state_dict(load_file(path))
-
 
 def class_probabilities(
     model: Classifier,
@@ -127,7 +105,7 @@ def class_probabilities(
     batch_size: int = 64,
     max_length: int | None = None,
 ) -> Tensor:
-    """Probabilities ``[N, C]`` of the classes, fp32, on the CPU; in eval mode, without gradients.
+    """Probabilities ``[N, 2]`` of the classes, fp32, on the CPU; in eval mode, without gradients.
 
     Texts of similar length share a batch, and the order of the rows is that of the texts. Batches differ by rounding
     alone.
@@ -144,18 +122,12 @@ def class_probabilities(
     """
     rows, _ = tokenize(model, tokenizer, texts, max_length)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    device = next(model.parameters()).device
-    result = torch.empty(len(rows), model.classes)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
-                batch = {name: x.to(device) for name, x in batched([rows[number] for number in part]).items()}
-                result[part] = model(**batch).logits.softmax(1).float().cpu()
-    finally:
-        model.train(was_training)
+    result = torch.empty(len(rows), 2)
+    with evaluating(model) as device:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            batch = {name: x.to(device) for name, x in batched([rows[number] for number in part]).items()}
+            result[part] = model(**batch).logits.softmax(1).float().cpu()
     return result
 
 
@@ -193,28 +165,9 @@ def tokenize(
     return rows, cut
 
 
-def accuracy(probabilities: Tensor, labels: Tensor | Sequence[int]) -> float:
-    """Share of the rows ``[N, C]`` whose likeliest class is the label ``[N]``.
-
-    Raises:
-        ValueError: no rows, or another number of labels.
-    """
-    labels = torch.as_tensor(labels)
-    if labels.shape != probabilities.shape[:1] or not len(labels):
-        raise ValueError(f"{list(probabilities.shape)} probabilities and {list(labels.shape)} labels: need [N, C], [N]")
-    return (probabilities.argmax(1) == labels.to(probabilities.device)).double().mean().item()
-
-
-def certain(labels: Sequence[int] | Tensor) -> Tensor:
-    """True labels, 0 or 1, as targets ``[N, 2]``.
-
-    Raises:
-        ValueError: another label.
-    """
-    labels = torch.as_tensor(labels)
-    if not ((labels == 0) | (labels == 1)).all():
-        raise ValueError("labels must be 0 or 1")
-    return F.one_hot(labels.long(), 2).float()
+def certain(labels: Sequence[int]) -> Tensor:
+    """True labels, 0 or 1, as targets ``[N, 2]``."""
+    return F.one_hot(torch.tensor(labels), 2).float()
 
 
 def train_classifier(
@@ -227,7 +180,7 @@ def train_classifier(
     *,
     guidance: Guidance | None = None,
     seed: int = 0,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
     save_every: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -249,8 +202,7 @@ def train_classifier(
         guidance: adds a teacher's geometry; None to train on the targets alone. The order of the texts and the start of
             the generators are the same with it.
         seed: of the order of the texts, and where PyTorch's, NumPy's and Python's generators (dropout) begin.
-        device: ``"cpu"``, or a kind of accelerator, of which the environment chooses which (CUDA_VISIBLE_DEVICES); None
-            for the kind that the model is on.
+        device: ``"cpu"``, or a kind of accelerator, of which the environment chooses which (CUDA_VISIBLE_DEVICES).
         save_every: steps between checkpoints; None: one for each epoch.
         progress: show a bar.
 
@@ -269,21 +221,15 @@ def train_classifier(
         raise ValueError("adapters are for students that are tuned on preferences, not for classifiers")
     rows, cut = tokenize(model, tokenizer, texts, training.max_length)
     claim(folder, [list(texts), targets.tolist()], guidance, training=asdict(training), seed=seed)
-    finished = folder / "history.json"
-    place = torch.device(device) if device is not None else next(model.parameters()).device
-    if finished.exists():
-        model.to(place).restore(folder)
-        model.eval()
-        return read_history(finished)
+    weights = folder / WEIGHTS
+    if (done := finished(model, weights, device)) is not None:
+        return done
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
     with quiet(progress):
-        more: dict[str, Any] = dict(guidance=guidance, seed=seed, device=place, save_every=save_every)
+        more: dict[str, Any] = dict(guidance=guidance, seed=seed, device=torch.device(device), save_every=save_every)
         trainer = _trainer(model, tokenizer, examples, training, folder, **more)
         history = {"train": trained(trainer, folder, progress), "cut": cut}
-    model.eval()
-    model.save(folder)
-    write_history(history, folder / "classifier.safetensors")
-    forget_checkpoints(folder)
+    finish(model, weights, history)
     return history
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...features import find_layers
-from ...language.guidance import Guidance
 from ..experiment import Experiment
 from .data import Labelled
 from .models import MODELS, load, locate_network
@@ -79,33 +78,10 @@ class LanguageExperiment(Experiment):
         """What a stage's results depend on, for its folder."""
         return {"protocol": PROTOCOL, "data": self.recipe.data.source, "seed": seed} | more
 
-    def trained(
-        self,
-        model: Classifier,
-        tokenizer: PreTrainedTokenizerBase,
-        texts: Sequence[str],
-        targets: torch.Tensor,
-        training: Training,
-        folder: Path,
-        *,
-        seed: int,
-        guidance: Guidance | None = None,
-    ) -> dict[str, Any]:
-        """A classifier trained in place; its history."""
-        from .classifiers import train_classifier
-
-        return train_classifier(
-            model,
-            tokenizer,
-            texts,
-            targets,
-            training,
-            folder / "training",
-            guidance=guidance,
-            seed=seed,
-            device=self.device,
-            progress=bool(self.progress),
-        )
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        """Options of both kinds of trainers that change no result: the device, and whether bars are shown."""
+        return {"device": self.device, "progress": bool(self.progress)}
 
 
 def fresh_network(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -134,12 +110,15 @@ def trained_classifier(
     Raises:
         ValueError: they are gone or damaged; which folder to delete.
     """
+    from .classifiers import WEIGHTS
+    from .training import restore
+
     model, tokenizer = classifier(network, pooling, 0)
     try:
-        model.restore(folder / "training")
+        restore(model, folder / "training" / WEIGHTS)
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}\nDelete the whole folder {folder}, and it is made again") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device), tokenizer
 
 
 def pooling_of(network: str) -> str:

@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from safetensors.torch import load_model, save_model
-from torch import nn
 from trl import DPOConfig, DPOTrainer
 
-from ...files import atomic
 from ...language.trl_trainers import BirdDPOTrainer
 from .data import Preference, columns
 from .recipe import Training
-from .training import arguments, claim, forget_checkpoints, quiet, read_history, reading, trained, write_history
+from .training import arguments, claim, finish, finished, quiet, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ...language.guidance import Guidance
+
+WEIGHTS = "policy.safetensors"  # in a run's folder
 
 
 def train_policy(
@@ -65,13 +64,10 @@ def train_policy(
         ValueError: a folder of another run; also as `bird.language.BirdMixin`.
         FloatingPointError: the loss is not finite.
     """
-    data = columns(pairs)
+    data, weights = columns(pairs), folder / WEIGHTS
     claim(folder, data, guidance, training=asdict(training), seed=seed)
-    finished = folder / "history.json"
-    if finished.exists():
-        restore(model, folder)
-        nn.Module.to(model, device)
-        return read_history(finished)
+    if (done := finished(model, weights, device)) is not None:
+        return done
     more: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
     if training.adapters:
         from peft import LoraConfig
@@ -92,27 +88,7 @@ def train_policy(
             processing_class=tokenizer,
             **more,
         )
-        rows = trained(trainer, folder, progress)
+        history = {"train": trained(trainer, folder, progress)}
     whole: Any = trainer.model
-    if training.adapters:
-        whole = whole.merge_and_unload()
-    with atomic(folder / "policy.safetensors") as partial:
-        save_model(whole, str(partial))
-    whole.eval()
-    history = {"train": rows}
-    write_history(history, folder / "policy.safetensors")
-    forget_checkpoints(folder)
+    finish(whole.merge_and_unload() if training.adapters else whole, weights, history)
     return history
-
-
-def restore(model: nn.Module, folder: Path) -> None:
-    """Load the weights that `train_policy` wrote into a model of the same architecture; sets eval mode.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: they are damaged, or of another architecture.
-    """
-    path = folder / "policy.safetensors"
-    with reading(path):
-        load_model(model, str(path))
-    model.eval()

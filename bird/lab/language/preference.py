@@ -15,6 +15,7 @@ from torch import nn
 from bird_kernels import cka
 
 from ...language.guidance import Guidance, Guide, Sequences, concatenated
+from ..duration import steps_to_train
 from ..experiment import Cell
 from ..stages import Stage
 from .data import Labelled, Preference, Text, halves, padded, plain, token_ids
@@ -125,7 +126,7 @@ class Preferences(LanguageExperiment):
         )
 
         def make(folder: Path) -> dict[str, Any]:
-            from .classifiers import accuracy, certain, class_probabilities
+            from .classifiers import certain, class_probabilities, train_classifier
 
             rows = self.material(seed).taught
             model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
@@ -134,11 +135,13 @@ class Preferences(LanguageExperiment):
             texts = [read(*spoken(student, prompt, response)) for prompt, response, _ in rows]
             labels = [label for *_, label in rows]
             kept = len(rows) - max(1, len(rows) // 10)
-            history = self.trained(
-                model, tokenizer, texts[:kept], certain(labels[:kept]), self.recipe.teacher, folder, seed=seed
-            )
+            history = train_classifier(
+                model, tokenizer, texts[:kept], certain(labels[:kept]), self.recipe.teacher, folder / "training",
+                seed=seed, **self.surroundings,
+            )  # fmt: skip
             found = class_probabilities(model, tokenizer, texts[kept:], max_length=self.recipe.teacher.max_length)
-            return {"history": history, "accuracy": accuracy(found, labels[kept:])}
+            right = found.argmax(1) == torch.tensor(labels[kept:])
+            return {"history": history, "accuracy": right.double().mean().item()}
 
         return Stage("teacher", about, make, title=pair_title(pair, seed))
 
@@ -178,10 +181,10 @@ class Preferences(LanguageExperiment):
             model, tokenizer = fresh_network(pair.student, "causal")
             guidance = self._guidance(pair, change, method, teacher) if guided else None
             pairs = [pair for pair in self.material(seed).pairs if self._is_short(pair)][:limit]
-            steps = training.epochs * -(-len(pairs) // training.batch_size)
+            steps = steps_to_train(len(pairs), training.batch_size, training.epochs)
             history = train_policy(
                 model, tokenizer, pairs, training, folder / "training", guidance=guidance, seed=seed,
-                device=self.device, save_every=max(5, steps // 5), progress=bool(self.progress),
+                save_every=max(5, steps // 5), **self.surroundings,
             )  # fmt: skip
             return {"history": history}
 
@@ -195,9 +198,10 @@ class Preferences(LanguageExperiment):
     def _student(self, pair: Pair, policy: Stage | None) -> tuple[Any, PreTrainedTokenizerBase]:
         model, tokenizer = fresh_network(pair.student, "causal")
         if policy is not None:
-            from .policies import restore
+            from .policies import WEIGHTS
+            from .training import restore
 
-            restore(model, policy.folder(self.root) / "training")
+            restore(model, policy.folder(self.root) / "training" / WEIGHTS)
         return nn.Module.to(model, self.device), tokenizer
 
     def _responses(self, pair: Pair, policy: Stage | None, seed: int) -> Stage:

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 
+from ...files import atomic
 from ..stages import require_same
 from ..tensors import file_checksum, read_checked, write_checked
 from .recipe import Training
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 NETWORKS = "teacher", "tokenizer", "text"  # of a guidance: what is no plain data
 MARK = "whole.json"  # in a checkpoint that is
+ADVICE = "delete its folder, and it is trained again"
 CHECKPOINT = re.compile("checkpoint-([0-9]+)")
 
 
@@ -115,41 +119,52 @@ def _completed(old: dict[str, Any], guidance: Guidance | None) -> dict[str, Any]
     return found
 
 
-def read_history(path: Path) -> dict[str, Any]:
-    """What a complete run has logged.
+def finished(model: nn.Module, weights: Path, device: torch.device | str) -> dict[str, Any] | None:
+    """The history of a run that is complete, whose weights are then loaded into the model; None of any other.
 
     Raises:
-        ValueError: it is damaged; what to do.
+        ValueError: the history or the weights are damaged; what to do.
     """
-    history = read_checked(path, f"delete the folder {path.parent}, and it is trained again")
+    path = weights.with_name("history.json")
+    if not path.exists():
+        return None
+    history = read_checked(path, ADVICE)
     history.pop("weights", None)
+    restore(model, weights)
+    nn.Module.to(model, device)
     return history
 
 
-def write_history(history: dict[str, Any], weights: Path) -> None:
-    """Last of all of a run: ``history.json`` beside its weights, with their checksum."""
+def finish(model: nn.Module, weights: Path, history: dict[str, Any]) -> None:
+    """Write the weights of a trained model and, when they are on the disk, ``history.json`` with their checksum.
+
+    The model is in eval mode then, and its checkpoints are deleted.
+    """
+    with atomic(weights) as partial:
+        save_model(model, str(partial))
+    model.eval()
     write_checked(history | {"weights": file_checksum(weights)}, weights.with_name("history.json"))
+    forget_checkpoints(weights.parent)
 
 
-@contextmanager
-def reading(weights: Path) -> Iterator[None]:
-    """Inside weights are read that a run has left.
+def restore(model: nn.Module, weights: Path) -> None:
+    """Load what `finish` wrote into a model of the same architecture, which is in eval mode then. No code is run.
 
     Raises:
-        OSError: they are not there.
-        ValueError: they are not those that were written, or of another architecture; what to do.
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is not the file that was written, or of another architecture; what to do.
     """
-    advice = "delete its folder, and it is trained again"
     history = weights.with_name("history.json")
-    said = read_checked(history, advice).get("weights") if history.exists() else None
+    said = read_checked(history, ADVICE).get("weights") if history.exists() else None
     if said is not None and file_checksum(weights) != said:
-        raise ValueError(f"{weights} is damaged (its checksum is of other contents): {advice}")
+        raise ValueError(f"{weights} is damaged (its checksum is of other contents): {ADVICE}")
     try:
-        yield
+        load_model(model, str(weights))
     except OSError:
         raise
     except Exception as error:  # a damaged header fails in any way
-        raise ValueError(f"{weights} is damaged, or of another architecture ({error}): {advice}") from error
+        raise ValueError(f"{weights} is damaged, or of another architecture ({error}): {ADVICE}") from error
+    model.eval()
 
 
 def trained(trainer: Any, folder: Path, progress: bool) -> list[dict[str, Any]]:

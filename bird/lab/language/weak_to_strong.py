@@ -60,12 +60,15 @@ class WeakToStrong(LanguageExperiment):
         about |= {"network": pair.teacher, "pooling": pair.pooling, "training": asdict(self.recipe.teacher)}
 
         def make(folder: Path) -> dict[str, Any]:
-            from .classifiers import certain, class_probabilities
+            from .classifiers import certain, class_probabilities, train_classifier
 
             rows = self._rows(seed, limit)
             model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
             texts, labels = texts_and_labels(rows.weak)
-            history = self.trained(model, tokenizer, texts, certain(labels), self.recipe.teacher, folder, seed=seed)
+            history = train_classifier(
+                model, tokenizer, texts, certain(labels), self.recipe.teacher, folder / "training", seed=seed,
+                **self.surroundings,
+            )  # fmt: skip
             strong, _ = texts_and_labels(rows.strong)
             length = self.recipe.teacher.max_length
             soft = class_probabilities(model, tokenizer, strong, max_length=length)
@@ -83,7 +86,7 @@ class WeakToStrong(LanguageExperiment):
             about |= {"guidance": guiding, "pooling": pair.pooling}
 
         def make(folder: Path) -> dict[str, Any]:
-            from .classifiers import certain
+            from .classifiers import certain, train_classifier
 
             rows = self._rows(seed, limit)
             texts, labels = texts_and_labels(rows.strong)
@@ -96,19 +99,22 @@ class WeakToStrong(LanguageExperiment):
                 options = guiding | {"pooling": pooling_of(pair.student), "teacher_pooling": pair.pooling}
                 estimator = "unbiased" if method.endswith("unbiased") else "biased"
                 guidance = Guidance(teacher, theirs, estimator=estimator, **options)
-            history = self.trained(model, tokenizer, texts, targets, training, folder, seed=seed, guidance=guidance)
+            history = train_classifier(
+                model, tokenizer, texts, targets, training, folder / "training", guidance=guidance, seed=seed,
+                **self.surroundings,
+            )  # fmt: skip
             return {"history": history} | self._scored(model, tokenizer, rows, training.max_length)
 
         parents = () if method == "ceiling" else (weak,)
         return Stage(f"strong-{method}", about, make, parents, pair_title(pair, seed))
 
     def _scored(self, model: Any, tokenizer: Any, rows: Questions, length: int | None) -> dict[str, Any]:
-        from .classifiers import accuracy, class_probabilities
+        from .classifiers import class_probabilities
 
         texts, labels = texts_and_labels(rows.test)
         probabilities = class_probabilities(model, tokenizer, texts, max_length=length)
         right = probabilities.argmax(1) == torch.tensor(labels)
-        return {"accuracy": accuracy(probabilities, labels), "right": right.int().tolist()}
+        return {"accuracy": right.double().mean().item(), "right": right.int().tolist()}
 
 
 @lru_cache(maxsize=4)
