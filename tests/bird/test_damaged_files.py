@@ -182,7 +182,7 @@ def test_published_networks(tmp_path: Path) -> None:
 
     shutil.copytree(saved("encoder"), tmp_path / "network")
     path = tmp_path / "network/model.safetensors"
-    assert unloadable(path, lambda: models.load(str(path.parent), "encoder")) > 0.3 * MUTATIONS
+    assert unloadable(path, lambda: models.load_network(str(path.parent), "encoder")) > 0.3 * MUTATIONS
 
 
 def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer.write_tensors_to_file()
     writer.close()
     monkeypatch.setattr(models, "locate_network", lambda name: path)
-    assert unloadable(path, lambda: models.load("smollm2-135m", "causal")) == MUTATIONS
+    assert unloadable(path, lambda: models.load_network("smollm2-135m", "causal")) == MUTATIONS
 
 
 def unloadable(path: Path, read: Callable[[], Any]) -> int:

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from bird.lab.language import training as runs
 from bird.lab.language.data import Preference
 from bird.lab.language.data.positivity import LEAD
-from bird.lab.language.models import load
+from bird.lab.language.models import load_network
 from bird.lab.language.policies import train_policy
 from bird.lab.language.preference import _material, _read, spoken
 from bird.lab.language.recipe import Training
@@ -51,7 +51,7 @@ def test_safety_reads_the_data_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_conversations_are_read_as_the_student_speaks_them() -> None:
-    _, tokenizer = load(saved("decoder"), "causal")
+    _, tokenizer = load_network(saved("decoder"), "causal")
     prompt, response = [{"role": "user", "content": "how?"}], [{"role": "assistant", "content": "so."}]
     asked, said = spoken(tokenizer, prompt, response)
     assert "how?" in asked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -139,13 +139,13 @@ def test_of_images(path: str, value: Any, said: str) -> None:
     ],
 )
 def test_of_language_models(path: str, value: Any, said: str) -> None:
-    language.parse("x", LANGUAGE)
+    language.parse_language_recipe("x", LANGUAGE)
     with pytest.raises(ValueError, match=said):
-        language.parse("x", changed(LANGUAGE, path, value))
+        language.parse_language_recipe("x", changed(LANGUAGE, path, value))
 
 
 def test_parts_of_a_recipe_that_exclude_each_other() -> None:
-    language.parse("x", WEAK)
+    language.parse_language_recipe("x", WEAK)
     for table, said in (
         (changed(WEAK, "transfer/adapters", 8), "adapters are for students"),
         (changed(WEAK, "guidance/rows", "chosen"), "rows and completion_only are of preferences"),
@@ -160,13 +160,13 @@ def test_parts_of_a_recipe_that_exclude_each_other() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=said):
-            language.parse("x", table)
+            language.parse_language_recipe("x", table)
 
 
 @pytest.mark.parametrize("table", [VISION, LANGUAGE], ids=["vision", "language"])
 def test_no_key_of_any_part_takes_what_is_of_another_type(table: dict[str, Any]) -> None:
     """A value that nothing takes, at every key there is."""
-    parse = language.parse if "kind" in table else vision.parse
+    parse = language.parse_language_recipe if "kind" in table else vision.parse
     parts = {
         "Source": "teacher", "Budget": "transfer", "Scoring": "scoring", "Networks": "networks/one",
         "Variant": "variants/", "Training": "transfer", "Guiding": "guidance", "Data": "data",
@@ -219,7 +219,7 @@ def preferences(monkeypatch: pytest.MonkeyPatch) -> Any:
         for path, value in changes:
             told = changed(told, path, value)
         monkeypatch.setattr(preference, "_material", lambda *_: material)
-        recipe = language.parse("x", told)
+        recipe = language.parse_language_recipe("x", told)
         preference.Preferences(recipe, Path("nowhere"), torch.device("cpu"), progress=False).check()
 
     return check
@@ -253,6 +253,23 @@ def test_judges_are_looked_at_before_anything_is_trained(preferences: Any, monke
         preferences()
     with pytest.raises(ImportError, match="peft is not installed"):
         preferences(("judges/it", endpoint), ("transfer/adapters", 4))
+
+
+def test_prompts_and_responses_have_room_in_the_students_window(preferences: Any) -> None:
+    from bird.lab.language.data import Labelled, Material
+
+    whole = Material([], ["p", "a prompt"], ["t"], [], [Labelled("a", 0), Labelled("b", 1)])
+    preferences(material=whole)
+    with pytest.raises(ValueError, match=r"student .*: prompt 1 has (\d+) tokens with 99999 new ones, .* positions"):
+        preferences(("generation/max_new_tokens", 99_999), material=whole)
+    with pytest.raises(ValueError, match=r"at most \d+ be generated \(max_new_tokens\)") as error:
+        preferences(("generation/max_new_tokens", 99_999), material=whole)
+    fits = int(str(error.value).split("at most ")[1].split()[0])
+    preferences(("generation/max_new_tokens", fits), material=whole)
+    with pytest.raises(ValueError, match=f"let at most {fits} be generated"):
+        preferences(("generation/max_new_tokens", fits + 1), material=whole)
+    with pytest.raises(ValueError, match=r"student .*: held-out text 0 has \d+ tokens, and the model has"):
+        preferences(material=replace(whole, texts=["word " * 20_000]))
 
 
 def test_guided_layers_are_looked_at_before_anything_is_trained(preferences: Any) -> None:

@@ -1,4 +1,4 @@
-"""Classifiers of texts: a backbone of transformers, its tokens pooled by attention mask, and a linear head for two classes.
+"""Classifiers of texts: a backbone of transformers, its tokens pooled by attention mask, a linear head for two classes.
 
 They are trained on soft labels by transformers' `Trainer`, alone or with guidance by a teacher.
 
@@ -39,12 +39,12 @@ WEIGHTS = "classifier.safetensors"  # in a run's folder
 
 
 class Classifier(nn.Module):
-    """A backbone, one row of features for each text, and a new linear head for two classes in fp32.
+    """A backbone whose tokens are pooled to a row for each text, and a new linear head for two classes in fp32.
 
     Guidance finds ``backbone`` by itself, as teacher's and as student's layer; its output is the final hidden state.
 
     Args:
-        backbone: what ``AutoModel`` gives, decoder or encoder; it is taken over, not copied.
+        backbone: what ``AutoModel`` gives, decoder or encoder; it is used itself, not copied.
         pooling: of its tokens: ``"last"`` for decoders, ``"mean"`` or ``"first"`` for encoders, see
             `bird.language.pool_tokens`. With ``"last"`` padding may stand on either side, since positions are counted
             by the mask; encoders count theirs from the first place, so theirs is on the right.
@@ -74,27 +74,15 @@ class Classifier(nn.Module):
         self._options = {"use_cache": False} if "use_cache" in takes else {}
         self._counts_positions = pooling == "last" and "position_ids" in takes
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-    ) -> SequenceClassifierOutput:
-        """Logits ``[B, 2]`` in fp32; with ``labels``, their mean cross-entropy.
-
-        Args:
-            input_ids: ``[B, T]``.
-            attention_mask: ``[B, T]``, 0 for padding.
-            labels: probabilities ``[B, 2]``, or class numbers ``[B]``.
-        """
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        """Logits ``[B, 2]`` in fp32, of token ids ``[B, T]`` and a mask ``[B, T]``, 0 for padding."""
         options: dict[str, Any] = dict(self._options)
         if self._counts_positions:
             options["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         rows = pool_tokens(hidden, attention_mask, self.pooling)
         with torch.autocast(rows.device.type, enabled=False):
-            logits = self.head(rows.to(self.head.weight.dtype))
-        if labels is not None and labels.is_floating_point():
-            labels = labels.to(logits.dtype)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+            return SequenceClassifierOutput(logits=self.head(rows.to(self.head.weight.dtype)))
 
 
 def class_probabilities(
@@ -126,7 +114,7 @@ def class_probabilities(
     with evaluating(model) as device:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            batch = {name: x.to(device) for name, x in batched([rows[number] for number in part]).items()}
+            batch = {name: x.to(device) for name, x in padded([rows[number] for number in part], left=False).items()}
             result[part] = model(**batch).logits.softmax(1).float().cpu()
     return result
 
@@ -160,8 +148,6 @@ def tokenize(
         short = tokenizer([texts[number] for number in cut], truncation=True, max_length=limit)["input_ids"]
         for number, row in zip(cut, short, strict=True):
             rows[number] = row
-    if empty := [number for number, row in enumerate(rows) if not row]:
-        raise ValueError(f"texts {_few(empty)} have no tokens")
     return rows, cut
 
 
@@ -186,22 +172,18 @@ def train_classifier(
 ) -> dict[str, Any]:
     """Train in place on soft labels, by transformers' `Trainer`, or by `BirdTrainer` where something guides.
 
-    The folder gets ``classifier.safetensors`` and, last of all, ``history.json``. Called again, it goes on from its
-    last whole checkpoint, and a complete one is only read. It unpickles nothing: weights are safetensors, the trainer's
-    state is JSON, and for the states of optimizer, schedule and generators transformers calls ``torch.load`` with
-    ``weights_only=True``. (Its checkpoints also hold a ``training_args.bin``, a pickle that nobody reads; they go when
-    the run is complete.)
+    `bird.lab.language.training` describes how the folder is used, and how a call resumes an earlier one.
 
     Args:
-        model: is on the device at the end, in eval mode.
+        model: trained in place; it is on the device at the end, in eval mode.
         tokenizer: the model's.
         texts: N of them.
         targets: probabilities ``[N, 2]``: a weak model's, or those of `certain`.
-        training: how long and how. Without dropout micro-batches change nothing but rounding.
-        folder: of this run alone.
-        guidance: adds a teacher's geometry; None to train on the targets alone. The order of the texts and the start of
-            the generators are the same with it.
-        seed: of the order of the texts, and where PyTorch's, NumPy's and Python's generators (dropout) begin.
+        training: steps, learning rate and other options. Without dropout micro-batches change nothing but rounding.
+        folder: used by this run only.
+        guidance: adds guidance by a teacher; None to train on the targets alone. The order of the texts and the seeds
+            of the random generators do not depend on it.
+        seed: of the order of the texts, and of PyTorch's, NumPy's and Python's generators (dropout).
         device: ``"cpu"``, or a kind of accelerator, of which the environment chooses which (CUDA_VISIBLE_DEVICES).
         save_every: steps between checkpoints; None: one for each epoch.
         progress: show a bar.
@@ -214,7 +196,7 @@ def train_classifier(
     Raises:
         ValueError: texts and targets that do not fit together; targets that are no probabilities; an empty text; a
             folder of another run; several processes or GPUs; what `bird.language.BirdMixin` refuses.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is not finite.
     """
     _require_targets(texts, targets)
     if training.adapters:
@@ -224,10 +206,27 @@ def train_classifier(
     weights = folder / WEIGHTS
     if (done := finished(model, weights, device)) is not None:
         return done
+    args = TrainingArguments(
+        **arguments(training, folder, seed, torch.device(device), save_every),
+        optim="adamw_torch",  # without decay it is Adam
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        remove_unused_columns=False,
+    )
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise ValueError("one process on one GPU: show one only (CUDA_VISIBLE_DEVICES)")
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
+    more: dict[str, Any] = {} if guidance is None else {"guidance": guidance, "processing_class": tokenizer}
     with quiet(progress):
-        more: dict[str, Any] = dict(guidance=guidance, seed=seed, device=torch.device(device), save_every=save_every)
-        trainer = _trainer(model, tokenizer, examples, training, folder, **more)
+        trainer = (Trainer if guidance is None else BirdTrainer)(
+            model=model,
+            args=args,
+            train_dataset=examples,
+            data_collator=_collate,
+            compute_loss_func=_share_of_loss,
+            **more,
+        )
+        trainer._get_train_sampler = lambda *_: _Order(len(examples), seed)  # type: ignore[method-assign]
         history = {"train": trained(trainer, folder, progress), "cut": cut}
     finish(model, weights, history)
     return history
@@ -250,51 +249,10 @@ class _Order(Sampler[int]):
         yield from torch.randperm(self.count, generator=generator).tolist()
 
 
-class _Ordered:
-    def _get_train_sampler(self, *_: Any) -> _Order:
-        trainer: Any = self
-        return _Order(len(trainer.train_dataset), trainer.args.seed)
-
-
-class _Plain(_Ordered, Trainer):
-    pass
-
-
-class _Guided(_Ordered, BirdTrainer):
-    pass
-
-
-def _trainer(
-    model: Classifier,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, Any]],
-    training: Training,
-    folder: Path,
-    *,
-    guidance: Guidance | None,
-    seed: int,
-    device: torch.device,
-    save_every: int | None,
-) -> Trainer:
-    args = TrainingArguments(
-        **arguments(training, folder, seed, device, save_every),
-        optim="adamw_torch",  # without decay it is Adam
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        remove_unused_columns=False,
-    )
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ValueError("one process on one GPU: show one only (CUDA_VISIBLE_DEVICES)")
-    common: dict[str, Any] = dict(
-        model=model, args=args, train_dataset=examples, data_collator=_collate, compute_loss_func=_share_of_loss
-    )
-    if guidance is None:
-        return _Plain(**common)
-    return _Guided(**common, processing_class=tokenizer, guidance=guidance)
-
-
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return batched([each["ids"] for each in examples]) | {"labels": torch.stack([each["target"] for each in examples])}
+    return padded([each["ids"] for each in examples], left=False) | {
+        "labels": torch.stack([each["target"] for each in examples])
+    }
 
 
 def _share_of_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -316,12 +274,6 @@ def _require_targets(texts: Sequence[str], targets: Tensor) -> None:
         raise ValueError(f"targets {wrong.nonzero().flatten().tolist()[:5]} are no probabilities that sum to one")
 
 
-def batched(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` ``[rows, longest]``, padded on the right."""
-    ids, mask = padded(rows, left=False)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def _few(numbers: Sequence[int]) -> str:
-    """The first numbers as text, for a message."""
+    """The first five numbers as text, and how many more there are."""
     return f"{[*numbers[:5]]}{'' if len(numbers) <= 5 else f' and {len(numbers) - 5} more'}"

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from ...language.trl_trainers import BirdDPOTrainer
-from .data import Preference, columns
+from .data import Preference
 from .recipe import Training
 from .training import arguments, claim, finish, finished, quiet, trained
 
@@ -39,10 +39,9 @@ def train_policy(
 ) -> dict[str, Any]:
     """Train in place by TRL's DPO (Rafailov et al., 2023); the reference is the model before training.
 
-    ``policy.safetensors`` (all weights, adapters merged) and, at the very end, ``history.json`` are written to the
-    folder. Called again with the same initial model, it resumes from the last complete checkpoint; a finished run is
-    only read. Checkpoints are loaded by ``torch.load(weights_only=True)``. The reference's log probabilities are
-    computed once, at the start, so no second model is in memory.
+    `bird.lab.language.training` describes how the folder is used, and how a call resumes an earlier one. The weights in
+    it are whole, with adapters merged. The reference's log probabilities are computed once, at the start, so no second
+    model is in memory.
 
     Args:
         model: a causal language model; trained in place, in eval mode at the end.
@@ -64,7 +63,8 @@ def train_policy(
         ValueError: a folder of another run; also as `bird.language.BirdMixin`.
         FloatingPointError: the loss is not finite.
     """
-    data, weights = columns(pairs), folder / WEIGHTS
+    weights = folder / WEIGHTS
+    data = {name: [getattr(pair, name) for pair in pairs] for name in ("prompt", "chosen", "rejected")}
     claim(folder, data, guidance, training=asdict(training), seed=seed)
     if (done := finished(model, weights, device)) is not None:
         return done

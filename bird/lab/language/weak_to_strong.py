@@ -25,23 +25,26 @@ from .data.questions import Questions, questions
 from .experiment import LanguageExperiment, classifier, pair_title, pooling_of, texts_and_labels, trained_classifier
 from .recipe import Change, Pair, Training
 
+_questions = lru_cache(maxsize=4)(questions)
+
 
 @dataclass(frozen=True)
 class WeakToStrong(LanguageExperiment):
-    """The protocol for every pair of networks, variant, method and seed."""
+    """The experiment, for every pair of networks, variant, method and seed."""
 
     def check(self) -> None:
-        """As of `LanguageExperiment`; the data too.
+        """Check what `LanguageExperiment` checks, and the data.
 
         Raises:
-            FileNotFoundError: the data set is missing: what is expected where.
+            FileNotFoundError: the data set is missing; the error says what is expected where.
         """
         super().check()
         self._rows(0, None)
 
     def _rows(self, seed: int, limit: int | None) -> Questions:
         data = self.recipe.data
-        return _rows(data.source, seed, self.data_root, limit, data.held_out, data.words)
+        rows = _questions(data.source, seed, self.data_root, words=data.words)
+        return Questions(rows.weak[:limit], rows.strong[:limit], rows.test[: data.held_out])
 
     def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
@@ -54,10 +57,9 @@ class WeakToStrong(LanguageExperiment):
         return Cell(networks, variant, method, seed, {"test": strong}, strong)
 
     def _weak(self, pair: Pair, change: Change, seed: int) -> Stage:
-        """The weak model, on half 1; result: its test probabilities, and its labels of half 2."""
-        limit = self.limit(change)
-        about = self.about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
-        about |= {"network": pair.teacher, "pooling": pair.pooling, "training": asdict(self.recipe.teacher)}
+        """The weak model, trained on half 1; result: its test score, and its labels of half 2 as ``soft``."""
+        limit, training = self.limit(change), asdict(self.recipe.teacher)
+        about = self.about_training(seed, change, network=pair.teacher, pooling=pair.pooling, training=training)
 
         def make(folder: Path) -> dict[str, Any]:
             from .classifiers import certain, class_probabilities, train_classifier
@@ -77,10 +79,9 @@ class WeakToStrong(LanguageExperiment):
         return Stage("weak", about, make, title=pair_title(pair, seed))
 
     def _strong(self, pair: Pair, change: Change, training: Training, method: str, weak: Stage, seed: int) -> Stage:
-        """A strong model, on half 2; result: its test probabilities."""
+        """A strong model, trained on half 2; result: its score on the test set."""
         limit, guiding = self.limit(change), self.guiding(change)
-        about = self.about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
-        about |= {"network": pair.student, "training": asdict(training), "method": method}
+        about = self.about_training(seed, change, network=pair.student, training=asdict(training), method=method)
         guided = method.startswith("bird")
         if guided:
             about |= {"guidance": guiding, "pooling": pair.pooling}
@@ -115,11 +116,3 @@ class WeakToStrong(LanguageExperiment):
         probabilities = class_probabilities(model, tokenizer, texts, max_length=length)
         right = probabilities.argmax(1) == torch.tensor(labels)
         return {"accuracy": right.double().mean().item(), "right": right.int().tolist()}
-
-
-@lru_cache(maxsize=4)
-def _rows(
-    source: str, seed: int, root: Path | None, limit: int | None, held_out: int | None, words: int | None
-) -> Questions:
-    rows = questions(source, seed, root, words=words)
-    return Questions(rows.weak[:limit], rows.strong[:limit], rows.test[:held_out])
