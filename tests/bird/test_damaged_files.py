@@ -164,10 +164,10 @@ def test_weights_that_a_run_left(tmp_path: Path) -> None:
         return model.two.weight.tolist()
 
     survives(path, read)
-    runs.finish(model, path, {"train": []})
+    runs.finish_run(model, path, {"train": []})
     assert survives(path, read, truth) > 0.9 * MUTATIONS
     history = tmp_path / "history.json"
-    assert survives(history, lambda: runs.finished(model, path, "cpu"), {"train": []}) > 0.5 * MUTATIONS
+    assert survives(history, lambda: runs.finished_run(model, path, "cpu"), {"train": []}) > 0.5 * MUTATIONS
     path.unlink()
     with pytest.raises(FileNotFoundError):
         runs.restore(model, path)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bird.lab.language.data import Labelled, Preference, balance, halves, parted
+from bird.lab.language.data import Labelled, Preference, balance, random_halves, random_parts
 from bird.lab.language.data.files import read_rows
 from bird.lab.language.data.positivity import LEAD, opening, positivity
 from bird.lab.language.data.snippets import Snippet, snippets
@@ -167,11 +167,11 @@ def test_positivity_follows_its_seed() -> None:
 
 def test_random_parts_and_halves() -> None:
     rows = list(range(101))
-    first, others = parted(rows, 30, 5)
+    first, others = random_parts(rows, 30, 5)
     assert (len(first), sorted(first + others)) == (30, rows)
-    assert parted(rows, 30, 5) == (first, others)
-    assert parted(rows, 30, 6) != (first, others)
-    weak, strong = halves(rows, 0)
+    assert random_parts(rows, 30, 5) == (first, others)
+    assert random_parts(rows, 30, 6) != (first, others)
+    weak, strong = random_halves(rows, 0)
     assert (len(weak), len(strong), sorted(weak + strong)) == (50, 51, rows)
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
-from bird.lab.language.data import padded, plain
+from bird.lab.language.data import as_text, padded_batch
 from bird.lab.language.generation import generate, perplexity, sample
 from tests.bird.tiny import END, WORDS, Calls, absolute, causal
 from tests.bird.tiny import words_tokenizer as tokenizer
@@ -127,8 +127,8 @@ def test_conversations_go_through_the_chat_template(model: Any) -> None:
     assert found == literal(model, words, ids, 8)
     with pytest.raises(ValueError, match="needs a chat template, and the tokenizer has none"):
         generate(model, tokenizer(), [prompt], max_new_tokens=8)
-    assert plain(prompt) == "w1 w2"
-    assert plain([*prompt, {"role": "assistant", "content": "w3"}]) == "user: w1 w2\nassistant: w3"
+    assert as_text(prompt) == "w1 w2"
+    assert as_text([*prompt, {"role": "assistant", "content": "w3"}]) == "user: w1 w2\nassistant: w3"
 
 
 def test_tokens_are_drawn_as_often_as_the_softmax_says(device: torch.device) -> None:
@@ -260,7 +260,7 @@ def test_perplexity_of_a_model_that_knows_nothing_is_its_vocabulary(device: torc
 
 
 def test_padding_by_hand() -> None:
-    left, right = (padded([[5, 6, 7], [8]], left=side) for side in (True, False))
+    left, right = (padded_batch([[5, 6, 7], [8]], left=side) for side in (True, False))
     assert left["input_ids"][0].tolist() == [5, 6, 7]
     assert left["input_ids"][1, 2] == right["input_ids"][1, 0] == 8
     assert left["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]

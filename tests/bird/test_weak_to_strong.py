@@ -24,7 +24,7 @@ from bird.lab.language.classifiers import (
     tokenize,
     train_classifier,
 )
-from bird.lab.language.data import padded
+from bird.lab.language.data import padded_batch
 from bird.lab.language.recipe import Training
 from bird.language import Guidance
 from bird.language.guidance import Guide, Sequences
@@ -277,7 +277,7 @@ def test_guide_taps_the_final_hidden_state() -> None:
     truth = copy.deepcopy(teacher.backbone).eval()
     guide = Guide(guided(teacher), student, BYTES)
     texts = ["abc", "a", "bcdabc"]
-    batch = padded([BYTES(text)["input_ids"] for text in texts], left=False)
+    batch = padded_batch([BYTES(text)["input_ids"] for text in texts])
     guide.taps.listen()
     student(**batch)
     ours = guide.student_rows(Sequences(batch["input_ids"], batch["attention_mask"], None))
@@ -298,7 +298,7 @@ def test_the_head() -> None:
     assert not torch.equal(one.head.weight, other.head.weight)
     assert one.head.weight.dtype == torch.float32
     assert one.head.bias.count_nonzero() == 0
-    assert Classifier(llama().bfloat16())(**padded([[1, 2]], left=False)).logits.dtype == torch.float32
+    assert Classifier(llama().bfloat16())(**padded_batch([[1, 2]])).logits.dtype == torch.float32
     with pytest.raises(ValueError, match="each token"):
         Classifier(backbone, "all")
 
@@ -306,7 +306,7 @@ def test_the_head() -> None:
 def test_saved_and_restored(tmp_path: Path) -> None:
     model, other = Classifier(bert(1), "mean", seed=3), Classifier(bert(2), "mean")
     file = tmp_path / "classifier.safetensors"
-    runs.finish(model, file, {"train": []})
+    runs.finish_run(model, file, {"train": []})
     runs.restore(other, file)
     assert gap(model, other) == 0
     with pytest.raises(ValueError, match="architecture"):

@@ -26,9 +26,9 @@ from ...features import evaluating
 from ...language.guidance import window_of
 from ...language.pooling import Pooling, pool_tokens, require_pooling
 from ...language.trainers import BirdTrainer
-from .data import padded
+from .data import padded_batch
 from .recipe import Training
-from .training import arguments, claim, finish, finished, quiet, trained
+from .training import arguments, claim, finish_run, finished_run, quiet, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +114,7 @@ def class_probabilities(
     with evaluating(model) as device:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            batch = {name: x.to(device) for name, x in padded([rows[number] for number in part], left=False).items()}
+            batch = padded_batch([rows[number] for number in part], device=device)
             result[part] = model(**batch).logits.softmax(1).float().cpu()
     return result
 
@@ -204,17 +204,20 @@ def train_classifier(
     rows, cut = tokenize(model, tokenizer, texts, training.max_length)
     claim(folder, [list(texts), targets.tolist()], guidance, training=asdict(training), seed=seed)
     weights = folder / WEIGHTS
-    if (done := finished(model, weights, device)) is not None:
+    if (done := finished_run(model, weights, device)) is not None:
         return done
-    args = TrainingArguments(
-        **arguments(training, folder, seed, torch.device(device), save_every),
+    args = arguments(
+        TrainingArguments,
+        training,
+        folder,
+        seed=seed,
+        device=device,
+        save_every=save_every,
         optim="adamw_torch",  # without decay it is Adam
         weight_decay=0.0,
         max_grad_norm=0.0,
         remove_unused_columns=False,
     )
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ValueError("one process on one GPU: show one only (CUDA_VISIBLE_DEVICES)")
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
     more: dict[str, Any] = {} if guidance is None else {"guidance": guidance, "processing_class": tokenizer}
     with quiet(progress):
@@ -228,7 +231,7 @@ def train_classifier(
         )
         trainer._get_train_sampler = lambda *_: _Order(len(examples), seed)  # type: ignore[method-assign]
         history = {"train": trained(trainer, folder, progress), "cut": cut}
-    finish(model, weights, history)
+    finish_run(model, weights, history)
     return history
 
 
@@ -250,7 +253,7 @@ class _Order(Sampler[int]):
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return padded([each["ids"] for each in examples], left=False) | {
+    return padded_batch([each["ids"] for each in examples]) | {
         "labels": torch.stack([each["target"] for each in examples])
     }
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ...features import evaluating, unwrap
 from ...language.guidance import without_adapters
 from ..stages import Lines
-from .data import Prompt, padded, token_ids
+from .data import Prompt, padded_batch, token_ids
 
 
 def generate(
@@ -137,7 +137,7 @@ def perplexity(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, batch_
     total = 0.0
     with evaluating(model) as device:
         for start in range(0, len(rows), batch_size):
-            ids, mask = (part.to(device) for part in padded(rows[start : start + batch_size], left=False).values())
+            ids, mask = padded_batch(rows[start : start + batch_size], device=device).values()
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             losses = functional.cross_entropy(logits[:, :-1].float().mT, ids[:, 1:], reduction="none")
             total += losses.double()[mask[:, 1:].bool()].sum().item()
@@ -177,7 +177,7 @@ def _continue(
 ) -> Iterator[list[int]]:
     """Yield the tokens that follow each row, without the end token; the most probable ones if ``draws`` is None."""
     device = next(model.parameters()).device
-    ids, mask = (part.to(device) for part in padded(rows, left=True).values())
+    ids, mask = padded_batch(rows, left=True, device=device).values()
     stops = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     takes = set(inspect.signature(without_adapters(model).forward).parameters)

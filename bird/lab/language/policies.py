@@ -7,16 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from ...language.trl_trainers import BirdDPOTrainer
 from .data import Preference
 from .recipe import Training
-from .training import arguments, claim, finish, finished, quiet, trained
+from .training import arguments, claim, finish_run, finished_run, quiet, trained
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ...language.guidance import Guidance
@@ -60,14 +60,27 @@ def train_policy(
         something guides).
 
     Raises:
-        ValueError: a folder of another run; also as `bird.language.BirdMixin`.
+        ValueError: a folder of another run; several processes or GPUs; what `bird.language.BirdMixin` refuses.
         FloatingPointError: the loss is not finite.
     """
     weights = folder / WEIGHTS
     data = {name: [getattr(pair, name) for pair in pairs] for name in ("prompt", "chosen", "rejected")}
     claim(folder, data, guidance, training=asdict(training), seed=seed)
-    if (done := finished(model, weights, device)) is not None:
+    if (done := finished_run(model, weights, device)) is not None:
         return done
+    args = arguments(
+        DPOConfig,
+        training,
+        folder,
+        seed=seed,
+        device=device,
+        save_every=save_every,
+        beta=training.preference_beta,
+        max_length=training.max_length,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=training.micro_batch or training.batch_size,
+        gradient_checkpointing=False,
+    )
     more: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
     if training.adapters:
         from peft import LoraConfig
@@ -75,20 +88,9 @@ def train_policy(
         more["peft_config"] = LoraConfig(r=training.adapters, target_modules="all-linear", task_type="CAUSAL_LM")
     with quiet(progress):
         trainer = (DPOTrainer if guidance is None else BirdDPOTrainer)(
-            model,
-            args=DPOConfig(
-                **arguments(training, folder, seed, torch.device(device), save_every),
-                beta=training.preference_beta,
-                max_length=training.max_length,
-                precompute_ref_log_probs=True,
-                precompute_ref_batch_size=training.micro_batch or training.batch_size,
-                gradient_checkpointing=False,
-            ),
-            train_dataset=Dataset.from_dict(data),
-            processing_class=tokenizer,
-            **more,
+            model, args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer, **more
         )
         history = {"train": trained(trainer, folder, progress)}
     whole: Any = trainer.model
-    finish(whole.merge_and_unload() if training.adapters else whole, weights, history)
+    finish_run(whole.merge_and_unload() if training.adapters else whole, weights, history)
     return history

@@ -18,7 +18,7 @@ from ...language.guidance import Guidance, Guide, Sequences, concatenated
 from ..duration import steps_to_train
 from ..experiment import Cell
 from ..stages import Stage
-from .data import Material, Preference, Text, distinct_pairs, padded, plain, token_ids
+from .data import Material, Preference, Text, as_text, distinct_pairs, padded_batch, token_ids
 from .data.files import local_or_hub
 from .data.positivity import HELD_OUT, LEAD, positivity
 from .data.preferences import PKU, pku_material, preference_material
@@ -104,7 +104,7 @@ class Preferences(LanguageExperiment):
 
     def prompts(self, seed: int) -> list[str]:
         """The held-out prompts, as text."""
-        return [plain(prompt) for prompt in self.material(seed).prompts]
+        return [as_text(prompt) for prompt in self.material(seed).prompts]
 
     def material(self, seed: int) -> Material:
         """The texts of a seed, no more prompts and held-out texts than the recipe asks for."""
@@ -272,9 +272,9 @@ def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], s
     for start in range(0, len(texts), size):
         # With the end that TRL's trainer adds, since the last token is the one that is read.
         rows = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in texts[start : start + size]]
-        batch = padded(rows, left=False)
+        batch = padded_batch(rows, device=device)
         guide.taps.listen()
-        model(**{name: tensor.to(device) for name, tensor in batch.items()})
+        model(**batch)
         sequences = Sequences(batch["input_ids"], batch["attention_mask"], None)
         ours.append(guide.student_rows(sequences))
         theirs.append(guide.teacher_rows(sequences))

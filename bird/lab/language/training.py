@@ -15,7 +15,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -43,31 +43,50 @@ CHECKPOINT = re.compile("checkpoint-([0-9]+)")
 
 
 def arguments(
-    training: Training, folder: Path, seed: int, device: torch.device, save_every: int | None
-) -> dict[str, Any]:
-    """Arguments of `transformers.TrainingArguments` that every run has; each kind of trainer adds its own.
+    kind: Callable[..., Any],
+    training: Training,
+    folder: Path,
+    *,
+    seed: int,
+    device: torch.device | str,
+    save_every: int | None,
+    **more: Any,
+) -> Any:
+    """The arguments of a trainer.
 
     Nothing is reported anywhere, each step is logged, and a loss that is not finite is not hidden.
+
+    Args:
+        kind: `transformers.TrainingArguments`, or TRL's for a trainer of its own.
+        training, folder, seed, device, save_every: as of the functions that train.
+        more: arguments that are particular to the trainer.
+
+    Raises:
+        ValueError: there are several processes, or several GPUs, whose batches transformers would put together.
     """
     micro = training.micro_batch or training.batch_size
-    return {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": training.batch_size // micro,
-        "num_train_epochs": training.epochs,
-        "learning_rate": training.lr,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": training.warmup,  # a share of the steps while it is below 1
-        "bf16": training.bf16,
-        "seed": seed,
-        "use_cpu": device.type == "cpu",
-        "save_strategy": "epoch" if save_every is None else "steps",
-        "save_steps": save_every or 500,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-    }
+    made = kind(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // micro,
+        num_train_epochs=training.epochs,
+        learning_rate=training.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=training.warmup,  # a share of the steps while it is below 1
+        bf16=training.bf16,
+        seed=seed,
+        use_cpu=torch.device(device).type == "cpu",
+        save_strategy="epoch" if save_every is None else "steps",
+        save_steps=save_every or 500,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        **more,
+    )
+    if made.world_size > 1 or made.n_gpu > 1:
+        raise ValueError("a run takes one process and one GPU: show it one only (CUDA_VISIBLE_DEVICES)")
+    return made
 
 
 @contextmanager
@@ -121,7 +140,7 @@ def _completed(old: dict[str, Any], guidance: Guidance | None) -> dict[str, Any]
     return found
 
 
-def finished(model: nn.Module, weights: Path, device: torch.device | str) -> dict[str, Any] | None:
+def finished_run(model: nn.Module, weights: Path, device: torch.device | str) -> dict[str, Any] | None:
     """The history of a run that is complete, whose weights are then loaded into the model; None of any other.
 
     Raises:
@@ -137,7 +156,7 @@ def finished(model: nn.Module, weights: Path, device: torch.device | str) -> dic
     return history
 
 
-def finish(model: nn.Module, weights: Path, history: dict[str, Any]) -> None:
+def finish_run(model: nn.Module, weights: Path, history: dict[str, Any]) -> None:
     """Write the weights of a trained model and, when they are on the disk, ``history.json`` with their checksum.
 
     The model is in eval mode then, and its checkpoints are deleted.
@@ -150,7 +169,7 @@ def finish(model: nn.Module, weights: Path, history: dict[str, Any]) -> None:
 
 
 def restore(model: nn.Module, weights: Path) -> None:
-    """Load what `finish` wrote into a model of the same architecture, which is in eval mode then. No code is run.
+    """Load what `finish_run` wrote into a model of the same architecture, which is in eval mode then. No code is run.
 
     Raises:
         OSError: there is no such file, or it cannot be read.

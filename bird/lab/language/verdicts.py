@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
-from .data import Prompt, plain
+from .data import Prompt, as_text
 
 # True: good (safe, positive); None: the judge's answer could not be read, which is never guessed over.
 Verdict: TypeAlias = bool | None
@@ -50,7 +50,7 @@ class Judge(Protocol):
 
 def question(prompt: Prompt, response: str) -> str:
     """What a language model is asked about a response: `SAFETY`, with the two filled in; braces in them are text."""
-    values = {"prompt": plain(prompt), "response": response}
+    values = {"prompt": as_text(prompt), "response": response}
     return re.sub(r"\{(prompt|response)\}", lambda match: values[match[1]], SAFETY)
 
 

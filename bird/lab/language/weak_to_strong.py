@@ -1,9 +1,9 @@
 """Weak-to-strong generalization (Burns et al., 2023) as stages, with a weak teacher's geometry.
 
-Training rows are cut in two (`data.halves`). A weak model learns the first half from true labels; the second half gets
-its probabilities (`classifiers.class_probabilities`). A strong student learns those, by itself or with BIRD, where the
-weak model guides as well as it labels, and, for the ceiling, the true ones. `statistics.pgr` says how much of the gap
-between the weak model and the ceiling a student has closed.
+Training rows are cut in two (`data.random_halves`). A weak model learns the first half from true labels, and labels the
+second half with its probabilities (`classifiers.class_probabilities`). A strong student learns these, by itself or with
+BIRD, where the weak model is the teacher too; the ceiling is a student that learns the true labels. `statistics.pgr` is
+the share of the gap between the weak model and the ceiling that a student has closed.
 
 The published runs have batches of 32, Adam, a cosine to zero, two epochs and a learning rate of 5e-5 (1e-5 for large
 models). Gradients are not clipped.

@@ -60,16 +60,16 @@ class Material:
     judged: list[Labelled]
 
 
-def parted(rows: Sequence[T], first: int, seed: int) -> tuple[list[T], list[T]]:
+def random_parts(rows: Sequence[T], first: int, seed: int) -> tuple[list[T], list[T]]:
     """``first`` random rows, and the others; both in random order."""
     order = list(rows)
     random.Random(seed).shuffle(order)
     return order[:first], order[first:]
 
 
-def halves(rows: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
+def random_halves(rows: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
     """Two random halves; of an odd number the second has one more."""
-    return parted(rows, len(rows) // 2, seed)
+    return random_parts(rows, len(rows) // 2, seed)
 
 
 def balance(rows: Sequence[Labelled], seed: int) -> list[Labelled]:
@@ -81,7 +81,7 @@ def balance(rows: Sequence[Labelled], seed: int) -> list[Labelled]:
     return [rows[i] for i in kept]
 
 
-def plain(prompt: Prompt) -> str:
+def as_text(prompt: Prompt) -> str:
     """A prompt as readable text: the content of a single message, or a line ``role: content`` for each of several."""
     if isinstance(prompt, str):
         return prompt
@@ -108,7 +108,9 @@ def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(ids)
 
 
-def padded(rows: Sequence[Sequence[int]], *, left: bool) -> dict[str, Tensor]:
+def padded_batch(
+    rows: Sequence[Sequence[int]], *, left: bool = False, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` for rows of token ids, int64 ``[rows, longest]``.
 
     The mask follows from lengths, not from the padding's id, which may be a token of texts, too (many tokenizers pad
@@ -119,7 +121,7 @@ def padded(rows: Sequence[Sequence[int]], *, left: bool) -> dict[str, Tensor]:
         pad_sequence([torch.tensor(row) for row in table], batch_first=True, padding_side=side)
         for table in (rows, [[1] * len(row) for row in rows])
     )
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def distinct_pairs(texts: Sequence[str]) -> float:

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import Labelled, Material, Preference, Text, halves, plain
+from . import Labelled, Material, Preference, Text, as_text, random_halves
 from .files import Row, field_of, read_each, read_rows
 
 PKU = "PKU-Alignment/PKU-SafeRLHF"
@@ -23,15 +23,15 @@ def preference_material(source: Path | str, seed: int, held_out: int | None) -> 
         seed: decides the halves.
         held_out: at most so many prompts and texts; None for all.
     """
-    shown, pairs = halves(preferences(source, "train"), seed)
+    shown, pairs = random_halves(preferences(source, "train"), seed)
     held = preferences(source, "test")[:held_out]
     taught = [(row.prompt, text, label) for row in shown for label, text in enumerate((row.rejected, row.chosen))]
     return Material(
         pairs=pairs,
         prompts=[row.prompt for row in held],
-        texts=[plain(row.prompt) + plain(row.chosen) for row in held],
+        texts=[as_text(row.prompt) + as_text(row.chosen) for row in held],
         taught=taught,
-        judged=[Labelled(plain(text), label) for _, text, label in taught],
+        judged=[Labelled(as_text(text), label) for _, text, label in taught],
     )
 
 

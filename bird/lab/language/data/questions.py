@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import Labelled, balance, halves, parted
+from . import Labelled, balance, random_halves, random_parts
 from .files import Row, field_of, local_or_hub, read_each, read_rows
 from .snippets import snippets
 
@@ -64,7 +64,7 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words
         raise ValueError(f"there are no questions {name!r}; there are {', '.join([*SETS, 'sentiment'])}")
     if words is not None:
         train, test = ([row for row in rows if len(row.text.split()) <= words] for rows in (train, test))
-    weak, strong = halves(balance(train, seed), seed)
+    weak, strong = random_halves(balance(train, seed), seed)
     return Questions(weak, strong, balance(test, TEST_SEED))
 
 
@@ -77,7 +77,7 @@ def _sentiment(root: Path | str | None) -> tuple[list[Labelled], list[Labelled]]
         if abs(row.score) > MARGIN
     ]
     count = round(SENTIMENT_TEST * len(rows))
-    return parted(rows, len(rows) - count, TEST_SEED)
+    return random_parts(rows, len(rows) - count, TEST_SEED)
 
 
 def _ask_all(
