@@ -93,12 +93,12 @@ def run(text: str, name: str, data: Path, capsys: pytest.CaptureFixture[str], *m
 
 
 def parse(text: str, **changes: Any) -> language_recipes.Recipe:
-    return language_recipes.parse_language_recipe("mine", tomllib.loads(text) | changes)
+    return language_recipes.parse("mine", tomllib.loads(text) | changes)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_recipes_hold_the_papers_figures(name: str) -> None:
-    recipe = recipes.parsed(f"language/{name}", language_recipes.parse_language_recipe)
+    recipe = recipes.parsed(f"language/{name}", language_recipes.parse)
     assert {key: dict(pair.paper) for key, pair in recipe.networks.items()} == PAPER[name]
     assert f"language/{name}" in names()
 
@@ -131,7 +131,7 @@ def test_recipes_that_cannot_be(changes: dict[str, Any], why: str) -> None:
 
 def test_what_must_be_there() -> None:
     with pytest.raises(ValueError, match="data, transfer must be there"):
-        language_recipes.parse_language_recipe("x", {"kind": "preference", "title": "x", "networks": {}, "teacher": {}})
+        language_recipes.parse("x", {"kind": "preference", "title": "x", "networks": {}, "teacher": {}})
 
 
 @pytest.mark.parametrize(

@@ -139,13 +139,13 @@ def test_of_images(path: str, value: Any, said: str) -> None:
     ],
 )
 def test_of_language_models(path: str, value: Any, said: str) -> None:
-    language.parse_language_recipe("x", LANGUAGE)
+    language.parse("x", LANGUAGE)
     with pytest.raises(ValueError, match=said):
-        language.parse_language_recipe("x", changed(LANGUAGE, path, value))
+        language.parse("x", changed(LANGUAGE, path, value))
 
 
 def test_parts_of_a_recipe_that_exclude_each_other() -> None:
-    language.parse_language_recipe("x", WEAK)
+    language.parse("x", WEAK)
     for table, said in (
         (changed(WEAK, "transfer/adapters", 8), "adapters are for students"),
         (changed(WEAK, "guidance/rows", "chosen"), "rows and completion_only are of preferences"),
@@ -160,13 +160,13 @@ def test_parts_of_a_recipe_that_exclude_each_other() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=said):
-            language.parse_language_recipe("x", table)
+            language.parse("x", table)
 
 
 @pytest.mark.parametrize("table", [VISION, LANGUAGE], ids=["vision", "language"])
 def test_no_key_of_any_part_takes_what_is_of_another_type(table: dict[str, Any]) -> None:
     """A value that nothing takes, at every key there is."""
-    parse = language.parse_language_recipe if "kind" in table else vision.parse
+    parse = language.parse if "kind" in table else vision.parse
     parts = {
         "Source": "teacher", "Budget": "transfer", "Scoring": "scoring", "Networks": "networks/one",
         "Variant": "variants/", "Training": "transfer", "Guiding": "guidance", "Data": "data",
@@ -219,7 +219,7 @@ def preferences(monkeypatch: pytest.MonkeyPatch) -> Any:
         for path, value in changes:
             told = changed(told, path, value)
         monkeypatch.setattr(preference, "_material", lambda *_: material)
-        recipe = language.parse_language_recipe("x", told)
+        recipe = language.parse("x", told)
         preference.Preferences(recipe, Path("nowhere"), torch.device("cpu"), progress=False).check()
 
     return check

@@ -177,11 +177,11 @@ def test_names_of_judges_and_recipes_are_looked_at_too(tmp_path: Path) -> None:
         "networks": {"one": {"teacher": "minilm", "student": "smollm2-135m"}},
         "judges": {"lexicon": {"kind": "lexicon"}},
     }  # fmt: skip
-    assert language.parse_language_recipe("x", table).networks
+    assert language.parse("x", table).networks
     for part in ("networks", "judges", "variants"):
         other = {"../x": next(iter(table[part].values())) if part in table else {}}
         with pytest.raises(ValueError, match=rf"the {part} of a recipe: '\.\./x' names files"):
-            language.parse_language_recipe("x", table | {part: other})
+            language.parse("x", table | {part: other})
     path = tmp_path / "..toml"
     path.write_text(TINY)
     with pytest.raises(ValueError, match=r"the recipe '\.' names files"):

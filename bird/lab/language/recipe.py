@@ -278,7 +278,7 @@ class LanguageRecipe:
         return PREFERENCES if self.kind == "preference" else WEAK_TO_STRONG
 
 
-def parse_language_recipe(name: str, data: Mapping[str, Any]) -> LanguageRecipe:
+def parse(name: str, data: Mapping[str, Any]) -> LanguageRecipe:
     """The recipe in a file's table.
 
     Raises:

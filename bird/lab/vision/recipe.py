@@ -271,7 +271,7 @@ def read(recipe: str) -> VisionRecipe:
 def parse(name: str, data: Mapping[str, Any]) -> VisionRecipe:
     """What a file says, checked."""
     if "kind" in data:
-        raise ValueError("it is of language models: `bird.lab.language.recipe.parse_language_recipe` reads it")
+        raise ValueError("it is of language models: `bird.lab.language.recipe.parse` reads it")
     table = {"methods": list(METHODS)} | dict(data) | {"name": name}
     parts: dict[str, Any] = {"teacher": Source, "student": Source, "pretraining": Budget, "transfer": Budget}
     missing = [part for part in (*parts, "title", "networks") if part not in table]
