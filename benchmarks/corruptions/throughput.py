@@ -2,7 +2,7 @@
 
     python -m benchmarks.corruptions.throughput --save
 
-The usual way is `benchmarks.corruptions.reference`: NumPy, SciPy, scikit-image, OpenCV and Pillow, held by the tests to
+The usual way is `tests.bird.usual_corruptions`: NumPy, SciPy, scikit-image, OpenCV and Pillow, held by the tests to
 the same values. Everything takes turns in one process: the usual way on some pictures with one thread, ours on the
 batch with one thread and with two. What is reported is the median over the rounds: of processor time for one thread,
 which other programs on the machine disturb little, and of elapsed time for two, which they do. Pictures are 32 x 32 in
@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from benchmarks import harness, rows
-from benchmarks.corruptions.reference import REFERENCE
 from benchmarks.machine import Machine
 from benchmarks.rows import Origin
 from bird.lab.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bird.lab.vision.data import to_float
+from tests.bird.usual_corruptions import REFERENCE
 
 RESULTS = Path(__file__).parent / "results"
 LIBRARIES = ("numpy", "scipy", "scikit-image", "opencv-python-headless", "pillow")

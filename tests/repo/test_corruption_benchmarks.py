@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import rows
 from benchmarks.corruptions import throughput
-from benchmarks.corruptions.reference import REFERENCE
 from bird.lab.vision.corruptions import CORRUPTIONS
+from tests.bird.usual_corruptions import REFERENCE
 
 
 def test_every_case_is_measured_and_kept(
