@@ -262,6 +262,23 @@ def test_hopeless_workers_are_given_up(faked: Faked) -> None:
     assert events == ["gave up"]
 
 
+def test_a_worker_that_has_finished_need_not_end(faked: Faked) -> None:
+    """A compiler's processes may take longer to go than anybody waits."""
+    script = """
+        import sys, time
+        from multiprocessing.connection import Connection
+        pipe = Connection(int(sys.argv[1]), readable=False)
+        pipe.send_bytes(b'{"phase": "a", "item": "i", "index": 0, "file": "rows.jsonl"}')
+        pipe.send_bytes(b'{"finished": true}')
+        pipe.close()
+        time.sleep(600)
+    """
+    command = [sys.executable, "-S", "-c", textwrap.dedent(script)]
+    faked.worker = lambda place, report: [*command, str(report)]  # type: ignore[method-assign]
+    faked.drive(["a"])
+    assert [event["event"] for event in run.read_lines(faked.folder / run.EVENTS)] == ["phase"]
+
+
 # ------------------------------------------------------------------------------------------ candidates, rows, packages
 
 
