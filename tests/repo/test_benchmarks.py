@@ -39,7 +39,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, **planted: Callable[[Tensor, Tensor],
 
 
 def quick(benchmark: Benchmark, *questions: Any) -> Benchmark:
-    return replace(benchmark, share=0.0, questions=questions or benchmark.questions)
+    return replace(benchmark, share=0.0, patience=torch.inf, questions=questions or benchmark.questions)
 
 
 def row(provider: str = "auto", p50: float | None = 1e-3, **changes: Any) -> Row:
