@@ -98,7 +98,8 @@ def test_a_wrong_contestant_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ranks, "CONTESTANTS", wrong)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        rows = replace(ranks.BENCHMARK, share=0.0, patience=torch.inf).ask_on_this_rank(ranks.RanksQuestion(1, 12, 5, 4))
+        quick = replace(ranks.BENCHMARK, share=0.0, patience=torch.inf)
+        rows = quick.ask_on_this_rank(ranks.RanksQuestion(1, 12, 5, 4))
     finally:
         dist.destroy_process_group()
     by_name = {row["provider"]: row for row in rows}
