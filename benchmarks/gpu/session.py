@@ -165,7 +165,7 @@ def smi(query: str) -> str:
 def sources() -> str:
     """A digest of the sources: a machine that has no git still says what it ran."""
     digest = hashlib.sha256()
-    for folder, pattern in (("bird_kernels", "*.py"), ("csrc", "*"), ("benchmarks", "*.py")):
+    for folder, pattern in (("bird_kernels", "*.py"), ("csrc", "*"), ("benchmarks", "*.py"), ("tests", "*.py")):
         for path in sorted((ROOT / folder).rglob(pattern)):
             if path.is_file():
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
