@@ -62,9 +62,7 @@ def test_the_published_formula(
     torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("statistic", "center"), [("cka_loss", False), ("gram_mse", True), ("gram_mse", False)]
-)
+@pytest.mark.parametrize(("statistic", "center"), [("cka_loss", False), ("gram_mse", True), ("gram_mse", False)])
 @short("all in fp32; in the other dtypes under a mask", lambda dtype, masked: dtype == torch.float32 or masked)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
