@@ -76,7 +76,7 @@ def test_compile(dynamic: bool, device: torch.device) -> None:
 def test_operator_is_registered_right(sides: str, rule: RBF, memory: str, device: torch.device) -> None:
     """What the fake operators promise is what comes out, kept or streamed."""
     x, y = features(N, P, Q, device=device)
-    options = dict(sigma=rule.sigmas or (), threshold=rule.threshold, flow=rule.flow, center=True)
+    options = dict(sigma=rule.sigmas or (), threshold=rule.threshold, flow=rule.flow, median=rule.median, center=True)
     spec = ("cka_loss", "biased", "gram", "library", None, sides == "x", sides == "y", "rbf", *options.values())
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.bird.alignment.default, (x, y, None, *spec), test_utils=tests)

@@ -113,7 +113,21 @@ def test_launches_are_as_planned(
 @pytest.mark.parametrize("sides", ["x", "y"])
 def test_operator_is_registered_right(sides: str, device: torch.device) -> None:
     x, y = features(N, P, Q, device=device)
-    spec = ("cka_loss", "biased", "gram", "triton", None, sides == "x", sides == "y", "rbf", (), 0.5, False, True)
+    spec = (
+        "cka_loss",
+        "biased",
+        "gram",
+        "triton",
+        None,
+        sides == "x",
+        sides == "y",
+        "rbf",
+        (),
+        0.5,
+        False,
+        "lower",
+        True,
+    )
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.bird.alignment.default, (x, y, None, *spec), test_utils=tests)
 
