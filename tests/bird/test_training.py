@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bird.lab.tensors import load
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import Guide, epoch_order, learning_rate, steps_per_epoch
+from bird.lab.vision.steps import Guide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
 from bird.losses import BirdLoss, Hints
 from bird.taps import Taps
@@ -160,16 +160,6 @@ def test_a_tail_that_is_large_enough_is_trained_on() -> None:
 
     train("unbiased", data=images(52), augment=watch, steps=4)
     assert sizes == [16, 16, 16, 4]
-
-
-@pytest.mark.parametrize(("samples", "steps"), [(4, 1), (16, 1), (19, 1), (20, 2), (51, 3), (52, 4), (64, 4)])
-def test_steps_per_epoch(samples: int, steps: int) -> None:
-    assert steps_per_epoch(samples, 16) == steps
-
-
-def test_too_few_samples_for_a_batch() -> None:
-    with pytest.raises(ValueError, match="training needs at least 4 samples, not 3"):
-        steps_per_epoch(3, 16)
 
 
 def test_epoch_order_is_a_new_permutation_each_time() -> None:

@@ -34,13 +34,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..duration import steps_to_train
 from ..recipe import made, parsed, require_known, require_name, require_table, require_within, settings_of
 from .checkpoints import MIN_BATCH, Settings
 from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
 from .datasets import DATASETS
 from .methods import METHODS
 from .models import MODELS
-from .steps import steps_per_epoch
 
 AUGMENTS = ("none", "crop", "crop-flip")
 
@@ -99,7 +99,11 @@ class Budget:
 
     def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
         """For a training set of so many samples; ``changes`` of the batch size leave the number of steps as it is."""
-        steps = self.steps if self.epochs is None else self.epochs * steps_per_epoch(samples, self.batch_size)
+        steps = (
+            self.steps
+            if self.epochs is None
+            else steps_to_train(samples, self.batch_size, self.epochs, least=MIN_BATCH)
+        )
         kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("epochs", "steps")}
         assert steps is not None
         return Settings(steps=steps, seed=seed, save_every=max(100, steps // 10), **(kept | changes))

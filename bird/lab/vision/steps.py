@@ -15,6 +15,7 @@ from ...chunks import chunked_backward
 from ...losses import BirdLoss, Hints, LwF
 from ...taps import Taps
 from ...teachers import Teacher
+from ..duration import steps_to_train
 from .checkpoints import MIN_BATCH, Settings, TrainingRun
 from .data import Images, to_float
 
@@ -38,18 +39,6 @@ class Guide:
     loss: BirdLoss | Hints | LwF
 
 
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Batches in one pass over the data; a last one of fewer than `MIN_BATCH` samples does not count.
-
-    Raises:
-        ValueError: there are none.
-    """
-    steps = samples // batch_size + (samples % batch_size >= MIN_BATCH)
-    if steps == 0:
-        raise ValueError(f"training needs at least {MIN_BATCH} samples, not {samples}")
-    return steps
-
-
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     """The order of the data in an epoch, int64 ``[samples]``, from seed and epoch alone."""
     return torch.randperm(samples, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
@@ -69,7 +58,7 @@ class Batches:
     """
 
     def __init__(self, train: Images, settings: Settings, augment: Augment | None, device: torch.device) -> None:
-        self.per_epoch = steps_per_epoch(len(train), settings.batch_size)
+        self.per_epoch = steps_to_train(len(train), settings.batch_size, least=MIN_BATCH)
         lowest, highest = torch.stack(train.labels.aminmax()).tolist()
         if lowest < 0:
             raise ValueError(f"labels are numbers from 0, but the training set has {lowest}")
