@@ -241,16 +241,8 @@ class VisionExperiment(Experiment):
             data = self._data(recipe.student, seed)
             few = replace(data, validation=first(data.validation, recipe.scoring.images))
             guide, model = (m.model(self.root, self.device) for m in (teacher, student))
-            found = measure_teacher(
-                Teacher(guide, [layers[0]]),
-                model,
-                layers[1],
-                few,
-                corruptions=recipe.corruptions,
-                device=self.device,
-                cache=self.root / "features",
-                progress=self.progress,
-            )
+            networks = Teacher(guide, [layers[0]]), Teacher(model, [layers[1]])
+            found = measure_teacher(*networks, few, corruptions=recipe.corruptions, progress=self.progress)
             return found._asdict() | {"properties": asdict(found.properties)}
 
         about = self._about(recipe.student, seed) | {

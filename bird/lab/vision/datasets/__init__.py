@@ -12,10 +12,9 @@ from pathlib import Path
 from ...recipe import data_root
 from ..data import Splits, check_classes, split
 from .catalogue import DATASETS
-from .corrupted import available_corruptions, load_corrupted
 from .layout import Dataset, Layout
 
-__all__ = ["DATASETS", "Dataset", "Layout", "available_corruptions", "data_root", "load", "load_corrupted"]
+__all__ = ["DATASETS", "Dataset", "Layout", "data_root", "load"]
 
 
 def load(
