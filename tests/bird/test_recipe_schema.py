@@ -76,7 +76,7 @@ def changed(table: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("transfer/epochs", 1.5, "epochs must be a whole number, not 1.5"),
         ("transfer/epochs", 0, "epochs must be at least 1, not 0"),
         ("pretraining/steps", 0, "steps must be at least 1, not 0"),
-        ("transfer/lr", -1, "lr must be at least 0, and finite, not -1"),
+        ("transfer/lr", -1, "lr must be at least 0, not -1"),
         ("transfer/lr", float("nan"), "lr must be at least 0, and finite, not nan"),
         ("transfer/lr", "fast", "lr must be a number, not 'fast'"),
         ("transfer/momentum", -0.5, "momentum must be at least 0"),

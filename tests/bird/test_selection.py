@@ -313,7 +313,7 @@ def test_a_robust_teacher_is_told_from_one_of_clean_images_and_from_an_untrained
         torch.manual_seed(0)
         network = PlainNet(5)
         if steps:
-            fit(network, own.train, Settings(steps, 32, lr=0.05), augment=augment, progress=False)
+            fit(network, own.train, Settings(steps=steps, batch_size=32, lr=0.05), augment=augment, progress=False)
         of = Teacher(network, "block3"), Teacher(PlainNet(5), "block3"), data
         found[name] = measure_teacher(*of, corruptions=corruptions, severities=[2, 4], progress=False).properties
     usefulness = [found[name].usefulness_min for name in ("robust", "clean", "untrained")]

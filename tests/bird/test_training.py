@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -234,34 +232,6 @@ def test_bird_raises_cka_and_hints_train_their_regressor() -> None:
     assert fresh is not None
     assert not same(pull.loss, fresh.loss)
     assert history.train[-1]["hint/0/0"] < history.train[0]["hint/0/0"]
-
-
-def test_tensorboard_gets_the_history_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: dict[tuple[str, int], float] = {}
-    purged = []
-
-    class SummaryWriter:
-        def __init__(self, folder: Path, purge_step: int) -> None:
-            assert folder == tmp_path
-            purged.append(purge_step)
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written[name, step] = value
-
-        def close(self) -> None:
-            written["closed", 0] = 1
-
-    module = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    _, history, _ = train("bird", folder=tmp_path, validate=margin)
-    train("bird", folder=tmp_path, validate=margin, resume=True)
-    assert purged == [1, 21]  # what was logged after the checkpoint is dropped
-    expected = {("closed", 0): 1.0}
-    for row in history.train:
-        expected |= {(f"train/{name}", int(row["step"])): row[name] for name in row if name != "step"}
-    expected |= {("validation/score", int(row["step"])): row["score"] for row in history.validation}
-    assert written == expected
 
 
 class _Waits(TorchDispatchMode):

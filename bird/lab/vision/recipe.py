@@ -36,7 +36,7 @@ from typing import Any
 
 from ..duration import steps_to_train
 from ..recipe import made, parsed, require_known, require_name, require_table, require_within, settings_of
-from .checkpoints import MIN_BATCH, Settings
+from .checkpoints import MIN_BATCH, Optimisation, Settings
 from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
 from .datasets import DATASETS
 from .methods import METHODS
@@ -77,36 +77,23 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long to train, and how: ``epochs`` or ``steps``; the rest as in `bird.lab.vision.checkpoints.Settings`."""
+class Budget(Optimisation):
+    """How long to train, ``epochs`` or ``steps``; how, says `bird.lab.vision.checkpoints.Optimisation`."""
 
     epochs: int | None = None
     steps: int | None = None
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.005
-    final_lr: float = 0.0
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    amp: str | None = None
-    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"say epochs or steps, one of them, got epochs={self.epochs}, steps={self.steps}")
         require_within(self, epochs=1, steps=1)
-        self.settings(self.batch_size, 0)  # says what is wrong with the rest
+        super().__post_init__()
 
     def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
         """For a training set of so many samples; ``changes`` of the batch size leave the number of steps as it is."""
-        steps = (
-            self.steps
-            if self.epochs is None
-            else steps_to_train(samples, self.batch_size, self.epochs, least=MIN_BATCH)
-        )
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("epochs", "steps")}
-        assert steps is not None
-        return Settings(steps=steps, seed=seed, save_every=max(100, steps // 10), **(kept | changes))
+        steps = self.steps or steps_to_train(samples, self.batch_size, self.epochs or 1, least=MIN_BATCH)
+        how = {f.name: getattr(self, f.name) for f in fields(Optimisation)}
+        return Settings(steps=steps, seed=seed, save_every=max(100, steps // 10), **(how | changes))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 PREDICTORS = ("probe_accuracy", "complementary_knowledge", "usefulness_min")
+PROPERTY_NAMES = {
+    "probe_accuracy": "probe accuracy",
+    "complementary_knowledge": "complementary knowledge",
+    "usefulness_min": "usefulness, worst corruption",
+    "usefulness_mean": "usefulness, mean corruption",
+}
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,13 @@ class TeacherRow:
         name: of the teacher.
         properties: its properties.
         accuracy: the student's robust accuracy after the transfer, a share of 1; None where nobody has tried.
+        kind: what the teacher has seen, to tell points of a picture apart by.
     """
 
     name: str
     properties: Properties
     accuracy: float | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True)

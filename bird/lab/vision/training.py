@@ -64,8 +64,7 @@ def fit(
             data; higher is better.
         device: any PyTorch device.
         folder: where ``last.pt`` (all that resuming needs), ``best.pt`` (the weights of the best validation), with
-            `BirdLoss` ``shapes.json`` (for `bird tune --from-run`), and, if TensorBoard is installed, its logs are
-            written. None to keep nothing.
+            `BirdLoss` ``shapes.json`` (for `bird tune --from-run`) are written. None to keep nothing.
         resume: continue from ``last.pt`` if the folder has one.
         about: plain data that tells this run from others with the same settings, such as the name of its method: a
             checkpoint that says something else is refused.
@@ -107,7 +106,7 @@ def _loop(
     validate: Callable[[nn.Module], float] | None,
     bar: Any,
 ) -> None:
-    settings, writer = batches.settings, _tensorboard(run.folder, done)
+    settings = batches.settings
     losses: list[Tensor] = []  # of each step since the last report, to find the first that is not finite
     totals: dict[str, Tensor] = {}
     clock = time.perf_counter()
@@ -126,15 +125,12 @@ def _loop(
             losses, totals = [], {}
             bar.update(done - bar.n)
             bar.set_postfix({name: f"{row[name]:.3f}" for name in row if name not in ("step", "lr", "task")})
-            _log(writer, done, {f"train/{name}": row[name] for name in row if name != "step"})
             if saving:
                 if validate is not None:
-                    _log(writer, done, {"validation/score": run.select(done, validate)})
+                    run.select(done, validate)
                 run.save(done)
                 _note_shapes(run, guide)
             clock = time.perf_counter()
-    if writer is not None:
-        writer.close()
 
 
 def _note_shapes(run: TrainingRun, guide: Guide | None) -> None:
@@ -146,19 +142,3 @@ def _note_shapes(run: TrainingRun, guide: Guide | None) -> None:
         return
     if isinstance(guide.loss, BirdLoss) and guide.loss.shapes:
         write_json(sorted(guide.loss.shapes), run.folder / "shapes.json")
-
-
-def _tensorboard(folder: Path | None, done: int) -> Any:
-    """A writer that purges entries which an interrupted run logged after its checkpoint; None without TensorBoard."""
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=done + 1)
-
-
-def _log(writer: Any, step: int, values: dict[str, float]) -> None:
-    for name, value in values.items() if writer is not None else ():
-        writer.add_scalar(name, value, step)
