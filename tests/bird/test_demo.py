@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -153,6 +154,17 @@ def test_the_command_line_explains_itself(tmp_path: Path, capsys: pytest.Capture
     ):
         assert cli.main(["demo", "--out", str(tmp_path / "a"), *arguments]) == 2
         assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_the_demo_needs_is_named_by_its_own_extra(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    for command, extra in (("demo", "demo"), ("run fashion/digits", "vision")):
+        assert cli.main([*command.split(), "--out", str(tmp_path / "a"), "--device", "cpu"]) == 2
+        assert f"matplotlib is not installed: pip install 'bird-kernels[{extra}]'" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
 
 

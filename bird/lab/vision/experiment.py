@@ -30,7 +30,7 @@ from .datasets import load as load_data
 from .evaluation import accuracy, first, layer_alignment, robustness
 from .methods import METHODS, Transfer
 from .models import build
-from .recipe import Budget, Source, Variant, VisionRecipe, as_plain
+from .recipe import DEMO, Budget, Source, Variant, VisionRecipe, as_plain
 from .selection import measure_teacher
 from .training import Augment, fit
 
@@ -73,8 +73,12 @@ class VisionExperiment(Experiment):
     recipe: VisionRecipe
     compile: bool = False
 
-    extra = "vision"
     libraries = "matplotlib", "scipy"
+
+    @property
+    def extra(self) -> str:
+        """The demo has one that is small."""
+        return "demo" if self.recipe.name == DEMO else "vision"
 
     def check(self) -> None:
         """As of `Experiment`; also, has every network the layers that are asked of it?"""

@@ -43,6 +43,7 @@ from .methods import METHODS
 from .models import MODELS
 
 AUGMENTS = ("none", "crop", "crop-flip")
+DEMO = "fashion/demo"  # what `bird demo` runs
 
 
 @dataclass(frozen=True)
