@@ -101,9 +101,6 @@ def test_no_regression_from_too_little() -> None:
         regress(double)
     with pytest.raises(ValueError, match="must be finite"):
         regress([TeacherRow("t0", Properties(float("nan"), 0, 0, 0), 0.1), *rows[1:]])
-    for names in ([], ["probe_accuracy"] * 2, ["charm"]):
-        with pytest.raises(ValueError, match="predictors must be different names of probe_accuracy, "):
-            regress(rows, predictors=names)
 
 
 # Tables and pictures

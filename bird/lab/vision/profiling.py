@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoints import Settings, TrainingRun
 from .data import Images
-from .steps import Augment, Batches, Guide, place, take_step
+from .steps import Augment, Batches, Guide, placed, take_step
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ def step_times(
     """
     device = torch.device(device)
     batches = Batches(train, settings, augment, device)
-    place(guide.teacher, device, settings)
-    modules = nn.ModuleDict({"model": place(model, device, settings), "guide": guide.loss.to(device)})
+    modules = placed(model, guide, settings, device)
     run = TrainingRun(modules, settings, len(train), device, None)
 
     def timed(action: Callable[[], object]) -> float:

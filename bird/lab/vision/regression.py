@@ -106,11 +106,11 @@ def regress(rows: Sequence[TeacherRow], *, predictors: Sequence[str] = PREDICTOR
 
     Args:
         rows: at least two more than there are predictors, each with an accuracy.
-        predictors: names of `Properties`.
+        predictors: names of `Properties`, each once.
 
     Raises:
         ValueError: too few rows, a row without an accuracy, accuracies that are all the same, predictors that do not
-            vary or are linear functions of each other, an unknown one.
+            vary or are linear functions of each other.
     """
     x, y = _observed(rows, predictors)
     centre, scale = x.mean(axis=0), x.std(axis=0)
@@ -131,10 +131,6 @@ def regress(rows: Sequence[TeacherRow], *, predictors: Sequence[str] = PREDICTOR
 
 def _observed(rows: Sequence[TeacherRow], predictors: Sequence[str]) -> tuple[Array, Array]:
     """Properties ``[n, p]`` and accuracies ``[n]``, fit to be regressed."""
-    unknown = [name for name in predictors if name not in Properties.__dataclass_fields__]
-    if unknown or not predictors or len(set(predictors)) != len(predictors):
-        known = ", ".join(Properties.__dataclass_fields__)
-        raise ValueError(f"predictors must be different names of {known}, got {list(predictors)}")
     if len(rows) < len(predictors) + 2:
         raise ValueError(f"{len(predictors)} predictors need at least {len(predictors) + 2} rows, got {len(rows)}")
     if missing := [row.name for row in rows if row.accuracy is None]:

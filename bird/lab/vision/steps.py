@@ -162,6 +162,13 @@ def _enough(logits: Tensor, classes: int) -> None:
         )
 
 
-def place(module: nn.Module, device: torch.device, settings: Settings) -> nn.Module:
-    """Move a module to the device, in place, convolutions in the layout of the settings."""
-    return module.to(device).to(memory_format=settings.memory_format)
+def placed(model: nn.Module, guide: Guide | None, settings: Settings, device: torch.device) -> nn.ModuleDict:
+    """What is trained, ``model`` and the loss of a ``guide``, moved to the device in place, with the guide's teacher.
+
+    Convolutions get the layout of the settings.
+    """
+    modules = nn.ModuleDict({"model": model.to(device).to(memory_format=settings.memory_format)})
+    if guide is not None:
+        guide.teacher.to(device).to(memory_format=settings.memory_format)
+        modules["guide"] = guide.loss.to(device)
+    return modules

@@ -22,7 +22,7 @@ from ...losses import BirdLoss
 from .checkpoints import History, Settings, TrainingRun
 from .data import Images
 from .freezing import train_only
-from .steps import Augment, Batches, Guide, learning_rate, place, take_step
+from .steps import Augment, Batches, Guide, learning_rate, placed, take_step
 
 __all__ = ["Augment", "Guide", "fit"]
 
@@ -80,10 +80,7 @@ def fit(
     device = torch.device(device)
     torch.manual_seed(settings.seed)
     batches = Batches(train, settings, augment, device)
-    modules = nn.ModuleDict({"model": place(model, device, settings)})
-    if guide is not None:
-        place(guide.teacher, device, settings)
-        modules["guide"] = guide.loss.to(device)
+    modules = placed(model, guide, settings, device)
     if settings.compile:
         model.compile()
     with train_only(model, trained) as to_train:
