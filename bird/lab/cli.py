@@ -226,7 +226,7 @@ def _named(recipe: str, choice: dict[str, Any]) -> str:
 
 
 def _parse(name: str, table: Mapping[str, Any]) -> vision_recipes.VisionRecipe | language_recipes.LanguageRecipe:
-    return language_recipes.parse(name, table) if "kind" in table else vision_recipes.parse(name, table)
+    return language_recipes.parse(name, table) if "kind" in table else vision_recipes.parse_vision(name, table)
 
 
 def _language(

@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def experiment(folder: Path) -> VisionExperiment:
-    return VisionExperiment(recipes.read(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
+    return VisionExperiment(recipes.read_vision(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
 
 
 def made(experiment: VisionExperiment) -> dict[str, int]:
@@ -195,4 +195,4 @@ def test_what_is_wrong_in_a_variant(tmp_path: Path, old: str, new: str, complain
     assert RECIPE.count(old) == 1
     (tmp_path / "try.toml").write_text(RECIPE.replace(old, new))
     with pytest.raises(ValueError, match=complaint):
-        recipes.read(str(tmp_path / "try.toml"))
+        recipes.read_vision(str(tmp_path / "try.toml"))

@@ -21,7 +21,7 @@ from bird.lab.stages import complete, lineage
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision.data import Images
 from bird.lab.vision.experiment import VisionExperiment
-from bird.lab.vision.recipe import VisionRecipe, read
+from bird.lab.vision.recipe import VisionRecipe, read_vision
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,7 +97,7 @@ def sized(*arguments: str) -> VisionRecipe:
 
 
 def test_the_demo_is_a_recipe_at_the_size_asked_for() -> None:
-    recipe = read(cli.DEMO)
+    recipe = read_vision(cli.DEMO)
     assert sized() == recipe
     assert (recipe.pretraining, recipe.seeds) == (recipe.transfer, 3)
     large = sized("--batch", "32768", "--chunk", "512")

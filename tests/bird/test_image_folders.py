@@ -15,7 +15,7 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-from bird.lab.vision.datasets import DATASETS, folders, load
+from bird.lab.vision.datasets import DATASETS, folders, load_splits
 from tests.bird import official_files as official
 
 WNIDS = ["n02124075", "n01443537", "n04067472"]  # not sorted, like the official list
@@ -71,7 +71,7 @@ def test_tiny_imagenet_is_the_mean_of_blocks(tiny: Path) -> None:
     assert test.labels.tolist() == [label for label, _ in expected]
     for image, (_, name) in zip(test.images, expected, strict=True):
         assert np.array_equal(image.numpy(), official.mean_of_file(folder / "val" / "images" / name))
-    splits = load("tiny-imagenet", tiny, classes=[2, 0], validation=0.25)
+    splits = load_splits("tiny-imagenet", tiny, classes=[2, 0], validation=0.25)
     assert torch.equal(splits.test.images[:EACH_TEST], test.images[test.labels == 2])
     assert splits.train.labels.tolist() == [0] * 3 + [1] * 3
 
@@ -127,7 +127,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tiny: Path, monkeypatch: pyt
 
     monkeypatch.setattr(np, "save", full)
     with pytest.warns(UserWarning, match="decodes again: .*No space left on device"):
-        splits = load("tiny-imagenet", tiny)
+        splits = load_splits("tiny-imagenet", tiny)
     assert len(splits.test) == 3 * EACH_TEST
     assert not [path for path in tiny.rglob("*") if "32x32" in path.name]
 
@@ -136,7 +136,7 @@ def test_what_is_not_installed_is_named(tiny: Path, monkeypatch: pytest.MonkeyPa
     for name, module in (("tiny-imagenet", "PIL"), ("digits", "sklearn.datasets")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match=r"pip install 'bird-kernels\[vision\]'"):
-            load(name, tiny)
+            load_splits(name, tiny)
 
 
 def test_a_broken_tiny_imagenet_is_refused(tiny: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_broken_tiny_imagenet_is_refused(tiny: Path) -> None:
 
     def refuses(message: str) -> None:
         with pytest.raises(ValueError, match=message) as error:
-            load("tiny-imagenet", tiny)
+            load_splits("tiny-imagenet", tiny)
         assert "http://cs231n.stanford.edu/tiny-imagenet-200.zip" in str(error.value)
 
     image.write_bytes(pixels[: len(pixels) // 2])
@@ -164,7 +164,7 @@ def test_a_broken_tiny_imagenet_is_refused(tiny: Path) -> None:
     refuses("val_annotations.txt names no images")
     annotations.write_text(text)
     (folder / "train" / ".cache").mkdir()  # hidden: nobody's class
-    assert len(load("tiny-imagenet", tiny, validation=0).train) == 12
+    assert len(load_splits("tiny-imagenet", tiny, validation=0).train) == 12
     (folder / "train" / "n99999999").mkdir()
     refuses("train has folders that are no class: n99999999")
     (folder / "train" / "n99999999").rmdir()
@@ -189,16 +189,18 @@ def test_an_image_folder_reads_like_torchvision(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "imagenet").mkdir()
     for part in ("train", "val"):
         (tmp_path / "imagenet" / part).symlink_to(tmp_path / part)
-    assert torch.equal(load("imagenet32", tmp_path).test.images, load("image-folder", tmp_path).test.images)
-    splits = load("image-folder", tmp_path, classes=[1], validation=0.2)
+    assert torch.equal(
+        load_splits("imagenet32", tmp_path).test.images, load_splits("image-folder", tmp_path).test.images
+    )
+    splits = load_splits("image-folder", tmp_path, classes=[1], validation=0.2)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [4, 1, 2]
 
     for name in ("ant", "zebra"):  # test/ goes before val/
         official.write_image(tmp_path / "test" / name / "only.png", np.full((32, 32, 3), 9, np.uint8))
-    assert load("image-folder", tmp_path).test.images.unique().tolist() == [9]
+    assert load_splits("image-folder", tmp_path).test.images.unique().tolist() == [9]
     official.write_image(tmp_path / "test" / "yak" / "only.png", np.zeros((32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="test has folders that are no class: yak"):
-        load("image-folder", tmp_path)
+        load_splits("image-folder", tmp_path)
 
 
 def test_other_sizes_give_the_square_in_the_middle(tmp_path: Path) -> None:

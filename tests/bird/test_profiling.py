@@ -12,7 +12,7 @@ from bird import BirdLoss, Hints, Taps, Teacher
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.profiling import StepTimes, step_times
-from bird.lab.vision.steps import Guide
+from bird.lab.vision.steps import TransferGuide
 
 
 class Clock:
@@ -65,9 +65,9 @@ def images() -> Images:
     return Images(pixels, torch.arange(48) % 3)
 
 
-def guided(student: nn.Module, loss: nn.Module | None = None) -> Guide:
+def guided(student: nn.Module, loss: nn.Module | None = None) -> TransferGuide:
     teacher = Teacher(network(Wait(3)), "2")
-    return Guide(teacher, Taps(student, "1"), loss or SlowLoss(pairs=[("2", "1")]))
+    return TransferGuide(teacher, Taps(student, "1"), loss or SlowLoss(pairs=[("2", "1")]))
 
 
 def test_each_part_has_its_time() -> None:

@@ -93,9 +93,9 @@ def changed(table: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     ],
 )
 def test_of_images(path: str, value: Any, said: str) -> None:
-    vision.parse("x", VISION)
+    vision.parse_vision("x", VISION)
     with pytest.raises(ValueError, match=said):
-        vision.parse("x", changed(VISION, path, value))
+        vision.parse_vision("x", changed(VISION, path, value))
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bird.lab.tensors import load
+from bird.lab.tensors import load_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import Guide, epoch_order, learning_rate
+from bird.lab.vision.steps import TransferGuide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
 from bird.losses import BirdLoss, Hints
 from bird.taps import Taps
@@ -45,17 +45,17 @@ def images(n: int = 50) -> Images:
     return Images(pixels, torch.arange(n) % 3)
 
 
-def guide(method: str, student: nn.Module) -> Guide | None:
+def guide(method: str, student: nn.Module) -> TransferGuide | None:
     pairs = [("0", "0")]
     torch.manual_seed(5)
     teacher = Teacher(network(4), ["0"])
     if method == "bird":
-        return Guide(teacher, Taps(student, ["0"]), BirdLoss(pairs=pairs))
+        return TransferGuide(teacher, Taps(student, ["0"]), BirdLoss(pairs=pairs))
     if method == "unbiased":
-        return Guide(teacher, Taps(student, ["0"]), BirdLoss(pairs=pairs, estimator="unbiased"))
+        return TransferGuide(teacher, Taps(student, ["0"]), BirdLoss(pairs=pairs, estimator="unbiased"))
     if method == "hints":
         loss = Hints(pairs=pairs, teacher_widths={"0": 4}, student_widths={"0": 6})
-        return Guide(teacher, Taps(student, ["0"]), loss)
+        return TransferGuide(teacher, Taps(student, ["0"]), loss)
     return None
 
 
@@ -68,7 +68,7 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     augment: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     **settings: Any,
-) -> tuple[nn.Module, Any, Guide | None]:
+) -> tuple[nn.Module, Any, TransferGuide | None]:
     torch.manual_seed(0)
     student = network()
     pull = guide(method, student)
@@ -116,7 +116,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, opti
     for steps_until_cut in (2, 8, 7):  # before the first checkpoint; mid-epoch at 6 + 2; again at 6 + 7 = 13
         with pytest.raises(Cut):
             train(method, augment=cut_at(steps_until_cut), **again_and_again)
-    assert load(tmp_path / "last.pt")["step"] == 12
+    assert load_tensors(tmp_path / "last.pt")["step"] == 12
     resumed, rows, resumed_guide = train(method, **again_and_again)
     assert same(resumed, whole)
     assert rows == history
@@ -195,10 +195,10 @@ def test_the_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> No
     scored = ((6, 0.1), (12, 0.7), (18, 0.3), (20, 0.7))
     assert history.validation == [{"step": step, "score": score} for step, score in scored]
     assert (history.best_step, history.best_score) == (12, 0.7)
-    best = load(tmp_path / "best.pt")
+    best = load_tensors(tmp_path / "best.pt")
     assert (best["step"], best["score"]) == (12, 0.7)
     assert all(torch.equal(best["model"][name], weights[1][name]) for name in weights[1])
-    last = load(tmp_path / "last.pt")["modules"]
+    last = load_tensors(tmp_path / "last.pt")["modules"]
     assert all(torch.equal(last[f"model.{name}"], value) for name, value in weights[3].items())
 
 

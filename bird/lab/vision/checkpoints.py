@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...files import PARTIAL
 from ..recipe import require_within
 from ..stages import require_same
-from ..tensors import FORMAT, UNREADABLE, load, require_format, save
+from ..tensors import FORMAT, UNREADABLE, load_tensors, require_format, save_tensors
 
 # A shorter last batch is left out of its epoch: unbiased CKA needs four rows, biased CKA two, batch normalisation more
 # than one value. All methods leave out the same batches, and every epoch has another order.
@@ -187,7 +187,7 @@ class TrainingRun:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
-        save(state, self.folder / "last.pt")
+        save_tensors(state, self.folder / "last.pt")
 
     def restore(self, resume: bool) -> int:
         """Load ``last.pt`` if there is one, and return the number of steps that it has behind it."""
@@ -196,7 +196,7 @@ class TrainingRun:
             return 0
         if not resume:
             raise FileExistsError(f"{path} holds an earlier run: pass resume=True, or choose another folder")
-        state = load(path)
+        state = load_tensors(path)
         require_format(state, path)
         if not state.keys() >= _PARTS:
             raise ValueError(UNREADABLE.format(path))
@@ -275,7 +275,7 @@ class TrainingRun:
         if history.best_score is None or score > history.best_score:
             history.best_step, history.best_score = step, score
             if self.folder is not None:
-                save(
+                save_tensors(
                     {"format": FORMAT, "step": step, "score": score, "model": model.state_dict()},
                     self.folder / "best.pt",
                 )

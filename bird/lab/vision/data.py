@@ -57,7 +57,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def split(
+def split_by_class(
     train: Images, test: Images, classes: Sequence[int], *, validation: float, seed: int, limit_per_class: int | None
 ) -> Splits:
     """Set random training images of each class aside for validation; the test set does not depend on the seed.

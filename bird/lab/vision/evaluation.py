@@ -42,7 +42,7 @@ class Robustness:
         return (self.clean + severities * self.robust) / (1 + severities)
 
 
-def accuracy(model: nn.Module, data: Images, *, batch_size: int = 500) -> float:
+def image_accuracy(model: nn.Module, data: Images, *, batch_size: int = 500) -> float:
     """The share of images that are classified correctly, in eval mode without gradients, on the model's device.
 
     Args:
@@ -67,7 +67,7 @@ def robustness(model: nn.Module, data: Images, names: Sequence[str], key: Hashab
     """Score a model on clean images and on corrupted ones, which are rounded to 8 bits like published ones.
 
     Args:
-        model: as for `accuracy`.
+        model: as for `image_accuracy`.
         data: clean images, corrupted on their device.
         names: keys of `bird.lab.vision.corruptions.CORRUPTIONS`; each is applied at every severity.
         key: identifies the images in a cache of the last key's corrupted images, up to `KEPT` bytes; None: no cache.
@@ -77,8 +77,8 @@ def robustness(model: nn.Module, data: Images, names: Sequence[str], key: Hashab
     """
     accuracies: dict[str, list[float]] = {name: [] for name in names}
     for name, images in corrupted(data, names, key):
-        accuracies[name].append(accuracy(model, images))
-    return Robustness(accuracy(model, data), accuracies)
+        accuracies[name].append(image_accuracy(model, images))
+    return Robustness(image_accuracy(model, data), accuracies)
 
 
 def first(data: Images, count: int | None) -> Images:

@@ -21,13 +21,12 @@ from ...teachers import Teacher
 from ..experiment import Cell, Experiment
 from ..recipe import data_root, grid
 from ..stages import Stage
-from ..tensors import load, save
+from ..tensors import load_tensors, save_tensors
 from .augment import CropFlip
 from .corruptions import Mixture
 from .data import Splits
-from .datasets import DATASETS
-from .datasets import load as load_data
-from .evaluation import accuracy, first, layer_alignment, robustness
+from .datasets import DATASETS, load_splits
+from .evaluation import first, image_accuracy, layer_alignment, robustness
 from .methods import METHODS, Transfer
 from .models import build
 from .recipe import DEMO, Budget, Source, Variant, VisionRecipe, as_plain
@@ -53,7 +52,7 @@ class Made:
         """
         model, folder = _build(self.network, self.source), self.stage.folder(root)
         try:
-            model.load_state_dict(load(folder / "model.pt"))
+            model.load_state_dict(load_tensors(folder / "model.pt"))
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{error}\nDelete the whole folder {folder}, and it is made again") from error
         return model.to(device).to(memory_format=torch.channels_last)
@@ -153,7 +152,7 @@ class VisionExperiment(Experiment):
                 data.train,
                 budget.settings(len(data.train), own, compile=self.compile),
                 augment=_augment(source, corruptions, seed),
-                validate=partial(accuracy, data=data.validation),
+                validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
                 resume=True,
@@ -161,7 +160,7 @@ class VisionExperiment(Experiment):
                 progress=self.progress,
                 label=f"{network}, seed {seed}",
             )
-            save(model.state_dict(), folder / "model.pt")
+            save_tensors(model.state_dict(), folder / "model.pt")
             return {"histories": [asdict(history)], "steps_per_second": [history.steps_per_second]}
 
         return Made(network, source, Stage(role, about, make, title=f"{network} on {source.data}, seed {seed}"))
@@ -196,7 +195,7 @@ class VisionExperiment(Experiment):
                 settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
                 augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
-                validate=partial(accuracy, data=data.validation),
+                validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
                 progress=self.progress,
@@ -204,7 +203,7 @@ class VisionExperiment(Experiment):
             )
             guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
             model, histories, times = transfer.run(method, guide, start, data.train)
-            save(model.state_dict(), folder / "model.pt")
+            save_tensors(model.state_dict(), folder / "model.pt")
             return {
                 "histories": [asdict(history) for history in histories],
                 "steps_per_second": [history.steps_per_second for history in histories],
@@ -286,7 +285,7 @@ def _build(network: str, source: Source) -> nn.Module:
 
 @lru_cache(maxsize=4)
 def _splits(source: Source, seed: int, root: Path | None) -> Splits:
-    return load_data(source.data, root, classes=source.classes, seed=seed, limit_per_class=source.limit_per_class)
+    return load_splits(source.data, root, classes=source.classes, seed=seed, limit_per_class=source.limit_per_class)
 
 
 def _augment(source: Source, corruptions: tuple[str, ...], seed: int) -> Augment | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoints import Settings, TrainingRun
 from .data import Images
-from .steps import Augment, Batches, Guide, placed, take_step
+from .steps import Augment, Batches, TransferGuide, placed, take_step
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def step_times(
     model: nn.Module,
     train: Images,
     settings: Settings,
-    guide: Guide,
+    guide: TransferGuide,
     *,
     augment: Augment | None = None,
     device: torch.device | str = "cpu",

@@ -1,6 +1,6 @@
 """Experiments as TOML files: what is trained on what, for how long, by which methods, and what the paper reports.
 
-The package ships one for every table of the paper (`names`); `read` also takes a path of your own. A file says::
+The package ships one for every table of the paper (`names`); `read_vision` also takes a path of your own. A file says::
 
     title = "CIFAR-10 to CIFAR-100"
     methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]    # keys of `METHODS`
@@ -251,19 +251,19 @@ def as_plain(part: Budget | VisionRecipe) -> dict[str, Any]:
     return settings_of(part, ("chunk_size",))
 
 
-def read(recipe: str) -> VisionRecipe:
+def read_vision(recipe: str) -> VisionRecipe:
     """A recipe by its name (`names`), or from a TOML file by its path.
 
     Raises:
         ValueError: no such recipe, or one that says something it cannot: which key, and what is known.
     """
-    return parsed(recipe, parse)
+    return parsed(recipe, parse_vision)
 
 
-def parse(name: str, data: Mapping[str, Any]) -> VisionRecipe:
+def parse_vision(name: str, data: Mapping[str, Any]) -> VisionRecipe:
     """What a file says, checked."""
     if "kind" in data:
-        raise ValueError("it is of language models: `bird.lab.language.recipe.parse` reads it")
+        raise ValueError("it is of language models, not of images")
     table = {"methods": list(METHODS)} | dict(data) | {"name": name}
     parts: dict[str, Any] = {"teacher": Source, "student": Source, "pretraining": Budget, "transfer": Budget}
     missing = [part for part in (*parts, "title", "networks") if part not in table]

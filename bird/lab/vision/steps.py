@@ -25,7 +25,7 @@ Augment = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass
-class Guide:
+class TransferGuide:
     """What pulls a student: a teacher, taps on the student, and the loss that compares the two.
 
     Args:
@@ -95,7 +95,7 @@ class Chunks(Sequence[tuple[Tensor, Tensor]]):
         return x.contiguous(memory_format=self.batches.settings.memory_format), labels
 
 
-def take_step(run: TrainingRun, guide: Guide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
+def take_step(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
     """Train on one batch; returns its loss, accuracy and the guide's terms, 0-d and detached, on the device."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -106,7 +106,7 @@ def take_step(run: TrainingRun, guide: Guide | None, chunks: Chunks, lr: float) 
     return terms
 
 
-def _backward(run: TrainingRun, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor]:
+def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> dict[str, Tensor]:
     model, means = run.modules["model"], dict[str, Tensor]()
 
     def note(share: float, terms: dict[str, Tensor]) -> None:
@@ -162,7 +162,7 @@ def _enough(logits: Tensor, classes: int) -> None:
         )
 
 
-def placed(model: nn.Module, guide: Guide | None, settings: Settings, device: torch.device) -> nn.ModuleDict:
+def placed(model: nn.Module, guide: TransferGuide | None, settings: Settings, device: torch.device) -> nn.ModuleDict:
     """What is trained, ``model`` and the loss of a ``guide``, moved to the device in place, with the guide's teacher.
 
     Convolutions get the layout of the settings.

@@ -1,6 +1,6 @@
 """The training loop of all methods: pre-training, fine-tuning, hints and BIRD.
 
-    history = fit(student, train, Settings(steps=1000), guide=Guide(teacher, taps, loss), validate=score)
+    history = fit(student, train, Settings(steps=1000), guide=TransferGuide(teacher, taps, loss), validate=score)
 
 The loop synchronises with the device only where it reports, every ``log_every`` steps (except with float16, where
 PyTorch's loss scaling checks the gradients in every step).
@@ -22,9 +22,9 @@ from ...losses import BirdLoss
 from .checkpoints import History, Settings, TrainingRun
 from .data import Images
 from .freezing import train_only
-from .steps import Augment, Batches, Guide, learning_rate, placed, take_step
+from .steps import Augment, Batches, TransferGuide, learning_rate, placed, take_step
 
-__all__ = ["Augment", "Guide", "fit"]
+__all__ = ["Augment", "TransferGuide", "fit"]
 
 
 def fit(
@@ -32,7 +32,7 @@ def fit(
     train: Images,
     settings: Settings,
     *,
-    guide: Guide | None = None,
+    guide: TransferGuide | None = None,
     trained: Sequence[str] | None = None,
     augment: Augment | None = None,
     validate: Callable[[nn.Module], float] | None = None,
@@ -97,7 +97,7 @@ def fit(
 
 def _loop(
     run: TrainingRun,
-    guide: Guide | None,
+    guide: TransferGuide | None,
     batches: Batches,
     done: int,
     validate: Callable[[nn.Module], float] | None,
@@ -130,7 +130,7 @@ def _loop(
             clock = time.perf_counter()
 
 
-def _note_shapes(run: TrainingRun, guide: Guide | None) -> None:
+def _note_shapes(run: TrainingRun, guide: TransferGuide | None) -> None:
     """Write ``shapes.json`` beside the checkpoint: sizes and dtype of every alignment, for `bird tune --from-run`.
 
     Batches in chunks record no shapes.

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...recipe import data_root
-from ..data import Splits, split
+from ..data import Splits, split_by_class
 from .catalogue import DATASETS
 from .layout import Dataset, Layout
 
-__all__ = ["DATASETS", "Dataset", "Layout", "data_root", "load"]
+__all__ = ["DATASETS", "Dataset", "Layout", "data_root", "load_splits"]
 
 
-def load(
+def load_splits(
     name: str,
     root: Path | str | None = None,
     *,
@@ -40,7 +40,7 @@ def load(
         root: the folder with the data sets' own folders, such as ``cifar-10-batches-py``; for
             ``"image-folder"`` the one with ``train`` and ``test`` or ``val``. None: the environment variable
             ``BIRD_DATA``, else ``data`` in the working directory, where PyTorch's tutorials put theirs.
-        classes: None for all; these and the others as of `bird.lab.vision.data.split`.
+        classes: None for all; these and the others as of `bird.lab.vision.data.split_by_class`.
         seed: decides which training images of each class are used for validation.
         validation: their share.
         limit_per_class: the most images of each class in each of the three sets.
@@ -62,4 +62,4 @@ def load(
     kept = range(number) if classes is None else classes
     if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(number)):
         raise ValueError(f"classes must be different numbers from 0 to {number - 1}, got {list(kept)}")
-    return split(train, test, kept, validation=validation, seed=seed, limit_per_class=limit_per_class)
+    return split_by_class(train, test, kept, validation=validation, seed=seed, limit_per_class=limit_per_class)

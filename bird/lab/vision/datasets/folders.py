@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ....files import atomic
 from ...tensors import load_array
 from ..data import Images
-from .layout import Counts, fingerprint
+from .layout import Counts, files_fingerprint
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))  # torchvision's
 _CHUNK = 256  # images per task of a thread
@@ -95,7 +95,7 @@ def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
         ImportError: Pillow is not installed.
     """
     stem = f"{folder.name}.32x32-"
-    state = fingerprint((str(path.relative_to(folder)), path) for path in files)
+    state = files_fingerprint((str(path.relative_to(folder)), path) for path in files)
     cache = folder.with_name(f"{stem}{state}.npy")
     with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: damaged, or another kind of file
         images = load_array(cache, "c")

@@ -14,7 +14,7 @@ Counts: TypeAlias = tuple[int, ...]
 Reader: TypeAlias = Callable[[list[Path], Counts], tuple[Images, Images]]
 
 
-def fingerprint(files: Iterable[tuple[str, Path]]) -> str:
+def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
     """A hash of files' names, sizes and modification times, sixteen hexadecimal digits."""
     digest = hashlib.sha256()
     for name, path in files:
@@ -121,7 +121,7 @@ class Dataset:
         _, paths = self.locate(root)
         files = [(folder, path) for folder in paths for path in sorted(folder.rglob("*")) if path.is_file()]
         named = ((f"{folder.name}/{path.relative_to(folder)}", path) for folder, path in files)
-        return fingerprint(named) if paths else None
+        return files_fingerprint(named) if paths else None
 
     def _check(self, sets: tuple[Images, Images]) -> None:
         found = [len(images) for images in sets]
