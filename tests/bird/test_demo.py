@@ -133,7 +133,6 @@ def test_test_images_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     for run, of, splits in zip(runs, cells, (real, with_other_test), strict=True):
         monkeypatch.setattr(experiments, "_splits", splits)
-        monkeypatch.setattr("bird.lab.vision.evaluation._kept", {})
         complete([stage for cell in of for stage in cell.wanted], run.root)
     for ours, theirs in zip(*cells, strict=True):
         assert ours.training is not None

@@ -23,7 +23,7 @@ from bird.lab.vision import experiment as experiments
 from bird.lab.vision import recipe as recipes
 from bird.lab.vision import report as reproduction
 from bird.lab.vision.corruptions import corrupt
-from bird.lab.vision.data import Images, to_float
+from bird.lab.vision.data import to_float
 from bird.lab.vision.evaluation import image_accuracy
 from bird.lab.vision.experiment import VisionExperiment
 from tests.bird.official_files import write_image
@@ -240,24 +240,6 @@ def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     arguments = ["run", "vision/c10-c100", "--arch", "mobilenetv2", "--seeds", "1", "--device", "cpu", "--jobs", "1"]
     assert cli.main([*arguments, "--data", str(tmp_path), "--out", str(tmp_path / "runs")]) == 2
     assert "cifar-10" in capsys.readouterr().err
-
-
-def test_kept_pictures_are_those_of_the_data_asked_for() -> None:
-    data = Images(torch.arange(256, dtype=torch.uint8).repeat(4, 1, 1, 4).view(4, 1, 32, 32), torch.arange(4))
-    first = list(evaluation.corrupted(data, ["contrast"], "a"))
-    assert [name for name, _ in first] == ["contrast"] * 5
-    again = list(evaluation.corrupted(data.select(torch.arange(2)), ["contrast"], "a"))
-    assert len(again[0][1]) == 4  # kept
-    other = list(evaluation.corrupted(data.select(torch.arange(2)), ["contrast"], "b"))
-    assert len(other[0][1]) == 2
-
-
-def test_pictures_that_are_too_many_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = Images(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.arange(4))
-    for kept, count in ((4 * 1024 * 5, 1), (4 * 1024 * 5 - 1, 0)):  # bytes of five severities
-        monkeypatch.setattr(evaluation, "KEPT", kept)
-        list(evaluation.corrupted(data, ["contrast"], ("c", kept)))
-        assert len(evaluation._kept) == count
 
 
 def changed(folder: Path, old: str, new: str) -> str:

@@ -218,8 +218,7 @@ class VisionExperiment(Experiment):
 
         def make(folder: Path) -> dict[str, Any]:
             test = first(self._data(source, seed).test, scoring.images).to(self.device)
-            key = source, scoring, self.data_root, self.device
-            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions, key))
+            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions))
 
         return Stage(
             "score", self._about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made)
