@@ -166,7 +166,7 @@ def test_parts_of_a_recipe_that_exclude_each_other() -> None:
 @pytest.mark.parametrize("table", [VISION, LANGUAGE], ids=["vision", "language"])
 def test_no_key_of_any_part_takes_what_is_of_another_type(table: dict[str, Any]) -> None:
     """A value that nothing takes, at every key there is."""
-    parse = language.parse if "kind" in table else vision.parse
+    parse = language.parse if "kind" in table else vision.parse_vision
     parts = {
         "Source": "teacher", "Budget": "transfer", "Scoring": "scoring", "Networks": "networks/one",
         "Variant": "variants/", "Training": "transfer", "Guiding": "guidance", "Data": "data",

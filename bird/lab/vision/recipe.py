@@ -35,7 +35,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..duration import steps_to_train
-from ..recipe import made, parsed, require_known, require_name, require_table, require_within, settings_of
+from ..recipe import WHOLE, made, parsed, require_known, require_table, require_within, settings_of
 from .checkpoints import MIN_BATCH, Optimisation, Settings
 from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
 from .datasets import DATASETS
@@ -265,28 +265,8 @@ def parse_vision(name: str, data: Mapping[str, Any]) -> VisionRecipe:
     if "kind" in data:
         raise ValueError("it is of language models, not of images")
     table = {"methods": list(METHODS)} | dict(data) | {"name": name}
-    parts: dict[str, Any] = {"teacher": Source, "student": Source, "pretraining": Budget, "transfer": Budget}
-    missing = [part for part in (*parts, "title", "networks") if part not in table]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} must be there")
-    if "scoring" in table:
-        parts["scoring"] = Scoring
-    for part, kind in parts.items():
-        table[part] = made(part, kind, table[part])
-    for part in ("networks", "variants"):
-        for key, value in require_table(part, table.get(part, {})).items():
-            require_table(f"{part}.{key}", value)
-    for key in (*table["networks"], *table.get("variants", ())):
-        require_name("the networks and variants of a recipe:", key)
-    table["networks"] = {
-        key: made(f"networks.{key}", Networks, {"teacher": key, "student": key} | value)
-        for key, value in table["networks"].items()
-    }
-    if "variants" in table:
-        table["variants"] = {key: _variant(f"variants.{key}", value) for key, value in table["variants"].items()}
-    return made("the recipe", VisionRecipe, table)
-
-
-def _variant(where: str, table: Mapping[str, Any]) -> Variant:
-    parts = {"teacher": made(f"{where}.teacher", Source, table["teacher"])} if "teacher" in table else {}
-    return made(where, Variant, {**table, **parts})
+    if "networks" in table:
+        networks = require_table("networks", table["networks"])
+        own = {key: require_table(f"networks.{key}", value) for key, value in networks.items()}
+        table["networks"] = {key: {"teacher": key, "student": key} | dict(value) for key, value in own.items()}
+    return made(WHOLE, VisionRecipe, table)
