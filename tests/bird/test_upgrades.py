@@ -40,6 +40,7 @@ def test_a_checkpoint_from_before_a_setting_is_gone_on_with(tmp_path: Path) -> N
 
     def of_old(state: dict[str, Any]) -> None:
         del state["format"], state["identity"]["about"], state["identity"]["chunk_size"], state["identity"]["compile"]
+        state["identity"]["channels_last"] = True  # was a setting
         state["step"] = 6
 
     rewritten(tmp_path / "last.pt", of_old)

@@ -68,7 +68,6 @@ class Settings(Optimisation):
         seed: decides the order of the data; PyTorch's global generators (dropout) start from it too.
         log_every: steps between two looks at loss, accuracy and CKA.
         save_every: steps between two validations and checkpoints.
-        channels_last: the layout of images and convolutions in memory; False for PyTorch's usual one.
         compile: call the model compiled (``model.compile()``, which it stays): worth its minute in long runs; rounds
             otherwise, and its dropout draws other numbers.
     """
@@ -77,13 +76,7 @@ class Settings(Optimisation):
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
-    channels_last: bool = True
     compile: bool = False
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Of images and convolutions."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,6 +194,7 @@ class TrainingRun:
         if not state.keys() >= _PARTS:
             raise ValueError(UNREADABLE.format(path))
         old = self._before() | state["identity"]
+        old.pop("channels_last", None)  # could be set once, and decides no more than how images lie in memory
         require_same(old, self._identity, f"{path} comes from another run", "choose another folder")
         known = {f.name for f in fields(History)}
         if unknown := sorted(state["history"].keys() - known):

@@ -54,7 +54,7 @@ def step_times(
     """
     device = torch.device(device)
     batches = Batches(train, settings, augment, device)
-    modules = placed(model, guide, settings, device)
+    modules = placed(model, guide, device)
     run = TrainingRun(modules, settings, len(train), device, None)
 
     def timed(action: Callable[[], object]) -> float:

@@ -92,7 +92,7 @@ class Chunks(Sequence[tuple[Tensor, Tensor]]):
         x, labels = to_float(train.images[index]), train.labels[index]
         if augment is not None:
             x = augment(x, index, self.epoch)
-        return x.contiguous(memory_format=self.batches.settings.memory_format), labels
+        return x.contiguous(memory_format=torch.channels_last), labels
 
 
 def take_step(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
@@ -162,13 +162,13 @@ def _enough(logits: Tensor, classes: int) -> None:
         )
 
 
-def placed(model: nn.Module, guide: TransferGuide | None, settings: Settings, device: torch.device) -> nn.ModuleDict:
+def placed(model: nn.Module, guide: TransferGuide | None, device: torch.device) -> nn.ModuleDict:
     """What is trained, ``model`` and the loss of a ``guide``, moved to the device in place, with the guide's teacher.
 
-    Convolutions get the layout of the settings.
+    Convolutions, like images, have channels last in memory.
     """
-    modules = nn.ModuleDict({"model": model.to(device).to(memory_format=settings.memory_format)})
+    modules = nn.ModuleDict({"model": model.to(device).to(memory_format=torch.channels_last)})
     if guide is not None:
-        guide.teacher.to(device).to(memory_format=settings.memory_format)
+        guide.teacher.to(device).to(memory_format=torch.channels_last)
         modules["guide"] = guide.loss.to(device)
     return modules

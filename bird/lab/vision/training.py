@@ -80,7 +80,7 @@ def fit(
     device = torch.device(device)
     torch.manual_seed(settings.seed)
     batches = Batches(train, settings, augment, device)
-    modules = placed(model, guide, settings, device)
+    modules = placed(model, guide, device)
     if settings.compile:
         model.compile()
     with train_only(model, trained) as to_train:
