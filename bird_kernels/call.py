@@ -106,10 +106,8 @@ def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend:
     """The statistic of one batch, 0-d, by the resolved backend or by the literal formula."""
     if backend == "reference":
         require_fp64('backend="reference"', x.device)
-        literal = getattr(reference, problem.statistic)
         with ops.without_autocast(x.device):
-            value: Tensor = literal(x, y, mask, problem.estimator, problem.kernel, problem.center)
-        return value.to(ops.value_dtype(x.dtype))
+            return ops.literal(x, y, mask, problem).to(ops.value_dtype(x.dtype))
     name = backends.resolve(problem, backend)
     return ops.alignment(x, y, mask, ops.Call(problem, plan.route_of(problem, name), name, backend == "auto"))
 
