@@ -98,7 +98,7 @@ def across(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: in
     """`evaluate` by communication between the ranks of a group, even if it has only one."""
     part = global_batch.meet(x, y, mask, options, many)
     if part.transport.name == "merged":
-        return global_batch.merged(part)
+        return global_batch.of_merged_sums(part)
     return _whole(*global_batch.gathered(part), part.problem, options.backend)
 
 

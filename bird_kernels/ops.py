@@ -234,9 +234,10 @@ def _native() -> Any:
         grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor | None, Tensor | None]:
         coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad = rest
-        asked: Any = get_args(Statistic)[statistic], "unbiased" if unbiased else "biased", "ieee" if exact else "tf32"
-        sizes = x.shape[0], x.shape[1], y.shape[1]
-        problem = Problem(*sizes, x.dtype, x.device, *asked, mask is not None, x_grad, y_grad)
+        problem = Problem(
+            x.shape[0], x.shape[1], y.shape[1], x.dtype, x.device, get_args(Statistic)[statistic],
+            "unbiased" if unbiased else "biased", "ieee" if exact else "tf32", mask is not None, x_grad, y_grad,
+        )  # fmt: skip
         given = arguments(Call(problem, "gram", "native"))
         return _visible_backward(grad, x, y, mask, given, native.stash_of(coefficients, k, l))
 

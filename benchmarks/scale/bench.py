@@ -70,8 +70,8 @@ def forced(name: str) -> Loss:
     """group= with this transport."""
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        choose = transport.choose
-        with mock.patch.object(transport, "choose", lambda *args: choose(*args)._replace(name=name)):
+        choose = transport.cheaper
+        with mock.patch.object(transport, "cheaper", lambda *args: choose(*args)._replace(name=name)):
             return cka_loss(x, y, group=dist.group.WORLD)
 
     return loss
@@ -122,7 +122,7 @@ def contest_of(shape: tuple[int, int, int]) -> list[ScaleRow]:
     own = slice(rank * n, (rank + 1) * n)
     whole, parts = whole_truth(x, y), whole_truth(x[own], y[own])
     mine, teacher = x[own].clone().requires_grad_(), y[own].clone()
-    chosen = transport.choose(Problem(n * world, p, q, x.dtype, x.device), [n] * world, "auto")
+    chosen = transport.cheaper(Problem(n * world, p, q, x.dtype, x.device), [n] * world, "auto")
     sent = {chosen.name: chosen.bytes, ("gathered" if chosen.name == "merged" else "merged"): chosen.other_bytes}
     values: dict[str, float] = {}
 

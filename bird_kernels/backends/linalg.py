@@ -102,13 +102,20 @@ LIMIT = {torch.float32: 120, torch.float64: 1000}
 
 def power_of_two(x: Tensor) -> Scalar:
     """2^k with 0.5 <= 2^k max|x| < 1; finite for zeros, NaN and Inf, too."""
-    limit = LIMIT[x.dtype]
     low, high = torch.aminmax(x)
-    if is_host(x.device):
-        value = max(-low.item(), high.item())
-        return math.ldexp(1.0, -max(-limit, min(limit, math.frexp(value)[1]))) if math.isfinite(value) else 1.0
-    exponent = torch.frexp(torch.maximum(low.abs(), high.abs())).exponent.clamp(-limit, limit)
-    return torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), -exponent)
+    host = is_host(x.device)
+    return unit_of(max(-low.item(), high.item()) if host else torch.maximum(low.abs(), high.abs()), LIMIT[x.dtype])
+
+
+def unit_of(peak: Scalar, limit: int) -> Scalar:
+    """2^k with 0.5 <= 2^k ``peak`` < 1 and |k| <= ``limit``, fp64; some such power for 0, NaN and Inf.
+
+    Of a tensor of peaks (of any shape) a tensor of powers.
+    """
+    if isinstance(peak, Tensor):
+        exponent = torch.frexp(peak).exponent.clamp(-limit, limit)
+        return torch.ldexp(torch.ones_like(peak, dtype=torch.float64), -exponent)
+    return math.ldexp(1.0, -max(-limit, min(limit, math.frexp(peak)[1]))) if math.isfinite(peak) else 1.0
 
 
 def halves(scale: Scalar) -> tuple[Scalar, Scalar]:
