@@ -241,8 +241,6 @@ def works(name: str, problem: Problem, kind: str = "") -> bool:
             return True
         kind = f"{SHIFTED} {route_of(problem, name)}"
     use, problem = trust.use_of(name, problem, kind), precise(problem)
-    if trust.is_known(use, problem):
-        return True
     plain = load("library", "rbf" if problem.kernel else "linear")
     error = trust.failure_of(module, plain, problem, use)
     if error is not None:
@@ -265,10 +263,10 @@ def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> st
     use = trust.use_of(name, problem, kind)
     is_new = trust.leave_out(use, error)
     forget()
-    instead = "plain PyTorch" if name == "library" else decide(problem, "auto").backend
+    backend = decide(problem, "auto").backend
     if is_new:
-        trust.warn(use, instead)
-    return decide(problem, "auto").backend
+        trust.warn(use, "plain PyTorch" if name == "library" else backend)
+    return backend
 
 
 def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> int:

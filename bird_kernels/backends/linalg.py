@@ -229,8 +229,10 @@ def weighted_sum_mm(a: Tensor, s: Scalar, b: Tensor, t: Scalar, c: Tensor) -> Te
 
 
 def add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """d + a @ b, in place of ``d`` if a and b have the same dtype."""
-    return torch.addmm(d, a, b, out=d) if a.dtype == b.dtype else d + scaled_mm(a, b)
+    """Add a @ b to ``d``, at least fp32, in place."""
+    if a.dtype == b.dtype == d.dtype:
+        return torch.addmm(d, a, b, out=d)
+    return d.add_(scaled_mm(a, b)) if a.numel() else d
 
 
 def _blocks(a: Tensor) -> list[tuple[int, int]]:

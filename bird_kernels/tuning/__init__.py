@@ -77,6 +77,11 @@ class Measurement:
             raise ValueError(f"{self.candidate!r} is no candidate")
 
     @property
+    def what(self) -> tuple[object, ...]:
+        """Everything but the times."""
+        return tuple(value for name, value in asdict(self).items() if name not in ("host", "device"))
+
+    @property
     def us(self) -> float:
         """Microseconds per call in a stream of such calls: the slower of host and device."""
         return max(self.host, self.device)

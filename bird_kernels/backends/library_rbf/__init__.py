@@ -235,8 +235,8 @@ class _Gradient:
         below = w[:, j - i :]
         self.sums[i:j] += w.sum(1)
         self.sums[j:] += below.sum(0)
-        _accumulate(self.product[i:j], w, self.features[i:])
-        _accumulate(self.product[j:], below.T, self.features[i:j])
+        linalg.add_scaled_mm(self.product[i:j], w, self.features[i:])
+        linalg.add_scaled_mm(self.product[j:], below.T, self.features[i:j])
 
     def finish(self, upstream: Scalar) -> Tensor:
         """dX [n, p] in the products' dtype, times ``upstream``."""
@@ -251,10 +251,3 @@ class _Gradient:
             slope = torch.where(square == 0, 0.0, change / square)
             d.index_add_(0, torch.cat([first, second]), torch.cat([-slope * apart, slope * apart]).to(d.dtype))
         return d
-
-
-def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == b.dtype:
-        out.addmm_(a, b)
-    elif a.numel():
-        out += linalg.scaled_mm(a, b)
