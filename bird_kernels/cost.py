@@ -150,7 +150,7 @@ def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
     return Cost(C.python_call + launches * C.triton_launch, launches * C.launch + device, launches)
 
 
-def apart(costs: Iterable[tuple[str, Cost]]) -> float:
+def one_by_one(costs: Iterable[tuple[str, Cost]]) -> float:
     """Microseconds of several pairs, each with launches of its own, in one autograd node: (backend, cost) of each."""
     per = {"native": C.native_launch, "triton": C.triton_launch, "library": C.library_launch}
     chosen = list(costs)

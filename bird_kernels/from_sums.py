@@ -70,7 +70,7 @@ def gradient(
     g = upstream * c.scale_x
     factors = 2.0 * c.d_kl * g, 4.0 * c.d_kk * g
     with fp32_products(problem):
-        z = backends.rows_of(x, y, mask, problem)
+        z = backends.shifted_rows(x, y, mask, problem)
         if problem.estimator == "unbiased":
             d = _unbiased(x, y, mask, z, s, factors, c=c, exact=exact or s)
         elif z is None:

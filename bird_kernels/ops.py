@@ -98,7 +98,7 @@ def _run(function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) ->
 
 
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
-    value, stash, _ = forward(x, y, mask, _call(x, y, mask, given))
+    value, stash, _ = run_forward(x, y, mask, _call(x, y, mask, given))
     # An operator must not return its inputs, but the stash of uncentred features is the features themselves.
     return value, *(kept.clone() if kept is x or kept is y else kept for kept in stash)
 
@@ -152,16 +152,16 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         return value
     if call.backend == "native":
         try:
-            return _native().alignment(x, y, mask, problem)
+            return _native().statistic_of(x, y, mask, problem)
         except Exception as error:
             call = _instead(call, error)
     if not wanted:
-        return forward(x, y, mask, call)[0]
+        return run_forward(x, y, mask, call)[0]
     value = _Alignment.apply(x, y, mask, call)
     return value
 
 
-def forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash, Call]:
+def run_forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash, Call]:
     """Value, stash, and the call that made them; under ``auto`` by another backend if the first one's kernels fail."""
     while True:
         problem, route, backend, auto, _ = call
@@ -173,7 +173,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tens
             call = _instead(call, error)
 
 
-def backward(
+def run_backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, call: Call
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx and dy, None where not wanted: by the backend that made the stash, or by the operator if `is_visible`. Under
@@ -186,7 +186,7 @@ def backward(
             dx, dy = _run(call.module.backward, grad, x, y, mask, stash, problem, route=call.route)
             return (dx if problem.x_grad else None), (dy if problem.y_grad else None)
         except Exception as error:
-            _, stash, call = forward(x, y, mask, _instead(call, error))
+            _, stash, call = run_forward(x, y, mask, _instead(call, error))
 
 
 def _instead(call: Call, error: Exception) -> Call:
@@ -251,14 +251,14 @@ class _Alignment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
-        value, stash, ctx.call = forward(x, y, mask, call)
+        value, stash, ctx.call = run_forward(x, y, mask, call)
         ctx.save_for_backward(x, y, mask, *stash)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mask, *tensors = ctx.saved_tensors
-        return *backward(grad, x, y, mask, Stash(*tensors), ctx.call), None, None
+        return *run_backward(grad, x, y, mask, Stash(*tensors), ctx.call), None, None
 
 
 def _visible_backward(

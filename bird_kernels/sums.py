@@ -91,7 +91,7 @@ def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums
     if len(x) == 0:
         return no_rows(x.shape[1], y.shape[1], x.device, dtypes(problem)[0], unbiased)
     with fp32_products(problem):
-        z = backends.rows_of(x, y, mask, problem)
+        z = backends.shifted_rows(x, y, mask, problem)
         if z is None and not (unbiased and x.is_cuda):
             found = _of_centred(x, y, mask, problem)
             if found is not None:

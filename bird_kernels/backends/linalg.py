@@ -118,7 +118,7 @@ def unit_of(peak: Scalar, limit: int) -> Scalar:
     return math.ldexp(1.0, -max(-limit, min(limit, math.frexp(peak)[1]))) if math.isfinite(peak) else 1.0
 
 
-def halves(scale: Scalar) -> tuple[Scalar, Scalar]:
+def two_factors(scale: Scalar) -> tuple[Scalar, Scalar]:
     """Two factors of ``scale``, which may be outside the range of fp32; the first is a power of two."""
     half: Scalar
     if isinstance(scale, Tensor):

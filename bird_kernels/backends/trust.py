@@ -45,7 +45,7 @@ def use_of(backend: str, problem: Problem, kind: str = "") -> Use:
     return Use(backend, kind or ("rbf" if problem.kernel else "linear"), problem.dtype, problem.device)
 
 
-def why_not(backend: str, kind: str, dtype: torch.dtype, device: torch.device) -> str | None:
+def known_failure(backend: str, kind: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why ``auto`` must not use these kernels; None if they have not failed."""
     return _broken.get(Use(backend, kind, dtype, device))
 

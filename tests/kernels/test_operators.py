@@ -61,7 +61,7 @@ def test_stash_is_as_announced(
     call = ops.arguments(ops.Call(problem, route, backend))
     value, *stash = torch.ops.bird.alignment(x, y, None, *call)
     assert value.dtype == ops.value_dtype(dtype)
-    announced = backends.load(backend).stash_shapes(problem, route)
+    announced = backends.module_of(backend).stash_shapes(problem, route)
     assert {name: (tuple(t.shape), t.dtype) for name, t in zip(Stash._fields, stash, strict=True)} == announced
 
 

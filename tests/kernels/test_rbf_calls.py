@@ -104,7 +104,7 @@ def test_workspace_is_what_is_kept(sides: tuple[bool, bool], streamed: bool, mon
     if streamed:
         monkeypatch.setattr(plan, "KEPT", 0)
     problem = Problem(700, 300, 200, torch.float32, CPU, x_grad=sides[0], y_grad=sides[1], kernel=RBF())
-    shapes = backends.load("library", "rbf").stash_shapes(problem, "gram")
+    shapes = backends.module_of("library", "rbf").stash_shapes(problem, "gram")
     kept = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
     assert plan.workspace(problem, "gram", "library") == pytest.approx(kept, rel=0.02)
     assert (kept < 700 * 700 * 4) == streamed
@@ -128,8 +128,8 @@ def test_streaming_holds_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x, y = features(256, 3, 4)
     with Largest():
-        value, stash = backends.load("library", "rbf").forward(x, y, None, _problem(256), "gram")
-        backends.load("library", "rbf").backward(torch.ones(()), x, y, None, stash, _problem(256), route="gram")
+        value, stash = backends.module_of("library", "rbf").forward(x, y, None, _problem(256), "gram")
+        backends.module_of("library", "rbf").backward(torch.ones(()), x, y, None, stash, _problem(256), route="gram")
     assert 16 * 256 <= largest <= 2 * 16 * 256
     assert value.isfinite()
 

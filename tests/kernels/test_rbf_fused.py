@@ -263,7 +263,7 @@ def test_operator_is_registered_right(sides: str, device: torch.device) -> None:
 
 def test_workspace_is_what_is_kept() -> None:
     problem = Problem(700, 300, 200, torch.float32, torch.device("cpu"), kernel=RBF())
-    shapes = backends.load("triton", "rbf").stash_shapes(problem, "gram")
+    shapes = backends.module_of("triton", "rbf").stash_shapes(problem, "gram")
     kept = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
     assert plan.workspace(problem, "gram", "triton") == pytest.approx(kept, rel=1e-3)
 
