@@ -91,10 +91,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, group: Any) -> Tensor:
-        own = sums.sums_of(x, y, mask, problem)
-        if problem.estimator == "unbiased":  # `transport.merged_size` says why
-            own = own.to(torch.float64)
-        total = sums.all_reduced(own, group)
+        total = sums.all_reduced(_own_sums(x, y, mask, problem), group)  # no name here, so that they can be freed
         value, coefficients, total = from_sums.value_of(total, problem)
         if not ctx.needs_input_grad[1]:
             total = total._replace(yy=total.yy.new_empty(0))
@@ -118,6 +115,12 @@ class _Merged(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 dy = from_sums.gradient(y, x, mask, *from_sums.exchanged(s, coefficients), upstream, problem=problem)
         return dx, dy, None, None, None
+
+
+def _own_sums(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> sums.Sums:
+    """This rank's sums in the dtype that they are sent in; `transport.merged_size` says why unbiased ones are fp64."""
+    own = sums.sums_of(x, y, mask, problem)
+    return own.to(torch.float64) if problem.estimator == "unbiased" else own
 
 
 class _Gathered(torch.autograd.Function):
