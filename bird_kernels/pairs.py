@@ -52,13 +52,9 @@ def weighted_loss(losses: Tensor, weights: Sequence[float] | Tensor | None) -> T
         return (losses * weights.to(losses)).sum()
     if torch.compiler.is_compiling():
         return sum((w * loss for w, loss in zip(weights, losses.unbind(), strict=True)), losses.new_zeros(()))
-    # Not losses @ vector, which autocast would round to bf16.
-    return torch.dot(losses, _vector(tuple(weights), losses.dtype, losses.device))
-
-
-def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers as a vector on ``device``."""
-    return _kept(values, dtype) if device.type == "cpu" else _filled(values, dtype, device)
+    values, dtype, device = tuple(weights), losses.dtype, losses.device
+    vector = _kept(values, dtype) if device.type == "cpu" else _filled(values, dtype, device)
+    return torch.dot(losses, vector)  # not losses @ vector, which autocast would round to bf16
 
 
 @lru_cache(maxsize=64)

@@ -74,12 +74,6 @@ def warn(use: Use, instead: str) -> None:
     )
 
 
-def forget_trials() -> None:
-    """Forget all results, as in a new process."""
-    _works.clear()
-    _broken.clear()
-
-
 def failure_of(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
     """Test the kernels, once, on a small problem with the same options: return the exception, or None for success.
 

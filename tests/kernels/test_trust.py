@@ -30,10 +30,10 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(tuning, "key_of", lambda device: tuning.Key("NVIDIA H200", "", "", ""))
     monkeypatch.setattr(native, "why_not", lambda *call: "is not built")
     monkeypatch.delenv("BIRD_STRICT")
-    trust.forget_trials()
+    trust._works.clear(), trust._broken.clear()
     backends.forget()
     yield backends.module_of("triton")
-    trust.forget_trials()
+    trust._works.clear(), trust._broken.clear()
     backends.forget()
 
 
