@@ -40,7 +40,7 @@ class Call(NamedTuple):
 
 _STASH = ", ".join(f"Tensor {name}" for name in Stash._fields)
 _CALL = "str statistic, str estimator, str route, str backend, str? precision, bool x_grad, bool y_grad, "
-_CALL += "str kernel, float[] sigma, float? threshold, bool flow, bool center"
+_CALL += "str kernel, float[] sigma, float? threshold, bool flow, str median, bool center"
 
 torch.library.define(
     "bird::alignment",
@@ -55,14 +55,16 @@ torch.library.define(
 def arguments(call: Call) -> tuple[Any, ...]:
     """A call as both operators take it behind their tensors, in the order of their schema."""
     p, k = call.problem, call.problem.kernel
-    kernel = ("linear", (), None, False) if k is None else ("rbf", k.sigmas or (), k.threshold, k.flow)
-    return p.statistic, p.estimator, call.route, call.backend, p.precision, p.x_grad, p.y_grad, *kernel, p.center
+    linear = p.statistic, p.estimator, call.route, call.backend, p.precision, p.x_grad, p.y_grad
+    if k is None:
+        return *linear, "linear", (), None, False, "lower", p.center
+    return *linear, "rbf", k.sigmas or (), k.threshold, k.flow, k.median, p.center
 
 
 def _call(x: Tensor, y: Tensor, mask: Tensor | None, given: Sequence[Any]) -> Call:
     """The call that `arguments` made ``given`` of."""
-    statistic, estimator, route, backend, precision, x_grad, y_grad, kernel, sigma, threshold, flow, center = given
-    rbf = None if kernel == "linear" else RBF((sigma[0], sigma[1]) if sigma else None, threshold, flow)
+    statistic, estimator, route, backend, precision, x_grad, y_grad, kernel, sigma, *rule, center = given
+    rbf = None if kernel == "linear" else RBF((sigma[0], sigma[1]) if sigma else None, *rule)
     sizes, asked = (x.shape[0], x.shape[1], y.shape[1]), (statistic, estimator, precision)
     problem = Problem(*sizes, x.dtype, x.device, *asked, mask is not None, x_grad, y_grad, rbf, center)
     return Call(problem, route, backend)

@@ -73,11 +73,14 @@ def operator(
 
 
 def described(
-    route: Route, backend: str, estimator: Estimator = "biased", wanted: tuple[bool, bool] = (True, True)
+    route: Route,
+    backend: str,
+    estimator: Estimator = "biased",
+    wanted: tuple[bool, bool] = (True, True),
+    kernel: RBF | None = None,
 ) -> tuple[Any, ...]:
-    """What both operators take behind their tensors for a linear CKA loss."""
-    x_grad, y_grad = wanted  # sizes, dtype and device are the tensors' own
-    problem = Problem(1, 1, 1, torch.float32, torch.device("cpu"), "cka_loss", estimator, None, False, x_grad, y_grad)
+    """What both operators take behind their tensors for a CKA loss; sizes, dtype and device are the tensors' own."""
+    problem = Problem(1, 1, 1, torch.float32, torch.device("cpu"), "cka_loss", estimator, None, False, *wanted, kernel)
     return ops.arguments(ops.Call(problem, route, backend))
 
 

@@ -13,7 +13,7 @@ import bird_kernels
 from bird_kernels import RBF, backends, cka_loss, plan, reference
 from bird_kernels.backends.library_rbf import median
 from bird_kernels.types import Problem
-from tests.accuracy import evaluate, features, operator, poison
+from tests.accuracy import described, evaluate, features, operator, poison
 from tests.kernels.gaussian import RULES, N, P, Q, centred
 
 CPU = torch.device("cpu")
@@ -76,10 +76,9 @@ def test_compile(dynamic: bool, device: torch.device) -> None:
 def test_operator_is_registered_right(sides: str, rule: RBF, memory: str, device: torch.device) -> None:
     """What the fake operators promise is what comes out, kept or streamed."""
     x, y = features(N, P, Q, device=device)
-    options = dict(sigma=rule.sigmas or (), threshold=rule.threshold, flow=rule.flow, center=True)
-    spec = ("cka_loss", "biased", "gram", "library", None, sides == "x", sides == "y", "rbf", *options.values())
+    call = described("gram", "library", wanted=(sides == "x", sides == "y"), kernel=rule)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.bird.alignment.default, (x, y, None, *spec), test_utils=tests)
+    torch.library.opcheck(torch.ops.bird.alignment.default, (x, y, None, *call), test_utils=tests)
 
 
 def test_repeated_backwards_and_one_side(rule: RBF, estimator: str, memory: str, device: torch.device) -> None:

@@ -31,7 +31,7 @@ from ... import plan
 from ...moments import MIN_ROWS, ROUNDING, Moments, Scalar, combine
 from ...types import Problem, Route, Shapes, Stash
 from .. import linalg
-from .median import lower_median, pair_at
+from .median import median_of, pair_at
 from .strips import Bandwidth, Strips
 
 __all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
@@ -136,7 +136,7 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
     if kernel.sigmas is not None:
         square = linalg.as_tensor(scale, strips.norms.device).mul(kernel.sigmas[side]).square()
     else:
-        median = lower_median(strips, n, kernel)
+        median = median_of(strips, n, kernel)
         if kernel.flow:
             first, second = pair_at(strips, median)
         typical = median.double()
