@@ -52,7 +52,7 @@ torch.library.define(
 )
 
 
-def arguments(call: Call) -> tuple[Any, ...]:
+def flattened(call: Call) -> tuple[Any, ...]:
     """A call as both operators take it behind their tensors, in the order of their schema."""
     p, k = call.problem, call.problem.kernel
     linear = p.statistic, p.estimator, call.route, call.backend, p.precision, p.x_grad, p.y_grad
@@ -62,7 +62,7 @@ def arguments(call: Call) -> tuple[Any, ...]:
 
 
 def _call(x: Tensor, y: Tensor, mask: Tensor | None, given: Sequence[Any]) -> Call:
-    """The call that `arguments` made ``given`` of."""
+    """The call that `flattened` made ``given`` of."""
     statistic, estimator, route, backend, precision, x_grad, y_grad, kernel, sigma, *rule, center = given
     rbf = None if kernel == "linear" else RBF((sigma[0], sigma[1]) if sigma else None, *rule)
     sizes, asked = (x.shape[0], x.shape[1], y.shape[1]), (statistic, estimator, precision)
@@ -71,12 +71,12 @@ def _call(x: Tensor, y: Tensor, mask: Tensor | None, given: Sequence[Any]) -> Ca
 
 
 def _split(stash_and_call: Sequence[Any]) -> tuple[Stash, Sequence[Any]]:
-    """The last arguments of the backward: the stash, and those that `arguments` makes."""
+    """The last arguments of the backward: the stash, and those that `flattened` makes."""
     return Stash(*stash_and_call[: len(Stash._fields)]), stash_and_call[len(Stash._fields) :]
 
 
 def _wanted(given: Sequence[Any]) -> tuple[bool, bool]:
-    """Of the arguments that `arguments` makes: whether gradients of x and of y are wanted."""
+    """Of the arguments that `flattened` makes: whether gradients of x and of y are wanted."""
     return given[5], given[6]
 
 
@@ -147,10 +147,10 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
     wanted = problem.x_grad or problem.y_grad
     if torch.compiler.is_compiling() and not wanted:
         # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
-        value: Tensor = torch.ops.bird.alignment(x, y, mask, *arguments(call))[0]
+        value: Tensor = torch.ops.bird.alignment(x, y, mask, *flattened(call))[0]
         return value
     if watched(x, y):
-        value = _TransformableAlignment.apply(x, y, mask, *arguments(call))[0]
+        value = _TransformableAlignment.apply(x, y, mask, *flattened(call))[0]
         return value
     if call.backend == "native":
         try:
@@ -182,7 +182,7 @@ def run_backward(
     ``auto``, if its kernels fail, another backend repeats the forward and runs the backward."""
     problem = call.problem
     if is_visible(grad, x):
-        return _visible_backward(grad, x, y, mask, arguments(call), stash)
+        return _visible_backward(grad, x, y, mask, flattened(call), stash)
     while True:
         try:
             dx, dy = _run(call.module.backward, grad, x, y, mask, stash, problem, route=call.route)
@@ -240,7 +240,7 @@ def _native() -> Any:
             x.shape[0], x.shape[1], y.shape[1], x.dtype, x.device, get_args(Statistic)[statistic],
             "unbiased" if unbiased else "biased", "ieee" if exact else "tf32", mask is not None, x_grad, y_grad,
         )  # fmt: skip
-        given = arguments(Call(problem, "gram", "native"))
+        given = flattened(Call(problem, "gram", "native"))
         return _visible_backward(grad, x, y, mask, given, native.stash_of(coefficients, k, l))
 
     native.differentiate_backward_with(backward)

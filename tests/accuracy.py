@@ -81,7 +81,7 @@ def described(
 ) -> tuple[Any, ...]:
     """What both operators take behind their tensors for a CKA loss; sizes, dtype and device are the tensors' own."""
     problem = Problem(1, 1, 1, torch.float32, torch.device("cpu"), "cka_loss", estimator, None, False, *wanted, kernel)
-    return ops.arguments(ops.Call(problem, route, backend))
+    return ops.flattened(ops.Call(problem, route, backend))
 
 
 def plain(route: str, estimator: str = "biased") -> Function:

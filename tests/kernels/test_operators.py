@@ -58,7 +58,7 @@ def test_stash_is_as_announced(
     x, y = features(N, P, Q, dtype, device)
     x_grad, y_grad = ("x" in sides), ("y" in sides)
     problem = Problem(N, P, Q, dtype, device, "cka", estimator, None, False, x_grad, y_grad)
-    call = ops.arguments(ops.Call(problem, route, backend))
+    call = ops.flattened(ops.Call(problem, route, backend))
     value, *stash = torch.ops.bird.alignment(x, y, None, *call)
     assert value.dtype == ops.value_dtype(dtype)
     announced = backends.module_of(backend).stash_shapes(problem, route)
