@@ -141,7 +141,7 @@ def test_explain(device: torch.device) -> None:
     x, y = torch.zeros(2000, 30, device=device), torch.zeros(2000, 40, device=device)
     found = bird_kernels.explain(x.requires_grad_(), y, kernel=RBF(threshold=0.5))
     assert (found.route, found.backend) == ("gram", "library")
-    assert "RBF(sigma=None, threshold=0.5, flow=False)" in str(found)
+    assert "RBF(sigma=None, threshold=0.5, flow=False, median='lower')" in str(found)
     assert "kept" in found.tile
     assert found.flops == 2000**2 * (70 + 2 * 30)
     big = torch.empty(1, 1, device=device).expand(100_000, 8)
