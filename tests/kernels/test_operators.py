@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bird_kernels
 from bird_kernels import ops
-from bird_kernels.ops import Spec
-from tests.accuracy import evaluate, features, operator, poison
+from tests.accuracy import described, evaluate, features, operator, poison
 from tests.selection import short
 
 COMPILED = pytest.mark.compiled
@@ -42,11 +41,11 @@ def test_opcheck(
     """Schema (nothing aliased, nothing written to), and shapes, dtypes and strides without data against real ones."""
     x, y = features(N, P, Q, device=device)
     inputs = x, y, mask if masked else None
-    spec = Spec("cka_loss", estimator, route, backend, None, "x" in sides, "y" in sides)
-    torch.library.opcheck(torch.ops.bird.alignment.default, (*inputs, *spec), test_utils=CHECKS)
-    value, *stash = torch.ops.bird.alignment(*inputs, *spec)
+    call = described(route, backend, estimator, ("x" in sides, "y" in sides))
+    torch.library.opcheck(torch.ops.bird.alignment.default, (*inputs, *call), test_utils=CHECKS)
+    value, *stash = torch.ops.bird.alignment(*inputs, *call)
     if sides:
-        arguments = torch.ones_like(value), *inputs, *stash, *spec
+        arguments = torch.ones_like(value), *inputs, *stash, *call
         torch.library.opcheck(torch.ops.bird.alignment_backward.default, arguments, test_utils=CHECKS)
 
 
@@ -169,9 +168,9 @@ def test_all_coefficients_are_written(
 ) -> None:
     """Those that no backward reads, too: what an operator returns is compared, copied and saved."""
     x, y = features(N, P, Q, device=device)
-    spec = Spec("cka_loss", estimator, route, backend, None, True, True)
+    call = described(route, backend, estimator)
     with poison():
-        _, coefficients, *_ = torch.ops.bird.alignment(x, y, mask if masked else None, *spec)
+        _, coefficients, *_ = torch.ops.bird.alignment(x, y, mask if masked else None, *call)
     assert coefficients.isfinite().all()
 
 

@@ -96,7 +96,7 @@ def test_products_are_of_the_features_dtype(dtype: torch.dtype, monkeypatch: pyt
     x, y = features(40, 6, 5, dtype=dtype)
     problem = Problem(40, 6, 5, dtype, x.device)
     s = sums.sums_of(x, y, None, problem)
-    _, c, s = from_sums.evaluate(s, problem)
+    _, c, s = from_sums.value_of(s, problem)
     original = linalg.mm
 
     def mm(a: Tensor, b: Tensor) -> Tensor:

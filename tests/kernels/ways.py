@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -84,7 +84,9 @@ def by_sums(
         if gpu:
             patch.setattr(rows, "wanted", lambda problem: problem.dtype != F64)
             patch.setattr(backends, "_shifts", lambda dtype, device: gpu == "triton")
-        value, c, s = from_sums.evaluate(sums.merged([sums.sums_of(*part, problem) for part in parts]), problem)
+        value, c, s = from_sums.value_of(
+            reduce(sums.include, [sums.sums_of(*part, problem) for part in parts]), problem
+        )
         exchanged = from_sums.exchanged(s, c)
         dx = torch.cat([from_sums.gradient(a, b, m, s, c, upstream, problem=problem) for a, b, m in parts])
         dy = torch.cat([from_sums.gradient(b, a, m, *exchanged, upstream, problem=problem) for a, b, m in parts])
