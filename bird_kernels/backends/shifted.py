@@ -27,6 +27,7 @@ from . import library
 from .linalg import PART, fp32_products, mm, padded
 from .rows import Rows, described, rounded_product
 from .triton import double, finish
+from .triton.gradient import named
 from .triton.launch import Launch, aligned, as_bytes, device_of, precision_of
 from .triton.reduce import COEFFICIENTS
 from .triton.shift import Shift
@@ -42,7 +43,7 @@ def takes(problem: Problem) -> bool:
 
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
-    """Shape and dtype of every tensor of the stash; ``rows``: means of z (cross) or row sums of K and L (gram)."""
+    """Shape and dtype of every tensor of the stash; ``rows``: means of z (cross) or shifts of K and L (gram)."""
     if not _is_here(problem, route):
         return library.stash_shapes(problem, route, _geometry(problem, "cross")[0])
     n, pa, qa, rows = problem.n, padded(problem.p), padded(problem.q), _geometry(problem, route)[0]
@@ -117,9 +118,10 @@ class _Launches:
         always = problem.dtype == torch.float32
         self.shifted = Shift(problem, self.rows, precision, always=always, cross=route == "cross")
         self.decided: dict[str, Any] = dict(
-            n=problem.n, p=problem.p, q=problem.q, parts=self.parts, shares=self.shifted.shares,
+            n=problem.n, p=problem.p, q=problem.q, parts=self.parts, shares=self.shifted.shares, PARTS=1,
             MASKED=problem.masked, STATISTIC=problem.statistic, UNBIASED=problem.estimator == "unbiased",
-            TF32=self.tf32, NEAR=problem.dtype == torch.float16,  # its range is small: results are scaled in fp32
+            GAUSSIAN=False, TF32=self.tf32,
+            NEAR=problem.dtype == torch.float16,  # its range is small: results are scaled in fp32
         )  # fmt: skip
 
 
@@ -172,8 +174,7 @@ class _Gram(_Launches):
     def __init__(self, problem: Problem, precision: str) -> None:
         super().__init__(problem, "gram", precision)
         self.blocks = ceil_div(problem.n, double.HEIGHT)
-        parts = dict(HEIGHT=double.HEIGHT, LENGTH=double.LENGTH, BLOCK=BLOCK)
-        decided = self.decided | dict(NUMBERS=COEFFICIENTS.value) | parts
+        decided = self.decided | dict(HEIGHT=double.HEIGHT, LENGTH=double.LENGTH, BLOCK=BLOCK)
         programs = 2 * self.blocks + ceil_div(self.qa + self.pa, BLOCK)
         self.sum_rows = Launch(finish.gram_rows_kernel, (programs,), decided)
         self.moments = Launch(double.moments_kernel, (self.blocks, 1), decided)
@@ -191,7 +192,7 @@ class _Gram(_Launches):
             else:
                 torch.mm(z.float(), z.T.float(), out=gram)
         slots, value = x.new_empty(6 * self.blocks, dtype=torch.float64), x.new_empty((), dtype=torch.float32)
-        memory |= dict(slots=slots, values=value) | _gram_stash(stash)
+        memory |= dict(slots=slots, values=value, rows=torch.empty_like(stash.rows)) | named(stash)
         self.sum_rows(known, memory)
         self.moments(known, memory)
         return value, stash
@@ -201,13 +202,8 @@ class _Gram(_Launches):
         m = z.new_empty((self.problem.n, self.rows))
         factor = stash.xx.new_empty(())
         known = (grad.dtype,) if aligned(grad, mask) else None
-        self.mix[side](known, _gram_stash(stash) | dict(mask=mask, grad=grad, m=m, factor=factor))
+        self.mix[side](known, named(stash) | dict(mask=mask, grad=grad, m=m, factor=factor))
         return rounded_product(m, z, factor, self.problem.n, (self.problem.p, self.problem.q)[side])
-
-
-def _gram_stash(stash: Stash) -> dict[str, Tensor]:
-    """The tensors of a stash of the Gram route by the kernels' parameter names."""
-    return dict(grams=stash.xx, rows=stash.rows, coefficients=stash.coefficients)
 
 
 @lru_cache(maxsize=1024)
