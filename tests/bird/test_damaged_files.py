@@ -152,7 +152,7 @@ class Pair(nn.Module):
 
 def test_weights_that_a_run_left(tmp_path: Path) -> None:
     """With their checksum nothing else than what was written is read; without, damage has a name where it shows."""
-    policies: Any = pytest.importorskip("bird.lab.language.policies", reason="an extra: bird-kernels[language]")
+    runs: Any = pytest.importorskip("bird.lab.language.training", reason="an extra: bird-kernels[language]")
     from safetensors.torch import save_model
 
     path, model = tmp_path / "policy.safetensors", Pair()
@@ -160,17 +160,17 @@ def test_weights_that_a_run_left(tmp_path: Path) -> None:
     truth = model.one.weight.tolist()
 
     def read() -> Any:
-        policies.restore(model, tmp_path)
+        runs.restore(model, path)
         return model.two.weight.tolist()
 
     survives(path, read)
-    policies.write_history({"train": []}, path)
+    runs.finish_run(model, path, {"train": []})
     assert survives(path, read, truth) > 0.9 * MUTATIONS
     history = tmp_path / "history.json"
-    assert survives(history, lambda: policies.read_history(history), {"train": []}) > 0.5 * MUTATIONS
+    assert survives(history, lambda: runs.finished_run(model, path, "cpu"), {"train": []}) > 0.5 * MUTATIONS
     path.unlink()
     with pytest.raises(FileNotFoundError):
-        policies.restore(model, tmp_path)
+        runs.restore(model, path)
 
 
 def test_published_networks(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_published_networks(tmp_path: Path) -> None:
 
     shutil.copytree(saved("encoder"), tmp_path / "network")
     path = tmp_path / "network/model.safetensors"
-    assert unloadable(path, lambda: models.load(str(path.parent), "encoder")) > 0.3 * MUTATIONS
+    assert unloadable(path, lambda: models.load_network(str(path.parent), "encoder")) > 0.3 * MUTATIONS
 
 
 def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer.write_tensors_to_file()
     writer.close()
     monkeypatch.setattr(models, "locate_network", lambda name: path)
-    assert unloadable(path, lambda: models.load("smollm2-135m", "causal")) == MUTATIONS
+    assert unloadable(path, lambda: models.load_network("smollm2-135m", "causal")) == MUTATIONS
 
 
 def unloadable(path: Path, read: Callable[[], Any]) -> int:

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
+from transformers import TrainingArguments
+
 from bird.lab.language import training
 from bird.lab.language.training import MARK, Watch, forget_checkpoints, last_checkpoint, mark_whole
 
@@ -101,9 +103,22 @@ def test_older_ones_go_once_the_new_one_is_marked(tmp_path: Path, monkeypatch: p
     Watch(False).on_save(arguments, state, None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    assert "save_total_limit" not in training.arguments(
-        training.Training(), tmp_path, 0, training.torch.device("cpu"), 1
-    )
+    arguments = training.arguments(TrainingArguments, training.Training(), tmp_path, seed=0, device="cpu", save_every=1)
+    assert arguments.save_total_limit is None
+
+
+@pytest.mark.parametrize("kind", ["TrainingArguments", "DPOConfig"])
+@pytest.mark.parametrize("what", ["n_gpu", "world_size"])
+def test_several_gpus_or_processes_are_refused(
+    kind: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would spread a batch over them, and an optimizer step would be of another size."""
+    module: Any = pytest.importorskip("trl") if kind == "DPOConfig" else pytest.importorskip("transformers")
+    options: dict[str, Any] = {"seed": 0, "device": "cpu", "save_every": 1}
+    training.arguments(getattr(module, kind), training.Training(), tmp_path, **options)
+    monkeypatch.setattr(TrainingArguments, what, property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"one process and one GPU: show it one only \(CUDA_VISIBLE_DEVICES\)"):
+        training.arguments(getattr(module, kind), training.Training(), tmp_path, **options)
 
 
 def _dies(path: Path) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from bird.lab.language.data import Labelled, Preference, balance, columns, halves, split
+from bird.lab.language.data import Labelled, Preference, balance, random_halves, random_parts
 from bird.lab.language.data.files import read_rows
 from bird.lab.language.data.positivity import LEAD, opening, positivity
-from bird.lab.language.data.snippets import SOURCES, Snippet, snippets
+from bird.lab.language.data.snippets import Snippet, snippets
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -43,9 +43,8 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", [ARCHIVE, ARCHIVE.lower()])
-def test_snippets_hold_what_people_scored(source: str, name: str, tmp_path: Path) -> None:
+def test_snippets_hold_what_people_scored(name: str, tmp_path: Path) -> None:
     rows = (
         "1\t2.5\tA ''new''  clich\u00e9, isn't it.\r\n"
         "2_1\t-1.25\tR&amp;B of Meagher &amp;amp; Flom\r\n"
@@ -55,8 +54,8 @@ def test_snippets_hold_what_people_scored(source: str, name: str, tmp_path: Path
         "6\t1\t:(\r\n"
         "7\t3\ttwo\u2028lines"
     )
-    write_snippets(tmp_path, rows, source, name)
-    assert snippets(source, tmp_path) == [
+    write_snippets(tmp_path, rows, name=name)
+    assert snippets(tmp_path) == [
         Snippet('A "new" clich\u00e9, isn\'t it.', 2.0),
         Snippet("R&B of Meagher & Flom", -1.25),
         Snippet("a NEW cliche\u0301? isn't it", 0.5),
@@ -72,12 +71,10 @@ def test_missing_and_broken_snippets_say_what_to_do(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("BIRD_DATA", str(tmp_path / "sets"))
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/sets/{ARCHIVE} is not there .*\n.*{command}"):
         snippets()
-    with pytest.raises(ValueError, match="no snippets 'movies'; there are movieReviewSnippets, "):
-        snippets("movies", tmp_path)
 
     def refuses(message: str) -> None:
         with pytest.raises(ValueError, match=rf"(?s){ARCHIVE} is broken: .*{message}.*{command}"):
-            snippets(root=tmp_path)
+            snippets(tmp_path)
 
     for rows, message in (
         ("1\t2.5", "line 1 has 2 cells"),
@@ -117,7 +114,9 @@ def test_positivity_parts_share_no_text() -> None:
     score = {row.text: row.score for row in rows}
     parts = positivity(rows, 3, held_out=10, share=0.2)
     good, bad = ([p.prompt[len(LEAD) + 1 :] + getattr(p, side) for p in parts.pairs] for side in ("chosen", "rejected"))
-    labelled = parts.teacher + parts.judge
+    assert {prompt for prompt, *_ in parts.taught} == {""}
+    teacher = [Labelled(str(text), label) for _, text, label in parts.taught]
+    labelled = teacher + parts.judged
     texts = [row.text for row in labelled] + good + bad + parts.texts
     assert len(texts) == len(set(texts))
     assert set(texts) <= set(score)
@@ -126,9 +125,9 @@ def test_positivity_parts_share_no_text() -> None:
         assert abs(score[row.text]) > 0.5
     assert min(score[text] for text in good) > 0.5
     assert max(score[text] for text in bad) < -0.5
-    assert {row.label for row in parts.teacher} == {row.label for row in parts.judge} == {0, 1}
+    assert {row.label for row in teacher} == {row.label for row in parts.judged} == {0, 1}
     left = sum(abs(row.score) > 0.5 and row.text not in set(parts.texts) for row in rows)
-    assert len(parts.teacher) == len(parts.judge) == round(0.2 * left)
+    assert len(teacher) == len(parts.judged) == round(0.2 * left)
     assert len(parts.pairs) > 0.7 * (left - len(labelled)) / 2
 
     assert len(parts.prompts) == len(set(parts.prompts)) == 10
@@ -145,10 +144,10 @@ def test_positivity_pairs_by_the_longest_opening() -> None:
         "It's so very well done.": 2,
         "It's too silly for me.": -2,
     }
-    parts = positivity([Snippet(*row) for row in texts.items()], held_out=0, share=0.0, lead="Say:")
+    parts = positivity([Snippet(*row) for row in texts.items()], held_out=0, share=0.0)
     assert sorted(parts.pairs, key=lambda pair: pair.prompt) == [
-        Preference("Say: It's", " so very well done.", " too silly for me."),
-        Preference("Say: It's a", " fine small film.", " bad long film."),
+        Preference(f"{LEAD} It's", " so very well done.", " too silly for me."),
+        Preference(f"{LEAD} It's a", " fine small film.", " bad long film."),
     ]
     assert opening("One two three four five", 2) == "One two"
     assert opening("One two three four", 2) is None
@@ -160,27 +159,20 @@ def test_positivity_follows_its_seed() -> None:
     rows = reviews()
     first, again, other = (positivity(rows, seed, held_out=5) for seed in (0, 0, 1))
     assert first == again
-    for part in ("teacher", "judge", "pairs", "prompts"):
+    for part in ("taught", "judged", "pairs", "prompts"):
         assert set(map(str, getattr(first, part))) != set(map(str, getattr(other, part)))
     with pytest.raises(ValueError, match=r"have 40 openings of two words .*; 41 cannot be held out"):
         positivity(rows, held_out=41)
-    for wrong in (dict(margin=-0.1), dict(held_out=-1), dict(share=0.5)):
-        with pytest.raises(ValueError, match="must be 0 or more"):
-            positivity(rows, **wrong)
 
 
-def test_split_and_halves() -> None:
+def test_random_parts_and_halves() -> None:
     rows = list(range(101))
-    first, second, none = split(rows, (30, 20, 0), 5)
-    assert (len(first), len(second), none) == (30, 20, [])
-    assert len({*first, *second}) == 50
-    assert split(rows, (30, 20, 0), 5) == [first, second, none]
-    assert split(rows, (30, 20, 0), 6) != [first, second, none]
-    weak, strong = halves(rows, 0)
+    first, others = random_parts(rows, 30, 5)
+    assert (len(first), sorted(first + others)) == (30, rows)
+    assert random_parts(rows, 30, 5) == (first, others)
+    assert random_parts(rows, 30, 6) != (first, others)
+    weak, strong = random_halves(rows, 0)
     assert (len(weak), len(strong), sorted(weak + strong)) == (50, 51, rows)
-    for sizes in ((102,), (60, 42), (-1,)):
-        with pytest.raises(ValueError, match="101 rows cannot be split"):
-            split(rows, sizes, 0)
 
 
 def test_balance_drops_the_surplus_only() -> None:
@@ -189,11 +181,6 @@ def test_balance_drops_the_surplus_only() -> None:
     assert Counter(row.label for row in kept) == {0: 10, 1: 10}
     assert [int(row.text) for row in kept] == sorted(int(row.text) for row in kept)
     assert balance(rows, 0) == kept != balance(rows, 1)
-    assert columns(kept[:1]) == {"text": [kept[0].text], "label": [kept[0].label]}
-    with pytest.raises(ValueError, match="row 1 has the label 2"):
-        balance([Labelled("a", 1), Labelled("b", 2)], 0)
-    with pytest.raises(ValueError, match="no rows"):
-        columns([])
 
 
 ROWS = [{"a": 1, "text": "x\u2028y"}, {"a": 2, "text": "z"}]

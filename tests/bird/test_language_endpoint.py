@@ -17,7 +17,7 @@ import pytest
 
 from bird.lab.language import endpoint
 from bird.lab.language.endpoint import Endpoint
-from bird.lab.language.verdicts import SAFETY, fill
+from bird.lab.language.verdicts import SAFETY, question
 
 KEY = "sk-verysecret/1234+"
 Reply = tuple[int, dict[str, str], str]
@@ -125,14 +125,13 @@ def test_what_is_asked_and_how_answers_are_read(server: Server) -> None:
     assert server.asked[0] == {
         "path": "/v1/chat/completions",
         "model": "judge-1",
-        "messages": [{"role": "user", "content": fill(SAFETY, "Hi {response}", "a")}],
+        "messages": [{"role": "user", "content": question("Hi {response}", "a")}],
         "temperature": 0,
         "max_tokens": 8,
     }
     assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in server.headers)
     assert all(headers["Content-Type"] == "application/json" for headers in server.headers)
     assert judge(server).name == "judge-1"
-    assert judge(server, name="another").name == "another"
 
 
 def test_a_server_learns_what_it_is_asked_and_no_more(
@@ -239,7 +238,9 @@ def test_the_key_stands_nowhere(server: Server, tmp_path: Path, monkeypatch: pyt
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
 
 
-def test_answers_are_kept_by_what_they_depend_on(server: Server, tmp_path: Path) -> None:
+def test_answers_are_kept_by_what_they_depend_on(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "deep" / "cache.jsonl"
     prompts, responses = ["p", "p", "q", "p"], ["r", "bad", "r", "r"]
     truth = [True, False, True, True]
@@ -255,10 +256,9 @@ def test_answers_are_kept_by_what_they_depend_on(server: Server, tmp_path: Path)
     assert len(server.asked) == 4
     assert cache.read_bytes()[: len(whole)] == whole
     assert [set(json.loads(line)) for line in cache.read_text().splitlines()] == [{"key", "answer"}] * 4
-    # words are not asked for: other ones read the same answers
-    assert judge(server, cache=cache, words=("unsafe", "safe"))(prompts, responses) == [not good for good in truth]
-    assert len(server.asked) == 4
-    judge(server, cache=cache, template="<answer>{prompt} {response}")(["p"], ["r"])
+    with monkeypatch.context() as patch:
+        patch.setattr("bird.lab.language.endpoint.SAFETY", f"{SAFETY} Please.")
+        judge(server, cache=cache)(["p"], ["r"])
     Endpoint(server.url, "judge-2", "JUDGE_KEY", cache=cache)(["p"], ["r"])
     judge(server, cache=cache)([[{"role": "user", "content": "p"}]], ["r"])
     judge(server, cache=cache)(["pr"], [""])
@@ -299,12 +299,10 @@ def test_bad_input_is_refused(server: Server, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="must start with http") as caught:
             Endpoint(url, "m", None)
         assert "secret" not in str(caught.value)
-    with pytest.raises(ValueError, match="judge nothing"):
-        judge(server, template="{prompt}")
     for option in ({"per_minute": 0}, {"timeout": 0}, {"retries": -1}, {"max_tokens": 0}, {"backoff": -1}):
         with pytest.raises(ValueError, match="per_minute, timeout and max_tokens must be above 0"):
             judge(server, **option)
-    with pytest.raises(ValueError, match="got 2 prompts and 1 responses"):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
         judge(server)(["a", "b"], ["c"])
     cache = tmp_path / "notes"
     for text, said in (("notes\n", "line 1 is not a JSON object"), ('{"a": 1}\n', "is not a cache of answers")):

@@ -352,12 +352,17 @@ def read(path: Path) -> Mapping[str, Any]:
         # What is held out leaves the teacher's texts and the pairs, so nothing of another choice may be taken up.
         (
             {"data": {"source": "positivity", "limit": 6, "held_out": 4, "words": 12}},
-            {"teacher", "policy", "bird", "responses", "alignment"},
+            {"teacher", "policy", "bird", "responses", "tuned", "alignment"},
         ),
-        ({"data": {"source": "positivity", "limit": 6, "held_out": 5, "words": 11}}, {"policy", "bird"}),
+        (
+            {"data": {"source": "positivity", "limit": 6, "held_out": 5, "words": 11}},
+            {"policy", "bird", "tuned"},
+        ),
+        ({"transfer": {"epochs": 1, "batch_size": 4, "lr": 2e-3}}, {"policy", "bird", "tuned"}),
         ({"teacher": {"epochs": 2, "batch_size": 32, "max_length": 100}}, {"teacher", "bird", "alignment"}),
         ({"guidance": {"layer": "model.layers.0"}}, {"bird", "alignment"}),
-        ({"generation": {"max_new_tokens": 7}}, {"responses"}),
+        ({"generation": {"max_new_tokens": 7}}, {"responses", "tuned"}),
+        ({"generation": {"max_new_tokens": 6, "temperature": 0.5}}, {"responses", "tuned"}),
         ({"title": "Another"}, set()),
     ],
 )
@@ -371,6 +376,7 @@ def test_what_decides_a_stage_names_it(changes: dict[str, Any], moved: set[str],
             "policy": cells["dpo"].training.key,
             "bird": cells["dpo-bird"].training.key,
             "responses": cells["none"].scores["responses"].key,
+            "tuned": cells["dpo"].scores["responses"].key,
             "alignment": cells["none"].scores["alignment"].key,
         }
 

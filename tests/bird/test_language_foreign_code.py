@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
-from bird.lab.language.models import load
+from bird.lab.language.models import load_network
 from tests.bird.tiny import saved
 
 CODE = """
@@ -37,5 +37,5 @@ def test_code_of_a_folder_does_not_run(head: str, tmp_path: Path, monkeypatch: p
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
     with pytest.raises(ValueError, match="wants to run code of its own, which is not done here"):
-        load(str(folder), head)
+        load_network(str(folder), head)
     assert not mark.exists()

@@ -17,10 +17,11 @@ from trl import DPOConfig, DPOTrainer
 from bird.lab.language import training as runs
 from bird.lab.language.data import Preference
 from bird.lab.language.data.positivity import LEAD
-from bird.lab.language.models import load
-from bird.lab.language.policies import restore, train_policy
+from bird.lab.language.models import load_network
+from bird.lab.language.policies import train_policy
 from bird.lab.language.preference import _material, _read, spoken
 from bird.lab.language.recipe import Training
+from bird.lab.language.training import restore
 from bird.language import Guidance
 from tests.bird.tiny import bytes_tokenizer, guidance, letters_tokenizer, saved, student
 
@@ -50,7 +51,7 @@ def test_safety_reads_the_data_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_conversations_are_read_as_the_student_speaks_them() -> None:
-    _, tokenizer = load(saved("decoder"), "causal")
+    _, tokenizer = load_network(saved("decoder"), "causal")
     prompt, response = [{"role": "user", "content": "how?"}], [{"role": "assistant", "content": "so."}]
     asked, said = spoken(tokenizer, prompt, response)
     assert "how?" in asked
@@ -97,7 +98,7 @@ def test_a_policy_is_what_trls_trainer_makes(tmp_path: Path) -> None:
     )
     assert len(history["train"]) == 6
     again = student(seed=9)
-    restore(again, tmp_path / "ours")
+    restore(again, tmp_path / "ours/policy.safetensors")
     assert_equal(weights(again), weights(model))
     assert not list((tmp_path / "ours").glob("checkpoint-*"))
 
@@ -111,7 +112,7 @@ def test_a_killed_policy_goes_on(adapters: int, tmp_path: Path, monkeypatch: pyt
         options: dict[str, Any] = {"guidance": guidance(), "seed": 1, "save_every": 2}
         train_policy(model, bytes_tokenizer(), PAIRS, training, tmp_path / folder, **options | more)
         found = student(seed=8)
-        restore(found, tmp_path / folder)
+        restore(found, tmp_path / folder / "policy.safetensors")
         return found
 
     whole = train("whole")

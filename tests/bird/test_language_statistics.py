@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bird.lab.language.data import distinct
+from bird.lab.language.data import distinct_pairs
 from bird.lab.statistics import bootstrap, paired_bootstrap
 
 
 def test_distinct_by_hand() -> None:
-    texts = ["a b a b", "b a", "", "c"]
-    assert distinct(texts, 1) == 3 / 7
-    assert distinct(texts, 2) == 2 / 4  # ab ba ab | ba
-    assert distinct(texts, 5) == distinct([]) == 0
-    assert distinct(["so so so so so"] * 10) == 1 / 40
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        distinct(texts, 0)
+    assert distinct_pairs(["a b a b", "b a", "", "c"]) == 2 / 4  # ab ba ab | ba
+    assert distinct_pairs(["a", ""]) == distinct_pairs([]) == 0
+    assert distinct_pairs(["so so so so so"] * 10) == 1 / 40
 
 
 def test_intervals_are_those_of_scipy() -> None:

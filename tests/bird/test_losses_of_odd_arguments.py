@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from bird import BirdLoss, Hints, LwF
+from bird import BirdLoss, Hints, LwF, Taps, Teacher, compare
 
 FEATURES = {"t": torch.randn(8, 4)}, {"s": torch.randn(8, 4)}
 PAIRS = [("t", "s")]
@@ -35,3 +37,31 @@ def test_a_pair_is_no_text(pairs: Any) -> None:
     """Two letters would be taken for two layers."""
     with pytest.raises(ValueError, match="pairs must list one or more"):
         BirdLoss(pairs=pairs)
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_a_weight_is_no_text(name: str) -> None:
+    with pytest.raises(TypeError, match=r"a weight must be a number or a 0-d tensor, got '0\.1'"):
+        BirdLoss(pairs=PAIRS, **{name: "0.1"})
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_features_without_a_gradient_are_told(loss: Any) -> None:
+    """Such a pair would train nothing in silence; in an evaluation it need not."""
+    with pytest.warns(RuntimeWarning, match="t/s: the student's features carry no gradient, so this pair trains"):
+        loss(torch.ones((), requires_grad=True), *FEATURES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            loss(torch.ones(()), *FEATURES)
+        loss(torch.ones(()), FEATURES[0], {"s": FEATURES[1]["s"].clone().requires_grad_()})
+
+
+def test_a_teacher_s_layers_are_its_network_s() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    teacher = Teacher(net, ["0"])
+    words = "Teacher has no layers inside; of a bird.Teacher give the network that it was made of"
+    with pytest.raises(ValueError, match=words):
+        Taps(teacher, ["0"])
+    with pytest.raises(ValueError, match=words):
+        compare(net, teacher, [torch.randn(8, 4)], progress=False)

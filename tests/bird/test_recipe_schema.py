@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -253,6 +253,23 @@ def test_judges_are_looked_at_before_anything_is_trained(preferences: Any, monke
         preferences()
     with pytest.raises(ImportError, match="peft is not installed"):
         preferences(("judges/it", endpoint), ("transfer/adapters", 4))
+
+
+def test_prompts_and_responses_have_room_in_the_students_window(preferences: Any) -> None:
+    from bird.lab.language.data import Labelled, Material
+
+    whole = Material([], ["p", "a prompt"], ["t"], [], [Labelled("a", 0), Labelled("b", 1)])
+    preferences(material=whole)
+    with pytest.raises(ValueError, match=r"student .*: prompt 1 has (\d+) tokens with 99999 new ones, .* positions"):
+        preferences(("generation/max_new_tokens", 99_999), material=whole)
+    with pytest.raises(ValueError, match=r"at most \d+ be generated \(max_new_tokens\)") as error:
+        preferences(("generation/max_new_tokens", 99_999), material=whole)
+    fits = int(str(error.value).split("at most ")[1].split()[0])
+    preferences(("generation/max_new_tokens", fits), material=whole)
+    with pytest.raises(ValueError, match=f"let at most {fits} be generated"):
+        preferences(("generation/max_new_tokens", fits + 1), material=whole)
+    with pytest.raises(ValueError, match=r"student .*: held-out text 0 has \d+ tokens, and the model has"):
+        preferences(material=replace(whole, texts=["word " * 20_000]))
 
 
 def test_guided_layers_are_looked_at_before_anything_is_trained(preferences: Any) -> None:

@@ -19,13 +19,12 @@ from bird.lab.language import classifiers
 from bird.lab.language import training as runs
 from bird.lab.language.classifiers import (
     Classifier,
-    accuracy,
-    batched,
     certain,
     class_probabilities,
     tokenize,
     train_classifier,
 )
+from bird.lab.language.data import padded_batch
 from bird.lab.language.recipe import Training
 from bird.language import Guidance
 from bird.language.guidance import Guide, Sequences
@@ -185,7 +184,7 @@ def test_resumed_is_uninterrupted(guides: bool, tmp_path: Path, monkeypatch: pyt
     names = {path.name for path in (tmp_path / "killed").iterdir()}
     assert names == {"classifier.safetensors", "history.json", "run.json"}
 
-    monkeypatch.setattr(classifiers, "_trainer", None)  # a complete run is read, not trained
+    monkeypatch.setattr(classifiers, "trained", None)  # a complete run is read, not trained
     again, kept = run("killed")
     assert gap(again, whole) == 0
     assert kept == history
@@ -278,7 +277,7 @@ def test_guide_taps_the_final_hidden_state() -> None:
     truth = copy.deepcopy(teacher.backbone).eval()
     guide = Guide(guided(teacher), student, BYTES)
     texts = ["abc", "a", "bcdabc"]
-    batch = batched([BYTES(text)["input_ids"] for text in texts])
+    batch = padded_batch([BYTES(text)["input_ids"] for text in texts])
     guide.taps.listen()
     student(**batch)
     ours = guide.student_rows(Sequences(batch["input_ids"], batch["attention_mask"], None))
@@ -299,35 +298,24 @@ def test_the_head() -> None:
     assert not torch.equal(one.head.weight, other.head.weight)
     assert one.head.weight.dtype == torch.float32
     assert one.head.bias.count_nonzero() == 0
-    assert Classifier(llama().bfloat16())(**batched([[1, 2]])).logits.dtype == torch.float32
+    assert Classifier(llama().bfloat16())(**padded_batch([[1, 2]])).logits.dtype == torch.float32
     with pytest.raises(ValueError, match="each token"):
         Classifier(backbone, "all")
 
 
-def test_the_loss_takes_probabilities_and_numbers() -> None:
-    model = Classifier(llama())
-    batch = batched([[1, 2, 3], [4]])
-    chances = model(**batch).logits.softmax(1)
-    soft = torch.tensor([[0.3, 0.7], [0.9, 0.1]])
-    torch.testing.assert_close(model(**batch, labels=soft).loss, -(soft * chances.log()).sum(1).mean())
-    hard = model(**batch, labels=torch.tensor([1, 0])).loss
-    torch.testing.assert_close(hard, -(chances[0, 1].log() + chances[1, 0].log()) / 2)
-    torch.testing.assert_close(model(**batch, labels=certain([1, 0])).loss, hard)
-
-
 def test_saved_and_restored(tmp_path: Path) -> None:
     model, other = Classifier(bert(1), "mean", seed=3), Classifier(bert(2), "mean")
-    model.save(tmp_path)
-    other.restore(tmp_path)
+    file = tmp_path / "classifier.safetensors"
+    runs.finish_run(model, file, {"train": []})
+    runs.restore(other, file)
     assert gap(model, other) == 0
     with pytest.raises(ValueError, match="architecture"):
-        Classifier(llama()).restore(tmp_path)
+        runs.restore(Classifier(llama()), file)
     with pytest.raises(FileNotFoundError):
-        other.restore(tmp_path / "nowhere")
-    file = tmp_path / "classifier.safetensors"
+        runs.restore(other, tmp_path / "nowhere")
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ValueError, match="damaged"):
-        other.restore(tmp_path)
+        runs.restore(other, file)
 
 
 @pytest.mark.parametrize(
@@ -371,12 +359,7 @@ def test_a_window_is_not_widened() -> None:
         class_probabilities(Classifier(llama()), BYTES, ["a"], max_length=WINDOW + 1)
 
 
-def test_scores() -> None:
-    chances = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
-    assert accuracy(chances, [0, 1, 0, 1]) == 0.5
-    assert accuracy(chances, torch.tensor([0, 1, 1, 1])) == 0.75
-    with pytest.raises(ValueError, match="labels"):
-        accuracy(chances, [0, 1])
+def test_true_labels_as_targets() -> None:
     assert certain([1, 0]).tolist() == [[0, 1], [1, 0]]
-    with pytest.raises(ValueError, match="0 or 1"):
+    with pytest.raises(RuntimeError, match="smaller than num_classes"):
         certain([0, 2])

@@ -25,7 +25,7 @@ HOUSE = {
         {"lab.cli"},
         {"lab.vision", "lab.language"},  # the two wings
         {"lab.experiment"},
-        {"lab.recipe", "lab.stages", "lab.tables", "lab.statistics", "lab.figures"},
+        {"lab.duration", "lab.recipe", "lab.stages", "lab.tables", "lab.statistics", "lab.figures"},
         {"lab.tensors"},
         {"lab"},  # what it is
         {"__init__"},
@@ -41,7 +41,7 @@ HOUSE = {
         {"modules", "statistics", "tokens", "tuner"},
         {"functional"},
         {"call"},
-        {"matrix", "pairs", "global_batch"},
+        {"matrix", "grams", "pairs", "global_batch"},
         {"inputs"},
         {"from_sums"},
         {"sums"},
