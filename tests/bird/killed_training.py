@@ -22,10 +22,10 @@ import torch._dynamo  # by now, lest each process import it when it makes its op
 from torch import Tensor, nn
 
 from bird import BirdLoss, Taps, Teacher, files
-from bird.lab.tensors import load
+from bird.lab.tensors import load_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import Guide
+from bird.lab.vision.steps import TransferGuide
 from bird.lab.vision.training import fit
 
 # In a step, with half of a file written, with a whole file not yet in its place, with the file just put there.
@@ -82,7 +82,7 @@ def train(folder: Path, ready: int, moment: str, count: int) -> None:
         student,
         Images(pixels, torch.arange(50) % 3),
         Settings(steps=120, batch_size=16, lr=0.05, log_every=3, save_every=1),
-        guide=Guide(teacher, Taps(student, "0"), BirdLoss(pairs=[("0", "0")])),
+        guide=TransferGuide(teacher, Taps(student, "0"), BirdLoss(pairs=[("0", "0")])),
         augment=augment,
         validate=lambda model: model(pixels.float() / 255).std().item(),
         folder=folder,
@@ -123,7 +123,7 @@ def main(folder: Path) -> None:
     for moment in MOMENTS:  # of 108 moments at most, so that 120 steps never end before
         code = finish(start(folder / "broken", moment, random_.randint(1, 9)))
         assert code == -signal.SIGKILL, f"{moment}: {code}"
-        killed.append(load(last)["step"] if last.exists() else 0)
+        killed.append(load_tensors(last)["step"] if last.exists() else 0)
         partial.append(sum(1 for _ in (folder / "broken").glob(".partial.*")))
     for _ in range(FROM_OUTSIDE):
         pid = start(folder / "broken")
@@ -131,8 +131,8 @@ def main(folder: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         finish(pid)  # it may have ended before
     code = finish(start(folder / "broken"))
-    whole, broken = (load(folder / name / "last.pt") for name in ("whole", "broken"))
-    best = [load(folder / name / "best.pt") for name in ("whole", "broken")]
+    whole, broken = (load_tensors(folder / name / "last.pt") for name in ("whole", "broken"))
+    best = [load_tensors(folder / name / "best.pt") for name in ("whole", "broken")]
 
     def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def experiment(folder: Path) -> VisionExperiment:
-    return VisionExperiment(recipes.read(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
+    return VisionExperiment(recipes.read_vision(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
 
 
 def made(experiment: VisionExperiment) -> dict[str, int]:
@@ -116,8 +116,7 @@ def test_properties_are_those_of_the_networks(experiment: VisionExperiment) -> N
     order = torch.randperm(len(data.validation), generator=torch.Generator().manual_seed(0))[:50]
     expected = measure_teacher(
         Teacher(Made("plain", recipe.teacher, guide).model(experiment.root, device), ["block1"]),
-        Made("resnet-tiny", recipe.student, student).model(experiment.root, device),
-        "layer3",
+        Teacher(Made("resnet-tiny", recipe.student, student).model(experiment.root, device), ["layer3"]),
         replace(data, validation=data.validation.select(order)),
         corruptions=("brightness", "fog"),
     )
@@ -196,4 +195,4 @@ def test_what_is_wrong_in_a_variant(tmp_path: Path, old: str, new: str, complain
     assert RECIPE.count(old) == 1
     (tmp_path / "try.toml").write_text(RECIPE.replace(old, new))
     with pytest.raises(ValueError, match=complaint):
-        recipes.read(str(tmp_path / "try.toml"))
+        recipes.read_vision(str(tmp_path / "try.toml"))

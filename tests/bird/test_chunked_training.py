@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, Taps, Teacher
-from bird.lab.tensors import load
+from bird.lab.tensors import load_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.training import Guide, fit
+from bird.lab.vision.training import TransferGuide, fit
 
 
 class Cut(Exception):
@@ -47,7 +47,7 @@ def train(make: Callable[[], nn.Module], method: str, **options: Any) -> tuple[n
         "hints": lambda: Hints(pairs=[("0", "0")], teacher_widths={"0": 6}, student_widths={"0": 6}),
     }
     taps = Taps(student, ["0"])
-    guide = Guide(teacher, taps, guides[method]()) if method in guides else None
+    guide = TransferGuide(teacher, taps, guides[method]()) if method in guides else None
     keys = ("folder", "resume", "augment", "validate")
     rest = {key: options.pop(key) for key in keys if key in options}
     settings = Settings(**({"steps": 8, "batch_size": 32, "lr": 0.05, "log_every": 3, "save_every": 3} | options))
@@ -89,7 +89,7 @@ def test_a_resumed_run_in_chunks_ends_with_the_same_bits(tmp_path: Path, method:
     again = {"folder": tmp_path, "resume": True, "chunk_size": 7}
     with pytest.raises(Cut):
         train(noisy_network, method, augment=augment, **again)
-    assert load(tmp_path / "last.pt")["step"] == 3
+    assert load_tensors(tmp_path / "last.pt")["step"] == 3
     resumed, rows = train(noisy_network, method, **again)
     ours, theirs = resumed.state_dict(), whole.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

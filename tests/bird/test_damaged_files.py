@@ -15,7 +15,7 @@ from torch import nn
 from bird import files
 from bird.lab import cli, tensors
 from bird.lab.stages import Lines, Stage
-from bird.lab.tensors import load, save
+from bird.lab.tensors import load_tensors, save_tensors
 from bird_kernels import Statistics
 
 MUTATIONS = 300
@@ -136,8 +136,8 @@ def test_shapes_that_a_run_has_noted(tmp_path: Path) -> None:
 
 def test_tensors(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
-    save({"w": torch.arange(200.0)}, path)
-    assert survives(path, lambda: load(path)["w"].tolist(), list(range(200))) > 0.5 * MUTATIONS
+    save_tensors({"w": torch.arange(200.0)}, path)
+    assert survives(path, lambda: load_tensors(path)["w"].tolist(), list(range(200))) > 0.5 * MUTATIONS
 
 
 class Pair(nn.Module):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.reproduction.make_subset import choose, make_subset
 from bird.lab.vision.data import Images, to_float
 from bird.lab.vision.datasets.grey import read_idx
 from tests.bird.shipped import fashion
+from tools.make_subset import choose, make_subset
 
 
 def prints(images: Tensor) -> list[bytes]:

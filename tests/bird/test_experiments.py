@@ -23,8 +23,8 @@ from bird.lab.vision import experiment as experiments
 from bird.lab.vision import recipe as recipes
 from bird.lab.vision import report as reproduction
 from bird.lab.vision.corruptions import corrupt
-from bird.lab.vision.data import Images, to_float
-from bird.lab.vision.evaluation import accuracy
+from bird.lab.vision.data import to_float
+from bird.lab.vision.evaluation import image_accuracy
 from bird.lab.vision.experiment import VisionExperiment
 from tests.bird.official_files import write_image
 
@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def experiment(folder: Path) -> VisionExperiment:
-    return VisionExperiment(recipes.read(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
+    return VisionExperiment(recipes.read_vision(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
 
 
 def test_what_is_shared_is_made_once(experiment: VisionExperiment) -> None:
@@ -107,7 +107,7 @@ def test_scores_are_those_of_an_independent_evaluation(experiment: VisionExperim
         model = made.model(experiment.root, torch.device("cpu"))
         score = cell.scores["score"].result(experiment.root)
         assert score is not None
-        assert score["clean"] == accuracy(model, test)
+        assert score["clean"] == image_accuracy(model, test)
         for name in experiment.recipe.scoring.corruptions:
             for severity, share in enumerate(score["corrupted"][name], start=1):
                 view = corrupt(to_float(test.images), name, severity, index=torch.arange(60))
@@ -242,24 +242,6 @@ def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "cifar-10" in capsys.readouterr().err
 
 
-def test_kept_pictures_are_those_of_the_data_asked_for() -> None:
-    data = Images(torch.arange(256, dtype=torch.uint8).repeat(4, 1, 1, 4).view(4, 1, 32, 32), torch.arange(4))
-    first = list(evaluation.corrupted(data, ["contrast"], "a"))
-    assert [name for name, _ in first] == ["contrast"] * 5
-    again = list(evaluation.corrupted(data.select(torch.arange(2)), ["contrast"], "a"))
-    assert len(again[0][1]) == 4  # kept
-    other = list(evaluation.corrupted(data.select(torch.arange(2)), ["contrast"], "b"))
-    assert len(other[0][1]) == 2
-
-
-def test_pictures_that_are_too_many_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = Images(torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.arange(4))
-    for kept, count in ((4 * 1024 * 5, 1), (4 * 1024 * 5 - 1, 0)):  # bytes of five severities
-        monkeypatch.setattr(evaluation, "KEPT", kept)
-        list(evaluation.corrupted(data, ["contrast"], ("c", kept)))
-        assert len(evaluation._kept) == count
-
-
 def changed(folder: Path, old: str, new: str) -> str:
     assert RECIPE.count(old) == 1
     (folder / "try.toml").write_text(RECIPE.replace(old, new))
@@ -333,7 +315,7 @@ def test_teachers_and_students_begin_with_different_weights(tmp_path: Path) -> N
     text = RECIPE.replace("classes = [5, 6, 7, 8]", "classes = [5, 6, 7]")
     text = text.replace('student = "resnet-tiny"', 'student = "plain"').replace("steps = 12", "steps = 1")
     (tmp_path / "try.toml").write_text(text.replace("lr = 0.05", "lr = 1e-12"))
-    recipe = recipes.read(str(tmp_path / "try.toml"))
+    recipe = recipes.read_vision(str(tmp_path / "try.toml"))
     tried = VisionExperiment(recipe, tmp_path / "runs", torch.device("cpu"), progress=False)
     teacher, student, _ = tried._pair("pair", "plain", 0)
     stages.complete([teacher.stage, student.stage], tried.root)
@@ -350,7 +332,7 @@ def test_a_folder_of_images_is_told_from_another(tmp_path: Path) -> None:
             write_image(tmp_path / path, rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
     text = re.sub(r'data = "digits"\nclasses = \[[^]]*\]', 'data = "image-folder"\nclasses = [0, 1]', RECIPE)
     (tmp_path / "try.toml").write_text(text)
-    recipe = recipes.read(str(tmp_path / "try.toml"))
+    recipe = recipes.read_vision(str(tmp_path / "try.toml"))
 
     def keys(place: str) -> set[str]:
         experiments._fingerprint.cache_clear()

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, LwF, Taps, Teacher
-from bird.lab.tensors import load, save
+from bird.lab.tensors import load_tensors, save_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.freezing import train_only
 from bird.lab.vision.models import build, replace_head
-from bird.lab.vision.steps import Guide, epoch_order, learning_rate
+from bird.lab.vision.steps import TransferGuide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
 
 
@@ -64,7 +64,7 @@ def test_only_what_is_named_changes(tmp_path: Path, optimizer: str) -> None:
     train(model, ["head"], tmp_path, optimizer=optimizer, validate=lambda model: 1.0)
     head = {name for name in before if name.startswith("head")}
     assert changes(model, before) == head  # with the running statistics in it, and none of the body's
-    kept = load(tmp_path / "last.pt")["optimizer"]
+    kept = load_tensors(tmp_path / "last.pt")["optimizer"]
     shapes = [tuple(parameter.shape) for parameter in model.head.parameters()]
     moments = [entry["momentum_buffer" if optimizer == "sgd" else "exp_avg"] for entry in kept["state"].values()]
     assert [tuple(moment.shape) for moment in moments] == shapes
@@ -129,7 +129,7 @@ def test_resumed_it_ends_with_the_same_bits_and_is_not_mistaken(tmp_path: Path) 
 
     with pytest.raises(KeyboardInterrupt):
         train(broken, ["head"], tmp_path, augment=stop)
-    assert load(tmp_path / "last.pt")["step"] == 4
+    assert load_tensors(tmp_path / "last.pt")["step"] == 4
     for other, text in ((None, "None"), (["body"], r"\['body'\]")):
         with pytest.raises(ValueError, match=rf"trained was \['head'\], is {text}"):
             train(network(), other, tmp_path, resume=True)
@@ -141,9 +141,9 @@ def test_resumed_it_ends_with_the_same_bits_and_is_not_mistaken(tmp_path: Path) 
 def test_checkpoints_from_before_there_was_a_choice_still_load(tmp_path: Path) -> None:
     whole, again = network(), network()
     train(whole, None, tmp_path)
-    kept = load(tmp_path / "last.pt")
+    kept = load_tensors(tmp_path / "last.pt")
     del kept["identity"]["trained"], kept["seconds"]
-    save(kept, tmp_path / "last.pt")
+    save_tensors(kept, tmp_path / "last.pt")
     train(again, None, tmp_path, resume=True)
     assert changes(again, state(whole)) == set()
 
@@ -169,7 +169,7 @@ def test_a_guide_pulls_what_is_trained_and_no_more(method: str, chunk_size: int 
         "hints": Hints(pairs=pairs, teacher_widths={"body.1": 4}, student_widths={"body.1": 4}),
         "lwf": LwF(pairs=pairs),
     }
-    guide = Guide(Teacher(source, "body.1"), Taps(student, "body.1"), losses[method])
+    guide = TransferGuide(Teacher(source, "body.1"), Taps(student, "body.1"), losses[method])
     before, maps = state(student), state(guide.loss)
     first = train(student, ["head"], guide=guide, chunk_size=chunk_size)
     assert changes(student, before) == {name for name in before if name.startswith("head")}

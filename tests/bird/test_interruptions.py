@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, LwF, Taps, Teacher
 from bird.files import atomic
-from bird.lab.tensors import load, save
+from bird.lab.tensors import load_tensors, save_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import Guide
+from bird.lab.vision.steps import TransferGuide
 from bird.lab.vision.training import fit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,9 +214,9 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
 @pytest.mark.smoke
 def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        load(tmp_path / "last.pt")
-    save({"step": 1}, tmp_path / "last.pt")
-    assert load(tmp_path / "last.pt") == {"step": 1}
+        load_tensors(tmp_path / "last.pt")
+    save_tensors({"step": 1}, tmp_path / "last.pt")
+    assert load_tensors(tmp_path / "last.pt") == {"step": 1}
 
 
 # Labels
@@ -262,7 +262,7 @@ def test_the_first_bad_step_is_named_and_the_last_good_state_kept(tmp_path: Path
         FloatingPointError, match=rf"became (nan|inf) at step {bad}; .*last\.pt is as it was after step 6"
     ):
         train(network(), tmp_path / "bad", augment=at_step(bad, value), validate=lambda model: scored.append(1) or 1.0)
-    kept = load(tmp_path / "bad/last.pt")
+    kept = load_tensors(tmp_path / "bad/last.pt")
     assert kept["step"] == 6
     assert all(tensor.isfinite().all() for tensor in kept["modules"].values())
     assert len(scored) == 1
@@ -303,7 +303,7 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
             train(nn.Sequential(*network(), Fragile()), folder, validate=lambda model: 1.0)
         assert (folder / "best.pt").exists() == (folder / "last.pt").exists() == (step is not None)
         if step is not None:
-            assert load(folder / "last.pt")["step"] == load(folder / "best.pt")["step"] == step
+            assert load_tensors(folder / "last.pt")["step"] == load_tensors(folder / "best.pt")["step"] == step
 
 
 def test_an_infinite_loss_is_named() -> None:
@@ -311,14 +311,14 @@ def test_an_infinite_loss_is_named() -> None:
     nn.init.constant_(teacher[0].weight, 1e30)
     loss = Hints(pairs=[("0", "0")], teacher_widths={"0": 4}, student_widths={"0": 4})
     with pytest.raises(FloatingPointError, match="became inf at step 1;"):
-        train(student, guide=Guide(Teacher(teacher, "0"), Taps(student, "0"), loss), lr=0.0, log_every=1)
+        train(student, guide=TransferGuide(Teacher(teacher, "0"), Taps(student, "0"), loss), lr=0.0, log_every=1)
 
 
 def test_a_guides_loss_that_is_not_finite_stops_the_run_too() -> None:
     for chunk_size in (None, 8):
         student, teacher = network(), network()
         nn.init.constant_(teacher[0].weight, float("nan"))
-        guide = Guide(Teacher(teacher, "0"), Taps(student, "0"), BirdLoss(pairs=[("0", "0")]))
+        guide = TransferGuide(Teacher(teacher, "0"), Taps(student, "0"), BirdLoss(pairs=[("0", "0")]))
         with pytest.raises(FloatingPointError, match="became nan at step 1;"):
             train(student, guide=guide, chunk_size=chunk_size)
 
@@ -336,7 +336,7 @@ def test_all_that_a_run_needs_moves_to_its_device(method: str) -> None:
         "hints": Hints(pairs=pairs, teacher_widths={"0": 4}, student_widths={"0": 4}),
         "lwf": LwF(pairs=pairs),
     }
-    guide = Guide(Teacher(network(), "0"), Taps(student, "0"), losses[method])
+    guide = TransferGuide(Teacher(network(), "0"), Taps(student, "0"), losses[method])
     fit(student, images(), Settings(steps=3, batch_size=16), guide=guide, device="cuda", progress=False)
     parameters = [*student.parameters(), *guide.teacher.model.parameters(), *guide.loss.parameters()]
     assert {parameter.device.type for parameter in parameters} == {"cuda"}
@@ -346,7 +346,7 @@ def test_everything_of_a_guide_is_moved(monkeypatch: pytest.MonkeyPatch) -> None
     """What moves is cast as well: in place of a second device, a second dtype."""
     student, pairs = network(), [("0", "0")]
     loss = Hints(pairs=pairs, teacher_widths={"0": 4}, student_widths={"0": 4})
-    guide = Guide(Teacher(network(), "0"), Taps(student, "0"), loss)
+    guide = TransferGuide(Teacher(network(), "0"), Taps(student, "0"), loss)
     moved: list[nn.Module] = []
     to = nn.Module.to
     monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kwargs: moved.append(self) or to(self, *args, **kwargs))
@@ -359,7 +359,7 @@ def test_a_compiled_model_trains_like_any_other() -> None:
     for compiled in (False, True):
         torch.compiler.reset()
         student = network()
-        guide = Guide(Teacher(network(), "0"), Taps(student, "0"), BirdLoss(pairs=[("0", "0")]))
+        guide = TransferGuide(Teacher(network(), "0"), Taps(student, "0"), BirdLoss(pairs=[("0", "0")]))
         graphs: list[Any] = []
         if compiled:
             student.compile(backend=lambda graph, _inputs, seen=graphs: seen.append(graph) or graph.forward)

@@ -12,7 +12,7 @@ from bird import BirdLoss, Hints, Taps, Teacher
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.profiling import StepTimes, step_times
-from bird.lab.vision.steps import Guide
+from bird.lab.vision.steps import TransferGuide
 
 
 class Clock:
@@ -65,9 +65,9 @@ def images() -> Images:
     return Images(pixels, torch.arange(48) % 3)
 
 
-def guided(student: nn.Module, loss: nn.Module | None = None) -> Guide:
+def guided(student: nn.Module, loss: nn.Module | None = None) -> TransferGuide:
     teacher = Teacher(network(Wait(3)), "2")
-    return Guide(teacher, Taps(student, "1"), loss or SlowLoss(pairs=[("2", "1")]))
+    return TransferGuide(teacher, Taps(student, "1"), loss or SlowLoss(pairs=[("2", "1")]))
 
 
 def test_each_part_has_its_time() -> None:
@@ -87,16 +87,12 @@ def test_parts_of_a_batch_add_up() -> None:
     assert (bird.teacher, bird.loss) == (4 * 3, 2 + 1)  # of the whole batch, once
 
 
-def test_without_a_guide_there_is_the_step_alone() -> None:
-    times = step_times(network(Wait(2)), images(), Settings(steps=9, batch_size=16), repeats=2)
-    assert times == StepTimes(2, 0, 0)
-
-
 def test_it_is_the_median_after_the_first_two() -> None:
-    seconds = iter([100, 100, 1, 7, 2])
+    seconds = iter([100, 100, 1, 7, 2, 0])  # the last is of the parts
     student = network()
     augment = lambda x, index, epoch: setattr(Clock, "now", Clock.now + next(seconds)) or x  # noqa: E731
-    assert step_times(student, images(), Settings(steps=9), augment=augment, repeats=3).step == 2
+    guide = guided(student, BirdLoss(pairs=[("2", "1")]))
+    assert step_times(student, images(), Settings(steps=9), guide, augment=augment, repeats=3).step == 3 + 2
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -112,8 +108,3 @@ def test_nothing_is_changed(training: bool) -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert all(parameter.grad is None for parameter in [*student.parameters(), *loss.parameters()])
     assert {module.training for module in student.modules()} == {training}
-
-
-def test_repeats_are_checked() -> None:
-    with pytest.raises(ValueError, match="repeats must be at least 1, not 0"):
-        step_times(network(), images(), Settings(steps=9), repeats=0)

@@ -1,4 +1,4 @@
-"""Recipes: what ships is read, what is wrong is named, and the paper's numbers are all there."""
+"""Recipes: what ships is read_vision, what is wrong is named, and the paper's numbers are all there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from bird.lab.recipe import names
 from bird.lab.vision.methods import METHODS
-from bird.lab.vision.recipe import Budget, Networks, Source, Variant, parse, read
+from bird.lab.vision.recipe import Budget, Networks, Source, Variant, parse_vision, read_vision
 
 MINIMAL = """
 title = "a try"
@@ -41,7 +41,7 @@ VISION = [name for name in names() if not name.startswith("language/")]
 
 @pytest.mark.parametrize("name", VISION)
 def test_shipped_recipes_are_whole(name: str) -> None:
-    recipe = read(name)
+    recipe = read_vision(name)
     assert recipe.name == name
     # without them no share of a gap can be told, of one variant at least
     assert any({"none", "ceiling"} <= set(v.methods or recipe.methods) for v in recipe.variants.values())
@@ -50,7 +50,7 @@ def test_shipped_recipes_are_whole(name: str) -> None:
 
 def test_the_papers_vision_tables() -> None:
     """Eight rows of seven numbers (FACTS), robust accuracy of DenseNet-169 and MobileNetV2; BIRD is best in each."""
-    rows = [n.paper for name in VISION for n in read(name).networks.values() if n.paper]
+    rows = [n.paper for name in VISION for n in read_vision(name).networks.values() if n.paper]
     assert len(rows) == 8
     for row in rows:
         assert list(row) == ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird"]
@@ -59,16 +59,16 @@ def test_the_papers_vision_tables() -> None:
     assert sums["none"] == pytest.approx(51.31 + 2 * 20.74 + 2 * 22.59 + 54.51 + 2 * 22.59)
     assert sums["lwf"] == pytest.approx(52.21 + 20.52 + 23.18 + 23.23 + 23.27 + 56.92 + 26.14 + 24.14)
     assert sums["bird"] == pytest.approx(54.77 + 24.11 + 25.03 + 23.38 + 23.68 + 59.04 + 27.46 + 25.25)
-    shares = {name: dict(read(name).paper_pgr) for name in VISION if read(name).paper_pgr}
+    shares = {name: dict(read_vision(name).paper_pgr) for name in VISION if read_vision(name).paper_pgr}
     assert shares == {
         "vision/c10-c100": {"bird": 31.8, "lwf": 13.5},
         "vision/c10-tin": {"bird": 22.4, "lwf": 4.9},
     }
-    assert dict(read("vision/weak-to-strong").networks["mobilenetv2-resnet152"].paper_pgr) == {"bird": 22.4}
+    assert dict(read_vision("vision/weak-to-strong").networks["mobilenetv2-resnet152"].paper_pgr) == {"bird": 22.4}
 
 
 def test_a_file_of_ones_own(minimal: Path) -> None:
-    recipe = read(str(minimal))
+    recipe = read_vision(str(minimal))
     assert recipe.name == "try"
     assert recipe.teacher == Source("digits", augment="crop")
     assert recipe.networks == {"small": Networks("plain", "resnet-tiny")}
@@ -117,16 +117,16 @@ def test_what_is_wrong_is_named(minimal: Path, old: str, new: str, complaint: st
     assert MINIMAL.count(old) == 1
     minimal.write_text(MINIMAL.replace(old, new))
     with pytest.raises(ValueError, match=complaint):
-        read(str(minimal))
+        read_vision(str(minimal))
 
 
 def test_no_such_recipe() -> None:
     with pytest.raises(ValueError, match="there is no 'vision/c10-c10'; there is 'vision/c10-c100'"):
-        read("vision/c10-c10")
+        read_vision("vision/c10-c10")
     with pytest.raises(ValueError, match=r"there is no file nowhere\.toml"):
-        read("nowhere.toml")
+        read_vision("nowhere.toml")
     with pytest.raises(ValueError, match="teacher, student, pretraining, transfer, networks must be there"):
-        parse("x", {"title": "x"})
+        parse_vision("x", {"title": "x"})
 
 
 def test_a_budget_is_epochs_or_steps() -> None:
@@ -135,5 +135,5 @@ def test_a_budget_is_epochs_or_steps() -> None:
 
 
 def test_recipes_of_language_models_are_read_elsewhere() -> None:
-    with pytest.raises(ValueError, match=r"of language models: `bird\.lab\.language\.recipe\.parse`"):
-        read("language/positivity-dpo")
+    with pytest.raises(ValueError, match="of language models, not of images"):
+        read_vision("language/positivity-dpo")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bird.lab.tables import percent
+from bird.lab.tables import percent, without_empty_columns
 from bird.lab.vision.checkpoints import History
 from bird.lab.vision.comparison import Comparison, Outcome
 from bird.lab.vision.evaluation import Robustness
@@ -39,9 +39,7 @@ COMPARISON = Comparison(
             ("BIRD", 0.45),
             ("Ceiling", 0.7 + 0.1 * seed),
         )
-    ],
-    "None",
-    "Ceiling",
+    ]
 )
 
 
@@ -58,3 +56,8 @@ def test_percent_gives_mean_and_sample_deviation() -> None:
     assert percent([0.25, 0.5]) == "37.5 ± 17.7"
     assert percent([0.25]) == "25.0"
     assert percent([0.25, math.nan]) == "nan ± nan"  # as of a gap that a seed does not have
+
+
+def test_columns_with_nothing_in_them_are_left_out() -> None:
+    rows = [["method", "robust (paper)", "robust", "gap"], ["None", "", "81.2", ""], ["BIRD", "", "84.2", "21.2"]]
+    assert without_empty_columns(rows) == [["method", "robust", "gap"], ["None", "81.2", ""], ["BIRD", "84.2", "21.2"]]

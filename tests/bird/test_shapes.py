@@ -12,7 +12,7 @@ from torch import nn
 from bird import BirdLoss, Hints, Taps, Teacher
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.training import Guide, fit
+from bird.lab.vision.training import TransferGuide, fit
 from bird.losses import LwF
 
 
@@ -28,7 +28,7 @@ def network(channels: int) -> nn.Module:
 def test_a_run_notes_the_shapes_of_its_loss(tmp_path: Path) -> None:
     """Batches of 32 and 18; pooled features of 6 and 5 channels."""
     student = network(6)
-    guide = Guide(Teacher(network(5), ["0"]), Taps(student, ["0"]), BirdLoss(pairs=[("0", "0")]))
+    guide = TransferGuide(Teacher(network(5), ["0"]), Taps(student, ["0"]), BirdLoss(pairs=[("0", "0")]))
     fit(student, images(), Settings(steps=4, batch_size=32), guide=guide, folder=tmp_path, progress=False)
     assert json.loads((tmp_path / "shapes.json").read_text()) == [[18, 6, 5, "float32"], [32, 6, 5, "float32"]]
 
@@ -38,7 +38,7 @@ def test_other_runs_note_nothing(kind: str, tmp_path: Path) -> None:
     student, pairs = network(6), [("0", "0")]
     losses = {"hints": Hints(pairs=pairs, teacher_widths={"0": 6}, student_widths={"0": 6}), "lwf": LwF(pairs=pairs)}
     losses["chunks"] = BirdLoss(pairs=pairs)
-    guide = Guide(Teacher(network(6), ["0"]), Taps(student, ["0"]), losses[kind]) if kind in losses else None
+    guide = TransferGuide(Teacher(network(6), ["0"]), Taps(student, ["0"]), losses[kind]) if kind in losses else None
     fit(
         student,
         images(),

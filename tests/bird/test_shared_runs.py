@@ -16,7 +16,7 @@ from filelock import FileLock
 from bird.lab import cli
 from bird.lab.recipe import require_name
 from bird.lab.stages import LOOKS, Stage, alone, complete
-from bird.lab.vision.recipe import read
+from bird.lab.vision.recipe import read_vision
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 'data = "fashion-mnist-subset"\nlimit_per_class = 4\naugment = "none"\n'
@@ -166,7 +166,7 @@ def test_names_that_begin_files_stay_in_their_folder(name: str, tmp_path: Path) 
         path = tmp_path / "named.toml"
         path.write_text(text)
         with pytest.raises(ValueError, match="names files: no slashes"):
-            read(str(path))
+            read_vision(str(path))
 
 
 def test_names_of_judges_and_recipes_are_looked_at_too(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_names_of_judges_and_recipes_are_looked_at_too(tmp_path: Path) -> None:
     path = tmp_path / "..toml"
     path.write_text(TINY)
     with pytest.raises(ValueError, match=r"the recipe '\.' names files"):
-        read(str(path))
+        read_vision(str(path))
 
 
 def test_a_report_of_many_parts_has_a_name_that_a_disk_takes() -> None:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from bird.lab.tensors import load, save
+from bird.lab.tensors import load_tensors, save_tensors
 
 
 class Cut(Exception):
@@ -17,7 +17,7 @@ class Cut(Exception):
 
 def test_a_write_cut_short_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.pt"
-    save({"step": 1, "weights": torch.ones(3)}, path)
+    save_tensors({"step": 1, "weights": torch.ones(3)}, path)
     whole = torch.save
 
     def half(state: Any, target: BinaryIO) -> None:
@@ -27,15 +27,15 @@ def test_a_write_cut_short_leaves_the_last_checkpoint(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(Cut):
-        save({"step": 2, "weights": torch.zeros(3)}, path)
+        save_tensors({"step": 2, "weights": torch.zeros(3)}, path)
     monkeypatch.undo()
-    assert load(path)["step"] == 1
-    save({"step": 3, "weights": torch.zeros(3)}, path)
-    assert load(path)["step"] == 3
+    assert load_tensors(path)["step"] == 1
+    save_tensors({"step": 3, "weights": torch.zeros(3)}, path)
+    assert load_tensors(path)["step"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_loading_runs_no_code(tmp_path: Path) -> None:
     torch.save({"step": Cut()}, tmp_path / "last.pt")
     with pytest.raises(ValueError, match=r"last\.pt is not a whole checkpoint"):
-        load(tmp_path / "last.pt")
+        load_tensors(tmp_path / "last.pt")

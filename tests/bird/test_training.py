@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,10 +13,10 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bird.lab.tensors import load
+from bird.lab.tensors import load_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import Guide, epoch_order, learning_rate, steps_per_epoch
+from bird.lab.vision.steps import TransferGuide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
 from bird.losses import BirdLoss, Hints
 from bird.taps import Taps
@@ -47,17 +45,17 @@ def images(n: int = 50) -> Images:
     return Images(pixels, torch.arange(n) % 3)
 
 
-def guide(method: str, student: nn.Module) -> Guide | None:
+def guide(method: str, student: nn.Module) -> TransferGuide | None:
     pairs = [("0", "0")]
     torch.manual_seed(5)
     teacher = Teacher(network(4), ["0"])
     if method == "bird":
-        return Guide(teacher, Taps(student, ["0"]), BirdLoss(pairs=pairs))
+        return TransferGuide(teacher, Taps(student, ["0"]), BirdLoss(pairs=pairs))
     if method == "unbiased":
-        return Guide(teacher, Taps(student, ["0"]), BirdLoss(pairs=pairs, estimator="unbiased"))
+        return TransferGuide(teacher, Taps(student, ["0"]), BirdLoss(pairs=pairs, estimator="unbiased"))
     if method == "hints":
         loss = Hints(pairs=pairs, teacher_widths={"0": 4}, student_widths={"0": 6})
-        return Guide(teacher, Taps(student, ["0"]), loss)
+        return TransferGuide(teacher, Taps(student, ["0"]), loss)
     return None
 
 
@@ -70,7 +68,7 @@ def train(
     validate: Callable[[nn.Module], float] | None = None,
     augment: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     **settings: Any,
-) -> tuple[nn.Module, Any, Guide | None]:
+) -> tuple[nn.Module, Any, TransferGuide | None]:
     torch.manual_seed(0)
     student = network()
     pull = guide(method, student)
@@ -118,7 +116,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, opti
     for steps_until_cut in (2, 8, 7):  # before the first checkpoint; mid-epoch at 6 + 2; again at 6 + 7 = 13
         with pytest.raises(Cut):
             train(method, augment=cut_at(steps_until_cut), **again_and_again)
-    assert load(tmp_path / "last.pt")["step"] == 12
+    assert load_tensors(tmp_path / "last.pt")["step"] == 12
     resumed, rows, resumed_guide = train(method, **again_and_again)
     assert same(resumed, whole)
     assert rows == history
@@ -162,16 +160,6 @@ def test_a_tail_that_is_large_enough_is_trained_on() -> None:
     assert sizes == [16, 16, 16, 4]
 
 
-@pytest.mark.parametrize(("samples", "steps"), [(4, 1), (16, 1), (19, 1), (20, 2), (51, 3), (52, 4), (64, 4)])
-def test_steps_per_epoch(samples: int, steps: int) -> None:
-    assert steps_per_epoch(samples, 16) == steps
-
-
-def test_too_few_samples_for_a_batch() -> None:
-    with pytest.raises(ValueError, match="training needs at least 4 samples, not 3"):
-        steps_per_epoch(3, 16)
-
-
 def test_epoch_order_is_a_new_permutation_each_time() -> None:
     orders = [epoch_order(40, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
     assert all(sorted(order) == list(range(40)) for order in orders)
@@ -207,10 +195,10 @@ def test_the_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> No
     scored = ((6, 0.1), (12, 0.7), (18, 0.3), (20, 0.7))
     assert history.validation == [{"step": step, "score": score} for step, score in scored]
     assert (history.best_step, history.best_score) == (12, 0.7)
-    best = load(tmp_path / "best.pt")
+    best = load_tensors(tmp_path / "best.pt")
     assert (best["step"], best["score"]) == (12, 0.7)
     assert all(torch.equal(best["model"][name], weights[1][name]) for name in weights[1])
-    last = load(tmp_path / "last.pt")["modules"]
+    last = load_tensors(tmp_path / "last.pt")["modules"]
     assert all(torch.equal(last[f"model.{name}"], value) for name, value in weights[3].items())
 
 
@@ -244,34 +232,6 @@ def test_bird_raises_cka_and_hints_train_their_regressor() -> None:
     assert fresh is not None
     assert not same(pull.loss, fresh.loss)
     assert history.train[-1]["hint/0/0"] < history.train[0]["hint/0/0"]
-
-
-def test_tensorboard_gets_the_history_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: dict[tuple[str, int], float] = {}
-    purged = []
-
-    class SummaryWriter:
-        def __init__(self, folder: Path, purge_step: int) -> None:
-            assert folder == tmp_path
-            purged.append(purge_step)
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written[name, step] = value
-
-        def close(self) -> None:
-            written["closed", 0] = 1
-
-    module = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    _, history, _ = train("bird", folder=tmp_path, validate=margin)
-    train("bird", folder=tmp_path, validate=margin, resume=True)
-    assert purged == [1, 21]  # what was logged after the checkpoint is dropped
-    expected = {("closed", 0): 1.0}
-    for row in history.train:
-        expected |= {(f"train/{name}", int(row["step"])): row[name] for name in row if name != "step"}
-    expected |= {("validation/score", int(row["step"])): row["score"] for row in history.validation}
-    assert written == expected
 
 
 class _Waits(TorchDispatchMode):
@@ -332,18 +292,14 @@ def test_a_compiled_run_is_the_same_run(method: str) -> None:
     assert list(student.state_dict()) == list(network().state_dict())  # no wrapper's names
 
 
-@pytest.mark.parametrize(
-    ("options", "strides"), [({}, (64 * 4, 1, 4 * 8, 4)), ({"channels_last": False}, (256, 64, 8, 1))]
-)
-def test_the_layout_of_images_is_a_setting(options: dict[str, Any], strides: tuple[int, ...]) -> None:
+def test_images_and_convolutions_have_channels_last() -> None:
     seen = []
     four = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(144, 3))
     four.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
     data = images()
-    settings = Settings(steps=1, batch_size=8, **options)
-    fit(four, Images(data.images.expand(-1, 4, -1, -1), data.labels), settings, progress=False)
-    assert seen == [strides]
-    assert (four[0].weight.stride(1) == 1) == (not options)
+    fit(four, Images(data.images.expand(-1, 4, -1, -1), data.labels), Settings(steps=1, batch_size=8), progress=False)
+    assert seen == [(64 * 4, 1, 4 * 8, 4)]
+    assert four[0].weight.stride(1) == 1
 
 
 @pytest.mark.parametrize(

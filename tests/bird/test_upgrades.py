@@ -14,7 +14,7 @@ from torch import nn
 from bird import files
 from bird.lab import tables, tensors
 from bird.lab.stages import Stage
-from bird.lab.tensors import load, save
+from bird.lab.tensors import load_tensors, save_tensors
 from bird.lab.vision.checkpoints import History, Settings
 from bird.lab.vision.data import Images
 from bird.lab.vision.training import fit
@@ -30,9 +30,9 @@ def trained(folder: Path, settings: Settings = SETTINGS, **about: Any) -> tuple[
 
 
 def rewritten(path: Path, change: Any) -> None:
-    state = load(path)
+    state = load_tensors(path)
     change(state)
-    save(state, path)
+    save_tensors(state, path)
 
 
 def test_a_checkpoint_from_before_a_setting_is_gone_on_with(tmp_path: Path) -> None:
@@ -40,6 +40,7 @@ def test_a_checkpoint_from_before_a_setting_is_gone_on_with(tmp_path: Path) -> N
 
     def of_old(state: dict[str, Any]) -> None:
         del state["format"], state["identity"]["about"], state["identity"]["chunk_size"], state["identity"]["compile"]
+        state["identity"]["channels_last"] = True  # was a setting
         state["step"] = 6
 
     rewritten(tmp_path / "last.pt", of_old)
@@ -57,7 +58,7 @@ def of_old_with_chunks(state: dict[str, Any]) -> None:
 
 def test_a_later_format_and_its_history_are_refused_in_words(tmp_path: Path) -> None:
     trained(tmp_path)
-    assert load(tmp_path / "last.pt")["format"] == tensors.FORMAT
+    assert load_tensors(tmp_path / "last.pt")["format"] == tensors.FORMAT
     rewritten(tmp_path / "last.pt", lambda state: state["history"].update(energy=[1.0]))
     with pytest.raises(ValueError, match=r"last\.pt has a history of another version .*, with energy: update"):
         trained(tmp_path)
