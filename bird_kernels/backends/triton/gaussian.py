@@ -70,7 +70,7 @@ def distances_kernel(
     tl.store(grams + c * n + r, squares, mask=inside & (row_tile != column_tile))
 
 
-def shapes_of(problem: Problem) -> Shapes:
+def gaussian_shapes(problem: Problem) -> Shapes:
     """Shape and dtype of every tensor of the stash.
 
     ``xs`` and ``ys`` are shifted features, ``xx`` K - c and L - c [2, n, n], ``yy`` the largest off-diagonal entries of
@@ -93,7 +93,7 @@ class Gaussian(Pairs):
 
     def __init__(self, problems: tuple[Problem, ...], precision: str) -> None:
         (self.problem,), t = problems, plan.RBF_TILING
-        super().__init__(problems, precision, t, shapes_of(self.problem))
+        super().__init__(problems, precision, t, gaussian_shapes(self.problem))
         n, p, q = self.problem.n, self.problem.p, self.problem.q
         tiles = ceil_div(n, t.block)
         self.shifted = Shift(self.problem, n, precision, always=True, cross=False)  # distances need small norms
