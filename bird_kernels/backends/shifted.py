@@ -30,6 +30,7 @@ from .dominating import how_many
 from .linalg import PART, fp32_products, mm, padded
 from .rows import Rows, described, rounded_product
 from .triton import apart, double, finish
+from .triton.gradient import named
 from .triton.launch import Known, Launch, aligned, as_bytes, device_of, precision_of
 from .triton.reduce import COEFFICIENTS
 from .triton.shift import SHARES, Shift
@@ -46,7 +47,7 @@ def takes(problem: Problem) -> bool:
 
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
-    """Shape and dtype of every tensor of the stash; ``rows``: means of z (cross) or row sums of K and L (gram).
+    """Shape and dtype of every tensor of the stash; ``rows``: means of z (cross) or shifts of K and L (gram).
 
     The unbiased cross route has the rows that may dominate and the means in ``ys``, their products with all rows in
     ``xy``, and in ``rows`` what `apart.rows_kernel` stores of each row.
@@ -125,9 +126,10 @@ class _Launches:
         scored = cross and problem.estimator == "unbiased"
         self.shifted = Shift(problem, self.rows, precision, always=always, cross=cross, scored=scored)
         self.decided: dict[str, Any] = dict(
-            n=problem.n, p=problem.p, q=problem.q, parts=self.parts, shares=self.shifted.shares,
+            n=problem.n, p=problem.p, q=problem.q, parts=self.parts, shares=self.shifted.shares, PARTS=1,
             MASKED=problem.masked, STATISTIC=problem.statistic, UNBIASED=problem.estimator == "unbiased",
-            TF32=self.tf32, NEAR=problem.dtype == torch.float16 or scored,  # fp16's range is small: fp32 is scaled
+            GAUSSIAN=False, TF32=self.tf32,
+            NEAR=problem.dtype == torch.float16 or scored,  # fp16's range is small: fp32 is scaled
         )  # fmt: skip
 
 
@@ -246,8 +248,7 @@ class _Gram(_Launches):
     def __init__(self, problem: Problem, precision: str) -> None:
         super().__init__(problem, "gram", precision)
         self.blocks = ceil_div(problem.n, double.HEIGHT)
-        parts = dict(HEIGHT=double.HEIGHT, LENGTH=double.LENGTH, BLOCK=BLOCK)
-        decided = self.decided | dict(NUMBERS=COEFFICIENTS.value) | parts
+        decided = self.decided | dict(HEIGHT=double.HEIGHT, LENGTH=double.LENGTH, BLOCK=BLOCK)
         programs = 2 * self.blocks + ceil_div(self.qa + self.pa, BLOCK)
         self.sum_rows = Launch(finish.gram_rows_kernel, (programs,), decided)
         self.moments = Launch(double.moments_kernel, (self.blocks, 1), decided)
@@ -265,7 +266,7 @@ class _Gram(_Launches):
             else:
                 torch.mm(z.float(), z.T.float(), out=gram)
         slots, value = x.new_empty(6 * self.blocks, dtype=torch.float64), x.new_empty((), dtype=torch.float32)
-        memory |= dict(slots=slots, values=value) | _gram_stash(stash)
+        memory |= dict(slots=slots, values=value, rows=torch.empty_like(stash.rows)) | named(stash)
         self.sum_rows(known, memory)
         self.moments(known, memory)
         return value, stash
@@ -275,13 +276,8 @@ class _Gram(_Launches):
         m = z.new_empty((self.problem.n, self.rows))
         factor = stash.xx.new_empty(())
         known = (grad.dtype,) if aligned(grad, mask) else None
-        self.mix[side](known, _gram_stash(stash) | dict(mask=mask, grad=grad, m=m, factor=factor))
+        self.mix[side](known, named(stash) | dict(mask=mask, grad=grad, m=m, factor=factor))
         return rounded_product(m, z, factor, self.problem.n, (self.problem.p, self.problem.q)[side])
-
-
-def _gram_stash(stash: Stash) -> dict[str, Tensor]:
-    """The tensors of a stash of the Gram route by the kernels' parameter names."""
-    return dict(grams=stash.xx, rows=stash.rows, coefficients=stash.coefficients)
 
 
 @lru_cache(maxsize=1024)

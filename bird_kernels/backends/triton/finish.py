@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .apart import store_results_apart, taken_rows, weights_apart
 from .centre import counts
-from .double import mixed_centring_of, mixed_shifts_of, store_totals
+from .double import mixed_shifts, store_totals
 from .reduce import KK, KL, ROOM_K, ROOM_L, ROWS, arrive, finish, store_no_totals, store_sizes, sum_slots, weights_of
 from .shift import column_sums, padded_width, rounded
 
@@ -187,13 +187,25 @@ def cross_mix_kernel(
 
 
 @triton.jit
+def expm1(x):
+    """exp(x) - 1; near zero, where the difference cancels, x (1 + x/2 (1 + x/3 (1 + ...)))."""
+    series = tl.full(x.shape, 1.0, tl.float32)
+    for i in tl.static_range(8):
+        series = 1.0 + series * x * (1.0 / (9 - i))
+    return tl.where(tl.abs(x) < 0.5, series * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
 def gram_rows_kernel(
-    grams,  # fp32 [2, n, n]: K and L
-    zx,  # [n + 1 or more, pa]; out: row n
-    zy,  # [n + 1 or more, qa]; out: row n
+    grams,  # fp32 [2, n, n]: K and L; GAUSSIAN: in, squared distances; out, K - c and L - c, UNBIASED with diagonal 0
+    bandwidths,  # fp64 [2, 4] (GAUSSIAN): f, t, c of each side
+    mask,  # bytes [n]
+    zx,  # [n + 1 or more, pa]; out (linear): row n
+    zy,  # [n + 1 or more, qa]; out (linear): row n
     sums,  # fp32 [shares, qa + pa + 8]
     scales,  # fp32 [2]
     rows,  # out, fp64 [2, n]: row sums of K and L, UNBIASED without the diagonals
+    tops,  # out (GAUSSIAN), fp32 [2, blocks]: the largest off-diagonal entries of K
     slots,  # fp64 [2, 3, blocks]: partial sums of the programs
     counters,  # int32 [1], 0 before and after
     coefficients,  # out, fp64 [COEFFICIENTS]: sizes, totals and rooms
@@ -201,34 +213,58 @@ def gram_rows_kernel(
     p,
     q,
     shares,
+    GAUSSIAN: tl.constexpr,
+    MASKED: tl.constexpr,
     UNBIASED: tl.constexpr,
     TF32: tl.constexpr,
     HEIGHT: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (blocks of rows of K, of L; blocks of columns of z): row sums, and minus the means of z as its row n."""
+    """Grid (blocks of rows of K, of L; linear: of columns of z): row sums, and minus the means of z as its row n.
+
+    Gaussian kernels are computed from distances on the way, c expm1(t - f d), without loss where K is nearly constant.
+    """
     program, blocks = tl.program_id(0), tl.cdiv(n, HEIGHT)
     pa, qa = padded_width(p), padded_width(q)
     if program < 2 * blocks:
         side, block = program // blocks, program % blocks
         gram = grams + side.to(tl.int64) * n * n
         i = block * HEIGHT + tl.arange(0, HEIGHT)
-        total = tl.zeros([HEIGHT, LENGTH], tl.float32)
+        total = tl.zeros([HEIGHT], tl.float64)
+        if GAUSSIAN:
+            counted_i = counts(mask, i, n, MASKED)
+            own = bandwidths + 4 * side
+            factor, typical = tl.load(own).to(tl.float32), tl.load(own + 1).to(tl.float32)
+            level = tl.load(own + 2).to(tl.float32)
+            edge = 0.0 if UNBIASED else (1.0 - tl.load(own + 2)).to(tl.float32)
+            top = tl.zeros([HEIGHT], tl.float32)
+            # The error of an entry is c times that of t, so these are the norms whose products bound the errors.
+            diagonal = tl.where(counted_i, tl.load(own + 1) * tl.load(own + 2), 0.0)
+        else:
+            diagonal = tl.load(gram + i.to(tl.int64) * (n + 1), mask=i < n, other=0.0).to(tl.float64)
         for start in range(0, n, LENGTH):
             j = start + tl.arange(0, LENGTH)
-            keep = (i < n)[:, None] & (j < n)[None, :]
-            if UNBIASED:
-                keep = keep & (i[:, None] != j[None, :])
-            total += tl.load(gram + i[:, None].to(tl.int64) * n + j[None, :], mask=keep, other=0.0)
-        own = tl.sum(total, 1).to(tl.float64)
-        tl.store(rows + side * n + i, own, mask=i < n)
-        diagonal = tl.load(gram + i.to(tl.int64) * (n + 1), mask=i < n, other=0.0).to(tl.float64)
-        shares_of = slots + 3 * side * blocks + block
-        tl.store(shares_of, tl.sum(own, 0))
-        tl.store(shares_of + blocks, tl.sum(diagonal, 0))
-        tl.store(shares_of + 2 * blocks, tl.sum(diagonal * diagonal, 0))
-    else:
+            inside = (i < n)[:, None] & (j < n)[None, :]
+            other = i[:, None] != j[None, :]
+            places = gram + i[:, None].to(tl.int64) * n + j[None, :]
+            if GAUSSIAN:
+                counted = counted_i[:, None] & counts(mask, j, n, MASKED)[None, :]
+                tile = level * expm1(typical - factor * tl.load(places, mask=inside, other=0.0))
+                top = tl.maximum(top, tl.max(tl.where(counted & other, tile + level, 0.0), 1))
+                tile = tl.where(counted, tl.where(other, tile, edge), 0.0)
+                tl.store(places, tile, mask=inside)
+            else:
+                tile = tl.load(places, mask=inside & other if UNBIASED else inside, other=0.0)
+            total += tl.sum(tile, 1).to(tl.float64)
+        tl.store(rows + side * n + i, total, mask=i < n)
+        parts = slots + 3 * side * blocks + block
+        tl.store(parts, tl.sum(total, 0))
+        tl.store(parts + blocks, tl.sum(diagonal, 0))
+        tl.store(parts + 2 * blocks, tl.sum(diagonal * diagonal, 0))
+        if GAUSSIAN:
+            tl.store(tops + side * blocks + block, tl.max(top, 0))
+    elif not GAUSSIAN:
         columns = (program - 2 * blocks) * BLOCK + tl.arange(0, BLOCK)
         mean = column_sums(sums, columns, qa + pa + 8, shares) / _sizes(sums, scales, qa + pa + 8, shares)[2]
         mean = rounded(-mean.to(tl.float32), zx, TF32)
@@ -237,7 +273,10 @@ def gram_rows_kernel(
         tl.store(zx + row * pa + columns - qa, mean, mask=(columns >= qa) & (columns < qa + pa))
     if arrive(counters, tl.num_programs(0)):
         tl.store(counters, 0)
-        store_sizes(coefficients, _sizes(sums, scales, qa + pa + 8, shares))
+        scale_x, scale_y, count = _sizes(sums, scales, qa + pa + 8, shares)
+        if GAUSSIAN:  # its kernels do not depend on the features' scales
+            scale_x, scale_y = 1.0, 1.0
+        store_sizes(coefficients, (scale_x, scale_y, count))
         store_totals(coefficients, slots, blocks, UNBIASED)
 
 
@@ -245,7 +284,7 @@ def gram_rows_kernel(
 def gram_mix_kernel(
     grams,  # fp32 [2, n, n]
     mask,  # bytes [n]
-    rows,  # fp64 [2, n]
+    shifts,  # fp64 [2, n]: of their rows
     coefficients,  # fp64 [COEFFICIENTS]
     grad,  # 0-d
     m,  # out, [n, n + 1 or more]: column n is the row sum, further columns are zero: d = m z
@@ -266,8 +305,7 @@ def gram_mix_kernel(
     if NEAR:
         tl.store(factor, outer.to(tl.float32), mask=tl.program_id(0) == 0)
     i = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
-    counted_i, centring = counts(mask, i, n, MASKED)[:, None], mixed_centring_of(coefficients, SIDE, a, b, UNBIASED)
-    shifts_i = mixed_shifts_of(rows, centring, i, SIDE, n)[:, None]
+    counted_i, shifts_i = counts(mask, i, n, MASKED)[:, None], mixed_shifts(shifts, i, SIDE, a, b, n)[:, None]
     own, other = grams + tl.cast(n, tl.int64) * n * SIDE, grams + tl.cast(n, tl.int64) * n * (1 - SIDE)
     total = tl.zeros([HEIGHT, LENGTH], tl.float32)
     for start in range(0, n, LENGTH):
@@ -275,7 +313,7 @@ def gram_mix_kernel(
         inside = (i < n)[:, None] & (j < n)[None, :]
         offsets = i[:, None].to(tl.int64) * n + j[None, :]
         tile = tl.load(other + offsets, mask=inside, other=0.0) * a + tl.load(own + offsets, mask=inside, other=0.0) * b
-        tile -= shifts_i + mixed_shifts_of(rows, centring, j, SIDE, n)[None, :]
+        tile -= shifts_i + mixed_shifts(shifts, j, SIDE, a, b, n)[None, :]
         keep = counted_i & counts(mask, j, n, MASKED)[None, :]
         if UNBIASED:
             keep = keep & (i[:, None] != j[None, :])
