@@ -108,7 +108,7 @@ def test_sorted_and_periodic_batches(period: int, device: torch.device) -> None:
     assert_right("cross", x, y)
 
 
-def test_an_outlier_that_the_sample_misses(device: torch.device) -> None:
+def test_an_outlier_that_the_sample_misses(estimator: str, device: torch.device) -> None:
     """fp16: a row that is 250,000 times as large as the sample let expect does not overflow."""
     x, y = features(3000, 6, 5, dtype=FLOAT16, device=device)
     index = torch.arange(1000)
@@ -117,23 +117,25 @@ def test_an_outlier_that_the_sample_misses(device: torch.device) -> None:
     x = (x.float() * 0.001).half()
     x[row] *= 250000
     assert 512 < x[row].abs().max() < 1000
-    assert_right("cross", x, y)
+    assert_right("cross", x, y, estimator=estimator)
 
 
-def test_long_sums_go_in_parts(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sums_go_in_parts(
+    dtype: torch.dtype, estimator: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shifted, "PART", 128)
     shifted._launches_of.cache_clear()
     x, y = features(300, 12, 20, dtype=dtype, device=device, mean=2.0)
-    assert_right("cross", x, y)
-    assert_right("cross", x, y, rows_kept(x))
+    assert_right("cross", x, y, estimator=estimator)
+    assert_right("cross", x, y, rows_kept(x), estimator=estimator)
     shifted._launches_of.cache_clear()
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
-def test_precisions(route: str, precision: str, device: torch.device) -> None:
+def test_precisions(route: str, precision: str, estimator: str, device: torch.device) -> None:
     """tf32 rounds operands to ten bits where they are made, tf32x3 is exact."""
     x, y = sides_of(route, FLOAT32, device, mean=30.0)
-    assert_right(route, x, y, precision=precision, looser=1.0 if precision == "tf32x3" else 500.0)
+    assert_right(route, x, y, precision=precision, estimator=estimator, looser=1.0 if precision == "tf32x3" else 500.0)
 
 
 @pytest.mark.parametrize("change", [dict(dtype=torch.float64), dict(statistic="gram_mse"), dict(center=False)], ids=str)
