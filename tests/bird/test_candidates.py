@@ -178,22 +178,3 @@ def test_a_choice_of_teachers(folder: Path, experiment: VisionExperiment, capsys
 def test_nothing_measured(tmp_path: Path, experiment: VisionExperiment) -> None:
     with pytest.raises(ValueError, match=r"no teacher of .* was measured in .*: bird select it first"):
         candidates.write_teachers(replace(experiment, root=tmp_path), experiment.candidates(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "complaint"),
-    [
-        ('teacher_corruptions = ["fog"]', 'teacher_corruptions = ["fgo"]', "there is no 'fgo'; there is 'fog'"),
-        (
-            'teacher = { data = "digits"',
-            'teacher = { data = "digit"',
-            "variants.own.teacher: data: there is no 'digit'",
-        ),
-        ("teacher_steps = 4", "teacher_steps = 0", "variants.short: teacher_steps must be at least 1, not 0"),
-    ],
-)
-def test_what_is_wrong_in_a_variant(tmp_path: Path, old: str, new: str, complaint: str) -> None:
-    assert RECIPE.count(old) == 1
-    (tmp_path / "try.toml").write_text(RECIPE.replace(old, new))
-    with pytest.raises(ValueError, match=complaint):
-        recipes.read(str(tmp_path / "try.toml"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
@@ -21,21 +19,10 @@ from bird.lab.vision.data import Images
 from bird.lab.vision.datasets import DATASETS, load
 from bird.lab.vision.datasets.batches import stack_batches
 from bird.lab.vision.datasets.grey import read_idx
-from bird.lab.vision.datasets.unpickling import load_batch
 from tests.bird import official_files as official
 from tests.bird.shipped import fashion
 
 DEBIAN = Path(DATASETS["fashion-mnist"].layouts[1].folder)
-
-
-@pytest.fixture
-def expect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Lower the official numbers of a data set to those of its tiny copy."""
-
-    def change(name: str, **changes: Any) -> None:
-        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], **changes))
-
-    return change
 
 
 def assert_holds(data: Images, images: np.ndarray, labels: np.ndarray) -> None:
@@ -89,46 +76,6 @@ def test_cifar_python_reads_like_torchvision(
         other = theirs(str(tmp_path), train=is_train)
         assert_holds(data, other.data.transpose(0, 3, 1, 2), np.array(other.targets))
         assert_holds(data, *made)
-
-
-class Call:
-    """Pickles as a call."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return self.call
-
-
-def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    mark, path = tmp_path / "mark", tmp_path / "data_batch_1"
-    calls = [(os.system, f"touch {mark}"), (eval, f"open({str(mark)!r}, 'w').close()"), (os.mkdir, str(mark))]
-    for protocol in (0, 2, 4, 5):
-        for function, argument in calls:
-            path.write_bytes(pickle.dumps({"data": Call(function, argument)}, protocol=protocol))
-            asked = rf"{function.__module__}|__builtin__"  # the builtins' name in the older protocols
-            with pytest.raises(ValueError, match=rf"data_batch_1: it asks for ({asked})\.{function.__name__}"):
-                load_batch(path)
-            assert not mark.exists()
-    pickle.loads(path.read_bytes())
-    assert mark.exists(), "the pickle would not have done anything"
-
-
-def test_only_what_rebuilds_an_array_is_admitted(tmp_path: Path) -> None:
-    path = tmp_path / "test_batch"
-    for text, refusal in (
-        (b"cnumpy\nload\n.", "numpy.load"),
-        (b"cnumpy.core.multiarray\nscalar\n.", r"multiarray\.scalar"),
-        (b"cnumpy\nndarray.tofile\n.", r"ndarray\.tofile"),
-        (b"c_codecs\ndecode\n.", r"_codecs\.decode"),
-        (b"c_codecs\nencode\n(Vx\nVrot13\ntR.", "rot13"),
-        (b"", "test_batch: "),
-        (b"(lp0\n.", "a pickled list, not a dict"),
-    ):
-        path.write_bytes(text)
-        with pytest.raises(ValueError, match=refusal):
-            load_batch(path)
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_stages_do_not_depend_on_where(experiment: VisionExperiment, tmp_path: P
     ("arguments", "complaint"),
     [
         (["--arch", "pear"], "has no 'pear' among its networks: 'pair'"),
-        (["--method", "brid"], "has no 'brid' among its methods"),
+        (["--method", "ft"], "has no 'ft' among its methods: 'none', 'continued'"),
         (["--variant", "none"], "has no 'none' among its variants: 'plain', 'batch 4', 'layer'"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--jobs", "0"], "--jobs must be at least 1"),
@@ -284,12 +284,6 @@ def test_what_cannot_run_is_said_before_anything_is_trained(
     assert re.search(complaint, said, re.DOTALL)
     assert said.count("bird: ") == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_method_that_the_recipe_lacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for method in ("ft", "nonsense"):
-        assert cli.main(["run", str(folder / "try.toml"), "--out", str(folder / "x"), "--method", method]) == 2
-        assert f"try has no '{method}' among its methods: 'none', 'continued'" in capsys.readouterr().err
 
 
 def test_guidance_of_a_layer_between_the_listed_ones(tmp_path: Path) -> None:

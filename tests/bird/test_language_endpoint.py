@@ -207,7 +207,6 @@ def test_answers_are_kept_by_what_they_depend_on(server: Server, tmp_path: Path)
         assert server.judge(cache=cache)(prompts, responses) == truth
         assert len(server.asked) == 3
     assert server.judge(cache=cache)(["p"], ["new"]) == [True]
-    assert len(server.asked) == 4
     assert cache.read_bytes().startswith(whole)
     assert [set(json.loads(line)) for line in cache.read_text().splitlines()] == [{"key", "answer"}] * 4
     # words are not asked for: other ones read the same answers
@@ -368,9 +367,9 @@ def test_bad_input_is_refused(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got 2 prompts and 1 responses"):
         server.judge()(["a", "b"], ["c"])
     cache = tmp_path / "notes"
-    for text in ("notes\n", '{"a": 1}\n'):
+    for text, said in {"notes\n": "is not a JSON object", '{"a": 1}\n': "is not a cache of answers"}.items():
         cache.write_text(text)
-        with pytest.raises(ValueError, match="line 1 is not a JSON object|is not a cache of answers"):
+        with pytest.raises(ValueError, match=said):
             server.judge(cache=cache)
         assert cache.read_text() == text
     assert server.asked == []

@@ -19,25 +19,9 @@ from bird.lab import cli
 from bird.lab.language import recipe as language_recipes
 from bird.lab.language import report
 from bird.lab.language.preference import Preferences
-from bird.lab.recipe import names
-from bird.lab.vision import recipe as recipes
 from tests.bird.test_language_data import write_snippets
 from tests.bird.tiny import saved
 
-PAPER = {  # shared/paper/FACTS.md, from the paper's tables
-    "safety-dpo": {
-        "smollm2-135m": {"none": 43.88, "dpo": 65.48, "dpo-bird": 71.28},
-        "smollm2-360m": {"none": 47.63, "dpo": 86.57, "dpo-bird": 88.37},
-    },
-    "weak-to-strong-sciq": {
-        "gpt2-medium": {"naive": 7.79, "bird": 16.14},
-        "gpt2-large": {"naive": 17.70, "bird": 24.19},
-    },
-    "weak-to-strong-cosmos-qa": {"gpt2-medium": {}, "gpt2-large": {"naive": 65.51, "bird": 68.02}},
-    "weak-to-strong-boolq": {"gpt2-medium": {"naive": 0, "bird": 0}, "gpt2-large": {"naive": 0, "bird": 0}},
-    "positivity-dpo": {"smollm2-135m": {}},
-    "weak-to-strong-sentiment": {"minilm-smollm2": {}},
-}
 TEACHER, STUDENT = saved("encoder"), saved("decoder")
 PREFERENCE = f"""
 kind = "preference"
@@ -94,44 +78,6 @@ def run(text: str, name: str, data: Path, capsys: pytest.CaptureFixture[str], *m
 
 def parse(text: str, **changes: Any) -> language_recipes.Recipe:
     return language_recipes.parse("mine", tomllib.loads(text) | changes)
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_recipes_hold_the_papers_figures(name: str) -> None:
-    recipe = recipes.parsed(f"language/{name}", language_recipes.parse)
-    assert {key: dict(pair.paper) for key, pair in recipe.networks.items()} == PAPER[name]
-    assert f"language/{name}" in names()
-
-
-def test_every_language_recipe_is_known_here() -> None:
-    assert {name.removeprefix("language/") for name in names() if name.startswith("language/")} == set(PAPER)
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"kind": "preferences"}, "kind: there is no 'preferences'; there is 'preference'"),
-        ({"methods": ["dpo-brid"]}, "methods: there is no 'dpo-brid'; there is 'dpo-bird'"),
-        ({"transfer": {"batch": 3}}, "a key of transfer: there is no 'batch'"),
-        ({"transfer": {"batch_size": 6, "micro_batch": 4}}, "transfer: micro_batch 4 must divide batch_size 6"),
-        ({"transfer": {"lr": 0.0}}, "transfer: lr must be positive"),
-        ({"transfer": {"warmup": 1.0}}, r"transfer: warmup must be in \[0, 1\)"),
-        ({"data": {"source": "positivity", "limit": 1}}, "data: limit must be at least 2"),
-        ({"judges": {}}, "who judges the responses"),
-        ({"judges": {"x": {"kind": "jury"}}}, "judges.x: kind: there is no 'jury'"),
-        ({"judges": {"x": {"kind": "endpoint", "model": "m"}}}, "judges.x: .*needs a url"),
-        ({"judges": {"x": {"kind": "classifier"}}}, "judges.x: .*needs a model"),
-        ({"seeds": 0}, "seeds must be at least 1"),
-    ],
-)
-def test_recipes_that_cannot_be(changes: dict[str, Any], why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        parse(PREFERENCE, **changes)
-
-
-def test_what_must_be_there() -> None:
-    with pytest.raises(ValueError, match="data, transfer must be there"):
-        language_recipes.parse("x", {"kind": "preference", "title": "x", "networks": {}, "teacher": {}})
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from bird.lab import cli
-from bird.lab.recipe import require_name
-from bird.lab.stages import LOOKS, Stage, alone, complete
-from bird.lab.vision.recipe import read
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 'data = "fashion-mnist-subset"\nlimit_per_class = 4\naugment = "none"\n'
@@ -117,80 +113,3 @@ def test_a_report_waits_for_another_and_says_so(
     report.join()
     assert codes == [0]
     assert page.exists()
-
-
-@pytest.mark.smoke
-def test_alone_tells_only_where_it_waits(tmp_path: Path) -> None:
-    said: list[str] = []
-    with alone(tmp_path / "lock", lambda: said.append("waits")):
-        assert not said
-        with pytest.raises(RuntimeError, match="busy"), alone(tmp_path / "lock", _busy):
-            pass
-    with alone(tmp_path / "lock", lambda: said.append("waits")):
-        assert not said
-
-
-def _busy() -> None:
-    raise RuntimeError("busy")
-
-
-def test_stages_of_others_are_waited_for_with_a_word(tmp_path: Path) -> None:
-    stage = Stage("slow", {}, lambda folder: {}, title="The slow one")
-    folder = stage.folder(tmp_path)
-    folder.mkdir(parents=True)
-    lock, said = FileLock(folder / ".lock", thread_local=False), list[str]()
-    lock.acquire()
-
-    def idle(line: str) -> None:
-        said.append(line)
-        threading.Timer(20 * 0.002, lock.release).start()
-
-    rescue = threading.Timer(20, lock.release)  # of a test that fails: nobody would end the wait
-    rescue.start()
-    # The lock is of a thread's other lock object, as it would be of another process.
-    complete([stage], tmp_path, idle=idle, patience=0.002)
-    rescue.cancel()
-    assert said == ["waiting for other processes: 1 of 1 stages, The slow one first"]
-    assert LOOKS > 1
-
-
-@pytest.mark.parametrize("name", ["../../../x", "a/b", "a\\b", ".hidden", "..", "a\nb", "x" * 61])
-def test_names_that_begin_files_stay_in_their_folder(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="names files: no slashes"):
-        require_name("it", name)
-    key = json.dumps(name)  # as TOML quotes it too
-    for text in (
-        TINY.replace("networks.one", f"networks.{key}"),
-        f"{TINY}\n[variants.{key}]\n",
-    ):
-        path = tmp_path / "named.toml"
-        path.write_text(text)
-        with pytest.raises(ValueError, match="names files: no slashes"):
-            read(str(path))
-
-
-def test_names_of_judges_and_recipes_are_looked_at_too(tmp_path: Path) -> None:
-    from bird.lab.language import recipe as language
-
-    table: dict[str, Any] = {
-        "kind": "preference", "title": "x", "data": {"source": "positivity"}, "teacher": {}, "transfer": {},
-        "networks": {"one": {"teacher": "minilm", "student": "smollm2-135m"}},
-        "judges": {"lexicon": {"kind": "lexicon"}},
-    }  # fmt: skip
-    assert language.parse("x", table).networks
-    for part in ("networks", "judges", "variants"):
-        other = {"../x": next(iter(table[part].values())) if part in table else {}}
-        with pytest.raises(ValueError, match=rf"the {part} of a recipe: '\.\./x' names files"):
-            language.parse("x", table | {part: other})
-    path = tmp_path / "..toml"
-    path.write_text(TINY)
-    with pytest.raises(ValueError, match=r"the recipe '\.' names files"):
-        read(str(path))
-
-
-def test_a_report_of_many_parts_has_a_name_that_a_disk_takes() -> None:
-    choice = {"variants": [f"variant number {i}, with a long name" for i in range(20)], "seeds": None}
-    name = cli._named("fashion/demo", choice)
-    assert len(name) < 100
-    assert name != cli._named("fashion/demo", choice | {"seeds": 1})
-    assert cli._named("fashion/demo", {"networks": ["a b"], "seeds": 2}) == "fashion/demo-a-b-seeds-2"
