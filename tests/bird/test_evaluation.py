@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bird.lab.statistics import pgr
 from bird.lab.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bird.lab.vision.data import Images, to_float
 from bird.lab.vision.evaluation import Robustness, accuracy, layer_alignment, robustness
@@ -86,14 +85,6 @@ def test_one_read_from_the_device_per_evaluation(monkeypatch: pytest.MonkeyPatch
 def test_no_images_is_an_error() -> None:
     with pytest.raises(ValueError, match="no images"):
         accuracy(Bright(0.5), DATA.select(torch.arange(0)))
-
-
-def test_pgr_is_the_share_of_the_gap() -> None:
-    assert pgr(0.7, 0.6, 0.8) == pytest.approx(0.5)
-    assert pgr(0.6, 0.6, 0.8) == 0
-    assert pgr(0.8, 0.6, 0.8) == 1
-    assert pgr(0.5, 0.6, 0.8) == pytest.approx(-0.5)
-    assert np.isnan(pgr(0.5, 0.6, 0.6))
 
 
 def song(x: np.ndarray, y: np.ndarray) -> float:

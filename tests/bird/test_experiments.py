@@ -11,13 +11,11 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from bird import Taps, Teacher, cka
 from bird.lab import cli, stages
 from bird.lab.experiment import collect
-from bird.lab.statistics import paired_p
 from bird.lab.vision import evaluation
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision import recipe as recipes
@@ -205,13 +203,6 @@ def test_what_is_missing_is_said(experiment: VisionExperiment, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"0 of 24 cells of try are done in .*, and no seed of all methods"):
         reproduction.write_vision_report(empty, empty.cells(), tmp_path / "report")
     assert not (tmp_path / "report").exists()
-
-
-@pytest.mark.smoke
-def test_paired_p() -> None:
-    a, b = [0.61, 0.64, 0.7, 0.66], [0.6, 0.61, 0.71, 0.6]
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    assert paired_p(differences) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
 
 
 def test_stages_do_not_depend_on_where(experiment: VisionExperiment, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def bart(words: int = 257) -> Any:
     sizes: Any = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
     sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64}
     ids = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
-    return BartForConditionalGeneration(BartConfig(words, forced_eos_token_id=None, **ids, **sizes)).eval()
+    return BartForConditionalGeneration(BartConfig(vocab_size=words, forced_eos_token_id=None, **ids, **sizes)).eval()
 
 
 def t5() -> Any:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from bird.lab.language import classifiers
-from bird.lab.language import training as runs
 from bird.lab.language.classifiers import (
     Classifier,
     accuracy,
@@ -144,72 +142,6 @@ def test_guidance_without_weight_is_none(tmp_path: Path) -> None:
     train_classifier(other, BYTES, texts, targets, training, tmp_path / "other", guidance=guided(weak().float()))
     assert gap(plain, same) == 0
     assert gap(plain, other) > 1e-4
-
-
-@pytest.mark.parametrize("guides", [False, True])
-def test_resumed_is_uninterrupted(guides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the middle of the second epoch, with dropout, and with half a checkpoint left behind."""
-    texts, targets = snippets(16)
-    training = Training(epochs=2, batch_size=4, micro_batch=2, lr=1e-3)
-
-    def run(folder: str) -> tuple[Classifier, dict[str, Any]]:
-        model = Classifier(llama(dropout=0.3))
-        guidance = guided(weak().float()) if guides else None
-        return model, train_classifier(
-            model, BYTES, texts, targets, training, tmp_path / folder, guidance=guidance, save_every=2
-        )
-
-    whole, history = run("whole")
-    watch = runs.Watch.on_log
-
-    def killed(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
-        if state.global_step == 7:
-            raise KeyboardInterrupt
-        watch(self, args, state, control, **more)
-
-    monkeypatch.setattr(runs.Watch, "on_log", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run("killed")
-    monkeypatch.undo()
-    (tmp_path / "killed/checkpoint-7").mkdir()
-    first: list[int] = []
-    monkeypatch.setattr(
-        runs.Watch,
-        "on_log",
-        lambda self, args, state, control, **more: first.append(state.global_step),
-    )
-    model, resumed = run("killed")
-    assert first[0] == 7  # it went on, and did not begin again
-    assert gap(model, whole) == 0
-    assert resumed == history
-    names = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert names == {"classifier.safetensors", "history.json", "run.json"}
-
-    monkeypatch.setattr(classifiers, "_trainer", None)  # a complete run is read, not trained
-    again, kept = run("killed")
-    assert gap(again, whole) == 0
-    assert kept == history
-
-
-def test_folder_of_another_run(tmp_path: Path) -> None:
-    texts, targets = snippets(4)
-    train_classifier(Classifier(llama()), BYTES, texts, targets, Training(epochs=1), tmp_path)
-    for changed in (
-        (texts, targets, Training(epochs=2), None),
-        (texts, targets.flip(1), Training(epochs=1), None),
-        ([*texts[:3], "other"], targets, Training(epochs=1), None),
-        (texts, targets, Training(epochs=1), guided(weak())),
-    ):
-        *most, guidance = changed
-        with pytest.raises(ValueError, match="another run"):
-            train_classifier(Classifier(llama()), BYTES, *most, tmp_path, guidance=guidance)
-
-
-def test_loss_that_is_not_finite(tmp_path: Path) -> None:
-    texts, targets = snippets(16)
-    training = Training(epochs=4, batch_size=4, lr=1e30)
-    with pytest.raises(FloatingPointError, match="step"):
-        train_classifier(Classifier(llama()), BYTES, texts, targets, training, tmp_path)
 
 
 @pytest.mark.parametrize("backbone", [llama, gpt2])
