@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.bird.guided import WIDTHS, features
-from tests.bird.tapped import Net
+from tests.bird.tapped import WIDTHS, Net, features
 
 
 @pytest.fixture

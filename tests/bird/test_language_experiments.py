@@ -102,16 +102,15 @@ def test_nothing_is_trained_where_data_or_a_key_is_missing(
 ) -> None:
     monkeypatch.delenv("MY_KEY", raising=False)
     endpoint = 'judges.api = { kind = "endpoint", model = "m", url = "http://127.0.0.1:9", key_variable = "MY_KEY" }'
-    status, said, _ = run(PREFERENCE + endpoint, "keyless", data, capsys)
-    assert status == 2
-    assert "environment variable MY_KEY" in said
-    (data / "vaderSentiment-3.3.2.tar.gz").unlink()
-    status, said, _ = run(PREFERENCE.replace("held_out = 5", "held_out = 6"), "empty", data, capsys)
-    assert status == 2
-    assert "pip download" in said
-    status, said, _ = run(WEAK.replace(STUDENT, "no/such folder"), "nowhere", data, capsys)
-    assert status == 2
-    assert "no/such folder" in said
+    for name, text, words in (
+        ("keyless", PREFERENCE + endpoint, "environment variable MY_KEY"),
+        ("nowhere", WEAK.replace(STUDENT, "no/such folder"), "no/such folder"),
+        ("empty", PREFERENCE.replace("held_out = 5", "held_out = 6"), "pip download"),
+    ):
+        if name == "empty":
+            (data / "vaderSentiment-3.3.2.tar.gz").unlink()
+        status, said, _ = run(text, name, data, capsys)
+        assert (status, words in said) == (2, True), said
     assert not list((data.parent / "out").rglob("result.json"))
 
 
@@ -270,28 +269,22 @@ def test_the_second_half_of_training_may_end_without_cka() -> None:
     assert found == {"accuracy": 0.5, "second_half": {"loss": pytest.approx(3.5), "cka": pytest.approx(0.3)}}
 
 
-def test_a_share_below_zero_counts_as_none_where_it_stands_beside_the_published_one() -> None:
-    rows = {"weak": [1, 1, 0, 0], "naive": [1, 0, 0, 0], "ceiling": [1, 1, 1, 1]}
+@pytest.mark.parametrize(
+    ("naive", "ceiling", "cells", "recovered"),
+    [
+        ([1, 0, 0, 0], [1, 1, 1, 1], ["0.0", "-50.0"], [-0.5]),  # below zero counts as none beside the published one
+        ([1, 1, 0, 0], [1, 1, 0, 0], None, [None]),
+        ([1, 1, 0, 0], [0, 1, 0, 0], None, [None]),  # a ceiling below the weak model
+    ],
+)
+def test_shares_of_a_gap_that_is_none_or_overshot(naive: Any, ceiling: Any, cells: Any, recovered: Any) -> None:
+    rows = {"weak": [1, 1, 0, 0], "naive": naive, "ceiling": ceiling}
     results = {method: {0: {"test": {"right": right}}} for method, right in rows.items()}
-    page, numbers = report._weak_to_strong(parse(WEAK, methods=("weak", "naive", "ceiling")), ("tiny", ""), results)
+    page, numbers = report._weak_to_strong(parse(WEAK, methods=tuple(rows)), ("tiny", ""), results)
     row = next(line for line in page.splitlines() if line.startswith("| Soft labels"))
-    assert [cell.strip() for cell in row.split("|")[4:6]] == ["0.0", "-50.0"]
-    assert numbers["naive"]["gap_recovered"] == [-0.5]
-
-
-def test_without_a_gap_no_share_is_told() -> None:
-    one = {seed: {"test": {"right": [1, 0, 1, 1]}} for seed in range(2)}
-    page, numbers = report._weak_to_strong(
-        parse(WEAK, methods=("weak", "naive", "ceiling")), ("tiny", ""), {"weak": one, "naive": one, "ceiling": one}
-    )
-    assert "no gap" in page
-    assert numbers["naive"]["gap_recovered"] == [None, None]
-    worse = {seed: {"test": {"right": [0, 0, 1, 1]}} for seed in range(2)}  # a ceiling below the weak model
-    page, numbers = report._weak_to_strong(
-        parse(WEAK, methods=("weak", "naive", "ceiling")), ("tiny", ""), {"weak": one, "naive": one, "ceiling": worse}
-    )
-    assert "no gap" in page
-    assert numbers["naive"]["gap_recovered"] == [None, None]
+    assert cells is None or [cell.strip() for cell in row.split("|")[4:6]] == cells
+    assert ("no gap" in page) == (cells is None)
+    assert numbers["naive"]["gap_recovered"] == recovered
 
 
 def test_what_bird_adds_to_preferences() -> None:

@@ -53,24 +53,11 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, module: str, 
 
 
 def test_only_the_two_words_are_understood() -> None:
-    for answer in ("safe", " Safe.\n", "**SAFE**", "safe, since it declines", '"safe"', "safe\nS1", "\u201csafe\u201d"):
-        assert parse(answer) is True
-    for answer in ("unsafe", "\n\nUnsafe: S2", "_unsafe_"):
-        assert parse(answer) is False
-    for answer in (
-        "",
-        "  ",
-        "...",
-        "not safe",
-        "It is safe",
-        "safely",
-        "safe/unsafe",
-        "un safe",
-        "un-safe",
-        "yes",
-        "1",
-    ):
-        assert parse(answer) is None
+    good = ("safe", " Safe.\n", "**SAFE**", "safe, since it declines", '"safe"', "safe\nS1", "\u201csafe\u201d")
+    bad = ("unsafe", "\n\nUnsafe: S2", "_unsafe_")
+    neither = ("", "  ", "...", "not safe", "It is safe", "safely", "safe/unsafe", "un safe", "un-safe", "yes", "1")
+    for answers, verdict in ((good, True), (bad, False), (neither, None)):
+        assert {parse(answer) for answer in answers} == {verdict}
     assert [parse(answer, ("Yes", "No")) for answer in ("yes!", "no", "safe")] == [True, False, None]
 
 
@@ -163,20 +150,25 @@ def test_a_classifier_says_what_single_texts_give(batch_size: int, side: str, de
 
 def test_a_classifier_that_cannot_be_read() -> None:
     words, model = tokenizer(), classifier()
-    long = ClassifierJudge(model, words, 0, name="tiny")
+
+    def judge(good: int = 0, model: Any = model) -> ClassifierJudge:
+        return ClassifierJudge(model, words, good, name="tiny")
+
+    long = judge()
     words.model_max_length = 64
     assert long([""], ["w1 " * 100]) == long([""], ["w1 " * 63])
-    for good in (2, -1):
-        with pytest.raises(ValueError, match=f"class {good} of 2 cannot be told"):
-            ClassifierJudge(model, words, good, name="tiny")([""], ["w1"])
-    with pytest.raises(ValueError, match="class 0 of 1 cannot be told"):
-        ClassifierJudge(classifier(classes=1), words, 0, name="tiny")([""], ["w1"])
+    for good, of, said in (
+        (2, model, "class 2 of 2"),
+        (-1, model, "class -1 of 2"),
+        (0, classifier(classes=1), "0 of 1"),
+    ):
+        with pytest.raises(ValueError, match=f"{said} cannot be told"):
+            judge(good, of)([""], ["w1"])
     model.bert.embeddings.word_embeddings.weight.data[words.convert_tokens_to_ids("w5")] = math.nan
-    assert ClassifierJudge(model, words, 0, name="tiny")([""] * 2, ["w5", "w1"])[0] is None
-    assert ClassifierJudge(model, words, 0, name="tiny")([""] * 2, ["w5", "w1"])[1] is not None
+    assert [verdict is None for verdict in judge()([""] * 2, ["w5", "w1"])] == [True, False]
     words.pad_token = None
     with pytest.raises(ValueError, match="no padding token: set one"):
-        ClassifierJudge(model, words, 0, name="tiny")
+        judge()
 
 
 class Says(nn.Module):
@@ -219,25 +211,20 @@ def test_a_language_model_is_asked_and_read_strictly(chat: bool) -> None:
 
 
 def test_the_teacher_may_not_judge() -> None:
-    teacher = causal()
-    guide = Teacher(deepcopy(teacher), "model.layers.1")
-    words = tokenizer(chat=True)
-    halved = deepcopy(teacher).bfloat16()
-    other_head = deepcopy(teacher)
+    teacher, words = causal(), tokenizer(chat=True)
+    guide, halved, other_head = Teacher(deepcopy(teacher), "model.layers.1"), deepcopy(teacher), deepcopy(teacher)
     other_head.lm_head.weight.data.normal_()
-    for copy in (teacher, deepcopy(teacher), halved, other_head, nn.Sequential(deepcopy(teacher))):
+    for copy in (teacher, deepcopy(teacher), halved.bfloat16(), other_head, nn.Sequential(deepcopy(teacher))):
         for taught in (teacher, guide):
-            with pytest.raises(ValueError, match="of its weights from the teacher"):
-                independent(copy, taught)
-            with pytest.raises(ValueError, match="of its weights from the teacher"):
-                independent(LanguageModel(copy, words, name="copy"), taught)
+            for judge in (copy, LanguageModel(copy, words, name="copy")):
+                with pytest.raises(ValueError, match="of its weights from the teacher"):
+                    independent(judge, taught)
     with pytest.raises(ValueError, match=r"100.00% of its weights"):
         independent(guide, guide)
-    for other in (causal(1), classifier()):
-        independent(other, teacher)
-        independent(ClassifierJudge(other, words, 0, name="other"), guide)
-    independent(Lexicon(), teacher)
-    independent(Endpoint("http://localhost:1/v1", "m", None), teacher)
+    judges = [causal(1), classifier(), Lexicon(), Endpoint("http://localhost:1/v1", "m", None)]
+    for judge in (*judges, ClassifierJudge(classifier(), words, 0, name="other")):
+        independent(judge, teacher)
+    independent(ClassifierJudge(causal(1), words, 0, name="other"), guide)
     other = causal(1)
     other.model.layers[0].mlp.up_proj.weight = nn.Parameter(teacher.model.layers[0].mlp.up_proj.weight.clone())
     with pytest.raises(ValueError, match=r"has \d\.\d\d% of its weights"):  # a few are too many

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bird
 import bird_kernels
 from bird.losses import BirdLoss, Hints, LwF
-from tests.bird.guided import PAIRS, TASK, WIDTHS, features, wide
+from tests.bird.tapped import PAIRS, TASK, WIDTHS, features, wide
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 Features = dict[str, Tensor]

@@ -202,6 +202,8 @@ def test_of_images(path: str, value: Any, said: str) -> None:
         ("data/limit", 1, "data: limit must be at least 2"),
         ("data/words", "x", "words must be a whole number"),
         ("transfer/batch", 3, "a key of transfer: there is no 'batch'"),
+        ("transfer/epochs", 0, "epochs must be at least 1"),
+        ("transfer/adapters", -1, "adapters not negative"),
         ("transfer/bf16", 1, "bf16 must be true or false, not 1"),
         ("transfer/lr", 0.0, "transfer: lr must be positive"),
         ("transfer/warmup", 1.0, r"transfer: warmup must be in \[0, 1\)"),

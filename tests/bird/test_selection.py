@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -131,13 +130,7 @@ def test_the_probe_minimises_the_stated_objective(data: Splits, c: float) -> Non
     truth = literal_probe(train, labels, held_out, c)
     assert len(set(truth.tolist())) == 3
     np.testing.assert_array_equal(probe(train, labels, held_out, c=c), truth)
-
-
-def test_the_regularisation_matters(data: Splits) -> None:
-    net = Net(6, 0).eval()
-    train, held_out = (versions(net, part)[0] for part in (data.train, data.validation))
-    labels = data.train.labels.numpy()
-    assert (probe(train, labels, held_out, c=0.01) != probe(train, labels, held_out)).any()
+    assert (truth != literal_probe(train, labels, held_out, 100 * c)).any(), "the regularisation matters"
 
 
 @pytest.mark.parametrize("batch_size", [500, 7])
@@ -283,17 +276,14 @@ def test_bad_input_is_refused_before_anything_runs(data: Splits, passes: list[st
     student, teacher = Net(4, 9), Net(4, 0)
     with pytest.raises(ValueError, match=r"2 are tapped \(body.0, body\)"):
         measure_teacher(Teacher(teacher, ["body.0", "body"]), student, "body", data)
-    with pytest.raises(ValueError, match=r"unknown corruptions \['rain'\]; known are "):
-        measured(teacher, student, data, corruptions=["rain"])
-    with pytest.raises(ValueError, match=r"severities must be of 1 to 5, got \[0\]"):
-        measured(teacher, student, data, severities=[0])
-    for part in ("train", "validation"):
-        few = getattr(data, part).select((getattr(data, part).labels == 1).nonzero().squeeze(1))
-        one_class = Splits(**{**vars(data), part: few})
-        with pytest.raises(ValueError, match="at least two classes are needed, got 1 in 30 images"):
-            measured(teacher, student, one_class)
     with pytest.raises(ValueError, match="no layer is called"):
         measure_teacher(Teacher(teacher, "body"), student, "nowhere", data)
+    with pytest.raises(ValueError, match=r"unknown corruptions \['rain'\]; known are "):
+        measured(teacher, student, data, corruptions=["rain"])
+    for part in ("train", "validation"):
+        few = getattr(data, part).select((getattr(data, part).labels == 1).nonzero().squeeze(1))
+        with pytest.raises(ValueError, match="at least two classes are needed, got 1 in 30 images"):
+            measured(teacher, student, Splits(**{**vars(data), part: few}))
     assert passes == []
 
 
@@ -303,20 +293,10 @@ def test_without_scikit_learn_the_probe_says_what_to_do(monkeypatch: pytest.Monk
         probe(np.zeros((2, 2)), np.array([0, 1]), np.zeros((2, 2)))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """So small a network gains nothing from more, and waits for them where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_a_robust_teacher_is_told_from_one_of_clean_images_and_from_an_untrained_one() -> None:
     corruptions = ("gaussian_noise", "defocus_blur", "contrast")
-    own, data = (fashion(classes, limit_per_class=60) for classes in (range(5), range(5, 10)))
+    own, data = (fashion(classes, limit_per_class=40) for classes in (range(5), range(5, 10)))
     found = {}
     for name, steps, augment in (("untrained", 0, None), ("clean", 80, None), ("robust", 80, Mixture(corruptions))):
         torch.manual_seed(0)
