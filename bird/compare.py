@@ -75,7 +75,8 @@ class Similarity:
         return found
 
     def save(self, folder: str | Path, *, title: str = "CKA, layer by layer") -> None:
-        """Write ``cka.csv`` (a table with the layers' names), ``cka.json`` (everything) and ``cka.png``, a heat map.
+        """Write ``cka.csv`` (a table with the layers' names), ``cka.json`` (everything), and the pictures ``cka.png``
+        (`picture`) and ``trend.png`` (`trend`).
 
         Each file is written atomically: it is complete or absent. The folder is created.
 
@@ -94,37 +95,68 @@ class Similarity:
         about["cka"] = [[None if math.isnan(value) else value for value in row] for row in self.matrix.tolist()]
         write_json(about, folder / "cka.json")
         self.picture(folder / "cka.png", title=title)
+        self.trend(folder / "trend.png", title=title)
 
-    def picture(self, path: Path, *, title: str) -> None:
+    def picture(self, path: str | Path, *, title: str = "CKA, layer by layer") -> None:
         """Draw the heat map as the PNG file ``path``, atomically; the first layers are in the lower left corner.
 
         Raises:
             ImportError: matplotlib is missing.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("the picture needs matplotlib: pip install matplotlib") from error
         rows, columns = self.matrix.shape
         numbers = max(rows, columns) <= MOST_NUMBERED
         cell = 0.42 if numbers else 0.18
-        figure = Figure(figsize=(2.5 + cell * max(columns, 5), 1.5 + cell * max(rows, 5)), facecolor="white")
+        lowest = min(0.0, np.nanmin(self.matrix))
+        with self._axes(path, title, (2.5 + cell * max(columns, 5), 1.5 + cell * max(rows, 5))) as axes:
+            image = axes.imshow(self.matrix, origin="lower", cmap="magma", vmin=lowest, vmax=1.0)
+            axes.set_xticks(range(columns), self.layers_b, rotation=90, fontsize=7)
+            axes.set_yticks(range(rows), self.layers_a, fontsize=7)
+            axes.set_xlabel(self.names[1], color=INK)
+            axes.set_ylabel(self.names[0], color=INK)
+            if numbers:
+                for (i, j), value in np.ndenumerate(self.matrix):
+                    colour = "white" if value < 0.6 else "black"
+                    axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+            bar = axes.figure.colorbar(image, ax=axes, label="CKA")
+            bar.outline.set_visible(False)
+
+    def trend(self, path: str | Path, *, title: str = "CKA over depth") -> None:
+        """Draw CKA over the layers of a as the PNG file ``path``, atomically.
+
+        One line is each layer's CKA with the layer of b that is most like it; the other, where both networks have the
+        same number of layers, with the layer of b at the same place (the matrix's diagonal).
+
+        Raises:
+            ImportError: matplotlib is missing.
+        """
+        rows, columns = self.matrix.shape
+        lines = {f"the most similar layer of {self.names[1]}": np.fmax.reduce(self.matrix, axis=1)}
+        if rows == columns:
+            lines[f"the layer of {self.names[1]} at the same place"] = self.matrix.diagonal()
+        with self._axes(path, title, (2.5 + 0.3 * max(rows, 5), 3.2)) as axes:
+            for (label, values), colour in zip(lines.items(), ("#0072B2", "#D55E00"), strict=False):
+                axes.plot(range(rows), values, marker="o", markersize=4, label=label, color=colour)
+            axes.set_xticks(range(rows), self.layers_a, rotation=90, fontsize=7)
+            axes.set_xlabel(self.names[0], color=INK)
+            axes.set_ylabel("CKA with", color=INK)
+            axes.set_ylim(min(0.0, np.nanmin(self.matrix)), 1.03)
+            axes.grid(axis="y", color="#EEEEEE")
+            axes.legend(frameon=False, fontsize=8)
+
+    @contextmanager
+    def _axes(self, path: str | Path, title: str, size: tuple[float, float]) -> Iterator[Any]:
+        """Yield the axes of a figure of ``size`` inches that becomes the PNG file ``path``."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("the pictures need matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=size, facecolor="white")
         axes = figure.subplots()
-        image = axes.imshow(self.matrix, origin="lower", cmap="magma", vmin=min(0.0, np.nanmin(self.matrix)), vmax=1.0)
-        axes.set_xticks(range(columns), self.layers_b, rotation=90, fontsize=7)
-        axes.set_yticks(range(rows), self.layers_a, fontsize=7)
-        axes.set_xlabel(self.names[1], color=INK)
-        axes.set_ylabel(self.names[0], color=INK)
         axes.set_title(f"{title}\n{self.estimator}, {self.samples} samples", fontsize=10, color=INK, loc="left")
         axes.tick_params(colors=INK, length=0)
         axes.spines[:].set_visible(False)
-        if numbers:
-            for (i, j), value in np.ndenumerate(self.matrix):
-                colour = "white" if value < 0.6 else "black"
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-        bar = figure.colorbar(image, ax=axes, label="CKA")
-        bar.outline.set_visible(False)
-        with atomic(path) as partial:
+        yield axes
+        with atomic(Path(path)) as partial:
             figure.savefig(partial, format="png", dpi=130, bbox_inches="tight")
 
 
@@ -170,7 +202,7 @@ def compare(
         pool: how a layer's output becomes rows, see `bird.features.pool_rows`; or ``{layer: pool}``.
         names: display names of the two networks, on the axes of the heat map.
         device: where both run; afterwards they are moved back. None: each where its parameters are.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar, and in it the mean of the matrix so far.
 
     Returns:
         The matrix with the layers' names; its ``save(folder)`` writes the data and the heat map. A layer whose HSIC
@@ -196,15 +228,21 @@ def compare(
     batches = samples = 0
     with ExitStack() as stack:
         feature_functions = [stack.enter_context(_tapped(model, layers, pool, device)) for model, layers in runs]
-        for batch in tqdm(chain(first, left), total=total, desc="compare", unit="batch", disable=not progress):
+        bar = stack.enter_context(tqdm(total=total, desc="compare", unit="batch", disable=not progress))
+        for batch in chain(first, left):
             features = [function(batch) for function in feature_functions]
             xs = [features[0][name] for name in names_a]
             ys = [features[-1][name].to(xs[0].device) for name in names_b]
+            drawn = bar.update()  # at most ten times a second
             if len(xs[0]) < MIN_ROWS[estimator]:
                 continue
             found = hsic_matrix(xs, None if itself else ys, estimator=estimator)
             sums = found if sums is None else Hsics(*(one + other for one, other in zip(sums, found, strict=True)))
             batches, samples = batches + 1, samples + len(xs[0])
+            if drawn:  # reading the mean waits for the device
+                bar.set_postfix_str(f"mean CKA {_cka(sums).nanmean().item():.4f}")
+        if sums is not None and progress:
+            bar.set_postfix_str(f"mean CKA {_cka(sums).nanmean().item():.4f}")
     if sums is None:
         raise ValueError(
             f'no batch of the loader has the {MIN_ROWS[estimator]} rows that estimator="{estimator}" needs'

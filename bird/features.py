@@ -48,8 +48,8 @@ def find_layers(model: nn.Module, names: str | Sequence[str]) -> dict[str, nn.Mo
             ``"blocks.*"`` matches each block, ``"blocks.*.attn"`` the attention in each; neither matches submodules.
 
     Raises:
-        ValueError: no names, a name that no layer has (the nearest are listed), or a glob without a match.
-            Containers without a forward of their own (ModuleList, ModuleDict) do not count as layers.
+        ValueError: a model without layers, no names, a name that no layer has (the nearest are listed), or a glob
+            without a match. Containers without a forward of their own (ModuleList, ModuleDict) do not count as layers.
         TypeError: a name is not a string.
     """
     patterns = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
@@ -57,7 +57,7 @@ def find_layers(model: nn.Module, names: str | Sequence[str]) -> dict[str, nn.Mo
         raise TypeError(f"layers go by their module paths, not by {patterns}: the outermost are {[*top_layers(model)]}")
     if not patterns:
         raise ValueError("no layer named: give at least one module path such as 'layer4' or 'blocks.*'")
-    layers = dict(_walk(model))
+    layers = _layers(model)
     found: dict[str, nn.Module] = {}
     for pattern in patterns:
         matches = [pattern] if pattern in layers else [name for name in layers if _matches(name, pattern)]
@@ -68,8 +68,16 @@ def find_layers(model: nn.Module, names: str | Sequence[str]) -> dict[str, nn.Mo
 
 
 def top_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's outermost layers by name: its children, and in place of a ModuleList its items."""
-    return dict(_walk(model, deep=False))
+    """A model's outermost layers by name: its children, and in place of a ModuleList its items; as `find_layers`."""
+    return _layers(model, deep=False)
+
+
+def _layers(model: nn.Module, deep: bool = True) -> dict[str, nn.Module]:
+    layers = dict(_walk(model, deep=deep))
+    if not layers:  # `bird.Teacher` hides its network, so that no checkpoint holds it
+        name = type(model).__name__
+        raise ValueError(f"{name} has no layers inside; of a bird.Teacher give the network that it was made of")
+    return layers
 
 
 def first_tensor(output: Any) -> Tensor:

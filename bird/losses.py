@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -49,6 +51,8 @@ class _Guided(nn.Module):
         found = []
         for t, s in self.pairs:
             theirs, ours = _named("teacher_features", teacher, t), _named("student_features", student, s)
+            if torch.is_grad_enabled() and not ours.requires_grad and not torch.compiler.is_compiling():
+                warnings.warn(_NO_GRADIENT.format(t, s), RuntimeWarning, stacklevel=4)
             if theirs.device != ours.device:
                 raise ValueError(
                     f"{t}/{s}: the teacher's features are on {theirs.device}, the student's on {ours.device}: move one "
@@ -265,7 +269,15 @@ def _scalar(task_loss: Tensor) -> Tensor:
     return task_loss
 
 
+_NO_GRADIENT = (
+    "{}/{}: the student's features carry no gradient, so this pair trains nothing: the layer is frozen or its features "
+    "were detached. To evaluate, wrap the call in torch.no_grad()"
+)
+
+
 def _number(weight: Weight) -> float:
+    if not isinstance(weight, (numbers.Real, Tensor)):
+        raise TypeError(f"a weight must be a number or a 0-d tensor, got {weight!r}")
     return float(weight.detach() if isinstance(weight, Tensor) else weight)
 
 

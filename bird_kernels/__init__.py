@@ -5,6 +5,7 @@ Public names only; importing this loads neither Triton nor native code.
 
 from .backends import status as backend_status
 from .functional import centered_gram, cka, cka_loss, explain, gram_mse, hsic
+from .grams import cka_from_grams
 from .matrix import cka_matrix
 from .modules import CKALoss, HSICLoss
 from .statistics import Statistics
@@ -20,6 +21,7 @@ __all__ = [
     "backend_status",
     "centered_gram",
     "cka",
+    "cka_from_grams",
     "cka_loss",
     "cka_matrix",
     "explain",

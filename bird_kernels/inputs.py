@@ -122,8 +122,8 @@ def parse_kernel(kernel: object) -> RBF | None:
     if callable(kernel):
         raise TypeError(
             f'kernel must be "linear", "rbf" or an RBF(...), got the callable {kernel!r}: gradients are closed forms '
-            'of these. If it has a feature map, pass the mapped features with kernel="linear"; other Gram matrices can '
-            "be centred and compared by PyTorch's own operations, under autograd"
+            'of these. If it has a feature map, pass the mapped features with kernel="linear"; other Gram '
+            "matrices are compared by bird.cka_from_grams"
         )
     require_choice(kernel=kernel)
     return RBF() if kernel == "rbf" else None

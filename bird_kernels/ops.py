@@ -38,13 +38,14 @@ class Spec(NamedTuple):
     sigma: Sequence[float] = ()
     threshold: float | None = None
     flow: bool = False
+    median: str = "lower"
     center: bool = True
 
     @property
     def rbf(self) -> RBF | None:
         """The kernel, None for the linear one."""
         sigma = (self.sigma[0], self.sigma[1]) if self.sigma else None
-        return None if self.kernel == "linear" else RBF(sigma, self.threshold, self.flow)
+        return None if self.kernel == "linear" else RBF(sigma, self.threshold, self.flow, self.median)
 
 
 class Call(NamedTuple):
@@ -62,7 +63,7 @@ class Call(NamedTuple):
 
 
 _SPEC = "str statistic, str estimator, str route, str backend, str? precision, bool x_grad, bool y_grad, "
-_SPEC += "str kernel, float[] sigma, float? threshold, bool flow, bool center"
+_SPEC += "str kernel, float[] sigma, float? threshold, bool flow, str median, bool center"
 _STASH = ", ".join(f"Tensor {name}" for name in Stash._fields)
 
 torch.library.define(
@@ -86,7 +87,7 @@ def _spec(call: Call) -> Spec:
     linear = p.statistic, p.estimator, call.route, call.backend, p.precision, p.x_grad, p.y_grad
     if k is None:
         return Spec(*linear, center=p.center)
-    return Spec(*linear, "rbf", k.sigmas or (), k.threshold, k.flow, p.center)
+    return Spec(*linear, "rbf", k.sigmas or (), k.threshold, k.flow, k.median, p.center)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -128,6 +128,8 @@ def variant(problem: Problem) -> Variant:
     if problem.kernel is not None:
         if problem.kernel.flow:
             return "RBF(flow=True)"
+        if problem.kernel.median != "lower":
+            return 'RBF(median="average")'
         return 'kernel="rbf"' if keeps_kernels(problem) else "RBF kernels too large to be kept"
     return "sqrt=True" if problem.statistic == "sqrt_cka_loss" else "linear"
 

@@ -40,7 +40,7 @@ def squared_distances(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def bandwidth(distances: Tensor, mask: Tensor | None, kernel: Any, side: int) -> Tensor:
-    """sigma^2 by the rule of an `RBF`; 0-d, fp64. Of an even number the lower middle is the median; of none, 0."""
+    """sigma^2 by the rule of an `RBF`; 0-d, fp64. The median of none is 0."""
     if kernel.sigma is not None:
         sigma = kernel.sigma[side] if isinstance(kernel.sigma, tuple) else kernel.sigma
         return torch.full((), sigma**2, dtype=torch.float64, device=distances.device)
@@ -51,7 +51,8 @@ def bandwidth(distances: Tensor, mask: Tensor | None, kernel: Any, side: int) ->
         counted = counted & (distances != 0)
     number = counted.sum()
     ordered = torch.where(counted, distances, torch.inf).flatten().sort().values
-    median = ordered.gather(0, ((number - 1) // 2).clamp(min=0).expand(1)).squeeze()
+    lower, upper = (ordered.gather(0, (rank // 2).clamp(min=0).expand(1)).squeeze() for rank in (number - 1, number))
+    median = lower if kernel.median == "lower" else 0.5 * (lower + upper)
     return torch.where(number > 0, median, 0.0) * (kernel.threshold or 1.0) ** 2
 
 

@@ -19,6 +19,7 @@ Variant = Literal[
     "sqrt=True",
     'kernel="rbf"',
     "RBF(flow=True)",
+    'RBF(median="average")',
     "RBF kernels too large to be kept",
     "gram_mse",
     "center=False",
@@ -38,7 +39,7 @@ class RBF:
     ``RBF()``: sigma^2 is the median of the batch's squared distances that are not zero (the rule of the much-copied
     ``kernel_CKA``). ``RBF(threshold=t)``: sigma^2 = t^2 times the median of all squared distances, the diagonal
     included (Kornblith et al. 2019's colab). ``RBF(sigma=s)``: fixed, in units of the features; a pair gives x and y
-    their own. Of an even number the lower of the two middle distances is the median, as `torch.median` has it.
+    their own.
 
     A median of zero (rows that are all equal; a threshold with two rows) leaves the side without variance.
 
@@ -47,15 +48,19 @@ class RBF:
         threshold: a positive number.
         flow: whether the gradient flows through the median, to the two rows whose distance it is. False, as published:
             sigma is a constant of the batch.
+        median: of an even number of distances "lower" takes the lower one of the two in the middle, as `torch.median`
+            does, "average" the average of both, as `numpy.median` and Kornblith's colab do; not with ``flow``.
 
     Raises:
         TypeError: a sigma or threshold that is a tensor.
-        ValueError: a sigma or threshold that is not positive and finite, both of them, or ``flow`` with a fixed sigma.
+        ValueError: a sigma or threshold that is not positive and finite, both of them, ``flow`` with a fixed sigma
+            or an average; a ``median`` of another name.
     """
 
     sigma: float | tuple[float, float] | None = None
     threshold: float | None = None
     flow: bool = False
+    median: str = "lower"
 
     def __post_init__(self) -> None:
         if any(isinstance(number, torch.Tensor) for number in (*(self.sigmas or ()), self.threshold)):
@@ -68,6 +73,10 @@ class RBF:
             raise ValueError(f"sigma and threshold must be positive and finite, got {self!r}")
         if self.sigma is not None and (self.threshold is not None or self.flow):
             raise ValueError(f"a fixed sigma has neither a threshold nor a gradient, got {self!r}")
+        if self.median not in ("lower", "average"):
+            raise ValueError(f'median must be "lower" or "average", got {self.median!r}')
+        if self.flow and self.median != "lower":
+            raise ValueError(f'a gradient flows to the rows whose distance is the median: median="lower", got {self!r}')
 
     @property
     def sigmas(self) -> tuple[float, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -247,6 +248,39 @@ def test_features_that_cannot_be(kind: str, student: Features) -> None:
 def test_losses_that_cannot_be(make: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_a_weight_is_no_text(name: str) -> None:
+    with pytest.raises(TypeError, match=r"a weight must be a number or a 0-d tensor, got '0\.1'"):
+        BirdLoss(pairs=PAIRS, **{name: "0.1"})
+
+
+@pytest.mark.parametrize("kind", ["bird", "hints", "lwf"])
+def test_features_without_a_gradient_are_told(kind: str, student: Features) -> None:
+    """Such a pair would train nothing in silence; in an evaluation it need not."""
+    loss, teacher, said = (
+        losses(SAME[:1])[kind],
+        features(2, WIDTHS[1]),
+        "features carry no gradient, so this pair trains",
+    )
+    with pytest.warns(RuntimeWarning, match=f"features.3/features.3: the student's {said}"):
+        loss(TASK.clone().requires_grad_(), teacher, features(1, WIDTHS[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            loss(TASK, teacher, features(1, WIDTHS[1]))
+        loss(TASK, teacher, student)
+
+
+def test_a_teacher_s_layers_are_its_network_s() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    teacher = bird.Teacher(net, ["0"])
+    words = "Teacher has no layers inside; of a bird.Teacher give the network that it was made of"
+    with pytest.raises(ValueError, match=words):
+        bird.Taps(teacher, ["0"])
+    with pytest.raises(ValueError, match=words):
+        bird.compare(net, teacher, [torch.randn(8, 4)], progress=False)
 
 
 def test_only_hints_have_parameters() -> None:

@@ -223,8 +223,10 @@ def test_what_is_refused(nets: tuple[Net, Net], batches: list[Tensor], change: d
 def test_shows_a_bar(nets: tuple[Net, Net], batches: list[Tensor], capsys: pytest.CaptureFixture[str]) -> None:
     for progress in (True, False):
         for layers in (LAYERS_A, None):
-            compare(*nets, batches, layers_a=layers, layers_b=LAYERS_B, progress=progress)
-            assert ("3/3" in capsys.readouterr().err) == progress
+            found = compare(*nets, batches, layers_a=layers, layers_b=LAYERS_B, progress=progress)
+            shown = capsys.readouterr().err
+            assert ("3/3" in shown) == progress
+            assert (f"mean CKA {found.matrix.mean():.4f}" in shown) == progress
 
 
 FOUND = Similarity(
@@ -236,7 +238,7 @@ def test_saves_data_and_a_picture(tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image")
     folder = tmp_path / "new" / "folder"
     FOUND.save(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["cka.csv", "cka.json", "cka.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["cka.csv", "cka.json", "cka.png", "trend.png"]
     with (folder / "cka.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.reader(file))
     assert table[0] == ["layer", "x", "y", "z"]
@@ -247,9 +249,26 @@ def test_saves_data_and_a_picture(tmp_path: Path) -> None:
     assert about == dict(
         estimator="biased", batches=3, samples=40, layers_a=["a, b", "c"], layers_b=["x", "y", "z"], names=["a", "b"]
     )  # fmt: skip
-    picture = image.imread(folder / "cka.png")
-    assert min(picture.shape[:2]) > 300
-    assert picture[..., :3].reshape(-1, 3).std(0).max() > 0.1  # not blank
+    for name in ("cka.png", "trend.png"):
+        picture = image.imread(folder / name)
+        assert min(picture.shape[:2]) > 300
+        assert picture[..., :3].reshape(-1, 3).std(0).max() > 0.1  # not blank
+
+
+def test_the_trend_is_the_largest_of_each_row_and_the_diagonal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    lines = []
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, path, **_: (Path(path).touch(), lines.append(self.axes[0].get_lines()))
+    )
+    FOUND.trend(tmp_path / "depth.png")
+    square = Similarity(np.array([[0.2, 0.4], [0.6, 0.5]]), ("s", "t"), ("u", "v"), "biased", 1, 4, ("one", "two"))
+    square.trend(str(tmp_path / "square.png"))
+    found = [{line.get_label(): list(line.get_ydata()) for line in drawn} for drawn in lines]
+    assert found == [
+        {"the most similar layer of b": [1.0, 0.75]},
+        {"the most similar layer of two": [0.4, 0.6], "the layer of two at the same place": [0.2, 0.5]},
+    ]
 
 
 def test_without_matplotlib_the_data_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

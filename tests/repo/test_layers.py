@@ -41,7 +41,7 @@ HOUSE = {
         {"modules", "statistics", "tokens", "tuner"},
         {"functional"},
         {"call"},
-        {"matrix", "pairs", "global_batch"},
+        {"matrix", "grams", "pairs", "global_batch"},
         {"inputs"},
         {"from_sums"},
         {"sums"},

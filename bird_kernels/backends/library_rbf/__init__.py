@@ -33,7 +33,7 @@ from ... import plan
 from ...moments import MIN_ROWS, ROUNDING, Moments, Scalar, combine
 from ...types import Problem, Route, Shapes, Stash
 from .. import linalg
-from .median import lower_median, rows_of
+from .median import median_of, rows_of
 from .strips import Bandwidth, Strips
 
 __all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
@@ -153,7 +153,7 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
     if kernel.sigmas is not None:
         square = _as_tensor(scale, strips.norms).mul(kernel.sigmas[side]).square()
     else:
-        median = lower_median(strips, n, kernel)
+        median = median_of(strips, n, kernel)
         if kernel.flow:
             first, second = rows_of(strips, median)
         typical = median.double()

@@ -16,19 +16,38 @@ DIGIT = 16  # bits of the median that one pass over the distances determines
 FEW = 256
 
 
-def lower_median(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
+def median_of(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
     """The median of the strips' squared distances by the rule of ``kernel``, for ``n`` rows that count; 0-d, 0 of none.
 
-    Non-negative floats are ordered as their bit patterns, so histograms of the digits, highest first, find those of the
-    median. Every distance occurs twice in the whole matrix: the lower middle of 2m sorted entries is entry (m-1)//2 of
-    the m above the diagonal. With the diagonal's n zeros before them it is entry ((n^2-1)//2 - n)//2.
+    Every distance occurs twice in the whole matrix: the middle entries m - 1 and m of 2m sorted ones are the entries
+    (m-1)//2 and m//2 of the m above the diagonal. With the diagonal's n zeros before them the middle entries of n^2 are
+    the entries ((n^2-1)//2 - n)//2 and (n^2//2 - n)//2; a negative rank is on the diagonal.
     """
     if strips.features.is_cpu and strips.problem.n <= FEW:
         return _selected(strips, n, kernel)
+    lower, number = _lower_median(strips, n, kernel)
+    if kernel.median == "lower":
+        return lower
+    nonzero = kernel.threshold is None
+    rank = number // 2 if nonzero else _rank_among_all(n.long(), upper=True)
+    upto, above = torch.zeros_like(rank), torch.full_like(lower, torch.inf)
+    for i, j, distances in strips:
+        skip = _not_counted(strips, distances, i, j, nonzero)
+        upto += ((distances <= lower) & ~skip).sum()
+        above = torch.minimum(above, distances.masked_fill(skip | (distances <= lower), torch.inf).amin())
+    return torch.where((upto > rank) | (number == 0), lower, 0.5 * lower + 0.5 * above)
+
+
+def _lower_median(strips: Strips, n: Tensor, kernel: RBF) -> tuple[Tensor, Tensor]:
+    """The lower one of the two middle entries, and the number of entries that count above the diagonal; both 0-d.
+
+    Non-negative floats are ordered as their bit patterns, so histograms of the digits, highest first, find those of the
+    median.
+    """
     integer = torch.int64 if strips.wide == torch.float64 else torch.int32
     bins = 1 << DIGIT
     highest = (8 * integer.itemsize - 1) // DIGIT * DIGIT
-    rank = prefix = torch.zeros(1, dtype=torch.int64, device=n.device)
+    rank = prefix = number = torch.zeros(1, dtype=torch.int64, device=n.device)
     for shift in range(highest, -1, -DIGIT):
         counts = torch.zeros(bins + 1, dtype=torch.int64, device=n.device)
         for i, j, distances in strips:
@@ -40,28 +59,33 @@ def lower_median(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
             counts += _histogram(digit.masked_fill_(skip, bins), bins + 1)
         counts = counts[:-1]
         if shift == highest:
-            entries = n.long().view(1)
-            rank = (counts.sum(0, keepdim=True) - 1) // 2
-            if kernel.threshold is not None:
-                rank = _rank_among_all(entries)
+            number = counts.sum(0, keepdim=True)
+            rank = (number - 1) // 2 if kernel.threshold is None else _rank_among_all(n.long().view(1))
         upto = counts.cumsum(0)
         found = torch.searchsorted(upto, rank, right=True)  # bin 0 for rank -1, that of no distances
         rank = rank - upto[found] + counts[found]
         prefix = (prefix << DIGIT) | found
-    return prefix.to(integer).view(strips.wide).squeeze(0)
+    return prefix.to(integer).view(strips.wide).squeeze(0), number.squeeze(0)
 
 
 def _selected(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
-    """`lower_median` by a selection; reads values from the device."""
+    """`median_of` by a selection; reads values from the device."""
     nonzero = kernel.threshold is None
     entries = torch.cat([d[~_not_counted(strips, d, i, j, nonzero)] for i, j, d in strips])
-    rank = (len(entries) - 1) // 2 if nonzero else _rank_among_all(int(n))
-    return entries.kthvalue(rank + 1).values if rank >= 0 else n.new_zeros((), dtype=strips.wide)
+    number = len(entries)
+    ranks = (
+        ((number - 1) // 2, number // 2)
+        if nonzero
+        else (_rank_among_all(int(n), upper=upper) for upper in (False, True))
+    )
+    zero = n.new_zeros((), dtype=strips.wide)
+    lower, upper = (entries.kthvalue(rank + 1).values if 0 <= rank < number else zero for rank in ranks)
+    return lower if kernel.median == "lower" else 0.5 * lower + 0.5 * upper
 
 
-def _rank_among_all(n: Any) -> Any:
-    """The rank of the lower median of all n x n distances among those above the diagonal; -1: on the diagonal."""
-    return ((n * n - 1) // 2 - n) // 2
+def _rank_among_all(n: Any, upper: bool = False) -> Any:
+    """The rank of a middle entry of all n x n distances among those above the diagonal; -1: on the diagonal."""
+    return ((n * n - 1 + upper) // 2 - n) // 2
 
 
 def _not_counted(strips: Strips, distances: Tensor, i: int, j: int, nonzero: bool) -> Tensor:
