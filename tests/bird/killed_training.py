@@ -66,16 +66,8 @@ def run(folder: Path, ready: int, moment: str, count: int) -> None:
         in_step()
         return x
 
-    train(
-        "bird",
-        folder,
-        images(50),
-        steps=120,
-        save_every=1,
-        augment=augment,
-        validate=margin,
-        resume=True,
-    )
+    options = {"steps": 120, "save_every": 1, "augment": augment, "validate": margin, "resume": True}
+    train("bird", folder, images(50), **options)
 
 
 def start(folder: Path, moment: str = "", count: int = 0) -> int:
