@@ -124,7 +124,8 @@ def test_a_line_that_cannot_be_written_stops_nothing() -> None:
         cli._say("a line", Closed(error))
     for encoding, line in (("ascii", "1 +- 2 ?\n"), ("latin-1", "1 ± 2 ?\n"), ("utf-8", "1 ± 2 →\n")):
         raw = io.BytesIO()
-        cli._say("1 ± 2 →", io.TextIOWrapper(raw, encoding, newline="\n"))
+        terminal = io.TextIOWrapper(raw, encoding, newline="\n")  # it closes what it wraps when it goes
+        cli._say("1 ± 2 →", terminal)
         assert raw.getvalue().decode(encoding) == line
 
 

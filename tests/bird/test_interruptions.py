@@ -57,6 +57,7 @@ import torch
 from torch import nn
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.training import fit
+from bird.lab.vision.data import Images
 
 folder = Path(sys.argv[1])
 small, large = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), nn.Sequential(nn.Flatten(), nn.Linear(64, 30_000))
