@@ -1,7 +1,7 @@
 """The one harness of the benchmarks: candidates pass a gate and are timed in turns; `benchmarks.rows` keeps the rest.
 
-A benchmark brings its questions, the candidates that answer them, a judge who compares an answer with the truth, and a
-dataclass of a row. It gets from here the order of things (`compete`), and the median and the quantiles (`Timing`).
+A benchmark brings its questions, the candidates that answer them, and the truth, with which `judge_of` compares their
+answers. It gets from here the order of things (`compete`), and the median and the quantiles.
 
 What is judged is a call after the warm-up, because a compiler's own CUDA graph is made in the second or third; a graph
 of ours is judged by a replay. Nobody keeps a result, which may lie in a graph's memory. Only torch is needed.
@@ -14,10 +14,12 @@ import random
 import statistics
 import traceback
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from benchmarks.machine import Machine
 from benchmarks.rows import message
@@ -42,13 +44,61 @@ class Verdict(NamedTuple):
         return cls(None if error <= limit else f"{what}off by {error:.1e}", error)
 
 
+class Evaluated(NamedTuple):
+    """A loss [], or a matrix of values, and where the backward ran the gradients of all students."""
+
+    value: Tensor
+    gradients: Sequence[Tensor] = ()
+
+
 class Contestant(NamedTuple):
-    """A call that returns an answer. ``captured``: a CUDA graph can hold it; ``compiles``: so do its first calls."""
+    """A call that returns an answer. ``captured``: a CUDA graph can hold it; ``compiles``: its first calls do.
+
+    ``refusal`` says why it is not even called.
+    """
 
     name: str
     run: Callable[[], Any]
     captured: bool = True
     compiles: bool = False
+    refusal: str = ""
+
+
+def calling(loss: Callable[..., Tensor], *students: Tensor, backward: bool = True) -> Callable[[], Evaluated]:
+    """The call to judge and to time: ``loss(*students)`` without a graph, or with the gradients of all students."""
+    leaves = [student.detach().requires_grad_(backward) for student in students]
+
+    def forward() -> Evaluated:
+        with torch.no_grad():
+            return Evaluated(loss(*leaves))
+
+    def forward_backward() -> Evaluated:
+        value = loss(*leaves)
+        return Evaluated(value, torch.autograd.grad(value, leaves))
+
+    return forward_backward if backward else forward
+
+
+def judge_of(
+    truth: Callable[[], Evaluated], value_limit: float, gradient_limit: float
+) -> Callable[[Evaluated], Verdict]:
+    """By the largest error of a value, and the largest of a gradient relative to its norm; NaN is wrong.
+
+    The truth, in fp64, is computed when it is first needed.
+    """
+    true = cache(truth)
+
+    def judge(answer: Evaluated) -> Verdict:
+        off = (answer.value.detach().double() - true().value.detach()).abs().max().nan_to_num(torch.inf)
+        value = Verdict.within(float(off), value_limit, "value ")
+        if value.red or not answer.gradients:
+            return value
+        pairs = zip(answer.gradients, true().gradients, strict=True)
+        far = torch.stack([(got.double() - right).norm() / right.norm() for got, right in pairs])
+        gradient = Verdict.within(float(far.max().nan_to_num(torch.inf)), gradient_limit, "gradient ")
+        return Verdict(gradient.red, value.value_error, gradient.value_error)
+
+    return judge
 
 
 @dataclass
@@ -63,9 +113,10 @@ class Entry:
     peak_memory: int | None = None
     no_graph: str = ""
 
-    def timing(self, clock: str) -> dict[str, Any]:
-        """The quantiles of its seconds, as a row has them."""
-        return asdict(Timing.of(self.seconds.get(clock, [])))
+    def row(self, clock: str) -> dict[str, Any]:
+        """What a row has of it: who, why not, errors, quantiles and memory."""
+        about = {"provider": self.name} | self.verdict._asdict() | {"red": self.why, "peak_memory": self.peak_memory}
+        return about | quantiles(self.seconds.get(clock, ()))
 
 
 class _Ready(NamedTuple):
@@ -105,6 +156,9 @@ def compete(
         if stop():
             yield Entry(candidate.name, "left out", "the time is over")
             continue
+        if candidate.refusal:
+            yield Entry(candidate.name, "refused", candidate.refusal)
+            continue
         try:
             outcome = _prepare(machine, candidate, judge, clocks, watch)
         except Exception as error:  # of any kind: the others go on
@@ -121,25 +175,6 @@ def compete(
     for (i, clock), seconds in in_turns(takes, rounds, stop).items():
         ready[i].entry.seconds[clock] = seconds
     yield from (one.entry for one in ready)
-
-
-def contest(
-    machine: Machine,
-    candidates: Iterable[Contestant],
-    judge: Judge,
-    clock: str,
-    share: float,
-    patience: float,
-    *,
-    watch: bool = False,
-    timed: bool = True,
-) -> dict[str, Entry]:
-    """What comes out of `compete` under one clock, by name: ``share`` seconds for each, slow ones ``patience``."""
-
-    def budget(once: float, takes: int) -> int:
-        return rounds(once, share, patience) if timed else 0
-
-    return {entry.name: entry for entry in compete(machine, candidates, judge, [clock], budget, watch=watch)}
 
 
 def _prepare(
@@ -211,19 +246,9 @@ def in_turns(
     return times
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a call, over the rounds that were measured."""
-
-    p20: float | None = None
-    p50: float | None = None
-    p80: float | None = None
-    rounds: int | None = None
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        """The quantiles of the rounds' times; nothing of none."""
-        if len(seconds) < 2:
-            return cls(*3 * seconds, 1) if seconds else cls()
-        fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        return cls(fifths[0], statistics.median(seconds), fifths[3], len(seconds))
+def quantiles(seconds: Sequence[float]) -> dict[str, Any]:
+    """The median, the fastest and the slowest fifth of the rounds' times, as a row has them; None of none."""
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive") if len(seconds) > 1 else 4 * list(seconds)
+    middle = statistics.median(seconds) if seconds else None
+    found = (fifths[0], middle, fifths[3], len(seconds)) if seconds else (None,) * 4
+    return dict(zip(("p20", "p50", "p80", "rounds"), found, strict=True))

@@ -1,12 +1,13 @@
-"""What the benchmarks keep: rows that say where they were measured, in files that are whole or not there, and a page.
+"""What the benchmarks keep: rows that say where they were measured, in files that are whole or not there, and pages.
 
-A row is a dataclass that inherits `Origin` and the dataclass of its question. The fields are the columns of a CSV file.
-Only where a row was measured needs torch: results can be read without.
+A row is a dictionary: where and with what it was measured (`origin_of`), the question, and what came out. Its keys are
+the columns of a CSV file. Only where a row was measured needs torch: results can be read without.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import os
@@ -15,52 +16,38 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-R = TypeVar("R", bound="Origin")
+Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
+ORIGIN = ("device", "driver", "torch", "triton", "python", "commit", "date", "load", "omp_wait_policy")
 # Of the last minute, before this run added its own: above a few tenths, other programs had a share of the times.
 LOAD = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where and with what a row was measured; ``load`` is the machine's before the run."""
-
-    device: str
-    driver: str
-    torch: str
-    triton: str
-    python: str
-    commit: str
-    date: str
-    load: str
-    omp_wait_policy: str
-
-
-def origin_of(device: torch.device) -> dict[str, str]:
-    """The fields of `Origin` for what is measured now."""
+def origin_of(device: torch.device) -> Row:
+    """Where and with what a row is measured now; the load is the machine's before the run."""
     import torch
 
     smi = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-    return dict(
-        device=device_name(device),
-        driver=(output(*smi).split("\n")[0] or "unknown") if device.type == "cuda" else "",
-        torch=torch.__version__,
-        triton=version_of("triton"),
-        python=platform.python_version(),
-        commit=output("git", "describe", "--always", "--dirty", "--exclude=*") or "unknown",
-        date=time.strftime("%Y-%m-%d"),
-        load=f"{LOAD:.1f}",
-        omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", ""),
+    found = (
+        device_name(device),
+        (output(*smi).split("\n")[0] or "unknown") if device.type == "cuda" else "",
+        str(torch.__version__),
+        version_of("triton"),
+        platform.python_version(),
+        output("git", "describe", "--always", "--dirty", "--exclude=*") or "unknown",
+        time.strftime("%Y-%m-%d"),
+        f"{LOAD:.1f}",
+        os.environ.get("OMP_WAIT_POLICY", ""),
     )
+    return dict(zip(ORIGIN, found, strict=True))
 
 
 def device_name(device: torch.device) -> str:
@@ -94,24 +81,18 @@ def version_of(package: str) -> str:
         return ""
 
 
-# ---------------------------------------------------------------------------------------------- rows and files
+# ---------------------------------------------------------------------------------------------- files
 
 
-def columns_of(kind: type) -> dict[str, str]:
-    """The columns of a row's dataclass with their types; a field that takes no part in comparisons is none."""
-    return {column.name: str(column.type) for column in fields(kind) if column.compare}
+def write_rows(path: Path, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
+    """Replace a CSV file, whole or not at all; its columns are all that some row has, or these.
 
-
-def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Replace a CSV file by these rows of one dataclass, whole or not at all."""
-    names = list(columns_of(type(rows[0])))
-    write_cells(path, [names, *([getattr(row, name) for name in names] for row in rows)])
-
-
-def write_cells(path: Path, lines: Iterable[Iterable[object]]) -> None:
-    """Replace a CSV file, whole or not at all; a number has six digits, None is empty."""
+    A number has six digits, None is empty.
+    """
+    names = columns or list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(map(cell, line) for line in lines)
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerows([names, *([cell(row.get(name)) for name in names] for row in rows)])
     write_text(path, text.getvalue())
 
 
@@ -122,28 +103,19 @@ def cell(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def load_rows(path: Path, kind: type[R]) -> list[R]:
-    """The rows of a CSV file.
-
-    Raises:
-        ValueError: its columns are not a row's.
-    """
-    kinds = columns_of(kind)
-    needed = {column.name for column in fields(kind) if column.compare and column.default is MISSING}
+def load_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file; what is empty is None."""
     with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        names = set(reader.fieldnames or [])
-        if names - kinds.keys() or needed - names:
-            raise ValueError(f"{path} has columns {reader.fieldnames}, not {list(kinds)}: measure again with --save")
-        return [kind(**{name: _value(kinds[name], text) for name, text in line.items()}) for line in reader]
+        return [{name: _value(name, text) for name, text in line.items()} for line in csv.DictReader(file)]
 
 
-def _value(kind: str, text: str) -> str | int | float | bool | None:
-    if kind == "str":
-        return text
-    if not text:
-        return None
-    return text == "True" if kind == "bool" else int(text) if kind.startswith("int") else float(text)
+def _value(name: str, text: str) -> str | int | float | bool | None:
+    if not text or text in ("True", "False"):
+        return text == "True" if text else None
+    for kind in (int, float) if name not in ORIGIN else ():  # a commit may look like a number
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def write_text(path: Path, text: str) -> None:
@@ -167,13 +139,13 @@ def slug(name: str) -> str:
 # ---------------------------------------------------------------------------------------------- pages and command lines
 
 
-def heading(title: str, rows: Sequence[Origin]) -> str:
+def heading(title: str, rows: Sequence[Row]) -> str:
     """The top of a page: what all rows share of their origin, and where they differ every value."""
     text = f"# {title}\n\n"
-    for name in columns_of(Origin):
-        values = dict.fromkeys(str(getattr(row, name)) for row in rows)
-        if any(values):
-            text += f"- {name.replace('_', ' ')}: {', '.join(value or 'not set' for value in values)}\n"
+    for name in ORIGIN:
+        values = dict.fromkeys(row.get(name) or "not set" for row in rows)
+        if list(values) != ["not set"]:
+            text += f"- {name.replace('_', ' ')}: {', '.join(values)}\n"
     return text + "\n"
 
 
@@ -185,6 +157,20 @@ def table_text(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_parts(page: str, parts: Iterable[tuple[str, str]]) -> str:
+    """The page with these texts, by name, in their places: between ``<!-- name -->`` and ``<!-- end name -->``.
+
+    Raises:
+        ValueError: a part has no place, or several.
+    """
+    for name, text in parts:
+        between = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        page, places = between.subn(lambda found, text=text: found[1] + text.rstrip() + found[2], page)
+        if places != 1:
+            raise ValueError(f"the page has {places} places for {name!r}")
+    return page
+
+
 def with_unit(value: float, units: Sequence[str]) -> str:
     """Three digits and a unit, each a thousand of the one before."""
     *smaller, largest = units
@@ -193,6 +179,11 @@ def with_unit(value: float, units: Sequence[str]) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} {largest}"
+
+
+def size_of(size: float) -> str:
+    """Bytes for people, powers of 1000."""
+    return with_unit(size, ("B", "kB", "MB", "GB", "TB"))
 
 
 def duration(seconds: float | None) -> str:
@@ -206,12 +197,6 @@ def beside(seconds: float | None, base: float | None) -> str:
     return duration(seconds) + ratio
 
 
-def plain_page(found: Sequence[Any]) -> str:
-    """Markdown: the rows as they are, without what they say of the machine."""
-    names = [name for name in columns_of(type(found[0])) if name not in columns_of(Origin)]
-    return table_text([names, *([cell(getattr(row, name)) for name in names] for row in found)])
-
-
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The command line that every benchmark has; the description is its module's docstring."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -219,10 +204,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def conclude(path: Path, found: Sequence[Any], text: str, save: bool) -> None:
+def conclude(path: Path, rows: Sequence[Row], text: str, save: bool) -> None:
     """Print the page of the rows; where it is asked for, keep the rows in ``path`` and the page beside them."""
     print(text)
     if save:
-        write_rows(path, found)
+        write_rows(path, rows)
         write_text(path.with_suffix(".md"), text)
         print(path)

@@ -15,7 +15,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import harness, rows
-from benchmarks.harness import Contestant, Verdict
+from benchmarks.harness import Contestant, Evaluated, judge_of
 from benchmarks.machine import Machine
 from bird import BirdLoss, Taps, Teacher, chunked_backward
 from bird.lab.vision.models import PlainNet, ResNet
@@ -36,21 +35,6 @@ PEAKS = {"chunked": (1024, 4096, 16384, 65536), "whole": (1024, 4096)}  # a batc
 WAYS, TIMED = ("chunked", "passes", "whole"), 4096
 RESULTS = Path(__file__).with_name("results.csv")
 TOLERANCE = 1e-3  # of the gradient, relative to its norm
-
-
-@dataclass(frozen=True)
-class ChunksRow:
-    """One figure; ``rows``: of the batch."""
-
-    what: str
-    way: str
-    rows: int
-    value: float
-    device: str
-    torch: str
-    commit: str
-    date: str
-    load: str
 
 
 class Batch(Sequence[tuple[Tensor, Tensor]]):
@@ -83,42 +67,37 @@ class Step:
         images, labels = chunk
         return F.cross_entropy(self.model(images), labels, reduction="sum"), self.taps.pop()
 
-    def guides(self, chunk: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """The teacher's features."""
-        return self.teacher(chunk[0])
-
     def chunked(self, n: int) -> None:
         """In chunks."""
-        chunked_backward(self.forward, self.guides, Batch(n), self.loss, model=self.model)
+        chunked_backward(self.forward, lambda chunk: self.teacher(chunk[0]), Batch(n), self.loss, model=self.model)
 
     def whole(self, n: int) -> None:
         """At once."""
-        images, labels = (torch.cat(side) for side in zip(*Batch(n), strict=True))
-        task, rows = self.forward((images, labels))
-        self.loss(task, self.teacher(images), rows).backward()
+        self.joined([tuple(torch.cat(side) for side in zip(*Batch(n), strict=True))])
 
-    def joined(self, n: int) -> None:
-        """The truth: all chunks, each normalised by itself, in one graph."""
-        parts = [(*self.forward(chunk), self.guides(chunk)) for chunk in Batch(n)]
-        tasks, rows, guides = zip(*parts, strict=True)
-        sides = ({name: torch.cat([part[name] for part in side]) for name in side[0]} for side in (guides, rows))
-        self.loss(sum(tasks), *sides).backward()
+    def joined(self, batch: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """All chunks, each normalised by itself, in one graph."""
+        tasks, *sides = zip(*((*self.forward(chunk), self.teacher(chunk[0])) for chunk in batch), strict=True)
+        rows, guides = ({name: torch.cat([part[name] for part in side]) for name in side[0]} for side in sides)
+        self.loss(sum(tasks), guides, rows).backward()
 
     def passes(self, n: int) -> None:
         """Two forwards and one backward of the student, one forward of the teacher."""
         for chunk in Batch(n):
             with torch.no_grad():
                 self.forward(chunk)
-                self.guides(chunk)
+                self.teacher(chunk[0])
         for chunk in Batch(n):
             task, rows = self.forward(chunk)
             torch.autograd.backward([task, rows["layer3"]], [torch.ones_like(task), torch.ones_like(rows["layer3"])])
 
-    def gradient(self, way: str, n: int) -> Tensor | None:
-        """The student's gradient after such a step; None where it is another: a whole batch is normalised as one."""
+    def gradient(self, way: str, batch: Any) -> Evaluated:
+        """The student's gradient after such a step, where it is one to compare."""
         self.model.zero_grad()
-        getattr(self, way)(n)
-        return torch.cat([p.grad.flatten() for p in self.model.parameters()]) if way in ("chunked", "joined") else None
+        getattr(self, way)(batch)
+        # Of the other ways it is another gradient: a whole batch is normalised as one, and passes have no CKA.
+        compared = way in ("chunked", "joined")
+        return Evaluated(torch.zeros(()), [torch.cat([p.grad.flatten() for p in self.model.parameters()])] * compared)
 
 
 def peak() -> float:
@@ -127,36 +106,30 @@ def peak() -> float:
 
 
 def peak_beyond(way: str, n: int) -> float:
-    """What `_memory` finds in a new process, where freed memory goes back to the system."""
+    """Peak memory of a step on n images, MB, in a new process, where freed memory goes back to the system."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.chunks.measure", "--memory", way, str(n)]
     return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
-def _memory(way: str, n: int) -> float:
-    """Peak memory of a step on n images beyond that of a step on 16, MB."""
+def peak_here(way: str, n: int) -> float:
+    """The same of this process, beyond that of a step on 16 images."""
     step = Step()
     images, labels = Batch(CHUNK)[0]
-    task, rows = step.forward((images[:16], labels[:16]))
-    step.loss(task, step.teacher(images[:16]), rows).backward()
+    step.joined([(images[:16], labels[:16])])
     before = peak()
     getattr(step, way)(n)
     return peak() - before
 
 
 def times_of_ways(n: int, repeats: int) -> dict[str, float]:
-    """Median seconds of a step on n images, one way after the other in turns.
+    """Median seconds of a step on n images, one way after the other in turns, and how many times the others' ours is.
 
     Raises:
         ValueError: a step in chunks has a wrong gradient.
     """
     step = Step()
-    truth = step.gradient("joined", n)
-
-    def judge(gradient: Tensor | None) -> Verdict:
-        error = 0.0 if gradient is None else float((gradient - truth).norm() / truth.norm())
-        return Verdict(None if error <= TOLERANCE else f"gradient off by {error:.1e}", gradient_error=error)
-
+    judge = judge_of(partial(step.gradient, "joined", Batch(n)), 0.0, TOLERANCE)
     candidates = [Contestant(way, partial(step.gradient, way, n), captured=False) for way in WAYS]
     entries = list(harness.compete(Machine(torch.device("cpu")), candidates, judge, ["wall"], lambda *_: repeats))
     wrong = [f"{entry.name}: {entry.why}" for entry in entries if entry.status != "ok"]
@@ -164,7 +137,7 @@ def times_of_ways(n: int, repeats: int) -> dict[str, float]:
         raise ValueError("; ".join(wrong))
     seconds = {entry.name: entry.seconds["wall"] for entry in entries}
     ours = seconds["chunked"]
-    ratios = {f"of {k}": median(a / b for a, b in zip(ours, seconds[k], strict=True)) for k in ("passes", "whole")}
+    ratios = {f"of {k}": median(a / b for a, b in zip(ours, seconds[k], strict=True)) for k in WAYS[1:]}
     return {name: median(values) for name, values in seconds.items()} | ratios
 
 
@@ -174,16 +147,16 @@ def main() -> None:
     parser.add_argument("--memory", nargs=2, metavar=("WAY", "ROWS"), help="one figure, of this process")
     options = parser.parse_args()
     if options.memory:
-        print(_memory(options.memory[0], int(options.memory[1])))
+        print(peak_here(options.memory[0], int(options.memory[1])))
         return
     torch.set_num_threads(1)
+    about = rows.origin_of(torch.device("cpu"))
     figures = [("peak memory, MB", way, n, peak_beyond(way, n)) for way, sizes in PEAKS.items() for n in sizes]
     for name, value in times_of_ways(TIMED, options.repeats).items():
         figures.append(("chunked, in units" if name.startswith("of") else "seconds a step", name, TIMED, value))
-    origin = rows.origin_of(torch.device("cpu"))
-    about = {name: origin[name] for name in ("device", "torch", "commit", "date", "load")}
-    found = [ChunksRow(*figure, **about) for figure in figures]
-    rows.conclude(RESULTS, found, rows.plain_page(found), options.save)
+    columns = "what", "way", "rows", "value"
+    page = rows.table_text([columns, *([rows.cell(value) for value in figure] for figure in figures)])
+    rows.conclude(RESULTS, [dict(zip(columns, figure, strict=True)) | about for figure in figures], page, options.save)
 
 
 if __name__ == "__main__":

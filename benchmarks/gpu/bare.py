@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
 from importlib.machinery import BuiltinImporter, FrozenImporter, ModuleSpec, PathFinder
-from types import ModuleType
+from typing import Any
 
 # torch, triton and numpy with what they depend on; transformers with its own; what builds an extension; ourselves.
 INSTALLED = re.compile(
@@ -31,13 +30,11 @@ class Visible(PathFinder):
     """Finds on the path what is Python's own or on the list, and nothing else."""
 
     @classmethod
-    def find_spec(
-        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(cls, fullname: str, *where: Any) -> ModuleSpec | None:
         """None where a bare machine has no such package."""
         top = fullname.partition(".")[0]
         visible = INSTALLED.fullmatch(top) or top in sys.stdlib_module_names or top.startswith("_")
-        return super().find_spec(fullname, path, target) if visible else None
+        return super().find_spec(fullname, *where) if visible else None
 
 
 def enter() -> None:

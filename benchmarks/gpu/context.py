@@ -1,4 +1,9 @@
-"""What phases, items and the process that runs them share: rows, the time that is left, and how failures are told."""
+"""What phases and the process that runs them share: items, the time that is left, candidates timed as rows.
+
+A candidate is timed under two clocks: the replay of a CUDA graph with a cold cache, and the host's own time for a call.
+One that no graph can hold (it waits for the device) has the device's time of the plain call instead, and its row says
+so.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,20 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from typing import NamedTuple
 
-from benchmarks.rows import message
+from benchmarks import harness
+from benchmarks.gpu.run import LOST
+from benchmarks.harness import Contestant, Entry, Judge, quantiles
+from benchmarks.machine import Machine
+from benchmarks.rows import Row
 
-if TYPE_CHECKING:
-    from benchmarks.machine import Machine
-
-LOST = 75  # the exit status of a process whose device no longer answers; the failure has its row
-
+CLOCKS = ("graph", "host")
 REHEARSED = 0.2  # seconds of timing for an item of a rehearsal
-
-Row = dict[str, Any]
+PATIENCE = 0.3  # of the seconds for a question: what one candidate under one clock may take at the most
+SETTLING = 0.35  # of them for gates and captures
+OVERHEAD = 2e-4  # seconds that a take costs beyond the call: the cold cache, the sleep, the events
 
 
 class Item(NamedTuple):
@@ -38,15 +44,18 @@ class Phase(NamedTuple):
 
 
 class Context:
-    """What an item is given: the ``machine``, the time, and what it must leave out because a process died of it."""
+    """What an item is given: the ``machine``, the time, and what it must leave out because a process died of it.
 
-    def __init__(self, machine: Machine, report: Callable[[Row], None]) -> None:
-        self.machine, self._report = machine, report
+    ``step`` is told what is tried: if the process dies of it, the item is done again ``without`` it.
+    """
+
+    def __init__(self, machine: Machine, step: Callable[[str], None] = lambda name: None) -> None:
+        self.machine, self.step = machine, step
         self.rehearse = not machine.is_cuda
         self.until = float("inf")
         self.items_left = 1
         self.warms = False
-        self.without: set[str] = set()
+        self.without: Set[str] = set()
 
     def left(self) -> float:
         """Seconds until the end of the phase."""
@@ -66,22 +75,47 @@ class Context:
         self.machine.wait()
         return {"event": "compiled", "seconds": round(time.perf_counter() - start, 3)}
 
-    def step(self, name: str) -> None:
-        """What is tried now: if the process dies of it, the item is done again ``without`` it."""
-        self._report({"step": name})
+    def timed(self, candidates: Sequence[Contestant], judge: Judge, seconds: float) -> Iterator[Row]:
+        """The rows of all candidates, two each, or one that says why there is no time; within ``seconds`` if they can.
+
+        Of a phase that warms the event alone.
+        """
+        if self.warms:
+            yield self.warmed([candidate.run for candidate in candidates])
+            return
+
+        def budget(once: float, takes: int) -> int:
+            left = min(seconds, max(self.left(), 0.0))
+            share = (1 - SETTLING) * left / takes
+            return harness.rounds(once + OVERHEAD, share, max(share, PATIENCE * left))
+
+        chosen = [candidate for candidate in candidates if candidate.name not in self.without]
+        for entry in harness.compete(
+            self.machine, chosen, judge, CLOCKS, budget, begin=self.step, stop=lambda: self.left() <= 0
+        ):
+            yield from _rows(entry)
+            if entry.status in ("failed", "refused"):
+                self.healthy_or_exit()
+
+    def healthy_or_exit(self) -> None:
+        """Free memory and see that the device still answers: a failed call may leave one on which nothing works."""
+        try:
+            self.machine.release()
+            self.machine.wait()
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(LOST)
 
 
-def failure(candidate: str, error: BaseException) -> Row:
-    """The row of a candidate that raised."""
-    return {"candidate": candidate, "status": "failed", "message": message(error)}
-
-
-def healthy_or_exit(machine: Machine) -> None:
-    """Free memory and see that the device still answers."""
-    try:
-        machine.release()
-        machine.wait()
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(LOST)
+def _rows(entry: Entry) -> Iterator[Row]:
+    told = {"gate" if entry.status in ("ok", "red") else "message": entry.why} | entry.verdict._asdict()
+    about = {"candidate": entry.name, "status": entry.status} | told
+    del about["red"]
+    if entry.status != "ok":
+        yield about
+    for clock, seconds in entry.seconds.items():
+        if seconds:
+            yield about | {"timer": clock, "no_graph": entry.no_graph} | quantiles(seconds)
+        else:
+            yield about | {"status": "left out", "timer": clock, "message": "the time is over"}

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contestant, Judge
-from benchmarks.kernels import estimates, gate, providers
-from benchmarks.kernels.gate import Result
-from benchmarks.kernels.layers import NETWORKS, TOLERANCE, Call, LayersQuestion, literal_matrix, our_matrix
-from benchmarks.kernels.problems import Case
-from benchmarks.kernels.providers import PROVIDERS
-from benchmarks.kernels.versus import judge_of
+from benchmarks.harness import Contestant, Evaluated, Judge, calling
+from benchmarks.kernels import forms, layers
+from benchmarks.kernels.layers import LayersQuestion
+from benchmarks.kernels.loss import PROVIDERS, Case
 from benchmarks.machine import Machine
 from bird_kernels import plan
 
@@ -37,11 +34,7 @@ class TargetQuestion:
     @property
     def about(self) -> dict[str, object]:
         """What a row says of the question."""
-        c = self.case
-        return dict(
-            problem=self.name, n=c.n, p=c.p, q=c.q, dtype=c.dtype, precision=c.precision, estimator=c.estimator,
-            mode=c.mode, target=self.target,
-        )  # fmt: skip
+        return vars(self.case) | {"problem": self.name, "target": self.target}
 
     def tiny(self) -> TargetQuestion:
         """The same at a rehearsal: a size for each route."""
@@ -57,30 +50,27 @@ class TargetQuestion:
         return [one for one in chosen if not names or one.name.split()[0] in names], judge
 
 
-def _case(problem: str, n: int, p: int, dtype: str = "bfloat16", precision: str = "") -> Case:
-    return Case(problem, n, p, p, dtype, precision)
-
-
-FP32 = dict(dtype="float32", precision="ieee")
-WIDTHS = sum(NETWORKS["ResNet18"])
-# Smallest claim first: what a run that is cut short should have.
-QUESTIONS = (
-    TargetQuestion("bird 128x512 fp32", _case("bird", 128, 512, **FP32), 7e-6),
-    TargetQuestion("llm 4096x1024 bf16", _case("llm", 4096, 1024), 90e-6),
-    TargetQuestion("llm 65536x1024 bf16", _case("llm", 65_536, 1024), 1.05e-3),
-    TargetQuestion("conv 128x802816 bf16", _case("conv", 128, 802_816), 0.27e-3),
-    TargetQuestion("bird 512x2048 bf16", _case("bird", 512, 2048), 20e-6),
-    TargetQuestion("llm 4096x1024 tf32", _case("llm", 4096, 1024, "float32", "tf32"), 130e-6),
-    TargetQuestion("llm 16384x4096 bf16", _case("llm", 16_384, 4096), 3.6e-3),
-    TargetQuestion("rbf 1024x512 fp32", _case("rbf", 1024, 512, **FP32), 0.2e-3),
-    TargetQuestion(
-        "matrix 18x18 n=1000 fp32",
-        Case("matrix", 1000, WIDTHS, WIDTHS, estimator="unbiased", mode="forward"),
-        0.4e-3,
-        network="ResNet18",
-    ),
-    TargetQuestion("llm 4096x1024 fp32", _case("llm", 4096, 1024, **FP32), 0.9e-3),
-    TargetQuestion("rbf 8192x512 fp32", _case("rbf", 8192, 512, **FP32), 6e-3),
+NUMBERS = {"fp32": ("float32", "ieee"), "tf32": ("float32", "tf32"), "bf16": ("bfloat16", "")}
+WIDTHS = sum(layers.NETWORKS["ResNet18"])
+MATRIX = Case("matrix", 1000, WIDTHS, WIDTHS, estimator="unbiased", mode="forward")
+# Smallest claim first: what a run that is cut short should have. Rows, both widths, number, target.
+QUESTIONS = tuple(
+    TargetQuestion(f"{problem} {n}x{d} {number}", Case(problem, n, d, d, *NUMBERS[number]), target)
+    if problem != "matrix"
+    else TargetQuestion("matrix 18x18 n=1000 fp32", MATRIX, target, network="ResNet18")
+    for problem, n, d, number, target in (
+        ("bird", 128, 512, "fp32", 7e-6),
+        ("llm", 4096, 1024, "bf16", 90e-6),
+        ("llm", 65_536, 1024, "bf16", 1.05e-3),
+        ("conv", 128, 802_816, "bf16", 0.27e-3),
+        ("bird", 512, 2048, "bf16", 20e-6),
+        ("llm", 4096, 1024, "tf32", 130e-6),
+        ("llm", 16_384, 4096, "bf16", 3.6e-3),
+        ("rbf", 1024, 512, "fp32", 0.2e-3),
+        ("matrix", 1000, WIDTHS, "fp32", 0.4e-3),
+        ("llm", 4096, 1024, "fp32", 0.9e-3),
+        ("rbf", 8192, 512, "fp32", 6e-3),
+    )
 )
 
 
@@ -91,21 +81,18 @@ def questions_of(rehearse: bool) -> list[TargetQuestion]:
 
 def _pair(case: Case, machine: Machine) -> tuple[list[Contestant], Judge]:
     x, y = case.features(machine.device)
-    most = AFFORDABLE * estimates.flops(providers.better_form(case), case)
+    most = AFFORDABLE * forms.flops(case.better_form, case.n, case.p, case.q, case.backward)
     chosen = {
         p.name: p.build(case)
         for p in PROVIDERS
-        if p.ours or (p.why_not(case, machine.device) is None and estimates.flops(p.name, case) <= most)
+        if p.ours or not (p.compiles or p.why_not(case, machine.device) or p.flops(case) > most)
     }
     if not machine.is_cuda and (case.dtype != "float32" or case.n > case.p + case.q):
         for name in ("triton", "native"):  # emulated they are slow, and the interpreter multiplies bf16 as integers
             del chosen[name]
     waits = {"gram", "naive"} if case.problem == "rbf" else set()  # the median of those that are not zero
-    candidates = [
-        Contestant(name, gate.call(loss, x, y, case.backward), captured=name not in waits)
-        for name, loss in chosen.items()
-    ]
-    return candidates + _symmetric(case, x, y), gate.judge(case, x, y)
+    candidates = [Contestant(name, case.call(loss, x, y), captured=name not in waits) for name, loss in chosen.items()]
+    return candidates + _symmetric(case, x, y), case.judge(x, y)
 
 
 def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Contestant]:
@@ -121,11 +108,11 @@ def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Contestant]:
 
     problem, route = case.spec(x.device), plan.choose_route(case.n, case.p, case.q)
 
-    def run(configuration: symmetric.Configuration) -> Result:
+    def run(configuration: symmetric.Configuration) -> Evaluated:
         with torch.no_grad():
             value, stash = shifted.forward(x, y, None, problem, route, configuration)
             gradient, _ = shifted.backward(torch.ones_like(value), x, y, None, stash, problem, route=route)
-        return Result(value, gradient)
+        return Evaluated(value, [gradient])
 
     device = torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
     found = [Contestant(f"symmetric {' '.join(map(str, c))}", partial(run, c)) for c in symmetric.fitting(device)]
@@ -134,10 +121,7 @@ def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Contestant]:
 
 def _matrix(question: TargetQuestion, machine: Machine) -> tuple[list[Contestant], Judge]:
     network = LayersQuestion("matrix", question.network, question.case.n)
+    (ours, *_), judge, *_ = network.contest(machine.device)
     xs, ys = (network.layers(seed, machine.device) for seed in (1, 2))
-    true = cache(lambda: literal_matrix([x.double() for x in xs], [y.double() for y in ys]))
-
-    def candidate(name: str, matrix: Call) -> Contestant:
-        return Contestant(name, torch.no_grad()(partial(matrix, xs, ys)))
-
-    return [candidate("auto", our_matrix), candidate("gram", literal_matrix)], judge_of(true, TOLERANCE)
+    literal = Contestant("gram", calling(lambda: layers.literal_matrix(xs, ys), backward=False))
+    return [ours._replace(name="auto"), literal], judge

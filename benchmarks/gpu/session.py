@@ -16,15 +16,17 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
+import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu import checkers, lines, read
-from benchmarks.gpu.supervise import Deadline, PreparedRun
-from benchmarks.rows import output
+from benchmarks.gpu import read, run
+from benchmarks.gpu.run import Deadline, Place, PreparedRun
+from benchmarks.rows import ROOT, output
 
 # Warming is compiling by many processes; correctness begins when the native part is built, or without it.
 STAGES = {
@@ -42,6 +44,7 @@ SWEEP_STAGES = {
     "checks": Deadline(0.98),
 }
 COMPILERS = 12  # processes, where there are so many cores
+CHECKERS = ("memcheck", "racecheck")
 SMI = "name,driver_version,compute_cap,clocks.sm,clocks.mem,temperature.gpu,power.draw,memory.used"
 
 
@@ -49,22 +52,21 @@ def main() -> None:
     """Go through the phases of one of the two runs; the first prints the table of what was found."""
     options = asked_for()
     minutes = options.minutes or (5.0 if options.sweep else 7.0)
-    files = (SWEEP_STAGES, lines.SWEEP, lines.SWEEP_LOG) if options.sweep else (STAGES, lines.EVENTS, lines.LOG)
+    files = (SWEEP_STAGES, run.SWEEP, run.SWEEP_LOG) if options.sweep else (STAGES, run.EVENTS, run.LOG)
     default = Path("runs", "gpu", time.strftime("%Y%m%d-%H%M%S"))
-    run = PreparedRun(
-        (options.out or Path(os.environ.get("OUT") or default)).absolute(), minutes, options.rehearse, *files
-    )
+    folder = Path(options.out or os.environ.get("OUT") or default).absolute()
+    prepared = PreparedRun(folder, minutes, options.rehearse, *files)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a polite end still takes the processes along
-    begin(run)
+    begin(prepared)
     if options.sweep:
-        warm(run, "precompile")
-        run.drive(["sweep"])
-        checkers.check(run, checkers.commands(run.rehearse))
-        run.event("end")
+        warm(prepared, "precompile")
+        prepared.drive(["sweep"])
+        check(prepared)
+        prepared.event("end")
     else:
-        session(run)
-        run.event("end", **read.statuses(run.folder))
-        print(read.summary(run.folder))
+        session(prepared)
+        prepared.event("end", **read.statuses(folder))
+        print(read.summary(folder))
 
 
 def asked_for() -> argparse.Namespace:
@@ -86,54 +88,73 @@ def asked_for() -> argparse.Namespace:
     return options
 
 
-def begin(run: PreparedRun) -> None:
+def begin(prepared: PreparedRun) -> None:
     """The first line: what is run where.
 
     Raises:
         SystemExit: the folder holds a run already.
     """
-    if run.events.exists():
-        raise SystemExit(f"{run.events} is there already: one run a folder")
-    run.event(
-        "start", seconds=run.seconds, rehearse=run.rehearse, python=platform.python_version(), cores=os.cpu_count(),
-        system=platform.platform(), sources=sources(), smi=smi(SMI),
+    if prepared.events.exists():
+        raise SystemExit(f"{prepared.events} is there already: one run a folder")
+    prepared.event(
+        "start", seconds=prepared.seconds, rehearse=prepared.rehearse, python=platform.python_version(),
+        cores=os.cpu_count(), system=platform.platform(), sources=sources(), smi=smi(SMI),
         nvcc=" ".join(output("nvcc", "--version").split()[-7:-1]),
     )  # fmt: skip
 
 
-def session(run: PreparedRun) -> None:
-    """Compile, then measure."""
-    with _build(run) as building:  # what is not ready at its deadline is stopped: it would disturb
-        warm(run)
-        run.drive(["ceilings"])
-        while building.poll() is None and time.time() < run.until("native"):
-            time.sleep(0.1)
-        status = building.poll()
-        run.event("native build", status="not ready" if status is None else status)
-    run.drive(["correctness", "times", "profiles", "rivals"])
-    run.event("device", smi=smi(SMI))
-
-
-def _build(run: PreparedRun) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-    """The native part is built for this device alone."""
+def session(prepared: PreparedRun) -> None:
+    """Compile, then measure. The native part is built for this device alone, beside the first phases."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    if run.rehearse:
+    if prepared.rehearse:
         command = [sys.executable, "-c", "print('a rehearsal builds nothing')"]
     capability = smi("compute_cap")
-    known = {"TORCH_CUDA_ARCH_LIST": capability} if capability else {}
-    return run.process(command, run.folder / lines.BUILD, {"BIRD_BUILD_EXT": "1"} | known)
+    variables = {"BIRD_BUILD_EXT": "1"} | ({"TORCH_CUDA_ARCH_LIST": capability} if capability else {})
+    with prepared.process(command, prepared.folder / run.BUILD, variables) as building:
+        warm(prepared)
+        prepared.drive(["ceilings"])
+        for _, status in prepared.beside("native", {"native": building}):
+            prepared.event("native build", status="not ready" if status is None else status)
+    # What is not ready at its deadline has been stopped: it would disturb.
+    prepared.drive(["correctness", "times", "profiles", "rivals"])
+    prepared.event("device", smi=smi(SMI))
 
 
-def warm(run: PreparedRun, phase: str = "warm") -> None:
+def warm(prepared: PreparedRun, phase: str = "warm") -> None:
     """Processes that make each later call once; what they have not compiled by the deadline is compiled when needed."""
-    count = 2 if run.rehearse else max(2, min(COMPILERS, (os.cpu_count() or 4) - 2))
+    count = 2 if prepared.rehearse else max(2, min(COMPILERS, (os.cpu_count() or 4) - 2))
     with contextlib.ExitStack() as stack:
-        run.event("phase", name=phase, processes=count)
-        commands = [run.worker([phase], "--part", str(part), "--parts", str(count)) for part in range(count)]
-        workers = [stack.enter_context(run.process(command, run.log)) for command in commands]
-        while any(worker.poll() is None for worker in workers) and time.time() < run.until(phase):
-            time.sleep(0.05)
-        run.event(phase, finished=sum(worker.poll() == 0 for worker in workers), processes=count)
+        prepared.event("phase", name=phase, processes=count)
+        commands = [prepared.worker(Place([phase], part=part, parts=count)) for part in range(count)]
+        workers = {str(i): stack.enter_context(prepared.process(c, prepared.log)) for i, c in enumerate(commands)}
+        finished = sum(status == 0 for _, status in prepared.beside(phase, workers))
+        prepared.event(phase, finished=finished, processes=count)
+
+
+def check(prepared: PreparedRun) -> None:
+    """NVIDIA's checkers of memory and of races, beside each other; a row each, as soon as it has ended."""
+    tool = shutil.which("compute-sanitizer")
+    if not (tool or prepared.rehearse):
+        prepared.event("no compute-sanitizer")
+        return
+    program = [sys.executable, "-m", "tests.kernels.sanitize", "triton"]
+    with contextlib.ExitStack() as stack:
+        texts = {name: Path(stack.enter_context(tempfile.NamedTemporaryFile()).name) for name in CHECKERS}
+        processes = {}
+        for name in CHECKERS:
+            command = [str(tool), "--tool", name, "--error-exitcode", "9", *program]
+            if prepared.rehearse:
+                command = [sys.executable, "-c", "print('no checker at a rehearsal')"]
+            processes[name] = stack.enter_context(prepared.process(command, texts[name]))
+        for name, status in prepared.beside("checks", processes):
+            text = texts[name].read_text(encoding="utf-8", errors="replace")
+            with prepared.log.open("a", encoding="utf-8") as log:
+                log.writelines(f"{name}: {line}\n" for line in text.splitlines())
+            said = re.findall(r"\d+ (?:passed|failed|errors?|skipped|hazards?)|ERROR SUMMARY: \d+ errors", text)
+            outcome = "left out" if status is None else "ok" if status == 0 else "failed"
+            row = {"item": name, "status": outcome, "message": ", ".join(said[-4:]), "exit": status}
+            run.append(prepared.events, prepared.origin | {"phase": "checks"} | row | {"tail": text[-2000:]})
+            prepared.event("checked", **row)
 
 
 def smi(query: str) -> str:
@@ -144,10 +165,10 @@ def smi(query: str) -> str:
 def sources() -> str:
     """A digest of the sources: a machine that has no git still says what it ran."""
     digest = hashlib.sha256()
-    for folder, pattern in (("bird_kernels", "*.py"), ("csrc", "*"), ("benchmarks", "*.py")):
-        for path in sorted((lines.ROOT / folder).rglob(pattern)):
+    for folder, pattern in (("bird_kernels", "*.py"), ("csrc", "*"), ("benchmarks", "*.py"), ("tests", "*.py")):
+        for path in sorted((ROOT / folder).rglob(pattern)):
             if path.is_file():
-                digest.update(path.relative_to(lines.ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

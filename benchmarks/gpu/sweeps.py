@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
-import random
 import sys
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
-from benchmarks.gpu.contest import timed_rows
-from benchmarks.gpu.context import Context, Item, Row, failure
+from benchmarks.gpu.context import Context, Item
 from benchmarks.gpu.problems import TargetQuestion, questions_of
-from benchmarks.kernels.problems import fp32_switched
+from benchmarks.kernels.limits import fp32_switched
+from benchmarks.rows import Row, message
 
 # A question by its place among the eleven, and the backend whose kernels it launches.
 SWEPT = ((0, "triton"), (1, "library"), (2, "library"), (4, "triton"), (7, "triton"), (10, "triton"))
@@ -39,13 +38,6 @@ def sweep_items(context: Context) -> list[Item]:
     if context.rehearse:
         seen = _launched(*swept[0], context)
         found = list({item.name.split()[-1] in seen: item for item in found}.values())
-    return found
-
-
-def precompile_items(context: Context) -> list[Item]:
-    """The same, to be shared by several processes."""
-    found = sweep_items(context)
-    random.Random(0).shuffle(found)
     return found
 
 
@@ -110,7 +102,7 @@ def _sweep(question: TargetQuestion, backend: str, kernel: str, context: Context
             try:
                 with launched_with(kernel, options):
                     again = [candidate._replace(name=name)]
-                    for row in timed_rows(context, again, judge, min(TIMED, context.share())):
+                    for row in context.timed(again, judge, min(TIMED, context.share())):
                         yield about | row
             except Exception as error:
-                yield about | failure(name, error)
+                yield about | {"candidate": name, "status": "failed", "message": message(error)}

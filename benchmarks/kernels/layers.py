@@ -1,8 +1,5 @@
 """Many layers at once, beside what users could do instead: `cka_matrix`, and `cka_loss` of a list of pairs.
 
-    python -m benchmarks.kernels.layers            measures and prints (four minutes on two CPU cores)
-    python -m benchmarks.kernels.layers --save     and keeps the rows in results/<device>-layers.csv and .md
-
 Two ResNets' pooled activations: a layer is as wide as a convolution has channels, the last one as there are classes.
 """
 
@@ -10,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.kernels import providers
-from benchmarks.kernels.versus import Answer, Answered, Benchmark, Calls
-from benchmarks.rows import Origin
+from benchmarks.harness import Contestant, Evaluated, calling, judge_of
+from benchmarks.kernels import forms
+from benchmarks.run import CPU, Benchmark, Contest
 
 NETWORKS = {
     "ResNet18": [64] * 5 + [128] * 4 + [256] * 4 + [512] * 4 + [1000],
@@ -29,7 +26,7 @@ NETWORKS = {
 TOLERANCE = 1e-3  # of a value, and of the gradients relative to their norm: a heat map is read to three digits
 
 Layers = list[Tensor]
-Call = Callable[[Layers, Layers], Answer]
+Call = Callable[[Layers, Layers], Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,39 +54,41 @@ class LayersQuestion:
             layers.append(layer.add_(self.mean * layer.std()))
         return layers
 
-    def contest(self, device: torch.device) -> tuple[Calls, Answer]:
-        """The calls by provider, and the truth in fp64."""
+    def contest(self, device: torch.device = CPU) -> Contest:
+        """The calls by provider, and the truth: what is best written by hand, in fp64."""
         xs = self.layers(1, device)
         ys = xs if self.what == "matrix, itself" else self.layers(2, device)
-        calls = PAIRS if self.what == "pairs" else MATRIX
+        pairs = self.what == "pairs"
+        calls, literal = (PAIRS, each(forms.by_grams)) if pairs else (MATRIX, literal_matrix)
         if self.network == "ResNet50":
             calls = {name: call for name, call in calls.items() if name != "loop of cka"}  # 2500 calls
-        exact = [[x.double() for x in side] for side in (xs, ys)]
-        truth = (_each(providers.by_grams) if self.what == "pairs" else literal_matrix)(*exact)
-        return {name: partial(call, xs, ys) for name, call in calls.items()}, truth
+
+        def asked(call: Call, xs: Layers, ys: Layers) -> Callable[[], Evaluated]:
+            # One network's students are its layers; a matrix of a network with itself must see that they are.
+            students = xs if pairs else ()
+            return calling(lambda *leaves: call(list(leaves) or xs, ys), *students, backward=pairs)
+
+        exact = [x.double() for x in xs]
+        truth = asked(literal, exact, exact if ys is xs else [y.double() for y in ys])
+        candidates = [Contestant(name, asked(c, xs, ys)) for name, c in calls.items()]
+        return Contest(candidates, judge_of(truth, TOLERANCE, TOLERANCE))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayersRow(Answered, LayersQuestion, Origin):
-    """One measurement."""
+def our_matrix(xs: Layers, ys: Layers) -> Tensor:
+    return bird_kernels.cka_matrix(xs, None if ys is xs else ys, estimator="unbiased")
 
 
-def our_matrix(xs: Layers, ys: Layers) -> Answer:
-    return (bird_kernels.cka_matrix(xs, None if ys is xs else ys, estimator="unbiased"),)
-
-
-def _pytorch_cka(xs: Layers, ys: Layers) -> Answer:
+def _pytorch_cka(xs: Layers, ys: Layers) -> Tensor:
     from cka import cka_from_features  # loads matplotlib, and is not everywhere: late
 
-    return (cka_from_features(xs, ys),)
+    return cka_from_features(xs, ys)
 
 
-def loop_of_cka(xs: Layers, ys: Layers) -> Answer:
-    with torch.no_grad():
-        return (torch.stack([torch.stack([bird_kernels.cka(x, y, estimator="unbiased") for y in ys]) for x in xs]),)
+def loop_of_cka(xs: Layers, ys: Layers) -> Tensor:
+    return torch.stack([torch.stack([bird_kernels.cka(x, y, estimator="unbiased") for y in ys]) for x in xs])
 
 
-def literal_matrix(xs: Layers, ys: Layers) -> Answer:
+def literal_matrix(xs: Layers, ys: Layers) -> Tensor:
     """Best written by hand, and in fp64 the truth: Gram matrices of centred features, hollow, all of them at once."""
 
     def grams(side: Layers) -> tuple[Tensor, Tensor]:
@@ -106,40 +105,30 @@ def literal_matrix(xs: Layers, ys: Layers) -> Answer:
 
     own = [hsic(a.square().sum((1, 2)), r.square().sum(1), r.sum(1).square()) for a, r in ((k, k_rows), (l, l_rows))]
     totals = torch.outer(k_rows.sum(1), l_rows.sum(1))
-    return (hsic(k.flatten(1) @ l.flatten(1).T, k_rows @ l_rows.T, totals) / torch.outer(*own).sqrt(),)
+    return hsic(k.flatten(1) @ l.flatten(1).T, k_rows @ l_rows.T, totals) / torch.outer(*own).sqrt()
 
 
-def _summed(loss: Callable[[Layers, Layers], Tensor]) -> Call:
-    def call(xs: Layers, ys: Layers) -> Answer:
-        students = [x.detach().requires_grad_() for x in xs]
-        value = loss(students, ys)
-        return value.detach(), *torch.autograd.grad(value, students)
-
-    return call
-
-
-def _each(loss: Callable[[Tensor, Tensor], Tensor]) -> Call:
-    return _summed(lambda xs, ys: torch.stack([loss(x, y) for x, y in zip(xs, ys, strict=True)]).sum())
+def each(loss: forms.Loss) -> Call:
+    """The sum of the pairs' losses, one after the other."""
+    return lambda xs, ys: torch.stack([loss(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
 
 
 MATRIX: dict[str, Call] = {"cka_matrix": our_matrix, "pytorch-cka": _pytorch_cka, "loop of cka": loop_of_cka}
 PAIRS: dict[str, Call] = {
-    "cka_loss of lists": _summed(bird_kernels.cka_loss),
-    "loop of cka_loss": _each(bird_kernels.cka_loss),
-    "hand-written Grams": _each(providers.by_grams),
+    "cka_loss of lists": bird_kernels.cka_loss,
+    "loop of cka_loss": each(bird_kernels.cka_loss),
+    "hand-written Grams": each(forms.by_grams),
 }
 QUESTIONS = [
     *(LayersQuestion(what, name, n) for name in NETWORKS for n in (512, 1000) for what in ("matrix, itself", "matrix")),
     LayersQuestion("matrix", "ResNet18", 512, mean=10.0),
     *(LayersQuestion("pairs", name, 128) for name in NETWORKS),
 ]
-
-
-LAYERS = Benchmark("layers", QUESTIONS, LayersRow, TOLERANCE, """\
+BENCHMARK = Benchmark(
+    "Layers", "layers", Path(__file__).parent / "results", QUESTIONS, """\
 Median of a call, and in brackets how many times the first provider's; fp32, unbiased (pairs: biased, forward and
-backward). The mean is in units of the spread. Errors against fp64; memory beyond the inputs, result included.
-""")  # fmt: skip
-
-
-if __name__ == "__main__":
-    LAYERS.main(__doc__)
+backward). The mean is in units of the spread. Memory is beyond the inputs, result included.
+""",
+    ours={"cka_matrix", "cka_loss of lists"},
+    sections=("what",),
+)  # fmt: skip

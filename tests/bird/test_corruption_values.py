@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.corruptions.reference import REFERENCE
 from bird.lab.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt, drops, filters, ice, jpeg
 from bird.lab.vision.corruptions.filters import Level
 from bird.lab.vision.corruptions.random import Noise, keys
 from tests.bird.replay import Recorder, Replay
+from tests.bird.usual_corruptions import REFERENCE
 
 BYTE = 1 / 255
 # Largest mean and largest single difference that are allowed, in parts of 0-1. The usual way rounds to bytes in the

@@ -100,28 +100,25 @@ class Pair(nn.Module):
 
 def weights(folder: Path) -> Artefact:
     """Without their checksum damage has a name where it shows."""
-    policies: Any = pytest.importorskip("bird.lab.language.policies", reason=LANGUAGE)
+    runs: Any = pytest.importorskip("bird.lab.language.training", reason=LANGUAGE)
     from safetensors.torch import save_model
 
-    model = Pair()
-    save_model(model, str(folder / "policy.safetensors"))
-    read = lambda: (policies.restore(model, folder), model.two.weight.tolist())[1]  # noqa: E731
-    return Artefact(folder / "policy.safetensors", read, 0.0)
+    model, path = Pair(), folder / "policy.safetensors"
+    save_model(model, str(path))
+    return Artefact(path, lambda: (runs.restore(model, path), model.two.weight.tolist())[1], 0.0)
 
 
 def weights_with_checksum(folder: Path) -> Artefact:
-    from bird.lab.language.policies import write_history
-
-    found = weights(folder)
-    write_history({"train": []}, found.path)
-    return found._replace(least=0.9, exact=True)
+    runs: Any = pytest.importorskip("bird.lab.language.training", reason=LANGUAGE)
+    model, path = Pair(), folder / "policy.safetensors"
+    runs.finish_run(model, path, {"train": []})
+    return Artefact(path, lambda: (runs.restore(model, path), model.two.weight.tolist())[1], 0.9, True)
 
 
 def history(folder: Path) -> Artefact:
-    from bird.lab.language.policies import read_history
-
-    path = weights_with_checksum(folder).path.with_name("history.json")
-    return Artefact(path, lambda: read_history(path), 0.5, True)
+    runs: Any = pytest.importorskip("bird.lab.language.training", reason=LANGUAGE)
+    model, path = Pair(), weights_with_checksum(folder).path
+    return Artefact(path.with_name("history.json"), lambda: runs.finished_run(model, path, "cpu"), 0.5, True)
 
 
 def network(folder: Path) -> Artefact:
@@ -130,7 +127,7 @@ def network(folder: Path) -> Artefact:
     from tests.bird.tiny import saved
 
     path = Path(shutil.copytree(saved("encoder"), folder / "network"))
-    read = lambda: models.load(str(path), "encoder")  # noqa: E731
+    read = lambda: models.load_network(str(path), "encoder")  # noqa: E731
     return Artefact(path / "model.safetensors", read, 0.3, whose=path, count=60)
 
 
@@ -151,7 +148,7 @@ def gguf(folder: Path) -> Artefact:
     def read() -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(models, "locate_network", lambda name: path)
-            return models.load("smollm2-135m", "causal")
+            return models.load_network("smollm2-135m", "causal")
 
     return Artefact(path, read, 1.0, whose=folder, count=60)
 

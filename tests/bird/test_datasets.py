@@ -14,7 +14,6 @@ import pytest
 import torch
 from torchvision import datasets as torchvision_datasets
 
-from benchmarks.reproduction.make_subset import choose, make_subset
 from bird.lab.recipe import data_root
 from bird.lab.vision.data import Images, to_float
 from bird.lab.vision.datasets import DATASETS, load
@@ -22,6 +21,7 @@ from bird.lab.vision.datasets.batches import stack_batches
 from bird.lab.vision.datasets.grey import read_idx
 from tests.bird import official_files as official
 from tests.bird.shipped import fashion
+from tools.make_subset import choose, make_subset
 
 DEBIAN = Path(DATASETS["fashion-mnist"].layouts[1].folder)
 

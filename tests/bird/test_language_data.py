@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from bird.lab.language.data import Labelled, Preference, balance, columns, distinct, halves, split
+from bird.lab.language.data import Labelled, Preference, balance, random_halves, random_parts
 from bird.lab.language.data.files import read_rows
 from bird.lab.language.data.positivity import LEAD, opening, positivity
-from bird.lab.language.data.preferences import preferences
-from bird.lab.language.data.snippets import SOURCES, Snippet, snippets
+from bird.lab.language.data.snippets import Snippet, snippets
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -44,12 +43,8 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------- snippets
-
-
-@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("name", [ARCHIVE, ARCHIVE.lower()])
-def test_snippets_hold_what_people_scored(source: str, name: str, tmp_path: Path) -> None:
+def test_snippets_hold_what_people_scored(name: str, tmp_path: Path) -> None:
     rows = (
         "1\t2.5\tA ''new''  clich\u00e9, isn't it.\r\n"
         "2_1\t-1.25\tR&amp;B of Meagher &amp;amp; Flom\r\n"
@@ -59,8 +54,8 @@ def test_snippets_hold_what_people_scored(source: str, name: str, tmp_path: Path
         "6\t1\t:(\r\n"
         "7\t3\ttwo\u2028lines"
     )
-    write_snippets(tmp_path, rows, source, name)
-    assert snippets(source, tmp_path) == [
+    write_snippets(tmp_path, rows, name=name)
+    assert snippets(tmp_path) == [
         Snippet('A "new" clich\u00e9, isn\'t it.', 2.0),
         Snippet("R&B of Meagher & Flom", -1.25),
         Snippet("a NEW cliche\u0301? isn't it", 0.5),
@@ -76,27 +71,28 @@ def test_missing_and_broken_snippets_say_what_to_do(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("BIRD_DATA", str(tmp_path / "sets"))
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/sets/{ARCHIVE} is not there .*\n.*{command}"):
         snippets()
-    with pytest.raises(ValueError, match="no snippets 'movies'; there are movieReviewSnippets, "):
-        snippets("movies", tmp_path)
-    write_snippets(tmp_path, "1\t1\tx")
-    whole = (tmp_path / ARCHIVE).read_bytes()
-    for content, message in (
+
+    def refuses(message: str) -> None:
+        with pytest.raises(ValueError, match=rf"(?s){ARCHIVE} is broken: .*{message}.*{command}"):
+            snippets(tmp_path)
+
+    for rows, message in (
         ("1\t2.5", "line 1 has 2 cells"),
         ("1\t1\tx\n\n2\t1\ttab\tin text", "line 3 has 4 cells"),
         ("1\tgood\tx", "line 1: the score 'good' is no number"),
         ("1\t4.5\tx", r"line 1: the score 4\.5 is not between"),
         ("1\tnan\tx", "line 1: the score nan is not between"),
         ("\n", "no rows"),
-        (None, "movieReviewSnippets_GroundTruth.txt' not found"),
-        (whole[: len(whole) // 2], ""),
-        (b"no archive", "not a gzip file"),
     ):
-        if isinstance(content, bytes):
-            (tmp_path / ARCHIVE).write_bytes(content)
-        else:
-            write_snippets(tmp_path, content or "1\t1\tx", "movieReviewSnippets" if content else "tweets")
-        with pytest.raises(ValueError, match=rf"(?s){ARCHIVE} is broken: .*{message}.*{command}"):
-            snippets(root=tmp_path)
+        write_snippets(tmp_path, rows)
+        refuses(message)
+    write_snippets(tmp_path, "1\t1\tx", source="tweets")
+    refuses("movieReviewSnippets_GroundTruth.txt' not found")
+    whole = (tmp_path / ARCHIVE).read_bytes()
+    (tmp_path / ARCHIVE).write_bytes(whole[: len(whole) // 2])
+    refuses("")
+    (tmp_path / ARCHIVE).write_bytes(b"no archive")
+    refuses("not a gzip file")
 
 
 def reviews() -> list[Snippet]:
@@ -118,7 +114,9 @@ def test_positivity_parts_share_no_text() -> None:
     score = {row.text: row.score for row in rows}
     parts = positivity(rows, 3, held_out=10, share=0.2)
     good, bad = ([p.prompt[len(LEAD) + 1 :] + getattr(p, side) for p in parts.pairs] for side in ("chosen", "rejected"))
-    labelled = parts.teacher + parts.judge
+    assert {prompt for prompt, *_ in parts.taught} == {""}
+    teacher = [Labelled(str(text), label) for _, text, label in parts.taught]
+    labelled = teacher + parts.judged
     texts = [row.text for row in labelled] + good + bad + parts.texts
     assert len(texts) == len(set(texts))
     assert set(texts) <= set(score)
@@ -127,10 +125,11 @@ def test_positivity_parts_share_no_text() -> None:
         assert abs(score[row.text]) > 0.5
     assert min(score[text] for text in good) > 0.5
     assert max(score[text] for text in bad) < -0.5
-    assert {row.label for row in parts.teacher} == {row.label for row in parts.judge} == {0, 1}
+    assert {row.label for row in teacher} == {row.label for row in parts.judged} == {0, 1}
     left = sum(abs(row.score) > 0.5 and row.text not in set(parts.texts) for row in rows)
-    assert len(parts.teacher) == len(parts.judge) == round(0.2 * left)
+    assert len(teacher) == len(parts.judged) == round(0.2 * left)
     assert len(parts.pairs) > 0.7 * (left - len(labelled)) / 2
+
     assert len(parts.prompts) == len(set(parts.prompts)) == 10
     held = [prompt.removeprefix(f"{LEAD} ") for prompt in parts.prompts]
     assert all(name.startswith("Kind") for name in held), "the frequent opening belongs to training"
@@ -139,46 +138,41 @@ def test_positivity_parts_share_no_text() -> None:
 
 
 def test_positivity_pairs_by_the_longest_opening() -> None:
-    texts = {"It's a fine small film.": 1, "It's a bad long film.": -1}
-    texts |= {"It's so very well done.": 2, "It's too silly for me.": -2}
-    parts = positivity([Snippet(*row) for row in texts.items()], held_out=0, share=0.0, lead="Say:")
+    texts = {
+        "It's a fine small film.": 1,
+        "It's a bad long film.": -1,
+        "It's so very well done.": 2,
+        "It's too silly for me.": -2,
+    }
+    parts = positivity([Snippet(*row) for row in texts.items()], held_out=0, share=0.0)
     assert sorted(parts.pairs, key=lambda pair: pair.prompt) == [
-        Preference("Say: It's", " so very well done.", " too silly for me."),
-        Preference("Say: It's a", " fine small film.", " bad long film."),
+        Preference(f"{LEAD} It's", " so very well done.", " too silly for me."),
+        Preference(f"{LEAD} It's a", " fine small film.", " bad long film."),
     ]
     assert opening("One two three four five", 2) == "One two"
-    for text, words in (("One two three four", 2), ("One ... three four five", 2), ("1 two three four five", 1)):
-        assert opening(text, words) is None
+    assert opening("One two three four", 2) is None
+    assert opening("One ... three four five", 2) is None
+    assert opening("1 two three four five", 1) is None
 
 
 def test_positivity_follows_its_seed() -> None:
     rows = reviews()
     first, again, other = (positivity(rows, seed, held_out=5) for seed in (0, 0, 1))
     assert first == again
-    for part in ("teacher", "judge", "pairs", "prompts"):
+    for part in ("taught", "judged", "pairs", "prompts"):
         assert set(map(str, getattr(first, part))) != set(map(str, getattr(other, part)))
     with pytest.raises(ValueError, match=r"have 40 openings of two words .*; 41 cannot be held out"):
         positivity(rows, held_out=41)
-    for wrong in (dict(margin=-0.1), dict(held_out=-1), dict(share=0.5)):
-        with pytest.raises(ValueError, match="must be 0 or more"):
-            positivity(rows, **wrong)
 
 
-# ---------------------------------------------------------------------------------------------- parts
-
-
-def test_split_and_halves() -> None:
+def test_random_parts_and_halves() -> None:
     rows = list(range(101))
-    first, second, none = split(rows, (30, 20, 0), 5)
-    assert (len(first), len(second), none) == (30, 20, [])
-    assert len({*first, *second}) == 50
-    assert split(rows, (30, 20, 0), 5) == [first, second, none]
-    assert split(rows, (30, 20, 0), 6) != [first, second, none]
-    weak, strong = halves(rows, 0)
+    first, others = random_parts(rows, 30, 5)
+    assert (len(first), sorted(first + others)) == (30, rows)
+    assert random_parts(rows, 30, 5) == (first, others)
+    assert random_parts(rows, 30, 6) != (first, others)
+    weak, strong = random_halves(rows, 0)
     assert (len(weak), len(strong), sorted(weak + strong)) == (50, 51, rows)
-    for sizes in ((102,), (60, 42), (-1,)):
-        with pytest.raises(ValueError, match="101 rows cannot be split"):
-            split(rows, sizes, 0)
 
 
 def test_balance_drops_the_surplus_only() -> None:
@@ -187,24 +181,7 @@ def test_balance_drops_the_surplus_only() -> None:
     assert Counter(row.label for row in kept) == {0: 10, 1: 10}
     assert [int(row.text) for row in kept] == sorted(int(row.text) for row in kept)
     assert balance(rows, 0) == kept != balance(rows, 1)
-    assert columns(kept[:1]) == {"text": [kept[0].text], "label": [kept[0].label]}
-    with pytest.raises(ValueError, match="row 1 has the label 2"):
-        balance([Labelled("a", 1), Labelled("b", 2)], 0)
-    with pytest.raises(ValueError, match="no rows"):
-        columns([])
 
-
-def test_distinct_by_hand() -> None:
-    texts = ["a b a b", "b a", "", "c"]
-    assert distinct(texts, 1) == 3 / 7
-    assert distinct(texts, 2) == 2 / 4  # ab ba ab | ba
-    assert distinct(texts, 5) == distinct([]) == 0
-    assert distinct(["so so so so so"] * 10) == 1 / 40
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        distinct(texts, 0)
-
-
-# ---------------------------------------------------------------------------------------------- files
 
 ROWS = [{"a": 1, "text": "x\u2028y"}, {"a": 2, "text": "z"}]
 
@@ -212,8 +189,9 @@ ROWS = [{"a": 1, "text": "x\u2028y"}, {"a": 2, "text": "z"}]
 def test_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
-    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n"
-    (tmp_path / "lines.jsonl").write_text(lines, encoding="utf-8")
+    write_lines(tmp_path / "lines.jsonl", ROWS).write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS) + "\n\n", encoding="utf-8"
+    )
     (tmp_path / "array.json").write_text(json.dumps(ROWS), encoding="utf-8")
     Dataset.from_list(ROWS).to_parquet(tmp_path / "table.parquet")
     for name in ("lines.jsonl", "array.json", "table.parquet"):
@@ -227,7 +205,10 @@ def test_rows_come_from_every_kind_of_file(tmp_path: Path) -> None:
     assert read_rows(str(tmp_path / "both"), "validation") == ROWS[1:]
     with pytest.raises(ValueError, match=r"holds the splits \['train', 'valid'\], not 'test'"):
         read_rows(tmp_path / "both", "test")
-    # No field is filled in, and a text that looks like a time stays a text.
+
+
+def test_rows_are_what_is_written(tmp_path: Path) -> None:
+    """No field is filled in, and a text that looks like a time stays a text."""
     rows = [{"a": "2020-01-01T00:00:00"}, {"a": "2021-01-01 00:00:00", "b": None}, {"b": [{"c": 1}]}, {"b": "x"}]
     assert read_rows(write_lines(tmp_path / "train.jsonl", rows), "train") == rows
     (tmp_path / "array.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -246,7 +227,7 @@ def test_rows_of_a_folder_go_by_the_names_of_its_files(tmp_path: Path) -> None:
         read_rows(tmp_path, "test")
 
 
-def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
+def test_broken_and_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, content, message in (
         ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl, line 2: not JSON"),
         ("b.jsonl", '{"a": 1}\n[1]\n', r"b\.jsonl must hold objects"),
@@ -265,6 +246,8 @@ def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
 
 
 def test_the_hub_is_asked_for_data_never_for_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
     asked: list[dict[str, Any]] = []
 
     def load_dataset(name: str, **options: Any) -> list[dict[str, int]]:
@@ -275,78 +258,11 @@ def test_the_hub_is_asked_for_data_never_for_scripts(monkeypatch: pytest.MonkeyP
             raise RuntimeError("Dataset scripts are no longer supported, but found script.py")
         return [{"a": 1}]
 
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert read_rows("some/set", "test") == read_rows("some/script", "test") == [{"a": 1}]
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_rows("some/set", "test") == [{"a": 1}]
+    assert read_rows("some/script", "test") == [{"a": 1}]
     assert asked == [{"split": "test"}] * 2 + [{"split": "test", "revision": "refs/convert/parquet"}]
-    gone = r"'some/gone' is no file or folder here .*Couldn't reach.*train\.jsonl"
-    with pytest.raises(FileNotFoundError, match=gone):
+    with pytest.raises(
+        FileNotFoundError, match=r"'some/gone' is no file or folder here .*Couldn't reach.*train\.jsonl"
+    ):
         read_rows("some/gone", "train")
-
-
-# ---------------------------------------------------------------------------------------------- preferences
-
-
-def say(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def answer(content: str) -> list[dict[str, str]]:
-    return [{"role": "assistant", "content": content}]
-
-
-def test_preferences_in_all_of_their_formats(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "It is", "chosen": " good", "rejected": " bad", "score": 1},
-        {"prompt": None, "chosen": "Human: hi Assistant: yes", "rejected": "Human: hi Assistant: no"},
-        {"prompt": say("hi"), "chosen": answer("yes"), "rejected": answer("no")},
-        {"chosen": say("hi", "ho", "who?", "you"), "rejected": say("hi", "ho", "who?", "me")},
-        {"prompt": "hi", "chosen": say("hi", "yes"), "rejected": say("hi", "no")},
-    ]
-    assert preferences(write_lines(tmp_path / "train.jsonl", rows)) == [
-        Preference("It is", " good", " bad"),
-        Preference("Human: hi Assistant:", " yes", " no"),
-        Preference(say("hi"), answer("yes"), answer("no")),
-        Preference(say("hi", "ho", "who?"), answer("you"), answer("me")),
-        Preference(say("hi"), answer("yes"), answer("no")),
-    ]
-    assert columns([Preference("a", "b", "c")]) == {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}
-
-
-GOOD: dict[str, Any] = {"prompt": "p", "chosen": "a", "rejected": "b"}
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (GOOD | {"rejected": "a"}, "chosen and rejected are equal"),
-        (GOOD | {"rejected": " "}, "rejected is empty"),
-        ({"chosen": [], "prompt": say("q"), "rejected": answer("b")}, "chosen is empty"),
-        (GOOD | {"prompt": ""}, "prompt is empty"),
-        ({"chosen": "a", "rejected": "b"}, "chosen and rejected share no beginning"),
-        ({"prompt": [], "chosen": answer("a"), "rejected": answer("b")}, "prompt is empty"),
-        ({"chosen": say("q", ""), "rejected": say("q", "b")}, "chosen is empty"),
-    ],
-)
-def test_rows_that_prefer_nothing_are_refused_or_dropped(row: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "train.jsonl", [GOOD, row])
-    with pytest.raises(ValueError, match=rf"train\.jsonl, train row 1: {message} \(drop=True"):
-        preferences(path)
-    with pytest.warns(UserWarning, match=f"1 of 2 rows dropped, the first row 1: {message}"):
-        assert preferences(path, drop=True) == [Preference("p", "a", "b")]
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "p", "chosen": "a"}, r"has no 'rejected'; it has \['chosen', 'prompt'\]"),
-        (GOOD | {"chosen": 3}, "chosen must be a string or a list of messages"),
-        (GOOD | {"chosen": [{"content": "x"}]}, "chosen must be a string or a list of messages"),
-        (GOOD | {"rejected": answer("b")}, "chosen and rejected must both be strings"),
-        (GOOD | {"prompt": say("q")}, "the prompt is a list of messages, chosen and rejected are strings"),
-    ],
-)
-def test_rows_that_are_no_preferences_are_refused(row: dict[str, Any], message: str, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "train.jsonl", [GOOD, row])
-    for drop in (False, True):
-        with pytest.raises(ValueError, match=rf"train\.jsonl, train row 1:? {message}"):
-            preferences(path, drop=drop)

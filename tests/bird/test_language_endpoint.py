@@ -17,7 +17,7 @@ import pytest
 
 from bird.lab.language import endpoint
 from bird.lab.language.endpoint import Endpoint
-from bird.lab.language.verdicts import SAFETY, fill
+from bird.lab.language.verdicts import SAFETY, question
 
 KEY = "sk-verysecret/1234+"
 Reply = tuple[int, dict[str, str], str]
@@ -125,11 +125,11 @@ def test_what_is_asked(server: Server) -> None:
     assert server.asked[0] == {
         "path": "/v1/chat/completions",
         "model": "judge-1",
-        "messages": [{"role": "user", "content": fill(SAFETY, "Hi {response}", "a")}],
+        "messages": [{"role": "user", "content": question("Hi {response}", "a")}],
         "temperature": 0,
         "max_tokens": 8,
     }
-    assert (judge.name, server.judge(name="another").name) == ("judge-1", "another")
+    assert judge.name == "judge-1"
     server.judge()(["p"], ["r"])
     server.judge("JUDGE_KEY", key_header="api-key")(["p"], ["r"])  # Azure's
     names = [{name.lower(): value for name, value in headers.items()} for headers in server.headers]
@@ -196,7 +196,7 @@ def test_the_key_stands_nowhere(server: Server, tmp_path: Path, monkeypatch: pyt
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
 
 
-def test_answers_are_kept_by_what_they_depend_on(server: Server, tmp_path: Path) -> None:
+def test_answers_are_kept_by_what_they_depend_on(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
     cache = tmp_path / "deep" / "cache.jsonl"
     prompts, responses, truth = ["p", "p", "q", "p"], ["r", "bad", "r", "r"], [True, False, True, True]
     assert server.judge(cache=cache)(prompts, responses) == truth
@@ -209,10 +209,9 @@ def test_answers_are_kept_by_what_they_depend_on(server: Server, tmp_path: Path)
     assert server.judge(cache=cache)(["p"], ["new"]) == [True]
     assert cache.read_bytes().startswith(whole)
     assert [set(json.loads(line)) for line in cache.read_text().splitlines()] == [{"key", "answer"}] * 4
-    # words are not asked for: other ones read the same answers
-    assert server.judge(cache=cache, words=("unsafe", "safe"))(prompts, responses) == [not good for good in truth]
-    assert len(server.asked) == 4
-    server.judge(cache=cache, template="<answer>{prompt} {response}")(["p"], ["r"])
+    with monkeypatch.context() as patch:
+        patch.setattr("bird.lab.language.endpoint.SAFETY", f"{SAFETY} Please.")
+        server.judge(cache=cache)(["p"], ["r"])
     Endpoint(server.url, "judge-2", None, cache=cache)(["p"], ["r"])
     server.judge(cache=cache)([[{"role": "user", "content": "p"}]], ["r"])
     server.judge(cache=cache)(["pr"], [""])
@@ -359,12 +358,10 @@ def test_bad_input_is_refused(server: Server, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="must start with http") as caught:
             Endpoint(url, "m", None)
         assert "secret" not in str(caught.value)
-    with pytest.raises(ValueError, match="judge nothing"):
-        server.judge(template="{prompt}")
     for option in ({"per_minute": 0}, {"timeout": 0}, {"retries": -1}, {"max_tokens": 0}, {"backoff": -1}):
         with pytest.raises(ValueError, match="per_minute, timeout and max_tokens must be above 0"):
             server.judge(**option)
-    with pytest.raises(ValueError, match="got 2 prompts and 1 responses"):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
         server.judge()(["a", "b"], ["c"])
     cache = tmp_path / "notes"
     for text, said in {"notes\n": "is not a JSON object", '{"a": 1}\n': "is not a cache of answers"}.items():

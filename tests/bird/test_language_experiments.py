@@ -18,12 +18,9 @@ pytest.importorskip("trl", reason="the experiments are run by its trainers")
 from bird.lab import cli
 from bird.lab.language import recipe as language_recipes
 from bird.lab.language import report
-from bird.lab.language.data.positivity import LEAD
-from bird.lab.language.models import load
-from bird.lab.language.preference import Preferences, _material, _read, spoken
-from tests.bird.test_language_data import write_lines, write_snippets
-from tests.bird.test_language_questions import pku
-from tests.bird.tiny import letters_tokenizer, saved
+from bird.lab.language.preference import Preferences
+from tests.bird.test_language_data import write_snippets
+from tests.bird.tiny import saved
 
 TEACHER, STUDENT = saved("encoder"), saved("decoder")
 PREFERENCE = f"""
@@ -112,37 +109,6 @@ def test_nothing_is_trained_where_data_or_a_key_is_missing(
         status, said, _ = run(text, name, data, capsys)
         assert (status, words in said) == (2, True), said
     assert not list((data.parent / "out").rglob("result.json"))
-
-
-def test_safety_reads_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PKU-SafeRLHF as local files, below BIRD_DATA."""
-    rows = [pku(f"how {i}?", (f"so {i}", f"never {i}"), (False, True), 0, 1) for i in range(3)]
-    for split in ("train", "test"):
-        write_lines(tmp_path / "pku-saferlhf" / f"{split}.jsonl", rows)
-    monkeypatch.setenv("BIRD_DATA", str(tmp_path))
-    found = _material("pku-saferlhf", 0, None, 2)
-    assert [prompt[0]["content"] for prompt in found.prompts] == ["how 0?", "how 1?"]
-    assert found.pairs[0].chosen == [{"role": "assistant", "content": "never 0"}]
-    assert found.texts == ["never 0", "never 1"]
-    assert {label for *_, label in found.taught} == {0, 1}
-
-
-def test_conversations_are_read_as_the_student_speaks_them() -> None:
-    _, tokenizer = load(saved("decoder"), "causal")
-    prompt, response = [{"role": "user", "content": "how?"}], [{"role": "assistant", "content": "so."}]
-    asked, said = spoken(tokenizer, prompt, response)
-    assert "how?" in asked
-    assert "so." in said
-    ids = tokenizer.apply_chat_template([*prompt, *response], tokenize=True, return_dict=True)["input_ids"]
-    assert asked + said == tokenizer.decode(ids, skip_special_tokens=True)
-    assert spoken(tokenizer, "as it ", "stands") == ("as it ", "stands")
-
-
-def test_the_teacher_reads_the_end_without_the_lead() -> None:
-    tokenizer = letters_tokenizer()
-    assert _read(tokenizer, 100, f"{LEAD} it is", " so good") == "it is so good"
-    assert _read(tokenizer, 6, "it is", " so good") == "o good"
-    assert _read(tokenizer, 13, "it is", " so good") == "it is so good"
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -326,12 +292,17 @@ def read(path: Path) -> Mapping[str, Any]:
         # What is held out leaves the teacher's texts and the pairs, so nothing of another choice may be taken up.
         (
             {"data": {"source": "positivity", "limit": 6, "held_out": 4, "words": 12}},
-            {"teacher", "policy", "bird", "responses", "alignment"},
+            {"teacher", "policy", "bird", "responses", "tuned", "alignment"},
         ),
-        ({"data": {"source": "positivity", "limit": 6, "held_out": 5, "words": 11}}, {"policy", "bird"}),
+        (
+            {"data": {"source": "positivity", "limit": 6, "held_out": 5, "words": 11}},
+            {"policy", "bird", "tuned"},
+        ),
+        ({"transfer": {"epochs": 1, "batch_size": 4, "lr": 2e-3}}, {"policy", "bird", "tuned"}),
         ({"teacher": {"epochs": 2, "batch_size": 32, "max_length": 100}}, {"teacher", "bird", "alignment"}),
         ({"guidance": {"layer": "model.layers.0"}}, {"bird", "alignment"}),
-        ({"generation": {"max_new_tokens": 7}}, {"responses"}),
+        ({"generation": {"max_new_tokens": 7}}, {"responses", "tuned"}),
+        ({"generation": {"max_new_tokens": 6, "temperature": 0.5}}, {"responses", "tuned"}),
         ({"title": "Another"}, set()),
     ],
 )
@@ -345,6 +316,7 @@ def test_what_decides_a_stage_names_it(changes: dict[str, Any], moved: set[str],
             "policy": cells["dpo"].training.key,
             "bird": cells["dpo-bird"].training.key,
             "responses": cells["none"].scores["responses"].key,
+            "tuned": cells["dpo"].scores["responses"].key,
             "alignment": cells["none"].scores["alignment"].key,
         }
 

@@ -17,11 +17,16 @@ from torch import nn
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
 from bird.lab.language import judges as judges_of_texts
-from bird.lab.language.endpoint import Endpoint
-from bird.lab.language.judges import BagOfWords, ClassifierJudge, LanguageModel, Lexicon, independent
-from bird.lab.language.verdicts import SAFETY, Judge, fill, parse
-from bird.lab.language.weights import shared
-from bird.teachers import Teacher
+from bird.lab.language import verdicts
+from bird.lab.language.judges import (
+    BagOfWords,
+    ClassifierJudge,
+    LanguageModel,
+    Lexicon,
+    require_independent,
+    shared_weights,
+)
+from bird.lab.language.verdicts import SAFETY, Judge, question, read_verdict
 from tests.bird.tiny import END, causal, classifier
 from tests.bird.tiny import words_tokenizer as tokenizer
 
@@ -39,36 +44,34 @@ def test_importing_is_light() -> None:
     assert {"transformers", "sklearn", "vaderSentiment", "peft", "trl"} & set(run.stdout.split()) == set()
 
 
-@pytest.mark.parametrize(
-    ("module", "make", "extra"),
-    [
-        ("vaderSentiment.vaderSentiment", Lexicon, "language"),
-        ("sklearn.pipeline", lambda: BagOfWords(["a", "b"], [True, False]), "language"),
-    ],
-)
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, module: str, make: Any, extra: str) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"pip install 'bird-kernels\[{extra}\]'"):
-        make()
-
-
 def test_only_the_two_words_are_understood() -> None:
-    good = ("safe", " Safe.\n", "**SAFE**", "safe, since it declines", '"safe"', "safe\nS1", "\u201csafe\u201d")
-    bad = ("unsafe", "\n\nUnsafe: S2", "_unsafe_")
-    neither = ("", "  ", "...", "not safe", "It is safe", "safely", "safe/unsafe", "un safe", "un-safe", "yes", "1")
-    for answers, verdict in ((good, True), (bad, False), (neither, None)):
-        assert {parse(answer) for answer in answers} == {verdict}
-    assert [parse(answer, ("Yes", "No")) for answer in ("yes!", "no", "safe")] == [True, False, None]
+    for answer in ("safe", " Safe.\n", "**SAFE**", "safe, since it declines", '"safe"', "safe\nS1", "\u201csafe\u201d"):
+        assert read_verdict(answer) is True
+    for answer in ("unsafe", "\n\nUnsafe: S2", "_unsafe_"):
+        assert read_verdict(answer) is False
+    for answer in (
+        "",
+        "  ",
+        "...",
+        "not safe",
+        "It is safe",
+        "safely",
+        "safe/unsafe",
+        "un safe",
+        "un-safe",
+        "yes",
+        "1",
+    ):
+        assert read_verdict(answer) is None
 
 
-def test_templates_are_filled_once() -> None:
+def test_a_question_is_filled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is judged may itself speak of braces."""
-    assert fill("{prompt}|{response}|{x}", "a {response}", "b {prompt} \\1") == "a {response}|b {prompt} \\1|{x}"
-    conversation = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    assert fill("{prompt}|{response}", conversation, "r") == "system: s\nuser: u|r"
     assert SAFETY.count("{prompt}") == SAFETY.count("{response}") == 1
-    with pytest.raises(ValueError, match=r"has no \{response\}, so it would judge nothing"):
-        fill("{prompt}", "a", "b")
+    asked = question([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], "the answer")
+    assert "<request>\nsystem: s\nuser: u\n</request>\n\n<answer>\nthe answer\n</answer>" in asked
+    monkeypatch.setattr(verdicts, "SAFETY", "{prompt}|{response}|{x}")
+    assert question("a {response}", "b {prompt} \\1") == "a {response}|b {prompt} \\1|{x}"
 
 
 def judges() -> list[Judge]:
@@ -76,20 +79,21 @@ def judges() -> list[Judge]:
     return [
         Lexicon(),
         BagOfWords(["good", "bad"], [True, False]),
-        ClassifierJudge(classifier(), words, 1, name="tiny"),
-        LanguageModel(causal(), words, name="tiny", template="{prompt} {response}"),
+        ClassifierJudge(classifier(), words, name="tiny"),
+        LanguageModel(causal(), words, name="tiny"),
     ]
 
 
 @pytest.mark.parametrize("judge", judges(), ids=lambda judge: type(judge).__name__)
-def test_all_judges_keep_to_the_protocol(judge: Judge) -> None:
+def test_all_judges_keep_to_the_protocol(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "SAFETY", "{prompt} {response}")  # within the tiny model's window
     found = judge(PROMPTS, RESPONSES)
     assert len(found) == len(PROMPTS)
     assert all(verdict is None or type(verdict) is bool for verdict in found)
     assert judge(PROMPTS[:1], [""]) in ([True], [False], [None])
     assert judge([], []) == []
     assert judge.name
-    with pytest.raises(ValueError, match="got 6 prompts and 1 responses"):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
         judge(PROMPTS, ["w1"])
 
 
@@ -132,7 +136,7 @@ def test_a_bag_of_words_is_tf_idf_and_logistic_regression() -> None:
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_classifier_says_what_single_texts_give(batch_size: int, side: str, device: torch.device) -> None:
-    model, words = classifier(classes=3).to(device), tokenizer()
+    model, words = classifier().to(device), tokenizer()
     texts = [*RESPONSES, *(f"w{i} w{i + 1}" for i in range(10))]
     classes = []
     for one in texts:
@@ -142,33 +146,20 @@ def test_a_classifier_says_what_single_texts_give(batch_size: int, side: str, de
     assert len(set(classes)) > 1
     words.padding_side = side
     model.train()
-    for good in range(3):
-        judge = ClassifierJudge(model, words, good, name="tiny", batch_size=batch_size)
-        assert judge([""] * len(texts), texts) == [found == good for found in classes]
+    judge = ClassifierJudge(model, words, name="tiny", batch_size=batch_size)
+    assert judge([""] * len(texts), texts) == [found == 1 for found in classes]
     assert model.training
 
 
 def test_a_classifier_that_cannot_be_read() -> None:
     words, model = tokenizer(), classifier()
-
-    def judge(good: int = 0, model: Any = model) -> ClassifierJudge:
-        return ClassifierJudge(model, words, good, name="tiny")
-
-    long = judge()
+    long = ClassifierJudge(model, words, name="tiny")
     words.model_max_length = 64
     assert long([""], ["w1 " * 100]) == long([""], ["w1 " * 63])
-    for good, of, said in (
-        (2, model, "class 2 of 2"),
-        (-1, model, "class -1 of 2"),
-        (0, classifier(classes=1), "0 of 1"),
-    ):
-        with pytest.raises(ValueError, match=f"{said} cannot be told"):
-            judge(good, of)([""], ["w1"])
     model.bert.embeddings.word_embeddings.weight.data[words.convert_tokens_to_ids("w5")] = math.nan
-    assert [verdict is None for verdict in judge()([""] * 2, ["w5", "w1"])] == [True, False]
-    words.pad_token = None
-    with pytest.raises(ValueError, match="no padding token: set one"):
-        judge()
+    broken, whole = long([""] * 2, ["w5", "w1"])
+    assert broken is None
+    assert whole is not None
 
 
 class Says(nn.Module):
@@ -195,53 +186,44 @@ class Says(nn.Module):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_language_model_is_asked_and_read_strictly(chat: bool) -> None:
+def test_a_language_model_is_asked_and_read_strictly(chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "SAFETY", "w9 {prompt} w8 {response}")
     model = Says()
-    judge = LanguageModel(
-        model, tokenizer(chat=chat), name="says", template="w9 {prompt} w8 {response}", batch_size=2, max_new_tokens=3
-    )
+    judge = LanguageModel(model, tokenizer(chat=chat), name="says", batch_size=2)
     assert judge(["w2"] * 5, ["w1", "w2", "w3", "w4", "w1 w2"]) == [True, False, None, False, False]
+    monkeypatch.setattr(verdicts, "SAFETY", "{prompt} {response}")
     assert judge(["w5"], [""]) == [None]
     before, after = ("<s> user ", " </s> <s> assistant") if chat else ("<s> ", "")
     assert model.seen[0] == f"{before}w9 w2 w8 w1{after}"
-    swapped = LanguageModel(model, tokenizer(), name="says", template="{response}", words=("unsafe", "safe"))
-    assert swapped(["w5"] * 2, ["w1", "w2"]) == [False, True]
-    with pytest.raises(ValueError, match="judge nothing"):
-        LanguageModel(model, tokenizer(), name="says", template="{prompt}")
 
 
 def test_the_teacher_may_not_judge() -> None:
-    teacher, words = causal(), tokenizer(chat=True)
-    guide, halved, other_head = Teacher(deepcopy(teacher), "model.layers.1"), deepcopy(teacher), deepcopy(teacher)
+    teacher = causal()
+    halved = deepcopy(teacher).bfloat16()
+    other_head = deepcopy(teacher)
     other_head.lm_head.weight.data.normal_()
-    for copy in (teacher, deepcopy(teacher), halved.bfloat16(), other_head, nn.Sequential(deepcopy(teacher))):
-        for taught in (teacher, guide):
-            for judge in (copy, LanguageModel(copy, words, name="copy")):
-                with pytest.raises(ValueError, match="of its weights from the teacher"):
-                    independent(judge, taught)
+    for copy in (teacher, deepcopy(teacher), halved, other_head, nn.Sequential(deepcopy(teacher))):
+        with pytest.raises(ValueError, match="of its weights from the teacher"):
+            require_independent(copy, teacher)
     with pytest.raises(ValueError, match=r"100.00% of its weights"):
-        independent(guide, guide)
-    judges = [causal(1), classifier(), Lexicon(), Endpoint("http://localhost:1/v1", "m", None)]
-    for judge in (*judges, ClassifierJudge(classifier(), words, 0, name="other")):
-        independent(judge, teacher)
-    independent(ClassifierJudge(causal(1), words, 0, name="other"), guide)
+        require_independent(teacher, teacher)
+    for other in (causal(1), classifier()):
+        require_independent(other, teacher)
     other = causal(1)
     other.model.layers[0].mlp.up_proj.weight = nn.Parameter(teacher.model.layers[0].mlp.up_proj.weight.clone())
     with pytest.raises(ValueError, match=r"has \d\.\d\d% of its weights"):  # a few are too many
-        independent(other, teacher)
-    with pytest.raises(ValueError, match="no weights to compare: pass the network itself"):
-        independent(causal(1), nn.Sequential(guide))
+        require_independent(other, teacher)
 
 
 def test_shared_weights_are_counted_by_elements() -> None:
     model, other = causal(), causal(1)
-    assert shared(model, other) == 0
+    assert shared_weights(model, other) == 0
     with torch.no_grad():
         other.lm_head.weight.copy_(model.lm_head.weight)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
-    assert shared(model, other) == 31 * 16 / matrices
+    assert shared_weights(model, other) == 31 * 16 / matrices
     # both start at zero, which says nothing
     zeros = [nn.Linear(3, 2, bias=False) for _ in range(2)]
     for linear in zeros:
         nn.init.zeros_(linear.weight)
-    assert shared(*zeros) == 0
+    assert shared_weights(*zeros) == 0

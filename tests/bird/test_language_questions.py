@@ -1,4 +1,4 @@
-"""Questions and answers as rows with labels: SciQ, BoolQ, CosmosQA, sentences by their sentiment; PKU-SafeRLHF."""
+"""Questions and answers as rows with labels: SciQ, BoolQ, CosmosQA, and sentences by their sentiment."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from bird.lab.language.data import Labelled, Preference
-from bird.lab.language.data.preferences import Answer, pku_answers, pku_preferences
+from bird.lab.language.data import Labelled
 from bird.lab.language.data.questions import questions
-from tests.bird.test_language_data import answer, say, write_lines, write_snippets
+from tests.bird.test_language_data import write_lines, write_snippets
 
 
 def sciq(k: int) -> dict[str, str]:
@@ -143,51 +142,3 @@ def test_questions_that_are_not_as_published_are_named(tmp_path: Path) -> None:
         write_lines(tmp_path / name / "train.jsonl", [row, row | change])
         with pytest.raises(ValueError, match=rf"{name}, train row 1: {message}"):
             questions(name, 0, tmp_path)
-
-
-def pku(prompt: str, responses: tuple[str, str], safe: tuple[bool, bool], better: int, safer: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"prompt": prompt, "better_response_id": better, "safer_response_id": safer}
-    for i in (0, 1):
-        row |= {f"response_{i}": responses[i], f"is_response_{i}_safe": safe[i]}
-    return row
-
-
-def test_pku(tmp_path: Path) -> None:
-    rows = [
-        pku("q1", ("harm", "help"), (False, True), 0, 1),
-        pku("q2", ("fine", "finer"), (True, True), 1, 0),
-        pku("q2", ("fine", "harm"), (True, False), 0, 0),
-        pku("q3", ("same", "same "), (False, False), 0, 1),
-        pku("q1", ("help", "harm"), (True, True), 0, 0),  # judges who disagree about "harm"
-    ]
-    write_lines(tmp_path / "data" / "Alpaca-7B" / "train.jsonl", rows)
-    write_lines(tmp_path / "data" / "Alpaca-7B" / "test.jsonl", rows[1:2])
-
-    def pair(prompt: str, chosen: str, rejected: str) -> Preference:
-        return Preference(say(prompt), answer(chosen), answer(rejected))
-
-    safer = [("q1", "help", "harm"), ("q2", "fine", "finer"), ("q2", "fine", "harm"), ("q1", "help", "harm")]
-    assert pku_preferences(tmp_path) == [pair(*row) for row in safer]
-    assert pku_preferences(tmp_path, by="better")[:2] == [pair("q1", "harm", "help"), pair("q2", "finer", "fine")]
-    assert pku_preferences(tmp_path, "test") == [pair("q2", "fine", "finer")]
-    assert pku_answers(tmp_path) == [
-        Answer("q1", "help", True),
-        Answer("q2", "fine", True),
-        Answer("q2", "finer", True),
-        Answer("q2", "harm", False),
-        Answer("q3", "same", False),
-        Answer("q3", "same ", False),
-    ]
-    with pytest.raises(ValueError, match="by must be 'safer' or 'better', got 'best'"):
-        pku_preferences(tmp_path, by="best")
-    for change, message in (
-        ({"safer_response_id": -1}, "safer_response_id must be 0 or 1, got -1"),
-        ({"safer_response_id": True}, "safer_response_id must be 0 or 1, got True"),
-        ({"response_1": None}, "response_1 must be a text, got None"),
-    ):
-        path = write_lines(tmp_path / "train.jsonl", [rows[0], rows[0] | change])
-        with pytest.raises(ValueError, match=f"train row 1: {message}"):
-            pku_preferences(path)
-    path = write_lines(tmp_path / "train.jsonl", [rows[0] | {"is_response_1_safe": 1}])
-    with pytest.raises(ValueError, match="train row 0: is_response_1_safe must be true or false, got 1"):
-        pku_answers(path)

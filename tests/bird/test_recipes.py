@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -308,16 +308,18 @@ def preferences(monkeypatch: pytest.MonkeyPatch) -> Any:
     """An experiment whose data are there and whose networks are tiny."""
     pytest.importorskip("trl", reason="the experiments are run by its trainers")
     from bird.lab.language import preference
-    from bird.lab.language.data import Labelled
+    from bird.lab.language.data import Labelled, Material
     from tests.bird.tiny import saved
 
     table = changed(LANGUAGE, "networks/one", {"teacher": saved("encoder"), "student": saved("decoder")})
 
-    def check(*changes: tuple[str, Any], taught: tuple[Any, ...] = (Labelled("a", 0), Labelled("b", 1))) -> None:
+    judged = [Labelled("a", 0), Labelled("b", 1)]
+
+    def check(*changes: tuple[str, Any], material: Material = Material([], [], [], [], judged)) -> None:  # noqa: B008
         told = dict(table)
         for path, value in changes:
             told = changed(told, path, value)
-        monkeypatch.setattr(preference, "_material", lambda *_: preference.Material([], [], [], [], [*taught]))
+        monkeypatch.setattr(preference, "_material", lambda *_: material)
         preference.Preferences(parse(told), Path("nowhere"), torch.device("cpu"), progress=False).check()
 
     return check
@@ -326,6 +328,8 @@ def preferences(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_judges_and_layers_are_looked_at_before_anything_is_trained(
     preferences: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from bird.lab.language.data import Material
+
     endpoint = {"kind": "endpoint", "model": "m", "url": "http://localhost:1/v1/chat/completions"}
     preferences(("guidance/layer", "model.layers.1"), ("guidance/teacher_layer", "backbone.encoder.layer.1"))
     preferences(("judges/it", endpoint | {"max_tokens": 100, "key_header": "api-key", "timeout": 5}))
@@ -344,10 +348,27 @@ def test_judges_and_layers_are_looked_at_before_anything_is_trained(
         with pytest.raises(FileNotFoundError, match=r"judges\.it: there is no folder \./no/such"):
             preferences(("judges/it", {"kind": kind, "model": "./no/such"}))
     with pytest.raises(ValueError, match="no texts to train a bag of words on"):
-        preferences(("judges/it", {"kind": "bag-of-words"}), taught=())
+        preferences(("judges/it", {"kind": "bag-of-words"}), material=Material([], [], [], [], []))
     real, gone = importlib.util.find_spec, ("vaderSentiment", "peft")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else real(name))
     with pytest.raises(ImportError, match="vaderSentiment is not installed"):
         preferences()
     with pytest.raises(ImportError, match="peft is not installed"):
         preferences(("judges/it", endpoint), ("transfer/adapters", 4))
+
+
+def test_prompts_and_responses_have_room_in_the_students_window(preferences: Any) -> None:
+    from bird.lab.language.data import Labelled, Material
+
+    whole = Material([], ["p", "a prompt"], ["t"], [], [Labelled("a", 0), Labelled("b", 1)])
+    preferences(material=whole)
+    with pytest.raises(ValueError, match=r"student .*: prompt 1 has (\d+) tokens with 99999 new ones, .* positions"):
+        preferences(("generation/max_new_tokens", 99_999), material=whole)
+    with pytest.raises(ValueError, match=r"at most \d+ be generated \(max_new_tokens\)") as error:
+        preferences(("generation/max_new_tokens", 99_999), material=whole)
+    fits = int(str(error.value).split("at most ")[1].split()[0])
+    preferences(("generation/max_new_tokens", fits), material=whole)
+    with pytest.raises(ValueError, match=f"let at most {fits} be generated"):
+        preferences(("generation/max_new_tokens", fits + 1), material=whole)
+    with pytest.raises(ValueError, match=r"student .*: held-out text 0 has \d+ tokens, and the model has"):
+        preferences(material=replace(whole, texts=["word " * 20_000]))

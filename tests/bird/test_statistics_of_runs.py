@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bird.lab.language.data import distinct_pairs
 from bird.lab.statistics import bootstrap, paired_bootstrap, paired_p, pgr
 from bird.lab.tables import percent
 from bird.lab.vision.comparison import Comparison, Outcome
 from bird.lab.vision.evaluation import Robustness
+
+
+def test_distinct_by_hand() -> None:
+    assert distinct_pairs(["a b a b", "b a", "", "c"]) == 2 / 4  # ab ba ab | ba
+    assert distinct_pairs(["a", ""]) == distinct_pairs([]) == 0
+    assert distinct_pairs(["so so so so so"] * 10) == 1 / 40
 
 
 def test_intervals_are_those_of_scipy() -> None:

@@ -15,17 +15,19 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from bird.lab.language import classifiers
+from bird.lab.language import training as runs
 from bird.lab.language.classifiers import (
     Classifier,
-    accuracy,
-    batched,
     certain,
     class_probabilities,
     tokenize,
     train_classifier,
 )
+from bird.lab.language.data import padded_batch
 from bird.lab.language.recipe import Training
 from bird.language import Guidance
+from bird.language.guidance import Guide, Sequences
 from tests.bird.tiny import WINDOW, bert, bytes_tokenizer, gpt2, letters_tokenizer, llama
 
 BYTES, LETTERS = bytes_tokenizer(), letters_tokenizer(special=True)
@@ -115,6 +117,100 @@ def test_training_is_the_plain_loop(guides: bool, micro: int | None, tmp_path: P
     assert ("cka" in history["train"][0]) == guides
 
 
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+def test_accumulation_changes_nothing(estimator: str, tmp_path: Path) -> None:
+    texts, targets = snippets(16)
+    ends = []
+    for micro in (8, 2, 1):
+        model = Classifier(llama()).double()
+        training = Training(epochs=1, batch_size=8, micro_batch=micro, lr=1e-3)
+        guidance = guided(weak(), estimator=estimator)
+        train_classifier(model, BYTES, texts, targets, training, tmp_path / str(micro), guidance=guidance)
+        ends.append(model)
+    assert gap(ends[0], ends[1]) < 1e-8
+    assert gap(ends[0], ends[2]) < 1e-8
+
+
+def test_guidance_without_weight_is_none(tmp_path: Path) -> None:
+    """The arms see the same texts in the same order, and the same dropout."""
+    texts, targets = snippets(12)
+    training = Training(epochs=2, batch_size=4, lr=1e-3)
+    plain, same, other = (Classifier(llama(dropout=0.3)) for _ in range(3))
+    train_classifier(plain, BYTES, texts, targets, training, tmp_path / "plain")
+    train_classifier(
+        same, BYTES, texts, targets, training, tmp_path / "same", guidance=guided(weak().float(), alpha=1, beta=0)
+    )
+    train_classifier(other, BYTES, texts, targets, training, tmp_path / "other", guidance=guided(weak().float()))
+    assert gap(plain, same) == 0
+    assert gap(plain, other) > 1e-4
+
+
+@pytest.mark.parametrize("guides", [False, True])
+def test_resumed_is_uninterrupted(guides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of the second epoch, with dropout, and with half a checkpoint left behind."""
+    texts, targets = snippets(16)
+    training = Training(epochs=2, batch_size=4, micro_batch=2, lr=1e-3)
+
+    def run(folder: str) -> tuple[Classifier, dict[str, Any]]:
+        model = Classifier(llama(dropout=0.3))
+        guidance = guided(weak().float()) if guides else None
+        return model, train_classifier(
+            model, BYTES, texts, targets, training, tmp_path / folder, guidance=guidance, save_every=2
+        )
+
+    whole, history = run("whole")
+    watch = runs.Watch.on_log
+
+    def killed(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+        watch(self, args, state, control, **more)
+
+    monkeypatch.setattr(runs.Watch, "on_log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    monkeypatch.undo()
+    (tmp_path / "killed/checkpoint-7").mkdir()
+    first: list[int] = []
+    monkeypatch.setattr(
+        runs.Watch,
+        "on_log",
+        lambda self, args, state, control, **more: first.append(state.global_step),
+    )
+    model, resumed = run("killed")
+    assert first[0] == 7  # it went on, and did not begin again
+    assert gap(model, whole) == 0
+    assert resumed == history
+    names = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert names == {"classifier.safetensors", "history.json", "run.json"}
+
+    monkeypatch.setattr(classifiers, "trained", None)  # a complete run is read, not trained
+    again, kept = run("killed")
+    assert gap(again, whole) == 0
+    assert kept == history
+
+
+def test_folder_of_another_run(tmp_path: Path) -> None:
+    texts, targets = snippets(4)
+    train_classifier(Classifier(llama()), BYTES, texts, targets, Training(epochs=1), tmp_path)
+    for changed in (
+        (texts, targets, Training(epochs=2), None),
+        (texts, targets.flip(1), Training(epochs=1), None),
+        ([*texts[:3], "other"], targets, Training(epochs=1), None),
+        (texts, targets, Training(epochs=1), guided(weak())),
+    ):
+        *most, guidance = changed
+        with pytest.raises(ValueError, match="another run"):
+            train_classifier(Classifier(llama()), BYTES, *most, tmp_path, guidance=guidance)
+
+
+def test_loss_that_is_not_finite(tmp_path: Path) -> None:
+    texts, targets = snippets(16)
+    training = Training(epochs=4, batch_size=4, lr=1e30)
+    with pytest.raises(FloatingPointError, match="step"):
+        train_classifier(Classifier(llama()), BYTES, texts, targets, training, tmp_path)
+
+
 @pytest.mark.parametrize("backbone", [llama, gpt2])
 def test_padding_changes_nothing(backbone: Callable[[], nn.Module]) -> None:
     """On either side, of any length, with any id; the id of padding inside of a text is a token like others."""
@@ -159,8 +255,6 @@ def test_predictions_keep_the_order(backbone: Any, tokenizer: Any, pooling: Any)
 
 def test_long_texts_are_cut_and_named(tmp_path: Path) -> None:
     model = Classifier(llama())
-    with pytest.raises(ValueError, match=f"1 to {WINDOW}"):
-        class_probabilities(model, BYTES, ["a"], max_length=WINDOW + 1)
     with pytest.warns(UserWarning, match=r"texts \[1\] are longer than 3 tokens"):
         chances = class_probabilities(model, BYTES, ["abc", "abcdef"], max_length=3)
     torch.testing.assert_close(chances[0], chances[1])
@@ -177,6 +271,24 @@ def test_long_texts_are_cut_and_named(tmp_path: Path) -> None:
     assert history["cut"] == [1]
 
 
+def test_guide_taps_the_final_hidden_state() -> None:
+    """Of student and teacher, found without being told where."""
+    student, teacher = Classifier(llama()).eval(), weak()
+    truth = copy.deepcopy(teacher.backbone).eval()
+    guide = Guide(guided(teacher), student, BYTES)
+    texts = ["abc", "a", "bcdabc"]
+    batch = padded_batch([BYTES(text)["input_ids"] for text in texts])
+    guide.taps.listen()
+    student(**batch)
+    ours = guide.student_rows(Sequences(batch["input_ids"], batch["attention_mask"], None))
+    theirs = guide.teacher_rows(Sequences(batch["input_ids"], batch["attention_mask"], None))
+    for i, text in enumerate(texts):
+        row = student.backbone(torch.tensor([BYTES(text)["input_ids"]])).last_hidden_state[0, -1]
+        torch.testing.assert_close(ours[i], row, atol=1e-6, rtol=1e-5)
+        row = truth(**LETTERS([text], return_tensors="pt")).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(theirs[i], row)
+
+
 def test_the_head() -> None:
     backbone = bert()
     before = torch.get_rng_state()
@@ -186,35 +298,24 @@ def test_the_head() -> None:
     assert not torch.equal(one.head.weight, other.head.weight)
     assert one.head.weight.dtype == torch.float32
     assert one.head.bias.count_nonzero() == 0
-    assert Classifier(llama().bfloat16())(**batched([[1, 2]])).logits.dtype == torch.float32
+    assert Classifier(llama().bfloat16())(**padded_batch([[1, 2]])).logits.dtype == torch.float32
     with pytest.raises(ValueError, match="each token"):
         Classifier(backbone, "all")
 
 
-def test_the_loss_takes_probabilities_and_numbers() -> None:
-    model = Classifier(llama())
-    batch = batched([[1, 2, 3], [4]])
-    chances = model(**batch).logits.softmax(1)
-    soft = torch.tensor([[0.3, 0.7], [0.9, 0.1]])
-    torch.testing.assert_close(model(**batch, labels=soft).loss, -(soft * chances.log()).sum(1).mean())
-    hard = model(**batch, labels=torch.tensor([1, 0])).loss
-    torch.testing.assert_close(hard, -(chances[0, 1].log() + chances[1, 0].log()) / 2)
-    torch.testing.assert_close(model(**batch, labels=certain([1, 0])).loss, hard)
-
-
 def test_saved_and_restored(tmp_path: Path) -> None:
     model, other = Classifier(bert(1), "mean", seed=3), Classifier(bert(2), "mean")
-    model.save(tmp_path)
-    other.restore(tmp_path)
+    file = tmp_path / "classifier.safetensors"
+    runs.finish_run(model, file, {"train": []})
+    runs.restore(other, file)
     assert gap(model, other) == 0
     with pytest.raises(ValueError, match="architecture"):
-        Classifier(llama()).restore(tmp_path)
+        runs.restore(Classifier(llama()), file)
     with pytest.raises(FileNotFoundError):
-        other.restore(tmp_path / "nowhere")
-    file = tmp_path / "classifier.safetensors"
+        runs.restore(other, tmp_path / "nowhere")
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(ValueError, match="damaged"):
-        other.restore(tmp_path)
+        runs.restore(other, file)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +336,30 @@ def test_bad_data_is_refused(texts: list[str], targets: Any, message: str, tmp_p
     assert not (tmp_path / "run.json").exists()
 
 
-def test_scores() -> None:
-    chances = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.7, 0.3]])
-    assert accuracy(chances, [0, 1, 0, 1]) == 0.5
-    assert accuracy(chances, torch.tensor([0, 1, 1, 1])) == 0.75
-    with pytest.raises(ValueError, match="labels"):
-        accuracy(chances, [0, 1])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"micro_batch": 5},
+        {"micro_batch": 0},
+        {"lr": 0},
+        {"lr": math.nan},
+        {"warmup": 1.0},
+        {"adapters": -1},
+    ],
+)
+def test_bad_trainings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Training(**wrong)
+
+
+def test_a_window_is_not_widened() -> None:
+    with pytest.raises(ValueError, match=f"1 to {WINDOW}"):
+        class_probabilities(Classifier(llama()), BYTES, ["a"], max_length=WINDOW + 1)
+
+
+def test_true_labels_as_targets() -> None:
     assert certain([1, 0]).tolist() == [[0, 1], [1, 0]]
-    with pytest.raises(ValueError, match="0 or 1"):
+    with pytest.raises(RuntimeError, match="smaller than num_classes"):
         certain([0, 2])

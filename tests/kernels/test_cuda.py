@@ -5,15 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from bird_kernels import cka_loss
-from tests.accuracy import Result, assert_no_worse, errors, evaluate, features, operator, plain, truth
+from benchmarks.machine import Machine
+from bird_kernels import backends, plan
+from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain, truth
+from tests.kernels.on_device import Check, every_check, judged
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,102 +23,15 @@ N, P, Q = 128, 96, 130
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(params=[False, True], ids=["all rows", "masked"])
-def mask(request: pytest.FixtureRequest, device: torch.device) -> Tensor | None:
-    return torch.arange(N, device=device) % 5 != 1 if request.param else None
-
-
-@pytest.fixture
-def waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_never_waits(
-    dtype: torch.dtype, mask: Tensor | None, estimator: str, route: str, backend: str,
-    device: torch.device, request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
-    x, y = features(N, P, Q, dtype, device)
-    function = operator(route, backend, estimator, mask=mask)
-    evaluate(function, x, y)  # compiles, loads and sets up libraries
-    torch.cuda.synchronize()
-    request.getfixturevalue("waiting_is_an_error")
-    evaluate(function, x, y)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_cuda_graph(
-    dtype: torch.dtype, mask: Tensor | None, estimator: str, route: str, backend: str, device: torch.device
-) -> None:
-    """Captured once with its backward, replayed on other features: nothing of the first call is left in it."""
-    function = operator(route, backend, estimator, mask=mask)
-    pairs = [features(N, P, Q, dtype, device, seed=seed) for seed in range(3)]
-    expected = [evaluate(function, *pair) for pair in pairs]
-    x, y = (a.clone() for a in pairs[0])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = evaluate(function, x, y)
-    for (new_x, new_y), true in list(zip(pairs, expected, strict=True))[::-1]:
-        x.copy_(new_x)
-        y.copy_(new_y)
-        graph.replay()
-        torch.testing.assert_close(Result(*(a.clone() for a in captured)), true, rtol=0, atol=0)
-
-
-def test_lists_of_pairs(mask: Tensor | None, estimator: str, backend: str, device: torch.device) -> None:
-    """Nothing waits for the device, and a graph holds the call with its weights and its backward."""
-
-    def call(tensors: list[Tensor]) -> list[Tensor]:
-        xs, ys = [x.detach().requires_grad_() for x in tensors[::2]], tensors[1::2]
-        value = cka_loss(xs, ys, weights=[0.5, 2.0], mask=mask, estimator=estimator, backend=backend)
-        return [value.detach(), *torch.autograd.grad(value, xs)]
-
-    batches = [
-        [*features(N, P, Q, device=device, seed=seed), *features(N, 40, 700, device=device, seed=9 + seed)]
-        for seed in range(3)
-    ]
-    expected = [call(batch) for batch in batches]
-    torch.cuda.set_sync_debug_mode("error")
-    call(batches[0])
-    torch.cuda.set_sync_debug_mode("default")
-    tensors = [t.clone() for t in batches[0]]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call(tensors)
-    for batch, true in list(zip(batches, expected, strict=True))[::-1]:
-        for tensor, new in zip(tensors, batch, strict=True):
-            tensor.copy_(new)
-        graph.replay()
-        torch.testing.assert_close([t.clone() for t in captured], true, rtol=0, atol=0)
-
-
-def test_streams_do_not_share(estimator: str, route: str, backend: str, device: torch.device) -> None:
-    """Calls that overlap on many streams give what they give alone."""
-    function = operator(route, backend, estimator)
-    pairs = [features(N, P, Q, device=device, seed=seed) for seed in range(8)]
-    alone = [evaluate(function, *pair) for pair in pairs]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in pairs]
-    together = []
-    for stream, pair in zip(streams, pairs, strict=True):
-        with torch.cuda.stream(stream):
-            together.append(evaluate(function, *pair))
-    torch.cuda.synchronize()
-    for one, other in zip(together, alone, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def test_a_hundred_runs_are_one(
-    mask: Tensor | None, estimator: str, route: str, backend: str, device: torch.device
-) -> None:
-    """Bitwise: sums across blocks have one order, whoever arrives first."""
-    x, y = features(N, 700, Q, device=device)
-    function = operator(route, backend, estimator, mask=mask)
-    first = evaluate(function, x, y)
-    for _ in range(100):
-        torch.testing.assert_close(evaluate(function, x, y), first, rtol=0, atol=0)
+@pytest.mark.parametrize("check", every_check(), ids=str)
+def test_it_is_right_on_this_device(check: Check, device: torch.device) -> None:
+    """Accurate, repeated, on streams that overlap, replayed from a graph, and without waiting for the device."""
+    variant = 'kernel="rbf"' if check.rbf else "linear"
+    reason = backends.why_not(check.backend, check.dtype, device, plan.are_few(check.shape[0]), variant)
+    if reason:
+        pytest.skip(reason)
+    found = judged(check, Machine(device))
+    assert [name for name, right in found.items() if right is False] == [], found
 
 
 def test_memory_is_given_back(estimator: str, route: str, backend: str, device: torch.device) -> None:

@@ -18,6 +18,7 @@ ROOMS = (
     ("laboratory", "bird/lab", (), 8800),
     ("benchmarks", "benchmarks", (), 2500),
     ("tests", "tests", (), 16_500),
+    ("tools", "tools", (), None),
 )
 
 

@@ -13,11 +13,10 @@ pytest.importorskip("matplotlib", reason="plots need matplotlib")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.kernels import plots, results
-from benchmarks.kernels.providers import OURS
+from benchmarks.kernels.loss import BENCHMARK, OURS
+from benchmarks.rows import load_rows
 
-RESULTS = Path(results.__file__).parent / "results"
-PICTURES = sorted(RESULTS.glob("*.png"))
+PICTURES = sorted(BENCHMARK.folder.glob("*.png"))
 
 
 @pytest.fixture
@@ -53,7 +52,7 @@ def linear_times(path: Path) -> dict[tuple[int, int], dict[str, float]]:
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
 def test_the_cells_of_a_picture_are_the_files(path: Path, figures: list[Figure], tmp_path: Path) -> None:
-    plots.draw_plots(results.read_kernels(path.with_suffix(".csv")), tmp_path / "device.png")
+    BENCHMARK.draw(load_rows(path.with_suffix(".csv")), tmp_path / "device.png")
     (figure,) = figures
     (shown,) = [cells(axes) for axes in figure.axes if axes.images]
     times = linear_times(path.with_suffix(".csv"))
@@ -65,7 +64,7 @@ def test_the_cells_of_a_picture_are_the_files(path: Path, figures: list[Figure],
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.stem)
 def test_the_curves_of_a_picture_are_the_files(path: Path, figures: list[Figure], tmp_path: Path) -> None:
-    plots.draw_plots(results.read_kernels(path.with_suffix(".csv")), tmp_path / "device.png")
+    BENCHMARK.draw(load_rows(path.with_suffix(".csv")), tmp_path / "device.png")
     times = linear_times(path.with_suffix(".csv"))
     over_n, over_d = figures[0].axes[:2]
     for axes, key in ((over_n, lambda size: (size, 512)), (over_d, lambda size: (128, size))):
@@ -77,8 +76,8 @@ def test_the_curves_of_a_picture_are_the_files(path: Path, figures: list[Figure]
 
 
 def test_without_matplotlib_or_rows_there_is_no_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rows = results.read_kernels(PICTURES[0].with_suffix(".csv"))
-    assert plots.draw_plots(rows[:5], tmp_path / "few.png") == []
+    rows = load_rows(PICTURES[0].with_suffix(".csv"))
+    BENCHMARK.draw(rows[:5], tmp_path / "few.png")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert plots.draw_plots(rows, tmp_path / "none.png") == []
+    BENCHMARK.draw(rows, tmp_path / "none.png")
     assert list(tmp_path.iterdir()) == []

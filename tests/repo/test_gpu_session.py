@@ -18,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import bare, contest, correctness, lines, read, sweeps
-from benchmarks.gpu.context import LOST, Context
-from benchmarks.gpu.correctness import Check
+from benchmarks.gpu import bare, read, run, sweeps
+from benchmarks.gpu.context import Context
 from benchmarks.gpu.problems import QUESTIONS
-from benchmarks.gpu.supervise import Deadline, PreparedRun
+from benchmarks.gpu.run import LOST, Deadline, Place, PreparedRun
 from benchmarks.harness import Contestant, Verdict
 from benchmarks.machine import Machine
+from tests.kernels import on_device
+from tests.kernels.on_device import Check
 from tests.selection import short
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,14 +47,14 @@ def rehearsal(folder: Path, minutes: float, *more: str) -> subprocess.Popen[str]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole rehearsal; half a minute on two idle cores."""
     found = tmp_path_factory.mktemp("gpu") / "run"
-    run = rehearsal(found, 12)
-    said, _ = run.communicate(timeout=800)
-    assert run.returncode == 0, said
+    process = rehearsal(found, 12)
+    said, _ = process.communicate(timeout=800)
+    assert process.returncode == 0, said
     return found
 
 
 def all_rows(folder: Path) -> list[dict[str, object]]:
-    return [row for name in (lines.ROWS, lines.CHECKS, lines.KERNELS) for row in lines.read_lines(folder / name)]
+    return [row for name in (run.ROWS, run.CHECKS, run.KERNELS) for row in run.read_lines(folder / name)]
 
 
 def test_every_phase_comes_through(folder: Path) -> None:
@@ -61,14 +62,14 @@ def test_every_phase_comes_through(folder: Path) -> None:
     bad = [row for row in found if row["status"] not in ("ok", "refused")]
     assert not bad, bad[:3]
     assert {row["phase"] for row in found if row["status"] == "ok"} == set(PHASES)
-    events = [event["event"] for event in lines.read_lines(folder / lines.EVENTS)]
+    events = [event["event"] for event in run.read_lines(folder / run.EVENTS)]
     assert events[0] == "start"
     assert events[-1] == "end"
     assert not {"left out", "lost a worker", "gave up"} & set(events)
 
 
 def test_rows_say_what_they_are(folder: Path) -> None:
-    timed = [row for row in lines.read_lines(folder / lines.ROWS) if row["status"] == "ok"]
+    timed = [row for row in run.read_lines(folder / run.ROWS) if row["status"] == "ok"]
     for row in timed:
         names = MEASURED + (PROBLEM if row["phase"] != "ceilings" else ())
         assert [name for name in names if name not in row] == [], row
@@ -86,8 +87,8 @@ def test_rows_say_what_they_are(folder: Path) -> None:
 def test_what_comes_back_fits(folder: Path) -> None:
     """A lent machine gives back eight plain files; two of them are the sweep's."""
     names = {path.name for path in folder.iterdir()}
-    assert names == {lines.EVENTS, lines.ROWS, lines.CHECKS, lines.KERNELS, lines.BUILD, lines.LOG}
-    assert len(names | {lines.SWEEP, lines.SWEEP_LOG}) <= 8
+    assert names == {run.EVENTS, run.ROWS, run.CHECKS, run.KERNELS, run.BUILD, run.LOG}
+    assert len(names | {run.SWEEP, run.SWEEP_LOG}) <= 8
 
 
 def test_reading_a_run(folder: Path, tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_reading_a_run(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     with (tmp_path / "rows.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
-    assert len(found) == len(read.rows(folder))
+    assert len(found) == len(read.timed_rows(folder))
     assert tuple(found[0]) == read.COLUMNS
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("# A rehearsal: tiny sizes on a CPU")
@@ -134,9 +135,9 @@ def test_a_table_has_the_ratio_to_the_best_by_hand(tmp_path: Path) -> None:
     for candidate, p50 in times.items():
         for timer, factor in (("graph", 1), ("host", 9)):
             row = about | dict(item="llm", candidate=candidate, timer=timer, p50=factor * p50)
-            lines.append(tmp_path / lines.ROWS, row)
-    lines.append(tmp_path / lines.ROWS, about | dict(item="llm", candidate="native", status="refused"))
-    (line,) = [line for line in read.problems_table(tmp_path).splitlines() if line.startswith("| llm")]
+            run.append(tmp_path / run.ROWS, row)
+    run.append(tmp_path / run.ROWS, about | dict(item="llm", candidate="native", status="refused"))
+    (line,) = [line for line in read.problems_table(read.timed_rows(tmp_path)).splitlines() if line.startswith("| llm")]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     whole = ["100 µs (0.50×)", "200 µs (1.00×)", "300 µs (1.50×)", "–", "refused", "400 µs (2.00×)", "200 µs (1.00×)"]
     assert cells == ["llm", "90 µs", *whole, "–", "–", "–"]
@@ -144,21 +145,21 @@ def test_a_table_has_the_ratio_to_the_best_by_hand(tmp_path: Path) -> None:
 
 def test_a_short_run_ends_in_time(tmp_path: Path) -> None:
     start = time.time()
-    run = rehearsal(tmp_path / "run", 0.2)
-    said, _ = run.communicate(timeout=100)
-    assert run.returncode == 0, said
+    process = rehearsal(tmp_path / "run", 0.2)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, said
     assert time.time() - start < 12 + 8  # seconds; a loaded machine takes some to start Python
-    assert [event["event"] for event in lines.read_lines(tmp_path / "run" / lines.EVENTS)][-1] == "end"
+    assert [event["event"] for event in run.read_lines(tmp_path / "run" / run.EVENTS)][-1] == "end"
 
 
 @short("the supervisor, the files and the reader are the first run's, which is in the short set", lambda: False)
 def test_the_second_run(tmp_path: Path) -> None:
     """Sweeps beside the call as it is, and a row for each checker."""
-    run = rehearsal(tmp_path, 8, "--sweep")
-    said, _ = run.communicate(timeout=500)
-    assert run.returncode == 0, said
-    assert {path.name for path in tmp_path.iterdir()} == {lines.SWEEP, lines.SWEEP_LOG}
-    rows = read.rows(tmp_path)
+    process = rehearsal(tmp_path, 8, "--sweep")
+    said, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, said
+    assert {path.name for path in tmp_path.iterdir()} == {run.SWEEP, run.SWEEP_LOG}
+    rows = read.timed_rows(tmp_path)
     assert {row["status"] for row in rows} == {"ok"}
     swept = [row for row in rows if row["phase"] == "sweep"]
     assert {"as it is"} < {row["candidate"] for row in swept}
@@ -172,12 +173,12 @@ def test_the_second_run(tmp_path: Path) -> None:
 def test_killed_in_the_middle(tmp_path: Path) -> None:
     """What was known is there, in whole lines, and no process goes on."""
     folder = tmp_path / "run"
-    run = rehearsal(folder, 5)
+    process = rehearsal(folder, 5)
     try:
         wait_until(lambda: len(all_rows(folder)) >= 3, 250)
     finally:
-        os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     wait_until(lambda: not processes_of(folder), 20)
     found = all_rows(folder)
     assert len(found) >= 3
@@ -205,8 +206,9 @@ def processes_of(folder: Path) -> list[str]:
 
 WORKER = """
     import json, os, sys, time
-    def say(**message): os.write(int(sys.argv[1]), json.dumps(message).encode() + b"\\n")
-    phases, at, without = sys.argv[2].split("+"), int(sys.argv[3]), sys.argv[4]
+    from multiprocessing.connection import Connection
+    pipe, phases, at, without = Connection(int(sys.argv[1]), readable=False), *json.loads(sys.argv[2])
+    def say(**message): pipe.send_bytes(json.dumps(message).encode())
     say(origin=dict(device="D"))
     for phase in phases:
         for index in range(at, 4):
@@ -225,16 +227,15 @@ WORKER = """
 class Faked(PreparedRun):
     """Its workers are the script above."""
 
-    def worker(self, phases: list[str], *options: str) -> list[str]:  # type: ignore[override]
-        at, without, pipe = (options[options.index(name) + 1] for name in ("--at", "--without", "--report"))
+    def worker(self, place: Place, report: int | None = None) -> list[str]:
         script = f"import os; os.chdir({str(self.folder)!r})" + textwrap.dedent(WORKER)
-        return [sys.executable, "-S", "-c", script, pipe, "+".join(phases), at, without]
+        return [sys.executable, "-S", "-c", script, str(report), json.dumps([place.phases, place.at, place.without])]
 
 
 @pytest.fixture
 def faked(tmp_path: Path) -> Faked:
     stages = {"a": Deadline(0.9, limit=2.0), "b": Deadline(0.9), "c": Deadline(0.95)}
-    return Faked(tmp_path, 0.3, False, stages, lines.EVENTS, lines.LOG)
+    return Faked(tmp_path, 0.3, False, stages, run.EVENTS, run.LOG)
 
 
 def test_workers_that_die_are_replaced(faked: Faked) -> None:
@@ -247,18 +248,35 @@ def test_workers_that_die_are_replaced(faked: Faked) -> None:
         "c0",
         "c1",
     ]
-    failures = [(row["item"], row["message"], row["device"]) for row in lines.read_lines(faked.folder / lines.ROWS)]
+    failures = [(row["item"], row["message"], row["device"]) for row in run.read_lines(faked.folder / run.ROWS)]
     assert failures[:2] == [("item 1", "ended by SIGABRT", "D"), ("item 2", "took more than 2 s", "D")]
     assert [item for item, *_ in failures[2:]] == ["item 1"]  # b's worker writes its own row before exit status LOST
-    lost = [e["reason"] for e in lines.read_lines(faked.folder / lines.EVENTS) if e["event"] == "lost a worker"]
+    lost = [e["reason"] for e in run.read_lines(faked.folder / run.EVENTS) if e["event"] == "lost a worker"]
     assert f"exit status {LOST}" in lost
 
 
 def test_hopeless_workers_are_given_up(faked: Faked) -> None:
     faked.worker = lambda *_: [sys.executable, "-c", "raise SystemExit(3)"]  # type: ignore[method-assign]
     faked.drive(["a"])
-    events = [event["event"] for event in lines.read_lines(faked.folder / lines.EVENTS)]
+    events = [event["event"] for event in run.read_lines(faked.folder / run.EVENTS)]
     assert events == ["gave up"]
+
+
+def test_a_worker_that_has_finished_need_not_end(faked: Faked) -> None:
+    """A compiler's processes may take longer to go than anybody waits."""
+    script = """
+        import sys, time
+        from multiprocessing.connection import Connection
+        pipe = Connection(int(sys.argv[1]), readable=False)
+        pipe.send_bytes(b'{"phase": "a", "item": "i", "index": 0, "file": "rows.jsonl"}')
+        pipe.send_bytes(b'{"finished": true}')
+        pipe.close()
+        time.sleep(600)
+    """
+    command = [sys.executable, "-S", "-c", textwrap.dedent(script)]
+    faked.worker = lambda place, report: [*command, str(report)]  # type: ignore[method-assign]
+    faked.drive(["a"])
+    assert [event["event"] for event in run.read_lines(faked.folder / run.EVENTS)] == ["phase"]
 
 
 # ------------------------------------------------------------------------------------------ candidates, rows, packages
@@ -271,16 +289,14 @@ def test_a_candidate_that_fails_stops_nobody() -> None:
     def refuses() -> object:
         raise ValueError('backend="native" cannot run here: is not built')
 
-    context = Context(Machine(CPU), lambda row: None)
+    context = Context(Machine(CPU))
     context.without = {"deadly"}
     right, wrong = torch.ones(1), torch.zeros(1)
     candidates = [
         Contestant("raises", raises), Contestant("wrong", lambda: wrong), Contestant("refuses", refuses),
         Contestant("deadly", lambda: os.abort()), Contestant("right", lambda: right),
     ]  # fmt: skip
-    rows = list(
-        contest.timed_rows(context, candidates, lambda r: Verdict(None if r is right else "off by 1", 0.5), 0.1)
-    )
+    rows = list(context.timed(candidates, lambda r: Verdict(None if r is right else "off by 1", 0.5), 0.1))
     assert [(row["candidate"], row["status"]) for row in rows] == [
         ("raises", "failed"), ("wrong", "red"), ("refuses", "refused"), ("right", "ok"), ("right", "ok"),
     ]  # fmt: skip
@@ -308,9 +324,9 @@ def test_the_correctness_calls_see_what_is_wrong(
         calls.append(1)
         return change(right(*args, **options), len(calls))
 
-    right = correctness.cka_loss
-    monkeypatch.setattr(correctness, "cka_loss", cka_loss)
-    found = correctness.judged(Check("library", (16, 9, 8), masked=True, pairs=2), Machine(CPU))
+    right = on_device.cka_loss
+    monkeypatch.setattr(on_device, "cka_loss", cka_loss)
+    found = on_device.judged(Check("library", (16, 9, 8), masked=True, pairs=2), Machine(CPU))
     red = {name for name, holds in found.items() if holds is False}
     assert red <= wrong
     assert bool(red) == bool(wrong)
@@ -318,13 +334,13 @@ def test_the_correctness_calls_see_what_is_wrong(
 
 def test_lines_survive_a_torn_end(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    lines.append(path, {"a": float("nan"), "b": (1, 2)})
-    lines.append(path, {"a": 1.5})
+    run.append(path, {"a": float("nan"), "b": (1, 2)})
+    run.append(path, {"a": 1.5})
     path.write_text(path.read_text() + '{"a": 2')
-    assert list(lines.read_lines(path)) == [{"a": "nan", "b": [1, 2]}, {"a": 1.5}]
+    assert list(run.read_lines(path)) == [{"a": "nan", "b": [1, 2]}, {"a": 1.5}]
     path.write_text('{"a"\n{"a": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
-        list(lines.read_lines(path))
+        list(run.read_lines(path))
 
 
 def test_the_sweep_knows_every_kernel_and_puts_launches_back() -> None:
@@ -367,8 +383,8 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def test_one_run_a_folder(tmp_path: Path) -> None:
-    (tmp_path / lines.EVENTS).write_text(json.dumps({"event": "start"}) + "\n")
-    run = rehearsal(tmp_path, 1)
-    said, _ = run.communicate(timeout=60)
-    assert run.returncode == 1
+    (tmp_path / run.EVENTS).write_text(json.dumps({"event": "start"}) + "\n")
+    process = rehearsal(tmp_path, 1)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
     assert "one run a folder" in said

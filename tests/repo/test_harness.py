@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +13,11 @@ import pytest
 import torch
 
 from benchmarks import harness, rows
-from benchmarks.accuracy import measure as accuracy
 from benchmarks.chunks import measure as chunks
-from benchmarks.harness import Contestant, Entry, Timing, Verdict
-from benchmarks.kernels import layers, results, tables, tokens
+from benchmarks.harness import Contestant, Entry, Verdict, quantiles
+from benchmarks.kernels import layers, loss, tokens
 from benchmarks.machine import Machine
-from benchmarks.rows import Origin
+from benchmarks.scale import ranks
 from bird_kernels import clocks
 
 CPU = torch.device("cpu")
@@ -50,6 +48,7 @@ def test_who_is_wrong_or_fails_gets_no_time_and_stops_nobody() -> None:
         Contestant("raises", raises(RuntimeError("no\nsuch kernel"))),
         Contestant("refuses", raises(ValueError('backend="native" cannot run here: is not built'))),
         Contestant("hungry", raises(torch.OutOfMemoryError("tried to allocate"))),
+        Contestant("slow", raises(RuntimeError("it was called")), refusal="too slow"),
         Contestant("right", lambda: 1.0),
     )
     assert {name: (entry.status, entry.why) for name, entry in found.items()} == {
@@ -57,6 +56,7 @@ def test_who_is_wrong_or_fails_gets_no_time_and_stops_nobody() -> None:
         "raises": ("failed", "RuntimeError: no such kernel"),
         "refuses": ("refused", 'ValueError: backend="native" cannot run here: is not built'),
         "hungry": ("refused", "out of memory"),
+        "slow": ("refused", "too slow"),
         "right": ("ok", ""),
     }
     assert [name for name, entry in found.items() if entry.seconds] == ["right"]
@@ -148,9 +148,9 @@ def test_rounds_fill_the_share_within_bounds() -> None:
 
 
 def test_quantiles() -> None:
-    assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == Timing(2.0, 3.5, 5.0, 6)
-    assert Timing.of([2.0]) == Timing(2.0, 2.0, 2.0, 1)
-    assert Timing.of([]) == Timing(None, None, None, None)
+    assert quantiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == {"p20": 2.0, "p50": 3.5, "p80": 5.0, "rounds": 6}
+    assert quantiles([2.0]) == {"p20": 2.0, "p50": 2.0, "p80": 2.0, "rounds": 1}
+    assert quantiles([]) == {"p20": None, "p50": None, "p80": None, "rounds": None}
 
 
 class FakeCuda:
@@ -222,84 +222,75 @@ def test_capture_warms_up_beside_and_captures_once(monkeypatch: pytest.MonkeyPat
 # ---------------------------------------------------------------------------------------------- rows and files
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row(Origin):
-    """One of every kind of column."""
-
-    name: str
-    count: int | None
-    seconds: float | None
-    chosen: bool = False
-
-
 def test_a_row_says_where_it_was_measured() -> None:
     about = rows.origin_of(CPU)
-    assert set(about) == set(rows.columns_of(Origin))
+    assert tuple(about) == rows.ORIGIN
     assert about["device"].endswith(f", {torch.get_num_threads()} threads")
     assert about["torch"] == torch.__version__
     assert all(about[name] for name in ("python", "commit", "date", "load"))
 
 
 def test_csv_round_trip(tmp_path: Path) -> None:
-    about = rows.origin_of(CPU) | {"driver": "", "torch": "2.11"}
+    about = rows.origin_of(CPU) | {"driver": None, "omp_wait_policy": None, "commit": "1234567"}
     found = [
-        Row(**about, name='wrong: "value", off\nby 1', count=None, seconds=float("inf")),
-        Row(**about, name="", count=0, seconds=1.5e-5, chosen=True),
-        Row(**about, name="b", count=3, seconds=None),
+        about | dict(name='wrong: "value", off\nby 1', count=None, seconds=float("inf"), chosen=False),
+        about | dict(name=None, count=0, seconds=1.5e-5, chosen=True),
     ]
     path = tmp_path / "new" / "device.csv"
     rows.write_rows(path, found)
-    assert rows.load_rows(path, Row) == found
+    assert rows.load_rows(path) == found
     assert [file.name for file in path.parent.iterdir()] == ["device.csv"]
-    for columns in ("device,seconds\nhere,1\n", "a\n1\n"):
-        path.write_text(columns)
-        with pytest.raises(ValueError, match="measure again"):
-            rows.load_rows(path, Row)
+    rows.write_rows(path, [*found, about | {"newer": 3}])
+    assert [row["newer"] for row in rows.load_rows(path)] == [None, None, 3]
 
 
 def test_a_page_tells_what_rows_differ_in() -> None:
     about = rows.origin_of(CPU)
-    found = [Row(**about | {"commit": commit}, name="a", count=1, seconds=None) for commit in ("abc", "def", "abc")]
-    text = rows.heading("Title", found)
+    text = rows.heading("Title", [about | {"commit": commit} for commit in ("abc", "def", "abc")])
     assert "- commit: abc, def\n" in text
     assert "- driver" not in text
     assert [rows.duration(t) for t in (None, 3.0, 1.42e-3, 8.16e-6)] == ["–", "3 s", "1.42 ms", "8.16 µs"]
+    assert [rows.duration(t) for t in (0.00142, 0.9999e-3)] == ["1.42 ms", "1 ms"]
+    assert [rows.size_of(size) for size in (999, 1_000, 2.15e9, 1.1e12)] == ["999 B", "1 kB", "2.15 GB", "1.1 TB"]
+
+
+def test_parts_of_a_page_have_one_place() -> None:
+    page = "a\n<!-- t -->\nold\nold\n<!-- end t -->\nb\n"
+    assert rows.with_parts(page, [("t", "new\n")]) == "a\n<!-- t -->\nnew\n<!-- end t -->\nb\n"
+    for text in ("", 2 * page):
+        with pytest.raises(ValueError, match="places for 't'"):
+            rows.with_parts(text, [("t", "new")])
 
 
 FOLDER = Path(rows.__file__).parent
 COMMITTED = sorted([*FOLDER.glob("*/results/*.csv"), *FOLDER.glob("*/results.csv")])
 
 
-def benchmark_of(path: Path) -> tuple[type, Callable[[list[Any]], str] | None]:
-    """The rows of a committed file, and what makes the page beside it."""
+def page_of(path: Path) -> Callable[[list[rows.Row]], str] | None:
+    """What makes the page beside a committed file."""
     if path.name == "results.csv":
-        return {"accuracy": accuracy.AccuracyRow, "chunks": chunks.ChunksRow}[path.parent.name], None
-    if path.parent.parent.name != "kernels":
-        name = {"corruptions": "throughput", "scale": "bench"}[path.parent.parent.name]
-        module = pytest.importorskip(f"benchmarks.{path.parent.parent.name}.{name}")
-        return (
-            (module.CorruptionsRow, module.corruptions_page)
-            if name == "throughput"
-            else (module.ScaleRow, module.scale_page)
-        )
-    several = {"layers": layers.LAYERS, "tokens": tokens.TOKENS}.get(path.stem.rpartition("-")[2])
-    return (several.row, several.page) if several else (results.KernelsRow, tables.kernels_page)
+        return None
+    if path.parent.parent.name == "corruptions":
+        return pytest.importorskip("benchmarks.corruptions.throughput").corruptions_page
+    several = {"layers": layers, "tokens": tokens, "ranks": ranks}.get(path.stem.rpartition("-")[2], loss)
+    return several.BENCHMARK.page
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_committed_results_come_back(path: Path, tmp_path: Path) -> None:
-    """Numbers to the digit; columns that are newer than a file are empty. The page beside it says what its rows say."""
-    kind, page = benchmark_of(path)
+    """Numbers to the digit. The page beside it says what its rows say."""
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     again = tmp_path / "again.csv"
-    found = rows.load_rows(path, kind)
+    found = rows.load_rows(path)
     rows.write_rows(again, found)
     with again.open(encoding="utf-8", newline="") as file:
         kept = list(csv.DictReader(file))
     for line, copy in zip(lines, kept, strict=True):
+        assert list(line) == list(copy)
         for name, text in line.items():
             assert copy[name] == text or float(copy[name]) == float(text)
+    page = page_of(path)
     if page is not None:
         assert path.with_suffix(".md").read_text(encoding="utf-8") == page(found)
 

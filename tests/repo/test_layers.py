@@ -25,7 +25,7 @@ HOUSE = {
         {"lab.cli"},
         {"lab.vision", "lab.language"},  # the two wings
         {"lab.experiment"},
-        {"lab.recipe", "lab.stages", "lab.tables", "lab.statistics", "lab.figures"},
+        {"lab.duration", "lab.recipe", "lab.stages", "lab.tables", "lab.statistics", "lab.figures"},
         {"lab.tensors"},
         {"lab"},  # what it is
         {"__init__"},
@@ -195,7 +195,9 @@ def test_importing_is_light(package: str) -> None:
 def test_no_pickle_is_loaded() -> None:
     """Of what runs for users; a pickled batch of images is read without an unpickler (`datasets.unpickling`)."""
     paths = [
-        path for folder in ("bird", "bird_kernels", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+        path
+        for folder in ("bird", "bird_kernels", "benchmarks", "examples", "tools")
+        for path in (ROOT / folder).rglob("*.py")
     ]
     loads = re.compile(
         r"weights_only=False|allow_pickle=True|pickle\.loads?\(|joblib|\bUnpickler\b|torch\.load\((?!.*weights_only=True)"

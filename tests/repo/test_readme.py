@@ -60,10 +60,12 @@ def test_the_readme_is_short() -> None:
 
 def test_the_readme_shows_what_was_measured() -> None:
     pytest.importorskip("cka", reason="the benchmarks need the bench extra")
-    from benchmarks import readme
+    from tools import readme_tables
 
     page = README.read_text(encoding="utf-8")
-    assert readme.with_tables(page) == page, "python -m benchmarks.readme writes it anew"
+    assert readme_tables.with_parts(page, readme_tables.tables()) == page, (
+        "python -m tools.readme_tables writes it anew"
+    )
 
 
 def test_links_lead_somewhere(tracked: list[Path]) -> None:

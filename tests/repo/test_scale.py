@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,27 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.rows import duration, load_rows
-from benchmarks.scale import bench, model
+from benchmarks import run
+from benchmarks.rows import load_rows
+from benchmarks.scale import ranks
 from bird_kernels import transport
 from bird_kernels.call import across
 from bird_kernels.types import Options
+from tools import scale_model
 
 
 def test_the_page_is_what_the_formulas_give() -> None:
-    page = model.PAGE.read_text(encoding="utf-8")
-    assert model.with_parts(page) == page, "python -m benchmarks.scale.model writes it anew"
-    assert model.PICTURE.exists()
+    page = scale_model.PAGE.read_text(encoding="utf-8")
+    assert scale_model.with_parts(page, scale_model.sections()) == page, "python -m tools.scale_model writes it anew"
+    assert scale_model.PICTURE.exists()
 
 
 def test_crossover_by_hand() -> None:
     """fp32, 512 + 512 features, 128 rows a rank: upper blocks 163,840, all but the wire's common (R-1)/R."""
     merged = 2 * (4 * (2 * 163_840 + 512 * 512) + 8 * 1025)
     assert 9 * 128 * 1024 * 4 < merged <= 10 * 128 * 1024 * 4
-    assert model.crossover(model.SHAPES[0]) == 10
-    assert model.both(model.SHAPES[0], 8) == (merged * 7 // 8, 7 * 128 * 1024 * 4)
+    assert scale_model.crossover(scale_model.SHAPES[0]) == 10
+    assert scale_model.both(scale_model.SHAPES[0], 8) == (merged * 7 // 8, 7 * 128 * 1024 * 4)
 
 
 class Allocations(TorchDispatchMode):
@@ -87,40 +90,34 @@ def test_merging_takes_the_memory_that_the_model_says(
             (dx,) = torch.autograd.grad(value, x)
     finally:
         dist.destroy_process_group()
-    assert 1 <= allocations.peak(dx) / model.merged_memory(model.RankShape("", n, p, q, dtype)) < 1.03
-
-
-def test_seconds_and_bytes_for_people() -> None:
-    assert [model.size_of(size) for size in (999, 1_000, 2.15e9, 1.1e12)] == ["999 B", "1 kB", "2.15 GB", "1.1 TB"]
-    assert [duration(t) for t in (8.16e-6, 0.00142, 0.9999e-3, 3.0)] == ["8.16 µs", "1.42 ms", "1 ms", "3 s"]
+    assert 1 <= allocations.peak(dx) / scale_model.merged_memory(scale_model.RankShape("", n, p, q, dtype)) < 1.03
 
 
 def test_a_wrong_contestant_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    contestants = {**bench.CONTESTANTS, "autograd": lambda x, y: bench.cka_loss(x, y) + 1e-3 * x.sum()}
-    monkeypatch.setattr(bench, "CONTESTANTS", contestants)
-    monkeypatch.setattr(bench, "SHARE", 0.0)
+    wrong = {**ranks.CONTESTANTS, "autograd": lambda x, y: ranks.cka_loss(x, y) + 1e-3 * x.sum()}
+    monkeypatch.setattr(ranks, "CONTESTANTS", wrong)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        rows = bench.contest_of((12, 5, 4))
+        quick = replace(ranks.BENCHMARK, share=0.0, patience=torch.inf)
+        rows = quick.ask_on_this_rank(ranks.RanksQuestion(1, 12, 5, 4))
     finally:
         dist.destroy_process_group()
-    by_name = {row.name: row for row in rows}
-    assert {name for name, row in by_name.items() if row.red} == {"autograd"}
-    assert (by_name["autograd"].p50, by_name["autograd"].rounds) == (None, None)
-    assert all(by_name[name].rounds == 5 for name in ("merged", "gathered", "average"))
-    assert "off by" in bench.scale_page(rows)
+    by_name = {row["provider"]: row for row in rows}
+    assert {name for name, row in by_name.items() if row["red"]} == {"autograd"}
+    assert (by_name["autograd"]["p50"], by_name["autograd"]["rounds"]) == (None, None)
+    assert all(by_name[name]["rounds"] == 5 for name in ("merged", "gathered", "average"))
+    assert "off by" in ranks.BENCHMARK.page(rows)
 
 
 def test_ranks_take_turns_together(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two processes, from the command line to the file."""
-    monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench, "SHAPES", ((12, 5, 4),))
-    monkeypatch.setattr("sys.argv", ["bench", "--save"])
-    bench.main()
+    tiny = replace(ranks.BENCHMARK, folder=tmp_path, questions=[ranks.RanksQuestion(2, 12, 5, 4)])
+    monkeypatch.setattr(ranks, "BENCHMARK", tiny)
+    assert run.main(["ranks", "--save"]) == 0
     (path,) = tmp_path.glob("*.csv")
-    rows = load_rows(path, bench.ScaleRow)
-    assert [(row.name, row.red, row.ranks) for row in rows] == [(name, "", 2) for name in bench.CONTESTANTS]
-    assert all(row.rounds and row.rounds >= 3 for row in rows)
-    assert "# Global batches: 2 ranks over gloo" in capsys.readouterr().out
+    rows = load_rows(path)
+    assert [(row["provider"], row["red"], row["ranks"]) for row in rows] == [(n, None, 2) for n in ranks.CONTESTANTS]
+    assert all(row["rounds"] >= 3 for row in rows)
+    assert "# Global batches over gloo" in capsys.readouterr().out

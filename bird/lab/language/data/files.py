@@ -1,4 +1,4 @@
-"""Rows of a published set, from a file, a folder or the Hugging Face hub. No pickle is read and no script is run.
+"""Rows of a published data set, from a file, a folder or the Hugging Face hub. No pickle is read, no script is run.
 
 Files are not read by `datasets`, which fills in missing fields, converts strings that look like times, does not say
 which line is damaged, and copies each file to its cache.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from ...recipe import at_home, data_root
 
+T = TypeVar("T")
 Row: TypeAlias = "dict[str, Any]"
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -33,7 +35,6 @@ def read_rows(source: Path | str, split: str) -> list[Row]:
     Raises:
         FileNotFoundError: nothing there, or the hub cannot be reached; what would be read instead.
         ValueError: a file that is not what its name says, with the line; a split that is not there.
-        ImportError: `datasets` or pyarrow is needed and not installed.
     """
     path = at_home(source)
     if path.is_file():
@@ -48,6 +49,25 @@ def read_rows(source: Path | str, split: str) -> list[Row]:
     if path.suffix in SUFFIXES or not HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(f"{path} is not there; {_expected(split)}")
     return _read_hub(str(source), split)
+
+
+def read_each(rows: Sequence[Row], where: str, read: Callable[[Row], T]) -> list[T]:
+    """``read(row)`` for each row; if it raises a ValueError, the error says where the row is and what it has."""
+    found = []
+    for i, row in enumerate(rows):
+        try:
+            found.append(read(row))
+        except ValueError as error:
+            raise ValueError(f"{where} row {i}: {error}; it has {sorted(row)}") from error
+    return found
+
+
+def field_of(row: Row, name: str, kind: type) -> Any:
+    """A field's value, or a ValueError unless it is of the type, and a string not blank."""
+    value = row.get(name)
+    if type(value) is not kind or not str(value).strip():
+        raise ValueError(f"{name} must be of type {kind.__name__} and not empty, got {value!r}")
+    return value
 
 
 def local_or_hub(name: str, hub: str, root: Path | str | None) -> Path | str:
@@ -95,7 +115,8 @@ def _parse(text: bytes, where: str) -> Any:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    parquet = _need("pyarrow.parquet")
+    from pyarrow import parquet
+
     try:
         rows: list[Row] = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow's own are of many kinds
@@ -114,9 +135,10 @@ def _read_folder(folder: Path, split: str) -> list[Row]:
 
 
 def _read_saved(folder: Path, split: str) -> list[Row]:
-    load = _need("datasets").load_from_disk
+    from datasets import load_from_disk
+
     try:
-        saved = load(str(folder))
+        saved = load_from_disk(str(folder))
     except Exception as error:  # a damaged file in it fails in any way
         raise ValueError(f"{folder}: not whole as `datasets` saves it ({error}): save it again") from error
     parts = saved if hasattr(saved, "keys") else {"train": saved}
@@ -127,26 +149,18 @@ def _read_saved(folder: Path, split: str) -> list[Row]:
 
 
 def _read_hub(name: str, split: str) -> list[Row]:
-    load = _need("datasets").load_dataset
+    from datasets import load_dataset
+
     try:
         try:
-            return list(load(name, split=split))
+            return list(load_dataset(name, split=split))
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
             # Older sets are scripts, which nobody should run; the hub keeps what they gave as parquet files.
-            return list(load(name, split=split, revision="refs/convert/parquet"))
+            return list(load_dataset(name, split=split, revision="refs/convert/parquet"))
     except OSError as error:  # no such set, and no connection, are among these
         raise FileNotFoundError(
             f"{name!r} is no file or folder here and does not come from the Hugging Face hub ({error}); "
             + _expected(split)
         ) from error
-
-
-def _need(module: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is needed: pip install 'bird-kernels[language]'") from error

@@ -1,4 +1,4 @@
-"""A preference for positive reviews, out of sentences that people have scored: enough to tune a small model offline."""
+"""Preferences for positive movie reviews, made of sentences that people have scored; no network is needed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from . import Labelled, Preference
+from . import Labelled, Material, Preference
 from .snippets import Snippet
 
 LEAD = "A movie review in one sentence:"
@@ -18,72 +17,42 @@ MOST = 10  # texts of an opening that may be held out: the frequent ones make mo
 REST = 3  # words that must follow an opening
 
 
-@dataclass(frozen=True)
-class Positivity:
-    """Parts that share no text.
-
-    Args:
-        teacher: texts, 1 if positive, to train a teacher of sentiment.
-        judge: the same, to train a judge, which must not be trained on the teacher's texts.
-        pairs: preferences for positive over negative ways to end a sentence.
-        prompts: held out, all different: no text of ``pairs``, ``teacher`` and ``judge`` begins with their words.
-        texts: the held-out sentences that begin so, positive or not, for perplexity; no lead before them.
-    """
-
-    teacher: list[Labelled]
-    judge: list[Labelled]
-    pairs: list[Preference]
-    prompts: list[str]
-    texts: list[str]
-
-
 def positivity(
-    snippets: Sequence[Snippet],
-    seed: int = 0,
-    *,
-    lead: str = LEAD,
-    margin: float = MARGIN,
-    held_out: int = HELD_OUT,
-    share: float = 0.18,
-) -> Positivity:
-    """Preference pairs with a common prompt, and data to train a teacher and a judge and to test.
+    snippets: Sequence[Snippet], seed: int = 0, *, held_out: int = HELD_OUT, share: float = 0.18
+) -> Material:
+    """Preference pairs with a common prompt, texts to train a teacher and a judge, and held-out prompts and texts.
 
     The first two words of a sentence are its opening. ``held_out`` openings are drawn first, and all sentences that
-    begin with them are set aside. Of the others, a share trains the teacher, a share the judge, and the rest is paired:
-    a positive with a negative sentence of the same opening, each used once; sentences without a partner are paired by
-    the first word alone. The prompt is the lead and the opening, the completions are the rests of the sentences.
+    begin with them are set aside: they are ``texts``, positive or not, and the openings are ``prompts``. Of the others,
+    a share trains the teacher, a share the judge, and the rest is paired: a positive with a negative sentence of the
+    same opening, each used once; sentences without a partner are paired by the first word alone. The prompt is the lead
+    and the opening, the completions are the rests of the sentences.
 
     Args:
-        snippets: no text twice.
+        snippets: no text twice. Those whose score is within `MARGIN` of 0 are in no part but ``texts``.
         seed: decides the parts and the pairs.
-        lead: goes before every prompt, with a space.
-        margin: positive is above it, negative below minus it; what lies between is in no part but ``texts``.
         held_out: how many prompts.
         share: of the sentences that are not held out, for the teacher, and once more for the judge.
 
     Raises:
-        ValueError: numbers out of range; too few openings to hold out so many.
+        ValueError: too few openings to hold out so many.
     """
-    if margin < 0 or held_out < 0 or not 0 <= share < 0.5:
-        raise ValueError(
-            f"margin {margin} and held_out {held_out} must be 0 or more, share {share} from 0 to below 0.5"
-        )
     draw = random.Random(seed)
-    openings, held, rest = _hold_out(snippets, held_out, margin, draw)
+    openings, held, rest = _hold_out(snippets, held_out, draw)
     draw.shuffle(rest)
-    clear = [row for row in rest if abs(row.score) > margin]
+    clear = [row for row in rest if abs(row.score) > MARGIN]
     size = round(share * len(clear))
-    return Positivity(
-        teacher=_label(clear[:size]),
-        judge=_label(clear[size : 2 * size]),
-        pairs=_pair(clear[2 * size :], lead, draw),
-        prompts=[f"{lead} {opening}" for opening in openings],
+    return Material(
+        pairs=_pair(clear[2 * size :], draw),
+        prompts=[f"{LEAD} {opening}" for opening in openings],
         texts=[row.text for row in held],
+        taught=[("", row.text, int(row.score > 0)) for row in clear[:size]],
+        judged=[Labelled(row.text, int(row.score > 0)) for row in clear[size : 2 * size]],
     )
 
 
 def opening(text: str, words: int) -> str | None:
-    """The first words of a text; None if too few follow, or if one of them has no letter (as an ellipsis)."""
+    """The first words of a text; None if too few words follow, or if one of them has no letter (as an ellipsis)."""
     parts = text.split(" ")
     first = parts[:words]
     if len(parts) < words + REST or not all(re.search(r"[^\W\d_]", word) for word in first):
@@ -96,15 +65,15 @@ def _beginning(text: str) -> str:
 
 
 def _hold_out(
-    snippets: Sequence[Snippet], count: int, margin: float, draw: random.Random
+    snippets: Sequence[Snippet], count: int, draw: random.Random
 ) -> tuple[list[str], list[Snippet], list[Snippet]]:
-    """Held-out openings, the snippets that begin so in any case, and the others."""
+    """The openings that are held out, the snippets that begin with them in any case, and the other snippets."""
     groups: dict[str, list[Snippet]] = defaultdict(list)
     for row in snippets:
         groups[_beginning(row.text)].append(row)
     candidates = []
     for group in groups.values():
-        signs = {row.score > 0 for row in group if abs(row.score) > margin}
+        signs = {row.score > 0 for row in group if abs(row.score) > MARGIN}
         name = opening(group[0].text, 2)
         if len(group) <= MOST and len(signs) == 2 and name is not None:
             candidates.append(name)
@@ -128,11 +97,7 @@ def _group(rows: Iterable[Snippet], words: int) -> dict[str, list[Snippet]]:
     return groups
 
 
-def _label(rows: Sequence[Snippet]) -> list[Labelled]:
-    return [Labelled(row.text, int(row.score > 0)) for row in rows]
-
-
-def _pair(rows: list[Snippet], lead: str, draw: random.Random) -> list[Preference]:
+def _pair(rows: list[Snippet], draw: random.Random) -> list[Preference]:
     pairs = []
     for words in (2, 1):
         used: set[str] = set()
@@ -140,7 +105,7 @@ def _pair(rows: list[Snippet], lead: str, draw: random.Random) -> list[Preferenc
             positive = [row.text for row in group if row.score > 0]
             negative = [row.text for row in group if row.score < 0]
             for good, bad in zip(positive, negative, strict=False):  # they come shuffled
-                pairs.append(Preference(f"{lead} {first}", good[len(first) :], bad[len(first) :]))
+                pairs.append(Preference(f"{LEAD} {first}", good[len(first) :], bad[len(first) :]))
                 used |= {good, bad}
         rows = [row for row in rows if row.text not in used]
     draw.shuffle(pairs)

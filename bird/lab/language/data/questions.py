@@ -10,10 +10,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from . import Labelled, balance, halves, split
-from .files import Row, local_or_hub, read_rows
+from . import Labelled, balance, random_halves, random_parts
+from .files import Row, field_of, local_or_hub, read_each, read_rows
 from .snippets import snippets
 
 TEST_SEED = 0  # the test set is the same for every seed
@@ -38,7 +37,7 @@ class Questions:
 
 
 def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words: int | None = None) -> Questions:
-    """A set of binary questions, balanced; one row for each published question, less the surplus class.
+    """Balanced binary questions: one row for each published question, without the surplus of one class.
 
     Args:
         name: ``"sciq"``, ``"boolq"``, ``"cosmos_qa"`` or ``"sentiment"``.
@@ -65,7 +64,7 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words
         raise ValueError(f"there are no questions {name!r}; there are {', '.join([*SETS, 'sentiment'])}")
     if words is not None:
         train, test = ([row for row in rows if len(row.text.split()) <= words] for rows in (train, test))
-    weak, strong = halves(balance(train, seed), seed)
+    weak, strong = random_halves(balance(train, seed), seed)
     return Questions(weak, strong, balance(test, TEST_SEED))
 
 
@@ -74,58 +73,49 @@ def _sentiment(root: Path | str | None) -> tuple[list[Labelled], list[Labelled]]
     # training rows, is right on 86 % of 400 others; on 84 % without the words around the sentence.
     rows = [
         Labelled(f"Movie review: {row.text}\nSentiment:", int(row.score > 0))
-        for row in snippets(root=root)
+        for row in snippets(root)
         if abs(row.score) > MARGIN
     ]
     count = round(SENTIMENT_TEST * len(rows))
-    train, test = split(rows, (len(rows) - count, count), TEST_SEED)
-    return train, test
+    return random_parts(rows, len(rows) - count, TEST_SEED)
 
 
 def _ask_all(
     ask: Callable[[Row, bool, random.Random], Labelled], rows: list[Row], seed: int, where: str
 ) -> list[Labelled]:
-    """Every question once; a random half of them is to get its right answer."""
+    """Ask every question once; a random half of them gets its right answer."""
     draw = random.Random(seed)
     right = [i % 2 == 0 for i in range(len(rows))]
     draw.shuffle(right)
-    asked = []
-    for i, row in enumerate(rows):
-        try:
-            asked.append(ask(row, right[i], draw))
-        except ValueError as error:
-            raise ValueError(f"{where} row {i}: {error}; it has {sorted(row)}") from error
-    return asked
+    turns = iter(right)
+    return read_each(rows, where, lambda row: ask(row, next(turns), draw))
 
 
-def _field(row: Row, name: str, kind: type) -> Any:
-    value = row.get(name)
-    if type(value) is not kind or not str(value).strip():
-        raise ValueError(f"{name} must be of type {kind.__name__} and not empty, got {value!r}")
-    return value.strip() if isinstance(value, str) else value
+def _text(row: Row, name: str) -> str:
+    return str(field_of(row, name, str)).strip()
 
 
 def _sciq(row: Row, right: bool, draw: random.Random) -> Labelled:
-    wrong = draw.choice([_field(row, f"distractor{k}", str) for k in (1, 2, 3)])
-    answer = _field(row, "correct_answer", str) if right else wrong
-    return Labelled(f"Question: {_field(row, 'question', str)}\nAnswer: {answer}", int(right))
+    wrong = draw.choice([_text(row, f"distractor{k}") for k in (1, 2, 3)])
+    answer = _text(row, "correct_answer") if right else wrong
+    return Labelled(f"Question: {_text(row, 'question')}\nAnswer: {answer}", int(right))
 
 
 def _boolq(row: Row, right: bool, draw: random.Random) -> Labelled:
-    passage, question = _field(row, "passage", str), _field(row, "question", str).rstrip("?")
-    return Labelled(f"Passage: {passage}\nQuestion: {question}?", int(_field(row, "answer", bool)))
+    passage, question = _text(row, "passage"), _text(row, "question").rstrip("?")
+    return Labelled(f"Passage: {passage}\nQuestion: {question}?", int(field_of(row, "answer", bool)))
 
 
 def _cosmos_qa(row: Row, right: bool, draw: random.Random) -> Labelled:
-    answers = [_field(row, f"answer{k}", str) for k in range(4)]
-    label = _field(row, "label", int)
+    answers = [_text(row, f"answer{k}") for k in range(4)]
+    label = field_of(row, "label", int)
     if not 0 <= label < 4:
         raise ValueError(f"label must be 0, 1, 2 or 3, got {label}")
     if answers[label].startswith(NONE_OF_THEM):
         right = False  # balanced later by dropping
     wrong = [answer for k, answer in enumerate(answers) if k != label and not answer.startswith(NONE_OF_THEM)]
     answer = answers[label] if right else draw.choice(wrong)
-    text = f"Context: {_field(row, 'context', str)}\nQuestion: {_field(row, 'question', str)}\nAnswer: {answer}"
+    text = f"Context: {_text(row, 'context')}\nQuestion: {_text(row, 'question')}\nAnswer: {answer}"
     return Labelled(text, int(right))
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ...recipe import data_root
 
-SOURCES = ("movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets", "tweets")
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 COMMAND = "pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d $BIRD_DATA"
 
 
@@ -34,35 +34,31 @@ class Snippet:
     score: float
 
 
-def snippets(source: str = "movieReviewSnippets", root: Path | str | None = None) -> list[Snippet]:
-    """The sentences of one source, in the published order, no text twice; nothing is unpacked on disk.
+def snippets(root: Path | str | None = None) -> list[Snippet]:
+    """The sentences of movie reviews, in the published order, no text twice; nothing is unpacked on disk.
 
     HTML entities are resolved (some were escaped twice), two apostrophes become the quotation mark that they stand for,
     and white space becomes single spaces. Texts that then differ in case, spaces and punctuation only count as one: the
     first, with the mean of their scores. That leaves 10,603 of 10,605 rows of movie reviews.
 
     Args:
-        source: one of `SOURCES`.
         root: the folder where the archive lies. None: ``BIRD_DATA``, else ``data`` in the working directory.
 
     Raises:
         FileNotFoundError: the archive was not found; says the command that downloads it.
-        ValueError: an unknown source; the archive, or a row in it, is damaged.
+        ValueError: the archive, or a row in it, is damaged.
     """
-    if source not in SOURCES:
-        raise ValueError(f"there are no snippets {source!r}; there are {', '.join(SOURCES)}")
     folder = data_root(root)
     path = _find(folder)
-    member = f"hutto_ICWSM_2014/{source}_GroundTruth.txt"
     try:
         with tarfile.open(path) as outer, tarfile.open(fileobj=io.BytesIO(_member(outer, INNER))) as inner:
-            lines = _member(inner, member).decode("utf-8").split("\n")
+            lines = _member(inner, MEMBER).decode("utf-8").split("\n")
         rows = [_parse(line, i) for i, line in enumerate(lines, 1) if line.strip()]
         if not rows:
             raise ValueError("no rows")
     except (tarfile.TarError, OSError, EOFError, KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is broken: {member} in {INNER}: {error}\nto get it anew, remove it, then: {COMMAND}"
+            f"{path} is broken: {MEMBER} in {INNER}: {error}\nto get it anew, remove it, then: {COMMAND}"
         ) from error
     return _once(rows)
 
@@ -99,7 +95,7 @@ def _parse(line: str, number: int) -> Snippet:
 
 
 def clean(text: str) -> str:
-    """Entities resolved, two apostrophes as a quotation mark, single spaces."""
+    """A text with entities resolved, two apostrophes as a quotation mark, and single spaces."""
     while (resolved := html.unescape(text)) != text:
         text = resolved
     return " ".join(text.replace("''", '"').split())

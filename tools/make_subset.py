@@ -1,6 +1,6 @@
 """Make the Fashion-MNIST subset that ships with the package.
 
-    python -m benchmarks.reproduction.make_subset FOLDER_WITH_THE_FOUR_IDX_FILES [OUTPUT.npz]
+    python -m tools.make_subset FOLDER_WITH_THE_FOUR_IDX_FILES [OUTPUT.npz]
 
 The four gzipped IDX files come from https://github.com/zalandoresearch/fashion-mnist, or from the Debian
 package ``dataset-fashion-mnist``. The subset holds the same number of images of every class, chosen at random
@@ -21,6 +21,7 @@ CLASSES = 10
 PER_CLASS = {"train": 1200, "test": 250}
 FILES = {"train": "train", "test": "t10k"}
 SEED = 0
+SHIPPED = Path(__file__).resolve().parents[1] / "bird/lab/vision/fashion/fashion_mnist.npz"
 
 
 def choose(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np.ndarray:
@@ -50,7 +51,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder with the four gzipped IDX files")
-    parser.add_argument("target", type=Path, nargs="?", default=Path(__file__).parent / "fashion" / "fashion_mnist.npz")
+    parser.add_argument("target", type=Path, nargs="?", default=SHIPPED, help="default: the package's own")
     arguments = parser.parse_args()
     make_subset(arguments.source, arguments.target)
 

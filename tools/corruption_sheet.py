@@ -1,6 +1,6 @@
 """Every corruption at every severity, on two pictures: a contact sheet.
 
-    python -m benchmarks.corruptions.sheet    # writes docs/lab/corruptions.png
+    python -m tools.corruption_sheet    # writes docs/lab/corruptions.png
 
 The colour picture is drawn by code; the grey one is a test image of the shipped Fashion-MNIST subset.
 """
@@ -19,7 +19,7 @@ from bird.lab.vision.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, SEVER
 from bird.lab.vision.data import to_float
 from bird.lab.vision.datasets import load
 
-PATH = Path(__file__).resolve().parents[2] / "docs/lab/corruptions.png"
+PATH = Path(__file__).resolve().parents[1] / "docs/lab/corruptions.png"
 SIDE, SCALE, GAP, LABEL, HEAD = 32, 2, 3, 132, 20
 CELL = SIDE * SCALE + GAP
 

@@ -1,11 +1,10 @@
 """The cost model of docs/explain/scale.md: its tables and its picture, from the formulas that choose what travels.
 
-python -m benchmarks.scale.model writes both anew; tests/repo/test_scale.py holds the page to what comes out here.
+python -m tools.scale_model writes both anew; tests/repo/test_scale.py holds the page to what comes out here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.rows import duration, table_text, with_unit
+from benchmarks.rows import duration, size_of, table_text, with_parts, with_unit
 from bird_kernels import cka, plan, transport
 from bird_kernels.types import Problem, Transport
 from tests import accuracy
 
-DOCS = Path(__file__).resolve().parents[2] / "docs/explain"
+DOCS = Path(__file__).resolve().parents[1] / "docs/explain"
 PAGE, PICTURE = DOCS / "scale.md", DOCS / "scale.png"
 WORLDS = (8, 64, 512, 4096)
 LINKS = {"NVLink": 450e9, "InfiniBand": 50e9, "Ethernet": 12.5e9}  # bytes/s that a rank can send: assumed
@@ -146,24 +145,10 @@ def label(shape: RankShape) -> str:
     return f"{shape.name}: {shape.n:,} x {shape.p:,} and {shape.q:,}, {dtype}"
 
 
-def size_of(size: float) -> str:
-    """Bytes for people, powers of 1000."""
-    return with_unit(size, ("B", "kB", "MB", "GB", "TB"))
-
-
 def sections() -> Iterator[tuple[str, str]]:
     """The names of the page's generated parts, and their text."""
     for function in (costs, turning_points, objectives):
         yield function.__name__, function()
-
-
-def with_parts(page: str) -> str:
-    """The page with its generated parts anew."""
-    for name, text in sections():
-        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        assert between.search(page), f"the page has no part {name}"
-        page = between.sub(lambda found, text=text: found[1] + text + found[2], page)
-    return page
 
 
 def draw_picture(path: Path) -> None:
@@ -188,5 +173,5 @@ def draw_picture(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_parts(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_parts(PAGE.read_text(encoding="utf-8"), sections()), encoding="utf-8")
     draw_picture(PICTURE)

@@ -1,6 +1,7 @@
 """The 19 corruptions for one picture at a time, with NumPy, SciPy, scikit-image, OpenCV and Pillow: the usual way.
 
-The definitions of CIFAR-10-C as users compute them, and the truth that the tests hold `bird.lab.vision.corruptions` to.
+The definitions of CIFAR-10-C as users compute them: the truth that the tests hold `bird.lab.vision.corruptions` to, and
+the rival of benchmarks/corruptions.
 Three differ from the published program, in what cannot be installed: motion blur and snow's streaks use OpenCV with the
 kernel that ImageMagick's documentation describes, and frost takes the pictures of `bird`.
 

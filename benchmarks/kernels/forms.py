@@ -1,24 +1,16 @@
-"""What computes the loss: the package, and the best that its users could write or find instead.
+"""The loss as users of the package could write or find it instead.
 
-Each provider is a function of ``x [n, p]`` and ``y [n, q]`` that returns ``1 - CKA`` as a scalar with autograd behind
-it, linear or, in the problem "rbf", of Gaussian kernels. The rivals are written here from the published formulas;
-pytorch-cka is the package of that name. Half precision is given its due: means and sums in fp32, products of halves.
+Each form is a function of ``x [n, p]`` and ``y [n, q]`` that returns ``1 - CKA`` as a scalar with autograd behind it,
+linear or of Gaussian kernels. They are written here from the published formulas; pytorch-cka is the package of that
+name. Half precision is given its due: means and sums in fp32, products of halves.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
-from functools import partial
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-import bird_kernels
-from benchmarks.kernels.problems import Case
-from bird_kernels import backends, plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -108,82 +100,23 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 2 else x
 
 
-FORMS: dict[str, Callable[..., Tensor]] = {"gram": by_grams, "feature": by_features}
-
-
-def better_form(case: Case) -> str:
-    """The hand-written form with fewer products for this case."""
-    n, p, q = case.n, case.p, case.q
-    return "gram" if case.problem == "rbf" or n * n * (p + q) <= n * (p * p + q * q + p * q) else "feature"
-
-
-def pytorch_cka(x: Tensor, y: Tensor) -> Tensor:
+def pytorch_cka(x: Tensor, y: Tensor, estimator: str = "unbiased") -> Tensor:
     """1 - CKA of the package of that name; unbiased."""
     from cka import cka_from_features  # loads matplotlib: late
 
     return 1 - cka_from_features(x, y)[0, 0]
 
 
-def _hand_written(form: Callable[..., Tensor], case: Case) -> Loss:
-    return partial(form, **case.options)
+def flops(form: Callable[..., Tensor], n: int, p: int, q: int, backward: bool) -> int:
+    """Operations of the products of one call, as library calls that know of no symmetry do them."""
+    once, again = {
+        "naive": (24 * n**3 + 6 * n * n * (p + q), 12 * n**3 + 12 * n * n * p),
+        "by_grams": (2 * n * n * (p + q), 4 * n * n * p),
+        "by_features": (2 * n * (p * p + q * q + p * q), 2 * n * (p * q + 2 * p * p)),
+    }[{"fp64": "by_features", "pytorch_cka": "by_grams"}.get(form.__name__, form.__name__)]
+    return once + again * backward
 
 
-def _compiled(case: Case) -> Loss:
-    torch.compiler.reset()  # one compilation per case: static shapes, no limit on recompilations
-    form = partial(FORMS[better_form(case)], **case.options)
-    return torch.compile(form, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
-
-
-def _ours(backend: str, case: Case) -> Loss:
-    return partial(bird_kernels.cka_loss, backend=backend, **case.options)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Provider:
-    """A way to the loss: ``build(case)`` gives the function, whose first calls may compile; ``ours`` is never wrong."""
-
-    name: str
-    build: Callable[[Case], Loss]
-    ours: bool = False
-    compiles: bool = False
-
-    def why_not(self, case: Case, device: torch.device) -> str | None:
-        """The reason that this provider has no part in a case, or None."""
-        if self.ours:
-            if self.name == "triton" and device.type == "cpu":
-                return "Triton kernels are timed by ./dev gpu"
-            if self.name == "auto":
-                return None
-            known = self.name in backends.NAMES
-            asked = plan.variant(case.spec(device))
-            few = plan.are_few(case.n)
-            return backends.why_not(self.name, case.torch_dtype, device, few, asked) if known else "not in this version"
-        if case.problem == "rbf" and self.name not in ("naive", "gram"):
-            return "it computes the linear kernel only"
-        if self.name == "naive" and case.estimator != "biased":
-            return "the usual formula is the biased estimator's"
-        if self.name == "pytorch-cka":
-            if case.estimator != "unbiased":
-                return "it computes the unbiased estimator only"
-            if importlib.util.find_spec("cka") is None:
-                return "not installed (pip install pytorch-cka)"
-        if self.name == "compiled" and not case.compiled:
-            return "compiled for some of the cases only: it takes long"
-        return None
-
-
-PROVIDERS = (
-    Provider("naive", partial(_hand_written, naive)),
-    Provider("fp64", partial(_hand_written, fp64)),
-    *(Provider(name, partial(_hand_written, form)) for name, form in FORMS.items()),
-    Provider("compiled", _compiled, compiles=True),
-    Provider("pytorch-cka", lambda case: pytorch_cka),
-    *(Provider(name, partial(_ours, name), ours=True) for name in ("library", "triton", "native", "auto")),
-)
-OURS = {provider.name for provider in PROVIDERS if provider.ours}
-HAND_WRITTEN = tuple(FORMS)  # the faster of the two is what a careful user would have
-
-
-def taking_part(case: Case, device: torch.device, pattern: str | None = None) -> Sequence[Provider]:
-    """The providers that a case is measured with; ``pattern`` chooses among them by name, as a glob."""
-    return [p for p in PROVIDERS if fnmatch(p.name, pattern or "*") and p.why_not(case, device) is None]
+def better_form(n: int, p: int, q: int, kernel: str = "linear") -> Callable[..., Tensor]:
+    """The plain form with fewer products."""
+    return by_grams if kernel == "rbf" or n * n * (p + q) <= n * (p * p + q * q + p * q) else by_features

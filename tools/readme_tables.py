@@ -1,18 +1,17 @@
 """The README's two tables, from the files of measurements; a test compares.
 
-python -m benchmarks.readme    # writes them into README.md
+python -m tools.readme_tables    # writes them into README.md
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.accuracy import measure
-from benchmarks.kernels import results, tables
-from benchmarks.rows import duration
+from benchmarks.kernels import loss
+from benchmarks.rows import duration, load_rows, with_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "README.md"
@@ -29,36 +28,36 @@ CASES = {
 
 def accuracy_table() -> str:
     """Errors of gradients: a row for each loss, a column for each mean, both dtypes in a cell."""
-    rows = measure.committed()
+    rows = load_rows(measure.RESULTS)
     dtypes = {"float32": "fp32", "bfloat16": "bf16"}
-    cells = {(row.loss, row.dtype, row.mean): row for row in rows}
-    names = list(measure.LOSSES)
-    (date,) = {row.date for row in rows}
-    (torch,) = {row.torch.split("+")[0] for row in rows}
+    cells = {(row["loss"], row["dtype"], row["mean"]): row["error"] for row in rows}
+    (date,) = {row["date"] for row in rows}
+    (torch,) = {row["torch"].split("+")[0] for row in rows}
     lines = [
         f"| mean / spread, {' / '.join(dtypes.values())} | " + " | ".join(f"{mean:,}" for mean in measure.MEANS) + " |",
         "|---|" + "---|" * len(measure.MEANS),
     ]
-    for name in names:
-        errors = [" / ".join(_error(cells[name, dtype, mean].error) for dtype in dtypes) for mean in measure.MEANS]
+    for name in measure.LOSSES:
+        errors = [" / ".join(_error(cells[name, dtype, mean]) for dtype in dtypes) for mean in measure.MEANS]
         lines.append(f"| {f'`{name}`' if name == 'cka_loss' else name} | " + " | ".join(errors) + " |")
     return "\n".join([*lines, "", f"(CPU, PyTorch {torch}, {date}. 1 is a gradient of zeros, or one as wrong.)"])
 
 
 def speed_table() -> str:
     """Medians of five cases, and how many times that of `cka_loss` they are."""
-    rows = [row for row in results.read_kernels(SPEED) if row.estimator == "biased"]
+    rows = [row for row in load_rows(SPEED) if row["estimator"] == "biased"]
     lines = [
         "| rows × width | authors' formula | formula in fp64 | best by hand | `cka_loss` | measured |",
         "|" + "---|" * 6,
     ]
     for title, (problem, n, width, *numbers) in CASES.items():
         case = [problem, n, width, width, *numbers]
-        found = {row.provider: row for row in rows if [row.problem, row.n, row.p, row.q, row.dtype, row.mode] == case}
-        ours = found["auto"].p50
-        rivals = [found[name].p50 or found[name].red if name in found else None for name in ("naive", "fp64")]
-        cells = [_cell(rival, ours) for rival in (*rivals, tables.hand_written(found))]
-        lines.append(f"| {title} | " + " | ".join([*cells, duration(ours), found["auto"].date]) + " |")
+        asked = ("problem", "n", "p", "q", "dtype", "mode")
+        found = {row["provider"]: row for row in rows if [row[name] for name in asked] == case}
+        ours = found["auto"]["p50"]
+        rivals = [found[name]["p50"] or found[name]["red"] if name in found else None for name in ("naive", "fp64")]
+        cells = [_cell(rival, ours) for rival in (*rivals, loss.hand_written(found))]
+        lines.append(f"| {title} | " + " | ".join([*cells, duration(ours), found["auto"]["date"]]) + " |")
     return "\n".join(lines)
 
 
@@ -76,18 +75,11 @@ def _cell(rival: float | str | None, ours: float) -> str:
     return f"{duration(rival)} ({f'**{ratio}**' if rival < ours else ratio})"
 
 
-TABLES: dict[str, Callable[[], str]] = {"accuracy": accuracy_table, "speed": speed_table}
-
-
-def with_tables(page: str) -> str:
-    """The page with both tables in their places, between ``<!-- name -->`` and ``<!-- end name -->``."""
-    for name, table in TABLES.items():
-        block = f"<!-- {name} -->\n{table()}\n<!-- end {name} -->"
-        page, places = re.subn(rf"<!-- {name} -->\n.*?<!-- end {name} -->", lambda _, b=block: b, page, flags=re.DOTALL)
-        if places != 1:
-            raise ValueError(f"README.md has {places} places for the table {name!r}")
-    return page
+def tables() -> Iterator[tuple[str, str]]:
+    """The names of the README's generated parts, and their text."""
+    yield "accuracy", accuracy_table()
+    yield "speed", speed_table()
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_parts(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")

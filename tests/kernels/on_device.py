@@ -1,22 +1,21 @@
 """Is it right on this device: calls of every kind against fp64, repeated, overlapped, captured, and without a wait.
 
-The bar is that of the tests: twice the error of plain PyTorch in the same dtype, plus a floor. The route follows from
-the sizes, n <= p + q or not.
+For test_cuda.py, and for ``./dev gpu`` on machines that have no pytest. The bar is that of the tests: twice the error
+of plain PyTorch in the same dtype, plus a floor. The route follows from the sizes, n <= p + q or not.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.context import Context, Item, Row
-from benchmarks.kernels.problems import fp32_switched
+from benchmarks.kernels.limits import fp32_switched
 from benchmarks.machine import Machine
 from benchmarks.rows import message
 from bird_kernels import RBF, cka_loss
@@ -24,9 +23,10 @@ from tests import accuracy
 from tests.accuracy import Result
 
 BACKENDS = ("library", "triton", "native")
-REPEATS = 30
+WEIGHTS = (1.0, 0.5, 2.0)  # of a list of pairs
+REPEATS = 100
 DRAWS = 5
-Call = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
+Sides = tuple[list[Tensor], list[Tensor]]
 GRAM, CROSS = ((128, 96, 130), (37, 61, 29), (130, 65, 70)), ((520, 65, 33), (1030, 96, 40))
 WIDE, MANY = (64, 12_000, 9000), (40_000, 64, 48)
 TINY = {shape: (16, 9, 8) if shape[0] <= shape[1] + shape[2] else (40, 6, 5) for shape in (*GRAM, *CROSS, WIDE, MANY)}
@@ -34,7 +34,7 @@ TINY = {shape: (16, 9, 8) if shape[0] <= shape[1] + shape[2] else (40, 6, 5) for
 
 @dataclass(frozen=True)
 class Check:
-    """One kind of call; ``number`` is a dtype or "tf32", ``pairs`` so many losses summed, ``mean`` in spreads."""
+    """One kind of call; ``number`` is a dtype or "tf32", ``pairs`` so many weighted losses, ``mean`` in spreads."""
 
     backend: str
     shape: tuple[int, int, int]
@@ -57,7 +57,7 @@ class Check:
         dtype: torch.dtype = torch.float32 if self.number == "tf32" else getattr(torch, self.number)
         return dtype
 
-    def features(self, device: torch.device, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    def features(self, device: torch.device, seed: int = 0) -> Sides:
         """As many students and teachers as there are pairs."""
         sides = [
             accuracy.features(*self.shape, self.dtype, device, self.mean, seed + 10 * pair)
@@ -69,9 +69,22 @@ class Check:
         """Every fifth row is left out."""
         return torch.arange(self.shape[0], device=device) % 5 != 1 if self.masked else None
 
+    def evaluated(self, device: torch.device, sides: Sides | None = None) -> list[Tensor]:
+        """The loss, and the gradients of all students and teachers."""
+        xs, ys = sides or self.features(device)
+        leaves = [side.detach().requires_grad_() for side in (*xs, *ys)]
+        students, teachers = leaves[: len(xs)], leaves[len(xs) :]
+        options: dict[str, Any] = dict(kernel=RBF() if self.rbf else "linear", weights=WEIGHTS[: self.pairs])
+        if self.pairs == 1:
+            (students,), (teachers,), options["weights"] = students, teachers, None
+        options |= dict(estimator=self.estimator, mask=self.mask(device), backend=self.backend)
+        with fp32_switched(self.number):
+            value = cka_loss(students, teachers, **options)
+            return [value.detach(), *torch.autograd.grad(value, leaves)]
 
-def every_check() -> list[Check]:
-    """Some seventy, every backend in turn, the usual ones first."""
+
+def every_check(tiny: bool = False) -> list[Check]:
+    """Some seventy, every backend in turn, the usual ones first; ``tiny``: one of each kind, small."""
     found = []
     numbers = ("float32", "bfloat16", "tf32", "float16")
     for i, (number, estimator, masked) in enumerate(product(numbers, ("biased", "unbiased"), (False, True))):
@@ -90,56 +103,29 @@ def every_check() -> list[Check]:
         for shape, number, mean in product((GRAM[0], CROSS[1]), ("bfloat16", "tf32"), (16.0, 300.0))
     ]
     found += [Check("library", shape, "bfloat16") for shape in (WIDE, MANY)]
-    return found
-
-
-def chosen(rehearse: bool) -> list[Check]:
-    """All of them, or at a rehearsal some, tiny ones."""
-    found = every_check()
-    if rehearse:  # the emulated are slow, and Triton's interpreter multiplies bf16 as integers: in fp32, each kind once
+    if tiny:  # the emulated are slow, and Triton's interpreter multiplies bf16 as integers: in fp32, each kind once
         found = [replace(c, shape=TINY[c.shape]) for c in found if c.backend == "library" or c.number == "float32"]
         found = list({replace(c, estimator="", masked=False): c for c in reversed(found)}.values())[::-1]
     return found
 
 
-def check_items(context: Context) -> Sequence[Item]:
-    """A check each."""
-    return [Item(str(check), partial(_check, check)) for check in chosen(context.rehearse)]
-
-
-def _check(check: Check, context: Context) -> Iterator[Row]:
-    about = {key: value for key, value in vars(check).items() if key != "shape"}
-    about |= dict(zip("npq", check.shape, strict=True), candidate=check.backend)
-    device = context.machine.device
-    try:
-        with fp32_switched("tf32" if check.number == "tf32" else ""):
-            if context.warms:
-                call = partial(evaluated, check, check.mask(device), *check.features(device, seed=0))
-                yield context.warmed([call] * (check.backend != "native"))  # which is being built meanwhile
-                return
-            found = judged(check, context.machine)
-        wrong = [name for name, right in found.items() if right is False]
-        yield about | found | {"status": "red" if wrong else "ok", "gate": ", ".join(wrong)}
-    except ValueError as error:
-        if "cannot run here" not in str(error):
-            raise
-        yield about | {"status": "refused", "message": message(error)}
-
-
-def judged(check: Check, machine: Machine) -> Row:
+def judged(check: Check, machine: Machine) -> dict[str, Any]:
     """A True or False for everything that must hold, in words what does not, and the errors of the first features."""
-    xs, ys = check.features(machine.device, seed=0)
-    call = partial(evaluated, check, check.mask(machine.device))
-    first = call(xs, ys)
-    found: Row = {"second call": same(first, call(xs, ys))}
-    found["repeats"] = all(same(first, call(xs, ys)) for _ in range(REPEATS if machine.is_cuda else 1))
-    draws = _drawn(check, machine, call)
+    sides = [check.features(machine.device, seed) for seed in range(3)]
+    alone = [check.evaluated(machine.device, pair) for pair in sides]
+
+    def again() -> bool:
+        return same(alone[0], check.evaluated(machine.device, sides[0]))
+
+    found: dict[str, Any] = {"second call": again()}
+    found["repeats"] = all(again() for _ in range(REPEATS if machine.is_cuda else 1))
+    draws = _drawn(check, machine)
     found |= {f"{name}_error": error for name, error in accuracy.errors(draws[0][0], draws[2][0]).items()}
     holds: dict[str, Callable[[], bool]] = {
         "accurate": lambda: accuracy.assert_no_worse(*draws) is None,
-        "streams": partial(_overlaps, check, machine, call),
-        "replay": partial(_replays, check, machine, call),
-        "no wait": partial(_runs_on, check, machine, call),
+        "streams": lambda: _overlaps(check, machine, sides, alone),
+        "replay": lambda: _replays(check, machine, sides, alone[1]),
+        "no wait": lambda: _runs_on(check, machine, sides[0]),
     }
     for name, held in holds.items():
         try:
@@ -149,67 +135,52 @@ def judged(check: Check, machine: Machine) -> Row:
     return found
 
 
-def _drawn(check: Check, machine: Machine, call: Call) -> tuple[list[Result], list[Result], list[Result]]:
+def _drawn(check: Check, machine: Machine) -> tuple[list[Result], list[Result], list[Result]]:
     """Ours, plain PyTorch's in the same dtype, and the truth, for some draws of features."""
-    mask, ours, plains, truths = check.mask(machine.device), [], [], []
+    ours, plains, truths = [], [], []
     for draw in range(DRAWS if machine.is_cuda else 2):
         xs, ys = check.features(machine.device, 100 * draw)
-        value, *gradients = call(xs, ys)
+        value, *gradients = check.evaluated(machine.device, (xs, ys))
         ours.append(Result(value, torch.cat(gradients[: len(xs)], 1), torch.cat(gradients[len(xs) :], 1)))
-        plains.append(_summed([_plain(check, mask, x, y) for x, y in zip(xs, ys, strict=True)]))
-        truths.append(_summed([_truth(check, mask, x, y) for x, y in zip(xs, ys, strict=True)]))
+        with fp32_switched(check.number):
+            plains.append(_summed([_plain(check, *pair) for pair in zip(xs, ys, strict=True)]))
+        truths.append(_summed([_truth(check, *pair) for pair in zip(xs, ys, strict=True)]))
     return ours, plains, truths
 
 
-def _overlaps(check: Check, machine: Machine, call: Call) -> bool:
-    """Two calls on two streams at once give what one gives."""
-    xs, ys = check.features(machine.device, seed=0)
-    expected, found = call(xs, ys), []
+def _overlaps(check: Check, machine: Machine, sides: list[Sides], alone: list[list[Tensor]]) -> bool:
+    """Calls on many streams at once give what they give alone."""
     machine.wait()
-    for _ in range(2):
+    together = []
+    for i in range(8 if machine.is_cuda else 1):
         with torch.cuda.stream(torch.cuda.Stream()) if machine.is_cuda else contextlib.nullcontext():
-            found.append(call(xs, ys))
+            together.append((i % 3, check.evaluated(machine.device, sides[i % 3])))
     machine.wait()
-    return all(same(expected, result) for result in found)
+    return all(same(alone[i], result) for i, result in together)
 
 
-def _replays(check: Check, machine: Machine, call: Call) -> bool:
-    """A graph captured on some features, replayed on others, gives what a call on those gives."""
-    xs, ys = check.features(machine.device, seed=1)
-    expected = call(xs, ys)
-    others, more = check.features(machine.device, seed=2)
-    inputs = [*others, *more]
-    replay, result = machine.captured(lambda: call(inputs[: len(xs)], inputs[len(xs) :]))
-    for place, fresh in zip(inputs, (*xs, *ys), strict=True):
-        place.copy_(fresh)
+def _replays(check: Check, machine: Machine, sides: list[Sides], expected: list[Tensor]) -> bool:
+    """A graph captured on the last features, replayed on the second ones, gives what a call on those gives."""
+    place = sides[2]
+    replay, result = machine.captured(lambda: check.evaluated(machine.device, place))
+    for old, fresh in zip((*place[0], *place[1]), (*sides[1][0], *sides[1][1]), strict=True):
+        old.copy_(fresh)
     replay()
     machine.wait()
-    return same(result if machine.is_cuda else call(inputs[: len(xs)], inputs[len(xs) :]), expected)
+    return same(result if machine.is_cuda else check.evaluated(machine.device, place), expected)
 
 
-def _runs_on(check: Check, machine: Machine, call: Call) -> bool:
+def _runs_on(check: Check, machine: Machine, sides: Sides) -> bool:
     """Raises where the call waits for the device."""
-    xs, ys = check.features(machine.device, seed=0)
     machine.wait()
     try:
         if machine.is_cuda:
             torch.cuda.set_sync_debug_mode("error")
-        call(xs, ys)
+        check.evaluated(machine.device, sides)
     finally:
         if machine.is_cuda:
             torch.cuda.set_sync_debug_mode("default")
     return True
-
-
-def evaluated(check: Check, mask: Tensor | None, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
-    """The loss, and the gradients of all students and teachers."""
-    kernel = RBF() if check.rbf else "linear"
-    leaves = [side.detach().requires_grad_() for side in (*xs, *ys)]
-    students, teachers = leaves[: len(xs)], leaves[len(xs) :]
-    pair = (students, teachers) if len(xs) > 1 else (students[0], teachers[0])
-    options = dict(estimator=check.estimator, mask=mask, kernel=kernel, backend=check.backend)
-    value = cka_loss(*pair, **options)  # type: ignore[arg-type]
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
@@ -217,9 +188,10 @@ def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def _plain(check: Check, mask: Tensor | None, x: Tensor, y: Tensor) -> Result:
+def _plain(check: Check, x: Tensor, y: Tensor) -> Result:
     """What plain PyTorch gives in the same dtype."""
     n, p, q = check.shape
+    mask = check.mask(x.device)
     rows = slice(None) if mask is None else mask
     if check.rbf:
         form = accuracy.plain_rbf(RBF(), check.estimator)
@@ -228,15 +200,15 @@ def _plain(check: Check, mask: Tensor | None, x: Tensor, y: Tensor) -> Result:
     return accuracy.evaluate(lambda a, b: form(a[rows], b[rows]), x, y)
 
 
-def _truth(check: Check, mask: Tensor | None, x: Tensor, y: Tensor) -> Result:
+def _truth(check: Check, x: Tensor, y: Tensor) -> Result:
     """The literal formula in fp64, or where its n x n matrices are too large the closed form in fp64."""
     if check.shape[0] <= 2048:
-        kernel = RBF() if check.rbf else None
-        return accuracy.truth(x, y, check.estimator, mask=mask, kernel=kernel)
+        return accuracy.truth(x, y, check.estimator, mask=check.mask(x.device), kernel=RBF() if check.rbf else None)
     return accuracy.evaluate(accuracy.plain("cross", check.estimator), x.double(), y.double())
 
 
 def _summed(results: Sequence[Result]) -> Result:
-    """Of the sum of several pairs' losses: its value, and the gradients of all students and all teachers."""
-    values, dxs, dys = zip(*results, strict=True)
+    """Of the weighted sum of pairs' losses: its value, and the gradients of all students and all teachers."""
+    weighted = [[w * part for part in result] for w, result in zip(WEIGHTS, results)]  # noqa: B905 - fewer results
+    values, dxs, dys = zip(*weighted, strict=True)
     return Result(torch.stack(values).double().sum(), torch.cat(dxs, 1), torch.cat(dys, 1))
