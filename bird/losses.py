@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bird_kernels import RBF, CKALoss, distributed
-from bird_kernels.pairs import weighted_sum
+from bird_kernels.pairs import weighted_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -131,7 +131,7 @@ class BirdLoss(_Guided):
         misaligned = self.distance.each(students, teachers, mask)
         if not torch.compiler.is_compiling():
             self.shapes.update(map(self._shape, students, teachers))
-        total = total + self.beta * weighted_sum(misaligned, self.weights)
+        total = total + self.beta * weighted_loss(misaligned, self.weights)
         for name, value in zip(names, (1 - misaligned.detach()).unbind(), strict=True):
             last[f"cka/{name}"] = value
         self.last = last

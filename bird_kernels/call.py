@@ -31,7 +31,7 @@ def loss(
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) and {type(x), type(y)} & {list, tuple}:
         with distributed.Reported(options.group):
             weights = pairs.numbers(weights, x)
-        return pairs.weighted_sum(losses(x, y, mask, options), weights)
+        return pairs.weighted_loss(losses(x, y, mask, options), weights)
     if weights is not None:
         with distributed.Reported(options.group):
             raise ValueError("weights are for lists of pairs: cka_loss([x1, ...], [y1, ...], weights=[w1, ...])")
@@ -57,7 +57,7 @@ def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tenso
     common = common and forward_ad._current_level < 0 and options.backend != "reference"
     if not common or any(ops.watched(*pair) for pair in both):
         return pairs.stack([evaluate(*pair, mask, options, len(both)) for pair in both])
-    return pairs.losses([inputs.prepare(*pair, mask, options) for pair in both], options.backend)
+    return pairs.in_one_node([inputs.prepare(*pair, mask, options) for pair in both], options.backend)
 
 
 def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: int = 1) -> Tensor:
@@ -98,7 +98,7 @@ def across(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: in
     """`evaluate` by communication between the ranks of a group, even if it has only one."""
     part = global_batch.meet(x, y, mask, options, many)
     if part.transport.name == "merged":
-        return global_batch.merged(part)
+        return global_batch.of_merged_sums(part)
     return _whole(*global_batch.gathered(part), part.problem, options.backend)
 
 
@@ -106,15 +106,13 @@ def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend:
     """The statistic of one batch, 0-d, by the resolved backend or by the literal formula."""
     if backend == "reference":
         require_fp64('backend="reference"', x.device)
-        literal = getattr(reference, problem.statistic)
         with ops.without_autocast(x.device):
-            value: Tensor = literal(x, y, mask, problem.estimator, problem.kernel, problem.center)
-        return value.to(ops.value_dtype(x.dtype))
+            return ops.literal(x, y, mask, problem).to(ops.value_dtype(x.dtype))
     name = backends.resolve(problem, backend)
     return ops.alignment(x, y, mask, ops.Call(problem, plan.route_of(problem, name), name, backend == "auto"))
 
 
-def explain(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Plan:
+def plan_of(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Plan:
     """The plan by which `evaluate` would compute this call; all ranks of a group must call it."""
     transport = None
     if options.group is None or distributed.world_size(options.group) == 1:

@@ -150,7 +150,7 @@ def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
     return Cost(C.python_call + launches * C.triton_launch, launches * C.launch + device, launches)
 
 
-def apart(costs: Iterable[tuple[str, Cost]]) -> float:
+def one_by_one(costs: Iterable[tuple[str, Cost]]) -> float:
     """Microseconds of several pairs, each with launches of its own, in one autograd node: (backend, cost) of each."""
     per = {"native": C.native_launch, "triton": C.triton_launch, "library": C.library_launch}
     chosen = list(costs)
@@ -169,7 +169,8 @@ def _native(problem: Problem, sheet: Sheet) -> Cost:
         blocks = outputs * (ceil_div(problem.n, 64) if outputs < slots else 1)
         clocks += outputs * C.native_backward * rows**2 / min(blocks, slots)
     launches = 2 + (problem.estimator == "unbiased") + bool(wanted)
-    device = max(clocks / sheet.clock * 1e-3, _cold(_input_bytes(problem) + 2 * _wanted_bytes(problem), sheet))
+    moved = problem.n * (problem.p + problem.q + 2 * wanted) * problem.dtype.itemsize
+    device = max(clocks / sheet.clock * 1e-3, _cold(moved, sheet))
     return Cost(C.native_call + launches * C.native_launch, launches * C.launch + device, launches)
 
 
@@ -178,7 +179,7 @@ def _library(problem: Problem, sheet: Sheet, symmetric: Mapping[int, float]) -> 
     n, p, q, size = problem.n, problem.p, problem.q, problem.dtype.itemsize
     sides = [d for d, wants in ((p, problem.x_grad), (q, problem.y_grad)) if wants]
     gram = choose_route(n, p, q) == "gram"
-    inputs = _input_bytes(problem)
+    inputs = n * (p + q) * size
     # The shift pass reads a sample, then everything, and writes what the products read.
     device = _cold(inputs * (1 + min(1.0, C.sample / n)), sheet) + _warm(inputs, inputs, sheet)
     if gram:
@@ -270,11 +271,3 @@ def _warm(size: float, working_set: float, sheet: Sheet) -> float:
     if working_set > sheet.cache * 0.5e6:
         return _cold(size, sheet)
     return size / (sheet.multiprocessors * sheet.clock * C.cache) * 1e-3
-
-
-def _input_bytes(problem: Problem) -> int:
-    return problem.n * (problem.p + problem.q) * problem.dtype.itemsize
-
-
-def _wanted_bytes(problem: Problem) -> int:
-    return problem.n * (problem.x_grad * problem.p + problem.y_grad * problem.q) * problem.dtype.itemsize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,14 +9,14 @@ from torch import Tensor
 
 from . import backends
 from .backends.dominating import alive, dominated, squared_norms
-from .backends.linalg import at_least, fp32_products, inner, kept, scalar, to
+from .backends.linalg import LIMIT, at_least, fp32_products, inner, kept, scalar, to, unit_of
 from .backends.rows import Rows, Term, apart, centred, mean, shifted, weighed, wide_of
 from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
 from .sums import Norms, Sums, scaled, times, trace
 from .types import Problem
 
 
-def evaluate(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
+def value_of(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
     """The value of ``problem.statistic``, and what `gradient` needs: coefficients and scaled sums (``s`` is scaled in
     place).
 
@@ -60,7 +59,7 @@ def gradient(
     x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients, upstream: Scalar, *, problem: Problem,
     exact: Sums | None = None,
 ) -> Tensor:  # fmt: skip
-    """dX [m, p] in x's dtype for rows x [m, p], y [m, q] that are part of ``s``; ``s`` and ``c`` are from `evaluate`.
+    """dX [m, p] in x's dtype for rows x [m, p], y [m, q] that are part of ``s``; ``s`` and ``c`` are from `value_of`.
 
     With X, Y about the merged means, alpha = c.d_kl and gamma = c.d_kk, it is Y (2 alpha C) + X (4 gamma A); for the
     unbiased estimator see `_rows`. For dY swap the sides by `exchanged`. ``exact`` are the same sums with products in
@@ -71,7 +70,7 @@ def gradient(
     g = upstream * c.scale_x
     factors = 2.0 * c.d_kl * g, 4.0 * c.d_kk * g
     with fp32_products(problem):
-        z = backends.rows_of(x, y, mask, problem)
+        z = backends.shifted_rows(x, y, mask, problem)
         if problem.estimator == "unbiased":
             d = _unbiased(x, y, mask, z, s, factors, c=c, exact=exact or s)
         elif z is None:
@@ -189,12 +188,6 @@ def exchanged(s: Sums, c: Coefficients) -> tuple[Sums, Coefficients]:
 
 
 def _unit(product: Tensor, count: Scalar) -> Scalar:
-    """2^k that brings the root mean square of the largest feature into [1/2, 1); 1 if that is 0, NaN or Inf."""
-    peak = product.diagonal().amax()
-    if isinstance(count, float):
-        square = peak.item() / max(count, 1.0)
-        return 2.0 ** -math.frexp(square**0.5)[1] if 0.0 < square < math.inf else 1.0
-    peak = (peak.double() / count.clamp(min=1.0)).sqrt()
-    finite = torch.isfinite(peak) & (peak > 0.0)
-    exponent = torch.frexp(torch.where(finite, peak, 1.0)).exponent
-    return scalar(torch.ldexp(torch.ones_like(peak), -exponent))
+    """2^k that brings the root mean square of the largest feature into [1/2, 1); 1 if that is 0."""
+    square = scalar(product.diagonal().amax()) / at_least(1.0, count)
+    return unit_of(square**0.5, LIMIT[torch.float64])

@@ -221,4 +221,4 @@ def explain(
     """
     statistic: Statistic = "sqrt_cka_loss" if sqrt else "cka_loss"
     options = Options(statistic, kernel, estimator, row_dims, group, center, backend, precision)
-    return call.explain(x, y, mask, options)
+    return call.plan_of(x, y, mask, options)

@@ -63,10 +63,10 @@ def meet(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, pairs: int
         )
     # All ranks compute what any of them asks for, or their values would differ in the last bit.
     problem = problem._replace(n=n, masked=any(masked), x_grad=any(x_grad), y_grad=any(y_grad))
-    return Part(x, y, mask, problem, list(rows), transport.choose(problem, rows, backend), group)
+    return Part(x, y, mask, problem, list(rows), transport.cheaper(problem, rows, backend), group)
 
 
-def merged(part: Part) -> Tensor:
+def of_merged_sums(part: Part) -> Tensor:
     """The statistic of all ranks' rows from their merged sums; 0-d, fp32 or fp64, differentiable once."""
     with ops.without_autocast(part.x.device):
         value: Tensor = _Merged.apply(part.x, part.y, part.mask, part.problem, part.group)
@@ -91,8 +91,8 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, group: Any) -> Tensor:
-        total = sums.all_reduced(_own_sums(x, y, mask, problem), group)
-        value, coefficients, total = from_sums.evaluate(total, problem)
+        total = sums.all_reduced(_own_sums(x, y, mask, problem), group)  # no name here, so that they can be freed
+        value, coefficients, total = from_sums.value_of(total, problem)
         if not ctx.needs_input_grad[1]:
             total = total._replace(yy=total.yy.new_empty(0))
         norms = total.norms or ()

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import inputs, ops
+from .backends import linalg
 from .backends.dominating import bulk_mean, columns, largest, squared_norms, uneven, without
-from .backends.linalg import LIMIT, at_least, dtypes, inner, mm, require_fp64, row_count, self_product_norm, unscaled
 from .moments import MIN_ROWS, Moments, Scalar, combine
 from .types import Estimator, Problem
 
@@ -78,19 +78,12 @@ def cka_matrix(
 
 
 @torch.no_grad()
-def hsic_matrix(
-    xs: Sequence[Tensor],
-    ys: Sequence[Tensor] | None = None,
-    *,
-    estimator: str = "biased",
-    mask: Tensor | None = None,
-    row_dims: int = 1,
-) -> Hsics:
+def hsic_matrix(xs: Sequence[Tensor], ys: Sequence[Tensor] | None = None, **options: Any) -> Hsics:
     """HSIC of each layer of ``xs`` with each layer of ``ys``, and of each with itself; arguments as `cka_matrix`.
 
     Averages over batches are taken of these. On a GPU nothing is read back. A layer without variance has HSIC 0.
     """
-    m = _measure(xs, ys, estimator, mask, row_dims)
+    m = _measure(xs, ys, **options)
 
     def hsic(moments: Moments) -> Tensor:
         value: Tensor = combine(moments, m.n, "hsic", m.estimator, m.eps).value
@@ -102,8 +95,11 @@ def hsic_matrix(
         return torch.where(dead, 0.0 * value, value)
 
     _, kk, ll, _, r_kk, r_ll, t_k, t_l = m.moments
-    xx, yy = unscaled(own(kk, r_kk, t_k), m.scale_x, m.scale_x), unscaled(own(ll, r_ll, t_l), m.scale_y, m.scale_y)
-    return Hsics(unscaled(hsic(m.moments), m.scale_x, m.scale_y), xx.flatten(), yy.flatten())
+    xx, yy = (
+        linalg.unscaled(own(kk, r_kk, t_k), m.scale_x, m.scale_x),
+        linalg.unscaled(own(ll, r_ll, t_l), m.scale_y, m.scale_y),
+    )
+    return Hsics(linalg.unscaled(hsic(m.moments), m.scale_x, m.scale_y), xx.flatten(), yy.flatten())
 
 
 class _Measured(NamedTuple):
@@ -119,7 +115,11 @@ class _Measured(NamedTuple):
 
 
 def _measure(
-    xs: Sequence[Tensor], ys: Sequence[Tensor] | None, estimator: str, mask: Tensor | None, row_dims: int
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor] | None,
+    estimator: str = "biased",
+    mask: Tensor | None = None,
+    row_dims: int = 1,
 ) -> _Measured:
     inputs.refuse_tracing()
     inputs.require_choice(estimator=estimator)
@@ -131,7 +131,7 @@ def _measure(
                 f"all layers must have the same rows and device, got {tuple(rows)} on {device} and "
                 f"{tuple(layer.shape[:row_dims])} on {layer.device} (row_dims={row_dims})"
             )
-    require_fp64("a matrix of layers", device)
+    linalg.require_fp64("a matrix of layers", device)
     n = rows.numel()
     if n < MIN_ROWS[estimator]:
         raise ValueError(f'estimator="{estimator}" needs at least {MIN_ROWS[estimator]} rows, got {n}')
@@ -142,7 +142,7 @@ def _measure(
     dtype = reduce(torch.promote_types, (layer.dtype for layer in layers))
 
     layers = [layer.reshape(n, -1) for layer in layers]
-    count = row_count(layers[0], mask)
+    count = linalg.row_count(layers[0], mask)
     with ops.without_autocast(device):
         way: Way = "biased" if known == "biased" else "plain" if layers[0].is_cpu else "apart"
         x, y, found = _try(layers, len(xs), mask, count, dtype, way)
@@ -186,7 +186,7 @@ class _Side(NamedTuple):
 def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch.dtype, way: Way) -> _Side:
     """As `linalg.centre`, for all layers of equal width in one call: fewer calls, at whose ends cores wait."""
     wide, device = ops.value_dtype(dtype), layers[0].device
-    _, operand = dtypes(Problem(1, 1, 1, dtype, device))
+    _, operand = linalg.dtypes(Problem(1, 1, 1, dtype, device))
     groups: dict[int, list[int]] = {}
     for number, layer in enumerate(layers):
         groups.setdefault(layer.shape[1], []).append(number)
@@ -198,7 +198,7 @@ def _side(layers: list[Tensor], mask: Tensor | None, count: Scalar, dtype: torch
             x.masked_fill_(left_out, 0.0)
         unit = _bring_to_one_(x) if way == "apart" else 1.0  # `bulk_mean` squares rows before they are centred
         for _ in range(1 if way == "apart" else 2):  # the second mean is the rounding error of the first
-            x -= bulk_mean(x, mask) if way == "apart" else x.sum(1, keepdim=True) / at_least(1.0, count)
+            x -= bulk_mean(x, mask) if way == "apart" else x.sum(1, keepdim=True) / linalg.at_least(1.0, count)
             if left_out is not None:
                 x.masked_fill_(left_out, 0.0)
         scales.append(_bring_to_one_(x) * unit)
@@ -216,11 +216,11 @@ def _take(values: Tensor, place: list[int], dim: int = 0) -> Tensor:
 
 
 def _bring_to_one_(x: Tensor) -> Tensor:
-    """Multiply each layer of x [layers, n, width] in place by 2^k with 0.5 <= 2^k max|x| < 1 (some finite power for
-    zeros, NaN and Inf); return these powers, [layers], fp64."""
-    limit, peaks = LIMIT[x.dtype], torch.maximum(x.amax((1, 2)), -x.amin((1, 2)))  # norm(inf) takes 20 times as long
-    exponent = torch.frexp(torch.where(peaks.isfinite(), peaks, 1.0)).exponent.clamp(-limit, limit)
-    scale = torch.ldexp(torch.ones_like(peaks, dtype=torch.float64), -exponent)
+    """Multiply each layer of x [layers, n, width] in place by the power of two that brings its largest magnitude into
+    [0.5, 1) (`linalg.unit_of`); return these powers, [layers], fp64."""
+    scale: Tensor = linalg.unit_of(
+        torch.maximum(x.amax((1, 2)), -x.amin((1, 2))), linalg.LIMIT[x.dtype]
+    )  # norm(inf): 20 times as long
     x.mul_(scale.to(x.dtype)[:, None, None])
     return scale
 
@@ -321,17 +321,17 @@ def _by_features(x_side: _Side, y_side: _Side | None, way: Way) -> Parts:
         xs, ys = x_rest.bulk, y_rest.bulk if y_rest else None
 
     def squared(x: Tensor, y: Tensor) -> Scalar:
-        product = mm(y.T, x)
-        return inner(product, product)
+        product = linalg.mm(y.T, x)
+        return linalg.inner(product, product)
 
-    kk = ll = _vector([self_product_norm(x.T) for x in xs], device)
+    kk = ll = linalg.pack(tuple(linalg.self_product_norm(x.T) for x in xs), device)
     if ys is None:
         kl = torch.diag(kk)
         for i in range(1, len(xs)):
-            kl[i, :i] = kl[:i, i] = _vector([squared(xs[i], x) for x in xs[:i]], device)
+            kl[i, :i] = kl[:i, i] = linalg.pack(tuple(squared(xs[i], x) for x in xs[:i]), device)
     else:
-        kl = _vector([squared(x, y) for x in xs for y in ys], device).view(len(xs), -1)
-        ll = _vector([self_product_norm(y.T) for y in ys], device)
+        kl = linalg.pack(tuple(squared(x, y) for x in xs for y in ys), device).view(len(xs), -1)
+        ll = linalg.pack(tuple(linalg.self_product_norm(y.T) for y in ys), device)
     if way == "plain":
         kappa, lam = (
             torch.stack([squared_norms(x.to(ops.value_dtype(x.dtype))) for x in side]).double()
@@ -382,13 +382,6 @@ def _apart(xs: list[Tensor], ys: list[Tensor] | None) -> tuple[_Apart, _Apart | 
         return _Apart(bulk, torch.stack(norms), torch.stack(heavy), torch.stack(sums), twice)
 
     return of(xs), None if ys is None else of(ys)
-
-
-def _vector(scalars: list[Scalar], device: torch.device) -> Tensor:
-    """The scalars (floats on a CPU, 0-d tensors on a GPU) as one fp64 tensor on ``device``."""
-    if device.type == "cpu":
-        return torch.tensor(scalars, dtype=torch.float64, device=device)
-    return torch.stack([s.double() for s in scalars])
 
 
 def _require_layers(name: str, layers: object, row_dims: int) -> list[Tensor]:

@@ -21,31 +21,7 @@ from torch import Tensor
 from . import backends, reference
 from .backends.linalg import has_fp64
 from .plan import route_of
-from .types import PLAIN, RBF, Estimator, Precision, Problem, Route, Stash, Statistic
-
-
-class Spec(NamedTuple):
-    """The non-tensor arguments of both operators, in schema order."""
-
-    statistic: Statistic
-    estimator: Estimator
-    route: Route
-    backend: str
-    precision: Precision | None
-    x_grad: bool
-    y_grad: bool
-    kernel: str = "linear"
-    sigma: Sequence[float] = ()
-    threshold: float | None = None
-    flow: bool = False
-    median: str = "lower"
-    center: bool = True
-
-    @property
-    def rbf(self) -> RBF | None:
-        """The kernel, None for the linear one."""
-        sigma = (self.sigma[0], self.sigma[1]) if self.sigma else None
-        return None if self.kernel == "linear" else RBF(sigma, self.threshold, self.flow, self.median)
+from .types import PLAIN, RBF, Problem, Route, Stash, Statistic
 
 
 class Call(NamedTuple):
@@ -62,32 +38,52 @@ class Call(NamedTuple):
     module: Any = None
 
 
-_SPEC = "str statistic, str estimator, str route, str backend, str? precision, bool x_grad, bool y_grad, "
-_SPEC += "str kernel, float[] sigma, float? threshold, bool flow, str median, bool center"
 _STASH = ", ".join(f"Tensor {name}" for name in Stash._fields)
+_CALL = "str statistic, str estimator, str route, str backend, str? precision, bool x_grad, bool y_grad, "
+_CALL += "str kernel, float[] sigma, float? threshold, bool flow, str median, bool center"
 
 torch.library.define(
     "bird::alignment",
-    f"(Tensor x, Tensor y, Tensor? mask, {_SPEC}) -> (Tensor value, {_STASH})",
+    f"(Tensor x, Tensor y, Tensor? mask, {_CALL}) -> (Tensor value, {_STASH})",
 )
 torch.library.define(
     "bird::alignment_backward",
-    f"(Tensor grad, Tensor x, Tensor y, Tensor? mask, {_STASH}, {_SPEC}) -> (Tensor dx, Tensor dy)",
+    f"(Tensor grad, Tensor x, Tensor y, Tensor? mask, {_STASH}, {_CALL}) -> (Tensor dx, Tensor dy)",
 )
 
 
-def _problem(x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec) -> Problem:
-    sizes, asked = (x.shape[0], x.shape[1], y.shape[1]), (spec.statistic, spec.estimator, spec.precision)
-    wanted = mask is not None, spec.x_grad, spec.y_grad
-    return Problem(*sizes, x.dtype, x.device, *asked, *wanted, spec.rbf, spec.center)
-
-
-def _spec(call: Call) -> Spec:
+def flattened(call: Call) -> tuple[Any, ...]:
+    """A call as both operators take it behind their tensors, in the order of their schema."""
     p, k = call.problem, call.problem.kernel
     linear = p.statistic, p.estimator, call.route, call.backend, p.precision, p.x_grad, p.y_grad
     if k is None:
-        return Spec(*linear, center=p.center)
-    return Spec(*linear, "rbf", k.sigmas or (), k.threshold, k.flow, k.median, p.center)
+        return *linear, "linear", (), None, False, "lower", p.center
+    return *linear, "rbf", k.sigmas or (), k.threshold, k.flow, k.median, p.center
+
+
+def _call(x: Tensor, y: Tensor, mask: Tensor | None, given: Sequence[Any]) -> Call:
+    """The call that `flattened` made ``given`` of."""
+    statistic, estimator, route, backend, precision, x_grad, y_grad, kernel, sigma, *rule, center = given
+    rbf = None if kernel == "linear" else RBF((sigma[0], sigma[1]) if sigma else None, *rule)
+    sizes, asked = (x.shape[0], x.shape[1], y.shape[1]), (statistic, estimator, precision)
+    problem = Problem(*sizes, x.dtype, x.device, *asked, mask is not None, x_grad, y_grad, rbf, center)
+    return Call(problem, route, backend)
+
+
+def _split(stash_and_call: Sequence[Any]) -> tuple[Stash, Sequence[Any]]:
+    """The last arguments of the backward: the stash, and those that `flattened` makes."""
+    return Stash(*stash_and_call[: len(Stash._fields)]), stash_and_call[len(Stash._fields) :]
+
+
+def _wanted(given: Sequence[Any]) -> tuple[bool, bool]:
+    """Of the arguments that `flattened` makes: whether gradients of x and of y are wanted."""
+    return given[5], given[6]
+
+
+def literal(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Tensor:
+    """The statistic by its published formula (`reference`), 0-d, fp64."""
+    value: Tensor = getattr(reference, problem.statistic)(x, y, mask, problem.estimator, problem.kernel, problem.center)
+    return value
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -103,19 +99,16 @@ def _run(function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) ->
         return function(x, *args, **options)
 
 
-def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
-    spec = Spec(*spec_)
-    problem = _problem(x, y, mask, spec)
-    value, stash = _run(backends.of(problem, spec.backend).forward, x, y, mask, problem, spec.route)
+def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
+    value, stash, _ = run_forward(x, y, mask, _call(x, y, mask, given))
     # An operator must not return its inputs, but the stash of uncentred features is the features themselves.
     return value, *(kept.clone() if kept is x or kept is y else kept for kept in stash)
 
 
 def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
-    stash, spec = Stash(*rest[: len(Stash._fields)]), Spec(*rest[len(Stash._fields) :])
-    problem = _problem(x, y, mask, spec)
-    run = backends.of(problem, spec.backend).backward
-    dx, dy = _run(run, grad, x, y, mask, stash, problem, route=spec.route)
+    stash, given = _split(rest)
+    problem, route, backend, *_ = _call(x, y, mask, given)
+    dx, dy = _run(backends.of(problem, backend).backward, grad, x, y, mask, stash, problem, route=route)
     return dx, dy
 
 
@@ -125,10 +118,9 @@ torch.library.impl("bird::alignment_backward", "CompositeExplicitAutograd", _ali
 
 
 @torch.library.register_fake("bird::alignment")
-def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> tuple[Tensor, ...]:
-    spec = Spec(*spec_)
-    problem = _problem(x, y, mask, spec)
-    shapes = backends.of(problem, spec.backend).stash_shapes(problem, spec.route)
+def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
+    problem, route, backend, *_ = _call(x, y, mask, given)
+    shapes = backends.of(problem, backend).stash_shapes(problem, route)
     value = x.new_empty((), dtype=value_dtype(x.dtype))
     # The one fp64 tensor of a stash stays on the host where a device has no fp64.
     places = {"coefficients": x.device if has_fp64(x.device) else torch.device("cpu")}
@@ -140,8 +132,8 @@ def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *spec_: Any) -> t
 def _alignment_backward_fake(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    spec = Spec(*rest[len(Stash._fields) :])
-    return x.new_empty(x.shape if spec.x_grad else (0,)), y.new_empty(y.shape if spec.y_grad else (0,))
+    x_grad, y_grad = _wanted(_split(rest)[1])
+    return x.new_empty(x.shape if x_grad else (0,)), y.new_empty(y.shape if y_grad else (0,))
 
 
 def value_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -155,23 +147,23 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
     wanted = problem.x_grad or problem.y_grad
     if torch.compiler.is_compiling() and not wanted:
         # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
-        value: Tensor = torch.ops.bird.alignment(x, y, mask, *_spec(call))[0]
+        value: Tensor = torch.ops.bird.alignment(x, y, mask, *flattened(call))[0]
         return value
     if watched(x, y):
-        value = _TransformableAlignment.apply(x, y, mask, *_spec(call))[0]
+        value = _TransformableAlignment.apply(x, y, mask, *flattened(call))[0]
         return value
     if call.backend == "native":
         try:
-            return _native().alignment(x, y, mask, problem)
+            return _native().statistic_of(x, y, mask, problem)
         except Exception as error:
             call = _instead(call, error)
     if not wanted:
-        return forward(x, y, mask, call)[0]
+        return run_forward(x, y, mask, call)[0]
     value = _Alignment.apply(x, y, mask, call)
     return value
 
 
-def forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash, Call]:
+def run_forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash, Call]:
     """Value, stash, and the call that made them; under ``auto`` by another backend if the first one's kernels fail."""
     while True:
         problem, route, backend, auto, _ = call
@@ -183,21 +175,20 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tens
             call = _instead(call, error)
 
 
-def backward(
+def run_backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, call: Call
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx and dy, None where not wanted: by the backend that made the stash, or by the operator if `is_visible`. Under
     ``auto``, if its kernels fail, another backend repeats the forward and runs the backward."""
     problem = call.problem
     if is_visible(grad, x):
-        dx, dy = _visible_backward(grad, x, y, mask, _spec(call), stash)
-        return (dx if problem.x_grad else None), (dy if problem.y_grad else None)
+        return _visible_backward(grad, x, y, mask, flattened(call), stash)
     while True:
         try:
             dx, dy = _run(call.module.backward, grad, x, y, mask, stash, problem, route=call.route)
             return (dx if problem.x_grad else None), (dy if problem.y_grad else None)
         except Exception as error:
-            _, stash, call = forward(x, y, mask, _instead(call, error))
+            _, stash, call = run_forward(x, y, mask, _instead(call, error))
 
 
 def _instead(call: Call, error: Exception) -> Call:
@@ -245,12 +236,12 @@ def _native() -> Any:
         grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor | None, Tensor | None]:
         coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad = rest
-        spec = Spec(
-            get_args(Statistic)[statistic], "unbiased" if unbiased else "biased", "gram", "native",
-            "ieee" if exact else "tf32", x_grad, y_grad,
+        problem = Problem(
+            x.shape[0], x.shape[1], y.shape[1], x.dtype, x.device, get_args(Statistic)[statistic],
+            "unbiased" if unbiased else "biased", "ieee" if exact else "tf32", mask is not None, x_grad, y_grad,
         )  # fmt: skip
-        dx, dy = _visible_backward(grad, x, y, mask, spec, native.stash_of(coefficients, k, l))
-        return (dx if x_grad else None), (dy if y_grad else None)
+        given = flattened(Call(problem, "gram", "native"))
+        return _visible_backward(grad, x, y, mask, given, native.stash_of(coefficients, k, l))
 
     native.differentiate_backward_with(backward)
     at_once = native.at_once_where(backends.most_at_once)
@@ -262,29 +253,30 @@ class _Alignment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
-        value, stash, ctx.call = forward(x, y, mask, call)
+        value, stash, ctx.call = run_forward(x, y, mask, call)
         ctx.save_for_backward(x, y, mask, *stash)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, mask, *tensors = ctx.saved_tensors
-        return *backward(grad, x, y, mask, Stash(*tensors), ctx.call), None, None
+        return *run_backward(grad, x, y, mask, Stash(*tensors), ctx.call), None, None
 
 
 def _visible_backward(
-    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, spec: Spec, stash: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """dx and dy by the operator; differentiable under create_graph and torch.func."""
-    if not torch.compiler.is_compiling() and is_batched(grad):  # dx and dy are linear in grad
-        dx, dy = _visible_backward(x.new_ones((), dtype=grad.dtype), x, y, mask, spec, stash)
-        return (dx * grad).to(dx.dtype), (dy * grad).to(dy.dtype)
-    gradients: tuple[Tensor, Tensor]
+    grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, given: Sequence[Any], stash: Sequence[Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dy by the operator, None where not wanted; differentiable under create_graph and torch.func."""
+    batched = not torch.compiler.is_compiling() and is_batched(grad)  # then with 1 for it: dx and dy are linear in grad
+    tensors = x.new_ones((), dtype=grad.dtype) if batched else grad, x, y, mask, *stash
     if torch.is_grad_enabled():
-        gradients = _AlignmentBackward.apply(grad, x, y, mask, *spec, *stash)
+        dx, dy = _AlignmentBackward.apply(*tensors, *given)
     else:  # without grad mode the operator itself: torch.compile of 2.11 cannot trace a Function inside another
-        gradients = torch.ops.bird.alignment_backward(grad, x, y, mask, *stash, *spec)
-    return gradients
+        dx, dy = torch.ops.bird.alignment_backward(*tensors, *given)
+    if batched:
+        dx, dy = (dx * grad).to(dx.dtype), (dy * grad).to(dy.dtype)
+    x_grad, y_grad = _wanted(given)
+    return (dx if x_grad else None), (dy if y_grad else None)
 
 
 class _TransformableAlignment(torch.autograd.Function):
@@ -292,22 +284,19 @@ class _TransformableAlignment(torch.autograd.Function):
     outputs."""
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor, mask: Tensor | None, *spec: Any) -> tuple[Tensor, ...]:
-        return torch.ops.bird.alignment(x, y, mask, *spec)
+    def forward(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
+        return torch.ops.bird.alignment(x, y, mask, *given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, mask, *spec = inputs
-        ctx.spec = spec
+        x, y, mask, *ctx.given = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(x, y, mask, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, y, mask, *stash = ctx.saved_tensors
-        spec = Spec(*ctx.spec)
-        dx, dy = _visible_backward(grad, x, y, mask, spec, stash)
-        return (dx if spec.x_grad else None), (dy if spec.y_grad else None), None, *(None for _ in spec)
+        return *_visible_backward(grad, x, y, mask, ctx.given, stash), None, *(None for _ in ctx.given)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
@@ -318,34 +307,28 @@ class _AlignmentBackward(torch.autograd.Function):
     """The backward as a Function of its own, so that it can be differentiated again."""
 
     @staticmethod
-    def forward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *spec_and_stash: Any) -> tuple[Tensor, Tensor]:
-        spec, stash = spec_and_stash[: len(Spec._fields)], spec_and_stash[len(Spec._fields) :]
-        return torch.ops.bird.alignment_backward(grad, x, y, mask, *stash, *spec)
+    def forward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.bird.alignment_backward(grad, x, y, mask, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         grad, x, y, mask, *rest = inputs
-        ctx.spec = rest[: len(Spec._fields)]
+        _, ctx.given = _split(rest)  # not the stash: tensors must be saved, and these are not needed
         ctx.save_for_backward(grad, x, y, mask)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor, ddy: Tensor) -> tuple[Tensor | None, ...]:
         grad, x, y, mask = ctx.saved_tensors
-        spec = Spec(*ctx.spec)
-        wanted = spec.x_grad, spec.y_grad
-
-        def literal(x: Tensor, y: Tensor) -> Tensor:
-            value: Tensor = getattr(reference, spec.statistic)(x, y, mask, spec.estimator, spec.rbf, spec.center)
-            return value
+        problem, wanted = _call(x, y, mask, ctx.given).problem, _wanted(ctx.given)
 
         def first(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-            value, pull = torch.func.vjp(literal, x, y)  # type: ignore[misc]
+            value, pull = torch.func.vjp(lambda x, y: literal(x, y, mask, problem), x, y)  # type: ignore[misc]
             gradients: tuple[Tensor, ...] = pull(grad.to(value.dtype))
             return tuple(compress(gradients, wanted))
 
         # Not torch.autograd.grad, which refuses to run inside of torch.func's transforms.
         _, pull = torch.func.vjp(first, grad, x, y)  # type: ignore[misc]
-        return *pull(tuple(compress((ddx, ddy), wanted))), None, *(None for _ in (*spec, *Stash._fields))
+        return *pull(tuple(compress((ddx, ddy), wanted))), None, *(None for _ in (*Stash._fields, *ctx.given))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:

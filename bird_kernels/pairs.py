@@ -22,7 +22,7 @@ class _Calls(NamedTuple):
 
 
 def numbers(weights: Sequence[float | Tensor] | Tensor | None, x: object) -> Sequence[float] | Tensor | None:
-    """The weights in the form that `weighted_sum` expects; ``x`` is the list of one side's tensors, or invalid.
+    """The weights in the form that `weighted_loss` expects; ``x`` is the list of one side's tensors, or invalid.
 
     Raises:
         TypeError, ValueError: ``weights`` is not one number for each pair.
@@ -41,7 +41,7 @@ def numbers(weights: Sequence[float | Tensor] | Tensor | None, x: object) -> Seq
     return weights if torch.compiler.is_compiling() else tuple(map(float, weights))  # type: ignore[return-value]
 
 
-def weighted_sum(losses: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
+def weighted_loss(losses: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
     """The sum of weight * loss over the pairs, 0-d; ``weights`` are from `numbers`, None means 1 each.
 
     Weights that are a tensor may be learned: they receive a gradient.
@@ -52,13 +52,9 @@ def weighted_sum(losses: Tensor, weights: Sequence[float] | Tensor | None) -> Te
         return (losses * weights.to(losses)).sum()
     if torch.compiler.is_compiling():
         return sum((w * loss for w, loss in zip(weights, losses.unbind(), strict=True)), losses.new_zeros(()))
-    # Not losses @ vector, which autocast would round to bf16.
-    return torch.dot(losses, _vector(tuple(weights), losses.dtype, losses.device))
-
-
-def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers as a vector on ``device``."""
-    return _kept(values, dtype) if device.type == "cpu" else _filled(values, dtype, device)
+    values, dtype, device = tuple(weights), losses.dtype, losses.device
+    vector = _kept(values, dtype) if device.type == "cpu" else _filled(values, dtype, device)
+    return torch.dot(losses, vector)  # not losses @ vector, which autocast would round to bf16
 
 
 @lru_cache(maxsize=64)
@@ -79,7 +75,7 @@ def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
     return vector
 
 
-def losses(pairs: list[tuple[Tensor, Tensor, Tensor | None, Problem]], requested: str) -> Tensor:
+def in_one_node(pairs: list[tuple[Tensor, Tensor, Tensor | None, Problem]], requested: str) -> Tensor:
     """The statistics of L >= 2 pairs, [L], fp32 (fp64 if any pair has it), by the ``requested`` backend.
 
     ``pairs`` are results of `inputs.prepare`; all have the same mask.
@@ -108,7 +104,7 @@ def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> t
     if calls.together:
         problems = tuple(call.problem for call in calls.each)
         try:
-            value, common = backends.load("triton").forward_together(tensors, mask, problems)
+            value, common = backends.module_of("triton").forward_together(tensors, mask, problems)
             return value, list(common), calls
         except Exception as error:
             calls = _apart(calls, error)
@@ -116,7 +112,7 @@ def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> t
     values: list[Tensor] = []
     saved: list[Tensor] = []
     for call, x, y in zip(calls.each, tensors[::2], tensors[1::2], strict=True):
-        value, stash, done = ops.forward(x, y, mask, call)
+        value, stash, done = ops.run_forward(x, y, mask, call)
         each.append(done)
         values.append(value)
         saved += stash
@@ -149,7 +145,7 @@ class _Pairs(torch.autograd.Function):
         if calls.together and not ops.is_visible(grad, tensors[0]):
             problems = tuple(call.problem for call in calls.each)
             try:
-                triton = backends.load("triton")
+                triton = backends.module_of("triton")
                 return None, None, *triton.backward_together(grad, tensors, mask, Stash(*saved), problems)
             except Exception as error:
                 _, saved, calls = _forward(_apart(calls, error), mask, tensors)
@@ -160,7 +156,7 @@ class _Pairs(torch.autograd.Function):
         for i, (call, upstream) in enumerate(zip(calls.each, grad.unbind(), strict=True)):
             own = Stash(*saved[fields * i : fields * (i + 1)])
             upstream = upstream.to(ops.value_dtype(call.problem.dtype))
-            gradients += ops.backward(upstream, tensors[2 * i], tensors[2 * i + 1], mask, own, call)
+            gradients += ops.run_backward(upstream, tensors[2 * i], tensors[2 * i + 1], mask, own, call)
         return None, None, *gradients
 
 

@@ -18,7 +18,7 @@ def select(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask[:, None], x, 0.0)
 
 
-def row_count(x: Tensor, mask: Tensor | None) -> Tensor:
+def number_of_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """The number of rows that count, as a 0-d fp64 tensor."""
     return torch.full((), x.shape[0], dtype=torch.float64, device=x.device) if mask is None else mask.double().sum()
 
@@ -26,7 +26,7 @@ def row_count(x: Tensor, mask: Tensor | None) -> Tensor:
 def centring_matrix(x: Tensor, mask: Tensor | None) -> Tensor:
     r"""H = I - 1 1^T / n, restricted to the rows that count. Shape [n, n], fp64."""
     ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device) if mask is None else mask.double()
-    return torch.diag(ones) - torch.outer(ones, ones) / row_count(x, mask)
+    return torch.diag(ones) - torch.outer(ones, ones) / number_of_rows(x, mask)
 
 
 def squared_distances(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -111,18 +111,18 @@ def hsic(
 ) -> Tensor:  # fmt: skip
     """HSIC of x [n, p] and y [n, q]; 0-d, fp64. ``kernel`` None is the linear one, else a `bird_kernels.RBF`."""
     k, l = centered_gram(x, mask, kernel, 0, center), centered_gram(y, mask, kernel, 1, center)
-    return undefined(x, mask, estimator) * HSIC[estimator](k, l, row_count(x, mask))
+    return undefined(x, mask, estimator) * HSIC[estimator](k, l, number_of_rows(x, mask))
 
 
 def has_no_variance(x: Tensor, gram: Tensor, self_hsic: Tensor, mask: Tensor | None, kernel: Any) -> Tensor:
     """Whether HSIC(x, x) is zero up to the rounding of fp64; 0-d, bool. ``gram`` is the centred one."""
-    size = select(x, mask).square().sum() * 1e-26 if kernel is None else row_count(x, mask) * 1e-15
+    size = select(x, mask).square().sum() * 1e-26 if kernel is None else number_of_rows(x, mask) * 1e-15
     return (gram.trace() <= size) | (self_hsic <= 1e-13 * gram.square().mean())
 
 
 def undefined(x: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
     """NaN where there are fewer rows than the estimator needs, else 1; 0-d, fp64."""
-    enough = row_count(x, mask) >= {"biased": 2, "unbiased": 4}[estimator]
+    enough = number_of_rows(x, mask) >= {"biased": 2, "unbiased": 4}[estimator]
     return torch.where(enough, 1.0, torch.nan).double()
 
 
@@ -132,7 +132,7 @@ def cka(
 ) -> Tensor:  # fmt: skip
     """HSIC(x,y) / sqrt(HSIC(x,x) HSIC(y,y)) (Kornblith et al. 2019, eq. 4), 0 if a side has no variance; 0-d, fp64."""
     k, l = centered_gram(x, mask, kernel, 0, center), centered_gram(y, mask, kernel, 1, center)
-    n = row_count(x, mask)
+    n = number_of_rows(x, mask)
     xy, xx, yy = (HSIC[estimator](a, b, n) for a, b in ((k, l), (k, k), (l, l)))
     dead = has_no_variance(x, k, xx, mask, kernel) | has_no_variance(y, l, yy, mask, kernel)
     xx, yy = (torch.where(dead, 1.0, a) for a in (xx, yy))
@@ -156,4 +156,4 @@ def gram_mse(
 ) -> Tensor:  # fmt: skip
     """Mean squared difference of the Gram matrices' n^2 entries; 0-d, fp64."""
     difference = centered_gram(x, mask, kernel, 0, center) - centered_gram(y, mask, kernel, 1, center)
-    return undefined(x, mask, estimator) * difference.square().sum() / row_count(x, mask) ** 2
+    return undefined(x, mask, estimator) * difference.square().sum() / number_of_rows(x, mask) ** 2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import plan
 from .backends.dominating import UNEVEN, alive, bulk_mean, columns, largest, noise, squared_norms, u_centred_, without
-from .backends.linalg import LIMIT, require_fp64
+from .backends.linalg import LIMIT, require_fp64, unit_of
 from .moments import MIN_ROWS, Moments, combine
 from .types import Estimator
 
@@ -75,10 +75,8 @@ def _about_bulk(x: Tensor, keep: Tensor | None) -> Tensor:
 
 def _scaled(x: Tensor) -> Tensor:
     """Each sequence times the power of two that brings its largest magnitude into [0.5, 1)."""
-    limit = LIMIT[x.dtype]
-    peak = x.detach().abs().amax((1, 2), keepdim=True)
-    exponent = torch.frexp(peak).exponent.clamp(-limit, limit)
-    return x * torch.ldexp(torch.ones_like(peak), -exponent)
+    peaks = x.detach().abs().amax((1, 2), keepdim=True)
+    return x * unit_of(peaks, LIMIT[x.dtype]).to(x.dtype)
 
 
 def _moments(xs: Tensor, ys: Tensor, route: str) -> Moments:

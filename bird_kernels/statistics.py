@@ -80,7 +80,7 @@ class Statistics:
         if self._sums is not None:
             _require_same("the other statistics", (*_widths(other._sums), other._sums.n.device), self._sums)
         with torch.inference_mode(False):
-            part = sums.merged([other._sums]) if self._sums is None else other._sums  # a copy, to be added to
+            part = other._sums.copy() if self._sums is None else other._sums
             self._add(part, other._products)
 
     def all_reduce(self, group: ProcessGroup | None = None) -> None:
@@ -115,7 +115,7 @@ class Statistics:
                 + ", ".join(f"{features} (rank {rank})" for rank, features in enumerate(theirs))
             )
         p, q, _, kind = updated[0]
-        own = self._sums if self._sums is not None else _no_sums(p, q, torch.device(kinds[kind]))
+        own = self._sums if self._sums is not None else sums.no_rows(p, q, torch.device(kinds[kind]))
         with torch.inference_mode(False):
             self._sums = sums.all_reduced(own, group)
         self._products = torch.float32 if min(itemsize for _, _, itemsize, _ in updated) == 4 else torch.float64
@@ -186,11 +186,8 @@ class Statistics:
         """
         if self._sums is None:
             return {}
-        norms = self._sums.norms
-        assert norms is not None
-        plain = {name: value.clone() for name, value in self._sums._asdict().items() if name != "norms"}
         eps = torch.full((), torch.finfo(self._products).eps, dtype=torch.float64, device="cpu")
-        return plain | {f"norms.{name}": value.clone() for name, value in norms._asdict().items()} | {"eps": eps}
+        return {name: value.clone() for name, value in self._sums.named().items()} | {"eps": eps}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], *, precision: str | None = None) -> Statistics:
@@ -211,7 +208,7 @@ class Statistics:
         _require_state(saved, eps)
         new._products = torch.float64 if eps < 1e-12 else torch.float32
         with torch.inference_mode(False):
-            new._sums = sums.merged([saved])  # a copy, to be added to
+            new._sums = saved.copy()
         return new
 
     def __repr__(self) -> str:
@@ -236,7 +233,7 @@ class Statistics:
         s = self._known()
         problem = Problem(0, *_widths(s), self._products, s.n.device, statistic, estimator)  # type: ignore[arg-type]
         wanted = s if estimator == "unbiased" else s._replace(norms=None)
-        return from_sums.evaluate(sums.merged([wanted]), problem)  # `merged` copies: evaluate works in place
+        return from_sums.value_of(wanted.copy(), problem)
 
     def _value(self, statistic: Statistic, estimator: str) -> Tensor:
         value, _, _ = self._evaluate(statistic, estimator)
@@ -249,11 +246,6 @@ class Statistics:
 
 def _widths(s: Sums) -> tuple[int, int]:
     return len(s.mean_x), len(s.mean_y)
-
-
-def _no_sums(p: int, q: int, device: torch.device) -> Sums:
-    x, y = (torch.empty(0, width, dtype=torch.float64, device=device) for width in (p, q))
-    return sums.sums_of(x, y, None, Problem(0, p, q, x.dtype, device, "cka", "unbiased"))
 
 
 def _require_same(what: str, kind: tuple[int, int, torch.device], s: Sums) -> None:
@@ -271,24 +263,19 @@ PRODUCTS = torch.float32, torch.float64
 
 def _require_state(saved: Sums, eps: object) -> None:
     """Raises a ValueError unless shapes, dtypes and devices fit together. Values on a device are not looked at."""
-    norms = saved.norms
-    assert norms is not None
-    plain = {name: value for name, value in saved._asdict().items() if name != "norms"}
-    parts = plain | {f"norms.{name}": value for name, value in norms._asdict().items()}
+    parts = saved.named()
     for name, value in (parts | {"eps": eps}).items():
         if not isinstance(value, Tensor) or value.dtype not in PRODUCTS or value.layout != torch.strided:
             raise ValueError(f"a damaged state of Statistics: {name} is no tensor of fp32 or fp64")
     assert isinstance(eps, Tensor)
     p, q = saved.mean_x.numel(), saved.mean_y.numel()
-    shapes = {
-        "mean_x": [p], "mean_y": [q], "xx": [p, p], "xy": [q, p], "yy": [q, q],
-        "norms.kx": [p], "norms.lx": [p], "norms.ky": [q], "norms.ly": [q],
-    }  # fmt: skip
+    right = sums.no_rows(p, q, torch.device("meta")).named()
     for name, value in parts.items():
-        if list(value.shape) != shapes.get(name, []) or value.device != saved.n.device:
+        shape, device = right[name].shape, saved.n.device
+        if value.shape != shape or value.device != device:
             raise ValueError(
                 f"a damaged state of Statistics: {name} is {list(value.shape)} on {value.device}, not "
-                f"{shapes.get(name, [])} on {saved.n.device}"
+                f"{list(shape)} on {device}"
             )
         if value.dtype != torch.float64 and name not in ("xx", "xy", "yy"):
             raise ValueError(f"a damaged state of Statistics: {name} is {value.dtype}, not torch.float64")

@@ -20,7 +20,6 @@ the statistic of the whole; the gradient of a row needs only the merged sums and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,6 +67,15 @@ class Sums(NamedTuple):
     yy: Tensor
     norms: Norms | None
 
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by name; those of ``norms`` are "norms.kx" and so on."""
+        own = {name: value for name, value in self._asdict().items() if name != "norms"}
+        return own | {f"norms.{name}": value for name, value in (self.norms._asdict() if self.norms else {}).items()}
+
+    def copy(self) -> Sums:
+        """The same sums with products of their own, since `include` and `from_sums.value_of` write to them."""
+        return self._replace(xx=self.xx.clone(), xy=self.xy.clone(), yy=self.yy.clone())
+
     def to(self, dtype: torch.dtype) -> Sums:
         """The same sums with the products in another dtype."""
         return self._replace(xx=self.xx.to(dtype), xy=self.xy.to(dtype), yy=self.yy.to(dtype))
@@ -81,9 +89,9 @@ def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums
     2^-240 and 2^240."""
     unbiased = problem.estimator == "unbiased"
     if len(x) == 0:
-        return _none(x, y, dtypes(problem)[0], unbiased)
+        return no_rows(x.shape[1], y.shape[1], x.device, dtypes(problem)[0], unbiased)
     with fp32_products(problem):
-        z = backends.rows_of(x, y, mask, problem)
+        z = backends.shifted_rows(x, y, mask, problem)
         if z is None and not (unbiased and x.is_cuda):
             found = _of_centred(x, y, mask, problem)
             if found is not None:
@@ -129,15 +137,6 @@ def _unscaled(scale: Scalar, dtype: torch.dtype) -> Scalar:
     if isinstance(scale, Tensor):
         return torch.where((scale >= 1.0 / limit) & (scale <= limit), 1.0 / scale, torch.nan)
     return 1.0 / scale if 1.0 / limit <= scale <= limit else math.nan
-
-
-def merged(parts: Sequence[Sums]) -> Sums:
-    """The sums of the union of disjoint sets of rows."""
-    first = parts[0]
-    total = first._replace(xx=first.xx.clone(), xy=first.xy.clone(), yy=first.yy.clone())
-    for part in parts[1:]:
-        total = include(total, part)
-    return total
 
 
 def include(total: Sums, part: Sums) -> Sums:
@@ -246,10 +245,9 @@ def _symmetric(flat: Tensor, width: int) -> Tensor:
     return out
 
 
-def _none(x: Tensor, y: Tensor, wide: torch.dtype, norms: bool) -> Sums:
-    """The sums of no rows."""
-    p, q = x.shape[1], y.shape[1]
-    zeros = partial(torch.zeros, dtype=torch.float64, device=x.device)
+def no_rows(p: int, q: int, device: torch.device, wide: torch.dtype = torch.float64, norms: bool = True) -> Sums:
+    """The sums of no rows, with products in ``wide``."""
+    zeros = partial(torch.zeros, dtype=torch.float64, device=device)
     sizes = (p, q, p, q, (), (), (), (), ())
     xx, xy, yy = (zeros(size, dtype=wide) for size in ((p, p), (q, p), (q, q)))
     return Sums(zeros(()), zeros(p), zeros(q), xx, xy, yy, Norms(*map(zeros, sizes)) if norms else None)

@@ -228,17 +228,11 @@ def _require_same_tokens(x: Tensor, y: Tensor, side: _Layout) -> None:
         )
 
 
-def _lengths(side: _Layout) -> Tensor | None:
-    """The number of tokens of each sequence, [B]; None without padding."""
-    if side.cu_seqlens is not None:
-        return side.cu_seqlens.diff()
-    return None if side.mask is None else side.mask.sum(1)
-
-
 def _present(side: _Layout) -> Tensor | None:
     """Which sequences have tokens, bool [B]; None if all have."""
-    lengths = _lengths(side)
-    return None if lengths is None else lengths > 0
+    if side.cu_seqlens is not None:
+        return side.cu_seqlens.diff() > 0
+    return None if side.mask is None else side.mask.any(1)
 
 
 def _padded(x: Tensor, side: _Layout) -> tuple[Tensor, Tensor | None]:

@@ -52,27 +52,16 @@ def gathered_size(longest: int, p: int, q: int, itemsize: int, world: int, maske
     return world * longest * (p + q + masked) * itemsize
 
 
-def all_reduce_bytes(size: int, world: int) -> int:
-    """The fewest bytes that each rank sends to all-reduce ``size`` bytes."""
-    return 2 * size * (world - 1) // world
-
-
-def all_gather_bytes(size: int, world: int) -> int:
-    """The fewest bytes that each rank sends to all-gather ``size`` bytes in all."""
-    return size * (world - 1) // world
-
-
-def choose(problem: Problem, rows: Sequence[int], backend: str) -> Transport:
+def cheaper(problem: Problem, rows: Sequence[int], backend: str) -> Transport:
     """The transport that sends fewer bytes; ``rows`` is each rank's number, ``problem`` that of all rows together.
 
     Merged sums are library products in plain PyTorch, of linear, centred CKA and HSIC alone. Rows are gathered for all
     other problems, and for a ``backend`` requested by another name than "library".
     """
     world, itemsize = len(rows), problem.dtype.itemsize
-    size = merged_size(problem.p, problem.q, itemsize, problem.estimator == "unbiased")
-    merged = all_reduce_bytes(size, world)
-    size = gathered_size(max(rows), problem.p, problem.q, itemsize, world, problem.masked)
-    gathered = all_gather_bytes(size, world)
+    others = world - 1  # each rank sends at least 2 B others / world of B bytes that are all-reduced, or half
+    merged = 2 * merged_size(problem.p, problem.q, itemsize, problem.estimator == "unbiased") * others // world
+    gathered = gathered_size(max(rows), problem.p, problem.q, itemsize, world, problem.masked) * others // world
     linear = problem.kernel is None and problem.center and problem.statistic in ("cka_loss", "cka", "hsic")
     if linear and backend in ("auto", "library") and merged <= gathered:
         return Transport("merged", world, sum(rows), merged, gathered)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends, clocks, cost, ops, plan, tuning
+from .backends import trust
 from .types import Problem, Route
 
 SHAPES = (  # rows, student's width, teacher's width; the most usual first
@@ -57,9 +58,10 @@ def tune(
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()  # to fail now, not after minutes of measuring
         measured = False
-        for shape, dtype in problems:
-            for row in _of_problem(_problem(shape, dtype, device), deadline, say):
-                others = tuple(known for known in table.rows if _identity(known) != _identity(row))
+        for (n, p, q), dtype in problems:
+            problem = backends.precise(Problem(n, p, q, getattr(torch, dtype), device))
+            for row in _of_problem(problem, deadline, say):
+                others = tuple(known for known in table.rows if known.what != row.what)
                 table = tuning.Table(key, datetime.datetime.now().isoformat(timespec="seconds"), (*others, row))
                 tuning.write_table(file, table)
                 measured = True
@@ -82,16 +84,6 @@ def _untuned() -> Iterator[None]:
         if before is not None:
             os.environ["BIRD_TUNING"] = before
         tuning.forget_files()
-
-
-def _problem(shape: Sequence[int], dtype: str, device: torch.device) -> Problem:
-    number: torch.dtype = getattr(torch, dtype)
-    n, p, q = shape
-    return backends.precise(Problem(n, p, q, number, device))
-
-
-def _identity(row: tuning.Measurement) -> tuple[object, ...]:
-    return row.n, row.p, row.q, row.dtype, row.precision, row.estimator, row.candidate
 
 
 def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object]) -> Iterator[tuning.Measurement]:
@@ -142,13 +134,7 @@ def _times(run: Run) -> tuple[float, float]:
 
 def _prepare(problem: Problem) -> tuple[tuple[Tensor, Tensor], list[tuple[str, Run]]]:
     """Value and gradient in fp64 for random features, and the candidates that can run here: (name, a call on them)."""
-    generator = torch.Generator(problem.device).manual_seed(0)
-    x, y = (
-        torch.randn(problem.n, width, generator=generator, device=problem.device).to(problem.dtype)
-        for width in (problem.p, problem.q)
-    )
-    shared = min(problem.p, problem.q)
-    y[:, :shared] += x[:, :shared]
+    x, y = trust.related(problem.n, problem.p, problem.q, problem.dtype, problem.device)
     x.requires_grad_()
     wide = problem._replace(dtype=torch.float64, precision=None)
     truth = _evaluate(x.detach().double().requires_grad_(), y.double(), wide, "library")
@@ -169,7 +155,7 @@ def _evaluate(x: Tensor, y: Tensor, problem: Problem, backend: str) -> tuple[Ten
 def _why_wrong(found: Sequence[Tensor], true: Sequence[Tensor], bounds: Sequence[float]) -> str | None:
     """Which error exceeds its bound, in words; None if none does."""
     for one, other, bound in zip(found, true, bounds, strict=True):
-        error = float((one.double() - other).norm() / other.norm())
+        error = trust.relative_error(one, other)
         if not error <= bound:
             return f"it is off by {error:.2g} of the result's size"
     return None

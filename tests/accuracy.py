@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +70,18 @@ def operator(
         return ops.alignment(x, y, mask, ops.Call(problem, route, backend))
 
     return function
+
+
+def described(
+    route: Route,
+    backend: str,
+    estimator: Estimator = "biased",
+    wanted: tuple[bool, bool] = (True, True),
+    kernel: RBF | None = None,
+) -> tuple[Any, ...]:
+    """What both operators take behind their tensors for a CKA loss; sizes, dtype and device are the tensors' own."""
+    problem = Problem(1, 1, 1, torch.float32, torch.device("cpu"), "cka_loss", estimator, None, False, *wanted, kernel)
+    return ops.flattened(ops.Call(problem, route, backend))
 
 
 def plain(route: str, estimator: str = "biased") -> Function:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bird.lab.vision.corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, SEVERITIES, corrupt
 from bird.lab.vision.data import to_float
-from bird.lab.vision.datasets import load
+from bird.lab.vision.datasets import load_splits
 
 PATH = Path(__file__).resolve().parents[1] / "docs/lab/corruptions.png"
 SIDE, SCALE, GAP, LABEL, HEAD = 32, 2, 3, 132, 20
@@ -46,7 +46,7 @@ def colour_picture() -> Tensor:
 
 def grey_picture() -> Tensor:
     """A sneaker, float32 ``[1, 1, 32, 32]``: 28 x 28 with a black frame."""
-    return to_float(load("fashion-mnist-subset", classes=[7], limit_per_class=3).test.images[:1])
+    return to_float(load_splits("fashion-mnist-subset", classes=[7], limit_per_class=3).test.images[:1])
 
 
 def sheet() -> Image.Image:

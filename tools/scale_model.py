@@ -41,7 +41,7 @@ class RankShape:
 
     def transport(self, world: int) -> Transport:
         """What travels between so many ranks."""
-        return transport.choose(self.problem(self.n * world), [self.n] * world, "auto")
+        return transport.cheaper(self.problem(self.n * world), [self.n] * world, "auto")
 
 
 SHAPES = (

@@ -49,8 +49,8 @@ def forced(name: str) -> Loss:
     """group= with this transport."""
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        choose = transport.choose
-        with mock.patch.object(transport, "choose", lambda *args: choose(*args)._replace(name=name)):
+        choose = transport.cheaper
+        with mock.patch.object(transport, "cheaper", lambda *args: choose(*args)._replace(name=name)):
             return cka_loss(x, y, group=dist.group.WORLD)
 
     return loss
@@ -102,7 +102,7 @@ class RanksQuestion:
         own = slice(rank * n, (rank + 1) * n)
         whole, part = (calling(partial(by_hand, y=b.double()), a.double())() for a, b in ((x, y), (x[own], y[own])))
         mine, teacher = x[own].clone().requires_grad_(), y[own].clone()
-        chosen = transport.choose(Problem(n * world, p, q, x.dtype, x.device), [n] * world, "auto")
+        chosen = transport.cheaper(Problem(n * world, p, q, x.dtype, x.device), [n] * world, "auto")
         sent = {chosen.name: chosen.bytes, ("gathered" if chosen.name == "merged" else "merged"): chosen.other_bytes}
         values: dict[str, float] = {}
 

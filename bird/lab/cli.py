@@ -29,8 +29,8 @@ from .vision import recipe as vision_recipes
 from .vision import report as vision_reports
 from .vision.experiment import VisionExperiment
 from .vision.methods import METHODS
+from .vision.recipe import DEMO
 
-DEMO = "fashion/demo"
 QUICK = 40  # steps of a quick demo, and images of each class
 # What users can do something about; the rest is a bug, with its traceback.
 EXPECTED = OSError, ValueError, ImportError, FloatingPointError
@@ -75,7 +75,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch", type=int, help="images per step (default: 64)")
     command.add_argument("--chunk", type=int, help="images in memory at a time, if a batch is too large for it")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
-    command.add_argument("--resume", action="store_true", help="no longer needed: a run goes on with what is there")
     command.add_argument(
         "--quick", action="store_true", help="half a minute: shows that everything runs, not the effect"
     )
@@ -227,7 +226,7 @@ def _named(recipe: str, choice: dict[str, Any]) -> str:
 
 
 def _parse(name: str, table: Mapping[str, Any]) -> vision_recipes.VisionRecipe | language_recipes.LanguageRecipe:
-    return language_recipes.parse(name, table) if "kind" in table else vision_recipes.parse(name, table)
+    return language_recipes.parse(name, table) if "kind" in table else vision_recipes.parse_vision(name, table)
 
 
 def _language(

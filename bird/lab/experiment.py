@@ -74,8 +74,12 @@ class Experiment(ABC):
     data_root: Path | None = None
     progress: bool | None = None
 
-    extra: ClassVar[str]  # of the package, which brings
     libraries: ClassVar[tuple[str, ...]]  # for training, scores and the report in the end
+
+    @property
+    @abstractmethod
+    def extra(self) -> str:
+        """The extra of the package that brings them."""
 
     def cells(self, **choice: Any) -> list[Cell]:
         """All cells, or those of some networks, variants, methods and seeds: arguments as of `bird.lab.recipe.grid`."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73")
-INK, BASELINE, GRID = "#333333", "#8C8C8C", "#EEEEEE"
+INK, AXIS, GRID = "#333333", "#8C8C8C", "#EEEEEE"
 # Forms of BIRD in one hue, what neither transfers nor guides in grey: the rest after Okabe and Ito.
 COLOURS = {
     "None": "#8C8C8C", "Continued": "#BBBBBB", "LP": "#F0E442", "FT": "#56B4E9", "LP-FT": "#0072B2",
@@ -39,7 +39,7 @@ def canvas(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figure
     for axes in figure.axes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(BASELINE)
+        axes.spines[["left", "bottom"]].set_color(AXIS)
         axes.tick_params(colors=INK, length=0)
     with atomic(path) as partial:
         figure.savefig(partial, format="png", dpi=110)

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -19,6 +19,7 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+WHOLE = "the recipe"  # where what stands in no part of it is
 LONGEST = 60  # characters of a name; those of a network and a variant meet in one file name, of at most 255 bytes
 
 
@@ -92,20 +93,38 @@ def parsed(recipe: str, parse: Callable[[str, Mapping[str, Any]], T]) -> T:
 
 
 def made(where: str, kind: type[T], table: Mapping[str, Any]) -> T:
-    """The dataclass from a table; lists become tuples, unknown keys are refused with a ValueError that says where."""
+    """The dataclass from a table, and so the dataclasses in it; lists become tuples.
+
+    Raises:
+        ValueError: a key that is unknown or missing, a value of another type or out of range: where it stands.
+    """
     require_table(where, table)
     known, hints = {f.name: f for f in fields(kind)}, get_type_hints(kind)  # type: ignore[arg-type]
+    values = {}
     for key, value in table.items():
         require_known(f"a key of {where}", key, known)
-        if not _is(value, hints[key]):
+        values[key] = _with_parts(key if where == WHOLE else f"{where}.{key}", hints[key], value)
+        if not _is(values[key], hints[key]):
             raise ValueError(f"{where}: {key} must be {_called(hints[key])}, not {value!r}")
-    for key, f in known.items():
-        if key not in table and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"{where}: {key} must be there")
+    needed = [key for key, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [key for key in needed if key not in table]:
+        raise ValueError(f"{where}: {', '.join(missing)} must be there")
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _with_parts(where: str, hint: Any, value: Any) -> Any:
+    """A value whose annotation is a dataclass, or a mapping to one from names of the user's, made of its tables."""
+    kinds: list[Any] = [kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)]
+    if not kinds or is_dataclass(value):
+        return value
+    if get_origin(hint) is not Mapping:
+        return made(where, kinds[0], value)
+    for name in require_table(where, value):
+        require_name(f"the {where} of a recipe:", name)
+    return {name: _with_parts(f"{where}.{name}", kinds[0], each) for name, each in value.items()}
 
 
 def require_table(where: str, table: Any) -> Mapping[str, Any]:

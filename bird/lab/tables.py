@@ -64,6 +64,12 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def without_empty_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """A table's rows, the header first, without columns that have nothing below their header."""
+    kept = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
+    return [[row[column] for column in kept] for row in rows]
+
+
 def write_report(folder: Path, page: str, numbers: Mapping[str, Any]) -> None:
     """``README.md`` and ``results.json``, each atomically."""
     write_markdown(folder / "README.md", page)

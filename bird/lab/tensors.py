@@ -21,7 +21,7 @@ FORMAT = 1  # of what is written; raised when a file would mislead the version b
 UNREADABLE = "{} is not a whole checkpoint of this package: delete it to start over, or choose another folder"
 
 
-def save(state: dict[str, Any], path: Path) -> None:
+def save_tensors(state: dict[str, Any], path: Path) -> None:
     """Write a dict of tensors, numbers, strings, lists and dicts to ``path``, atomically.
 
     Raises:
@@ -35,8 +35,8 @@ def save(state: dict[str, Any], path: Path) -> None:
             raise OSError(f"{path} could not be written, as happens when the disk is full: {error}") from error
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read what `save` wrote, onto the CPU; whatever the file is, no code in it runs.
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Read what `save_tensors` wrote, onto the CPU; whatever the file is, no code in it runs.
 
     Raises:
         OSError: there is no such file, or it may not be read.

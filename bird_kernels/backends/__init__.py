@@ -36,7 +36,7 @@ NAMES = ("auto", *_MODULES, "reference")
 
 
 @lru_cache
-def load(name: str, kernel: str = "linear") -> ModuleType:
+def module_of(name: str, kernel: str = "linear") -> ModuleType:
     """The module that implements backend ``name`` for a "linear" or an "rbf" kernel."""
     return importlib.import_module((_MODULES if kernel == "linear" else _RBF)[name])
 
@@ -48,18 +48,18 @@ def of(problem: Problem, name: str) -> ModuleType:
         shifted = importlib.import_module("bird_kernels.backends.shifted")
         if shifted.takes(problem):
             return shifted
-    return load(name) if problem.kernel is None else load(name, "rbf")
+    return module_of(name) if problem.kernel is None else module_of(name, "rbf")
 
 
 @lru_cache
 def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `backends.shifted` can run here: Triton kernels before and after library products."""
-    if trust.why_not("library", SHIFTED, dtype, device) is not None:
+    if trust.known_failure("library", SHIFTED, dtype, device) is not None:
         return False
     return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
 
 
-def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows | None:
+def shifted_rows(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows | None:
     """x [n, p] and y [n, q], with mask bool [n] or None, as shifted operands of products on a GPU: by Triton if its
     kernels work, else by plain PyTorch. None for fp64 and on other devices, where centring first is as accurate."""
     if not rows.wanted(problem):
@@ -84,7 +84,7 @@ def why_not(
     if name != "library" and variant in ("linear", "sqrt=True") and not few_rows:
         return f"takes at most {FEW_ROWS} rows"
     try:
-        reason: str | None = load(name).why_not(dtype, device)
+        reason: str | None = module_of(name).why_not(dtype, device)
     except ImportError as error:
         return f"cannot be imported ({error})"
     return reason
@@ -134,7 +134,7 @@ def _why_not_auto(name: str, dtype: torch.dtype, device: torch.device, few_rows:
     reason = why_not(name, dtype, device, few_rows, variant)
     if reason is None and name != "library" and device.type == "cpu" and not compares(device):
         reason = "is emulated here, for tests only"
-    return reason or trust.why_not(name, "rbf" if variant == 'kernel="rbf"' else "linear", dtype, device)
+    return reason or trust.known_failure(name, "rbf" if variant == 'kernel="rbf"' else "linear", dtype, device)
 
 
 def compares(device: torch.device) -> bool:
@@ -241,9 +241,7 @@ def works(name: str, problem: Problem, kind: str = "") -> bool:
             return True
         kind = f"{SHIFTED} {route_of(problem, name)}"
     use, problem = trust.use_of(name, problem, kind), precise(problem)
-    if trust.is_known(use, problem):
-        return True
-    plain = load("library", "rbf" if problem.kernel else "linear")
+    plain = module_of("library", "rbf" if problem.kernel else "linear")
     error = trust.failure_of(module, plain, problem, use)
     if error is not None:
         replace(name, problem, error, kind)
@@ -265,10 +263,10 @@ def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> st
     use = trust.use_of(name, problem, kind)
     is_new = trust.leave_out(use, error)
     forget()
-    instead = "plain PyTorch" if name == "library" else decide(problem, "auto").backend
+    backend = decide(problem, "auto").backend
     if is_new:
-        trust.warn(use, instead)
-    return decide(problem, "auto").backend
+        trust.warn(use, "plain PyTorch" if name == "library" else backend)
+    return backend
 
 
 def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> int:
@@ -312,13 +310,13 @@ def shares_launches(problems: Sequence[Problem]) -> bool:
 @lru_cache(maxsize=1024)
 def _shares(problems: tuple[Problem, ...]) -> bool:
     first = problems[0]
-    if trust.why_not("triton", "pairs", first.dtype, first.device) is not None:
+    if trust.known_failure("triton", "pairs", first.dtype, first.device) is not None:
         return False
     choices = [decide(problem, "auto") for problem in problems]
     if any(choice.backend not in choice.predicted for choice in choices):
         return True
     sheet = cost.sheet_of(tuning.key_of(first.device).device)
-    single = cost.apart((choice.backend, choice.predicted[choice.backend]) for choice in choices)
+    single = cost.one_by_one((choice.backend, choice.predicted[choice.backend]) for choice in choices)
     return cost.fused(problems, sheet).us <= single
 
 

@@ -35,7 +35,6 @@ from .linalg import (
     centre,
     dtypes,
     fp32_products,
-    halves,
     inner,
     inner_products,
     kept,
@@ -50,6 +49,7 @@ from .linalg import (
     self_product,
     subtract_mean,
     to,
+    two_factors,
     unscaled,
     weighted_sum_mm,
     write,
@@ -187,7 +187,7 @@ def _folded(d_cross: Scalar, d_own: Scalar, upstream: Scalar, scale: Scalar) -> 
             return d_cross * factor, d_own * factor, []
         unit = math.ldexp(1.0, math.frexp(peak)[1]) if 0.0 < peak < math.inf else 1.0
         d_cross, d_own = d_cross / unit, d_own / unit
-    firsts, seconds = zip(halves(unit), halves(upstream), halves(scale), strict=True)
+    firsts, seconds = zip(two_factors(unit), two_factors(upstream), two_factors(scale), strict=True)
     return d_cross, d_own, [a * b * c for a, b, c in (firsts, seconds)]
 
 

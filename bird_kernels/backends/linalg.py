@@ -102,16 +102,23 @@ LIMIT = {torch.float32: 120, torch.float64: 1000}
 
 def power_of_two(x: Tensor) -> Scalar:
     """2^k with 0.5 <= 2^k max|x| < 1; finite for zeros, NaN and Inf, too."""
-    limit = LIMIT[x.dtype]
     low, high = torch.aminmax(x)
-    if is_host(x.device):
-        value = max(-low.item(), high.item())
-        return math.ldexp(1.0, -max(-limit, min(limit, math.frexp(value)[1]))) if math.isfinite(value) else 1.0
-    exponent = torch.frexp(torch.maximum(low.abs(), high.abs())).exponent.clamp(-limit, limit)
-    return torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), -exponent)
+    host = is_host(x.device)
+    return unit_of(max(-low.item(), high.item()) if host else torch.maximum(low.abs(), high.abs()), LIMIT[x.dtype])
 
 
-def halves(scale: Scalar) -> tuple[Scalar, Scalar]:
+def unit_of(peak: Scalar, limit: int) -> Scalar:
+    """2^k with 0.5 <= 2^k ``peak`` < 1 and |k| <= ``limit``, fp64; some such power for 0, NaN and Inf.
+
+    Of a tensor of peaks (of any shape) a tensor of powers.
+    """
+    if isinstance(peak, Tensor):
+        exponent = torch.frexp(peak).exponent.clamp(-limit, limit)
+        return torch.ldexp(torch.ones_like(peak, dtype=torch.float64), -exponent)
+    return math.ldexp(1.0, -max(-limit, min(limit, math.frexp(peak)[1]))) if math.isfinite(peak) else 1.0
+
+
+def two_factors(scale: Scalar) -> tuple[Scalar, Scalar]:
     """Two factors of ``scale``, which may be outside the range of fp32; the first is a power of two."""
     half: Scalar
     if isinstance(scale, Tensor):
@@ -222,8 +229,10 @@ def weighted_sum_mm(a: Tensor, s: Scalar, b: Tensor, t: Scalar, c: Tensor) -> Te
 
 
 def add_scaled_mm(d: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """d + a @ b, in place of ``d`` if a and b have the same dtype."""
-    return torch.addmm(d, a, b, out=d) if a.dtype == b.dtype else d + scaled_mm(a, b)
+    """Add a @ b to ``d``, at least fp32, in place."""
+    if a.dtype == b.dtype == d.dtype:
+        return torch.addmm(d, a, b, out=d)
+    return d.add_(scaled_mm(a, b)) if a.numel() else d
 
 
 def _blocks(a: Tensor) -> list[tuple[int, int]]:

@@ -57,7 +57,7 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def alignment(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Tensor:
+def statistic_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Tensor:
     """The statistic (0-d, fp32) of x [n, p], y [n, q] and mask [n] or None, differentiable by C++ autograd."""
     value: Tensor = _native().alignment(x, y, mask, *_options(problem))
     return value

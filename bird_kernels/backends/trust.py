@@ -36,7 +36,7 @@ class Use(NamedTuple):
     device: torch.device
 
 
-_works: set[tuple[Use, Problem]] = set()  # problems by `_options_of`: other options compile other kernels
+_works: set[tuple[Use, Problem]] = set()  # with the problems' options: others compile other kernels
 _broken: dict[Use, str] = {}
 
 
@@ -45,7 +45,7 @@ def use_of(backend: str, problem: Problem, kind: str = "") -> Use:
     return Use(backend, kind or ("rbf" if problem.kernel else "linear"), problem.dtype, problem.device)
 
 
-def why_not(backend: str, kind: str, dtype: torch.dtype, device: torch.device) -> str | None:
+def known_failure(backend: str, kind: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why ``auto`` must not use these kernels; None if they have not failed."""
     return _broken.get(Use(backend, kind, dtype, device))
 
@@ -74,28 +74,14 @@ def warn(use: Use, instead: str) -> None:
     )
 
 
-def forget_trials() -> None:
-    """Forget all results, as in a new process."""
-    _works.clear()
-    _broken.clear()
-
-
-def is_known(use: Use, problem: Problem) -> bool:
-    """Whether the kernels of a use have been tested with a problem's options and work."""
-    return (use, _options_of(problem)) in _works
-
-
-def _options_of(problem: Problem) -> Problem:
-    """The problem without sizes and bandwidths, on which the choice of compiled kernels does not depend."""
-    return problem._replace(n=0, p=0, q=0, kernel=problem.kernel and RBF())
-
-
 def failure_of(backend: ModuleType, library: ModuleType, problem: Problem, use: Use) -> Exception | None:
-    """Test the kernels on a small problem with the same options: return the exception, or None and record success.
+    """Test the kernels, once, on a small problem with the same options: return the exception, or None for success.
 
     None, too, in the capture of a CUDA graph, under a dispatch mode and if memory runs out: then a later call tests.
     """
-    if torch._C._len_torch_dispatch_stack() > 0:
+    # Which kernels are compiled does not depend on sizes and bandwidths.
+    tested = use, problem._replace(n=0, p=0, q=0, kernel=problem.kernel and RBF())
+    if tested in _works or torch._C._len_torch_dispatch_stack() > 0:
         return None
     if problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
@@ -106,7 +92,7 @@ def failure_of(backend: ModuleType, library: ModuleType, problem: Problem, use: 
         return None  # not the kernels' fault
     except Exception as error:
         return error
-    _works.add((use, _options_of(problem)))
+    _works.add(tested)
     return None
 
 
@@ -116,9 +102,7 @@ def _try(backend: ModuleType, library: ModuleType, problem: Problem, kind: str) 
     route: Route = "cross" if kind.endswith("cross") else "gram"
     n = MANY_ROWS if route == "cross" else ROWS
     small = problem._replace(n=n, p=p, q=q)
-    generator = torch.Generator(cpu).manual_seed(0)
-    x, y = (torch.randn(n, width, generator=generator, device=cpu).to(small.dtype) for width in WIDTHS)
-    y[:, :p] += x[:, :q]
+    x, y = related(n, p, q, small.dtype, cpu)
     mask = torch.arange(n, device=cpu) % 5 != 1 if small.masked else None
     wide = small._replace(dtype=torch.float64, device=cpu, precision=None)
     true = _evaluate(library, x.double(), y.double(), mask, wide, route)
@@ -128,9 +112,24 @@ def _try(backend: ModuleType, library: ModuleType, problem: Problem, kind: str) 
     exact = small.dtype == torch.float32 and small.precision in ("ieee", "tf32x3")
     bound = 1e-3 if exact else 3e-2  # working kernels are far below, wrong ones above
     for name, one, other in zip(("value", "dx", "dy"), found, true, strict=True):
-        error = float((one.cpu().double() - other).norm() / other.norm().clamp(min=1e-30)) if other.numel() else 0.0
+        error = relative_error(one, other)
         if not error <= bound:
             raise ArithmeticError(f"its first result is wrong: {name} is off by {error:.2g} of its size")
+
+
+def related(n: int, p: int, q: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random features x [n, p] and y [n, q] that have a part in common; the same in each call."""
+    generator, shared = torch.Generator(device).manual_seed(0), min(p, q)
+    x, y = (torch.randn(n, width, generator=generator, device=device).to(dtype) for width in (p, q))
+    y[:, :shared] += x[:, :shared]
+    return x, y
+
+
+def relative_error(found: Tensor, true: Tensor) -> float:
+    """|found - true| / |true|, where ``true`` is fp64; 0 if they have no elements."""
+    if true.numel() == 0:
+        return 0.0
+    return float((found.to(true.device).double() - true).norm() / true.norm().clamp(min=1e-30))
 
 
 def _evaluate(

@@ -16,7 +16,6 @@ import re
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -53,8 +52,7 @@ class Shape(NamedTuple):
         return sum(abs(math.log(a / b)) for a, b in zip(self, other, strict=True))
 
 
-@dataclass(frozen=True)
-class Measurement:
+class Measurement(NamedTuple):
     """Forward and backward of one problem by one candidate: microseconds of the host and of the device."""
 
     n: int
@@ -77,13 +75,17 @@ class Measurement:
             raise ValueError(f"{self.candidate!r} is no candidate")
 
     @property
+    def what(self) -> tuple[object, ...]:
+        """Everything but the times."""
+        return self[:-2]
+
+    @property
     def us(self) -> float:
         """Microseconds per call in a stream of such calls: the slower of host and device."""
         return max(self.host, self.device)
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """The measurements of one device; ``when`` is a date in ISO form."""
 
     key: Key
@@ -125,7 +127,7 @@ def write_table(path: Path, table: Table) -> None:
     """Write a table atomically: other processes may read or write the same file at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = {"version": VERSION, "key": table.key._asdict(), "when": table.when}
-    lines = ",\n".join(json.dumps(asdict(row)) for row in table.rows)
+    lines = ",\n".join(json.dumps(row._asdict()) for row in table.rows)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -22,7 +22,7 @@ import torch._dynamo  # by now, lest each process import it when it makes its op
 from torch import Tensor
 
 from bird import files
-from bird.lab.tensors import load
+from bird.lab.tensors import load_tensors
 from tests.bird.loops import images, margin, train
 
 # In a step, with half of a file written, with a whole file not yet in its place, with the file just put there.
@@ -106,7 +106,7 @@ def main(folder: Path) -> None:
     for moment in MOMENTS:  # of 108 moments at most, so that 120 steps never end before
         code = finish(start(folder / "broken", moment, random_.randint(1, 9)))
         assert code == -signal.SIGKILL, f"{moment}: {code}"
-        killed.append(load(last)["step"] if last.exists() else 0)
+        killed.append(load_tensors(last)["step"] if last.exists() else 0)
         partial.append(sum(1 for _ in (folder / "broken").glob(".partial.*")))
     for _ in range(FROM_OUTSIDE):
         pid = start(folder / "broken")
@@ -114,8 +114,8 @@ def main(folder: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         finish(pid)  # it may have ended before
     code = finish(start(folder / "broken"))
-    whole, broken = (load(folder / name / "last.pt") for name in ("whole", "broken"))
-    best = [load(folder / name / "best.pt") for name in ("whole", "broken")]
+    whole, broken = (load_tensors(folder / name / "last.pt") for name in ("whole", "broken"))
+    best = [load_tensors(folder / name / "best.pt") for name in ("whole", "broken")]
 
     outcome = {
         "code": code,

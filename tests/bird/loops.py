@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bird import BirdLoss, Hints, LwF, Taps, Teacher
 from bird.lab.vision.checkpoints import History, Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import Guide
+from bird.lab.vision.steps import TransferGuide
 from bird.lab.vision.training import fit
 
 PAIRS = [("0", "0")]
@@ -26,7 +26,7 @@ class Cut(Exception):
 class Run(NamedTuple):
     model: nn.Module
     history: History
-    guide: Guide | None
+    guide: TransferGuide | None
 
 
 def images(n: int = 48, classes: int = 3) -> Images:
@@ -54,11 +54,11 @@ def losses(pairs: Any = PAIRS, teacher: int = 6, student: int = 6) -> dict[str, 
     }
 
 
-def guided(method: str, student: nn.Module, teacher: nn.Module | None = None) -> Guide | None:
+def guided(method: str, student: nn.Module, teacher: nn.Module | None = None) -> TransferGuide | None:
     """By the first layer of a teacher; ``none``: by nobody."""
     torch.manual_seed(5)
     teacher = network(6, seed=5) if teacher is None else teacher
-    return Guide(Teacher(teacher, "0"), Taps(student, "0"), losses()[method]) if method != "none" else None
+    return TransferGuide(Teacher(teacher, "0"), Taps(student, "0"), losses()[method]) if method != "none" else None
 
 
 def train(method: str = "none", folder: Path | None = None, data: Images | None = None, **options: Any) -> Run:

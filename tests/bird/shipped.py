@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from bird.lab.vision.data import Splits
-from bird.lab.vision.datasets import load
+from bird.lab.vision.datasets import load_splits
 
 
 def fashion(classes: Sequence[int], **options: Any) -> Splits:
-    """Some classes of the shipped part of Fashion-MNIST, 32 x 32; options as of `bird.lab.vision.datasets.load`."""
-    return load("fashion-mnist-subset", classes=classes, **options)
+    """Some classes of the shipped part of Fashion-MNIST; options as of `bird.lab.vision.datasets.load_splits`."""
+    return load_splits("fashion-mnist-subset", classes=classes, **options)

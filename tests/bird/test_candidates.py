@@ -84,8 +84,7 @@ def test_properties_are_those_of_the_networks(experiment: VisionExperiment) -> N
     order = torch.randperm(len(data.validation), generator=torch.Generator().manual_seed(0))[:50]
     expected = measure_teacher(
         Teacher(Made("plain", recipe.teacher, guide).model(experiment.root, device), ["block1"]),
-        Made("resnet-tiny", recipe.student, student).model(experiment.root, device),
-        "layer3",
+        Teacher(Made("resnet-tiny", recipe.student, student).model(experiment.root, device), ["layer3"]),
         replace(data, validation=data.validation.select(order)),
         corruptions=("brightness", "fog"),
     )

@@ -17,7 +17,7 @@ from torch import nn
 from bird import files
 from bird.lab import cli, tensors
 from bird.lab.stages import Lines, Stage
-from bird.lab.tensors import load, load_array, save
+from bird.lab.tensors import load_array, load_tensors, save_tensors
 from bird_kernels import Statistics
 from tests.bird.damage import complaint, mutated
 
@@ -79,8 +79,8 @@ def shapes(folder: Path) -> Artefact:
 
 def tensor(folder: Path) -> Artefact:
     path = folder / "model.pt"
-    save({"w": torch.arange(200.0)}, path)
-    return Artefact(path, lambda: load(path)["w"].tolist(), 0.5, True)
+    save_tensors({"w": torch.arange(200.0)}, path)
+    return Artefact(path, lambda: load_tensors(path)["w"].tolist(), 0.5, True)
 
 
 def array(folder: Path) -> Artefact:

@@ -16,7 +16,7 @@ from torchvision import datasets as torchvision_datasets
 
 from bird.lab.recipe import data_root
 from bird.lab.vision.data import Images, to_float
-from bird.lab.vision.datasets import DATASETS, load
+from bird.lab.vision.datasets import DATASETS, load_splits
 from bird.lab.vision.datasets.batches import stack_batches
 from bird.lab.vision.datasets.grey import read_idx
 from tests.bird import official_files as official
@@ -55,7 +55,7 @@ def test_cifar_holds_what_was_written_and_torchvision_reads(
     for data, made in zip(read, (train, test), strict=True):
         assert_holds(data, *made)
     if dump is None:
-        splits = load(name, tmp_path, validation=0)
+        splits = load_splits(name, tmp_path, validation=0)
         assert_holds(splits.test, *official.by_class(*test))
         assert sorted(prints(splits.train)) == sorted(image.tobytes() for image in train[0])
         assert len(splits.validation) == 0
@@ -146,7 +146,7 @@ def test_idx_files_are_checked(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="the package dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist(tmp_path: Path) -> None:
-    splits = load("fashion-mnist", tmp_path)
+    splits = load_splits("fashion-mnist", tmp_path)
     assert splits.train.labels.bincount().tolist() == [5400] * 10
     assert splits.validation.labels.bincount().tolist() == [600] * 10
     assert splits.test.labels.bincount().tolist() == [1000] * 10
@@ -189,7 +189,7 @@ def test_splits(tmp_path: Path, expect: Callable[..., None]) -> None:
     train, test = official.make_arrays(300, 10, 8), official.make_arrays(50, 10, 9)
     official.write_cifar(tmp_path / "cifar-10-batches-bin", train, test)
     expect("cifar10", counts=(300, 50))
-    first, again, other = (load("cifar10", tmp_path, seed=seed, validation=0.2) for seed in (0, 0, 1))
+    first, again, other = (load_splits("cifar10", tmp_path, seed=seed, validation=0.2) for seed in (0, 0, 1))
     for splits in (first, other):
         assert splits.train.labels.bincount().tolist() == [24] * 10
         assert splits.validation.labels.bincount().tolist() == [6] * 10
@@ -199,12 +199,12 @@ def test_splits(tmp_path: Path, expect: Callable[..., None]) -> None:
     assert torch.equal(first.train.images, again.train.images)
     assert not torch.equal(first.validation.images, other.validation.images)
 
-    few = load("cifar10", tmp_path, classes=[7, 2], validation=0.5, limit_per_class=4)
+    few = load_splits("cifar10", tmp_path, classes=[7, 2], validation=0.5, limit_per_class=4)
     for part in (few.train, few.validation, few.test):
         assert part.labels.tolist() == [0] * 4 + [1] * 4
     assert prints(few.test)[:4] == [image.tobytes() for image in test[0][test[1] == 7][:4]]
     assert set(prints(few.train)[4:]) <= {image.tobytes() for image in train[0][train[1] == 2]}
-    tiny = load("cifar10", tmp_path, validation=1e-9)
+    tiny = load_splits("cifar10", tmp_path, validation=1e-9)
     assert tiny.validation.labels.bincount().tolist() == [1] * 10
 
     for arguments, message in (
@@ -216,9 +216,9 @@ def test_splits(tmp_path: Path, expect: Callable[..., None]) -> None:
         (dict(limit_per_class=0), "limit_per_class must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            load("cifar10", tmp_path, **arguments)
+            load_splits("cifar10", tmp_path, **arguments)
     with pytest.raises(ValueError, match="no data set 'cifar'; there are cifar10, cifar100"):
-        load("cifar")
+        load_splits("cifar")
 
 
 def test_missing_files_are_named(tmp_path: Path, expect: Callable[..., None]) -> None:
@@ -226,7 +226,7 @@ def test_missing_files_are_named(tmp_path: Path, expect: Callable[..., None]) ->
     official.write_cifar(tmp_path / "cifar-10-batches-bin", arrays, arrays)
     (tmp_path / "cifar-10-batches-bin" / "data_batch_4.bin").unlink()
     with pytest.raises(FileNotFoundError) as error:
-        load("cifar10", tmp_path)
+        load_splits("cifar10", tmp_path)
     message = str(error.value)
     assert f"{tmp_path}/cifar-10-batches-bin: data_batch_1.bin, " in message
     assert "(missing: data_batch_4.bin)" in message
@@ -239,7 +239,7 @@ def test_missing_files_are_named(tmp_path: Path, expect: Callable[..., None]) ->
     expect("fashion-mnist", layouts=(first, replace(second, folder=str(tmp_path / "debian"))))
     for name in ("cifar100", "tiny-imagenet", "imagenet32", "image-folder", "fashion-mnist"):
         with pytest.raises(FileNotFoundError) as error:
-            load(name, tmp_path)
+            load_splits(name, tmp_path)
         for layout in DATASETS[name].layouts:
             assert str(tmp_path / layout.folder) in str(error.value)
         assert DATASETS[name].source in str(error.value)
@@ -254,7 +254,7 @@ def test_broken_files_are_named(tmp_path: Path, expect: Callable[..., None]) -> 
     def refuses(message: str, folder: str, change: Callable[[Path], object]) -> None:
         change(tmp_path / folder)
         with pytest.raises(ValueError, match=message) as error:
-            load("cifar10", tmp_path)
+            load_splits("cifar10", tmp_path)
         assert "CIFAR-10 is broken" in str(error.value)
         assert "https://www.cs.toronto.edu" in str(error.value)
 
@@ -290,7 +290,7 @@ def test_broken_files_are_named(tmp_path: Path, expect: Callable[..., None]) -> 
     np.savez(tmp_path / "imagenet32" / "val_data.npz", data=np.array([{}]), labels=np.array([1]))
     expect("imagenet32", counts=(50, 10))
     with pytest.raises(ValueError, match=r"val_data.npz: Object arrays cannot be loaded when allow_pickle=False"):
-        load("imagenet32", tmp_path)
+        load_splits("imagenet32", tmp_path)
 
 
 def test_the_root_may_come_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +301,7 @@ def test_the_root_may_come_from_the_environment(tmp_path: Path, monkeypatch: pyt
     assert data_root(None) == Path.home() / "sets"
     assert data_root(tmp_path / "here") == tmp_path / "here"
     with pytest.raises(FileNotFoundError, match=str(Path.home() / "sets" / "cifar-10-batches-py")):
-        load("cifar10")
+        load_splits("cifar10")
 
 
 # The images that ship with the package

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from bird.lab.stages import complete, lineage
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision.data import Images
 from bird.lab.vision.experiment import VisionExperiment
-from bird.lab.vision.recipe import VisionRecipe, read
+from bird.lab.vision.recipe import VisionRecipe, read_vision
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +91,7 @@ def sized(*arguments: str) -> VisionRecipe:
 
 
 def test_the_demo_is_a_recipe_at_the_size_asked_for() -> None:
-    recipe = read(cli.DEMO)
+    recipe = read_vision(cli.DEMO)
     assert sized() == recipe
     assert (recipe.pretraining, recipe.seeds) == (recipe.transfer, 3)
     large = sized("--batch", "32768", "--chunk", "512")
@@ -126,7 +127,6 @@ def test_test_images_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     for run, of, splits in zip(runs, cells, (real, with_other_test), strict=True):
         monkeypatch.setattr(experiments, "_splits", splits)
-        monkeypatch.setattr("bird.lab.vision.evaluation._kept", {})
         complete([stage for cell in of for stage in cell.wanted], run.root)
     for ours, theirs in zip(*cells, strict=True):
         assert ours.training is not None
@@ -147,4 +147,15 @@ def test_the_command_line_explains_itself(tmp_path: Path, capsys: pytest.Capture
     ):
         assert cli.main(["demo", "--out", str(tmp_path / "a"), *arguments]) == 2
         assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_the_demo_needs_is_named_by_its_own_extra(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    for command, extra in (("demo", "demo"), ("run fashion/digits", "vision")):
+        assert cli.main([*command.split(), "--out", str(tmp_path / "a"), "--device", "cpu"]) == 2
+        assert f"matplotlib is not installed: pip install 'bird-kernels[{extra}]'" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()

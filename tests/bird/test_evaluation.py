@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bird.lab.vision.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from bird.lab.vision.data import Images, to_float
-from bird.lab.vision.evaluation import Robustness, accuracy, layer_alignment, robustness
+from bird.lab.vision.evaluation import Robustness, image_accuracy, layer_alignment, robustness
 from bird.teachers import Teacher
 from bird_kernels import reference
 from tests.bird.shipped import fashion
@@ -37,10 +37,10 @@ DATA = grey([0, 51, 102, 204], [0, 0, 0, 1])  # 0, 0.2, 0.4, 0.8
 
 
 def test_accuracy_counts() -> None:
-    assert [accuracy(Bright(threshold), DATA) for threshold in (0.5, 0.3, 0.9)] == [1, 0.75, 0.75]
-    assert accuracy(Bright(0.3), DATA, batch_size=3) == 0.75
+    assert [image_accuracy(Bright(threshold), DATA) for threshold in (0.5, 0.3, 0.9)] == [1, 0.75, 0.75]
+    assert image_accuracy(Bright(0.3), DATA, batch_size=3) == 0.75
     with pytest.raises(ValueError, match="no images"):
-        accuracy(Bright(0.5), DATA.select(torch.arange(0)))
+        image_accuracy(Bright(0.5), DATA.select(torch.arange(0)))
 
 
 def test_robustness_follows_the_severities() -> None:
@@ -67,7 +67,7 @@ def test_corrupted_images_are_scored_in_8_bits() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_models_are_judged_in_eval_mode_and_given_back_as_they_were(training: bool) -> None:
     model = Bright(0.5).train(training)
-    accuracy(model, DATA, batch_size=2)
+    image_accuracy(model, DATA, batch_size=2)
     assert model.modes == [False] * 2
     assert model.training is training
     assert torch.is_grad_enabled()
@@ -78,7 +78,7 @@ def test_one_read_from_the_device_per_evaluation(monkeypatch: pytest.MonkeyPatch
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu"):
         real = getattr(Tensor, name)
         monkeypatch.setattr(Tensor, name, lambda self, *a, _n=name, _r=real: reads.append(_n) or _r(self, *a))
-    accuracy(Bright(0.5), DATA, batch_size=2)
+    image_accuracy(Bright(0.5), DATA, batch_size=2)
     assert reads == ["item"]
 
 

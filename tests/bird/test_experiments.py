@@ -20,8 +20,8 @@ from bird.lab.vision import evaluation
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision import report as reproduction
 from bird.lab.vision.corruptions import corrupt
-from bird.lab.vision.data import Images, to_float
-from bird.lab.vision.evaluation import accuracy
+from bird.lab.vision.data import to_float
+from bird.lab.vision.evaluation import image_accuracy
 from bird.lab.vision.experiment import VisionExperiment
 from tests.bird.official_files import write_image
 from tests.bird.tiny_recipes import CPU, DIGITS, command, experiment_of, said, written
@@ -76,7 +76,7 @@ def test_scores_are_those_of_an_independent_evaluation(
     cell = cells[method]
     model = experiments.Made(network, recipe.student, cell.training).model(root, device)
     score, aligned = (cell.scores[name].result(root) or {} for name in ("score", "alignment"))
-    assert score["clean"] == accuracy(model, test)
+    assert score["clean"] == image_accuracy(model, test)
     x = to_float(test.images)
     for name in recipe.scoring.corruptions:
         for severity, share in enumerate(score["corrupted"][name], start=1):
@@ -192,20 +192,6 @@ def test_a_wrong_choice(path: Path, arguments: list[str], complaint: str, capsys
     assert not (path.parent / "no").exists()
 
 
-@pytest.mark.smoke
-def test_kept_pictures_are_those_of_the_data_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = Images(torch.arange(256, dtype=torch.uint8).repeat(4, 1, 1, 4).view(4, 1, 32, 32), torch.arange(4))
-    first = list(evaluation.corrupted(data, ["contrast"], "a"))
-    assert [name for name, _ in first] == ["contrast"] * 5
-    half = data.select(torch.arange(2))
-    again, other = (list(evaluation.corrupted(half, ["contrast"], key)) for key in ("a", "b"))
-    assert (len(again[0][1]), len(other[0][1])) == (4, 2)  # kept
-    for kept, count in ((4 * 1024 * 5, 1), (4 * 1024 * 5 - 1, 0)):  # bytes of five severities: too many are not kept
-        monkeypatch.setattr(evaluation, "KEPT", kept)
-        list(evaluation.corrupted(data, ["contrast"], ("c", kept)))
-        assert len(evaluation._kept) == count
-
-
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
@@ -225,6 +211,7 @@ def test_what_cannot_run_is_said_before_anything_is_trained(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.smoke
 def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", "vision/c10-c100", "--arch", "mobilenetv2", "--seeds", "1", *CPU]
     assert cli.main([*arguments, "--data", str(tmp_path), "--out", str(tmp_path / "runs")]) == 2

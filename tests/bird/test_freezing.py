@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bird import Taps, Teacher
-from bird.lab.tensors import load
+from bird.lab.tensors import load_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.freezing import train_only
 from bird.lab.vision.models import build, replace_head
-from bird.lab.vision.steps import Guide, epoch_order, learning_rate
+from bird.lab.vision.steps import TransferGuide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
 from tests.bird.loops import Cut, changes, cut_after, images, losses, same, state, train
 
@@ -44,7 +44,7 @@ def test_only_what_is_named_changes(tmp_path: Path, optimizer: str) -> None:
     train_part(model, ["head"], tmp_path, optimizer=optimizer, validate=lambda model: 1.0)
     head = {name for name in before if name.startswith("head")}
     assert changes(model, before) == head  # with the running statistics in it, and none of the body's
-    kept = load(tmp_path / "last.pt")["optimizer"]
+    kept = load_tensors(tmp_path / "last.pt")["optimizer"]
     shapes = [tuple(parameter.shape) for parameter in model.head.parameters()]
     moments = [entry["momentum_buffer" if optimizer == "sgd" else "exp_avg"] for entry in kept["state"].values()]
     assert [tuple(moment.shape) for moment in moments] == shapes
@@ -96,7 +96,7 @@ def test_resumed_it_ends_with_the_same_bits_and_is_not_mistaken(tmp_path: Path) 
     whole = train_part(Net(), ["head"]).model
     with pytest.raises(Cut):
         train_part(Net(), ["head"], tmp_path, augment=cut_after(6))
-    assert load(tmp_path / "last.pt")["step"] == 4
+    assert load_tensors(tmp_path / "last.pt")["step"] == 4
     for other, text in ((None, "None"), (["body"], r"\['body'\]")):
         with pytest.raises(ValueError, match=rf"trained was \['head'\], is {text}"):
             train_part(Net(), other, tmp_path, resume=True)
@@ -119,7 +119,7 @@ def test_a_guide_pulls_what_is_trained_and_no_more(method: str, chunk_size: int 
     source, layer = Net(), "body.1"
     student = copy.deepcopy(source)
     loss = losses([(layer, layer)], 4, 4)[method]
-    guide = Guide(Teacher(source, layer), Taps(student, layer), loss)
+    guide = TransferGuide(Teacher(source, layer), Taps(student, layer), loss)
     before, maps = state(student), state(loss)
     first = train_part(student, ["head"], guide=guide, chunk_size=chunk_size).history
     assert changes(student, before) == {name for name in before if name.startswith("head")}

@@ -1,4 +1,4 @@
-"""TinyImageNet, folders of images and their cache, files that are not what their names say, corrupted test sets."""
+"""TinyImageNet, folders of images and their cache, files that are not what their names say."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from bird.lab.vision.datasets import DATASETS, available_corruptions, folders, load, load_corrupted
+from bird.lab.vision.datasets import DATASETS, folders, load_splits
 from bird.lab.vision.datasets.grey import read_idx
 from tests.bird import official_files as official
 
@@ -64,7 +64,7 @@ def test_tiny_imagenet_is_the_mean_of_blocks(tiny: Path) -> None:
     assert test.labels.tolist() == [label for label, _ in expected]
     for image, (_, name) in zip(test.images, expected, strict=True):
         assert np.array_equal(image.numpy(), official.mean_of_file(folder / "val" / "images" / name))
-    splits = load("tiny-imagenet", tiny, classes=[2, 0], validation=0.25)
+    splits = load_splits("tiny-imagenet", tiny, classes=[2, 0], validation=0.25)
     assert torch.equal(splits.test.images[:EACH_TEST], test.images[test.labels == 2])
     assert splits.train.labels.tolist() == [0] * 3 + [1] * 3
 
@@ -120,7 +120,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tiny: Path, monkeypatch: pyt
 
     monkeypatch.setattr(np, "save", full)
     with pytest.warns(UserWarning, match="decodes again: .*No space left on device"):
-        splits = load("tiny-imagenet", tiny)
+        splits = load_splits("tiny-imagenet", tiny)
     assert len(splits.test) == 3 * EACH_TEST
     assert not [path for path in tiny.rglob("*") if "32x32" in path.name]
 
@@ -129,7 +129,7 @@ def test_what_is_not_installed_is_named(tiny: Path, monkeypatch: pytest.MonkeyPa
     for name, module in (("tiny-imagenet", "PIL"), ("digits", "sklearn.datasets")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ImportError, match=r"pip install 'bird-kernels\[vision\]'"):
-            load(name, tiny)
+            load_splits(name, tiny)
 
 
 def test_a_broken_tiny_imagenet_is_refused(tiny: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_broken_tiny_imagenet_is_refused(tiny: Path) -> None:
 
     def refuses(message: str) -> None:
         with pytest.raises(ValueError, match=message) as error:
-            load("tiny-imagenet", tiny)
+            load_splits("tiny-imagenet", tiny)
         assert "http://cs231n.stanford.edu/tiny-imagenet-200.zip" in str(error.value)
 
     image.write_bytes(pixels[: len(pixels) // 2])
@@ -157,7 +157,7 @@ def test_a_broken_tiny_imagenet_is_refused(tiny: Path) -> None:
     refuses("val_annotations.txt names no images")
     annotations.write_text(text)
     (folder / "train" / ".cache").mkdir()  # hidden: nobody's class
-    assert len(load("tiny-imagenet", tiny, validation=0).train) == 12
+    assert len(load_splits("tiny-imagenet", tiny, validation=0).train) == 12
     (folder / "train" / "n99999999").mkdir()
     refuses("train has folders that are no class: n99999999")
     (folder / "train" / "n99999999").rmdir()
@@ -182,16 +182,18 @@ def test_an_image_folder_reads_like_torchvision(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "imagenet").mkdir()
     for part in ("train", "val"):
         (tmp_path / "imagenet" / part).symlink_to(tmp_path / part)
-    assert torch.equal(load("imagenet32", tmp_path).test.images, load("image-folder", tmp_path).test.images)
-    splits = load("image-folder", tmp_path, classes=[1], validation=0.2)
+    assert torch.equal(
+        load_splits("imagenet32", tmp_path).test.images, load_splits("image-folder", tmp_path).test.images
+    )
+    splits = load_splits("image-folder", tmp_path, classes=[1], validation=0.2)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [4, 1, 2]
 
     for name in ("ant", "zebra"):  # test/ goes before val/
         official.write_image(tmp_path / "test" / name / "only.png", np.full((32, 32, 3), 9, np.uint8))
-    assert load("image-folder", tmp_path).test.images.unique().tolist() == [9]
+    assert load_splits("image-folder", tmp_path).test.images.unique().tolist() == [9]
     official.write_image(tmp_path / "test" / "yak" / "only.png", np.zeros((32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match="test has folders that are no class: yak"):
-        load("image-folder", tmp_path)
+        load_splits("image-folder", tmp_path)
 
 
 def test_other_sizes_give_the_square_in_the_middle(tmp_path: Path) -> None:
@@ -206,90 +208,6 @@ def test_other_sizes_give_the_square_in_the_middle(tmp_path: Path) -> None:
     assert np.array_equal(folders._decode(tmp_path / "high.png"), official.mean_of_blocks(inside.transpose(1, 0, 2)))
     doubled = small.repeat(2, axis=0).repeat(2, axis=1).transpose(2, 0, 1)
     assert np.array_equal(folders._decode(tmp_path / "small.png"), doubled)
-
-
-@pytest.fixture
-def cifar_c(tmp_path: Path, expect: Callable[..., None]) -> tuple[Path, np.ndarray, np.ndarray]:
-    """The root of a CIFAR-10 with its CIFAR-10-C, the corrupted images ``[5, 20, 3, 32, 32]``, and the labels."""
-    train, test = official.make_arrays(50, 10, 1), official.make_arrays(20, 10, 2)
-    official.write_cifar(tmp_path / "cifar-10-batches-bin", train, test)
-    expect("cifar10", counts=(50, 20))
-    corrupted, _ = official.make_arrays(100, 10, 3)
-    folder = tmp_path / "CIFAR-10-C"
-    folder.mkdir()
-    np.save(folder / "gaussian_noise.npy", corrupted.transpose(0, 2, 3, 1))
-    np.save(folder / "saturate.npy", 255 - corrupted.transpose(0, 2, 3, 1))
-    np.save(folder / "labels.npy", np.tile(test[1], 5))
-    return tmp_path, corrupted.reshape(5, 20, 3, 32, 32), test[1]
-
-
-def test_cifar_c_pairs_with_the_test_set(cifar_c: tuple[Path, np.ndarray, np.ndarray]) -> None:
-    root, corrupted, labels = cifar_c
-    clean = load("cifar10", root).test
-    for severity in range(1, 6):
-        images, ordered = official.by_class(corrupted[severity - 1], labels)
-        for name, truth in (("gaussian_noise", images), ("saturate", 255 - images)):
-            data = load_corrupted("cifar10", root, name, severity)
-            assert np.array_equal(data.images.numpy(), truth)
-            assert data.labels.tolist() == ordered.tolist() == clean.labels.tolist()
-    few = load_corrupted("cifar10", root, "gaussian_noise", 5, classes=[8, 3])
-    assert few.labels.tolist() == [0, 0, 1, 1]
-    assert np.array_equal(few.images[2:].numpy(), corrupted[4][labels == 3])
-    assert available_corruptions("cifar10", root) == ["gaussian_noise", "saturate"]
-    assert available_corruptions("cifar100", root) == available_corruptions("tiny-imagenet", root) == []
-
-
-def test_a_broken_cifar_c_is_refused(cifar_c: tuple[Path, np.ndarray, np.ndarray]) -> None:
-    root, _, _ = cifar_c
-    with pytest.raises(ValueError, match="severity must be 1 to 5, got 0"):
-        load_corrupted("cifar10", root, "saturate", 0)
-    with pytest.raises(ValueError, match="classes must be different numbers from 0 to 9"):
-        load_corrupted("cifar10", root, "saturate", 1, classes=[10])
-    with pytest.raises(ValueError, match="published of cifar10, cifar100, tiny-imagenet, not of 'digits'"):
-        load_corrupted("digits", root, "saturate", 1)
-    with pytest.raises(FileNotFoundError) as error:
-        load_corrupted("cifar10", root, "fog", 1)
-    for words in ("missing: fog.npy)", "gaussian_noise, saturate", "https://zenodo.org/records/2535967"):
-        assert words in str(error.value)
-
-    path = root / "CIFAR-10-C" / "saturate.npy"
-    whole = path.read_bytes()
-    for write, message in (
-        (lambda: path.write_bytes(whole[:-1]), "saturate.npy: "),
-        (lambda: path.write_bytes(b""), "saturate.npy: "),
-        (lambda: np.save(path, np.zeros((99, 32, 32, 3), np.uint8)), r"uint8 \[99, 32, 32, 3\], not uint8 \[100, 32"),
-        (lambda: np.save(path, np.zeros((100, 32, 32, 3))), r"float64 \[100, 32, 32, 3\], not uint8"),
-        (lambda: np.save(path, np.array([{}]), allow_pickle=True), "saturate.npy: .*pickle|Python objects"),
-        (lambda: np.save(path.with_name("labels.npy"), np.zeros(99, int)), "labels.npy: .*not 100 integers"),
-    ):
-        if "labels" in message:
-            path.write_bytes(whole)
-        write()
-        with pytest.raises(ValueError, match=message) as broken:
-            load_corrupted("cifar10", root, "saturate", 1)
-        assert "CIFAR-10-C, saturate is broken" in str(broken.value)
-
-
-def test_tiny_imagenet_c_pairs_with_the_test_set(tiny: Path, decodings: list[Path]) -> None:
-    source, target = tiny / "tiny-imagenet-200" / "val", tiny / "Tiny-ImageNet-C" / "fog" / "3"
-    for line in (source / "val_annotations.txt").read_text().splitlines():
-        name, wnid = line.split("\t")[:2]
-        (target / wnid).mkdir(parents=True, exist_ok=True)
-        (target / wnid / name).write_bytes((source / "images" / name).read_bytes())
-    clean = load("tiny-imagenet", tiny).test
-    data = load_corrupted("tiny-imagenet", tiny, "fog", 3)
-    assert torch.equal(data.images, clean.images)  # the copies are not corrupted: so the order shows
-    assert torch.equal(data.labels, clean.labels)
-    del decodings[:]
-    few = load_corrupted("tiny-imagenet", tiny, "fog", 3, classes=[2])
-    assert decodings == []
-    assert torch.equal(few.images, clean.images[clean.labels == 2])
-    assert available_corruptions("tiny-imagenet", tiny) == ["fog"]
-    with pytest.raises(FileNotFoundError, match=r"fog: 4 \(missing: all of them\)\nCorruptions there: fog"):
-        load_corrupted("tiny-imagenet", tiny, "fog", 4)
-    (target / sorted(WNIDS)[0] / "val_1.JPEG").unlink()
-    with pytest.raises(ValueError, match="8 images instead of 9"):
-        load_corrupted("tiny-imagenet", tiny, "fog", 3)
 
 
 # Files that are not what their names say

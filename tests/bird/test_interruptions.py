@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bird import Hints
 from bird.files import atomic
 from bird.lab import tensors
-from bird.lab.tensors import load, save
+from bird.lab.tensors import load_tensors, save_tensors
 from bird.lab.vision import methods
 from bird.lab.vision.checkpoints import History, Settings
 from tests.bird.loops import Cut, Run, guided, images, network, same, train
@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_the_last_good_file_and_nothing_else(tmp_path: Path) 
 @pytest.mark.parametrize("where", ["write", "fsync", "tensors"])
 def test_a_write_that_fails_removes_what_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     path, failure, whole = tmp_path / "last.pt", OSError(28, "No space left on device"), torch.save
-    save({"step": 1, "weights": torch.ones(3)}, path)
+    save_tensors({"step": 1, "weights": torch.ones(3)}, path)
 
     def refuse(*_: Any) -> None:
         raise failure
@@ -102,7 +102,7 @@ def test_a_write_that_fails_removes_what_it_began(tmp_path: Path, monkeypatch: p
 
     def write() -> None:
         if where == "tensors":
-            save({"step": 2, "weights": torch.zeros(3)}, path)
+            save_tensors({"step": 2, "weights": torch.zeros(3)}, path)
         with atomic(path) as partial:
             partial.write_text("half")
             if where == "write":
@@ -115,7 +115,7 @@ def test_a_write_that_fails_removes_what_it_began(tmp_path: Path, monkeypatch: p
         with pytest.raises((OSError, Cut)) as caught:
             write()
     assert caught.value is failure or where == "tensors"
-    assert load(path)["step"] == 1
+    assert load_tensors(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_named_and_runs_nothing(tmp_path: Path, damage: 
 @pytest.mark.smoke
 def test_a_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        load(tmp_path / "last.pt")
+        load_tensors(tmp_path / "last.pt")
 
 
 # Other runs and other versions
@@ -199,6 +199,7 @@ ABOUT = {"steps": 6, "resume": True, "about": {"method": "continued"}}
 def of_old(state: dict[str, Any]) -> None:
     """From before there were these settings."""
     del state["format"], state["seconds"]
+    state["identity"]["channels_last"] = True  # was one
     for name in ("about", "chunk_size", "compile", "trained"):
         del state["identity"][name]
 
@@ -236,10 +237,10 @@ def of_old(state: dict[str, Any]) -> None:
 def test_checkpoints_of_other_runs_and_versions(change: Any, options: Any, said: str | None, tmp_path: Path) -> None:
     """A setting that is new has its default in old files; what is newer or of another run is refused in words."""
     whole = train(folder=tmp_path, **ABOUT)
-    state = load(tmp_path / "last.pt")
+    state = load_tensors(tmp_path / "last.pt")
     assert state["format"] == tensors.FORMAT
     change(state)
-    save(state, tmp_path / "last.pt")
+    save_tensors(state, tmp_path / "last.pt")
 
     def again() -> Run:
         return train(folder=tmp_path, **ABOUT | options)
@@ -281,7 +282,7 @@ def test_the_first_bad_step_is_named_and_the_last_good_state_kept(tmp_path: Path
     said = rf"became (nan|inf) at step {bad}; .*last\.pt is as it was after step 6"
     with pytest.raises(FloatingPointError, match=said):
         train(folder=tmp_path, augment=at_step(bad, float(value)), validate=lambda model: scored.append(1) or 1.0)
-    kept = load(tmp_path / "last.pt")
+    kept = load_tensors(tmp_path / "last.pt")
     assert kept["step"] == 6
     assert all(tensor.isfinite().all() for tensor in kept["modules"].values())
     assert len(scored) == 1
@@ -323,7 +324,7 @@ def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, bad: int, st
     with pytest.raises(FloatingPointError, match=message):
         train(model=nn.Sequential(*network(), Fragile()), folder=tmp_path, validate=lambda model: 1.0)
     kept = [tmp_path / name for name in ("best.pt", "last.pt")]
-    assert [load(path)["step"] if path.exists() else None for path in kept] == [step] * 2
+    assert [load_tensors(path)["step"] if path.exists() else None for path in kept] == [step] * 2
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bird.lab.vision.corruptions import Mixture
 from bird.lab.vision.data import Images
 from bird.lab.vision.methods import HINTS, METHODS, Transfer
 from bird.lab.vision.models import build, replace_head
-from bird.lab.vision.training import Guide, fit
+from bird.lab.vision.training import TransferGuide, fit
 from bird.losses import LwF
 from tests.bird.loops import changes, same, state
 
@@ -81,7 +81,7 @@ def test_what_starts_from_the_teacher(method: str, networks: tuple[nn.Module, nn
         guide = None
         if method == "lwf":
             loss = LwF(1.0, 0.005, [("block3", "block3")])
-            guide = Guide(Teacher(deepcopy(networks[0]), "block3"), Taps(by_hand, "block3"), loss)
+            guide = TransferGuide(Teacher(deepcopy(networks[0]), "block3"), Taps(by_hand, "block3"), loss)
         fit(by_hand, train, replace(SETTINGS, steps=3), guide=guide)
     assert same(moved(method, networks, train), by_hand)
 
@@ -101,7 +101,7 @@ def test_what_is_guided(method: str, networks: tuple[nn.Module, nn.Module], trai
     torch.manual_seed(SETTINGS.seed)
     if loss is None:
         loss = Hints(*HINTS, PAIRS, teacher_widths={"block3": 96}, student_widths={"layer3": 48})
-    guide = Guide(Teacher(deepcopy(networks[0]), "block3"), Taps(by_hand, "layer3"), loss)
+    guide = TransferGuide(Teacher(deepcopy(networks[0]), "block3"), Taps(by_hand, "layer3"), loss)
     fit(by_hand, train, SETTINGS, guide=guide)
     found = moved(method, networks, train)
     assert same(found, by_hand)
@@ -115,7 +115,9 @@ def test_several_layers_are_guided_at_once(method: str, networks: tuple[nn.Modul
     widths = {"block2": 64, "block3": 96}, {"layer2": 24, "layer3": 48}
     hints = Hints(*HINTS, pairs, teacher_widths=widths[0], student_widths=widths[1])
     loss = hints if method == "hints" else BirdLoss(0.1, 0.9, pairs)
-    guide = Guide(Teacher(deepcopy(networks[0]), ["block2", "block3"]), Taps(by_hand, ["layer2", "layer3"]), loss)
+    guide = TransferGuide(
+        Teacher(deepcopy(networks[0]), ["block2", "block3"]), Taps(by_hand, ["layer2", "layer3"]), loss
+    )
     fit(by_hand, train, SETTINGS, guide=guide)
     assert same(Transfer(NETWORKS, pairs, SETTINGS, 4).run(method, *networks, train).model, by_hand)
 

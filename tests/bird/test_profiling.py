@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bird import BirdLoss, Taps, Teacher
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.profiling import StepTimes, step_times
-from bird.lab.vision.steps import Guide
+from bird.lab.vision.steps import TransferGuide
 from tests.bird.loops import images, losses, network, state
 
 SETTINGS = Settings(steps=9, batch_size=16)
@@ -62,8 +62,8 @@ def slow(forward: float, backward: float = 0.0) -> nn.Module:
     return model
 
 
-def guided(student: nn.Module, loss: nn.Module | None = None) -> Guide:
-    return Guide(Teacher(slow(3), "2"), Taps(student, "1"), loss or SlowLoss(pairs=[("2", "1")]))
+def guided(student: nn.Module, loss: nn.Module | None = None) -> TransferGuide:
+    return TransferGuide(Teacher(slow(3), "2"), Taps(student, "1"), loss or SlowLoss(pairs=[("2", "1")]))
 
 
 def test_each_part_has_its_time() -> None:
@@ -71,7 +71,6 @@ def test_each_part_has_its_time() -> None:
     times = step_times(student, images(), SETTINGS, guided(student), repeats=3)
     assert (times.teacher, times.loss) == (3, 2 + 1)
     assert times.step == 5 + 4 + 3 + 2 + 1
-    assert step_times(slow(2), images(), SETTINGS, repeats=2) == StepTimes(2, 0, 0)
 
 
 def test_parts_of_a_batch_add_up() -> None:
@@ -83,11 +82,10 @@ def test_parts_of_a_batch_add_up() -> None:
 
 
 def test_it_is_the_median_after_the_first_two() -> None:
-    seconds = iter([100, 100, 1, 7, 2])
+    seconds, student = iter([100, 100, 1, 7, 2, 0]), network()  # the last is of the parts
+    guide = guided(student, BirdLoss(pairs=[("2", "1")]))
     augment = lambda x, index, epoch: setattr(Clock, "now", Clock.now + next(seconds)) or x  # noqa: E731
-    assert step_times(network(), images(), SETTINGS, augment=augment, repeats=3).step == 2
-    with pytest.raises(ValueError, match="repeats must be at least 1, not 0"):
-        step_times(network(), images(), SETTINGS, repeats=0)
+    assert step_times(student, images(), SETTINGS, guide, augment=augment, repeats=3).step == 3 + 2
 
 
 @pytest.mark.parametrize("training", [False, True])

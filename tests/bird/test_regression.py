@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bird.lab.vision.comparison import regression_table, teachers_table
+from bird.lab.vision.candidates import regression_table, teachers_table
 from bird.lab.vision.figures import scatter
 from bird.lab.vision.regression import Properties, Regression, TeacherRow, regress
 
@@ -102,9 +103,6 @@ def test_no_regression_from_too_little() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             regress(given)
-    for names in ([], ["probe_accuracy"] * 2, ["charm"]):
-        with pytest.raises(ValueError, match="predictors must be different names of probe_accuracy, "):
-            regress(rows, predictors=names)
 
 
 # Tables and pictures
@@ -154,7 +152,8 @@ def test_the_picture_draws_points_where_accuracies_are_known_and_bars_where_not(
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or real(self, *a, **k))
     rows, x, y = observed(6)
     kinds = ["a", "b", "a", "a", "b", "b"]
-    scatter(rows, tmp_path / "points.png", title="T", kinds=kinds, baseline=0.3, regression=regress(rows))
+    rows = [replace(row, kind=kind) for row, kind in zip(rows, kinds, strict=True)]
+    scatter(rows, tmp_path / "points.png", title="T", baseline=0.3, regression=regress(rows))
     assert len(drawn[0].axes) == 3
     for axes, column in zip(drawn[0].axes, x.T, strict=False):
         *points, baseline = axes.lines
@@ -165,12 +164,10 @@ def test_the_picture_draws_points_where_accuracies_are_known_and_bars_where_not(
             assert line.get_ydata() == pytest.approx(100 * y[own])
         assert baseline.get_ydata()[0] == 30
         assert "R² alone" in axes.get_title(loc="left")
-    scatter([TeacherRow(row.name, row.properties) for row in rows], tmp_path / "bars.png", title="T", kinds=kinds)
+    scatter([TeacherRow(row.name, row.properties) for row in rows], tmp_path / "bars.png", title="T")
     for axes, column in zip(drawn[1].axes, x.T, strict=False):
         assert [bar.get_width() for bar in axes.patches] == pytest.approx(column)
-    scatter(ROWS, tmp_path / "some.png", title="T", kinds=["a", "b"])
+    scatter([replace(row, kind=kind) for row, kind in zip(ROWS, "ab", strict=True)], tmp_path / "some.png", title="T")
     assert [[line.get_label() for line in axes.lines] for axes in drawn[2].axes] == [["a"]] * 3  # "b" was not tried
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bars.png", "points.png", "some.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n") for path in tmp_path.iterdir())
-    with pytest.raises(ValueError, match="no teachers to draw"):
-        scatter([], tmp_path / "none.png", title="T", kinds=[])

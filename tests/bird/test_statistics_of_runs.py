@@ -10,7 +10,7 @@ from scipy import stats
 
 from bird.lab.language.data import distinct_pairs
 from bird.lab.statistics import bootstrap, paired_bootstrap, paired_p, pgr
-from bird.lab.tables import percent
+from bird.lab.tables import percent, without_empty_columns
 from bird.lab.vision.comparison import Comparison, Outcome
 from bird.lab.vision.evaluation import Robustness
 
@@ -97,7 +97,7 @@ def test_methods_and_shares_of_a_comparison() -> None:
 
     shares = {"None": (0.5, 0), "FT": (0.55, 0.1), "BIRD": (0.45, 0), "Ceiling": (0.7, 0.1)}
     outcomes = [outcome(method, seed, a + b * seed) for seed in (0, 1) for method, (a, b) in shares.items()]
-    found = Comparison(outcomes, "None", "Ceiling")
+    found = Comparison(outcomes)
     assert found.methods == ["None", "FT", "BIRD", "Ceiling"]
     assert found.contenders == ["FT", "BIRD"]
     assert found.recovered("FT") == pytest.approx([0.05 / 0.2, 0.15 / 0.3])  # seed by seed, then the mean
@@ -109,3 +109,8 @@ def test_percent_gives_mean_and_sample_deviation() -> None:
     assert percent([0.25, 0.5]) == "37.5 ± 17.7"
     assert percent([0.25]) == "25.0"
     assert percent([0.25, math.nan]) == "nan ± nan"  # as of a gap that a seed does not have
+
+
+def test_columns_with_nothing_in_them_are_left_out() -> None:
+    rows = [["method", "robust (paper)", "robust", "gap"], ["None", "", "81.2", ""], ["BIRD", "", "84.2", "21.2"]]
+    assert without_empty_columns(rows) == [["method", "robust", "gap"], ["None", "81.2", ""], ["BIRD", "84.2", "21.2"]]

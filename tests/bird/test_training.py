@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bird import BirdLoss, Taps, Teacher
-from bird.lab.tensors import load
+from bird.lab.tensors import load_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import Guide, epoch_order, learning_rate, steps_per_epoch
+from bird.lab.vision.steps import TransferGuide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
 from tests.bird.loops import Cut, cut_after, images, margin, network, same, state, train
 
@@ -34,7 +32,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, opti
     for steps_until_cut in (2, 8, 7):  # before the first checkpoint; mid-epoch at 6 + 2; again at 6 + 7 = 13
         with pytest.raises(Cut):
             train(method, augment=cut_after(steps_until_cut), **again)
-    assert load(tmp_path / "last.pt")["step"] == 12
+    assert load_tensors(tmp_path / "last.pt")["step"] == 12
     for _ in range(2):  # once it is finished nothing is trained, and the weights are there
         resumed = train(method, **again)
         assert same(resumed.model, whole.model)
@@ -66,11 +64,7 @@ def test_batches_cover_the_data_and_a_tiny_tail_is_left_out(samples: int, sizes:
     assert set(first) | set(second) == set(range(samples))  # others are left out the next time
 
 
-def test_steps_and_order_of_an_epoch() -> None:
-    found = [steps_per_epoch(samples, 16) for samples in (4, 16, 19, 20, 51, 52, 64)]
-    assert found == [1, 1, 1, 2, 3, 4, 4]
-    with pytest.raises(ValueError, match="training needs at least 4 samples, not 3"):
-        steps_per_epoch(3, 16)
+def test_epoch_order_is_a_new_permutation_each_time() -> None:
     orders = [epoch_order(40, seed, epoch).tolist() for seed in (0, 1) for epoch in (0, 1, 2)]
     assert all(sorted(order) == list(range(40)) for order in orders)
     assert len({tuple(order) for order in orders}) == 6
@@ -102,7 +96,7 @@ def test_the_best_weights_are_those_of_the_best_validation(tmp_path: Path) -> No
     scored = ((6, 0.1), (12, 0.7), (18, 0.3), (20, 0.7))
     assert history.validation == [{"step": step, "score": score} for step, score in scored]
     assert (history.best_step, history.best_score) == (12, 0.7)
-    best, last = load(tmp_path / "best.pt"), load(tmp_path / "last.pt")["modules"]
+    best, last = load_tensors(tmp_path / "best.pt"), load_tensors(tmp_path / "last.pt")["modules"]
     assert (best["step"], best["score"]) == (12, 0.7)
     assert all(torch.equal(best["model"][name], value) for name, value in weights[1].items())
     assert all(torch.equal(last[f"model.{name}"], value) for name, value in weights[3].items())
@@ -129,34 +123,6 @@ def test_bird_raises_cka_and_hints_train_their_regressor() -> None:
     run, fresh = train("hints", steps=60), train("hints", steps=1, lr=1e-12)
     assert not same(run.guide.loss, fresh.guide.loss)  # type: ignore[union-attr]
     assert run.history.train[-1]["hint/0/0"] < run.history.train[0]["hint/0/0"]
-
-
-def test_tensorboard_gets_the_history_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written: dict[tuple[str, int], float] = {}
-    purged = []
-
-    class SummaryWriter:
-        def __init__(self, folder: Path, purge_step: int) -> None:
-            assert folder == tmp_path
-            purged.append(purge_step)
-
-        def add_scalar(self, name: str, value: float, step: int) -> None:
-            written[name, step] = value
-
-        def close(self) -> None:
-            written["closed", 0] = 1
-
-    module = ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = SummaryWriter  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    history = train("bird", folder=tmp_path, validate=margin).history
-    train("bird", folder=tmp_path, validate=margin, resume=True)
-    assert purged == [1, 21]  # what was logged after the checkpoint is dropped
-    expected = {("closed", 0): 1.0}
-    for row in history.train:
-        expected |= {(f"train/{name}", int(row["step"])): row[name] for name in row if name != "step"}
-    expected |= {("validation/score", int(row["step"])): row["score"] for row in history.validation}
-    assert written == expected
 
 
 class _Waits(TorchDispatchMode):
@@ -215,17 +181,13 @@ def test_a_compiled_run_is_the_same_run(method: str) -> None:
     assert list(model.state_dict()) == list(network().state_dict())  # no wrapper's names
 
 
-@pytest.mark.parametrize(
-    ("options", "strides"), [({}, (64 * 4, 1, 4 * 8, 4)), ({"channels_last": False}, (256, 64, 8, 1))]
-)
-def test_the_layout_of_images_is_a_setting(options: dict[str, Any], strides: tuple[int, ...]) -> None:
+def test_images_and_convolutions_have_channels_last() -> None:
     seen = []
     four = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(144, 3))
     four.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
-    data = Images(images().images.expand(-1, 4, -1, -1), images().labels)
-    train(model=four, data=data, steps=1, batch_size=8, **options)
-    assert seen == [strides]
-    assert (four[0].weight.stride(1) == 1) == (not options)
+    train(model=four, data=Images(images().images.expand(-1, 4, -1, -1), images().labels), steps=1, batch_size=8)
+    assert seen == [(64 * 4, 1, 4 * 8, 4)]
+    assert four[0].weight.stride(1) == 1
 
 
 @pytest.mark.parametrize(
@@ -298,7 +260,7 @@ def test_a_resumed_run_in_chunks_ends_with_the_same_bits(tmp_path: Path, method:
     again |= {"folder": tmp_path, "resume": True}
     with pytest.raises(Cut):
         train(method, augment=cut_after(fetched), **again)
-    assert load(tmp_path / "last.pt")["step"] == 3
+    assert load_tensors(tmp_path / "last.pt")["step"] == 3
     resumed = train(method, **again)
     assert same(resumed.model, whole.model)
     assert resumed.history == whole.history
@@ -310,7 +272,7 @@ def test_a_resumed_run_in_chunks_ends_with_the_same_bits(tmp_path: Path, method:
 def test_a_run_notes_the_shapes_of_its_loss(tmp_path: Path) -> None:
     """For `bird tune --from-run`: batches of 32 and 18; pooled features of 6 and 5 channels."""
     student = network(6)
-    guide = Guide(Teacher(network(5), ["0"]), Taps(student, ["0"]), BirdLoss(pairs=[("0", "0")]))
+    guide = TransferGuide(Teacher(network(5), ["0"]), Taps(student, ["0"]), BirdLoss(pairs=[("0", "0")]))
     fit(student, images(50), Settings(steps=4, batch_size=32), guide=guide, folder=tmp_path, progress=False)
     assert json.loads((tmp_path / "shapes.json").read_text()) == [[18, 6, 5, "float32"], [32, 6, 5, "float32"]]
 

@@ -58,7 +58,9 @@ def command(name: str, path: Path, *more: str, out: Path | None = None) -> int:
 
 
 def experiment_of(path: Path, root: Path | None = None, **options: Any) -> VisionExperiment:
-    return VisionExperiment(recipes.read(str(path)), root or path.parent / "runs", torch.device("cpu"), **options)
+    return VisionExperiment(
+        recipes.read_vision(str(path)), root or path.parent / "runs", torch.device("cpu"), **options
+    )
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:

@@ -93,8 +93,8 @@ def grouped(x: Tensor, y: Tensor, mask: Tensor | None, case: Case, group: Any) -
 
 @contextlib.contextmanager
 def forced(name: str) -> Iterator[None]:
-    """`transport.choose` chooses this one."""
-    choose = transport.choose
+    """`transport.cheaper` chooses this one."""
+    choose = transport.cheaper
 
     def instead(*args: Any) -> Any:
         chosen = choose(*args)
@@ -102,7 +102,7 @@ def forced(name: str) -> Iterator[None]:
             chosen = chosen._replace(name=name, bytes=chosen.other_bytes, other_bytes=chosen.bytes)
         return chosen
 
-    with mock.patch.object(transport, "choose", instead):
+    with mock.patch.object(transport, "cheaper", instead):
         yield
 
 

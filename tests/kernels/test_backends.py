@@ -127,8 +127,8 @@ def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ImportError("No module named 'triton'")
         return real(name)
 
-    real = backends.load
-    monkeypatch.setattr(backends, "load", load)
+    real = backends.module_of
+    monkeypatch.setattr(backends, "module_of", load)
     reason = "cannot be imported (No module named 'triton')"
     assert backends.why_not("triton", torch.float32, GPU) == reason
     nowhere_else_asked = torch.device("cuda:63")  # answers are remembered

@@ -130,11 +130,11 @@ def test_more_work_takes_longer() -> None:
 def test_pairs_share_launches_where_that_is_predicted_to_win() -> None:
     one = problem(128, 512, 512)
     alone = cost.predict(one, H200)
-    assert cost.fused([one] * 8, H200).us < cost.apart([("triton", alone["triton"])] * 8)
-    assert cost.fused([one] * 8, H200).us < cost.apart([("native", alone["native"])] * 8)
+    assert cost.fused([one] * 8, H200).us < cost.one_by_one([("triton", alone["triton"])] * 8)
+    assert cost.fused([one] * 8, H200).us < cost.one_by_one([("native", alone["native"])] * 8)
     wide = problem(512, 100_352, 100_352, torch.bfloat16)
     library = cost.predict(wide, H200)["library"]
-    assert cost.fused([wide] * 2, H200).us > cost.apart([("library", library)] * 2)
+    assert cost.fused([wide] * 2, H200).us > cost.one_by_one([("library", library)] * 2)
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H200", "A100", "RTX 4090", "an unknown device"])

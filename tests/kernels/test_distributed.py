@@ -192,7 +192,7 @@ def test_bytes_are_those_of_the_plan(case: Case, world: int, ask: Ask) -> None:
         else:
             assert [name for name, _ in data] == ["all_gather_into_tensor"]
             assert moved == transport.gathered_size(max(rows), *sizes, world, case.masked)
-        chosen = transport.choose(problem, rows, "auto")
+        chosen = transport.cheaper(problem, rows, "auto")
         said = chosen.bytes if chosen.name == case.transport else chosen.other_bytes
         sent = {"all_reduce": 2, "all_gather_into_tensor": 1}[data[0][0]] * moved * (world - 1) / world
         assert 0 <= sent - said < 1

@@ -21,7 +21,7 @@ def found_median(x: Tensor, mask: Tensor | None, kernel: RBF, flat: int) -> Tens
     problem = Problem(len(x), x.shape[1], 1, x.dtype, CPU, masked=mask is not None, kernel=kernel)
     one = strips.Strips(x, mask, problem, x.new_empty(flat))
     counted = torch.ones(len(x), dtype=torch.bool) if mask is None else mask
-    return median.lower_median(one, counted.sum(dtype=torch.float64), kernel)
+    return median.median_of(one, counted.sum(dtype=torch.float64), kernel)
 
 
 @short(

@@ -158,7 +158,7 @@ def test_more_rows_are_refused_not_computed(device: torch.device) -> None:
     x = torch.zeros(FEW_ROWS + 1, 2, device=device)
     problem = Problem(FEW_ROWS + 1, 2, 2, torch.float32, device)
     with pytest.raises(ValueError, match="at most 512 rows, got 513"):
-        backends.load("native").forward(x, x, None, problem, "gram")
+        backends.module_of("native").forward(x, x, None, problem, "gram")
 
 
 def test_other_dtypes_are_refused(device: torch.device) -> None:

@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bird_kernels
 from bird_kernels import backends, ops
-from bird_kernels.ops import Spec
 from bird_kernels.types import Problem, Stash
-from tests.accuracy import evaluate, features, operator, poison
+from tests.accuracy import described, evaluate, features, operator, poison
 from tests.selection import short
 
 COMPILED = pytest.mark.compiled
@@ -43,11 +42,11 @@ def test_opcheck(
     """Schema (nothing aliased, nothing written to), and shapes, dtypes and strides without data against real ones."""
     x, y = features(N, P, Q, device=device)
     inputs = x, y, mask if masked else None
-    spec = Spec("cka_loss", estimator, route, backend, None, "x" in sides, "y" in sides)
-    torch.library.opcheck(torch.ops.bird.alignment.default, (*inputs, *spec), test_utils=CHECKS)
-    value, *stash = torch.ops.bird.alignment(*inputs, *spec)
+    call = described(route, backend, estimator, ("x" in sides, "y" in sides))
+    torch.library.opcheck(torch.ops.bird.alignment.default, (*inputs, *call), test_utils=CHECKS)
+    value, *stash = torch.ops.bird.alignment(*inputs, *call)
     if sides:
-        arguments = torch.ones_like(value), *inputs, *stash, *spec
+        arguments = torch.ones_like(value), *inputs, *stash, *call
         torch.library.opcheck(torch.ops.bird.alignment_backward.default, arguments, test_utils=CHECKS)
 
 
@@ -59,10 +58,10 @@ def test_stash_is_as_announced(
     x, y = features(N, P, Q, dtype, device)
     x_grad, y_grad = ("x" in sides), ("y" in sides)
     problem = Problem(N, P, Q, dtype, device, "cka", estimator, None, False, x_grad, y_grad)
-    spec = Spec("cka", estimator, route, backend, None, x_grad, y_grad)
-    value, *stash = torch.ops.bird.alignment(x, y, None, *spec)
+    call = ops.flattened(ops.Call(problem, route, backend))
+    value, *stash = torch.ops.bird.alignment(x, y, None, *call)
     assert value.dtype == ops.value_dtype(dtype)
-    announced = backends.load(backend).stash_shapes(problem, route)
+    announced = backends.module_of(backend).stash_shapes(problem, route)
     assert {name: (tuple(t.shape), t.dtype) for name, t in zip(Stash._fields, stash, strict=True)} == announced
 
 
@@ -185,9 +184,9 @@ def test_all_coefficients_are_written(
 ) -> None:
     """Those that no backward reads, too: what an operator returns is compared, copied and saved."""
     x, y = features(N, P, Q, device=device)
-    spec = Spec("cka_loss", estimator, route, backend, None, True, True)
+    call = described(route, backend, estimator)
     with poison():
-        _, coefficients, *_ = torch.ops.bird.alignment(x, y, mask if masked else None, *spec)
+        _, coefficients, *_ = torch.ops.bird.alignment(x, y, mask if masked else None, *call)
     assert coefficients.isfinite().all()
 
 
@@ -216,7 +215,7 @@ def test_unwanted_gradients_have_no_elements(
     wanted: tuple[bool, bool], route: str, backend: str, device: torch.device
 ) -> None:
     x, y = features(N, P, Q, device=device)
-    spec = Spec("cka_loss", "biased", route, backend, None, *wanted)
-    value, *stash = torch.ops.bird.alignment(x, y, None, *spec)
-    gradients = torch.ops.bird.alignment_backward(torch.ones_like(value), x, y, None, *stash, *spec)
+    call = described(route, backend, wanted=wanted)
+    value, *stash = torch.ops.bird.alignment(x, y, None, *call)
+    gradients = torch.ops.bird.alignment_backward(torch.ones_like(value), x, y, None, *stash, *call)
     assert [g.numel() > 0 for g in gradients] == list(wanted)

@@ -60,7 +60,7 @@ def test_weights_that_change_every_step(device: torch.device) -> None:
     losses = torch.tensor([0.25, 1.5, 3.0], device=device, requires_grad=True)
     for step in [*range(100), 0, 1]:
         weights = (0.5 + step, -2.0 * step, 1.0 / (1 + step))
-        value = pairs.weighted_sum(losses, weights)
+        value = pairs.weighted_loss(losses, weights)
         assert value.item() == pytest.approx(0.25 * weights[0] + 1.5 * weights[1] + 3.0 * weights[2], rel=1e-6)
         (gradient,) = torch.autograd.grad(value, losses)
         assert gradient.tolist() == pytest.approx(list(weights), rel=1e-6)

@@ -111,7 +111,7 @@ def test_workspace_is_what_is_kept(estimator: str, route: str, backend: str) -> 
     dtypes = [torch.float32, torch.bfloat16] + [torch.float64] * (backend == "library")
     for device, dtype, sides in itertools.product((CPU, GPU), dtypes, SIDES[:3]):
         problem = Problem(512, 300, 200, dtype, device, "cka_loss", estimator, None, False, *sides)
-        stash = backends.load(backend).stash_shapes(problem, route)
+        stash = backends.module_of(backend).stash_shapes(problem, route)
         kept = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stash.values())
         assert plan.workspace(problem, route, backend) == pytest.approx(kept, rel=0.03), problem
 

@@ -13,7 +13,7 @@ import bird_kernels
 from bird_kernels import RBF, backends, cka_loss, plan, reference
 from bird_kernels.backends.library_rbf import median
 from bird_kernels.types import Problem
-from tests.accuracy import evaluate, features, operator, poison
+from tests.accuracy import described, evaluate, features, operator, poison
 from tests.kernels.gaussian import RULES, N, P, Q, centred
 
 CPU = torch.device("cpu")
@@ -76,10 +76,9 @@ def test_compile(dynamic: bool, device: torch.device) -> None:
 def test_operator_is_registered_right(sides: str, rule: RBF, memory: str, device: torch.device) -> None:
     """What the fake operators promise is what comes out, kept or streamed."""
     x, y = features(N, P, Q, device=device)
-    options = dict(sigma=rule.sigmas or (), threshold=rule.threshold, flow=rule.flow, center=True)
-    spec = ("cka_loss", "biased", "gram", "library", None, sides == "x", sides == "y", "rbf", *options.values())
+    call = described("gram", "library", wanted=(sides == "x", sides == "y"), kernel=rule)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.bird.alignment.default, (x, y, None, *spec), test_utils=tests)
+    torch.library.opcheck(torch.ops.bird.alignment.default, (x, y, None, *call), test_utils=tests)
 
 
 def test_repeated_backwards_and_one_side(rule: RBF, estimator: str, memory: str, device: torch.device) -> None:
@@ -104,7 +103,7 @@ def test_workspace_is_what_is_kept(sides: tuple[bool, bool], streamed: bool, mon
     if streamed:
         monkeypatch.setattr(plan, "KEPT", 0)
     problem = Problem(700, 300, 200, torch.float32, CPU, x_grad=sides[0], y_grad=sides[1], kernel=RBF())
-    shapes = backends.load("library", "rbf").stash_shapes(problem, "gram")
+    shapes = backends.module_of("library", "rbf").stash_shapes(problem, "gram")
     kept = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
     assert plan.workspace(problem, "gram", "library") == pytest.approx(kept, rel=0.02)
     assert (kept < 700 * 700 * 4) == streamed
@@ -128,8 +127,8 @@ def test_streaming_holds_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x, y = features(256, 3, 4)
     with Largest():
-        value, stash = backends.load("library", "rbf").forward(x, y, None, _problem(256), "gram")
-        backends.load("library", "rbf").backward(torch.ones(()), x, y, None, stash, _problem(256), route="gram")
+        value, stash = backends.module_of("library", "rbf").forward(x, y, None, _problem(256), "gram")
+        backends.module_of("library", "rbf").backward(torch.ones(()), x, y, None, stash, _problem(256), route="gram")
     assert 16 * 256 <= largest <= 2 * 16 * 256
     assert value.isfinite()
 
@@ -142,7 +141,7 @@ def test_explain(device: torch.device) -> None:
     x, y = torch.zeros(2000, 30, device=device), torch.zeros(2000, 40, device=device)
     found = bird_kernels.explain(x.requires_grad_(), y, kernel=RBF(threshold=0.5))
     assert (found.route, found.backend) == ("gram", "library")
-    assert "RBF(sigma=None, threshold=0.5, flow=False)" in str(found)
+    assert "RBF(sigma=None, threshold=0.5, flow=False, median='lower')" in str(found)
     assert "kept" in found.tile
     assert found.flops == 2000**2 * (70 + 2 * 30)
     big = torch.empty(1, 1, device=device).expand(100_000, 8)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bird_kernels import RBF, backends, cka_loss, explain, hsic, plan
 from bird_kernels.types import Problem
-from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain_rbf, poison, truth
+from tests.accuracy import assert_no_worse, described, errors, evaluate, features, operator, plain_rbf, poison, truth
 from tests.kernels.gaussian import N, P, Q
 from tests.selection import short
 
@@ -256,14 +256,14 @@ def test_launches_are_as_planned(
 @pytest.mark.parametrize("sides", ["x", "y"])
 def test_operator_is_registered_right(sides: str, device: torch.device) -> None:
     x, y = features(N, P, Q, device=device)
-    spec = ("cka_loss", "biased", "gram", "triton", None, sides == "x", sides == "y", "rbf", (), 0.5, False, True)
+    call = described("gram", "triton", wanted=(sides == "x", sides == "y"), kernel=RBF(threshold=0.5))
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.bird.alignment.default, (x, y, None, *spec), test_utils=tests)
+    torch.library.opcheck(torch.ops.bird.alignment.default, (x, y, None, *call), test_utils=tests)
 
 
 def test_workspace_is_what_is_kept() -> None:
     problem = Problem(700, 300, 200, torch.float32, torch.device("cpu"), kernel=RBF())
-    shapes = backends.load("triton", "rbf").stash_shapes(problem, "gram")
+    shapes = backends.module_of("triton", "rbf").stash_shapes(problem, "gram")
     kept = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values())
     assert plan.workspace(problem, "gram", "triton") == pytest.approx(kept, rel=1e-3)
 

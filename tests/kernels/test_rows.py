@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -49,7 +50,7 @@ def compute(
     problem = Problem(*x.shape, y.shape[1], x.dtype, x.device, masked=mask is not None, **named)
     ends = pairwise(cuts or [0, len(x)])
     parts = [(x[a:b], y[a:b], None if mask is None else mask[a:b]) for a, b in ends]
-    value, c, s = from_sums.evaluate(sums.merged([sums.sums_of(*part, problem) for part in parts]), problem)
+    value, c, s = from_sums.value_of(reduce(sums.include, [sums.sums_of(*part, problem) for part in parts]), problem)
     exchanged = from_sums.exchanged(s, c)
     dx = torch.cat([from_sums.gradient(a, b, m, s, c, upstream, problem=problem) for a, b, m in parts])
     dy = torch.cat([from_sums.gradient(b, a, m, *exchanged, upstream, problem=problem) for a, b, m in parts])
@@ -220,7 +221,7 @@ def test_products_are_of_the_features_dtype(dtype: torch.dtype, monkeypatch: pyt
     x, y = features(40, 6, 5, dtype=dtype)
     problem = Problem(40, 6, 5, dtype, x.device)
     s = sums.sums_of(x, y, None, problem)
-    _, c, s = from_sums.evaluate(s, problem)
+    _, c, s = from_sums.value_of(s, problem)
     original = linalg.mm
 
     def mm(a: Tensor, b: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ def test_launches_of_sums(dtype: torch.dtype, masked: bool, monkeypatch: pytest.
     assert forward.products == 3
     z, products = n * (p + q + 8) * dtype.itemsize, (p * p + p * q + q * q) * 4
     assert forward.bytes <= 4.5 * z + 8 * products  # read, written, and once more for each product
-    _, c, s = from_sums.evaluate(s, problem)
+    _, c, s = from_sums.value_of(s, problem)
     upstream = torch.empty((), dtype=torch.float64, device=CUDA)
     with listened() as backward:
         dx = from_sums.gradient(x, y, mask, s, c, upstream, problem=problem)

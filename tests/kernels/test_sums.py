@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from itertools import pairwise
 
 import pytest
@@ -34,7 +35,7 @@ def compute(
         len(x), x.shape[1], y.shape[1], x.dtype, x.device, statistic, estimator, None, mask is not None, True, True
     )
     parts = [(x[a:b], y[a:b], None if mask is None else mask[a:b]) for a, b in pairwise(cuts)]
-    value, c, s = from_sums.evaluate(sums.merged([sums.sums_of(*part, problem) for part in parts]), problem)
+    value, c, s = from_sums.value_of(reduce(sums.include, [sums.sums_of(*part, problem) for part in parts]), problem)
     exchanged = from_sums.exchanged(s, c)
     dx = torch.cat([from_sums.gradient(a, b, m, s, c, 1.0, problem=problem) for a, b, m in parts])
     dy = torch.cat([from_sums.gradient(b, a, m, *exchanged, 1.0, problem=problem) for a, b, m in parts])

@@ -14,16 +14,16 @@ def test_fewer_bytes_are_chosen_and_counted_by_hand() -> None:
     problem = Problem(0, 64, 64, torch.float32, torch.device("cpu"))
     merged = 2 * (4 * 3 * 64 * 64 + 8 * 129) * 3 // 4
     few, many = ([rows] * 4 for rows in (40, 200))
-    assert transport.choose(problem, few, "auto")[:4] == ("gathered", 4, 160, 3 * 40 * 128 * 4)
-    assert transport.choose(problem, many, "auto") == ("merged", 4, 800, merged, 3 * 200 * 128 * 4)
-    assert transport.choose(problem, many, "library").name == "merged"
+    assert transport.cheaper(problem, few, "auto")[:4] == ("gathered", 4, 160, 3 * 40 * 128 * 4)
+    assert transport.cheaper(problem, many, "auto") == ("merged", 4, 800, merged, 3 * 200 * 128 * 4)
+    assert transport.cheaper(problem, many, "library").name == "merged"
     for backend in ("triton", "native", "reference"):
-        assert transport.choose(problem, many, backend).name == "gathered"
-    unbiased = transport.choose(problem._replace(estimator="unbiased"), many, "auto")
+        assert transport.cheaper(problem, many, backend).name == "gathered"
+    unbiased = transport.cheaper(problem._replace(estimator="unbiased"), many, "auto")
     assert unbiased.bytes == merged + 2 * (4 * 3 * 64 * 64 + 8 * (2 * 128 + 5)) * 3 // 4  # in fp64
-    assert transport.choose(problem._replace(dtype=torch.bfloat16), few, "auto").bytes == 3 * 40 * 128 * 2
-    assert transport.choose(problem._replace(dtype=torch.float64), many, "auto").bytes == merged + 2 * 3 * 64 * 64 * 3
-    masked = transport.choose(problem._replace(masked=True), [40, 10, 0, 40], "auto")
+    assert transport.cheaper(problem._replace(dtype=torch.bfloat16), few, "auto").bytes == 3 * 40 * 128 * 2
+    assert transport.cheaper(problem._replace(dtype=torch.float64), many, "auto").bytes == merged + 2 * 3 * 64 * 64 * 3
+    masked = transport.cheaper(problem._replace(masked=True), [40, 10, 0, 40], "auto")
     assert masked == ("gathered", 4, 90, 3 * 40 * 129 * 4, merged)
 
 

@@ -30,10 +30,10 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(tuning, "key_of", lambda device: tuning.Key("NVIDIA H200", "", "", ""))
     monkeypatch.setattr(native, "why_not", lambda *call: "is not built")
     monkeypatch.delenv("BIRD_STRICT")
-    trust.forget_trials()
+    trust._works.clear(), trust._broken.clear()
     backends.forget()
-    yield backends.load("triton")
-    trust.forget_trials()
+    yield backends.module_of("triton")
+    trust._works.clear(), trust._broken.clear()
     backends.forget()
 
 
@@ -259,7 +259,7 @@ def test_traced_and_transformed_calls_are_tried_too(
 
 def test_the_library_has_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BIRD_STRICT")
-    monkeypatch.setattr(backends.load("library"), "forward", fails(lambda: None))
+    monkeypatch.setattr(backends.module_of("library"), "forward", fails(lambda: None))
     with pytest.raises(RuntimeError, match="PassManager"):
         loss_and_gradients()
 
@@ -270,7 +270,7 @@ def shifted(triton: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(triton, "why_not", lambda *call: "is not asked")
 
     def shifts(dtype: torch.dtype, device: torch.device) -> bool:
-        return trust.why_not("library", backends.SHIFTED, dtype, device) is None
+        return trust.known_failure("library", backends.SHIFTED, dtype, device) is None
 
     monkeypatch.setattr(backends, "_shifts", lru_cache(shifts))
     return importlib.import_module("bird_kernels.backends.shifted")

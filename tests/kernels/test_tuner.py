@@ -67,7 +67,7 @@ def test_every_candidate_that_is_right_is_timed(clock: list[Any]) -> None:
 @pytest.mark.parametrize("how", ["value", "gradient", "error"])
 def test_the_gate_comes_before_the_clock(how: str, clock: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton does not exist for this system")
-    triton = backends.load("triton")
+    triton = backends.module_of("triton")
     forward, backward = triton.forward, triton.backward
 
     def fail(*call: Any) -> Any:

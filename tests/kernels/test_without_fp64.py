@@ -14,7 +14,7 @@ import bird_kernels
 from bird_kernels import RBF, CKALoss, HSICLoss, Statistics, cka_loss, ops, plan, token_cka_loss
 from bird_kernels.matrix import hsic_matrix
 from bird_kernels.types import Stash
-from tests.accuracy import features
+from tests.accuracy import described, features
 from tests.kernels.device_without_fp64 import MixedDevicesError, NoDoubleError, OnDevice, WithoutDoubles
 
 N, P, Q = 24, 9, 7
@@ -176,9 +176,9 @@ def test_operators_are_registered_for_every_device(operator: str, key: str) -> N
 
 
 def alignment(x: Tensor, y: Tensor, mask: Tensor, route: str, estimator: str) -> tuple[Tensor, ...]:
-    spec = ops.Spec("cka_loss", estimator, route, "library", None, True, True)  # type: ignore[arg-type]
-    value, *stash = torch.ops.bird.alignment(x, y, mask, *spec)
-    dx, dy = torch.ops.bird.alignment_backward(torch.ones_like(value), x, y, mask, *stash, *spec)
+    call = described(route, "library", estimator)
+    value, *stash = torch.ops.bird.alignment(x, y, mask, *call)
+    dx, dy = torch.ops.bird.alignment_backward(torch.ones_like(value), x, y, mask, *stash, *call)
     return value, *stash, dx, dy
 
 

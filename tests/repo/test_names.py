@@ -93,3 +93,18 @@ def test_the_benchmarks_have_names_of_their_own() -> None:
     shared = {name: files for name, files in homes.items() if len(files) > 1}
     assert len(homes) > 500
     assert [name for name, files in shared.items() if any(file.startswith("benchmarks/") for file in files)] == []
+
+
+# The functions that every backend's module has, and the one that asks them (`backends.why_not`).
+OF_BACKENDS = {"why_not", "stash_shapes", "forward", "backward"}
+
+
+def test_the_kernels_have_one_name_each() -> None:
+    """A class or a public function of `bird_kernels` is in one file; `reference` has the names of what it defines."""
+    homes: dict[str, set[str]] = {}
+    for name, file in public("bird_kernels"):
+        of_backend = name in OF_BACKENDS and file.startswith("bird_kernels/backends/")
+        if not of_backend and file != "bird_kernels/reference.py":
+            homes.setdefault(name, set()).add(file)
+    assert len(homes) > 200
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}

@@ -80,8 +80,8 @@ class Allocations(TorchDispatchMode):
 def test_merging_takes_the_memory_that_the_model_says(
     n: int, p: int, q: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose = transport.choose
-    monkeypatch.setattr(transport, "choose", lambda *args: choose(*args)._replace(name="merged"))
+    choose = transport.cheaper
+    monkeypatch.setattr(transport, "cheaper", lambda *args: choose(*args)._replace(name="merged"))
     x, y = torch.randn(n, p).to(dtype).requires_grad_(), torch.randn(n, q).to(dtype)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .corruptions.random import Noise, keys
-
-Augment = Callable[[Tensor, Tensor, int], Tensor]  # images [n, c, h, w] in 0-1, sample numbers int64 [n], epoch
 
 PADDING = 4
 

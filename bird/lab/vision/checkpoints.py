@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from ...files import PARTIAL
+from ..recipe import require_within
 from ..stages import require_same
-from ..tensors import FORMAT, UNREADABLE, load, require_format, save
+from ..tensors import FORMAT, UNREADABLE, load_tensors, require_format, save_tensors
 
 # A shorter last batch is left out of its epoch: unbiased CKA needs four rows, biased CKA two, batch normalisation more
 # than one value. All methods leave out the same batches, and every epoch has another order.
 MIN_BATCH = 4
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to train. The defaults are the paper's for the transfer.
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """How an optimizer goes about it. The defaults are the paper's for the transfer.
 
     Args:
-        steps: optimiser steps in all.
         batch_size: images per step; the last batch of an epoch may be smaller, down to `MIN_BATCH`.
         optimizer: ``"sgd"`` or ``"adamw"``.
         lr: learning rate of the first step; falls to ``final_lr`` along half a cosine, step by step.
@@ -38,17 +38,10 @@ class Settings:
         momentum: of SGD; AdamW keeps PyTorch's betas.
         weight_decay: L2 for SGD, decoupled for AdamW.
         amp: None for full precision; ``"bfloat16"``, or ``"float16"`` with loss scaling, for autocast.
-        seed: decides the order of the data; PyTorch's global generators (dropout) start from it too.
-        log_every: steps between two looks at loss, accuracy and CKA.
-        save_every: steps between two validations and checkpoints.
         chunk_size: images in memory at a time, at most, for batches that do not fit: the batch's gradient from parts of
             equal size (`bird.chunks`), of which batch normalisation sees one at a time. None for whole batches.
-        channels_last: the layout of images and convolutions in memory; False for PyTorch's usual one.
-        compile: call the model compiled (``model.compile()``, which it stays): worth its minute in long runs; rounds
-            otherwise, and its dropout draws other numbers.
     """
 
-    steps: int
     batch_size: int = 128
     optimizer: str = "sgd"
     lr: float = 0.005
@@ -56,36 +49,38 @@ class Settings:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     amp: str | None = None
-    seed: int = 0
-    log_every: int = 20
-    save_every: int = 200
     chunk_size: int | None = None
-    channels_last: bool = True
-    compile: bool = False
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Of images and convolutions."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def __post_init__(self) -> None:
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f'optimizer must be "sgd" or "adamw", not {self.optimizer!r}')
         if self.amp not in (None, "bfloat16", "float16"):
             raise ValueError(f'amp must be None, "bfloat16" or "float16", not {self.amp!r}')
-        for name, least in (
-            ("steps", 1),
-            ("log_every", 1),
-            ("save_every", 1),
-            ("batch_size", MIN_BATCH),
-            ("chunk_size", MIN_BATCH),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, not {value}")
-        for name in ("lr", "final_lr", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 0, and finite, not {getattr(self, name)}")
+        require_within(self, batch_size=MIN_BATCH, chunk_size=MIN_BATCH, lr=0, final_lr=0, momentum=0, weight_decay=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Optimisation):
+    """How `bird.lab.vision.training.fit` trains.
+
+    Args:
+        steps: optimiser steps in all.
+        seed: decides the order of the data; PyTorch's global generators (dropout) start from it too.
+        log_every: steps between two looks at loss, accuracy and CKA.
+        save_every: steps between two validations and checkpoints.
+        compile: call the model compiled (``model.compile()``, which it stays): worth its minute in long runs; rounds
+            otherwise, and its dropout draws other numbers.
+    """
+
+    steps: int
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 200
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_within(self, steps=1, log_every=1, save_every=1)
 
 
 @dataclass
@@ -185,7 +180,7 @@ class TrainingRun:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         }
-        save(state, self.folder / "last.pt")
+        save_tensors(state, self.folder / "last.pt")
 
     def restore(self, resume: bool) -> int:
         """Load ``last.pt`` if there is one, and return the number of steps that it has behind it."""
@@ -194,11 +189,12 @@ class TrainingRun:
             return 0
         if not resume:
             raise FileExistsError(f"{path} holds an earlier run: pass resume=True, or choose another folder")
-        state = load(path)
+        state = load_tensors(path)
         require_format(state, path)
         if not state.keys() >= _PARTS:
             raise ValueError(UNREADABLE.format(path))
         old = self._before() | state["identity"]
+        old.pop("channels_last", None)  # could be set once, and decides no more than how images lie in memory
         require_same(old, self._identity, f"{path} comes from another run", "choose another folder")
         known = {f.name for f in fields(History)}
         if unknown := sorted(state["history"].keys() - known):
@@ -261,7 +257,7 @@ class TrainingRun:
         kept = "" if self._saved is None else f", and {self.folder}/last.pt is as it was after step {self._saved}"
         return f"a lower lr may help{kept}"
 
-    def select(self, step: int, validate: Callable[[nn.Module], float]) -> float:
+    def select(self, step: int, validate: Callable[[nn.Module], float]) -> None:
         """Score the model; write ``best.pt`` if it was never better."""
         model = self.modules["model"]
         model.eval()
@@ -273,11 +269,10 @@ class TrainingRun:
         if history.best_score is None or score > history.best_score:
             history.best_step, history.best_score = step, score
             if self.folder is not None:
-                save(
+                save_tensors(
                     {"format": FORMAT, "step": step, "score": score, "model": model.state_dict()},
                     self.folder / "best.pt",
                 )
-        return score
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,35 +57,20 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def of_classes(data: Images, classes: Sequence[int], limit_per_class: int | None = None) -> Images:
-    """The images of some classes, class by class in the order given, each in the order of ``data``.
-
-    Args:
-        data: labelled images.
-        classes: the labels to keep; they are renumbered 0, 1, ...
-        limit_per_class: how many images to keep of each class, the first ones; None: all.
-    """
-    return _gather(data, [_members(data, c)[:limit_per_class] for c in classes])
-
-
-def split(
-    train: Images,
-    test: Images,
-    classes: Sequence[int],
-    held_out: Callable[[int], int],
-    *,
-    seed: int,
-    limit_per_class: int | None,
+def split_by_class(
+    train: Images, test: Images, classes: Sequence[int], *, validation: float, seed: int, limit_per_class: int | None
 ) -> Splits:
     """Set random training images of each class aside for validation; the test set does not depend on the seed.
+
+    Images are ordered class by class, those of the test set within a class as they were.
 
     Args:
         train: the images that are divided into training and validation set.
         test: labels numbered as in ``train``.
         classes: the labels to keep, renumbered 0, 1, ... in the order given.
-        held_out: from the number of training images of a class to the number set aside for validation.
+        validation: the share of each class, below 1; at least one image if it is not 0.
         seed: decides which ones.
-        limit_per_class: the most images to keep of each class in each of the three sets; None: all.
+        limit_per_class: the most images to keep of each class in each of the three sets, the first ones; None: all.
 
     Raises:
         ValueError: no training image of a class would be left, or the limit is below 1.
@@ -93,24 +78,19 @@ def split(
     if limit_per_class is not None and limit_per_class < 1:
         raise ValueError(f"limit_per_class must be at least 1, got {limit_per_class}")
     generator = torch.Generator().manual_seed(seed)
-    fit, validation = [], []
+    fit, aside, last = [], [], []
     for c in classes:
         members = _members(train, c)
-        count = held_out(len(members))
+        count = max(1, round(validation * len(members))) if validation else 0
         if count >= len(members):
             raise ValueError(
                 f"{count} of class {c}'s {len(members)} training images validate: none is left to train on"
             )
         members = members[torch.randperm(len(members), generator=generator)]
-        validation.append(members[:count][:limit_per_class])
+        aside.append(members[:count][:limit_per_class])
         fit.append(members[count:][:limit_per_class])
-    return Splits(_gather(train, fit), _gather(train, validation), of_classes(test, classes, limit_per_class))
-
-
-def check_classes(classes: Sequence[int], number: int) -> None:
-    """Raise a ValueError if ``classes`` is empty, has duplicates, or numbers other than 0 to ``number - 1``."""
-    if not classes or len(set(classes)) != len(classes) or not set(classes) <= set(range(number)):
-        raise ValueError(f"classes must be different numbers from 0 to {number - 1}, got {list(classes)}")
+        last.append(_members(test, c)[:limit_per_class])
+    return Splits(_gather(train, fit), _gather(train, aside), _gather(test, last))
 
 
 def _members(data: Images, c: int) -> Tensor:

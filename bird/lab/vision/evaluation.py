@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -42,7 +42,7 @@ class Robustness:
         return (self.clean + severities * self.robust) / (1 + severities)
 
 
-def accuracy(model: nn.Module, data: Images, *, batch_size: int = 500) -> float:
+def image_accuracy(model: nn.Module, data: Images, *, batch_size: int = 500) -> float:
     """The share of images that are classified correctly, in eval mode without gradients, on the model's device.
 
     Args:
@@ -63,22 +63,21 @@ def accuracy(model: nn.Module, data: Images, *, batch_size: int = 500) -> float:
         return right.item() / len(data)
 
 
-def robustness(model: nn.Module, data: Images, names: Sequence[str], key: Hashable = None) -> Robustness:
+def robustness(model: nn.Module, data: Images, names: Sequence[str]) -> Robustness:
     """Score a model on clean images and on corrupted ones, which are rounded to 8 bits like published ones.
 
     Args:
-        model: as for `accuracy`.
+        model: as for `image_accuracy`.
         data: clean images, corrupted on their device.
         names: keys of `bird.lab.vision.corruptions.CORRUPTIONS`; each is applied at every severity.
-        key: identifies the images in a cache of the last key's corrupted images, up to `KEPT` bytes; None: no cache.
 
     Raises:
         ValueError: no images, or an unknown corruption.
     """
-    accuracies: dict[str, list[float]] = {name: [] for name in names}
-    for name, images in corrupted(data, names, key):
-        accuracies[name].append(accuracy(model, images))
-    return Robustness(accuracy(model, data), accuracies)
+    accuracies = {
+        name: [image_accuracy(model, corrupted(data, name, severity)) for severity in SEVERITIES] for name in names
+    }
+    return Robustness(image_accuracy(model, data), accuracies)
 
 
 def first(data: Images, count: int | None) -> Images:
@@ -88,29 +87,8 @@ def first(data: Images, count: int | None) -> Images:
     return data.select(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
 
 
-KEPT = 4 << 30  # the most bytes of corrupted images that are cached; larger sets are corrupted anew for each model
-_kept: dict[Hashable, list[tuple[str, Images]]] = {}
-
-
-def corrupted(data: Images, names: Sequence[str], key: Hashable) -> Iterator[tuple[str, Images]]:
-    """Yield (corruption, images) for each corruption and severity; arguments as of `robustness`."""
-    if key in _kept:
-        yield from _kept[key]
-        return
-    _kept.clear()
-    keeps = key is not None and data.images.numel() * len(names) * len(SEVERITIES) <= KEPT
-    views: list[tuple[str, Images]] = []
-    for name in names:
-        for severity in SEVERITIES:
-            view = name, _quantised(data, name, severity)
-            if keeps:
-                views.append(view)
-            yield view
-    if keeps:
-        _kept[key] = views
-
-
-def _quantised(data: Images, name: str, severity: int) -> Images:
+def corrupted(data: Images, name: str, severity: int) -> Images:
+    """The same images under a corruption, in 8 bits."""
     parts = []
     for index in torch.arange(len(data), device=data.images.device).split(500):
         view = corrupt(to_float(data.images[index]), name, severity, index=index)

@@ -21,16 +21,15 @@ from ...teachers import Teacher
 from ..experiment import Cell, Experiment
 from ..recipe import data_root, grid
 from ..stages import Stage
-from ..tensors import load, save
+from ..tensors import load_tensors, save_tensors
 from .augment import CropFlip
 from .corruptions import Mixture
 from .data import Splits
-from .datasets import DATASETS
-from .datasets import load as load_data
-from .evaluation import accuracy, first, layer_alignment, robustness
+from .datasets import DATASETS, load_splits
+from .evaluation import first, image_accuracy, layer_alignment, robustness
 from .methods import METHODS, Transfer
 from .models import build
-from .recipe import Budget, Source, Variant, VisionRecipe, as_plain
+from .recipe import DEMO, Budget, Source, Variant, VisionRecipe, as_plain
 from .selection import measure_teacher
 from .training import Augment, fit
 
@@ -53,7 +52,7 @@ class Made:
         """
         model, folder = _build(self.network, self.source), self.stage.folder(root)
         try:
-            model.load_state_dict(load(folder / "model.pt"))
+            model.load_state_dict(load_tensors(folder / "model.pt"))
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{error}\nDelete the whole folder {folder}, and it is made again") from error
         return model.to(device).to(memory_format=torch.channels_last)
@@ -73,8 +72,12 @@ class VisionExperiment(Experiment):
     recipe: VisionRecipe
     compile: bool = False
 
-    extra = "vision"
     libraries = "matplotlib", "scipy"
+
+    @property
+    def extra(self) -> str:
+        """The demo has one that is small."""
+        return "demo" if self.recipe.name == DEMO else "vision"
 
     def check(self) -> None:
         """As of `Experiment`; also, has every network the layers that are asked of it?"""
@@ -149,7 +152,7 @@ class VisionExperiment(Experiment):
                 data.train,
                 budget.settings(len(data.train), own, compile=self.compile),
                 augment=_augment(source, corruptions, seed),
-                validate=partial(accuracy, data=data.validation),
+                validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
                 resume=True,
@@ -157,7 +160,7 @@ class VisionExperiment(Experiment):
                 progress=self.progress,
                 label=f"{network}, seed {seed}",
             )
-            save(model.state_dict(), folder / "model.pt")
+            save_tensors(model.state_dict(), folder / "model.pt")
             return {"histories": [asdict(history)], "steps_per_second": [history.steps_per_second]}
 
         return Made(network, source, Stage(role, about, make, title=f"{network} on {source.data}, seed {seed}"))
@@ -192,7 +195,7 @@ class VisionExperiment(Experiment):
                 settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
                 augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
-                validate=partial(accuracy, data=data.validation),
+                validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
                 progress=self.progress,
@@ -200,7 +203,7 @@ class VisionExperiment(Experiment):
             )
             guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
             model, histories, times = transfer.run(method, guide, start, data.train)
-            save(model.state_dict(), folder / "model.pt")
+            save_tensors(model.state_dict(), folder / "model.pt")
             return {
                 "histories": [asdict(history) for history in histories],
                 "steps_per_second": [history.steps_per_second for history in histories],
@@ -215,8 +218,7 @@ class VisionExperiment(Experiment):
 
         def make(folder: Path) -> dict[str, Any]:
             test = first(self._data(source, seed).test, scoring.images).to(self.device)
-            key = source, scoring, self.data_root, self.device
-            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions, key))
+            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions))
 
         return Stage(
             "score", self._about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made)
@@ -241,16 +243,8 @@ class VisionExperiment(Experiment):
             data = self._data(recipe.student, seed)
             few = replace(data, validation=first(data.validation, recipe.scoring.images))
             guide, model = (m.model(self.root, self.device) for m in (teacher, student))
-            found = measure_teacher(
-                Teacher(guide, [layers[0]]),
-                model,
-                layers[1],
-                few,
-                corruptions=recipe.corruptions,
-                device=self.device,
-                cache=self.root / "features",
-                progress=self.progress,
-            )
+            networks = Teacher(guide, [layers[0]]), Teacher(model, [layers[1]])
+            found = measure_teacher(*networks, few, corruptions=recipe.corruptions, progress=self.progress)
             return found._asdict() | {"properties": asdict(found.properties)}
 
         about = self._about(recipe.student, seed) | {
@@ -274,9 +268,8 @@ class VisionExperiment(Experiment):
 
 @lru_cache(maxsize=16)
 def _fingerprint(data: str, root: Path | None) -> str | None:
-    """What tells a folder of images from others; nothing need tell the official data sets, which may be elsewhere."""
-    known = DATASETS[data]
-    return None if any(known.counts) else known.fingerprint(data_root(root))
+    """What tells a folder of images from others, looked at once."""
+    return DATASETS[data].fingerprint(data_root(root))
 
 
 def _classes(source: Source) -> int:
@@ -291,7 +284,7 @@ def _build(network: str, source: Source) -> nn.Module:
 
 @lru_cache(maxsize=4)
 def _splits(source: Source, seed: int, root: Path | None) -> Splits:
-    return load_data(source.data, root, classes=source.classes, seed=seed, limit_per_class=source.limit_per_class)
+    return load_splits(source.data, root, classes=source.classes, seed=seed, limit_per_class=source.limit_per_class)
 
 
 def _augment(source: Source, corruptions: tuple[str, ...], seed: int) -> Augment | None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..figures import BASELINE, COLOURS, GRID, INK, PALETTE, canvas, title_panel
+from ..figures import AXIS, COLOURS, GRID, INK, PALETTE, canvas, title_panel
 from ..tables import spread
-from .comparison import PROPERTY_NAMES, Comparison, Outcome
-from .regression import PREDICTORS, Regression, TeacherRow
+from .comparison import BASELINE, Comparison
+from .regression import PREDICTORS, PROPERTY_NAMES, Regression, TeacherRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ def heat_map(comparison: Comparison, path: Path, *, title: str) -> None:
     with canvas(path, title, (2.2 + 1.35 * len(methods), 1.5 + 0.27 * len(names))) as figure:
         panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
         for axes, method in zip(panels, methods, strict=True):
-            grid = [_by_severity(comparison.of(method), name) for name in names]
+            grid = [[100 * share for share in comparison.mean(method, name)] for name in names]
             image = axes.imshow(grid, vmin=0, vmax=100, cmap="viridis", aspect="auto")
             for row, values in enumerate(grid):
                 for column, value in enumerate(values):
@@ -37,12 +37,6 @@ def heat_map(comparison: Comparison, path: Path, *, title: str) -> None:
         panels[0].set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
         panels[0].set_xlabel("severity", color=INK)
         figure.colorbar(image, ax=panels, label="test accuracy, %", fraction=0.02)
-
-
-def _by_severity(outcomes: list[Outcome], name: str) -> list[float]:
-    """In %, the mean over the seeds."""
-    seeds = [{**outcome.seen.corrupted, **outcome.held_out.corrupted}[name] for outcome in outcomes]
-    return [100 * fmean(values) for values in zip(*seeds, strict=True)]
 
 
 def recovered(
@@ -78,7 +72,7 @@ def curves(comparison: Comparison, path: Path, *, title: str) -> None:
     with canvas(path, title, (10, 4)) as figure:
         left, right = figure.subplots(1, 2)
         for method in comparison.methods:
-            if method == comparison.baseline:
+            if method == BASELINE:
                 continue  # has not been trained on
             histories = [outcome.history for outcome in comparison.of(method)]
             for axes, rows, value in (
@@ -103,7 +97,6 @@ def scatter(
     title: str,
     baseline: float | None = None,
     regression: Regression | None = None,
-    kinds: Sequence[str],
 ) -> None:
     """Draw teachers into the PNG ``path``, written atomically, one panel for each of the three properties.
 
@@ -111,25 +104,17 @@ def scatter(
     the properties alone, as bars.
 
     Args:
-        rows: at least one.
+        rows: at least one; points are told apart by their kind, in a legend.
         path: the file.
         title: of the picture.
         baseline: the untouched student's robust accuracy, a share of 1, as a line.
         regression: of these rows: its R² go into the panels' titles.
-        kinds: of each row: points are told apart by it, in a legend.
-
-    Raises:
-        ValueError: no rows.
-        ImportError: matplotlib is missing.
     """
-    if not rows:
-        raise ValueError("there are no teachers to draw")
     tried = [row for row in rows if row.accuracy is not None]
-    marked = {row.name: kind for row, kind in zip(rows, kinds, strict=True)}
     with canvas(path, title, (13, 4.4 if tried else 1.6 + 0.35 * len(rows))) as figure:
         for axes, name in zip(figure.subplots(1, len(PREDICTORS), sharey=True), PREDICTORS, strict=True):
             if tried:
-                _draw_promise(axes, name, tried, baseline, marked)
+                _draw_promise(axes, name, tried, baseline)
             else:
                 _draw_property(axes, name, rows)
             axes.locator_params(axis="x", nbins=5)
@@ -141,16 +126,13 @@ def scatter(
             figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
 
 
-def _draw_promise(
-    axes: Axes, name: str, rows: Sequence[TeacherRow], baseline: float | None, kinds: Mapping[str, str]
-) -> None:
-    points = {row.name: (getattr(row.properties, name), 100 * row.accuracy) for row in rows if row.accuracy is not None}
-    for number, kind in enumerate(dict.fromkeys(kinds[name] for name in points)):
-        of = [point for name, point in points.items() if kinds[name] == kind]
+def _draw_promise(axes: Axes, name: str, rows: Sequence[TeacherRow], baseline: float | None) -> None:
+    for number, kind in enumerate(dict.fromkeys(row.kind for row in rows)):
+        of = [(getattr(row.properties, name), 100 * (row.accuracy or 0.0)) for row in rows if row.kind == kind]
         marker, colour = "osD^v"[number // len(PALETTE) % 5], PALETTE[number % len(PALETTE)]
         axes.plot(*zip(*of, strict=True), marker, color=colour, markersize=7, label=kind)
     if baseline is not None:
-        axes.axhline(100 * baseline, color=BASELINE, linewidth=1.6, linestyle="--", zorder=0)
+        axes.axhline(100 * baseline, color=AXIS, linewidth=1.6, linestyle="--", zorder=0)
     axes.margins(0.15)
     axes.grid(color=GRID)
 

@@ -12,12 +12,7 @@ from ...features import find_layers
 
 @contextmanager
 def train_only(model: nn.Module, paths: Sequence[str] | None) -> Iterator[Callable[[], object]]:
-    """Freeze all of a model but the named parts while the context lasts.
-
-    ::
-
-        with train_only(model, ["head"]) as train:
-            train()                     # after every model.eval() again
+    """Freeze all of a model but the named parts; yields what puts these in training mode, after every ``model.eval()``.
 
     Frozen parameters do not require gradients, and what is not named stays in eval mode: its batch normalisation uses
     its running statistics and leaves them as they are, its dropout drops nothing. Afterwards the parameters require
@@ -25,11 +20,7 @@ def train_only(model: nn.Module, paths: Sequence[str] | None) -> Iterator[Callab
 
     Args:
         model: the network.
-        paths: module paths or globs (`bird.features.find_layers`) of what is trained; None: everything, which does
-            nothing but offer ``model.train``.
-
-    Yields:
-        A function that puts the named parts in training mode, the rest in eval mode.
+        paths: module paths or globs (`bird.features.find_layers`) of what is trained; None for everything.
 
     Raises:
         ValueError: an unknown path (the nearest are listed), or parts without a parameter that requires gradients.

@@ -45,7 +45,7 @@ from .checkpoints import History, Settings
 from .data import Images, to_float
 from .models import MODELS, replace_head
 from .profiling import StepTimes, step_times
-from .training import Augment, Guide, fit
+from .training import Augment, TransferGuide, fit
 
 Guidance = Literal["bird", "hints", "lwf"]
 
@@ -171,7 +171,7 @@ class Transfer:
 
     def _guide(
         self, guidance: Guidance, known: Method, teacher: nn.Module | None, model: nn.Module, train: Images
-    ) -> Guide:
+    ) -> TransferGuide:
         if teacher is None:
             raise ValueError(f"{known.title} is guided by a teacher: give one")
         pairs, (network, _) = self.pairs, self.networks
@@ -186,7 +186,7 @@ class Transfer:
             loss = Hints(*HINTS, pairs, teacher_widths=theirs, student_widths=ours)
         else:
             loss = LwF(pairs=pairs)
-        return Guide(Teacher(deepcopy(teacher), guiding), Taps(model, guided), loss)
+        return TransferGuide(Teacher(deepcopy(teacher), guiding), Taps(model, guided), loss)
 
 
 def _widths(network: nn.Module, layers: Sequence[str], images: Images) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoints import Settings, TrainingRun
 from .data import Images
-from .steps import Augment, Batches, Guide, place, take_step
+from .steps import Augment, Batches, TransferGuide, placed, take_step
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def step_times(
     model: nn.Module,
     train: Images,
     settings: Settings,
-    guide: Guide | None = None,
+    guide: TransferGuide,
     *,
     augment: Augment | None = None,
     device: torch.device | str = "cpu",
@@ -50,16 +50,11 @@ def step_times(
         repeats: how often each part is timed, after two warm-up runs.
 
     Raises:
-        ValueError: as `bird.lab.vision.training.fit`; ``repeats`` below 1.
+        ValueError: as `bird.lab.vision.training.fit`.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, not {repeats}")
     device = torch.device(device)
     batches = Batches(train, settings, augment, device)
-    modules = nn.ModuleDict({"model": place(model, device, settings)})
-    if guide is not None:
-        place(guide.teacher, device, settings)
-        modules["guide"] = guide.loss.to(device)
+    modules = placed(model, guide, device)
     run = TrainingRun(modules, settings, len(train), device, None)
 
     def timed(action: Callable[[], object]) -> float:
@@ -75,8 +70,6 @@ def step_times(
     with _unchanged(modules, device):
         model.train()
         step = timed(lambda: take_step(run, guide, batches.at(0), settings.lr))
-        if guide is None:
-            return StepTimes(step, 0.0, 0.0)
         images = [x for x, _ in batches.at(0)]
         teacher, taps, loss = guide.teacher, guide.taps, guide.loss
         with run.autocast:

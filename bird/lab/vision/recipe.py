@@ -1,6 +1,6 @@
 """Experiments as TOML files: what is trained on what, for how long, by which methods, and what the paper reports.
 
-The package ships one for every table of the paper (`names`); `read` also takes a path of your own. A file says::
+The package ships one for every table of the paper (`names`); `read_vision` also takes a path of your own. A file says::
 
     title = "CIFAR-10 to CIFAR-100"
     methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]    # keys of `METHODS`
@@ -34,15 +34,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..recipe import made, parsed, require_known, require_name, require_table, require_within, settings_of
-from .checkpoints import MIN_BATCH, Settings
+from ..duration import steps_to_train
+from ..recipe import WHOLE, made, parsed, require_known, require_table, require_within, settings_of
+from .checkpoints import MIN_BATCH, Optimisation, Settings
 from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
 from .datasets import DATASETS
 from .methods import METHODS
 from .models import MODELS
-from .steps import steps_per_epoch
 
 AUGMENTS = ("none", "crop", "crop-flip")
+DEMO = "fashion/demo"  # what `bird demo` runs
 
 
 @dataclass(frozen=True)
@@ -77,32 +78,23 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long to train, and how: ``epochs`` or ``steps``; the rest as in `bird.lab.vision.checkpoints.Settings`."""
+class Budget(Optimisation):
+    """How long to train, ``epochs`` or ``steps``; how, says `bird.lab.vision.checkpoints.Optimisation`."""
 
     epochs: int | None = None
     steps: int | None = None
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.005
-    final_lr: float = 0.0
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    amp: str | None = None
-    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"say epochs or steps, one of them, got epochs={self.epochs}, steps={self.steps}")
         require_within(self, epochs=1, steps=1)
-        self.settings(self.batch_size, 0)  # says what is wrong with the rest
+        super().__post_init__()
 
     def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
         """For a training set of so many samples; ``changes`` of the batch size leave the number of steps as it is."""
-        steps = self.steps if self.epochs is None else self.epochs * steps_per_epoch(samples, self.batch_size)
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("epochs", "steps")}
-        assert steps is not None
-        return Settings(steps=steps, seed=seed, save_every=max(100, steps // 10), **(kept | changes))
+        steps = self.steps or steps_to_train(samples, self.batch_size, self.epochs or 1, least=MIN_BATCH)
+        how = {f.name: getattr(self, f.name) for f in fields(Optimisation)}
+        return Settings(steps=steps, seed=seed, save_every=max(100, steps // 10), **(how | changes))
 
 
 @dataclass(frozen=True)
@@ -259,42 +251,22 @@ def as_plain(part: Budget | VisionRecipe) -> dict[str, Any]:
     return settings_of(part, ("chunk_size",))
 
 
-def read(recipe: str) -> VisionRecipe:
+def read_vision(recipe: str) -> VisionRecipe:
     """A recipe by its name (`names`), or from a TOML file by its path.
 
     Raises:
         ValueError: no such recipe, or one that says something it cannot: which key, and what is known.
     """
-    return parsed(recipe, parse)
+    return parsed(recipe, parse_vision)
 
 
-def parse(name: str, data: Mapping[str, Any]) -> VisionRecipe:
+def parse_vision(name: str, data: Mapping[str, Any]) -> VisionRecipe:
     """What a file says, checked."""
     if "kind" in data:
-        raise ValueError("it is of language models: `bird.lab.language.recipe.parse` reads it")
+        raise ValueError("it is of language models, not of images")
     table = {"methods": list(METHODS)} | dict(data) | {"name": name}
-    parts: dict[str, Any] = {"teacher": Source, "student": Source, "pretraining": Budget, "transfer": Budget}
-    missing = [part for part in (*parts, "title", "networks") if part not in table]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} must be there")
-    if "scoring" in table:
-        parts["scoring"] = Scoring
-    for part, kind in parts.items():
-        table[part] = made(part, kind, table[part])
-    for part in ("networks", "variants"):
-        for key, value in require_table(part, table.get(part, {})).items():
-            require_table(f"{part}.{key}", value)
-    for key in (*table["networks"], *table.get("variants", ())):
-        require_name("the networks and variants of a recipe:", key)
-    table["networks"] = {
-        key: made(f"networks.{key}", Networks, {"teacher": key, "student": key} | value)
-        for key, value in table["networks"].items()
-    }
-    if "variants" in table:
-        table["variants"] = {key: _variant(f"variants.{key}", value) for key, value in table["variants"].items()}
-    return made("the recipe", VisionRecipe, table)
-
-
-def _variant(where: str, table: Mapping[str, Any]) -> Variant:
-    parts = {"teacher": made(f"{where}.teacher", Source, table["teacher"])} if "teacher" in table else {}
-    return made(where, Variant, {**table, **parts})
+    if "networks" in table:
+        networks = require_table("networks", table["networks"])
+        own = {key: require_table(f"networks.{key}", value) for key, value in networks.items()}
+        table["networks"] = {key: {"teacher": key, "student": key} | dict(value) for key, value in own.items()}
+    return made(WHOLE, VisionRecipe, table)

@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 PREDICTORS = ("probe_accuracy", "complementary_knowledge", "usefulness_min")
+PROPERTY_NAMES = {
+    "probe_accuracy": "probe accuracy",
+    "complementary_knowledge": "complementary knowledge",
+    "usefulness_min": "usefulness, worst corruption",
+    "usefulness_mean": "usefulness, mean corruption",
+}
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,13 @@ class TeacherRow:
         name: of the teacher.
         properties: its properties.
         accuracy: the student's robust accuracy after the transfer, a share of 1; None where nobody has tried.
+        kind: what the teacher has seen, to tell points of a picture apart by.
     """
 
     name: str
     properties: Properties
     accuracy: float | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,11 +106,11 @@ def regress(rows: Sequence[TeacherRow], *, predictors: Sequence[str] = PREDICTOR
 
     Args:
         rows: at least two more than there are predictors, each with an accuracy.
-        predictors: names of `Properties`.
+        predictors: names of `Properties`, each once.
 
     Raises:
         ValueError: too few rows, a row without an accuracy, accuracies that are all the same, predictors that do not
-            vary or are linear functions of each other, an unknown one.
+            vary or are linear functions of each other.
     """
     x, y = _observed(rows, predictors)
     centre, scale = x.mean(axis=0), x.std(axis=0)
@@ -123,10 +131,6 @@ def regress(rows: Sequence[TeacherRow], *, predictors: Sequence[str] = PREDICTOR
 
 def _observed(rows: Sequence[TeacherRow], predictors: Sequence[str]) -> tuple[Array, Array]:
     """Properties ``[n, p]`` and accuracies ``[n]``, fit to be regressed."""
-    unknown = [name for name in predictors if name not in Properties.__dataclass_fields__]
-    if unknown or not predictors or len(set(predictors)) != len(predictors):
-        known = ", ".join(Properties.__dataclass_fields__)
-        raise ValueError(f"predictors must be different names of {known}, got {list(predictors)}")
     if len(rows) < len(predictors) + 2:
         raise ValueError(f"{len(predictors)} predictors need at least {len(predictors) + 2} rows, got {len(rows)}")
     if missing := [row.name for row in rows if row.accuracy is None]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import difference
-from ..tables import markdown_table, percent, report_origin, write_csv, write_report
+from ..tables import markdown_table, percent, report_origin, without_empty_columns, write_csv, write_report
 from . import figures
 from .checkpoints import History
-from .comparison import Comparison, Outcome
+from .comparison import BASELINE, Comparison, Outcome
 from .evaluation import Robustness
 from .experiment import VisionExperiment
 from .methods import METHODS
@@ -25,12 +25,13 @@ from .recipe import Networks, VisionRecipe, as_plain
 
 def comparisons(experiment: VisionExperiment, groups: Mapping[Group, Results]) -> dict[Group, Comparison]:
     """Of what `bird.lab.experiment.collect` has found."""
-    none, ceiling, recipe = METHODS["none"].title, METHODS["ceiling"].title, experiment.recipe
     return {
         group: Comparison(
-            [_outcome(recipe, method, seed, found) for method, of in results.items() for seed, found in of.items()],
-            none,
-            ceiling,
+            [
+                _outcome(experiment.recipe, method, seed, found)
+                for method, of in results.items()
+                for seed, found in of.items()
+            ]
         )
         for group, results in groups.items()
     }
@@ -44,11 +45,11 @@ def _outcome(recipe: VisionRecipe, method: str, seed: int, results: Mapping[str,
         held_out=Robustness(clean, {name: accuracies[name] for name in recipe.held_out}),
         seen=Robustness(clean, {name: of for name, of in accuracies.items() if name in recipe.corruptions}),
         cka=results["alignment"]["cka"],
-        history=_joined(results["training"]["histories"]),
+        history=_one_after_another(results["training"]["histories"]),
     )
 
 
-def _joined(phases: Sequence[Mapping[str, Any]]) -> History:
+def _one_after_another(phases: Sequence[Mapping[str, Any]]) -> History:
     """The histories of a method's phases as one, the steps counted on."""
     history = History()
     for phase in phases:
@@ -58,15 +59,15 @@ def _joined(phases: Sequence[Mapping[str, Any]]) -> History:
     return history
 
 
-def _table(recipe: VisionRecipe, pair: Networks, comparison: Comparison) -> str:
+def _table(pair: Networks, comparison: Comparison) -> str:
     titles = {method.title: name for name, method in METHODS.items()}
-    shares = pair.paper_pgr
-    head = [
-        "method", "robust (paper)", "robust", "clean", "held-out corruptions", "teacher's corruptions",
-        "all corruptions", "gap recovered (paper)", "gap recovered", "CKA to teacher",
-    ]  # fmt: skip
-    rows = [head]
     told = comparison.contenders if comparison.gap else []
+    rows = [
+        [
+            "method", "robust (paper)", "robust", "clean", "held-out corruptions", "teacher's corruptions",
+            "all corruptions", "gap recovered (paper)", "gap recovered", "CKA to teacher",
+        ]
+    ]  # fmt: skip
     for title in comparison.methods:
         outcomes, name = comparison.of(title), titles[title]
         rows.append(
@@ -77,52 +78,55 @@ def _table(recipe: VisionRecipe, pair: Networks, comparison: Comparison) -> str:
                 percent([o.held_out.clean for o in outcomes]),
                 percent([o.held_out.robust for o in outcomes]),
                 percent([o.seen.robust for o in outcomes]),
-                percent([o.all_corruptions for o in outcomes]),
-                f"{shares[name]:.1f}" if name in shares else "",
+                percent([Robustness(o.held_out.clean, o.corrupted).robust for o in outcomes]),
+                f"{pair.paper_pgr[name]:.1f}" if name in pair.paper_pgr else "",
                 percent(comparison.recovered(title)) if title in told else "",
                 f"{fmean(o.cka for o in outcomes):.2f}",
             ]
         )
-    return markdown_table(rows) + "\n"
+    return markdown_table(without_empty_columns(rows)) + "\n"
 
 
 def _differences(comparison: Comparison) -> str:
     """Every form of BIRD against every other method: a paired t-test over the seeds."""
     ours = [title for title in comparison.methods if title.startswith("BIRD")]
     others = [title for title in comparison.contenders if title not in ours]
-    if not ours or not others or len(comparison.seeds) < 2:
+    if not ours or not others or len(comparison.of(ours[0])) < 2:
         return ""
     rows = [["robust accuracy", *(f"minus {other}" for other in others)]]
     for title in ours:
-        cells = []
-        for other in others:
-            pairs = zip(comparison.of(title), comparison.of(other), strict=True)
-            cells.append(difference([a.held_out.pooled - b.held_out.pooled for a, b in pairs]))
-        rows.append([title, *cells])
+        robust = [[o.held_out.pooled for o in comparison.of(method)] for method in (title, *others)]
+        rows.append(
+            [title, *(difference([a - b for a, b in zip(robust[0], theirs, strict=True)]) for theirs in robust[1:])]
+        )
     return markdown_table(rows) + "\n\nPoints, and p of a paired t-test, two-sided, uncorrected.\n"
 
 
-def _costs(cells: Sequence[Cell], root: Path) -> str:
+def _costs(experiment: VisionExperiment, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Of every cell that was trained: steps per second, and seconds of a guided step and of its parts."""
+    rows = []
+    for cell in cells:
+        result = cell.training.result(experiment.root) if cell.training is not None and cell.method != "none" else None
+        speeds = [speed for speed in (result or {}).get("steps_per_second", ()) if speed]
+        if result is not None and speeds:
+            rows.append(_key(cell) | {"steps_per_second": fmean(speeds), "times": result.get("times")})
+    return rows
+
+
+def _costs_table(costs: Sequence[Mapping[str, Any]]) -> str:
     """How fast methods train, and what guidance costs of a step, timed after the training: medians over the seeds."""
     rows = [["method", "steps per second", "teacher's forward, % of a step", "loss, %"]]
-    for method in dict.fromkeys(cell.method for cell in cells):
-        costs = [cost for cell in cells if cell.method == method and (cost := _cost(cell, root))]
-        if costs:
-            times = [cost["times"] for cost in costs if cost["times"]]
-            parts = [[t[part] / t["step"] for t in times] for part in ("teacher", "loss")]
-            shares = [f"{100 * median(part):.1f}" if part else "" for part in parts]
-            speed = median(cost["steps_per_second"] for cost in costs)
-            rows.append([METHODS[method].title, f"{speed:.0f}", *shares])
-    return markdown_table(rows) + "\n" if len(rows) > 1 else ""
+    for method in dict.fromkeys(cost["method"] for cost in costs):
+        own = [cost for cost in costs if cost["method"] == method]
+        times = [cost["times"] for cost in own if cost["times"]]
+        parts = [[t[part] / t["step"] for t in times] for part in ("teacher", "loss")]
+        shares = [f"{100 * median(part):.1f}" if part else "" for part in parts]
+        rows.append([METHODS[method].title, f"{median(cost['steps_per_second'] for cost in own):.0f}", *shares])
+    return markdown_table(without_empty_columns(rows)) + "\n" if costs else ""
 
 
-def _cost(cell: Cell, root: Path) -> dict[str, Any] | None:
-    """Steps per second, and seconds of a guided step and of its parts; None where nothing was trained."""
-    result = None if cell.training is None else cell.training.result(root)
-    if cell.method == "none" or result is None:
-        return None
-    speeds = [speed for speed in result["steps_per_second"] if speed]
-    return {"steps_per_second": fmean(speeds), "times": result.get("times")} if speeds else None
+def _key(cell: Cell) -> dict[str, Any]:
+    return {"networks": cell.networks, "variant": cell.variant, "method": cell.method, "seed": cell.seed}
 
 
 def write_vision_report(experiment: VisionExperiment, cells: Sequence[Cell], folder: Path) -> str:
@@ -131,30 +135,25 @@ def write_vision_report(experiment: VisionExperiment, cells: Sequence[Cell], fol
     Raises:
         ValueError: nothing is done yet.
     """
-    recipe, root = experiment.recipe, experiment.root
+    recipe = experiment.recipe
     groups, missing = collect(experiment, cells)
-    found = comparisons(experiment, groups)
+    found, costs = comparisons(experiment, groups), _costs(experiment, cells)
     sections = {}
     for group, comparison in found.items():
         pair = recipe.networks[group[0]]
         sections[group] = [
             f"{pair.teacher} on {recipe.teacher.data} teaches {pair.student} on {recipe.student.data}; "
             f"{repetitions(groups[group])}, accuracies in %, mean ± standard deviation.\n",
-            _table(recipe, pair, comparison),
+            _table(pair, comparison),
             _differences(comparison),
-            _costs([cell for cell in cells if (cell.networks, cell.variant) == group], root),
+            _costs_table([cost for cost in costs if (cost["networks"], cost["variant"]) == group]),
         ]
     told = ", ".join(f"{METHODS[name].title} {share:.1f} %" for name, share in recipe.paper_pgr.items())
     closing = [f"Gap recovered in the paper, which does not say by which networks: {told}.\n"] if told else []
     text = report_page(recipe, sections, missing, closing=closing)
-    costs = [
-        {"networks": cell.networks, "variant": cell.variant, "method": cell.method, "seed": cell.seed} | cost
-        for cell in cells
-        if (cost := _cost(cell, root))
-    ]
     about = {"recipe": as_plain(recipe), "origin": report_origin()}
-    write_report(folder, text, about | {"cells": list(_numbers(found)), "costs": costs})
-    write_csv(folder / "accuracies.csv", _accuracies(cells, root))
+    write_report(folder, text, about | {"cells": [*_numbers(found)], "costs": costs})
+    write_csv(folder / "accuracies.csv", _accuracies(cells, experiment.root))
     _draw(recipe, found, folder)
     return text
 
@@ -163,9 +162,8 @@ def _accuracies(cells: Sequence[Cell], root: Path) -> Iterator[list[Any]]:
     """Every one there is, a row for each corruption and severity."""
     yield ["networks", "variant", "method", "seed", "corruption", "severity", "accuracy"]
     for cell in cells:
-        score = cell.scores["score"].result(root)
+        score, key = cell.scores["score"].result(root), _key(cell).values()
         if score is not None:
-            key = cell.networks, cell.variant, cell.method, cell.seed
             yield [*key, "none", 0, score["clean"]]
             for name, accuracies in score["corrupted"].items():
                 yield from ([*key, name, s, a] for s, a in enumerate(accuracies, start=1))
@@ -183,28 +181,24 @@ def _draw(recipe: VisionRecipe, comparisons: Mapping[Group, Comparison], folder:
     for group, comparison in comparisons.items():
         name, title = "-".join(filter(None, group)).replace(" ", "-"), f"{recipe.title} ({labels[group]})"
         figures.heat_map(comparison, folder / f"{name}-corruptions.png", title=title)
-        if comparison.methods != [comparison.baseline]:  # which was not trained on
+        if comparison.methods != [BASELINE]:  # which was not trained on
             figures.curves(comparison, folder / f"{name}-training.png", title=title)
 
 
-def _numbers(comparisons: Mapping[Group, Comparison]) -> list[dict[str, Any]]:
+def _numbers(comparisons: Mapping[Group, Comparison]) -> Iterator[dict[str, Any]]:
     """A row a cell, accuracies as shares of 1."""
-    rows = []
     for (networks, variant), comparison in comparisons.items():
         for title in comparison.methods:
             for outcome, recovered in zip(comparison.of(title), comparison.recovered(title), strict=True):
-                rows.append(
-                    {
-                        "networks": networks,
-                        "variant": variant,
-                        "method": title,
-                        "seed": outcome.seed,
-                        "clean": outcome.held_out.clean,
-                        "held_out": outcome.held_out.robust,
-                        "pooled": outcome.held_out.pooled,
-                        "seen": outcome.seen.robust,
-                        "gap_recovered": None if math.isnan(recovered) else recovered,
-                        "cka": outcome.cka,
-                    }
-                )
-    return rows
+                yield {
+                    "networks": networks,
+                    "variant": variant,
+                    "method": title,
+                    "seed": outcome.seed,
+                    "clean": outcome.held_out.clean,
+                    "held_out": outcome.held_out.robust,
+                    "pooled": outcome.held_out.pooled,
+                    "seen": outcome.seen.robust,
+                    "gap_recovered": None if math.isnan(recovered) else recovered,
+                    "cka": outcome.cka,
+                }

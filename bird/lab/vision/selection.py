@@ -11,19 +11,21 @@ Test images are not looked at: probes are trained on training images, and everyt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
+from tqdm import tqdm
 
 from ...teachers import Teacher
-from .corruptions import SEVERITIES, TEACHER_CORRUPTIONS
-from .data import Splits
-from .extraction import Array, Extractor, student_layer, teacher_layer
+from .corruptions import SEVERITIES, TEACHER_CORRUPTIONS, corrupt
+from .data import Images, Splits, to_float
 from .regression import Properties
+
+Array = NDArray[np.float32]
 
 PROBE_C = 1.0  # scikit-learn's default, good enough to compare teachers with
 
@@ -35,18 +37,26 @@ class Measured(NamedTuple):
     student_probe_accuracy: float
 
 
+class Views(NamedTuple):
+    """Features of clean images, and statistics over all versions (the clean one included); float32 ``[n, d]`` each.
+
+    Features of single versions are not kept, so that memory does not depend on the number of corruptions.
+    """
+
+    clean: Array
+    lowest: Array
+    highest: Array
+    mean: Array
+
+
 def measure_teacher(
     teacher: Teacher,
-    student: nn.Module,
-    layer: str,
+    student: Teacher,
     data: Splits,
     *,
     corruptions: Sequence[str] = TEACHER_CORRUPTIONS,
     severities: Sequence[int] = SEVERITIES,
-    seed: int = 0,
     batch_size: int = 500,
-    device: torch.device | str | None = None,
-    cache: Path | None = None,
     progress: bool | None = None,
 ) -> Measured:
     """The properties of a teacher for a student, from one pass over the images for each network.
@@ -58,34 +68,37 @@ def measure_teacher(
     over many corruptions is below 0 even for good teachers, and with zeros the dead would look better than they.
 
     Args:
-        teacher: taps the one layer that would guide.
-        student: any network on the student's images; given back in the modes and on the device it had.
-        layer: the layer that would be guided, pooled over space; its features are the student's own.
+        teacher: taps the one layer that would guide; runs where it is.
+        student: the student before the transfer, frozen likewise; taps the one layer that would be guided.
         data: the student's: clean images, at least two classes.
         corruptions: the behaviour that the transfer is for. Not those that students are finally scored on: these are
             to be unseen till then.
         severities: 1 to 5.
-        seed: of the corruptions.
         batch_size: images at a time.
-        device: where networks run, see `bird.lab.vision.extraction.Extractor`; None: each where it is.
-        cache: a folder that keeps features, see there; None: nothing is kept.
         progress: show a bar for each network; None to show it on a terminal only.
 
     Raises:
-        ValueError: a teacher that taps several layers or whose features do not vary, fewer than two classes in the
-            training or the validation images, an unknown corruption.
+        ValueError: a network that taps several layers; features that are not finite, or of the teacher do not vary;
+            fewer than two classes in the training or the validation images; an unknown corruption or severity.
         ImportError: scikit-learn is missing.
     """
-    extractor = Extractor(corruptions, severities, seed, batch_size, device, cache, progress)
-    own = teacher_layer(teacher)
-    student_right = _student_right(student, layer, data, extractor)
-    train = extractor.clean(own, data.train, label="teacher: training images")
-    views = extractor.views(own, data.validation, label="teacher: validation images")
+    for name, images in (("training", data.train), ("validation", data.validation)):
+        if (classes := len(images.labels.unique())) < 2:
+            raise ValueError(f"{name} images of at least two classes are needed, got {classes} in {len(images)} images")
+
+    def seen(network: Teacher, images: Images, label: str, versions: Sequence[tuple[str, int]] = ()) -> Views:
+        return extract(network, images, versions, batch_size=batch_size, label=label, progress=progress)
+
+    train = seen(student, data.train, "student: training images").clean
+    student_right = _right(train, seen(student, data.validation, "student: validation images").clean, data)
+    train = seen(teacher, data.train, "teacher: training images").clean
+    versions = [(name, severity) for name in corruptions for severity in severities]
+    views = seen(teacher, data.validation, "teacher: validation images", versions)
     labels = data.validation.labels.cpu().numpy()
     worst = robust_usefulness(views.clean, views.lowest, views.highest, labels)
     mean = robust_usefulness(views.clean, views.mean, views.mean, labels)
     if np.isnan(worst).all():
-        raise ValueError(f"no feature of the teacher's layer {own.name!r} varies over the validation images")
+        raise ValueError(f"no feature of the teacher's layer {teacher.names[0]!r} varies over the validation images")
     right = _right(train, views.clean, data)
     properties = Properties(
         probe_accuracy=float(right.mean()),
@@ -94,6 +107,57 @@ def measure_teacher(
         usefulness_mean=float(np.nanmean(mean)),
     )
     return Measured(properties, float(student_right.mean()))
+
+
+@torch.no_grad()
+def extract(
+    network: Teacher,
+    images: Images,
+    versions: Sequence[tuple[str, int]] = (),
+    *,
+    batch_size: int,
+    label: str,
+    progress: bool | None,
+) -> Views:
+    """Features of the one layer that a frozen network taps, and their statistics over corrupted versions.
+
+    Args:
+        network: on any device; images are moved there batch by batch.
+        images: clean.
+        versions: corruption and severity of each.
+        batch_size: affects speed and memory only.
+        label: of the bar, and in errors.
+        progress: as of `measure_teacher`.
+
+    Raises:
+        ValueError: the network taps several layers, or a feature is not finite.
+    """
+    if len(network.names) != 1:
+        tapped = ", ".join(network.names)
+        raise ValueError(f"features of one layer are compared, but {len(network.names)} are tapped ({tapped})")
+    name, hidden = network.names[0], None if progress is None else not progress
+    first = next(chain(network.model.parameters(), network.model.buffers()), images.images)
+    parts: list[list[Array]] = []  # by batches, of what a `Views` holds; without versions its first alone
+    total = len(images) * (1 + len(versions))
+    with tqdm(total=total, desc=label, unit="image", leave=False, disable=hidden) as bar:
+
+        def rows(x: Tensor) -> Tensor:
+            bar.update(len(x))
+            return network(x.contiguous(memory_format=torch.channels_last))[name].float()
+
+        for index in torch.arange(len(images)).split(batch_size):
+            x = to_float(images.images[index.to(images.images.device)].to(first.device))
+            clean = lowest = highest = mean = rows(x)
+            for done, (corruption, severity) in enumerate(versions, start=1):
+                new = rows(corrupt(x, corruption, severity, index=index))
+                lowest, highest = torch.minimum(lowest, new), torch.maximum(highest, new)
+                mean = mean + (new - mean) / (done + 1)
+            kept = (clean, lowest, highest, mean) if versions else (clean,)
+            parts.append([values.cpu().numpy() for values in kept])
+    found = [np.concatenate(values) for values in zip(*parts, strict=True)]
+    if not all(np.isfinite(values).all() for values in found):
+        raise ValueError(f"{label}: layer {name!r} gives features that are not finite")
+    return Views(*(found if versions else 4 * found))
 
 
 def probe(
@@ -173,16 +237,6 @@ def _class_means(values: NDArray[np.float64], labels: NDArray[Any]) -> tuple[NDA
     return sums / counts, (values.sum(axis=0) - sums) / (len(labels) - counts)
 
 
-def _student_right(student: nn.Module, layer: str, data: Splits, extractor: Extractor) -> NDArray[np.bool_]:
-    """Which validation images a probe on the student's own features gets right, ``[m]``."""
-    for name, images in (("training", data.train), ("validation", data.validation)):
-        if (classes := len(images.labels.unique())) < 2:
-            raise ValueError(f"{name} images of at least two classes are needed, got {classes} in {len(images)} images")
-    with student_layer(student, layer) as own:
-        train = extractor.clean(own, data.train, label="student: training images")
-        held_out = extractor.clean(own, data.validation, label="student: validation images")
-    return _right(train, held_out, data)
-
-
 def _right(train: Array, held_out: Array, data: Splits) -> NDArray[np.bool_]:
+    """Which validation images a probe on some features gets right, ``[m]``."""
     return probe(train, data.train.labels.cpu().numpy(), held_out) == data.validation.labels.cpu().numpy()

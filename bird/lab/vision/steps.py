@@ -15,6 +15,7 @@ from ...chunks import chunked_backward
 from ...losses import BirdLoss, Hints, LwF
 from ...taps import Taps
 from ...teachers import Teacher
+from ..duration import steps_to_train
 from .checkpoints import MIN_BATCH, Settings, TrainingRun
 from .data import Images, to_float
 
@@ -24,7 +25,7 @@ Augment = Callable[[Tensor, Tensor, int], Tensor]
 
 
 @dataclass
-class Guide:
+class TransferGuide:
     """What pulls a student: a teacher, taps on the student, and the loss that compares the two.
 
     Args:
@@ -36,18 +37,6 @@ class Guide:
     teacher: Teacher
     taps: Taps
     loss: BirdLoss | Hints | LwF
-
-
-def steps_per_epoch(samples: int, batch_size: int) -> int:
-    """Batches in one pass over the data; a last one of fewer than `MIN_BATCH` samples does not count.
-
-    Raises:
-        ValueError: there are none.
-    """
-    steps = samples // batch_size + (samples % batch_size >= MIN_BATCH)
-    if steps == 0:
-        raise ValueError(f"training needs at least {MIN_BATCH} samples, not {samples}")
-    return steps
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
@@ -69,7 +58,7 @@ class Batches:
     """
 
     def __init__(self, train: Images, settings: Settings, augment: Augment | None, device: torch.device) -> None:
-        self.per_epoch = steps_per_epoch(len(train), settings.batch_size)
+        self.per_epoch = steps_to_train(len(train), settings.batch_size, least=MIN_BATCH)
         lowest, highest = torch.stack(train.labels.aminmax()).tolist()
         if lowest < 0:
             raise ValueError(f"labels are numbers from 0, but the training set has {lowest}")
@@ -103,10 +92,10 @@ class Chunks(Sequence[tuple[Tensor, Tensor]]):
         x, labels = to_float(train.images[index]), train.labels[index]
         if augment is not None:
             x = augment(x, index, self.epoch)
-        return x.contiguous(memory_format=self.batches.settings.memory_format), labels
+        return x.contiguous(memory_format=torch.channels_last), labels
 
 
-def take_step(run: TrainingRun, guide: Guide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
+def take_step(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
     """Train on one batch; returns its loss, accuracy and the guide's terms, 0-d and detached, on the device."""
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -117,7 +106,7 @@ def take_step(run: TrainingRun, guide: Guide | None, chunks: Chunks, lr: float) 
     return terms
 
 
-def _backward(run: TrainingRun, guide: Guide | None, chunks: Chunks) -> dict[str, Tensor]:
+def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> dict[str, Tensor]:
     model, means = run.modules["model"], dict[str, Tensor]()
 
     def note(share: float, terms: dict[str, Tensor]) -> None:
@@ -173,6 +162,13 @@ def _enough(logits: Tensor, classes: int) -> None:
         )
 
 
-def place(module: nn.Module, device: torch.device, settings: Settings) -> nn.Module:
-    """Move a module to the device, in place, convolutions in the layout of the settings."""
-    return module.to(device).to(memory_format=settings.memory_format)
+def placed(model: nn.Module, guide: TransferGuide | None, device: torch.device) -> nn.ModuleDict:
+    """What is trained, ``model`` and the loss of a ``guide``, moved to the device in place, with the guide's teacher.
+
+    Convolutions, like images, have channels last in memory.
+    """
+    modules = nn.ModuleDict({"model": model.to(device).to(memory_format=torch.channels_last)})
+    if guide is not None:
+        guide.teacher.to(device).to(memory_format=torch.channels_last)
+        modules["guide"] = guide.loss.to(device)
+    return modules

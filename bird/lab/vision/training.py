@@ -1,6 +1,6 @@
 """The training loop of all methods: pre-training, fine-tuning, hints and BIRD.
 
-    history = fit(student, train, Settings(steps=1000), guide=Guide(teacher, taps, loss), validate=score)
+    history = fit(student, train, Settings(steps=1000), guide=TransferGuide(teacher, taps, loss), validate=score)
 
 The loop synchronises with the device only where it reports, every ``log_every`` steps (except with float16, where
 PyTorch's loss scaling checks the gradients in every step).
@@ -22,9 +22,9 @@ from ...losses import BirdLoss
 from .checkpoints import History, Settings, TrainingRun
 from .data import Images
 from .freezing import train_only
-from .steps import Augment, Batches, Guide, learning_rate, place, take_step
+from .steps import Augment, Batches, TransferGuide, learning_rate, placed, take_step
 
-__all__ = ["Augment", "Guide", "fit"]
+__all__ = ["Augment", "TransferGuide", "fit"]
 
 
 def fit(
@@ -32,7 +32,7 @@ def fit(
     train: Images,
     settings: Settings,
     *,
-    guide: Guide | None = None,
+    guide: TransferGuide | None = None,
     trained: Sequence[str] | None = None,
     augment: Augment | None = None,
     validate: Callable[[nn.Module], float] | None = None,
@@ -64,8 +64,7 @@ def fit(
             data; higher is better.
         device: any PyTorch device.
         folder: where ``last.pt`` (all that resuming needs), ``best.pt`` (the weights of the best validation), with
-            `BirdLoss` ``shapes.json`` (for `bird tune --from-run`), and, if TensorBoard is installed, its logs are
-            written. None to keep nothing.
+            `BirdLoss` ``shapes.json`` (for `bird tune --from-run`) are written. None to keep nothing.
         resume: continue from ``last.pt`` if the folder has one.
         about: plain data that tells this run from others with the same settings, such as the name of its method: a
             checkpoint that says something else is refused.
@@ -81,10 +80,7 @@ def fit(
     device = torch.device(device)
     torch.manual_seed(settings.seed)
     batches = Batches(train, settings, augment, device)
-    modules = nn.ModuleDict({"model": place(model, device, settings)})
-    if guide is not None:
-        place(guide.teacher, device, settings)
-        modules["guide"] = guide.loss.to(device)
+    modules = placed(model, guide, device)
     if settings.compile:
         model.compile()
     with train_only(model, trained) as to_train:
@@ -101,13 +97,13 @@ def fit(
 
 def _loop(
     run: TrainingRun,
-    guide: Guide | None,
+    guide: TransferGuide | None,
     batches: Batches,
     done: int,
     validate: Callable[[nn.Module], float] | None,
     bar: Any,
 ) -> None:
-    settings, writer = batches.settings, _tensorboard(run.folder, done)
+    settings = batches.settings
     losses: list[Tensor] = []  # of each step since the last report, to find the first that is not finite
     totals: dict[str, Tensor] = {}
     clock = time.perf_counter()
@@ -126,18 +122,15 @@ def _loop(
             losses, totals = [], {}
             bar.update(done - bar.n)
             bar.set_postfix({name: f"{row[name]:.3f}" for name in row if name not in ("step", "lr", "task")})
-            _log(writer, done, {f"train/{name}": row[name] for name in row if name != "step"})
             if saving:
                 if validate is not None:
-                    _log(writer, done, {"validation/score": run.select(done, validate)})
+                    run.select(done, validate)
                 run.save(done)
                 _note_shapes(run, guide)
             clock = time.perf_counter()
-    if writer is not None:
-        writer.close()
 
 
-def _note_shapes(run: TrainingRun, guide: Guide | None) -> None:
+def _note_shapes(run: TrainingRun, guide: TransferGuide | None) -> None:
     """Write ``shapes.json`` beside the checkpoint: sizes and dtype of every alignment, for `bird tune --from-run`.
 
     Batches in chunks record no shapes.
@@ -146,19 +139,3 @@ def _note_shapes(run: TrainingRun, guide: Guide | None) -> None:
         return
     if isinstance(guide.loss, BirdLoss) and guide.loss.shapes:
         write_json(sorted(guide.loss.shapes), run.folder / "shapes.json")
-
-
-def _tensorboard(folder: Path | None, done: int) -> Any:
-    """A writer that purges entries which an interrupted run logged after its checkpoint; None without TensorBoard."""
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=done + 1)
-
-
-def _log(writer: Any, step: int, values: dict[str, float]) -> None:
-    for name, value in values.items() if writer is not None else ():
-        writer.add_scalar(name, value, step)

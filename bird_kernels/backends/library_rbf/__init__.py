@@ -24,8 +24,6 @@ again by each pass, without any n x n memory.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,7 @@ from ... import plan
 from ...moments import MIN_ROWS, ROUNDING, Moments, Scalar, combine
 from ...types import Problem, Route, Shapes, Stash
 from .. import linalg
-from .median import median_of, rows_of
+from .median import median_of, pair_at
 from .strips import Bandwidth, Strips
 
 __all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
@@ -42,24 +40,8 @@ __all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
 LIMIT = {torch.float32: 44.0, torch.float64: 350.0}
 
 
-class _Coefficients(NamedTuple):
-    """What the backward needs besides tensors: derivatives (`moments.Combined`), and the `Bandwidth` of each side."""
-
-    d_kl: Scalar
-    d_kk: Scalar
-    d_ll: Scalar
-    factor_x: Scalar
-    typical_x: Scalar
-    level_x: Scalar
-    scale_x: Scalar
-    first_x: Scalar
-    second_x: Scalar
-    factor_y: Scalar
-    typical_y: Scalar
-    level_y: Scalar
-    scale_y: Scalar
-    first_y: Scalar
-    second_y: Scalar
+# What the backward needs besides tensors: derivatives by <K,L>, <K,K> and <L,L>, and the `Bandwidth` of each side.
+COEFFICIENTS = 3 + 2 * len(Bandwidth._fields)
 
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
@@ -72,7 +54,7 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     kept = plan.keeps_kernels(problem)
     size = plan.strips_size(n, plan.strip_rows(problem)) if kept else 0
     return dict(
-        coefficients=((len(_Coefficients._fields),), torch.float64),
+        coefficients=((COEFFICIENTS,), torch.float64),
         xs=((n, p), operand),
         ys=((n, q) if problem.y_grad or not kept else (0,), operand),
         xx=((size,), wide),
@@ -100,7 +82,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     if problem.center:
         kk, ll = _without_noise(kk, ours, count, wide), _without_noise(ll, theirs, count, wide)
     result = combine(Moments(kl, kk, ll), count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
-    coefficients = _Coefficients(result.d_kl, result.d_kk, result.d_ll, *ours, *theirs)
+    coefficients = result.d_kl, result.d_kk, result.d_ll, *ours, *theirs
     stash = Stash(
         linalg.pack(coefficients, x.device), xs, ys if shapes["ys"][0] != (0,) else ys.new_empty(0), xx, yy,
         x.new_empty(0, dtype=wide), torch.stack([x_shift, y_shift]),
@@ -112,8 +94,9 @@ def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, *, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
-    c = _Coefficients(*linalg.read(stash.coefficients))
-    bandwidths = Bandwidth(*c[3:9]), Bandwidth(*c[9:])
+    d_kl, d_kk, d_ll, *numbers = linalg.read(stash.coefficients)
+    half = len(Bandwidth._fields)
+    bandwidths = Bandwidth(*numbers[:half]), Bandwidth(*numbers[half:])
     upstream = linalg.scalar(grad)
     with linalg.fp32_products(problem):
         k, l = (
@@ -126,14 +109,14 @@ def backward(
         dx = _Gradient(k, bandwidths[0]) if problem.x_grad else None
         dy = _Gradient(l, bandwidths[1]) if problem.y_grad else None
         shifts = [
-            (stash.rows[1 - side] * c.d_kl + stash.rows[side] * (2.0 * d)).to(k.wide)
-            for side, d in enumerate((c.d_kk, c.d_ll))
+            (stash.rows[1 - side] * d_kl + stash.rows[side] * (2.0 * d)).to(k.wide)
+            for side, d in enumerate((d_kk, d_ll))
         ]
         for (i, j, own), (_, _, other) in zip(k, l, strict=True):
             if dx is not None:
-                dx.add(i, j, own, linalg.weighted_sum(other, c.d_kl, own, 2.0 * c.d_kk), shifts[0])
+                dx.add(i, j, own, linalg.weighted_sum(other, d_kl, own, 2.0 * d_kk), shifts[0])
             if dy is not None:
-                dy.add(i, j, other, linalg.weighted_sum(own, c.d_kl, other, 2.0 * c.d_ll), shifts[1])
+                dy.add(i, j, other, linalg.weighted_sum(own, d_kl, other, 2.0 * d_ll), shifts[1])
         return (
             x.new_empty(0) if dx is None else linalg.to(dx.finish(upstream), x.dtype),
             y.new_empty(0) if dy is None else linalg.to(dy.finish(upstream), y.dtype),
@@ -147,15 +130,15 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
     """
     kernel = strips.problem.kernel
     assert kernel is not None
-    n = _as_tensor(count, strips.norms)
+    n = linalg.as_tensor(count, strips.norms.device)
     first = second = torch.zeros((), dtype=torch.int64, device=n.device)
     typical = 2.0 * strips.norms.sum(dtype=torch.float64) / n.clamp(min=1.0)  # the mean of all distances
     if kernel.sigmas is not None:
-        square = _as_tensor(scale, strips.norms).mul(kernel.sigmas[side]).square()
+        square = linalg.as_tensor(scale, strips.norms.device).mul(kernel.sigmas[side]).square()
     else:
         median = median_of(strips, n, kernel)
         if kernel.flow:
-            first, second = rows_of(strips, median)
+            first, second = pair_at(strips, median)
         typical = median.double()
         square = typical * (kernel.threshold or 1.0) ** 2
     factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=torch.finfo(strips.wide).max / 16)
@@ -169,7 +152,7 @@ def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[B
     """Turn strips of distances into strips of the kernel; return its bandwidth and its row shifts [n], fp64."""
     bandwidth = bandwidth_of(strips, scale, count, side)
     strips.become_kernel(bandwidth)
-    n = _as_tensor(count, strips.norms)
+    n = linalg.as_tensor(count, strips.norms.device)
     sums = strips.norms.new_zeros(strips.problem.n)
     if not strips.problem.center:
         return bandwidth, sums.double()
@@ -252,8 +235,8 @@ class _Gradient:
         below = w[:, j - i :]
         self.sums[i:j] += w.sum(1)
         self.sums[j:] += below.sum(0)
-        _accumulate(self.product[i:j], w, self.features[i:])
-        _accumulate(self.product[j:], below.T, self.features[i:j])
+        linalg.add_scaled_mm(self.product[i:j], w, self.features[i:])
+        linalg.add_scaled_mm(self.product[j:], below.T, self.features[i:j])
 
     def finish(self, upstream: Scalar) -> Tensor:
         """dX [n, p] in the products' dtype, times ``upstream``."""
@@ -268,16 +251,3 @@ class _Gradient:
             slope = torch.where(square == 0, 0.0, change / square)
             d.index_add_(0, torch.cat([first, second]), torch.cat([-slope * apart, slope * apart]).to(d.dtype))
         return d
-
-
-def _accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == b.dtype:
-        out.addmm_(a, b)
-    elif a.numel():
-        out += linalg.scaled_mm(a, b)
-
-
-def _as_tensor(value: Scalar, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.double()
-    return torch.full((), value, dtype=torch.float64, device=like.device)

@@ -104,7 +104,7 @@ def _histogram(digits: Tensor, size: int) -> Tensor:
     return counts.scatter_add_(0, digits.flatten().long(), counts.new_ones(1).expand(digits.numel()))
 
 
-def rows_of(strips: Strips, median: Tensor) -> tuple[Tensor, Tensor]:
+def pair_at(strips: Strips, median: Tensor) -> tuple[Tensor, Tensor]:
     """The first pair of rows whose squared distance is ``median``, as two 0-d int64 tensors; 0, 0 if there is none."""
     rows = torch.zeros(2, dtype=torch.int64, device=median.device)
     missing = torch.ones((), dtype=torch.bool, device=median.device)

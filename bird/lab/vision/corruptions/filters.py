@@ -56,14 +56,14 @@ def constants(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _exact(device: torch.device) -> bool:
-    """Whether the device has fp64. Without it (MPS) the last bit of a `separable` filter may depend on the batch."""
-    return device.type != "mps"
+def widest(device: torch.device) -> torch.dtype:
+    """fp64; fp32 where there is none (MPS), and there the last bit of an exact filter may depend on the batch."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def to_grid(x: Tensor) -> Tensor:
-    """``x`` in fp64, rounded to multiples of 2^-24; for numbers up to 16."""
-    return x.double().add_(_TO_GRID).sub_(_TO_GRID) if _exact(x.device) else x
+    """``x`` in fp64, rounded to multiples of 2^-24; for numbers up to 16. As it is without fp64."""
+    return x.double().add_(_TO_GRID).sub_(_TO_GRID) if widest(x.device) is torch.float64 else x
 
 
 @lru_cache(maxsize=256)
@@ -72,8 +72,7 @@ def matrices(
 ) -> Tensor:
     """``build(size, value)`` for each value, ``[values, size, size]``, rounded for `separable`, cached on device."""
     stack = torch.from_numpy(np.stack([build(size, value) for value in values]))
-    scaled = (stack * 2.0**24).round_().mul_(2.0**-24)
-    return scaled.to(device) if _exact(device) else scaled.float().to(device)
+    return (stack * 2.0**24).round_().mul_(2.0**-24).to(widest(device)).to(device)
 
 
 def separable(x: Tensor, level: Level, build: Callable[[int, float], np.ndarray], *values: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .filters import Level
+from .filters import Level, widest
 from .random import Noise
 
 _QUALITIES = (80, 65, 58, 50, 40)
@@ -59,7 +59,7 @@ def quantisation_table(quality: int, *, chroma: bool) -> np.ndarray:
 def _tables(chroma: bool, device: torch.device) -> Tensor:
     """float ``[5, 1, 64]``."""
     tables = np.stack([quantisation_table(quality, chroma=chroma) for quality in _QUALITIES])
-    return torch.from_numpy(tables).to(_wide(device)).view(5, 1, 64).to(device)
+    return torch.from_numpy(tables).to(widest(device)).view(5, 1, 64).to(device)
 
 
 @lru_cache(maxsize=8)
@@ -69,11 +69,7 @@ def _cosines(device: torch.device) -> Tensor:
     basis = np.cos(np.pi * (2 * k + 1) * k[:, None] / 16) / 2
     basis[0] /= np.sqrt(2)
     both = np.round(np.kron(basis, basis) * 2.0**30) * 2.0**-30
-    return torch.from_numpy(both).to(_wide(device)).to(device)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.from_numpy(both).to(widest(device)).to(device)
 
 
 def _coded(x: Tensor, level: Level, *, chroma: bool) -> Tensor:

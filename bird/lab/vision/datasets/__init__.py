@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...recipe import data_root
-from ..data import Splits, check_classes, split
+from ..data import Splits, split_by_class
 from .catalogue import DATASETS
-from .corrupted import available_corruptions, load_corrupted
 from .layout import Dataset, Layout
 
-__all__ = ["DATASETS", "Dataset", "Layout", "available_corruptions", "data_root", "load", "load_corrupted"]
+__all__ = ["DATASETS", "Dataset", "Layout", "data_root", "load_splits"]
 
 
-def load(
+def load_splits(
     name: str,
     root: Path | str | None = None,
     *,
@@ -41,10 +40,10 @@ def load(
         root: the folder with the data sets' own folders, such as ``cifar-10-batches-py``; for
             ``"image-folder"`` the one with ``train`` and ``test`` or ``val``. None: the environment variable
             ``BIRD_DATA``, else ``data`` in the working directory, where PyTorch's tutorials put theirs.
-        classes: classes to keep; labels are renumbered 0, 1, ... in the order given. None: all.
+        classes: None for all; these and the others as of `bird.lab.vision.data.split_by_class`.
         seed: decides which training images of each class are used for validation.
-        validation: their share of each class, 0 (none) or more, below 1; at least one image if it is not 0.
-        limit_per_class: the most images to keep of each class in each of the three sets; None: all.
+        validation: their share.
+        limit_per_class: the most images of each class in each of the three sets.
 
     Returns:
         The three sets, with images uint8 ``[n, 3 or 1, 32, 32]`` and labels int64 ``[n]``.
@@ -61,9 +60,6 @@ def load(
     train, test = DATASETS[name].read(data_root(root))
     number = DATASETS[name].classes or int(train.labels.max()) + 1
     kept = range(number) if classes is None else classes
-    check_classes(kept, number)
-
-    def held_out(count: int) -> int:
-        return max(1, round(validation * count)) if validation else 0
-
-    return split(train, test, kept, held_out, seed=seed, limit_per_class=limit_per_class)
+    if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(number)):
+        raise ValueError(f"classes must be different numbers from 0 to {number - 1}, got {list(kept)}")
+    return split_by_class(train, test, kept, validation=validation, seed=seed, limit_per_class=limit_per_class)

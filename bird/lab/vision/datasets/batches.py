@@ -50,35 +50,38 @@ def _train_and_test(batches: Iterator[Batch], files: int, counts: Counts) -> tup
     return train, stack_batches(batches, counts[1])
 
 
-def _binary(paths: list[Path], label_bytes: int) -> Iterator[Batch]:
+def read_binary(paths: list[Path], counts: Counts, *, label_bytes: int) -> tuple[Images, Images]:
+    """Training and test images from records of labels, a byte each, the last of which is used, and an image."""
     record = label_bytes + PIXELS
-    for path in paths:
-        raw = np.fromfile(path, np.uint8)
-        if raw.size % record:
-            raise ValueError(f"{path}: {raw.size} bytes are no whole number of records of {record}; it is cut short")
-        rows = raw.reshape(-1, record)
-        yield path, rows[:, label_bytes:], rows[:, label_bytes - 1]
+
+    def batches() -> Iterator[Batch]:
+        for path in paths:
+            raw = np.fromfile(path, np.uint8)
+            if raw.size % record:
+                raise ValueError(
+                    f"{path}: {raw.size} bytes are no whole number of records of {record}; it is cut short"
+                )
+            rows = raw.reshape(-1, record)
+            yield path, rows[:, label_bytes:], rows[:, label_bytes - 1]
+
+    return _train_and_test(batches(), len(paths), counts)
 
 
-def read_cifar10_binary(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Training and test images from records of a label and an image."""
-    return _train_and_test(_binary(paths, 1), len(paths), counts)
+def read_dicts(paths: list[Path], counts: Counts, *, key: str = "labels", lowest: int = 0) -> tuple[Images, Images]:
+    """Training and test images from dicts, pickled or ``.npz``, of ``data`` and labels from ``lowest`` up."""
 
+    def batches() -> Iterator[Batch]:
+        for path in paths:
+            content = _arrays(path) if path.suffix == ".npz" else load_batch(path)
+            if "data" not in content or key not in content:
+                raise ValueError(f'{path}: needs "data" and "{key}", holds {sorted(content)}')
+            labels = np.asarray(content[key])
+            if labels.dtype.kind not in "iu" or labels.ndim != 1:
+                found = f"{labels.dtype} {list(labels.shape)}"
+                raise ValueError(f'{path}: "{key}" must be a list of integers, it is {found}')
+            yield path, content["data"], labels.astype(np.int64) - lowest
 
-def read_cifar100_binary(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Training and test images from records of a coarse label, a fine label (which is used) and an image."""
-    return _train_and_test(_binary(paths, 2), len(paths), counts)
-
-
-def _pickled(paths: list[Path], key: str) -> Iterator[Batch]:
-    for path in paths:
-        content = _arrays(path) if path.suffix == ".npz" else load_batch(path)
-        if "data" not in content or key not in content:
-            raise ValueError(f'{path}: needs "data" and "{key}", holds {sorted(content)}')
-        labels = np.asarray(content[key])
-        if labels.dtype.kind not in "iu" or labels.ndim != 1:
-            raise ValueError(f'{path}: "{key}" must be a list of integers, it is {labels.dtype} {list(labels.shape)}')
-        yield path, content["data"], labels.astype(np.int64)
+    return _train_and_test(batches(), len(paths), counts)
 
 
 def _arrays(path: Path) -> dict[str, Any]:
@@ -87,19 +90,3 @@ def _arrays(path: Path) -> dict[str, Any]:
             return dict(arrays)
     except Exception as error:  # from zipfile, zlib or NumPy
         raise ValueError(f"{path}: {error}") from error
-
-
-def read_cifar10_python(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Training and test images from pickled dicts of ``data`` and ``labels``."""
-    return _train_and_test(_pickled(paths, "labels"), len(paths), counts)
-
-
-def read_cifar100_python(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Training and test images from pickled dicts of ``data`` and ``fine_labels``."""
-    return _train_and_test(_pickled(paths, "fine_labels"), len(paths), counts)
-
-
-def read_imagenet32(paths: list[Path], counts: Counts) -> tuple[Images, Images]:
-    """Training and test images from dicts, pickled or ``.npz``, of ``data`` and ``labels`` 1-1000, here 0-999."""
-    shifted = ((path, rows, numbers - 1) for path, rows, numbers in _pickled(paths, "labels"))
-    return _train_and_test(shifted, len(paths), counts)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from .batches import (
-    read_cifar10_binary,
-    read_cifar10_python,
-    read_cifar100_binary,
-    read_cifar100_python,
-    read_imagenet32,
-)
+from .batches import read_binary, read_dicts
 from .folders import read_image_folder, read_tiny_imagenet
 from .grey import read_digits, read_fashion, read_fashion_subset
 from .layout import Dataset, Layout
 
 _CIFAR10 = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 _IMAGENET32_TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
+_FROM_ONE = partial(read_dicts, lowest=1)
 _FASHION = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
 DATASETS: dict[str, Dataset] = {
@@ -26,8 +22,10 @@ DATASETS: dict[str, Dataset] = {
         channels=3,
         counts=(50_000, 10_000),
         layouts=(
-            Layout("cifar-10-batches-bin", tuple(f"{file}.bin" for file in _CIFAR10), read_cifar10_binary),
-            Layout("cifar-10-batches-py", _CIFAR10, read_cifar10_python),
+            Layout(
+                "cifar-10-batches-bin", tuple(f"{file}.bin" for file in _CIFAR10), partial(read_binary, label_bytes=1)
+            ),
+            Layout("cifar-10-batches-py", _CIFAR10, read_dicts),
         ),
         source="Get cifar-10-binary.tar.gz or cifar-10-python.tar.gz from "
         "https://www.cs.toronto.edu/~kriz/cifar.html (no licence is stated; cite Krizhevsky, 2009), "
@@ -39,8 +37,8 @@ DATASETS: dict[str, Dataset] = {
         channels=3,
         counts=(50_000, 10_000),
         layouts=(
-            Layout("cifar-100-binary", ("train.bin", "test.bin"), read_cifar100_binary),
-            Layout("cifar-100-python", ("train", "test"), read_cifar100_python),
+            Layout("cifar-100-binary", ("train.bin", "test.bin"), partial(read_binary, label_bytes=2)),
+            Layout("cifar-100-python", ("train", "test"), partial(read_dicts, key="fine_labels")),
         ),
         source="Get cifar-100-binary.tar.gz or cifar-100-python.tar.gz from "
         "https://www.cs.toronto.edu/~kriz/cifar.html (no licence is stated; cite Krizhevsky, 2009), "
@@ -66,11 +64,11 @@ DATASETS: dict[str, Dataset] = {
         channels=3,
         counts=(1_281_167, 50_000),
         layouts=(
-            Layout("imagenet32", (*_IMAGENET32_TRAIN, "val_data"), read_imagenet32, ("", ".npz")),
+            Layout("imagenet32", (*_IMAGENET32_TRAIN, "val_data"), _FROM_ONE, ("", ".npz")),
             Layout(
                 ".",  # as the official archives unpack
                 (*(f"Imagenet32_train/{file}" for file in _IMAGENET32_TRAIN), "Imagenet32_val/val_data"),
-                read_imagenet32,
+                _FROM_ONE,
             ),
             Layout(
                 ".",
@@ -78,7 +76,7 @@ DATASETS: dict[str, Dataset] = {
                     *(f"Imagenet32_train_npz/{file}.npz" for file in _IMAGENET32_TRAIN),
                     "Imagenet32_val_npz/val_data.npz",
                 ),
-                read_imagenet32,
+                _FROM_ONE,
             ),
             Layout("imagenet", ("train", "val"), read_image_folder),  # ImageNet itself, a folder per class
         ),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from ....files import atomic
 from ...tensors import load_array
 from ..data import Images
-from .layout import Counts
+from .layout import Counts, files_fingerprint
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))  # torchvision's
 _CHUNK = 256  # images per task of a thread
@@ -96,7 +95,8 @@ def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
         ImportError: Pillow is not installed.
     """
     stem = f"{folder.name}.32x32-"
-    cache = folder.with_name(f"{stem}{_fingerprint(folder, files)}.npy")
+    state = files_fingerprint((str(path.relative_to(folder)), path) for path in files)
+    cache = folder.with_name(f"{stem}{state}.npy")
     with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: damaged, or another kind of file
         images = load_array(cache, "c")
         if images.shape == (len(files), 3, 32, 32) and images.dtype == np.uint8:
@@ -119,14 +119,6 @@ def _keep(images: np.ndarray, cache: Path, stem: str) -> None:
             old.unlink(missing_ok=True)
     except OSError as error:  # no permission, a full disk
         warnings.warn(f"the decoded images cannot be kept, the next run decodes again: {error}", stacklevel=2)
-
-
-def _fingerprint(folder: Path, files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        status = path.stat()
-        digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def class_names(folder: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -11,7 +11,16 @@ from typing import TypeAlias
 from ..data import Images
 
 Counts: TypeAlias = tuple[int, ...]
-Reader: TypeAlias = Callable[[list[Path], Counts], tuple[Images, ...]]
+Reader: TypeAlias = Callable[[list[Path], Counts], tuple[Images, Images]]
+
+
+def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
+    """A hash of files' names, sizes and modification times, sixteen hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        status = path.stat()
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -71,8 +80,8 @@ class Dataset:
         places = [f"\n  {layout.describe(root)}" for layout in self.layouts]
         return f"{self.title} is read from{' one of' if len(places) > 1 else ''}:{''.join(places)}\n{self.source}"
 
-    def read(self, root: Path) -> tuple[Images, ...]:
-        """Read the images: one `Images` for each of ``counts``.
+    def read(self, root: Path) -> tuple[Images, Images]:
+        """Read the training and the test images.
 
         Raises:
             FileNotFoundError: no layout is complete; says what is missing, and where to get it.
@@ -103,26 +112,18 @@ class Dataset:
         )
 
     def fingerprint(self, root: Path) -> str | None:
-        """A hash of the files' paths, sizes and modification times, to tell different images of this name apart.
+        """To tell different images of this name apart; raises as `locate`.
 
-        None if the official numbers of images are checked, or the data set has no files.
-
-        Raises:
-            FileNotFoundError: as `locate`.
+        None, whether they are there or not, if the official numbers of images are checked; also without files.
         """
-        _, paths = self.locate(root)
-        if any(self.counts) or not paths:
+        if any(self.counts):
             return None
-        digest = hashlib.sha256()
-        for folder in paths:
-            for path in sorted(folder.rglob("*")):
-                if path.is_file():
-                    status = path.stat()
-                    about = f"{folder.name}/{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n"
-                    digest.update(about.encode())
-        return digest.hexdigest()[:16]
+        _, paths = self.locate(root)
+        files = [(folder, path) for folder in paths for path in sorted(folder.rglob("*")) if path.is_file()]
+        named = ((f"{folder.name}/{path.relative_to(folder)}", path) for folder, path in files)
+        return files_fingerprint(named) if paths else None
 
-    def _check(self, sets: tuple[Images, ...]) -> None:
+    def _check(self, sets: tuple[Images, Images]) -> None:
         found = [len(images) for images in sets]
         if 0 in found or any(count not in (0, n) for n, count in zip(found, self.counts, strict=True)):
             official = " + ".join(str(count) for count in self.counts)

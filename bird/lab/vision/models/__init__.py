@@ -14,13 +14,13 @@ the last stage before the head, whose average over space is the head's input, th
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 from torch import nn
 
+from ...recipe import require_known
 from . import families
 from .normalise import Normalise
 from .small import PlainNet, ResNet
@@ -33,28 +33,15 @@ class ImageModel:
     """Description of a network that `build` can make.
 
     Args:
-        name: its name.
-        layers: ``{module path: width}``, from the first to the last: layers worth tapping (the ends of its stages) and
-            how many features each has after `bird.Taps`' default pooling.
+        guide: path of the default guiding or guided layer. Its average over space is the input of the head, except in
+            ViT, whose head reads the class token: that is one of the 65 tokens of this average.
         head: path of the classifier, an `nn.Linear`.
-        parameters: how many a network for colour images and 10 classes has.
         make: channels and classes to the network.
     """
 
-    name: str
-    layers: Mapping[str, int]
+    guide: str
     head: str
-    parameters: int
     make: Callable[[int, int], nn.Module] = field(repr=False)
-
-    @property
-    def guide(self) -> str:
-        """The default guiding or guided layer: the last one.
-
-        Its average over space is the input of the head, except in ViT, whose head reads the class token: that is one
-        of the 65 tokens of this average.
-        """
-        return list(self.layers)[-1]
 
 
 def build(name: str, classes: int, *, channels: int = 3) -> nn.Module:
@@ -103,83 +90,36 @@ def replace_head(model: nn.Module, name: str, classes: int) -> nn.Linear:
 
 
 def _model(name: str) -> ImageModel:
-    if name not in MODELS:
-        nearest = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.5)
-        hint = f"the nearest are {nearest}" if nearest else f"there are {list(MODELS)}"
-        raise ValueError(f"no network is called {name!r}; {hint}")
+    require_known("network", name, MODELS)
     return MODELS[name]
 
 
-def _resnet(depth: int, width: int, parameters: int) -> ImageModel:
-    layers = {f"layer{i + 1}": width << i for i in range(4)}
-    return ImageModel(f"resnet{depth}", layers, "fc", parameters, partial(families.resnet, depth=depth))
-
-
-def _densenet(depth: int, widths: tuple[int, int, int, int], parameters: int) -> ImageModel:
-    names = *(f"features.denseblock{i}" for i in (1, 2, 3)), "features.relu5"
-    layers = dict(zip(names, widths, strict=True))
-    return ImageModel(f"densenet{depth}", layers, "classifier", parameters, partial(families.densenet, depth=depth))
-
-
-def _mobilenetv2(
-    name: str, layers: dict[int, int], parameters: int, make: Callable[[int, int], nn.Module]
-) -> ImageModel:
-    return ImageModel(name, {f"features.{i}": width for i, width in layers.items()}, "classifier.1", parameters, make)
-
-
-def _small_mobilenetv2(name: str, width: int, last: int, parameters: int) -> ImageModel:
+def _small_mobilenetv2(width: int, last: int) -> ImageModel:
     # torchvision multiplies all channels by 0.5, those of the stem, too.
     stages = (1, 16, 1, 1), (3, 32, 1, 2), (6, 2 * width, 2, 2)
     make = partial(families.mobilenetv2, stages=stages, stride=2, width=0.5, last=last)
-    return _mobilenetv2(name, {1: 8, 2: 16, 4: width, 5: last}, parameters, make)
+    return ImageModel("features.5", "classifier.1", make)
 
 
-def _small_resnet(name: str, widths: tuple[int, int, int], parameters: int) -> ImageModel:
-    layers = {f"layer{i + 1}": width for i, width in enumerate(widths)}
-    return ImageModel(name, layers, "head", parameters, lambda c, classes: ResNet(classes, channels=c, widths=widths))
+def _small_resnet(*widths: int) -> ImageModel:
+    return ImageModel("layer3", "head", lambda channels, classes: ResNet(classes, channels=channels, widths=widths))
 
 
 MODELS: dict[str, ImageModel] = {
-    model.name: model
-    for model in (
-        _mobilenetv2(
-            "mobilenetv2",
-            {1: 16, 3: 24, 6: 32, 10: 64, 13: 96, 16: 160, 17: 320, 18: 1280},
-            2_236_682,
-            families.mobilenetv2,
-        ),
-        _resnet(18, 64, 11_173_962),
-        _resnet(34, 64, 21_282_122),
-        _resnet(50, 256, 23_520_842),
-        _resnet(101, 256, 42_512_970),
-        _resnet(152, 256, 58_156_618),
-        _densenet(121, (256, 512, 1024, 1024), 6_956_426),
-        _densenet(169, (256, 512, 1280, 1664), 12_493_450),
-        _densenet(201, (256, 512, 1792, 1920), 18_104_458),
-        ImageModel(
-            "vit",
-            {f"encoder.layers.encoder_layer_{i}": 192 for i in (2, 5, 8, 11)} | {"encoder": 192},
-            "heads.head",
-            5_362_762,
-            families.vit,
-        ),
-        ImageModel(
-            "alexnet",
-            {"features.2": 64, "features.5": 192, "features.12": 256, "classifier.5": 4096},
-            "classifier.6",
-            20_323_146,
-            families.alexnet,
-        ),
-        _small_mobilenetv2("mobilenetv2-small", 64, 256, 84_498),
-        _small_mobilenetv2("mobilenetv2-tiny", 48, 192, 52_210),
-        _small_resnet("resnet-small", (16, 32, 96), 134_874),
-        _small_resnet("resnet-tiny", (16, 24, 48), 47_338),
-        ImageModel(
-            "plain",
-            {"block1": 32, "block2": 64, "block3": 96},
-            "head",
-            80_154,
-            lambda channels, classes: PlainNet(classes, channels=channels),
-        ),
-    )
+    "mobilenetv2": ImageModel("features.18", "classifier.1", families.mobilenetv2),
+    **{
+        f"resnet{depth}": ImageModel("layer4", "fc", partial(families.resnet, depth=depth))
+        for depth in (18, 34, 50, 101, 152)
+    },
+    **{
+        f"densenet{depth}": ImageModel("features.relu5", "classifier", partial(families.densenet, depth=depth))
+        for depth in (121, 169, 201)
+    },
+    "vit": ImageModel("encoder", "heads.head", families.vit),
+    "alexnet": ImageModel("classifier.5", "classifier.6", families.alexnet),
+    "mobilenetv2-small": _small_mobilenetv2(64, 256),
+    "mobilenetv2-tiny": _small_mobilenetv2(48, 192),
+    "resnet-small": _small_resnet(16, 32, 96),
+    "resnet-tiny": _small_resnet(16, 24, 48),
+    "plain": ImageModel("block3", "head", lambda channels, classes: PlainNet(classes, channels=channels)),
 }

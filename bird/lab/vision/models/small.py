@@ -6,6 +6,8 @@ return logits ``[n, classes]``. For a 32x32 image the stages of `ResNet` have 16
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,7 +64,7 @@ class ResNet(nn.Module):
         widths: channels of the three blocks; the last is the number of features before the head.
     """
 
-    def __init__(self, classes: int, *, channels: int = 1, widths: tuple[int, int, int] = (16, 24, 48)) -> None:
+    def __init__(self, classes: int, *, channels: int = 1, widths: Sequence[int] = (16, 24, 48)) -> None:
         super().__init__()
         first, second, third = widths
         self.normalise = Normalise(channels)
