@@ -211,7 +211,7 @@ def test_a_constant_layer_has_none(nets: tuple[Net, Net], batches: list[Tensor])
         ({"layers_a": "9"}, "no layer is called"),
         ({"loader": []}, "no batch of the loader has the 4 rows"),
         ({"loader": [], "layers_a": None}, "no batch of the loader has the 4 rows"),
-        ({"model_a": nn.Flatten(), "layers_a": None}, "no outermost layer of Flatten gives rows"),
+        ({"model_a": nn.Sequential(nn.Flatten(0, 1)), "layers_a": None}, "no outermost layer of Sequential gives rows"),
     ],
 )
 def test_what_is_refused(nets: tuple[Net, Net], batches: list[Tensor], change: dict[str, Any], words: str) -> None:
