@@ -70,11 +70,9 @@ class Constants(NamedTuple):
     native_load: int = 3400
     native_product: int = 2400
     native_backward: int = 16_000
-    # Counted with fake tensors: launches of the unbiased cross route in plain PyTorch beyond those of fused passes; of
-    # the RBF backends, a constant and a number per strip of 1024 rows (triton 163 with 1 strip, 569 with 8; library 391
-    # and 1413); bytes of these for each pair of rows (27.6 GB at 8192). Estimate: clocks for each pair of rows that the
-    # atomics of the median's histograms wait.
-    plain: int = 100
+    # Counted with fake tensors: launches of the RBF backends, a constant and a number per strip of 1024 rows (triton
+    # 163 with 1 strip, 569 with 8; library 391 and 1413); bytes of these for each pair of rows (27.6 GB at 8192).
+    # Estimate: clocks for each pair of rows that the atomics of the median's histograms wait.
     triton_rbf: tuple[int, int] = (105, 58)
     library_rbf: tuple[int, int] = (245, 146)
     rbf_bytes: int = 411
@@ -194,11 +192,12 @@ def _library(problem: Problem, sheet: Sheet, symmetric: Mapping[int, float]) -> 
     for d in sides:
         device += _warm(products + products * size // 4, products, sheet)
         device += _product(n, d, n if gram else p + q, size, problem, sheet)
-    fp16 = str(problem.dtype) == "torch.float16"  # scaled and rounded in a launch of its own
-    launches = 6 + (2 + fp16) * len(sides)
-    if problem.estimator == "unbiased" and not gram:
-        launches += C.plain
-        device += 6 * _warm(n * (p + q) * 4, n * (p + q) * 4, sheet)
+    if problem.estimator == "unbiased" and not gram:  # z is read once more, and fp32 gradients get the rows' terms
+        launches = 8 + 4 * len(sides)
+        device += _warm(inputs, inputs, sheet) + sum(_warm(n * d * (2 * size + 8), inputs, sheet) for d in sides)
+    else:
+        fp16 = str(problem.dtype) == "torch.float16"  # scaled and rounded in a launch of its own
+        launches = 6 + (2 + fp16) * len(sides)
     return Cost(C.python_call + launches * C.library_launch, launches * C.launch + device, launches)
 
 

@@ -220,7 +220,8 @@ def workspace(problem: Problem, route: Route, backend: str) -> int:
         keep_y = problem.y_grad or route == "cross"
         centred = n * (p + keep_y * q) * (2 if on_gpu and problem.dtype.itemsize == 2 else wide)
         if on_gpu and wide == 4 and route == "cross" and problem.estimator == "unbiased":
-            centred += 33 * (p + q) * wide  # the 32 rows that may dominate (`dominating.APART`), and the means
+            # The 32 rows that may dominate (`dominating.APART`) and the means; and products with them, norms and sums.
+            centred += (33 * (p + q) + n * (2 * 32 + 5)) * wide
     return products * wide + centred
 
 

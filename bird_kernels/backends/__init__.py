@@ -27,7 +27,7 @@ _ALL: tuple[Variant, ...] = get_args(Variant)
 _VARIANTS = {"native": ("linear",), "triton": ("linear", "sqrt=True", 'kernel="rbf"'), "library": _ALL}
 
 # The modules for Gaussian kernels, by backend.
-_RBF = {"triton": "bird_kernels.backends.triton.gaussian", "library": "bird_kernels.backends.library_rbf"}
+_RBF = {"triton": "bird_kernels.backends.triton", "library": "bird_kernels.backends.library_rbf"}
 
 SHIFTED = "shifted"  # names `backends.shifted`, and its kernels as a kind of `trust.Use`
 

@@ -54,7 +54,7 @@ from .linalg import (
     weighted_sum_mm,
     write,
 )
-from .rows import Shift, Term, places, shifted, wanted, weighed, whole
+from .rows import Term, places, wanted, weighed, whole
 from .sides import Shifted, Side, Sides, by_columns
 from .unbiased import add_rows, amid, plain, plain_gradient
 
@@ -64,15 +64,15 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def stash_shapes(problem: Problem, route: Route, rows: int | None = None) -> Shapes:
-    """Shape and dtype of every tensor of the stash. If rows are shifted (`rows`), ``xs`` is z with ``rows`` rows (n if
-    None), and ``ys`` holds the dominating rows and the means."""
+def stash_shapes(problem: Problem, route: Route) -> Shapes:
+    """Shape and dtype of every tensor of the stash. If rows are shifted (`rows`), ``xs`` is z, and ``ys`` holds the
+    dominating rows and the means."""
     n, p, q = problem.n, problem.p, problem.q
     wide, operand = dtypes(problem)
     gram = route == "gram"
     of_x, of_y = ((n, p), operand), ((n, q) if problem.y_grad or not gram else (0,), operand)
     if _shifts(problem, route):
-        of_x = (rows or n, padded(q) + padded(p) + 8), problem.dtype
+        of_x = (n, padded(q) + padded(p) + 8), problem.dtype
         of_y = (how_many(n, problem.device) + 1, padded(q) + p), wide
     return dict(
         coefficients=((len(Coefficients._fields),), torch.float64),
@@ -89,16 +89,14 @@ def _shifts(problem: Problem, route: Route) -> bool:
     return route == "cross" and problem.estimator == "unbiased" and wanted(problem)
 
 
-def forward(
-    x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route, shift: Shift = shifted
-) -> tuple[Tensor, Stash]:
+def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     wide, _ = dtypes(problem)
     count = row_count(x, mask)
     shifts = _shifts(problem, route)
     looks = x.is_cpu and not shifts
     with fp32_products(problem):
-        sides = amid(x, y, mask, count, problem, route, shift=shift) if shifts else None
+        sides = amid(x, y, mask, count, problem, route) if shifts else None
         if looks:
             sides = _looked(x, y, mask, count, problem, route)
         if sides is None:

@@ -11,7 +11,6 @@ fp32 or fp64, since they may be too large for z's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,9 +52,6 @@ class Rows(NamedTuple):
     def mean(self, side: Columns) -> Tensor:
         """The means of one side's columns of z, [d], in fp32 or fp64."""
         return to(side.total / at_least(1.0, self.n), wide_of(self.z))
-
-
-Shift = Callable[[Tensor, Tensor, Tensor | None], Rows]  # (x [n, p], y [n, q], mask [n] or None), as `shifted`
 
 
 def wanted(problem: Problem) -> bool:

@@ -8,13 +8,15 @@ matrix of weights, rounded to the features' dtype, and one product with z; fp16 
     gram    K = Zx Zx^T, L = Zy Zy^T,  dX = [2 d_kl L + 4 d_kk K | row sums] [Zx; -mean]
 
 The bias and the row sums centre z in the gradient; they are computed from the rounded matrix. Widths are padded to
-multiples of 8, which keeps every row of z aligned. `library` computes all problems that `takes` excludes, and the
-unbiased cross route, for which rows are shifted here.
+multiples of 8, which keeps every row of z aligned. `library` computes all problems that `takes` excludes.
+
+The unbiased cross route takes the few rows that may dominate out of z (`triton.apart`): a `topk` and two launches more,
+and two more for a gradient.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,14 +26,17 @@ from .. import tuning
 from ..plan import ceil_div
 from ..types import Problem, Route, Shapes, Stash
 from . import library
+from .dominating import how_many
 from .linalg import PART, fp32_products, mm, padded
 from .rows import Rows, described, rounded_product
-from .triton import double, finish
-from .triton.launch import Launch, aligned, as_bytes, device_of, precision_of
+from .triton import apart, double, finish
+from .triton.gradient import named
+from .triton.launch import Known, Launch, aligned, as_bytes, device_of, precision_of
 from .triton.reduce import COEFFICIENTS
-from .triton.shift import Shift
+from .triton.shift import SHARES, Shift
 from .triton.symmetric import Configuration, multiply
 
+ONE_STAGE = dict(num_warps=4, num_stages=1)  # of kernels whose products are thin: with more they would spill
 BLOCK = 64  # columns of z per program, and side of a program's tile of the cross route's products
 
 
@@ -42,20 +47,23 @@ def takes(problem: Problem) -> bool:
 
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
-    """Shape and dtype of every tensor of the stash; ``rows``: means of z (cross) or row sums of K and L (gram)."""
-    if not _is_here(problem, route):
-        return library.stash_shapes(problem, route, _geometry(problem, "cross")[0])
+    """Shape and dtype of every tensor of the stash; ``rows``: means of z (cross) or shifts of K and L (gram).
+
+    The unbiased cross route has the rows that may dominate and the means in ``ys``, their products with all rows in
+    ``xy``, and in ``rows`` what `apart.rows_kernel` stores of each row.
+    """
     n, pa, qa, rows = problem.n, padded(problem.p), padded(problem.q), _geometry(problem, route)[0]
     cross = route == "cross"
     keep_y = problem.y_grad and not cross
+    separate, few = cross and problem.estimator == "unbiased", _few(n)
     return dict(
         coefficients=((COEFFICIENTS.value,), torch.float64),
         xs=((rows, qa + pa + 8) if cross else (rows, pa), problem.dtype),
-        ys=((rows, qa) if keep_y else (0,), problem.dtype),
+        ys=((few + 1, qa + pa), torch.float32) if separate else ((rows, qa) if keep_y else (0,), problem.dtype),
         xx=((qa + pa, pa) if cross else (2, n, n), torch.float32),
         yy=((qa, qa) if cross and problem.y_grad else (0,), torch.float32),
-        xy=((0,), torch.float32),
-        rows=((qa + pa,), torch.float32) if cross else ((2, n), torch.float64),
+        xy=((2, n, few) if separate else (0,), torch.float32),
+        rows=((5, n) if separate else (qa + pa,), torch.float32) if cross else ((2, n), torch.float64),
     )
 
 
@@ -67,8 +75,8 @@ def forward(
     ``symmetric``: the configuration of `triton.symmetric` for products of a side with itself (half precision and
     tf32); None: the library computes them, unless that kernel was measured to be faster on this device (`tuning`).
     """
-    if not _is_here(problem, route):
-        return library.forward(x, y, mask, problem, route, partial(rows_of, problem=problem))
+    if not takes(problem):
+        return library.forward(x, y, mask, problem, route)
     symmetric = symmetric or _measured(problem)
     with device_of(x), fp32_products(problem):
         return _launches_of(problem, route, precision_of(problem)).forward(x, y, mask, symmetric)
@@ -85,7 +93,7 @@ def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, *, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
-    if not _is_here(problem, route):
+    if not takes(problem):
         return library.backward(grad, x, y, mask, stash, problem, route=route)
     with device_of(x), fp32_products(problem):
         launches = _launches_of(problem, route, precision_of(problem))
@@ -114,12 +122,14 @@ class _Launches:
         self.shapes = tuple(stash_shapes(problem, route).values())
         self.width = self.qa + self.pa + 8
         self.tf32 = precision == "tf32"
-        always = problem.dtype == torch.float32
-        self.shifted = Shift(problem, self.rows, precision, always=always, cross=route == "cross")
+        always, cross = problem.dtype == torch.float32, route == "cross"
+        scored = cross and problem.estimator == "unbiased"
+        self.shifted = Shift(problem, self.rows, precision, always=always, cross=cross, scored=scored)
         self.decided: dict[str, Any] = dict(
-            n=problem.n, p=problem.p, q=problem.q, parts=self.parts, shares=self.shifted.shares,
+            n=problem.n, p=problem.p, q=problem.q, parts=self.parts, shares=self.shifted.shares, PARTS=1,
             MASKED=problem.masked, STATISTIC=problem.statistic, UNBIASED=problem.estimator == "unbiased",
-            TF32=self.tf32, NEAR=problem.dtype == torch.float16,  # its range is small: results are scaled in fp32
+            GAUSSIAN=False, TF32=self.tf32,
+            NEAR=problem.dtype == torch.float16 or scored,  # fp16's range is small: fp32 is scaled
         )  # fmt: skip
 
 
@@ -129,11 +139,14 @@ class _Cross(_Launches):
         pa, qa = self.pa, self.qa
         tiles = ceil_div(qa + pa, BLOCK) * ceil_div(pa, BLOCK) + ceil_div(qa, BLOCK) ** 2
         self.slots = 5 * tiles
+        self.decided |= self.of_rows(precision)
         decided = self.decided | dict(STORE_B=problem.y_grad, BLOCK=BLOCK)
         self.finish = Launch(finish.cross_finish_kernel, (tiles,), decided)
-        decided = self.decided | dict(HEIGHT=128, BLOCK=16)
+        separate = problem.estimator == "unbiased"
+        decided = self.decided | dict(HEIGHT=64 if separate else 128, BLOCK=16)
+        steps = ONE_STAGE if separate else {}
         self.mix = tuple(
-            Launch(finish.cross_mix_kernel, (ceil_div(width, 16),), decided | dict(SIDE=side))
+            Launch(finish.cross_mix_kernel, (ceil_div(width, 16),), decided | dict(SIDE=side), **steps)
             for side, width in enumerate((pa, qa))
         )
 
@@ -142,6 +155,8 @@ class _Cross(_Launches):
         qa, both = self.qa, self.qa + self.pa
         z = stash.xs
         known, memory = self.shifted(x, y, mask, zx=z[:, qa:], zy=z, ones=z[:, both:])
+        memory |= self.stashed(stash)
+        self.before_products(known, memory, stash)
         parts = z.view(self.parts, -1, self.width)
         left = parts[:, :, :both].transpose(1, 2)
         if own is None:
@@ -150,30 +165,90 @@ class _Cross(_Launches):
             a, products_y = (multiply(side, True, self.parts, own, self.tf32) for side in (z[:, qa:both], z[:, :qa]))
             products = torch.cat([_batched(left[:, :qa], parts[:, :, qa:both]), a], 1)
         slots, value = x.new_empty(self.slots, dtype=torch.float64), x.new_empty((), dtype=torch.float32)
-        memory |= dict(products=products, products_y=products_y, slots=slots, value=value)
-        self.finish(known, memory | _cross_stash(stash))
+        memory = dict(row_slots=slots) | memory
+        self.finish(known, memory | dict(products=products, products_y=products_y, slots=slots, value=value))
         return value, stash
+
+    def of_rows(self, precision: str) -> dict[str, Any]:
+        """What is decided of the rows that may dominate; the biased estimator does not take them out of z."""
+        return dict(blocks=0, pull_shares=0, FEW=0, TAKEN=0, PRECISION="")
+
+    def before_products(self, known: Known, memory: dict[str, Any], stash: Stash) -> None:
+        """What is launched between the shift pass and the products."""
+
+    def stashed(self, stash: Stash) -> dict[str, Tensor]:
+        """The tensors of a stash by the kernels' parameter names."""
+        return dict(ca=stash.xx, b=stash.yy, means=stash.rows, coefficients=stash.coefficients)
 
     def gradient(self, side: int, grad: Tensor, mask: Tensor, stash: Stash) -> Tensor:
         z = stash.xs
         w = z.new_empty((self.width, (self.pa, self.qa)[side]))
         factor = stash.xx.new_empty(())
+        unused = dict.fromkeys(("beside", "pulls", "taken_product", "pull"), factor)
         known = (grad.dtype,) if aligned(grad) else None
-        self.mix[side](known, _cross_stash(stash) | dict(grad=grad, w=w, factor=factor))
+        self.mix[side](known, self.stashed(stash) | dict(grad=grad, w=w, factor=factor) | unused)
         return rounded_product(z, w, factor, self.problem.n, (self.problem.p, self.problem.q)[side])
 
 
-def _cross_stash(stash: Stash) -> dict[str, Tensor]:
-    """The tensors of a stash of the cross route by the kernels' parameter names."""
-    return dict(ca=stash.xx, b=stash.yy, means=stash.rows, coefficients=stash.coefficients)
+class _CrossApart(_Cross):
+    """The unbiased estimator's cross route: rows that may dominate are taken out of z (`triton.apart`)."""
+
+    def __init__(self, problem: Problem, precision: str) -> None:
+        super().__init__(problem, precision)
+        self.few = _few(problem.n)
+        columns = ceil_div(self.qa, BLOCK) + ceil_div(self.pa, BLOCK)
+        decided = self.decided | dict(HEIGHT=BLOCK, BLOCK=32)
+        square = decided | dict(BLOCK=BLOCK)
+        self.take = Launch(apart.take_kernel, (columns,), square | dict(shares=self.shifted.shares))
+        self.of_each = Launch(apart.rows_kernel, (self.blocks + 2,), decided, **ONE_STAGE)
+        self.pull, self.add = [], []
+        for side, width in enumerate((self.pa, self.qa)):
+            grid = ceil_div(width, BLOCK), decided["pull_shares"]
+            self.pull.append(Launch(apart.pull_kernel, grid, square | dict(SIDE=side)))
+            self.add.append(Launch(apart.add_kernel, (self.blocks,), decided | dict(SIDE=side), **ONE_STAGE))
+
+    def of_rows(self, precision: str) -> dict[str, Any]:
+        n = self.problem.n
+        self.blocks = ceil_div(n, BLOCK)
+        few, share = _few(n), BLOCK * ceil_div(n, BLOCK * SHARES)
+        exact = self.problem.dtype == torch.float32 and precision == "ieee"
+        return dict(
+            blocks=self.blocks, share=share, pull_shares=ceil_div(n, share), shares=1,  # of the sums without the rows
+            FEW=few, TAKEN=max(16, 1 << (few - 1).bit_length()), PRECISION="ieee" if exact else "tf32x3",
+        )  # fmt: skip
+
+    def before_products(self, known: Known, memory: dict[str, Any], stash: Stash) -> None:
+        new, z = stash.xx.new_empty, stash.xs
+        few = memory["scores"][: self.problem.n].topk(self.few, sorted=False).indices
+        totals, row_slots = (new(size, dtype=torch.float64) for size in (self.width, 9 * self.blocks + 4))
+        memory |= dict(few=few, z=z, totals=totals, row_slots=row_slots)
+        self.take(known, memory)
+        self.of_each(known, memory)
+        memory["sums"] = totals
+
+    def stashed(self, stash: Stash) -> dict[str, Tensor]:
+        named = dict(ca=stash.xx, b=stash.yy, means=stash.ys[-1], coefficients=stash.coefficients)
+        return named | dict(z=stash.xs, beside=stash.ys, rows=stash.rows, e=stash.xy)
+
+    def gradient(self, side: int, grad: Tensor, mask: Tensor, stash: Stash) -> Tensor:
+        z, new, width = stash.xs, stash.xx.new_empty, (self.pa, self.qa)[side]
+        w, out = z.new_empty((self.width, width)), z.new_empty((self.problem.n, (self.problem.p, self.problem.q)[side]))
+        memory = self.stashed(stash) | dict(grad=grad, mask=mask, w=w, out=out, factor=stash.coefficients)
+        memory |= dict(pulls=new((self.decided["pull_shares"], width)), pull=new(width))
+        memory |= dict(taken_product=new((self.few, width)), own=z[:, (self.qa, 0)[side] :][:, :width])
+        known = (grad.dtype,) if aligned(grad, mask) else None
+        self.pull[side](known, memory)
+        self.mix[side](known, memory)
+        memory["product"] = mm(z, w)
+        self.add[side](known, memory)
+        return out
 
 
 class _Gram(_Launches):
     def __init__(self, problem: Problem, precision: str) -> None:
         super().__init__(problem, "gram", precision)
         self.blocks = ceil_div(problem.n, double.HEIGHT)
-        parts = dict(HEIGHT=double.HEIGHT, LENGTH=double.LENGTH, BLOCK=BLOCK)
-        decided = self.decided | dict(NUMBERS=COEFFICIENTS.value) | parts
+        decided = self.decided | dict(HEIGHT=double.HEIGHT, LENGTH=double.LENGTH, BLOCK=BLOCK)
         programs = 2 * self.blocks + ceil_div(self.qa + self.pa, BLOCK)
         self.sum_rows = Launch(finish.gram_rows_kernel, (programs,), decided)
         self.moments = Launch(double.moments_kernel, (self.blocks, 1), decided)
@@ -191,7 +266,7 @@ class _Gram(_Launches):
             else:
                 torch.mm(z.float(), z.T.float(), out=gram)
         slots, value = x.new_empty(6 * self.blocks, dtype=torch.float64), x.new_empty((), dtype=torch.float32)
-        memory |= dict(slots=slots, values=value) | _gram_stash(stash)
+        memory |= dict(slots=slots, values=value, rows=torch.empty_like(stash.rows)) | named(stash)
         self.sum_rows(known, memory)
         self.moments(known, memory)
         return value, stash
@@ -201,18 +276,15 @@ class _Gram(_Launches):
         m = z.new_empty((self.problem.n, self.rows))
         factor = stash.xx.new_empty(())
         known = (grad.dtype,) if aligned(grad, mask) else None
-        self.mix[side](known, _gram_stash(stash) | dict(mask=mask, grad=grad, m=m, factor=factor))
+        self.mix[side](known, named(stash) | dict(mask=mask, grad=grad, m=m, factor=factor))
         return rounded_product(m, z, factor, self.problem.n, (self.problem.p, self.problem.q)[side])
-
-
-def _gram_stash(stash: Stash) -> dict[str, Tensor]:
-    """The tensors of a stash of the Gram route by the kernels' parameter names."""
-    return dict(grams=stash.xx, rows=stash.rows, coefficients=stash.coefficients)
 
 
 @lru_cache(maxsize=1024)
 def _launches_of(problem: Problem, route: Route, precision: str) -> _Cross | _Gram:
-    return _Cross(problem, precision) if route == "cross" else _Gram(problem, precision)
+    if route == "gram":
+        return _Gram(problem, precision)
+    return _Cross(problem, precision) if problem.estimator == "biased" else _CrossApart(problem, precision)
 
 
 def _batched(a: Tensor, b: Tensor) -> Tensor:
@@ -220,9 +292,9 @@ def _batched(a: Tensor, b: Tensor) -> Tensor:
     return mm(a[0], b[0])[None] if len(a) == 1 else mm(a, b)
 
 
-def _is_here(problem: Problem, route: Route) -> bool:
-    """Whether the route is computed here: not the unbiased cross route, which separates dominating rows."""
-    return takes(problem) and not (route == "cross" and problem.estimator == "unbiased")
+def _few(n: int) -> int:
+    """The number of n rows that are taken out of z, on any device."""
+    return how_many(n, torch.device("cuda"))
 
 
 def _geometry(problem: Problem, route: Route) -> tuple[int, int]:

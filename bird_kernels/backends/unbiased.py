@@ -13,7 +13,7 @@ from ..moments import ROUNDING, Scalar
 from ..types import Problem, Route
 from .dominating import alive, columns, largest, marked, noise, squared_norms, u_centred_, uneven
 from .linalg import at_least, dtypes, exact, inner, inner_products, pack, read, self_product, to, weighted_sum
-from .rows import Shift, apart, beside_z, products, shifted, wanted, whole
+from .rows import apart, beside_z, products, shifted, wanted, whole
 from .sides import Side, Sides, by_columns
 
 # The least ratio of the unbiased self-HSIC to the sum of its terms that `plain` accepts (CPU): cancellation then
@@ -21,16 +21,14 @@ from .sides import Side, Sides, by_columns
 LEFT = 0.02
 
 
-def amid(
-    x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route, *, shift: Shift = shifted
-) -> Sides:
+def amid(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, route: Route) -> Sides:
     """The unbiased estimator for any rows: the origin is the mean of those that do not dominate."""
     n = at_least(4.0, count)
     if route == "gram":
         rows, (_, operand) = shifted(x, y, mask), dtypes(problem)
         xs, ys = (to(rows.z[:, side.place], operand).contiguous() for side in (rows.x, rows.y))
         return _by_rows(xs, ys, n, mask)._replace(scale_x=rows.x.scale, scale_y=rows.y.scale)
-    rows, few, *heavy = apart(shift(x, y, mask), x, y, mask)
+    rows, few, *heavy = apart(shifted(x, y, mask), x, y, mask)
     xx, xy, yy = products(rows)
     eps = torch.finfo(xx.dtype).eps
     beside = beside_z(rows, *heavy)

@@ -108,10 +108,13 @@ def test_work_is_what_is_done(sides: tuple[bool, bool], route: str, monkeypatch:
 
 
 def test_workspace_is_what_is_kept(estimator: str, route: str, backend: str) -> None:
+    """The library's on a GPU is that of shifted operands."""
     dtypes = [torch.float32, torch.bfloat16] + [torch.float64] * (backend == "library")
+    shifted = pytest.importorskip("bird_kernels.backends.shifted", reason="Triton does not exist for this system")
     for device, dtype, sides in itertools.product((CPU, GPU), dtypes, SIDES[:3]):
         problem = Problem(512, 300, 200, dtype, device, "cka_loss", estimator, None, False, *sides)
-        stash = backends.module_of(backend).stash_shapes(problem, route)
+        shifts = backend == "library" and device == GPU and dtype != torch.float64
+        stash = (shifted if shifts else backends.module_of(backend)).stash_shapes(problem, route)
         kept = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stash.values())
         assert plan.workspace(problem, route, backend) == pytest.approx(kept, rel=0.03), problem
 

@@ -17,7 +17,8 @@ from tests.selection import short
 
 triton = pytest.importorskip("triton", reason="Triton does not exist for this system")
 tl = pytest.importorskip("triton.language", reason="Triton does not exist for this system")
-kernels = pytest.importorskip("bird_kernels.backends.triton.gaussian")
+kernels = pytest.importorskip("bird_kernels.backends.triton.finish")
+gradient = pytest.importorskip("bird_kernels.backends.triton.gradient")
 fused = pytest.importorskip("bird_kernels.backends.triton.gaussian")
 launch = pytest.importorskip("bird_kernels.backends.triton.launch")
 
@@ -93,13 +94,13 @@ def test_sqrt(kernel: RBF, device: torch.device) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_many_tiles(masked: bool, estimator: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows of tiles, rows read in several steps that begin before and at the diagonal, several feature tiles."""
-    monkeypatch.setattr(fused.double, "LENGTH", 16)
-    fused._launches_of.cache_clear()
+    monkeypatch.setattr(gradient.double, "LENGTH", 16)
+    backends.load("triton")._launches_of.cache_clear()
     x, y = features(70, 5, 67, device=device)
     mask = torch.arange(70, device=device) % 5 != 3 if masked else None
     options = dict(estimator=estimator, mask=mask, kernel=RBF())
     found = errors(evaluate(operator("gram", "triton", **options), x, y), truth(x, y, **options))
-    fused._launches_of.cache_clear()
+    backends.load("triton")._launches_of.cache_clear()
     assert max(found.values()) < 2e-6
 
 

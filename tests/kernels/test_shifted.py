@@ -87,17 +87,18 @@ def test_values_and_gradients(
     """Every kernel's constants in all pairs that change what it does: a side's gradient has a launch of its own, a
     mask reaches all of them."""
     x, y = sides_of(route, dtype, device, mean=2.0)
-    looser = 10.0 if (route, estimator) == ("cross", "unbiased") and dtype != FLOAT32 else 1.0  # `library`'s
-    assert_right(route, x, y, rows_kept(x) if masked else None, sides, estimator=estimator, looser=looser)
+    assert_right(route, x, y, rows_kept(x) if masked else None, sides, estimator=estimator)
 
 
 @pytest.mark.parametrize("statistic", ["cka", "hsic", "sqrt_cka_loss"])
-def test_statistics(route: str, statistic: str, device: torch.device) -> None:
+def test_statistics(route: str, statistic: str, estimator: str, device: torch.device) -> None:
     x, y = sides_of(route, FLOAT32, device, mean=1.0)
-    true = truth(x, y, statistic=statistic).value
-    found = run(route, x, y, statistic=statistic)
-    off = errors(found, truth(x, y, statistic=statistic))
-    assert off["value"] < 1e-6 * true.abs()
+    if statistic == "sqrt_cka_loss":
+        estimator = "biased"  # it has no other
+    true = truth(x, y, estimator, statistic)
+    found = run(route, x, y, statistic=statistic, estimator=estimator)
+    off = errors(found, true)
+    assert off["value"] < 1e-6 * true.value.abs()
     assert max(off["dx"], off["dy"]) < 3e-6
 
 
@@ -160,8 +161,7 @@ def test_rectified_features(route: str, dtype: torch.dtype, estimator: str, devi
     x, y = features(n, p, q, dtype=dtype, device=device, mean=-1.5)
     x, y = x.relu(), y.relu()
     x[:, :4] = 0
-    looser = 10.0 if (route, estimator) == ("cross", "unbiased") else 1.0
-    assert_right(route, x, y, estimator=estimator, looser=looser)
+    assert_right(route, x, y, estimator=estimator)
 
 
 @short(
@@ -169,13 +169,15 @@ def test_rectified_features(route: str, dtype: torch.dtype, estimator: str, devi
     lambda dtype, constant: dtype == FLOAT32 or constant == -3e4,
 )
 @pytest.mark.parametrize("constant", [0.0, 0.1, -3e4])
-def test_a_side_without_variance(route: str, dtype: torch.dtype, constant: float, device: torch.device) -> None:
+def test_a_side_without_variance(
+    route: str, dtype: torch.dtype, estimator: str, constant: float, device: torch.device
+) -> None:
     """Loss 1 and no gradient, masked rows as different as they may be."""
     x, y = sides_of(route, dtype, device)
     mask = rows_kept(x)
     x = torch.where(mask[:, None], torch.full_like(x, constant), x)
     for a, b in ((x, y), (y, x), (x, x)):
-        found = run(route, a, b, mask)
+        found = run(route, a, b, mask, estimator=estimator)
         assert found.value == 1
         assert found.dx is not None
         assert found.dy is not None
@@ -196,40 +198,24 @@ def test_orthogonal_rows_have_no_unbiased_variance(dtype: torch.dtype, device: t
     lambda dtype, wrong: dtype == FLOAT32 or math.isnan(wrong),
 )
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_nan_out(route: str, dtype: torch.dtype, wrong: float, device: torch.device) -> None:
+def test_nan_out(route: str, dtype: torch.dtype, estimator: str, wrong: float, device: torch.device) -> None:
     x, y = sides_of(route, dtype, device)
     x[7, 2] = wrong
-    found = run(route, x, y)
+    found = run(route, x, y, estimator=estimator)
     assert found.value.isnan()
     assert found.dx is not None
     assert found.dx.isnan().any()
     x[~rows_kept(x)] = wrong
     x[7, 2], y[2] = 0.0, wrong  # row 7 is left out, as row 2 is
-    assert_right(route, x, y, rows_kept(x))
+    assert_right(route, x, y, rows_kept(x), estimator=estimator)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3])
-def test_too_few_rows(route: str, kept: int, device: torch.device) -> None:
+@pytest.mark.parametrize("kept", [0, 1, 3, 4])
+def test_too_few_rows(route: str, kept: int, estimator: str, device: torch.device) -> None:
     x, y = sides_of(route, FLOAT32, device)
     mask = torch.arange(x.shape[0], device=device) < kept
-    estimator = "unbiased" if route == "gram" else "biased"
-    assert run(route, x, y, mask, estimator=estimator).value.isnan() == (kept < (4 if route == "gram" else 2))
-
-
-@pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
-def test_a_row_that_dominates_unbiased(size: float, device: torch.device) -> None:
-    """It weighs no more than its products with the others do."""
-    x, y = sides_of("gram", FLOAT32, device, mean=1.0)
-    x[5] *= size
-    y[5] *= size
-    assert_right("gram", x, y, estimator="unbiased", looser=3.0)
-
-
-def test_a_massive_first_token_unbiased(dtype: torch.dtype, device: torch.device) -> None:
-    """Two features of one row at 3,000: no side is without variance for it."""
-    x, y = features(64, 160, 160, dtype=dtype, device=device)
-    x[0, :2] = y[0, :2] = 3000
-    assert_right("gram", x, y, estimator="unbiased", looser=2.0)
+    fewest = 4 if estimator == "unbiased" else 2
+    assert run(route, x, y, mask, estimator=estimator).value.isnan() == (kept < fewest)
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4])
@@ -260,10 +246,10 @@ def test_squares_that_leave_the_range_of_fp32(device: torch.device, monkeypatch:
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("power", [-12, 12])
-def test_scales(route: str, dtype: torch.dtype, power: int, device: torch.device) -> None:
+def test_scales(route: str, dtype: torch.dtype, power: int, estimator: str, device: torch.device) -> None:
     x, y = sides_of(route, dtype, device, mean=1.0)
     x, y = x * 2.0 ** (4 * power), y * 2.0 ** (-3 * power)
-    assert_right(route, x, y, upstream=1.0)
+    assert_right(route, x, y, upstream=1.0, estimator=estimator)
 
 
 @pytest.mark.parametrize("period", [0, 2, 4, 64])
@@ -279,7 +265,7 @@ def test_sorted_and_periodic_batches(period: int, device: torch.device) -> None:
     assert_right("cross", x, y)
 
 
-def test_an_outlier_that_the_sample_misses(device: torch.device) -> None:
+def test_an_outlier_that_the_sample_misses(estimator: str, device: torch.device) -> None:
     """fp16: a row that is 250,000 times as large as the sample let expect does not overflow."""
     x, y = features(3000, 6, 5, dtype=FLOAT16, device=device)
     index = torch.arange(1000)
@@ -288,23 +274,25 @@ def test_an_outlier_that_the_sample_misses(device: torch.device) -> None:
     x = (x.float() * 0.001).half()
     x[row] *= 250000
     assert 512 < x[row].abs().max() < 1000
-    assert_right("cross", x, y)
+    assert_right("cross", x, y, estimator=estimator)
 
 
-def test_long_sums_go_in_parts(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sums_go_in_parts(
+    dtype: torch.dtype, estimator: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shifted, "PART", 128)
     shifted._launches_of.cache_clear()
     x, y = features(300, 12, 20, dtype=dtype, device=device, mean=2.0)
-    assert_right("cross", x, y)
-    assert_right("cross", x, y, rows_kept(x))
+    assert_right("cross", x, y, estimator=estimator)
+    assert_right("cross", x, y, rows_kept(x), estimator=estimator)
     shifted._launches_of.cache_clear()
 
 
 @pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
-def test_precisions(route: str, precision: str, device: torch.device) -> None:
+def test_precisions(route: str, precision: str, estimator: str, device: torch.device) -> None:
     """tf32 rounds operands to ten bits where they are made, tf32x3 is exact."""
     x, y = sides_of(route, FLOAT32, device, mean=30.0)
-    assert_right(route, x, y, precision=precision, looser=1.0 if precision == "tf32x3" else 500.0)
+    assert_right(route, x, y, precision=precision, estimator=estimator, looser=1.0 if precision == "tf32x3" else 500.0)
 
 
 @short(

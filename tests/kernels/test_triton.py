@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bird_kernels import plan
+from bird_kernels import backends, plan
 from bird_kernels.moments import MIN_ROWS, Moments, combine
 from bird_kernels.types import RBF, Problem
 from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain, truth
@@ -129,9 +129,9 @@ def test_launches_are_as_planned(
 def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As many as there are sides: each reads all of its side, in many steps."""
     monkeypatch.setattr(plan, "PROGRAMS", 0)
-    small.small_of.cache_clear()
+    backends.load("triton")._launches_of.cache_clear()
     yield
-    small.small_of.cache_clear()
+    backends.load("triton")._launches_of.cache_clear()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -242,7 +242,7 @@ def test_no_grid_passes_its_limit(widths: list[int], estimator: str, monkeypatch
     for each in (made.partials, made.reduce, made.moments, made.gradients):
         each(None)
     gaussian = importlib.import_module("bird_kernels.backends.triton.gaussian")
-    made = gaussian._Gaussian(problems[0]._replace(n=8192, kernel=RBF()), "ieee")
+    made = gaussian.Gaussian((problems[0]._replace(n=8192, kernel=RBF()),), "ieee")
     for each in (made.shifted.locate, made.shifted.shift, made.distances, made.kernels, made.moments, made.gradients):
         each(None)
     assert len(launched) == 10
@@ -250,7 +250,7 @@ def test_no_grid_passes_its_limit(widths: list[int], estimator: str, monkeypatch
         assert 0 < x < 2**31, name
         assert 0 < max(y, z) <= 65_535, name
     assert 2 * sum(2 * d for d in widths) < 2**31
-    wanted = dict(launched)["backward_kernel"][0]
+    wanted = next(grid for name, grid in launched if name == "backward_kernel")[0]
     assert wanted == sum(2 * -(-d // 64) for d in widths)
 
 

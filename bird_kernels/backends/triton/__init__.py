@@ -6,14 +6,15 @@ Same interface as `bird_kernels.backends.library`; linear kernels take the Gram 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from triton import knobs
 
 from ...types import Problem, Route, Shapes, Stash
+from . import gaussian, small
 from .launch import capability, device_of, precision_of
-from .small import shapes_of, small_of
 
 __all__ = ["backward", "backward_together", "forward", "forward_together", "stash_shapes", "why_not"]
 
@@ -33,7 +34,7 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash."""
-    return shapes_of((problem,))
+    return gaussian.gaussian_shapes(problem) if problem.kernel else small.shapes_of((problem,))
 
 
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
@@ -54,7 +55,7 @@ def forward_together(
 ) -> tuple[Tensor, Stash]:
     """Values [pairs] (0-d for one), fp32, and stash; ``tensors`` are x and y of each pair (see `plan.together`)."""
     with device_of(tensors[0]):
-        return small_of(problems, precision_of(problems[0])).forward(tensors, mask)
+        return _launches_of(problems, precision_of(problems[0])).forward(tensors, mask)
 
 
 def backward_together(
@@ -62,4 +63,9 @@ def backward_together(
 ) -> list[Tensor | None]:
     """The gradients of the tensors times the upstream ``grad`` [pairs], by one launch; None where not wanted."""
     with device_of(tensors[0]):
-        return small_of(problems, precision_of(problems[0])).backward(grad, tensors, mask, stash)
+        return _launches_of(problems, precision_of(problems[0])).backward(grad, tensors, mask, stash)
+
+
+@lru_cache(maxsize=1024)
+def _launches_of(problems: tuple[Problem, ...], precision: str) -> gaussian.Gaussian | small.Small:
+    return (gaussian.Gaussian if problems[0].kernel else small.Small)(problems, precision)

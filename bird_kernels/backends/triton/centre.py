@@ -24,18 +24,6 @@ def counts(mask, rows, n, MASKED: tl.constexpr):
 
 
 @triton.jit
-def rows_counted(mask, n, MASKED: tl.constexpr, WIDTH: tl.constexpr):
-    """The number of rows that count, fp64."""
-    if MASKED:
-        kept = tl.zeros([WIDTH], tl.float64)
-        for start in range(0, n, WIDTH):
-            kept += counts(mask, start + tl.arange(0, WIDTH), n, MASKED).to(tl.float64)
-        return tl.sum(kept, 0)
-    else:
-        return n.to(tl.float64)
-
-
-@triton.jit
 def shifted_tile(x, location, scale, counted, rows, columns, d):
     """(x[rows, columns] - location[columns]) * scale, fp32; zero outside and in rows that are not ``counted``.
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .centre import counts
-from .reduce import ROOM_K, ROOM_L, ROWS, SUM_K, SUM_L, arrive, finish, sizes_of, sum_slots
+from .reduce import COEFFICIENTS, ROOM_K, ROOM_L, ROWS, SUM_K, SUM_L, arrive, finish, sizes_of, sum_slots
 
 HEIGHT, LENGTH = 8, 256  # of the tile that a program without matrix products reads at a time
 
@@ -33,7 +33,7 @@ def store_totals(coefficients, slots, programs, UNBIASED: tl.constexpr):
 
 
 @triton.jit
-def centring_of(coefficients, UNBIASED: tl.constexpr):
+def _centring_of(coefficients, UNBIASED: tl.constexpr):
     """The share and the corrections of K and L, fp64, for shifts from row sums: s = share * r - correction."""
     n = tl.load(coefficients + ROWS)
     share, half = 1.0 / n, 0.5 / (n * n)
@@ -43,38 +43,34 @@ def centring_of(coefficients, UNBIASED: tl.constexpr):
 
 
 @triton.jit
-def shifts_of(rows, centring, index, side, n):
-    """The shifts of these rows of K (``side`` 1: of L), whose row sums are in ``rows`` [2, n]; fp32."""
-    sums = tl.load(rows + side * n + index, mask=index < n, other=0.0)
-    return (sums * centring[0] - tl.where(side == 0, centring[1], centring[2])).to(tl.float32)
+def _shifts_of(rows, index, n, share, correction, PARTS: tl.constexpr):
+    """The shifts of these rows of a matrix, whose row sums are in ``rows`` [PARTS, n]; fp64."""
+    sums = tl.zeros(index.shape, tl.float64)
+    for part in tl.static_range(PARTS):
+        sums += tl.load(rows + part * n + index, mask=index < n, other=0.0)
+    return sums * share - correction
 
 
 @triton.jit
-def mixed_centring_of(coefficients, side, a, b, UNBIASED: tl.constexpr):
-    """The same for a L + b K (``side`` 1: a K + b L): the factors of both matrices' row sums, and the correction."""
-    share, k, l = centring_of(coefficients, UNBIASED)
-    return share * a, share * b, tl.where(side == 0, l, k) * a + tl.where(side == 0, k, l) * b
-
-
-@triton.jit
-def mixed_shifts_of(rows, centring, index, side, n):
-    """The shifts of these rows of a L + b K (``side`` 1: a K + b L); fp32."""
-    other = tl.load(rows + (1 - side) * n + index, mask=index < n, other=0.0)
-    own = tl.load(rows + side * n + index, mask=index < n, other=0.0)
-    return (other * centring[0] + own * centring[1] - centring[2]).to(tl.float32)
+def mixed_shifts(shifts, index, side, a, b, n):
+    """The shifts of these rows of a L + b K (``side`` 1: a K + b L), added in fp64 since they may cancel; fp32."""
+    other = tl.load(shifts + (1 - side) * n + index, mask=index < n, other=0.0)
+    own = tl.load(shifts + side * n + index, mask=index < n, other=0.0)
+    return (other * a + own * b).to(tl.float32)
 
 
 @triton.jit
 def moments_kernel(
     grams,  # fp32 [pairs, 2, n, n]: K and L of each pair
-    rows,  # fp64 [pairs, 2, n]: their row sums
+    rows,  # fp64 [pairs, 2, PARTS, n]: their row sums, in parts
+    shifts,  # out, fp64 [pairs, 2, n]: for the backward
     mask,  # bytes [n]: the rows that count
     slots,  # fp64 [pairs, 3, programs]: partial sums of the programs of a pair
     counters,  # int32 [pairs], zero
     values,  # out, fp32 [pairs]
-    coefficients,  # fp64 [pairs, NUMBERS]: sizes, totals and rooms are read, the others are written
+    coefficients,  # fp64 [pairs, COEFFICIENTS]: sizes, totals and rooms are read, the others are written
     n,
-    NUMBERS: tl.constexpr,
+    PARTS: tl.constexpr,
     MASKED: tl.constexpr,
     STATISTIC: tl.constexpr,
     UNBIASED: tl.constexpr,  # the diagonal is left out
@@ -88,12 +84,17 @@ def moments_kernel(
     block, blocks, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     k = grams + 2 * pair.to(tl.int64) * n * n
     l = k + tl.cast(n, tl.int64) * n
-    rows += 2 * pair * n
-    coefficients += pair * NUMBERS
+    rows_k = rows + 2 * pair * PARTS * n
+    rows_l = rows_k + PARTS * n
+    coefficients += pair * COEFFICIENTS
+    share, of_k, of_l = _centring_of(coefficients, UNBIASED)
     i = block * HEIGHT + tl.arange(0, HEIGHT)
     counted_i = counts(mask, i, n, MASKED)
-    centring = centring_of(coefficients, UNBIASED)
-    k_i, l_i = shifts_of(rows, centring, i, 0, n)[:, None], shifts_of(rows, centring, i, 1, n)[:, None]
+    k_i = _shifts_of(rows_k, i, n, share, of_k, PARTS)
+    l_i = _shifts_of(rows_l, i, n, share, of_l, PARTS)
+    tl.store(shifts + 2 * pair * n + i, k_i, mask=i < n)
+    tl.store(shifts + (2 * pair + 1) * n + i, l_i, mask=i < n)
+    k_i, l_i = k_i.to(tl.float32)[:, None], l_i.to(tl.float32)[:, None]
     kl = tl.zeros([HEIGHT], tl.float64)
     kk = tl.zeros([HEIGHT], tl.float64)
     ll = tl.zeros([HEIGHT], tl.float64)
@@ -104,8 +105,8 @@ def moments_kernel(
         offsets = i.to(tl.int64)[:, None] * n + j[None, :]
         k_tile = tl.load(k + offsets, mask=counted, other=0.0) - k_i
         l_tile = tl.load(l + offsets, mask=counted, other=0.0) - l_i
-        k_tile -= shifts_of(rows, centring, j, 0, n)[None, :]
-        l_tile -= shifts_of(rows, centring, j, 1, n)[None, :]
+        k_tile -= _shifts_of(rows_k, j, n, share, of_k, PARTS).to(tl.float32)[None, :]
+        l_tile -= _shifts_of(rows_l, j, n, share, of_l, PARTS).to(tl.float32)[None, :]
         once = tl.where(i[:, None] == j[None, :], 0.5, 1.0)
         k_tile = tl.where(counted, k_tile, 0.0).to(tl.float64)
         l_tile = tl.where(counted, l_tile, 0.0).to(tl.float64)

@@ -9,24 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .apart import store_results_apart, taken_rows, weights_apart
 from .centre import counts
-from .double import mixed_centring_of, mixed_shifts_of, store_totals
-from .reduce import KK, KL, ROWS, arrive, finish, store_no_totals, store_sizes, sum_slots, weights_of
-from .shift import padded_width, rounded
-
-
-@triton.jit
-def _column_sums(sums, columns, width, shares):
-    """Sums of these columns over all rows, fp64; ``sums`` [shares, width], at most 64 shares."""
-    share = tl.arange(0, 64)
-    inside = (share < shares)[:, None] & (columns < width)[None, :]
-    return tl.sum(tl.load(sums + share[:, None] * width + columns[None, :], mask=inside, other=0.0).to(tl.float64), 0)
+from .double import mixed_shifts, store_totals
+from .reduce import KK, KL, ROOM_K, ROOM_L, ROWS, arrive, finish, store_no_totals, store_sizes, sum_slots, weights_of
+from .shift import column_sums, padded_width, rounded
 
 
 @triton.jit
 def _sizes(sums, scales, width, shares):
     """Scales of x and y, and the number of rows that count (the sum of a column of ones), fp64."""
-    n = tl.sum(_column_sums(sums, width - 8 + tl.arange(0, 1), width, shares), 0)
+    n = tl.sum(column_sums(sums, width - 8 + tl.arange(0, 1), width, shares), 0)
     return tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64), n
 
 
@@ -42,8 +35,8 @@ def _centred(products, sums, rows, columns, right, height, width, shares, total,
     for _ in range(0, parts):
         raw += tl.load(products + offsets, mask=inside, other=0.0).to(tl.float64)
         products += tl.cast(height, tl.int64) * width
-    left = _column_sums(sums, rows, total, shares)
-    mean = _column_sums(sums, right, total, shares) / n
+    left = column_sums(sums, rows, total, shares)
+    mean = column_sums(sums, right, total, shares) / n
     return raw, tl.where(inside, raw - left[:, None] * mean[None, :], 0.0), left, inside, offsets
 
 
@@ -57,6 +50,7 @@ def cross_finish_kernel(
     b,  # out (STORE_B), fp32 [qa, qa]
     means,  # out, fp32 [qa + pa]: of the columns of z
     slots,  # fp64 [5, programs]
+    row_slots,  # fp64 (UNBIASED), of `apart.rows_kernel`
     counters,  # int32 [1], 0
     value,  # out, fp32, 0-d
     coefficients,  # out, fp64 [COEFFICIENTS]
@@ -64,7 +58,9 @@ def cross_finish_kernel(
     q,
     parts,
     shares,
+    blocks,  # (UNBIASED) of rows
     STATISTIC: tl.constexpr,
+    UNBIASED: tl.constexpr,  # z, ``sums`` and the moments are without the rows that were taken out (`apart`)
     STORE_B: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -104,11 +100,17 @@ def cross_finish_kernel(
     tl.store(slots + 3 * programs + program, trace_x)
     tl.store(slots + 4 * programs + program, trace_y)
     if arrive(counters, programs):
-        trace_x, trace_y = sum_slots(slots, 3, programs), sum_slots(slots, 4, programs)
-        store_sizes(coefficients, sizes)
-        store_no_totals(coefficients)
-        rooms = trace_x * trace_x, trace_y * trace_y
-        finish(slots, programs, coefficients, value, sizes, rooms, STATISTIC, False)
+        if UNBIASED:
+            count = tl.load(sums + width - 7)
+            store_results_apart(
+                slots, programs, row_slots, blocks, coefficients, value, sizes[0], sizes[1], count, STATISTIC
+            )  # fmt: skip
+        else:
+            trace_x, trace_y = sum_slots(slots, 3, programs), sum_slots(slots, 4, programs)
+            store_sizes(coefficients, sizes)
+            store_no_totals(coefficients)
+            rooms = trace_x * trace_x, trace_y * trace_y
+            finish(slots, programs, coefficients, value, sizes, rooms, STATISTIC, False)
 
 
 @triton.jit
@@ -118,24 +120,42 @@ def cross_mix_kernel(
     means,  # fp32 [qa + pa]
     coefficients,  # fp64 [COEFFICIENTS]
     grad,  # 0-d
+    beside,  # (UNBIASED) fp32 [FEW + 1, qa + pa]
+    pulls,  # (UNBIASED) fp32 [pull_shares, columns of w], of `apart.pull_kernel`
     w,  # out, [qa + pa + 8, pa] for dX, [.., qa] for dY: d = [z | 1 1 0 ..] w
     factor,  # out (NEAR), fp32, 0-d: by which d must still be multiplied
+    taken_product,  # out (UNBIASED), fp32 [FEW, columns of w]: ``beside`` times w before it is rounded
+    pull,  # out (UNBIASED), fp32 [columns of w]: the sum of ``pulls`` over n - 2
     p,
     q,
+    pull_shares,
     SIDE: tl.constexpr,  # 0: of x, [2 d_kl C; 4 d_kk A; bias]; 1: of y, [4 d_ll B; 2 d_kl C^T; bias]
+    UNBIASED: tl.constexpr,  # further terms are added to d, and then it is scaled (`apart.add_kernel`)
     TF32: tl.constexpr,
-    NEAR: tl.constexpr,  # fp16: w is scaled near 1
+    NEAR: tl.constexpr,  # w is scaled near 1: fp16, UNBIASED
+    FEW: tl.constexpr,
+    TAKEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     HEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (blocks of columns of w). The bias is minus the means times w, as a sum of two numbers of w's dtype."""
     pa, qa = padded_width(p), padded_width(q)
-    outer, cross, own = weights_of(coefficients, SIDE, tl.sqrt(tl.load(coefficients + KL)) / 16.0, grad)
-    if NEAR:
-        tl.store(factor, outer.to(tl.float32), mask=tl.program_id(0) == 0)
+    if UNBIASED:
+        outer, cross, own = weights_apart(coefficients, SIDE, grad)
+        x_lives, y_lives = tl.load(coefficients + ROOM_K) != 0.0, tl.load(coefficients + ROOM_L) != 0.0
+        cross = tl.where(x_lives & y_lives, cross, 0.0)
+        own = tl.where(y_lives if SIDE else x_lives, own, 0.0)
+    else:
+        outer, cross, own = weights_of(coefficients, SIDE, tl.sqrt(tl.load(coefficients + KL)) / 16.0, grad)
+        if NEAR:
+            tl.store(factor, outer.to(tl.float32), mask=tl.program_id(0) == 0)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     width = qa if SIDE else pa
     bias = tl.zeros([HEIGHT, BLOCK], tl.float32)
+    if UNBIASED:
+        taken = tl.arange(0, TAKEN)
+        products = tl.zeros([TAKEN, BLOCK], tl.float32)
     for start in range(0, qa + pa, HEIGHT):
         rows = start + tl.arange(0, HEIGHT)
         inside = (rows < qa + pa)[:, None] & (columns < width)[None, :]
@@ -146,10 +166,18 @@ def cross_mix_kernel(
             tile += tl.load(ca + turned, mask=inside & (rows >= qa)[:, None], other=0.0) * cross
         else:
             tile = tl.load(ca + offsets, mask=inside, other=0.0) * tl.where(of_y, cross, own)
+        if UNBIASED:
+            heavy = taken_rows(beside, rows, qa + pa, qa + pa, FEW, TAKEN)
+            products = tl.dot(heavy, tile, products, input_precision=PRECISION)
         tile = rounded(tile if NEAR else (tile * outer).to(tl.float32), w, TF32)
         tl.store(w + offsets, tile, mask=inside)
         mean = tl.load(means + rows, mask=rows < qa + pa, other=0.0)
         bias -= tile.to(tl.float32) * mean[:, None]
+    if UNBIASED:
+        inside = (taken < FEW)[:, None] & (columns < width)[None, :]
+        tl.store(taken_product + taken[:, None] * width + columns[None, :], products, mask=inside)
+        mean = column_sums(pulls, columns, width, pull_shares) / (tl.load(coefficients + ROWS) - 2.0)
+        tl.store(pull + columns, mean.to(tl.float32), mask=columns < width)
     total = tl.sum(bias, 0)
     high = rounded(total, w, TF32)
     low = rounded(total - high.to(tl.float32), w, TF32)
@@ -159,13 +187,25 @@ def cross_mix_kernel(
 
 
 @triton.jit
+def expm1(x):
+    """exp(x) - 1; near zero, where the difference cancels, x (1 + x/2 (1 + x/3 (1 + ...)))."""
+    series = tl.full(x.shape, 1.0, tl.float32)
+    for i in tl.static_range(8):
+        series = 1.0 + series * x * (1.0 / (9 - i))
+    return tl.where(tl.abs(x) < 0.5, series * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
 def gram_rows_kernel(
-    grams,  # fp32 [2, n, n]: K and L
-    zx,  # [n + 1 or more, pa]; out: row n
-    zy,  # [n + 1 or more, qa]; out: row n
+    grams,  # fp32 [2, n, n]: K and L; GAUSSIAN: in, squared distances; out, K - c and L - c, UNBIASED with diagonal 0
+    bandwidths,  # fp64 [2, 4] (GAUSSIAN): f, t, c of each side
+    mask,  # bytes [n]
+    zx,  # [n + 1 or more, pa]; out (linear): row n
+    zy,  # [n + 1 or more, qa]; out (linear): row n
     sums,  # fp32 [shares, qa + pa + 8]
     scales,  # fp32 [2]
     rows,  # out, fp64 [2, n]: row sums of K and L, UNBIASED without the diagonals
+    tops,  # out (GAUSSIAN), fp32 [2, blocks]: the largest off-diagonal entries of K
     slots,  # fp64 [2, 3, blocks]: partial sums of the programs
     counters,  # int32 [1], 0 before and after
     coefficients,  # out, fp64 [COEFFICIENTS]: sizes, totals and rooms
@@ -173,43 +213,70 @@ def gram_rows_kernel(
     p,
     q,
     shares,
+    GAUSSIAN: tl.constexpr,
+    MASKED: tl.constexpr,
     UNBIASED: tl.constexpr,
     TF32: tl.constexpr,
     HEIGHT: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (blocks of rows of K, of L; blocks of columns of z): row sums, and minus the means of z as its row n."""
+    """Grid (blocks of rows of K, of L; linear: of columns of z): row sums, and minus the means of z as its row n.
+
+    Gaussian kernels are computed from distances on the way, c expm1(t - f d), without loss where K is nearly constant.
+    """
     program, blocks = tl.program_id(0), tl.cdiv(n, HEIGHT)
     pa, qa = padded_width(p), padded_width(q)
     if program < 2 * blocks:
         side, block = program // blocks, program % blocks
         gram = grams + side.to(tl.int64) * n * n
         i = block * HEIGHT + tl.arange(0, HEIGHT)
-        total = tl.zeros([HEIGHT, LENGTH], tl.float32)
+        total = tl.zeros([HEIGHT], tl.float64)
+        if GAUSSIAN:
+            counted_i = counts(mask, i, n, MASKED)
+            own = bandwidths + 4 * side
+            factor, typical = tl.load(own).to(tl.float32), tl.load(own + 1).to(tl.float32)
+            level = tl.load(own + 2).to(tl.float32)
+            edge = 0.0 if UNBIASED else (1.0 - tl.load(own + 2)).to(tl.float32)
+            top = tl.zeros([HEIGHT], tl.float32)
+            # The error of an entry is c times that of t, so these are the norms whose products bound the errors.
+            diagonal = tl.where(counted_i, tl.load(own + 1) * tl.load(own + 2), 0.0)
+        else:
+            diagonal = tl.load(gram + i.to(tl.int64) * (n + 1), mask=i < n, other=0.0).to(tl.float64)
         for start in range(0, n, LENGTH):
             j = start + tl.arange(0, LENGTH)
-            keep = (i < n)[:, None] & (j < n)[None, :]
-            if UNBIASED:
-                keep = keep & (i[:, None] != j[None, :])
-            total += tl.load(gram + i[:, None].to(tl.int64) * n + j[None, :], mask=keep, other=0.0)
-        own = tl.sum(total, 1).to(tl.float64)
-        tl.store(rows + side * n + i, own, mask=i < n)
-        diagonal = tl.load(gram + i.to(tl.int64) * (n + 1), mask=i < n, other=0.0).to(tl.float64)
-        shares_of = slots + 3 * side * blocks + block
-        tl.store(shares_of, tl.sum(own, 0))
-        tl.store(shares_of + blocks, tl.sum(diagonal, 0))
-        tl.store(shares_of + 2 * blocks, tl.sum(diagonal * diagonal, 0))
-    else:
+            inside = (i < n)[:, None] & (j < n)[None, :]
+            other = i[:, None] != j[None, :]
+            places = gram + i[:, None].to(tl.int64) * n + j[None, :]
+            if GAUSSIAN:
+                counted = counted_i[:, None] & counts(mask, j, n, MASKED)[None, :]
+                tile = level * expm1(typical - factor * tl.load(places, mask=inside, other=0.0))
+                top = tl.maximum(top, tl.max(tl.where(counted & other, tile + level, 0.0), 1))
+                tile = tl.where(counted, tl.where(other, tile, edge), 0.0)
+                tl.store(places, tile, mask=inside)
+            else:
+                tile = tl.load(places, mask=inside & other if UNBIASED else inside, other=0.0)
+            total += tl.sum(tile, 1).to(tl.float64)
+        tl.store(rows + side * n + i, total, mask=i < n)
+        parts = slots + 3 * side * blocks + block
+        tl.store(parts, tl.sum(total, 0))
+        tl.store(parts + blocks, tl.sum(diagonal, 0))
+        tl.store(parts + 2 * blocks, tl.sum(diagonal * diagonal, 0))
+        if GAUSSIAN:
+            tl.store(tops + side * blocks + block, tl.max(top, 0))
+    elif not GAUSSIAN:
         columns = (program - 2 * blocks) * BLOCK + tl.arange(0, BLOCK)
-        mean = _column_sums(sums, columns, qa + pa + 8, shares) / _sizes(sums, scales, qa + pa + 8, shares)[2]
+        mean = column_sums(sums, columns, qa + pa + 8, shares) / _sizes(sums, scales, qa + pa + 8, shares)[2]
         mean = rounded(-mean.to(tl.float32), zx, TF32)
         row = tl.cast(n, tl.int64)
         tl.store(zy + row * qa + columns, mean, mask=columns < qa)
         tl.store(zx + row * pa + columns - qa, mean, mask=(columns >= qa) & (columns < qa + pa))
     if arrive(counters, tl.num_programs(0)):
         tl.store(counters, 0)
-        store_sizes(coefficients, _sizes(sums, scales, qa + pa + 8, shares))
+        scale_x, scale_y, count = _sizes(sums, scales, qa + pa + 8, shares)
+        if GAUSSIAN:  # its kernels do not depend on the features' scales
+            scale_x, scale_y = 1.0, 1.0
+        store_sizes(coefficients, (scale_x, scale_y, count))
         store_totals(coefficients, slots, blocks, UNBIASED)
 
 
@@ -217,7 +284,7 @@ def gram_rows_kernel(
 def gram_mix_kernel(
     grams,  # fp32 [2, n, n]
     mask,  # bytes [n]
-    rows,  # fp64 [2, n]
+    shifts,  # fp64 [2, n]: of their rows
     coefficients,  # fp64 [COEFFICIENTS]
     grad,  # 0-d
     m,  # out, [n, n + 1 or more]: column n is the row sum, further columns are zero: d = m z
@@ -238,8 +305,7 @@ def gram_mix_kernel(
     if NEAR:
         tl.store(factor, outer.to(tl.float32), mask=tl.program_id(0) == 0)
     i = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
-    counted_i, centring = counts(mask, i, n, MASKED)[:, None], mixed_centring_of(coefficients, SIDE, a, b, UNBIASED)
-    shifts_i = mixed_shifts_of(rows, centring, i, SIDE, n)[:, None]
+    counted_i, shifts_i = counts(mask, i, n, MASKED)[:, None], mixed_shifts(shifts, i, SIDE, a, b, n)[:, None]
     own, other = grams + tl.cast(n, tl.int64) * n * SIDE, grams + tl.cast(n, tl.int64) * n * (1 - SIDE)
     total = tl.zeros([HEIGHT, LENGTH], tl.float32)
     for start in range(0, n, LENGTH):
@@ -247,7 +313,7 @@ def gram_mix_kernel(
         inside = (i < n)[:, None] & (j < n)[None, :]
         offsets = i[:, None].to(tl.int64) * n + j[None, :]
         tile = tl.load(other + offsets, mask=inside, other=0.0) * a + tl.load(own + offsets, mask=inside, other=0.0) * b
-        tile -= shifts_i + mixed_shifts_of(rows, centring, j, SIDE, n)[None, :]
+        tile -= shifts_i + mixed_shifts(shifts, j, SIDE, a, b, n)[None, :]
         keep = counted_i & counts(mask, j, n, MASKED)[None, :]
         if UNBIASED:
             keep = keep & (i[:, None] != j[None, :])

@@ -85,10 +85,16 @@ def finish(
     STATISTIC: tl.constexpr,
     UNBIASED: tl.constexpr,
 ):
-    """Sums the moments, and stores the value and all coefficients that `store_sizes` does not store."""
+    """Sums the moments, and stores what `store_results` does."""
     kl, kk, ll = sum_slots(slots, 0, programs), sum_slots(slots, 1, programs), sum_slots(slots, 2, programs)
     kk = tl.where(kk <= rooms[0] * NOISE, 0.0, kk)
     ll = tl.where(ll <= rooms[1] * NOISE, 0.0, ll)
+    store_results(kl, kk, ll, coefficients, value, sizes, STATISTIC, UNBIASED)
+
+
+@triton.jit
+def store_results(kl, kk, ll, coefficients, value, sizes, STATISTIC: tl.constexpr, UNBIASED: tl.constexpr):
+    """Stores the value, the moments and the derivatives."""
     result, d_kl, d_kk, d_ll = combine_centred(kl, kk, ll, sizes[2], STATISTIC, UNBIASED)
     if STATISTIC == "hsic":
         unscale = 1.0 / (sizes[0] * sizes[0] * sizes[1] * sizes[1])
