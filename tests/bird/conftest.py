@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.bird.guided import WIDTHS, features
-from tests.bird.tapped import Net
+from tests.bird.tapped import WIDTHS, Net, features
 
 
 @pytest.fixture
@@ -38,3 +39,14 @@ def teacher() -> dict[str, Tensor]:
 @pytest.fixture
 def student() -> dict[str, Tensor]:
     return {name: value.requires_grad_() for name, value in features(1, WIDTHS[1]).items()}
+
+
+@pytest.fixture
+def expect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lowers the official numbers of a data set to those of its tiny copy."""
+    from bird.lab.vision.datasets import DATASETS
+
+    def change(name: str, **changes: Any) -> None:
+        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], **changes))
+
+    return change

@@ -19,24 +19,15 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # by now, lest each process import it when it makes its optimizer
-from torch import Tensor, nn
+from torch import Tensor
 
-from bird import BirdLoss, Taps, Teacher, files
+from bird import files
 from bird.lab.tensors import load_tensors
-from bird.lab.vision.checkpoints import Settings
-from bird.lab.vision.data import Images
-from bird.lab.vision.steps import TransferGuide
-from bird.lab.vision.training import fit
+from tests.bird.loops import images, margin, train
 
 # In a step, with half of a file written, with a whole file not yet in its place, with the file just put there.
 MOMENTS = ("step", "torn", "written", "placed") * 3
 FROM_OUTSIDE = 4
-
-
-def network(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Dropout(0.3), nn.Flatten(), nn.Linear(width * 36, 3)
-    )
 
 
 def die_at(moment: str, count: int) -> Callable[[], None]:
@@ -65,11 +56,8 @@ def die_at(moment: str, count: int) -> Callable[[], None]:
     return met if moment == "step" else lambda: None
 
 
-def train(folder: Path, ready: int, moment: str, count: int) -> None:
+def run(folder: Path, ready: int, moment: str, count: int) -> None:
     """Says through a pipe when it takes its first step."""
-    torch.manual_seed(0)
-    student, teacher = network(6), Teacher(network(4), "0")
-    pixels = torch.randint(0, 256, (50, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     first, in_step = [b"!"], die_at(moment, count)
 
     def augment(x: Tensor, index: Tensor, epoch: int) -> Tensor:
@@ -78,17 +66,8 @@ def train(folder: Path, ready: int, moment: str, count: int) -> None:
         in_step()
         return x
 
-    fit(
-        student,
-        Images(pixels, torch.arange(50) % 3),
-        Settings(steps=120, batch_size=16, lr=0.05, log_every=3, save_every=1),
-        guide=TransferGuide(teacher, Taps(student, "0"), BirdLoss(pairs=[("0", "0")])),
-        augment=augment,
-        validate=lambda model: model(pixels.float() / 255).std().item(),
-        folder=folder,
-        resume=True,
-        progress=False,
-    )
+    options = {"steps": 120, "save_every": 1, "augment": augment, "validate": margin, "resume": True}
+    train("bird", folder, images(50), **options)
 
 
 def start(folder: Path, moment: str = "", count: int = 0) -> int:
@@ -97,7 +76,7 @@ def start(folder: Path, moment: str = "", count: int = 0) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            train(folder, ready, moment, count)
+            run(folder, ready, moment, count)
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -111,6 +90,10 @@ def start(folder: Path, moment: str = "", count: int = 0) -> int:
 def finish(pid: int) -> int:
     """Minus the signal that ended a process, or its exit status."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def main(folder: Path) -> None:
@@ -134,15 +117,12 @@ def main(folder: Path) -> None:
     whole, broken = (load_tensors(folder / name / "last.pt") for name in ("whole", "broken"))
     best = [load_tensors(folder / name / "best.pt") for name in ("whole", "broken")]
 
-    def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-        return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
     outcome = {
         "code": code,
         "steps": killed,
         "partial": partial,
-        "weights": same(whole["modules"], broken["modules"]),
-        "best": best[0]["step"] == best[1]["step"] and same(best[0]["model"], best[1]["model"]),
+        "weights": equal(whole["modules"], broken["modules"]),
+        "best": best[0]["step"] == best[1]["step"] and equal(best[0]["model"], best[1]["model"]),
         "history": whole["history"] == broken["history"],
         "end": broken["step"],
         "files": sorted(p.name for p in (folder / "broken").iterdir() if not p.name.startswith("events")),

@@ -7,6 +7,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,60 +52,34 @@ def python2_pickle(entry: dict[str, object]) -> bytes:
     return b"\x80\x02}(" + items + b"u."
 
 
-def python3_pickle(entry: dict[str, object]) -> bytes:
-    return pickle.dumps(entry, protocol=4)
+# What wrote a pickle: Python 2, Python 3, and Python 3 at protocol 2, whose bytes go through ``_codecs.encode``.
+PICKLERS: dict[str, Callable[[dict[str, object]], bytes]] = {
+    "python 2": python2_pickle,
+    "python 3": lambda entry: pickle.dumps(entry, protocol=4),
+    "python 3, old protocol": lambda entry: pickle.dumps(entry, protocol=2),
+}
+python3_pickle = PICKLERS["python 3"]
 
 
-def python3_old_pickle(entry: dict[str, object]) -> bytes:
-    """Protocol 2 from Python 3: bytes through ``_codecs.encode``."""
-    return pickle.dumps(entry, protocol=2)
-
-
-PICKLERS: list[Callable[[dict[str, object]], bytes]] = [python2_pickle, python3_pickle, python3_old_pickle]
-
-
-def write_cifar10_python(folder: Path, train: Arrays, test: Arrays, dump: Callable[[dict[str, object]], bytes]) -> None:
+def write_cifar(folder: Path, train: Arrays, test: Arrays, dump: Any = None, *, fine: bool = False) -> None:
+    """CIFAR-10, or with ``fine`` labels CIFAR-100, as pickles by ``dump``, or as records of bytes."""
     folder.mkdir(parents=True)
-    parts = zip(np.split(train[0], 5), np.split(train[1], 5), strict=True)
-    for name, (images, labels) in [
-        *((f"data_batch_{i}", part) for i, part in enumerate(parts, 1)),
-        ("test_batch", test),
-    ]:
-        entry = {
-            "batch_label": name,
-            "labels": labels.tolist(),
-            "data": images.reshape(-1, 3072),
-            "filenames": ["a.png"],
-        }
-        (folder / name).write_bytes(dump(entry))
-    (folder / "batches.meta").write_bytes(dump({"label_names": list("abcdefghij")}))
-
-
-def write_cifar100_python(
-    folder: Path, train: Arrays, test: Arrays, dump: Callable[[dict[str, object]], bytes]
-) -> None:
-    folder.mkdir(parents=True)
-    for name, (images, labels) in (("train", train), ("test", test)):
-        fine = labels.tolist()
-        entry = {"coarse_labels": [k // 5 for k in fine], "fine_labels": fine, "data": images.reshape(-1, 3072)}
-        (folder / name).write_bytes(dump(entry))
-    (folder / "meta").write_bytes(dump({"fine_label_names": [str(k) for k in range(100)]}))
-
-
-def write_cifar10_binary(folder: Path, train: Arrays, test: Arrays) -> None:
-    folder.mkdir(parents=True)
-    rows = np.concatenate([train[1][:, None].astype(np.uint8), train[0].reshape(-1, 3072)], axis=1)
-    for i, part in enumerate(np.split(rows, 5), 1):
-        (folder / f"data_batch_{i}.bin").write_bytes(part.tobytes())
-    last = np.concatenate([test[1][:, None].astype(np.uint8), test[0].reshape(-1, 3072)], axis=1)
-    (folder / "test_batch.bin").write_bytes(last.tobytes())
-
-
-def write_cifar100_binary(folder: Path, train: Arrays, test: Arrays) -> None:
-    folder.mkdir(parents=True)
-    for name, (images, labels) in (("train", train), ("test", test)):
-        both = np.stack([labels // 5, labels], axis=1).astype(np.uint8)
-        (folder / f"{name}.bin").write_bytes(np.concatenate([both, images.reshape(-1, 3072)], axis=1).tobytes())
+    parts = [train] if fine else zip(np.split(train[0], 5), np.split(train[1], 5), strict=True)
+    names = ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)]
+    for name, (images, labels) in [*zip(names, parts, strict=True), ("test" if fine else "test_batch", test)]:
+        pixels = images.reshape(-1, 3072)
+        if dump is None:
+            columns = np.stack([labels // 5, labels] if fine else [labels], axis=1).astype(np.uint8)
+            (folder / f"{name}.bin").write_bytes(np.concatenate([columns, pixels], axis=1).tobytes())
+        elif fine:
+            entry = {"coarse_labels": (labels // 5).tolist(), "fine_labels": labels.tolist(), "data": pixels}
+            (folder / name).write_bytes(dump(entry))
+        else:
+            entry = {"batch_label": name, "labels": labels.tolist(), "data": pixels, "filenames": ["a.png"]}
+            (folder / name).write_bytes(dump(entry))
+    if dump is not None:
+        meta = {"fine_label_names": [str(k) for k in range(100)]} if fine else {"label_names": list("abcdefghij")}
+        (folder / ("meta" if fine else "batches.meta")).write_bytes(dump(meta))
 
 
 def write_imagenet32(folder: Path, train: Arrays, test: Arrays, *, npz: bool) -> None:

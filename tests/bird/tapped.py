@@ -1,10 +1,14 @@
-"""A small network for the tests of taps, and what its layers give without hooks."""
+"""Small networks for the tests of taps, teachers and losses, and what their layers give without hooks."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from bird.taps import Taps
 
 
 class Block(nn.Module):
@@ -41,15 +45,6 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.relu, self.outer = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.outer(self.relu(self.inner(x))))
-
-
 def by_hand(net: Net, images: Tensor) -> dict[str, Tensor]:
     """The same features without hooks."""
     x = net.stem(images)
@@ -68,3 +63,26 @@ def gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
 
 def guidance(features: dict[str, Tensor]) -> Tensor:
     return sum((value.square() * torch.linspace(1, 2, 6)).sum() for value in features.values())
+
+
+def plain_gradients(net: Net, images: Tensor, names: Any, pool: Any = "mean") -> list[Tensor]:
+    """Of the sum of the logits and guidance by taps, in a plain forward."""
+    with Taps(net, names, pool=pool) as taps:
+        return gradients(net(images).sum() + guidance(taps.pop()), net)
+
+
+# Features of a teacher and of a student, and the pairs of their layers
+
+PAIRS = [("layer4", "features.3"), ("layer3", "features.2")]
+WIDTHS = {"layer4": 5, "layer3": 7}, {"features.3": 6, "features.2": 4}
+TASK = torch.tensor(1.75)
+
+
+def features(seed: int, widths: dict[str, int]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = {name: torch.randn(16, width, generator=generator, dtype=torch.float64) for name, width in widths.items()}
+    return {name: value.float() + 0.5 for name, value in rows.items()}
+
+
+def wide(student: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().double().requires_grad_() for name, value in student.items()}

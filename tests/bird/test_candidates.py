@@ -13,77 +13,45 @@ import pytest
 import torch
 
 from bird import Teacher
-from bird.lab import cli
 from bird.lab.vision import candidates
 from bird.lab.vision import experiment as experiments
-from bird.lab.vision import recipe as recipes
 from bird.lab.vision.candidates import MODELS
 from bird.lab.vision.experiment import Made, VisionExperiment
 from bird.lab.vision.selection import measure_teacher
+from tests.bird.tiny_recipes import DIGITS, command, experiment_of, written
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which the vision extra brings")
 
-RECIPE = """
-title = "A try"
-methods = ["none", "bird", "ceiling"]
-corruptions = ["brightness", "fog"]
-held_out = ["contrast", "speckle_noise"]
-seeds = 1
-[teacher]
-data = "digits"
-classes = [0, 1, 2]
-augment = "none"
-[student]
-data = "digits"
-classes = [5, 6, 7, 8]
-limit_per_class = 15
-augment = "none"
-[pretraining]
-steps = 16
-batch_size = 16
-lr = 0.05
-[transfer]
-steps = 8
-batch_size = 16
-lr = 0.05
-[scoring]
-corruptions = ["contrast", "speckle_noise", "brightness"]
-images = 50
-[networks.a]
-teacher = "plain"
-student = "resnet-tiny"
-[networks.b]
-teacher = "plain"
-student = "plain"
-[variants.usual]
-[variants.short]
-teacher_steps = 4
-[variants.clean]
-teacher_corruptions = []
-[variants.own]
-teacher = { data = "digits", classes = [5, 6, 7, 8], augment = "none" }
-[variants.fog]
-teacher_corruptions = ["fog"]
-[variants.early]
-teacher_layer = "block1"
+RECIPE = (
+    DIGITS
+    + """
+networks.a = { teacher = "plain", student = "resnet-tiny" }
+networks.b = { teacher = "plain", student = "plain" }
+variants.usual = {}
+variants.short = { teacher_steps = 4 }
+variants.clean = { teacher_corruptions = [] }
+variants.own = { teacher = { data = "digits", classes = [5, 6, 7, 8], augment = "none" } }
+variants.fog = { teacher_corruptions = ["fog"] }
+variants.early = { teacher_layer = "block1" }
 """
-
-
-def command(folder: Path, name: str, *more: str) -> int:
-    return cli.main([name, str(folder / "try.toml"), "--out", str(folder / "runs"), *more])
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "try.toml").write_text(RECIPE)
-    assert command(folder, "select", "--device", "cpu", "--jobs", "1") == 0
-    return folder
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    changes = (
+        ('corruptions = ["brightness"]\n', 'corruptions = ["brightness", "fog"]\n'),
+        ("images = 60", "images = 50"),
+    )
+    fewer = ("limit_per_class = 100", "limit_per_class = 15"), ("steps = 12", "steps = 16")
+    path = written(tmp_path_factory.mktemp("recipe"), RECIPE, *changes, *fewer)
+    assert command("select", path) == 0
+    return path
 
 
 @pytest.fixture
-def experiment(folder: Path) -> VisionExperiment:
-    return VisionExperiment(recipes.read_vision(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
+def experiment(path: Path) -> VisionExperiment:
+    return experiment_of(path)
 
 
 def made(experiment: VisionExperiment) -> dict[str, int]:
@@ -126,7 +94,7 @@ def test_properties_are_those_of_the_networks(experiment: VisionExperiment) -> N
 
 
 def test_accuracies_come_in_when_they_are_there(
-    experiment: VisionExperiment, folder: Path, capsys: pytest.CaptureFixture[str]
+    experiment: VisionExperiment, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = experiment.root / "teachers/try"
     page = (report / "README.md").read_text()
@@ -136,9 +104,9 @@ def test_accuracies_come_in_when_they_are_there(
         "README.md", "teachers.csv", "results.json", "resnet-tiny.png", "plain.png",
     }  # fmt: skip
     before = (report / "plain.png").read_bytes()
-    assert command(folder, "run", "--device", "cpu", "--jobs", "1") == 0
+    assert command("run", path) == 0
     capsys.readouterr()
-    assert command(folder, "select", "--device", "cpu", "--jobs", "1") == 0
+    assert command("select", path) == 0
     page = capsys.readouterr().out
     assert page.count("### ") == 3  # each student, and all
     assert (report / "plain.png").read_bytes() != before
@@ -164,8 +132,8 @@ def check_regression(rows: list[dict[str, str]], found: dict[str, dict[str, dict
         assert found[kind]["fit"]["r2"] == pytest.approx(1 - errors @ errors / ((y - y.mean()) ** 2).sum(), abs=1e-6)
 
 
-def test_a_choice_of_teachers(folder: Path, experiment: VisionExperiment, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(folder, "select", "--arch", "b", "--variant", "usual", "own", "--device", "cpu", "--jobs", "1") == 0
+def test_a_choice_of_teachers(path: Path, experiment: VisionExperiment, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("select", path, "--arch", "b", "--variant", "usual", "own") == 0
     page = capsys.readouterr().out
     assert "2 candidates" in page
     assert "b, own" in page
@@ -177,22 +145,3 @@ def test_a_choice_of_teachers(folder: Path, experiment: VisionExperiment, capsys
 def test_nothing_measured(tmp_path: Path, experiment: VisionExperiment) -> None:
     with pytest.raises(ValueError, match=r"no teacher of .* was measured in .*: bird select it first"):
         candidates.write_teachers(replace(experiment, root=tmp_path), experiment.candidates(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "complaint"),
-    [
-        ('teacher_corruptions = ["fog"]', 'teacher_corruptions = ["fgo"]', "there is no 'fgo'; there is 'fog'"),
-        (
-            'teacher = { data = "digits"',
-            'teacher = { data = "digit"',
-            "variants.own.teacher: data: there is no 'digit'",
-        ),
-        ("teacher_steps = 4", "teacher_steps = 0", "variants.short: teacher_steps must be at least 1, not 0"),
-    ],
-)
-def test_what_is_wrong_in_a_variant(tmp_path: Path, old: str, new: str, complaint: str) -> None:
-    assert RECIPE.count(old) == 1
-    (tmp_path / "try.toml").write_text(RECIPE.replace(old, new))
-    with pytest.raises(ValueError, match=complaint):
-        recipes.read_vision(str(tmp_path / "try.toml"))

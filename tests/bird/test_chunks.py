@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bird import RBF, BirdLoss, Taps, Teacher, chunked_backward, chunks
 from bird.chunks import keeps_features
+from tests.groups import run_ranks
 
 CUTS = [20, 5, 30, 6]
 PAIRS = [("0", "0"), ("3", "4"), ("3", "0")]  # one student layer in two pairs
@@ -92,14 +97,22 @@ class Setup:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
 
+def seeded(run: Callable[..., Tensor], **options: Any) -> Tensor:
+    torch.manual_seed(7)
+    return run(**options)
+
+
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
     """Relative error of a gradient."""
     ours, theirs = (torch.cat([part.flatten() for part in side]) for side in (a, b))
     return float((ours - theirs).norm() / theirs.norm())
 
 
+MERGED_OR_KEPT = pytest.mark.parametrize("width", [6, 80], ids=["merged", "kept"])
+
+
 @pytest.mark.parametrize("forgets", [False, True])
-@pytest.mark.parametrize("width", [6, 80], ids=["merged", "kept"])
+@MERGED_OR_KEPT
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-6)], ids=str)
 def test_it_is_the_gradient_of_the_whole_batch(
     dtype: torch.dtype, bound: float, width: int, estimator: str, forgets: bool, monkeypatch: pytest.MonkeyPatch
@@ -110,11 +123,8 @@ def test_it_is_the_gradient_of_the_whole_batch(
         monkeypatch.setattr(chunks, "TEACHER_BYTES", 0)
     one, two = (Setup(width, dtype, estimator=estimator) for _ in range(2))
     for _ in range(2):  # the second call adds to .grad, and to what the first left in the buffers
-        torch.manual_seed(7)
-        value = one.whole()
-        after = torch.get_rng_state()
-        torch.manual_seed(7)
-        got = two.chunked()
+        value, after = seeded(one.whole), torch.get_rng_state()
+        got = seeded(two.chunked)
         assert torch.equal(torch.get_rng_state(), after)
     for ours, theirs in zip(two.model.buffers(), one.model.buffers(), strict=True):
         assert torch.equal(ours, theirs)
@@ -125,13 +135,10 @@ def test_it_is_the_gradient_of_the_whole_batch(
     assert all(abs(two.loss.last[name] - term) < bound for name, term in one.loss.last.items())
 
 
-@pytest.mark.parametrize("width", [6, 80], ids=["merged", "kept"])
+@MERGED_OR_KEPT
 def test_pairs_may_weigh_differently(width: int) -> None:
     one, two, equal = (Setup(width, weights=weights) for weights in (WEIGHTS, WEIGHTS, None))
-    values = []
-    for run in (one.whole, two.chunked, equal.chunked):
-        torch.manual_seed(7)
-        values.append(run())
+    values = [seeded(run) for run in (one.whole, two.chunked, equal.chunked)]
     assert distance(two.gradients(), one.gradients()) < 1e-10
     assert abs(values[1] - values[0]) < 1e-10
     assert distance(equal.gradients(), one.gradients()) > 0.01
@@ -190,17 +197,15 @@ def test_chunks_may_be_made_on_the_way_and_teachers_draw(limit: int, monkeypatch
         setup.chunks = _Noisy(setup.chunks)
         guides = setup.guides
         setup.guides = lambda chunk, guides=guides: {k: v + torch.randn_like(v) for k, v in guides(chunk).items()}  # type: ignore[method-assign]
-    torch.manual_seed(7)
-    one.whole()
+    seeded(one.whole)
     after = torch.get_rng_state()
-    torch.manual_seed(7)
-    two.chunked()
+    seeded(two.chunked)
     assert two.chunks.fetched == 2 * [0, 1, 2, 3]  # type: ignore[attr-defined]
     assert torch.equal(torch.get_rng_state(), after)
     assert distance(two.gradients(), one.gradients()) < 1e-10
 
 
-@pytest.mark.parametrize("width", [6, 80], ids=["merged", "kept"])
+@MERGED_OR_KEPT
 def test_the_teacher_runs_once_for_a_chunk_if_its_rows_are_kept(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, runs in ((1 << 20, 4), (0, 4 if width == 80 else 8)):
         setup = Setup(width)
@@ -222,13 +227,12 @@ def test_the_teacher_runs_once_for_a_chunk_if_its_rows_are_kept(width: int, monk
             assert max(left) <= 1  # the last chunk's
 
 
-@pytest.mark.parametrize("width", [6, 80], ids=["merged", "kept"])
+@MERGED_OR_KEPT
 def test_a_factor_reaches_every_gradient_before_it_is_rounded(width: int) -> None:
     """A GradScaler's kind of factor: fp16 gradients that are too small without it."""
     one, two, three = (Setup(width, torch.float32) for _ in range(3))
-    for setup, factor in ((one, 1.0), (two, torch.tensor(2.0**24))):
-        torch.manual_seed(7)
-        setup.chunked(gradient=factor)
+    seeded(one.chunked)
+    seeded(two.chunked, gradient=torch.tensor(2.0**24))
     assert distance([g / 2**24 for g in two.gradients()], one.gradients()) < 1e-6
 
     seen: list[Tensor] = []
@@ -243,8 +247,7 @@ def test_a_factor_reaches_every_gradient_before_it_is_rounded(width: int) -> Non
         return task, half
 
     three.student = halved  # type: ignore[method-assign]
-    torch.manual_seed(7)
-    three.chunked(gradient=1e-6)
+    seeded(three.chunked, gradient=1e-6)
     assert not all(g.any() for g in seen)
     seen.clear()
     three.chunked(gradient=1e2)
@@ -252,7 +255,7 @@ def test_a_factor_reaches_every_gradient_before_it_is_rounded(width: int) -> Non
 
 
 @pytest.mark.parametrize("around", [True, False])
-@pytest.mark.parametrize("width", [6, 80], ids=["merged", "kept"])
+@MERGED_OR_KEPT
 def test_autocast_is_kept(width: int, around: bool) -> None:
     """Weights that autocast has cast in the first pass have no graph: were they used again, gradients were lost."""
     one, two, plain = (Setup(width, torch.float32) for _ in range(3))
@@ -268,17 +271,10 @@ def test_autocast_is_kept(width: int, around: bool) -> None:
         return task, rows
 
     two.student = inside  # type: ignore[method-assign]
-    guides = two.guides
-
-    def guided(chunk: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        with autocast(True):
-            return guides(chunk)
-
-    two.guides = guided  # type: ignore[method-assign]
+    two.guides = autocast(True)(two.guides)  # type: ignore[method-assign]
     for setup, run, on in ((one, one.whole, True), (two, two.chunked, around), (plain, plain.whole, False)):
-        torch.manual_seed(7)
         with autocast(on):
-            run()
+            seeded(run)
         assert setup.loss.last["cka/0/0"].dtype == torch.float32
     assert backward == 4 * [False]
     assert distance(two.gradients(), one.gradients()) < 0.004  # bf16: one sums the chunks' gradients in it, two in fp32
@@ -299,8 +295,7 @@ def test_tokens_are_rows(width: int) -> None:
 
         setup.student = halves  # type: ignore[method-assign]
         setup.guides = lambda chunk, guides=guides: {"0": guides(chunk)["0"][:, :width].unflatten(1, (2, -1))}  # type: ignore[method-assign]
-        torch.manual_seed(7)
-        setup.whole() if setup is one else setup.chunked()
+        seeded(setup.whole if setup is one else setup.chunked)
     assert distance(two.gradients(), one.gradients()) < 1e-10
     assert abs(two.loss.last["cka/0/0"] - one.loss.last["cka/0/0"]) < 1e-12
 
@@ -310,10 +305,8 @@ def test_a_part_without_gradients_is_left_out() -> None:
     for setup in (one, two):
         setup.model[0].requires_grad_(False)
         setup.model[1][0].requires_grad_(False)
-    torch.manual_seed(7)
-    one.whole()
-    torch.manual_seed(7)
-    two.chunked()
+    seeded(one.whole)
+    seeded(two.chunked)
     assert distance(two.gradients(), one.gradients()) < 1e-10
     for p in two.model.parameters():
         p.requires_grad_(False)
@@ -336,9 +329,66 @@ def test_the_route_is_a_function_of_sizes() -> None:
     assert keeps_features(32768, 512, 512, kernel="rbf")
     assert keeps_features(32768, 512, 512, kernel="rbf", group=object())
     assert not keeps_features(1, 512, 512, group=object())  # another rank may have more
-    assert [keeps_features(32768, 8, 8, backend=b) for b in ("auto", "library", "triton", "reference")] == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    kept = [keeps_features(32768, 8, 8, backend=name) for name in ("auto", "library", "triton", "reference")]
+    assert kept == [False, False, True, True]
+
+
+# Several processes: one batch of all ranks, by statistics and by gathered features, under DDP
+
+
+def _rank(rank: int) -> None:
+    for kernel in ("linear", "rbf"):  # by statistics, by gathered features
+        _compare(rank, kernel)
+
+
+def _compare(rank: int, kernel: str) -> None:
+    truth = Setup(kernel=kernel, weights=WEIGHTS)
+    mine = slice(0, 3) if rank == 0 else slice(3, 4)
+    # Each rank has the dropout of its own seed; both start from rank 0's buffers, by which DDP begins.
+    tasks, ours, theirs = [], [], []
+    start = copy.deepcopy(truth.model.state_dict())
+    for other, part in ((0, slice(0, 3)), (1, slice(3, 4))):
+        torch.manual_seed(other)
+        for name, buffer in truth.model.named_buffers():
+            buffer.data = start[name].clone()
+        for chunk in truth.chunks[part]:
+            task, rows = truth.student(chunk)
+            tasks.append(task)
+            ours.append(rows)
+            theirs.append(truth.guides(chunk))
+    rows = [{k: torch.cat([a[k] for a in side]) for k in side[0]} for side in (theirs, ours)]
+    truth.loss(torch.stack(tasks).sum() / 2, *rows).backward()  # DDP averages the ranks' tasks
+
+    setup = Setup(kernel=kernel, weights=WEIGHTS, group=dist.group.WORLD)
+    setup.chunks = setup.chunks[mine]
+    if rank == 1:
+        setup.model[1][1].state.fill_(5.0)
+    setup.run = DistributedDataParallel(setup.model)
+    with torch.no_grad():
+        setup.run(setup.chunks[0][0])  # DDP has taken rank 0's buffers now, so undo
+    if rank == 1:
+        setup.model[1][1].state.fill_(5.0)
+    else:
+        setup.model.load_state_dict(start)
+    setup.run.require_forward_param_sync = True  # as after a step
+    messages: list[int] = []
+
+    def average(state, bucket):  # DDP reads annotations, and would not know ours, which are strings
+        messages.append(bucket.index())
+        dist.all_reduce(bucket.buffer().div_(2))
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    setup.run.register_comm_hook(None, average)
+    torch.manual_seed(rank)
+    setup.chunked()
+    assert distance(setup.gradients(), truth.gradients()) < 1e-10
+    assert len(messages) == len(set(messages))
+    for pair in setup.loss.pairs:
+        name = "cka/{}/{}".format(*pair)
+        assert abs(setup.loss.last[name] - truth.loss.last[name]) < 1e-12
+
+
+def test_ranks_compare_all_their_samples(tmp_path: Path) -> None:
+    run_ranks(_rank, 2, tmp_path)

@@ -58,23 +58,40 @@ def forward(model: nn.Sequential, count: int = 48):
     return student
 
 
+def compared(
+    model: nn.Module, teacher: Teacher, chunks: Augmented, loss: nn.Module, whole: nn.Module, factor: float
+) -> None:
+    """Value and gradients of chunks beside those of one graph over what the first pass saw."""
+    value = chunked_backward(
+        forward(model), lambda chunk: teacher(chunk[0]), chunks, loss, model=model, gradient=factor
+    )
+    assert not value.requires_grad
+    found = [parameter.grad.clone() for parameter in (*model.parameters(), *loss.parameters())]
+    images, labels = (torch.cat(parts) for parts in zip(*chunks.seen[:4], strict=True))
+    model.zero_grad()
+    task, features = forward(model)((images, labels))
+    expected = whole(task, teacher(images), features)
+    (factor * expected).backward()
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-6)
+    for one, parameter in zip(found, (*model.parameters(), *whole.parameters()), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("width", [4, 60])  # by statistics, by features
 @pytest.mark.parametrize("draw", ["python", "numpy", "torch"])
 @pytest.mark.parametrize("limit", [0, 1 << 28])  # whether the teacher runs again
 def test_global_generators_repeat(draw: str, width: int, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bird.chunks.TEACHER_BYTES", limit)
-    (model, teacher), loss, chunks = networks(width), BirdLoss(pairs=PAIRS), Augmented(draw)
-    value = chunked_backward(forward(model), lambda chunk: teacher(chunk[0]), chunks, loss, model=model)
-    found = [parameter.grad.clone() for parameter in model.parameters()]
-    images, labels = (torch.cat(parts) for parts in zip(*chunks.seen[:4], strict=True))
-    for parameter in model.parameters():
-        parameter.grad = None
-    task, features = forward(model)((images, labels))
-    expected = loss(task, teacher(images), features)
-    expected.backward()
-    torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-6)
-    for one, parameter in zip(found, model.parameters(), strict=True):
-        torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-5)
+    loss = BirdLoss(pairs=PAIRS)
+    compared(*networks(width), Augmented(draw), loss, loss, 1.0)
+
+
+@pytest.mark.parametrize("width", [4, 60])
+def test_learned_weights_get_their_gradient(width: int) -> None:
+    numbers = {"alpha": torch.tensor(0.3), "beta": torch.tensor(0.8), "weights": torch.tensor([0.5, 2.0])}
+    losses = [BirdLoss(pairs=PAIRS, **{n: nn.Parameter(x.clone()) for n, x in numbers.items()}) for _ in range(2)]
+    assert {name for name, _ in losses[0].named_parameters()} == {*numbers}
+    compared(*networks(width), Augmented("torch"), *losses, 0.5)
 
 
 def test_what_does_not_repeat_is_told() -> None:
@@ -114,23 +131,3 @@ def test_states_of_all_global_generators() -> None:
     first = random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
     set_random_state(state)
     assert (random.random(), np.random.rand(), torch.rand(())) == first  # noqa: NPY002
-
-
-@pytest.mark.parametrize("width", [4, 60])
-def test_learned_weights_get_their_gradient(width: int) -> None:
-    def weights() -> dict[str, nn.Parameter]:
-        numbers = {"alpha": torch.tensor(0.3), "beta": torch.tensor(0.8), "weights": torch.tensor([0.5, 2.0])}
-        return {name: nn.Parameter(number) for name, number in numbers.items()}
-
-    (model, teacher), chunks = networks(width), Augmented("torch")
-    loss, whole = (BirdLoss(pairs=PAIRS, **weights()) for _ in range(2))
-    assert {name for name, _ in loss.named_parameters()} == {"alpha", "beta", "weights"}
-    value = chunked_backward(forward(model), lambda chunk: teacher(chunk[0]), chunks, loss, model=model, gradient=0.5)
-    assert not value.requires_grad
-    found = [parameter.grad.clone() for parameter in (*model.parameters(), *loss.parameters())]
-    images, labels = (torch.cat(parts) for parts in zip(*chunks.seen[:4], strict=True))
-    model.zero_grad()
-    task, features = forward(model)((images, labels))
-    (0.5 * whole(task, teacher(images), features)).backward()
-    for one, parameter in zip(found, (*model.parameters(), *whole.parameters()), strict=True):
-        torch.testing.assert_close(one, parameter.grad, rtol=1e-3, atol=1e-5)

@@ -11,38 +11,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bird.taps import Taps
-from tests.bird.tapped import Net, by_hand, gradients, guidance
+from tests.bird.tapped import Net, by_hand, gradients, guidance, plain_gradients
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
+INDUCTOR = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
 
 
 @pytest.mark.parametrize(
-    ("compiler", "order"),
+    ("compiler", "first"),
     [
-        ("eager", "compile-then-tap"),
-        ("aot_eager", "compile-then-tap"),
-        ("aot_eager", "tap-then-compile"),
-        pytest.param(
-            "inductor",
-            "compile-then-tap",
-            marks=pytest.mark.skipif(not _compiler(), reason="inductor needs a C++ compiler"),
-        ),
+        ("eager", "compile"),
+        ("aot_eager", "compile"),
+        ("aot_eager", "tap"),
+        pytest.param("inductor", "compile", marks=INDUCTOR),
     ],
 )
-def test_a_compiled_model_gives_the_same(net: Net, images: Tensor, compiler: str, order: str) -> None:
-    truth_taps = Taps(net, "blocks.*")
-    truth = gradients(net(images).sum() + guidance(truth_taps.pop()), net)
-    truth_taps.remove()
-    if order == "tap-then-compile":
-        taps = Taps(net, "blocks.*")
-        model = torch.compile(net, backend=compiler, fullgraph=True)
-    else:
-        model = torch.compile(net, backend=compiler, fullgraph=True)
-        taps = Taps(model, "blocks.*")
+def test_a_compiled_model_gives_the_same(net: Net, images: Tensor, compiler: str, first: str) -> None:
+    truth = plain_gradients(net, images, "blocks.*")
+    taps = Taps(net, "blocks.*") if first == "tap" else None
+    model = torch.compile(net, backend=compiler, fullgraph=True)
+    taps = taps or Taps(model, "blocks.*")
     for _ in range(2):
         loss = model(images).sum() + guidance(taps.pop())
         torch.testing.assert_close(gradients(loss, net), truth, rtol=1e-4, atol=1e-4)
@@ -51,8 +41,8 @@ def test_a_compiled_model_gives_the_same(net: Net, images: Tensor, compiler: str
 
 
 def test_one_compiled_step_holds_model_taps_and_loss(net: Net, images: Tensor) -> None:
+    truth = plain_gradients(net, images, "blocks.*")
     taps = Taps(net, "blocks.*")
-    truth = gradients(net(images).sum() + guidance(taps.pop()), net)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def step(x: Tensor) -> Tensor:
@@ -97,9 +87,7 @@ def test_taps_removed_from_a_compiled_model_stop_recording(net: Net, images: Ten
 
 
 def test_checkpoints_in_a_compiled_model(net: Net, images: Tensor) -> None:
-    truth_taps = Taps(net, "blocks.0")
-    truth = gradients(net(images).sum() + guidance(truth_taps.pop()), net)
-    truth_taps.remove()
+    truth = plain_gradients(net, images, "blocks.0")
     net.how = "non-reentrant"
     model = torch.compile(net, backend="aot_eager")
     taps = Taps(model, "blocks.0")

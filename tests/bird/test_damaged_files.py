@@ -1,13 +1,15 @@
-"""Files that are cut or changed end in one ValueError that names them, or change nothing: 300 mutations of each."""
+"""Files that are cut or changed end in one ValueError that names them, or change nothing: mutations of each kind."""
 
 from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,10 +17,10 @@ from torch import nn
 from bird import files
 from bird.lab import cli, tensors
 from bird.lab.stages import Lines, Stage
-from bird.lab.tensors import load_tensors, save_tensors
+from bird.lab.tensors import load_array, load_tensors, save_tensors
 from bird_kernels import Statistics
+from tests.bird.damage import complaint, mutated
 
-MUTATIONS = 300
 RESULT = {
     "clean": 0.5,
     "corrupted": {"fog": [0.25, 1e-7]},
@@ -26,118 +28,64 @@ RESULT = {
     "responses": ["a\n", "\u2028"],
     "n": None,
 }
+LANGUAGE = "an extra: bird-kernels[language]"
 
 
-def mutated(data: bytes, seed: int) -> bytes:
-    """Cut, or with some bytes flipped, overwritten, left out, doubled or put in."""
-    draw = random.Random(seed)
-    out, kind = bytearray(data), seed % 6
-    if kind == 0:
-        return bytes(out[: draw.randrange(len(out))])
-    for _ in range(draw.choice((1, 1, 1, 4))):
-        # Headers stand first, and are most of what can go wrong.
-        at = draw.randrange(min(len(out), 200)) if draw.random() < 0.5 else draw.randrange(len(out))
-        if kind == 1:
-            out[at] ^= 1 << draw.randrange(8)
-        elif kind == 2:
-            out[at] = draw.randrange(256)
-        elif kind == 3:
-            del out[at : at + draw.randint(1, 9)]
-            out = out or bytearray(b"\0")
-        elif kind == 4:
-            out[at:at] = out[at : at + draw.randint(1, 9)]
-        else:
-            out[at:at] = bytes([draw.choice(b'{}[]",:0e-\\\xff\0')])
-    return bytes(out)
+class Artefact(NamedTuple):
+    """A file as it is written, and its reader; the share of mutations that is refused at least."""
+
+    path: Path
+    read: Callable[[], Any]
+    least: float
+    exact: bool = False  # what is read is what was written
+    whose: Path | None = None  # transformers' own errors may speak of the folder
+    count: int = 300
 
 
-def complaint(read: Callable[[], Any], kinds: tuple[type[Exception], ...] = (ValueError,)) -> str | None:
-    """What is said of a file, in an error of one of the kinds; None if it is read."""
-    try:
-        read()
-    except kinds as error:
-        return str(error)
-    return None
-
-
-def survives(path: Path, read: Callable[[], Any], truth: Any = None) -> int:
-    """How many mutations of a file are refused; each is, by name, or is read as what was written."""
-    whole, refused = path.read_bytes(), 0
-    for seed in range(MUTATIONS):
-        path.write_bytes(mutated(whole, seed))
-        said = complaint(read)
-        assert said is None or path.name in said, f"mutation {seed}"
-        refused += said is not None
-        assert said is not None or truth is None or read() == truth, f"mutation {seed}"
-    path.write_bytes(whole)
-    read()
-    return refused
-
-
-def test_what_a_stage_came_to(tmp_path: Path) -> None:
+def result(folder: Path) -> Artefact:
     stage = Stage("score", {"lr": 0.1}, lambda folder: RESULT)
-    stage.folder(tmp_path).mkdir()
-    stage._complete(tmp_path)
-    for name, read in (
-        ("result.json", lambda: stage.result(tmp_path)),
-        ("stage.json", lambda: tensors.read_checked(stage.folder(tmp_path) / "stage.json", "delete it")),
-    ):
-        path = stage.folder(tmp_path) / name
-        assert survives(path, read, read()) > 0.8 * MUTATIONS
-    path = stage.folder(tmp_path) / "result.json"
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"score-\w+/result\.json is damaged .*: delete it, and it is made again"):
-        stage.result(tmp_path)
-    path.write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"result\.json is damaged"):
-        stage.result(tmp_path)
+    stage.folder(folder).mkdir()
+    stage._complete(folder)
+    return Artefact(stage.folder(folder) / "result.json", lambda: stage.result(folder), 0.8, True)
 
 
-def test_lines(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
+def stage(folder: Path) -> Artefact:
+    path = result(folder).path.with_name("stage.json")
+    return Artefact(path, lambda: tensors.read_checked(path, "delete it"), 0.8, True)
+
+
+def lines(folder: Path) -> Artefact:
+    path = folder / "lines.jsonl"
     Lines(path).append(RESULT, {"index": 1, "text": "x" * 300})
-    assert survives(path, lambda: Lines(path)) > 0.3 * MUTATIONS
-    path.write_text("[" * 100_000 + "\n")
-    with pytest.raises(ValueError, match=r"lines\.jsonl: line 1 is not a JSON object"):
-        Lines(path)
+    return Artefact(path, lambda: Lines(path), 0.3)
 
 
-def test_rows_of_text(tmp_path: Path) -> None:
-    read_rows = pytest.importorskip("bird.lab.language.data.files", reason="an extra: bird-kernels[language]").read_rows
-    for name in ("train.jsonl", "train.json"):
-        path = tmp_path / name
-        rows = [{"prompt": "p ä", "chosen": "c" * 90, "rejected": "r"}] * 4
-        text = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows)
-        path.write_text(text)
-        assert survives(path, lambda path=path: read_rows(path, "train")) > 0.3 * MUTATIONS  # type: ignore[misc]
-        path.write_bytes(text.encode().replace(b"ppp", b"\xff\xfe"))
-        path.write_bytes(b'{"a": "\xff"}')
-        with pytest.raises(ValueError, match=rf"{name}.*not JSON"):
-            read_rows(path, "train")
+def rows(folder: Path, name: str = "train.json") -> Artefact:
+    read_rows = pytest.importorskip("bird.lab.language.data.files", reason=LANGUAGE).read_rows
+    path, written = folder / name, [{"prompt": "p ä", "chosen": "c" * 90, "rejected": "r"}] * 4
+    path.write_text("\n".join(map(json.dumps, written)) if name.endswith("l") else json.dumps(written))
+    return Artefact(path, lambda: read_rows(path, "train"), 0.3)
 
 
-def test_shapes_that_a_run_has_noted(tmp_path: Path) -> None:
-    path = tmp_path / "shapes.json"
+def rows_by_lines(folder: Path) -> Artefact:
+    return rows(folder, "train.jsonl")
+
+
+def shapes(folder: Path) -> Artefact:
+    path = folder / "shapes.json"
     files.write_json([[64, 128, 512, "float32"], [64, 128, 512, "bfloat16"]], path)
-    assert survives(path, lambda: cli._shapes_of(tmp_path)) > 0.3 * MUTATIONS
-    for text in (
-        "{}",
-        "3",
-        "[[1, 2, 3]]",
-        '[[1, 2, "3", "float32"]]',
-        "[[1, 2, 3, 4]]",
-        "[[1, 2, true, []]]",
-        "[null]",
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"shapes\.json is damaged"):
-            cli._shapes_of(tmp_path)
+    return Artefact(path, lambda: cli._shapes_of(folder), 0.3)
 
 
-def test_tensors(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
+def tensor(folder: Path) -> Artefact:
+    path = folder / "model.pt"
     save_tensors({"w": torch.arange(200.0)}, path)
-    assert survives(path, lambda: load_tensors(path)["w"].tolist(), list(range(200))) > 0.5 * MUTATIONS
+    return Artefact(path, lambda: load_tensors(path)["w"].tolist(), 0.5, True)
+
+
+def array(folder: Path) -> Artefact:
+    np.save(folder / "a.npy", np.arange(60, dtype=np.uint8).reshape(5, 12))
+    return Artefact(folder / "a.npy", lambda: [load_array(folder / "a.npy", mode) for mode in (None, "r")], 0.3)
 
 
 class Pair(nn.Module):
@@ -150,47 +98,45 @@ class Pair(nn.Module):
         self.two.weight = self.one.weight
 
 
-def test_weights_that_a_run_left(tmp_path: Path) -> None:
-    """With their checksum nothing else than what was written is read; without, damage has a name where it shows."""
-    runs: Any = pytest.importorskip("bird.lab.language.training", reason="an extra: bird-kernels[language]")
+def weights(folder: Path) -> Artefact:
+    """Without their checksum damage has a name where it shows."""
+    runs: Any = pytest.importorskip("bird.lab.language.training", reason=LANGUAGE)
     from safetensors.torch import save_model
 
-    path, model = tmp_path / "policy.safetensors", Pair()
+    model, path = Pair(), folder / "policy.safetensors"
     save_model(model, str(path))
-    truth = model.one.weight.tolist()
+    return Artefact(path, lambda: (runs.restore(model, path), model.two.weight.tolist())[1], 0.0)
 
-    def read() -> Any:
-        runs.restore(model, path)
-        return model.two.weight.tolist()
 
-    survives(path, read)
+def weights_with_checksum(folder: Path) -> Artefact:
+    runs: Any = pytest.importorskip("bird.lab.language.training", reason=LANGUAGE)
+    model, path = Pair(), folder / "policy.safetensors"
     runs.finish_run(model, path, {"train": []})
-    assert survives(path, read, truth) > 0.9 * MUTATIONS
-    history = tmp_path / "history.json"
-    assert survives(history, lambda: runs.finished_run(model, path, "cpu"), {"train": []}) > 0.5 * MUTATIONS
-    path.unlink()
-    with pytest.raises(FileNotFoundError):
-        runs.restore(model, path)
+    return Artefact(path, lambda: (runs.restore(model, path), model.two.weight.tolist())[1], 0.9, True)
 
 
-def test_published_networks(tmp_path: Path) -> None:
-    models: Any = pytest.importorskip("bird.lab.language.models", reason="an extra: bird-kernels[language]")
-    pytest.importorskip("transformers", reason="an extra: bird-kernels[language]")
-    import shutil
+def history(folder: Path) -> Artefact:
+    runs: Any = pytest.importorskip("bird.lab.language.training", reason=LANGUAGE)
+    model, path = Pair(), weights_with_checksum(folder).path
+    return Artefact(path.with_name("history.json"), lambda: runs.finished_run(model, path, "cpu"), 0.5, True)
 
+
+def network(folder: Path) -> Artefact:
+    models: Any = pytest.importorskip("bird.lab.language.models", reason=LANGUAGE)
+    pytest.importorskip("transformers", reason=LANGUAGE)
     from tests.bird.tiny import saved
 
-    shutil.copytree(saved("encoder"), tmp_path / "network")
-    path = tmp_path / "network/model.safetensors"
-    assert unloadable(path, lambda: models.load_network(str(path.parent), "encoder")) > 0.3 * MUTATIONS
+    path = Path(shutil.copytree(saved("encoder"), folder / "network"))
+    read = lambda: models.load_network(str(path), "encoder")  # noqa: E731
+    return Artefact(path / "model.safetensors", read, 0.3, whose=path, count=60)
 
 
-def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a file that is short of a network, too: each mutation of it is refused by name."""
-    gguf = pytest.importorskip("gguf", reason="an extra: bird-kernels[language]")
-    models: Any = pytest.importorskip("bird.lab.language.models", reason="an extra: bird-kernels[language]")
-    path = tmp_path / "network.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
+def gguf(folder: Path) -> Artefact:
+    """Of a file that is short of a network, too: each mutation of it is refused."""
+    writers = pytest.importorskip("gguf", reason=LANGUAGE)
+    models: Any = pytest.importorskip("bird.lab.language.models", reason=LANGUAGE)
+    path = folder / "network.gguf"
+    writer = writers.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_embedding_length(8)
     writer.add_tensor("token_embd.weight", torch.ones(8, 8).numpy())
@@ -198,19 +144,63 @@ def test_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    monkeypatch.setattr(models, "locate_network", lambda name: path)
-    assert unloadable(path, lambda: models.load_network("smollm2-135m", "causal")) == MUTATIONS
+
+    def read() -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(models, "locate_network", lambda name: path)
+            return models.load_network("smollm2-135m", "causal")
+
+    return Artefact(path, read, 1.0, whose=folder, count=60)
 
 
-def unloadable(path: Path, read: Callable[[], Any]) -> int:
-    """The same of what transformers loads, whose own errors may speak of the folder."""
-    whole, refused = path.read_bytes(), 0
-    for seed in range(MUTATIONS):
-        path.write_bytes(mutated(whole, seed))
-        said = complaint(read, (ValueError, FileNotFoundError))
-        assert said is None or str(path.parent) in said, f"mutation {seed}"
+ARTEFACTS = (result, stage, lines, rows, rows_by_lines, shapes, tensor, array, weights, weights_with_checksum, history)
+
+
+@pytest.mark.parametrize("make", [*ARTEFACTS, network, gguf], ids=lambda make: make.__name__)
+def test_damage_is_named_or_changes_nothing(make: Callable[[Path], Artefact], tmp_path: Path) -> None:
+    made = make(tmp_path)
+    whole, refused = made.path.read_bytes(), 0
+    truth = made.read() if made.exact else None
+    kinds = (ValueError, FileNotFoundError) if made.whose else (ValueError,)
+    for seed in range(made.count):
+        made.path.write_bytes(mutated(whole, seed))
+        said = complaint(made.read, kinds)
+        assert said is None or (made.path.name if made.whose is None else str(made.whose)) in said, f"mutation {seed}"
+        assert said is not None or not made.exact or made.read() == truth, f"mutation {seed}"
         refused += said is not None
-    return refused
+    assert refused >= made.least * made.count
+    if made.whose is None:
+        made.path.write_bytes(whole)
+        made.read()
+
+
+@pytest.mark.parametrize(
+    ("make", "content", "said"),
+    [
+        (result, '{"clean": 0.', r"score-\w+/result\.json is damaged .*: delete it, and it is made again"),
+        (result, "[" * 100_000, r"result\.json is damaged"),
+        (lines, "[" * 100_000 + "\n", r"lines\.jsonl: line 1 is not a JSON object"),
+        (rows, b'{"a": "\xff"}', r"train\.json.*not JSON"),
+        (rows_by_lines, b'{"a": "\xff"}', r"train\.jsonl.*not JSON"),
+        *[
+            (shapes, text, r"shapes\.json is damaged")
+            for text in ("{}", "3", "[[1, 2, 3]]", '[[1, 2, "3", "float32"]]', "[[1, 2, 3, 4]]", "[[1, 2, true, []]]")
+        ],
+        (shapes, "[null]", r"shapes\.json is damaged"),
+    ],
+)
+def test_what_is_said_of_chosen_damage(make: Any, content: str | bytes, said: str, tmp_path: Path) -> None:
+    made = make(tmp_path)
+    made.path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=said):
+        made.read()
+
+
+def test_missing_weights_are_no_damage(tmp_path: Path) -> None:
+    made = weights_with_checksum(tmp_path)
+    made.path.unlink()
+    with pytest.raises(FileNotFoundError):
+        made.read()
 
 
 def test_statistics() -> None:
@@ -224,7 +214,7 @@ def test_statistics() -> None:
         lambda t: t.to("meta"), lambda t: t.reshape(-1)[:1].expand(3, 5), lambda t: t.numpy(), lambda t: t.long(),
     ]  # fmt: skip
     refused = 0
-    for _ in range(MUTATIONS):
+    for _ in range(300):
         broken: dict[Any, Any] = dict(state)
         name = draw.choice(list(state))
         if draw.random() < 0.2:
@@ -234,7 +224,7 @@ def test_statistics() -> None:
         said = complaint(lambda broken=broken: Statistics.from_state_dict(broken).cka("unbiased"))  # type: ignore[misc]
         assert said is None or "tate of Statistics" in said
         refused += said is not None
-    assert refused > 0.8 * MUTATIONS
+    assert refused > 0.8 * 300
     assert Statistics.from_state_dict(state).cka() == statistics.cka()
     for eps, n in ((float("nan"), 9.0), (1e-7, float("inf")), (1e-7, 2.5), (1e-7, float("nan"))):
         values = {"eps": torch.tensor(eps, dtype=torch.float64), "n": torch.tensor(n, dtype=torch.float64)}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
@@ -17,25 +15,15 @@ import torch
 from torchvision import datasets as torchvision_datasets
 
 from bird.lab.recipe import data_root
-from bird.lab.vision.data import Images
+from bird.lab.vision.data import Images, to_float
 from bird.lab.vision.datasets import DATASETS, load_splits
 from bird.lab.vision.datasets.batches import stack_batches
 from bird.lab.vision.datasets.grey import read_idx
-from bird.lab.vision.datasets.unpickling import load_batch
 from tests.bird import official_files as official
 from tests.bird.shipped import fashion
+from tools.make_subset import choose, make_subset
 
 DEBIAN = Path(DATASETS["fashion-mnist"].layouts[1].folder)
-
-
-@pytest.fixture
-def expect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Lower the official numbers of a data set to those of its tiny copy."""
-
-    def change(name: str, **changes: Any) -> None:
-        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], **changes))
-
-    return change
 
 
 def assert_holds(data: Images, images: np.ndarray, labels: np.ndarray) -> None:
@@ -53,82 +41,31 @@ CIFAR = {
 }
 
 
+@pytest.mark.parametrize("dump", [None, *official.PICKLERS])
 @pytest.mark.parametrize("name", CIFAR)
-def test_cifar_binary_holds_what_was_written(name: str, tmp_path: Path, expect: Callable[..., None]) -> None:
-    classes, folder, _, _ = CIFAR[name]
-    train, test = official.make_arrays(5 * classes, classes, 1), official.make_arrays(2 * classes, classes, 2)
-    getattr(official, f"write_{name}_binary")(tmp_path / folder, train, test)
-    expect(name, counts=(5 * classes, 2 * classes))
-    read_train, read_test = DATASETS[name].read(tmp_path)
-    assert_holds(read_train, *train)
-    assert_holds(read_test, *test)
-    splits = load_splits(name, tmp_path, validation=0)
-    assert_holds(splits.test, *official.by_class(*test))
-    assert sorted(prints(splits.train)) == sorted(image.tobytes() for image in train[0])
-    assert len(splits.validation) == 0
-
-
-@pytest.mark.parametrize("dump", official.PICKLERS)
-@pytest.mark.parametrize("name", CIFAR)
-def test_cifar_python_reads_like_torchvision(
-    name: str,
-    dump: Callable[[dict[str, object]], bytes],
-    tmp_path: Path,
-    expect: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
+def test_cifar_holds_what_was_written_and_torchvision_reads(
+    name: str, dump: str | None, tmp_path: Path, expect: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classes, _, folder, theirs = CIFAR[name]
-    train, test = official.make_arrays(5 * classes, classes, 3), official.make_arrays(classes, classes, 4)
-    getattr(official, f"write_{name}_python")(tmp_path / folder, train, test, dump)
-    expect(name, counts=(5 * classes, classes))
+    classes, binary, python, theirs = CIFAR[name]
+    train, test = official.make_arrays(5 * classes, classes, 3), official.make_arrays(2 * classes, classes, 4)
+    pickler = official.PICKLERS[dump] if dump else None
+    official.write_cifar(tmp_path / (python if dump else binary), train, test, pickler, fine=name == "cifar100")
+    expect(name, counts=(5 * classes, 2 * classes))
+    read = DATASETS[name].read(tmp_path)
+    for data, made in zip(read, (train, test), strict=True):
+        assert_holds(data, *made)
+    if dump is None:
+        splits = load_splits(name, tmp_path, validation=0)
+        assert_holds(splits.test, *official.by_class(*test))
+        assert sorted(prints(splits.train)) == sorted(image.tobytes() for image in train[0])
+        assert len(splits.validation) == 0
+        return
     for attribute in ("train_list", "test_list"):  # their checksums are the real files'
         monkeypatch.setattr(theirs, attribute, [[file, None] for file, _ in getattr(theirs, attribute)])
     monkeypatch.setattr(theirs, "meta", theirs.meta | {"md5": None})
-    read_train, read_test = DATASETS[name].read(tmp_path)
-    for data, is_train, made in ((read_train, True, train), (read_test, False, test)):
+    for data, is_train in zip(read, (True, False), strict=True):
         other = theirs(str(tmp_path), train=is_train)
         assert_holds(data, other.data.transpose(0, 3, 1, 2), np.array(other.targets))
-        assert_holds(data, *made)
-
-
-class Call:
-    """Pickles as a call."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return self.call
-
-
-def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
-    mark, path = tmp_path / "mark", tmp_path / "data_batch_1"
-    calls = [(os.system, f"touch {mark}"), (eval, f"open({str(mark)!r}, 'w').close()"), (os.mkdir, str(mark))]
-    for protocol in (0, 2, 4, 5):
-        for function, argument in calls:
-            path.write_bytes(pickle.dumps({"data": Call(function, argument)}, protocol=protocol))
-            asked = rf"{function.__module__}|__builtin__"  # the builtins' name in the older protocols
-            with pytest.raises(ValueError, match=rf"data_batch_1: it asks for ({asked})\.{function.__name__}"):
-                load_batch(path)
-            assert not mark.exists()
-    pickle.loads(path.read_bytes())
-    assert mark.exists(), "the pickle would not have done anything"
-
-
-def test_only_what_rebuilds_an_array_is_admitted(tmp_path: Path) -> None:
-    path = tmp_path / "test_batch"
-    for text, refusal in (
-        (b"cnumpy\nload\n.", "numpy.load"),
-        (b"cnumpy.core.multiarray\nscalar\n.", r"multiarray\.scalar"),
-        (b"cnumpy\nndarray.tofile\n.", r"ndarray\.tofile"),
-        (b"c_codecs\ndecode\n.", r"_codecs\.decode"),
-        (b"c_codecs\nencode\n(Vx\nVrot13\ntR.", "rot13"),
-        (b"", "test_batch: "),
-        (b"(lp0\n.", "a pickled list, not a dict"),
-    ):
-        path.write_bytes(text)
-        with pytest.raises(ValueError, match=refusal):
-            load_batch(path)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +187,7 @@ def test_digits() -> None:
 
 def test_splits(tmp_path: Path, expect: Callable[..., None]) -> None:
     train, test = official.make_arrays(300, 10, 8), official.make_arrays(50, 10, 9)
-    official.write_cifar10_binary(tmp_path / "cifar-10-batches-bin", train, test)
+    official.write_cifar(tmp_path / "cifar-10-batches-bin", train, test)
     expect("cifar10", counts=(300, 50))
     first, again, other = (load_splits("cifar10", tmp_path, seed=seed, validation=0.2) for seed in (0, 0, 1))
     for splits in (first, other):
@@ -286,7 +223,7 @@ def test_splits(tmp_path: Path, expect: Callable[..., None]) -> None:
 
 def test_missing_files_are_named(tmp_path: Path, expect: Callable[..., None]) -> None:
     arrays = official.make_arrays(10, 10, 1)
-    official.write_cifar10_binary(tmp_path / "cifar-10-batches-bin", arrays, arrays)
+    official.write_cifar(tmp_path / "cifar-10-batches-bin", arrays, arrays)
     (tmp_path / "cifar-10-batches-bin" / "data_batch_4.bin").unlink()
     with pytest.raises(FileNotFoundError) as error:
         load_splits("cifar10", tmp_path)
@@ -322,25 +259,26 @@ def test_broken_files_are_named(tmp_path: Path, expect: Callable[..., None]) -> 
         assert "https://www.cs.toronto.edu" in str(error.value)
 
     folder = "cifar-10-batches-py"
-    official.write_cifar10_python(tmp_path / folder, train, test, official.python2_pickle)
+    official.write_cifar(tmp_path / folder, train, test, official.python2_pickle)
     whole = (tmp_path / folder / "test_batch").read_bytes()
     rows = test[0].reshape(-1, 3072)
-    for content, message in (
-        (whole[:-100], "test_batch: "),
-        (official.python3_pickle({"data": rows}), r'test_batch: needs "data" and "labels", holds \[\'data\'\]'),
-        (official.python3_pickle({"data": rows[:, 1:], "labels": [0] * 10}), r"found uint8 \[10, 3071\]"),
-        (official.python3_pickle({"data": rows / 2, "labels": [0] * 10}), "found float64"),
-        (official.python3_pickle({"data": "pixels", "labels": [0] * 10}), r"found <class 'str'> \[\]"),
-        (official.python3_pickle({"data": rows, "labels": [0] * 9}), "9 labels need images"),
-        (official.python3_pickle({"data": rows, "labels": [0.5] * 10}), '"labels" must be a list of integers'),
-        (official.python3_pickle({"data": rows, "labels": [10] * 10}), "labels from 10 to 10, of 10 classes"),
-        (official.python3_pickle({"data": rows, "labels": [-1] * 10}), "labels from -1 to -1"),
-        (official.python3_pickle({"data": rows[:9], "labels": [1] * 9}), r"50 \+ 9 images instead of 50 \+ 10"),
-        (official.python3_pickle({"data": rows.repeat(2, axis=0), "labels": [1] * 20}), "20 images, more than 10"),
+    refuses("test_batch: ", folder, lambda path: (path / "test_batch").write_bytes(whole[:-100]))
+    for data, labels, message in (
+        (rows, None, r'test_batch: needs "data" and "labels", holds \[\'data\'\]'),
+        (rows[:, 1:], [0] * 10, r"found uint8 \[10, 3071\]"),
+        (rows / 2, [0] * 10, "found float64"),
+        ("pixels", [0] * 10, r"found <class 'str'> \[\]"),
+        (rows, [0] * 9, "9 labels need images"),
+        (rows, [0.5] * 10, '"labels" must be a list of integers'),
+        (rows, [10] * 10, "labels from 10 to 10, of 10 classes"),
+        (rows, [-1] * 10, "labels from -1 to -1"),
+        (rows[:9], [1] * 9, r"50 \+ 9 images instead of 50 \+ 10"),
+        (rows.repeat(2, axis=0), [1] * 20, "20 images, more than 10"),
     ):
+        content = official.python3_pickle({"data": data} | ({} if labels is None else {"labels": labels}))
         refuses(message, folder, lambda path, content=content: (path / "test_batch").write_bytes(content))
     folder = "cifar-10-batches-bin"  # which is preferred
-    official.write_cifar10_binary(tmp_path / folder, train, test)
+    official.write_cifar(tmp_path / folder, train, test)
     raw = (tmp_path / folder / "data_batch_2.bin").read_bytes()
     cut = "data_batch_2.bin: 30729 bytes are no whole number of records of 3073; it is cut short"
     refuses(cut, folder, lambda path: (path / "data_batch_2.bin").write_bytes(raw[:-1]))
@@ -364,3 +302,79 @@ def test_the_root_may_come_from_the_environment(tmp_path: Path, monkeypatch: pyt
     assert data_root(tmp_path / "here") == tmp_path / "here"
     with pytest.raises(FileNotFoundError, match=str(Path.home() / "sets" / "cifar-10-batches-py")):
         load_splits("cifar10")
+
+
+# The images that ship with the package
+
+
+def test_the_archive_is_balanced_and_says_where_it_comes_from() -> None:
+    folder = resources.files("bird.lab.vision") / "fashion"
+    assert "MIT License" in (folder / "LICENSE.txt").read_text()
+    with (folder / "fashion_mnist.npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        for split, each, total in (("train", 1200, 60_000), ("test", 250, 10_000)):
+            assert arrays[f"{split}_images"].shape == (10 * each, 28, 28)
+            assert np.bincount(arrays[f"{split}_labels"]).tolist() == [each] * 10
+            index = arrays[f"{split}_index"]
+            assert (np.diff(index.astype(int)) > 0).all()
+            assert index.max() < total
+        # Fashion-MNIST's mean and standard deviation, known for the whole data set
+        scaled = arrays["train_images"] / 255
+        assert scaled.mean() == pytest.approx(0.2860, abs=0.004)
+        assert scaled.std() == pytest.approx(0.3530, abs=0.004)
+
+
+def test_splits_have_the_promised_sizes_and_labels() -> None:
+    splits = fashion(range(5, 10))
+    for part, each in ((splits.train, 1080), (splits.validation, 120), (splits.test, 250)):
+        assert part.images.shape == (5 * each, 1, 32, 32)
+        assert part.labels.bincount().tolist() == [each] * 5
+    small = fashion([3, 7], limit_per_class=9)
+    assert [len(part) for part in (small.train, small.validation, small.test)] == [18, 18, 18]
+
+
+def test_no_image_is_in_two_splits() -> None:
+    splits = fashion(range(10))
+    sets = [set(prints(part)) for part in (splits.train, splits.validation, splits.test)]
+    assert len(sets[0] | sets[1] | sets[2]) == 12_000 + 2_500
+
+
+def test_images_refuse_what_they_are_not() -> None:
+    good, labels = torch.zeros(2, 1, 3, 3, dtype=torch.uint8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"images must be uint8 .* got torch.float32"):
+        Images(good.float(), labels)
+    with pytest.raises(ValueError, match=r"labels must be int64 \[2\], got torch.int64 \(3,\)"):
+        Images(good, torch.tensor([0, 1, 2]))
+
+
+def test_to_float_runs_from_0_to_1() -> None:
+    assert to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)).tolist() == pytest.approx([0, 0.2, 1])
+
+
+def test_the_script_makes_the_archive(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    originals = {}
+    for prefix, each in (("train", 1300), ("t10k", 260)):
+        labels = rng.permutation(np.repeat(np.arange(10, dtype=np.uint8), each))
+        images = rng.integers(0, 256, (10 * each, 2, 3), dtype=np.uint8)
+        official.write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", images)
+        official.write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", labels)
+        originals[prefix] = images, labels
+    assert np.array_equal(read_idx(tmp_path / "train-images-idx3-ubyte.gz"), originals["train"][0])
+    make_subset(tmp_path, tmp_path / "subset.npz")
+    with np.load(tmp_path / "subset.npz") as arrays:
+        for split, prefix in (("train", "train"), ("test", "t10k")):
+            images, labels = originals[prefix]
+            index = arrays[f"{split}_index"]
+            assert np.array_equal(images[index], arrays[f"{split}_images"])
+            assert np.array_equal(labels[index], arrays[f"{split}_labels"])
+            assert len(set(np.bincount(labels[index]))) == 1
+
+
+def test_the_choice_is_random_and_refuses_another_file(tmp_path: Path) -> None:
+    labels = np.arange(100) % 10
+    chosen = choose(labels, 3, np.random.default_rng(0))
+    assert np.bincount(labels[chosen]).tolist() == [3] * 10
+    assert not np.array_equal(chosen, choose(labels, 3, np.random.default_rng(1)))
+    (tmp_path / "x.gz").write_bytes(gzip.compress(b"not an IDX file"))
+    with pytest.raises(ValueError, match="not an IDX file of unsigned bytes"):
+        read_idx(tmp_path / "x.gz")

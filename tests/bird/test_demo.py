@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,14 +31,8 @@ def start(folder: Path) -> subprocess.Popen[str]:
     """``python -m bird demo``, on one thread, so that the numbers do not depend on how busy the machine is."""
     arguments = ["demo", "--quick", "--steps", "8", "--device", "cpu", "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "bird", *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "bird", *arguments], cwd=ROOT, env=environment, **pipes)
 
 
 def kill_once_there(run: subprocess.Popen[str], folder: Path, pattern: str) -> set[int]:
@@ -66,13 +61,12 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_numbers(tmp_path: Path) -
     """And a killed demo leaves nobody behind who writes to its folder."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finished = start(whole)
-    workers = kill_once_there(start(broken), broken, "teacher-*/last.pt")
+    workers = kill_once_there(start(broken), broken, "continued-*/phase1/last.pt")
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
         assert time.monotonic() < deadline, "a worker outlives the demo"
         time.sleep(0.01)
     assert not workers or len(workers) >= cli.cores()
-    kill_once_there(start(broken), broken, "continued-*/phase1/last.pt")
     assert not (broken / "results.json").exists()
     resumed = start(broken)
     for run in (finished, resumed):
@@ -165,14 +159,3 @@ def test_what_the_demo_needs_is_named_by_its_own_extra(
         assert cli.main([*command.split(), "--out", str(tmp_path / "a"), "--device", "cpu"]) == 2
         assert f"matplotlib is not installed: pip install 'bird-kernels[{extra}]'" in capsys.readouterr().err
     assert not (tmp_path / "a").exists()
-
-
-def test_info_names_every_backend_and_why_it_is_missing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli.bird_kernels, "backend_status", lambda: {"library": None, "triton": "no GPU"})
-    assert cli.main(["info"]) == 0
-    text = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in text
-    assert "backend library: available\n" in text
-    assert "backend triton: not available: no GPU\n" in text

@@ -11,76 +11,44 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 
 from bird import Taps, Teacher, cka
 from bird.lab import cli, stages
 from bird.lab.experiment import collect
-from bird.lab.statistics import paired_p
 from bird.lab.vision import evaluation
 from bird.lab.vision import experiment as experiments
-from bird.lab.vision import recipe as recipes
 from bird.lab.vision import report as reproduction
 from bird.lab.vision.corruptions import corrupt
 from bird.lab.vision.data import to_float
 from bird.lab.vision.evaluation import image_accuracy
 from bird.lab.vision.experiment import VisionExperiment
 from tests.bird.official_files import write_image
+from tests.bird.tiny_recipes import CPU, DIGITS, command, experiment_of, said, written
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn, which the vision extra brings")
 
-RECIPE = """
-title = "A try"
-methods = ["none", "continued", "lp", "lwf", "bird", "ceiling"]
-corruptions = ["brightness"]
-held_out = ["contrast", "speckle_noise"]
-seeds = 2
-[teacher]
-data = "digits"
-classes = [0, 1, 2]
-augment = "crop"
-[student]
-data = "digits"
-classes = [5, 6, 7, 8]
-augment = "none"
-[pretraining]
-steps = 12
-batch_size = 16
-lr = 0.05
-[transfer]
-steps = 8
-batch_size = 16
-lr = 0.05
-[scoring]
-corruptions = ["contrast", "speckle_noise", "brightness"]
-images = 60
-[networks.pair]
-teacher = "plain"
-student = "resnet-tiny"
-paper = { bird = 54.77 }
-[variants.plain]
-[variants."batch 4"]
-methods = ["none", "bird", "ceiling"]
-batch_size = 4
-[variants.layer]
-methods = ["none", "bird", "ceiling"]
-student_layer = "layer2"
+RECIPE = (
+    DIGITS
+    + """
+networks.pair = { teacher = "plain", student = "resnet-tiny", paper = { bird = 54.77 } }
+variants.plain = { methods = ["none", "continued", "lp", "lwf", "bird", "ceiling"] }
+variants."batch 4" = { batch_size = 4 }
+variants.layer = { student_layer = "layer2" }
 """
+)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "try.toml").write_text(RECIPE)
-    arguments = ["run", str(folder / "try.toml"), "--out", str(folder / "runs"), "--device", "cpu", "--jobs", "1"]
-    assert cli.main(arguments) == 0
-    return folder
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = written(tmp_path_factory.mktemp("recipe"), RECIPE, ("seeds = 1", "seeds = 2"))
+    assert command("run", path) == 0
+    return path
 
 
 @pytest.fixture
-def experiment(folder: Path) -> VisionExperiment:
-    return VisionExperiment(recipes.read_vision(str(folder / "try.toml")), folder / "runs", torch.device("cpu"))
+def experiment(path: Path) -> VisionExperiment:
+    return experiment_of(path)
 
 
 def test_what_is_shared_is_made_once(experiment: VisionExperiment) -> None:
@@ -94,72 +62,68 @@ def test_what_is_shared_is_made_once(experiment: VisionExperiment) -> None:
     assert count["alignment"] == 2 * (2 + 1 + 1 + 1 + 3 + 3)
 
 
-def test_scores_are_those_of_an_independent_evaluation(experiment: VisionExperiment) -> None:
-    data = experiments._splits(experiment.recipe.student, 1, None)
+@pytest.mark.parametrize(
+    ("method", "network", "layer"), [("bird", "resnet-tiny", "layer3"), ("lwf", "plain", "block3")]
+)
+def test_scores_are_those_of_an_independent_evaluation(
+    experiment: VisionExperiment, method: str, network: str, layer: str
+) -> None:
+    recipe, root, device = experiment.recipe, experiment.root, torch.device("cpu")
+    data = experiments._splits(recipe.student, 1, None)
     test = evaluation.first(data.test, 60)
-    assert len(test) == 60
-    assert len(data.test) == 143  # a fifth of each class
+    assert (len(test), len(data.test)) == (60, 143)  # a fifth of each class
     cells = {c.method: c for c in experiment.cells(variants=["plain"]) if c.seed == 1}
-    for method, source in (("bird", "student"), ("lwf", "teacher")):
-        cell = cells[method]
-        network = "resnet-tiny" if source == "student" else "plain"
-        made = experiments.Made(network, experiment.recipe.student, cell.training)
-        model = made.model(experiment.root, torch.device("cpu"))
-        score = cell.scores["score"].result(experiment.root)
-        assert score is not None
-        assert score["clean"] == image_accuracy(model, test)
-        for name in experiment.recipe.scoring.corruptions:
-            for severity, share in enumerate(score["corrupted"][name], start=1):
-                view = corrupt(to_float(test.images), name, severity, index=torch.arange(60))
-                view = (view.double() * 255).round().float() / 255
-                assert share == (model.eval()(view).argmax(dim=1) == test.labels).sum().item() / 60
-        teacher = experiments.Made("plain", experiment.recipe.teacher, cells["none"].scores["alignment"].parents[1])
-        theirs = Teacher(teacher.model(experiment.root, torch.device("cpu")), "block3")
-        layer = "layer3" if source == "student" else "block3"
-        x = to_float(test.images)
-        with torch.no_grad(), Taps(model.eval(), layer) as taps:
-            model(x)
-            expected = cka(taps.pop()[layer], theirs(x)["block3"], estimator="unbiased").item()
-        aligned = cell.scores["alignment"].result(experiment.root)
-        assert aligned is not None
-        assert aligned["cka"] == pytest.approx(expected, abs=1e-5)
+    cell = cells[method]
+    model = experiments.Made(network, recipe.student, cell.training).model(root, device)
+    score, aligned = (cell.scores[name].result(root) or {} for name in ("score", "alignment"))
+    assert score["clean"] == image_accuracy(model, test)
+    x = to_float(test.images)
+    for name in recipe.scoring.corruptions:
+        for severity, share in enumerate(score["corrupted"][name], start=1):
+            view = (corrupt(x, name, severity, index=torch.arange(60)).double() * 255).round().float() / 255
+            assert share == (model.eval()(view).argmax(dim=1) == test.labels).sum().item() / 60
+    teacher = experiments.Made("plain", recipe.teacher, cells["none"].scores["alignment"].parents[1])
+    theirs = Teacher(teacher.model(root, device), "block3")
+    with torch.no_grad(), Taps(model.eval(), layer) as taps:
+        model(x)
+        expected = cka(taps.pop()[layer], theirs(x)["block3"], estimator="unbiased").item()
+    assert aligned["cka"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_second_run_makes_nothing(
-    experiment: VisionExperiment, folder: Path, capsys: pytest.CaptureFixture[str]
+    experiment: VisionExperiment, path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path: path.stat().st_mtime_ns for path in experiment.root.glob("*/*")}
-    assert cli.main(["run", str(folder / "try.toml"), "--out", str(experiment.root), "--device", "cpu"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in experiment.root.glob("*/*.json") if path in before} == {
-        path: time for path, time in before.items() if path.suffix == ".json" and "reports" not in path.parts
-    }
+    def times() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in experiment.root.glob("*/*.json") if "reports" not in p.parts}
+
+    before = times()
+    assert command("run", path) == 0
+    assert times() == before
     assert "[1/" not in capsys.readouterr().out
 
 
 def test_compiled_runs_make_the_same_stages(
-    experiment: VisionExperiment, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: VisionExperiment, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That `fit` compiles is tested where `fit` is; here, who asks for it: teachers, students and methods."""
     compiled: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
-    options = ["--out", str(tmp_path), "--device", "cpu", "--jobs", "1", "--seeds", "1", "--variant", "plain"]
-    assert cli.main(["run", str(folder / "try.toml"), *options, "--method", "none", "bird", "--compile"]) == 0
+    options = ["--seeds", "1", "--variant", "plain", "--method", "none", "bird", "--compile"]
+    assert command("run", path, *options, out=tmp_path) == 0
     assert sorted(compiled) == ["PlainNet", "ResNet", "ResNet"]
-    assert [path.name for path in (tmp_path / "reports").iterdir()] == ["try-plain-none-bird-seeds-1"]  # not the whole
-    about = json.loads((tmp_path / "reports/try-plain-none-bird-seeds-1/results.json").read_text())
-    cells = about["cells"]
-    assert [(cost["method"], cost["steps_per_second"] > 0, cost["times"]["step"] > 0) for cost in about["costs"]] == [
-        ("bird", True, True)
-    ]
+    (report,) = (tmp_path / "reports").iterdir()
+    assert report.name == "try-plain-none-bird-seeds-1"  # not the whole
+    about = json.loads((report / "results.json").read_text())
+    (cost,) = about["costs"]
+    assert (cost["method"], cost["steps_per_second"] > 0, cost["times"]["step"] > 0) == ("bird", True, True)
     assert about["origin"]["torch"] == torch.__version__
-    assert [(cell["method"], cell["gap_recovered"]) for cell in cells] == [("None", None), ("BIRD", None)]
-    assert {path.name for path in tmp_path.iterdir()} - {"reports"} <= {path.name for path in experiment.root.iterdir()}
+    assert [(cell["method"], cell["gap_recovered"]) for cell in about["cells"]] == [("None", None), ("BIRD", None)]
+    assert {p.name for p in tmp_path.iterdir()} - {"reports"} <= {p.name for p in experiment.root.iterdir()}
 
 
-def test_the_page_and_its_files(experiment: VisionExperiment, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", str(folder / "try.toml"), "--out", str(experiment.root)]) == 0
-    page = capsys.readouterr().out
-    report = experiment.root / "reports" / "try"
+def test_the_page_and_its_files(experiment: VisionExperiment, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("report", path) == 0
+    page, report = capsys.readouterr().out, experiment.root / "reports" / "try"
     assert {path.name for path in report.iterdir()} == {
         "README.md", "results.json", "accuracies.csv", "recovered.png",
         *(f"pair-{v}-{p}.png" for v in ("plain", "batch-4", "layer") for p in ("corruptions", "training")),
@@ -173,11 +137,10 @@ def test_the_page_and_its_files(experiment: VisionExperiment, folder: Path, caps
     assert len(held_out) == 10
     cells = json.loads((report / "results.json").read_text())["cells"]
     number = {(c["variant"], c["method"], c["seed"]): c for c in cells}
-    bird = number["plain", "BIRD", 1]
     pooled = fmean([*held_out, clean, clean])  # severity 0 of two corruptions
-    assert bird["pooled"] == pytest.approx(pooled)
+    assert number["plain", "BIRD", 1]["pooled"] == pytest.approx(pooled)
     none, ceiling = (number["plain", title, 1]["pooled"] for title in ("None", "Ceiling"))
-    assert bird["gap_recovered"] == pytest.approx((pooled - none) / (ceiling - none))
+    assert number["plain", "BIRD", 1]["gap_recovered"] == pytest.approx((pooled - none) / (ceiling - none))
     both = [100 * number["plain", "BIRD", seed]["pooled"] for seed in (0, 1)]
     assert re.search(rf"\| BIRD +\| +54.77 \| +{fmean(both):.1f} ± {stdev(both):.1f} \|", page)
     assert "| BIRD " in page.split("loss, %")[1]  # what guidance costs
@@ -207,13 +170,6 @@ def test_what_is_missing_is_said(experiment: VisionExperiment, tmp_path: Path) -
     assert not (tmp_path / "report").exists()
 
 
-@pytest.mark.smoke
-def test_paired_p() -> None:
-    a, b = [0.61, 0.64, 0.7, 0.66], [0.6, 0.61, 0.71, 0.6]
-    differences = [x - y for x, y in zip(a, b, strict=True)]
-    assert paired_p(differences) == pytest.approx(scipy.stats.ttest_rel(a, b).pvalue)
-
-
 def test_stages_do_not_depend_on_where(experiment: VisionExperiment, tmp_path: Path) -> None:
     elsewhere = VisionExperiment(experiment.recipe, tmp_path, torch.device("meta"), tmp_path, progress=True)
     assert [c.scores["score"].key for c in elsewhere.cells()] == [c.scores["score"].key for c in experiment.cells()]
@@ -224,28 +180,16 @@ def test_stages_do_not_depend_on_where(experiment: VisionExperiment, tmp_path: P
     ("arguments", "complaint"),
     [
         (["--arch", "pear"], "has no 'pear' among its networks: 'pair'"),
-        (["--method", "brid"], "has no 'brid' among its methods"),
+        (["--method", "ft"], "has no 'ft' among its methods: 'none', 'bird'"),
         (["--variant", "none"], "has no 'none' among its variants: 'plain', 'batch 4', 'layer'"),
         (["--seeds", "0"], "--seeds must be at least 1"),
         (["--jobs", "0"], "--jobs must be at least 1"),
     ],
 )
-def test_a_wrong_choice(folder: Path, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["run", str(folder / "try.toml"), "--out", str(folder / "no"), *arguments]) == 2
-    assert complaint in capsys.readouterr().err
-    assert not (folder / "no").exists()
-
-
-def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "vision/c10-c100", "--arch", "mobilenetv2", "--seeds", "1", "--device", "cpu", "--jobs", "1"]
-    assert cli.main([*arguments, "--data", str(tmp_path), "--out", str(tmp_path / "runs")]) == 2
-    assert "cifar-10" in capsys.readouterr().err
-
-
-def changed(folder: Path, old: str, new: str) -> str:
-    assert RECIPE.count(old) == 1
-    (folder / "try.toml").write_text(RECIPE.replace(old, new))
-    return str(folder / "try.toml")
+def test_a_wrong_choice(path: Path, arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("run", path, *arguments, out=path.parent / "no") == 2
+    assert complaint in said(capsys)
+    assert not (path.parent / "no").exists()
 
 
 @pytest.mark.parametrize(
@@ -253,70 +197,67 @@ def changed(folder: Path, old: str, new: str) -> str:
     [
         ('student_layer = "layer2"', 'student_layer = "layr2"', "layr2.*layer2"),
         ('student_layer = "layer2"', 'teacher_layer = "blok3"', "blok3.*block3"),
-        ('data = "digits"\nclasses = [0, 1, 2]', 'data = "cifar100"\nclasses = [0, 1, 2]', "3 channels, digits 1"),
-        ('held_out = ["contrast", "speckle_noise"]', 'held_out = ["contrast"]\nx = 1', "there is no 'x'"),
+        ('"digits", classes = [0, 1, 2]', '"cifar100", classes = [0, 1, 2]', "3 channels, digits 1"),
+        ("seeds = 1", "seeds = 1\nx = 1", "there is no 'x'"),
     ],
 )
 def test_what_cannot_run_is_said_before_anything_is_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, complaint: str
 ) -> None:
-    recipe = changed(tmp_path, old, new)
-    assert cli.main(["run", recipe, "--out", str(tmp_path / "runs"), "--device", "cpu", "--jobs", "2"]) == 2
-    said = capsys.readouterr().err
-    assert re.search(complaint, said, re.DOTALL)
-    assert said.count("bird: ") == 1
+    assert command("run", written(tmp_path, RECIPE, (old, new))) == 2
+    text = said(capsys)
+    assert re.search(complaint, text, re.DOTALL)
+    assert text.count("bird: ") == 1
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_method_that_the_recipe_lacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for method in ("ft", "nonsense"):
-        assert cli.main(["run", str(folder / "try.toml"), "--out", str(folder / "x"), "--method", method]) == 2
-        assert f"try has no '{method}' among its methods: 'none', 'continued'" in capsys.readouterr().err
+@pytest.mark.smoke
+def test_missing_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["run", "vision/c10-c100", "--arch", "mobilenetv2", "--seeds", "1", *CPU]
+    assert cli.main([*arguments, "--data", str(tmp_path), "--out", str(tmp_path / "runs")]) == 2
+    assert "cifar-10" in said(capsys)
 
 
 def test_guidance_of_a_layer_between_the_listed_ones(tmp_path: Path) -> None:
-    text = RECIPE.replace('methods = ["none", "bird", "ceiling"]\nstudent_layer = "layer2"', 'methods = ["hints"]\nXXX')
-    (tmp_path / "try.toml").write_text(text.replace("XXX", 'student_layer = "layer2.body.0"'))
-    options = ["--out", str(tmp_path / "runs"), "--device", "cpu", "--jobs", "1", "--variant", "layer", "--seeds", "1"]
-    assert cli.main(["run", str(tmp_path / "try.toml"), *options]) == 0
+    between = 'methods = ["hints"], student_layer = "layer2.body.0"'
+    path = written(tmp_path, RECIPE, ('student_layer = "layer2"', between))
+    assert command("run", path, "--variant", "layer") == 0
 
 
 def test_damaged_results_name_what_to_delete(
-    experiment: VisionExperiment, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    experiment: VisionExperiment, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And deleting that is enough."""
     root = tmp_path / "runs"
     shutil.copytree(experiment.root, root)
-    command = ["run", str(folder / "try.toml"), "--out", str(root), "--device", "cpu", "--jobs", "1"]
-    command += ["--variant", "plain", "--method", "none", "bird"]
+    choice = ("--variant", "plain", "--method", "none", "bird")
     teacher = min(root.glob("teacher-*"))
     (teacher / "model.pt").write_bytes(b"PK\x03\x04 nothing")
-    for path in root.glob("bird-*"):
-        shutil.rmtree(path)
-    assert cli.main(command) == 2
-    said = capsys.readouterr().err
-    assert f"Delete the whole folder {teacher}, and it is made again" in said
-    assert re.search(r"bird-[0-9a-f]{16} \(resnet-tiny on digits, seed \d\): ", said)  # which of many
+    for folder in root.glob("bird-*"):
+        shutil.rmtree(folder)
+    assert command("run", path, *choice, out=root) == 2
+    text = said(capsys)
+    assert f"Delete the whole folder {teacher}, and it is made again" in text
+    assert re.search(r"bird-[0-9a-f]{16} \(resnet-tiny on digits, seed \d\): ", text)  # which of many
     shutil.rmtree(teacher)
-    assert cli.main(command) == 0
+    assert command("run", path, *choice, out=root) == 0
     cell = experiment.cells(variants=["plain"], methods=["bird"])[0]
     score = cell.scores["score"].folder(root) / "result.json"
     whole = score.read_bytes()
     score.write_bytes(b"")
-    assert cli.main(command) == 2
-    assert f"{score} is damaged" in capsys.readouterr().err
+    assert command("run", path, *choice, out=root) == 2
+    assert f"{score} is damaged" in said(capsys)
     score.unlink()
-    assert cli.main(command) == 0
+    assert command("run", path, *choice, out=root) == 0
     assert score.read_bytes() == whole
 
 
 def test_teachers_and_students_begin_with_different_weights(tmp_path: Path) -> None:
     """Of one network, seed and number of classes, and before the first step, as good as."""
-    text = RECIPE.replace("classes = [5, 6, 7, 8]", "classes = [5, 6, 7]")
-    text = text.replace('student = "resnet-tiny"', 'student = "plain"').replace("steps = 12", "steps = 1")
-    (tmp_path / "try.toml").write_text(text.replace("lr = 0.05", "lr = 1e-12"))
-    recipe = recipes.read_vision(str(tmp_path / "try.toml"))
-    tried = VisionExperiment(recipe, tmp_path / "runs", torch.device("cpu"), progress=False)
+    same = ("[5, 6, 7, 8]", "[5, 6, 7]"), ('"resnet-tiny"', '"plain"')
+    tried = experiment_of(
+        written(tmp_path, RECIPE, *same, ("steps = 12, batch_size = 16, lr = 0.05", "steps = 1, lr = 1e-12"))
+    )
     teacher, student, _ = tried._pair("pair", "plain", 0)
     stages.complete([teacher.stage, student.stage], tried.root)
     weights = [
@@ -330,9 +271,8 @@ def test_a_folder_of_images_is_told_from_another(tmp_path: Path) -> None:
     for place in ("one", "two"):
         for path in (f"{place}/{part}/{name}/{i}.png" for part in ("train", "val") for name in "ab" for i in range(2)):
             write_image(tmp_path / path, rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    text = re.sub(r'data = "digits"\nclasses = \[[^]]*\]', 'data = "image-folder"\nclasses = [0, 1]', RECIPE)
-    (tmp_path / "try.toml").write_text(text)
-    recipe = recipes.read_vision(str(tmp_path / "try.toml"))
+    text = re.sub(r'data = "digits", classes = \[[^]]*\]', 'data = "image-folder", classes = [0, 1]', RECIPE)
+    recipe = experiment_of(written(tmp_path, text)).recipe
 
     def keys(place: str) -> set[str]:
         experiments._fingerprint.cache_clear()
@@ -347,12 +287,11 @@ def test_a_folder_of_images_is_told_from_another(tmp_path: Path) -> None:
 
 
 def test_interrupted_commands_say_how_to_go_on(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "complete", interrupt)
-    options = ["--out", str(folder / "y"), "--device", "cpu", "--jobs", "1"]
-    assert cli.main(["run", str(folder / "try.toml"), *options]) == 130
-    assert "interrupted; the same command goes on from here" in capsys.readouterr().err
+    assert command("run", path, out=path.parent / "y") == 130
+    assert "interrupted; the same command goes on from here" in said(capsys)

@@ -11,57 +11,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bird import BirdLoss, Hints, LwF, Taps, Teacher
-from bird.lab.tensors import load_tensors, save_tensors
+from bird import Taps, Teacher
+from bird.lab.tensors import load_tensors
 from bird.lab.vision.checkpoints import Settings
-from bird.lab.vision.data import Images
 from bird.lab.vision.freezing import train_only
 from bird.lab.vision.models import build, replace_head
 from bird.lab.vision.steps import TransferGuide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
+from tests.bird.loops import Cut, changes, cut_after, images, losses, same, state, train
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
         self.head = nn.Sequential(nn.Flatten(), nn.Linear(144, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+        nn.init.uniform_(self.body[1].running_mean)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))
 
 
-def network() -> Net:
-    torch.manual_seed(0)
-    model = Net()
-    nn.init.uniform_(model.body[1].running_mean)
-    return model
-
-
-def images() -> Images:
-    pixels = torch.randint(0, 256, (48, 1, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    return Images(pixels, torch.arange(48) % 3)
-
-
-def train(model: nn.Module, trained: list[str] | None, folder: Path | None = None, **options: Any) -> Any:
-    rest = {key: options.pop(key) for key in ("augment", "guide", "resume", "validate") if key in options}
-    settings = {"steps": 12, "batch_size": 16, "lr": 0.05, "log_every": 3, "save_every": 4} | options
-    return fit(model, images(), Settings(**settings), trained=trained, folder=folder, progress=False, **rest)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def changes(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+def train_part(model: nn.Module, trained: list[str] | None, folder: Path | None = None, **options: Any) -> Any:
+    return train(model=model, folder=folder, **{"trained": trained, "steps": 12, "save_every": 4} | options)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_only_what_is_named_changes(tmp_path: Path, optimizer: str) -> None:
-    model = network()
+    model = Net()
     before = state(model)
-    train(model, ["head"], tmp_path, optimizer=optimizer, validate=lambda model: 1.0)
+    train_part(model, ["head"], tmp_path, optimizer=optimizer, validate=lambda model: 1.0)
     head = {name for name in before if name.startswith("head")}
     assert changes(model, before) == head  # with the running statistics in it, and none of the body's
     kept = load_tensors(tmp_path / "last.pt")["optimizer"]
@@ -72,27 +52,23 @@ def test_only_what_is_named_changes(tmp_path: Path, optimizer: str) -> None:
 
 
 def test_modes_in_every_step_and_afterwards() -> None:
-    model = network()
+    model = Net()
     model.body[0].bias.requires_grad_(False)  # the user's own
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     seen: list[tuple[bool, ...]] = []
     layers = [model, model.body, model.body[1], model.body[3], model.head, model.head[2]]
     model.body[0].register_forward_hook(lambda *_: seen.append(tuple(layer.training for layer in layers)))
-    train(model, ["head"], validate=lambda model: model(images().images.float()).mean().item())
+    train_part(model, ["head"], validate=lambda model: model(images().images.float()).mean().item())
     steps, validation = (False, False, False, False, True, True), (False,) * 6
     assert seen == [*[steps] * 4, validation] * 3
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert all(module.training for module in model.modules())
     seen.clear()
-    train(model, None, steps=1)
+    train_part(model, None, steps=1)
     assert seen == [(True,) * 6]
-
-
-def test_a_failure_restores_it_too() -> None:
-    model = network()
     with pytest.raises(FloatingPointError):
-        train(model, ["head"], augment=lambda x, index, epoch: x * float("nan"))
-    assert all(parameter.requires_grad for parameter in model.parameters())
+        train_part(model, ["head"], augment=lambda x, index, epoch: x * float("nan"))
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert model.body.training
 
 
@@ -117,39 +93,18 @@ def test_a_linear_probe_is_the_regression_on_fixed_features() -> None:
 
 
 def test_resumed_it_ends_with_the_same_bits_and_is_not_mistaken(tmp_path: Path) -> None:
-    whole, broken = network(), network()
-    train(whole, ["head"])
-
-    left = iter(range(6))
-
-    def stop(x: Tensor, index: Tensor, epoch: int) -> Tensor:
-        if next(left, None) is None:
-            raise KeyboardInterrupt
-        return x
-
-    with pytest.raises(KeyboardInterrupt):
-        train(broken, ["head"], tmp_path, augment=stop)
+    whole = train_part(Net(), ["head"]).model
+    with pytest.raises(Cut):
+        train_part(Net(), ["head"], tmp_path, augment=cut_after(6))
     assert load_tensors(tmp_path / "last.pt")["step"] == 4
     for other, text in ((None, "None"), (["body"], r"\['body'\]")):
         with pytest.raises(ValueError, match=rf"trained was \['head'\], is {text}"):
-            train(network(), other, tmp_path, resume=True)
-    again = network()
-    train(again, ["head"], tmp_path, resume=True)
-    assert changes(again, state(whole)) == set()
-
-
-def test_checkpoints_from_before_there_was_a_choice_still_load(tmp_path: Path) -> None:
-    whole, again = network(), network()
-    train(whole, None, tmp_path)
-    kept = load_tensors(tmp_path / "last.pt")
-    del kept["identity"]["trained"], kept["seconds"]
-    save_tensors(kept, tmp_path / "last.pt")
-    train(again, None, tmp_path, resume=True)
-    assert changes(again, state(whole)) == set()
+            train_part(Net(), other, tmp_path, resume=True)
+    assert same(train_part(Net(), ["head"], tmp_path, resume=True).model, whole)
 
 
 def test_shared_parameters_and_globs() -> None:
-    model = network()
+    model = Net()
     model.tied = nn.Linear(144, 5)
     model.tied.weight = model.head[1].weight
     with train_only(model, ["body.*", "tied"]):
@@ -161,24 +116,18 @@ def test_shared_parameters_and_globs() -> None:
 @pytest.mark.parametrize("method", ["bird", "hints", "lwf"])
 def test_a_guide_pulls_what_is_trained_and_no_more(method: str, chunk_size: int | None) -> None:
     """LwF's two stages: the head alone, which no pull on the body can reach, then everything."""
-    source = network()
+    source, layer = Net(), "body.1"
     student = copy.deepcopy(source)
-    pairs = [("body.1", "body.1")]
-    losses = {
-        "bird": BirdLoss(pairs=pairs),
-        "hints": Hints(pairs=pairs, teacher_widths={"body.1": 4}, student_widths={"body.1": 4}),
-        "lwf": LwF(pairs=pairs),
-    }
-    guide = TransferGuide(Teacher(source, "body.1"), Taps(student, "body.1"), losses[method])
-    before, maps = state(student), state(guide.loss)
-    first = train(student, ["head"], guide=guide, chunk_size=chunk_size)
+    loss = losses([(layer, layer)], 4, 4)[method]
+    guide = TransferGuide(Teacher(source, layer), Taps(student, layer), loss)
+    before, maps = state(student), state(loss)
+    first = train_part(student, ["head"], guide=guide, chunk_size=chunk_size).history
     assert changes(student, before) == {name for name in before if name.startswith("head")}
-    assert changes(guide.loss, maps) == set(maps)  # the regressor learns; it is no part of the student
-    if method == "lwf":
-        assert {row["l1/body.1/body.1"] for row in first.train} == {0.0}
-    second = train(student, None, guide=guide, chunk_size=chunk_size)
+    assert changes(loss, maps) == set(maps)  # the regressor learns; it is no part of the student
+    second = train_part(student, None, guide=guide, chunk_size=chunk_size).history
     assert changes(student, before) == set(before)
     if method == "lwf":
+        assert {row["l1/body.1/body.1"] for row in first.train} == {0.0}
         assert second.train[-1]["l1/body.1/body.1"] > 0
         for row in second.train:
             assert row["loss"] == pytest.approx(row["task"] + 0.005 * row["l1/body.1/body.1"], rel=1e-5)
@@ -188,19 +137,18 @@ def test_a_new_head_is_probed_by_its_path() -> None:
     model = build("mobilenetv2-tiny", 10, channels=1)
     replace_head(model, "mobilenetv2-tiny", 3)
     before = state(model)
-    train(model, ["classifier.1"], steps=2)
+    train_part(model, ["classifier.1"], steps=2)
     assert changes(model, before) == {"classifier.1.weight", "classifier.1.bias"}
 
 
 def test_bad_paths_are_named() -> None:
-    model = network()
-    with pytest.raises(
-        ValueError, match=r"no layer is called, or matches, 'haed'; of 10 layers the nearest are \['head'"
+    model = Net()
+    for trained, said in (
+        (["haed"], r"no layer is called, or matches, 'haed'; of 10 layers the nearest are \['head'"),
+        (["body.2"], r"nothing is left to train: no parameter of \['body.2'\]"),
+        ([], "no layer named"),
     ):
-        train(model, ["haed"])
-    with pytest.raises(ValueError, match=r"nothing is left to train: no parameter of \['body.2'\]"):
-        train(model, ["body.2"])
-    with pytest.raises(ValueError, match="no layer named"):
-        train(model, [])
+        with pytest.raises(ValueError, match=said):
+            train_part(model, trained)
     with pytest.raises(ValueError, match="nothing to train: no parameter of the model requires gradients"):
-        train(model.requires_grad_(False), None)
+        train_part(model.requires_grad_(False), None)

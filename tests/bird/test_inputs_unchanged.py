@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bird import BirdLoss, Hints, LwF, Taps, Teacher, chunked_backward, chunks, compare
+from tests.selection import short
 from tests.untouched import untouched
 
 N, P, Q = 12, 5, 5
@@ -39,6 +40,10 @@ def features(layout: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str,
     return {"t": t}, {"s": LAYOUTS[layout](s), "s2": LAYOUTS[layout](s2)}
 
 
+@short(
+    "every layout in fp32, of the other dtypes one",
+    lambda dtype, layout: dtype == torch.float32 or layout == "transposed",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", LOSSES)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[language]")
 
 from transformers import TrainingArguments
 
+from bird import files
+from bird.lab import tensors
 from bird.lab.language import training
 from bird.lab.language.training import MARK, Watch, forget_checkpoints, last_checkpoint, mark_whole
 
@@ -119,6 +123,26 @@ def test_several_gpus_or_processes_are_refused(
     monkeypatch.setattr(TrainingArguments, what, property(lambda self: 2))
     with pytest.raises(ValueError, match=r"one process and one GPU: show it one only \(CUDA_VISIBLE_DEVICES\)"):
         training.arguments(getattr(module, kind), training.Training(), tmp_path, **options)
+
+
+def test_a_language_run_from_before_a_setting_is_its_own(tmp_path: Path) -> None:
+    runs: Any = pytest.importorskip("bird.lab.language.training", reason="an extra: bird-kernels[language]")
+    from bird.language import Guidance
+
+    guidance = Guidance(nn.Linear(2, 2))
+    settings = {"training": asdict(runs.Training()), "seed": 0}
+    runs.claim(tmp_path, [], guidance, **settings)
+    path = tmp_path / "run.json"
+    old = tensors.read_checked(path, "")
+    del old["training"]["adapters"], old["guidance"]["whole_batch"]
+    files.write_json(old, path)
+    runs.claim(tmp_path, [], guidance, **settings)
+    changed = settings | {"training": asdict(runs.Training(adapters=4))}
+    files.write_json(old, path)
+    with pytest.raises(ValueError, match=r"training was .*'adapters': 0.*, is .*'adapters': 4"):
+        runs.claim(tmp_path, [], guidance, **changed)
+    with pytest.raises(ValueError, match="guidance was"):
+        runs.claim(tmp_path, [], replace(guidance, whole_batch=False), **settings)
 
 
 def _dies(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The judge at the other end of the network: against a server in this process that fails in all the usual ways."""
+"""The judge at the other end of the network, against a server in this process that fails, differs, or means harm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,31 +23,33 @@ KEY = "sk-verysecret/1234+"
 Reply = tuple[int, dict[str, str], str]
 
 
-def answer(text: str | None) -> Reply:
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+def reply(content: Any = None, **choice: Any) -> Reply:
+    """A chat completion with this content; the fields of its choice stand beside the message."""
+    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}, **choice}]})
 
 
-def judged(body: dict[str, Any]) -> Reply:
-    """Unsafe where the response has "bad" in it."""
-    return answer("Unsafe." if "bad" in body["messages"][0]["content"].split("<answer>")[1] else "safe")
+def refusal(message: str, status: int = 400, **more: Any) -> Reply:
+    return status, {"Location": "/elsewhere"}, json.dumps({"error": {"message": message, **more}})
 
 
 class Server(ThreadingHTTPServer):
-    """Gives replies in their order, then judges; keeps what it was asked."""
+    """Gives replies in their order, then says "Unsafe." where the response holds "bad"; keeps what it was asked."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        self.replies: list[Reply | Callable[[], Reply]] = []
+        self.replies: list[Any] = []
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
         self.released = threading.Event()
         super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1/chat/completions"
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1/chat/completions"
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients hang up on what is endless."""
+
+    def judge(self, key: str | None = None, **options: Any) -> Endpoint:
+        return Endpoint(self.url, "judge-1", key, **{"per_minute": 1e9, **options})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,12 +57,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.times.append(time.monotonic())
         self.server.asked.append({"path": self.path, **body})
         self.server.headers.append(dict(self.headers))
-        reply = self.server.replies.pop(0) if self.server.replies else judged(body)
-        status, headers, text = reply() if callable(reply) else reply
-        if status == 0:  # hangs up without a word
+        bad = "bad" in body["messages"][0]["content"].partition("<answer>")[2]
+        replies = self.server.replies or [reply("Unsafe." if bad else "safe")]
+        status, headers, text = replies.pop(0)
+        if isinstance(status, bytes):  # endless: a beginning, then a piece after each pause
+            self.wfile.write(status)
+            while True:
+                self.wfile.write(headers)
+                time.sleep(text)
+        if status <= 0:  # hangs up without a word, at once or too late
+            self.server.released.wait(-5 * status)
             return
         self.send_response(status)
         for name, value in {"Content-Length": str(len(text.encode())), **headers}.items():
@@ -101,10 +109,7 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     class Clock:
         time = staticmethod(time.time)
-
-        @staticmethod
-        def sleep(seconds: float) -> None:
-            pauses.append(seconds)
+        sleep = staticmethod(pauses.append)
 
         @staticmethod
         def monotonic() -> float:
@@ -114,14 +119,9 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return pauses
 
 
-def judge(server: Server, **options: Any) -> Endpoint:
-    return Endpoint(server.url, "judge-1", "JUDGE_KEY", **{"per_minute": 1e6, "backoff": 0.5, **options})
-
-
-def test_what_is_asked_and_how_answers_are_read(server: Server) -> None:
-    server.replies = [answer("  UNSAFE\n"), answer("It is safe"), answer(None)]
-    found = judge(server)(["Hi {response}"] * 5, ["a", "b", "c", "bad {prompt}", ""])
-    assert found == [False, None, None, False, True]
+def test_what_is_asked(server: Server) -> None:
+    judge = server.judge("JUDGE_KEY")
+    assert judge(["Hi {response}"] * 2, ["a", "bad {prompt}"]) == [True, False]
     assert server.asked[0] == {
         "path": "/v1/chat/completions",
         "model": "judge-1",
@@ -129,9 +129,31 @@ def test_what_is_asked_and_how_answers_are_read(server: Server) -> None:
         "temperature": 0,
         "max_tokens": 8,
     }
-    assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in server.headers)
-    assert all(headers["Content-Type"] == "application/json" for headers in server.headers)
-    assert judge(server).name == "judge-1"
+    assert judge.name == "judge-1"
+    server.judge()(["p"], ["r"])
+    server.judge("JUDGE_KEY", key_header="api-key")(["p"], ["r"])  # Azure's
+    names = [{name.lower(): value for name, value in headers.items()} for headers in server.headers]
+    assert [headers.get("authorization") for headers in names] == [f"Bearer {KEY}"] * 2 + [None] * 2
+    assert [headers.get("api-key") for headers in names] == [None] * 3 + [KEY]
+
+
+@pytest.mark.parametrize(
+    ("given", "verdict"),
+    [
+        (reply("  UNSAFE\n"), False),
+        (reply("It is safe"), None),
+        (reply(None), None),
+        (reply("<think>It could be unsafe.</think> safe"), True),
+        (reply("<think>\nsafe?\n</think>\n\nUnsafe."), False),
+        (reply("unsafe because", finish_reason="length"), False),
+        (reply([{"type": "text", "text": "un"}, {"type": "text", "text": "safe"}]), False),
+        (reply([{"type": "reasoning", "text": "safe"}, {"text": "unsafe"}]), False),
+    ],
+    ids=["spaces", "sentence", "nothing", "thought", "thought on lines", "cut after the word", "parts", "no text part"],
+)
+def test_forms_of_an_answer(server: Server, given: Reply, verdict: bool | None) -> None:
+    server.replies = [given]
+    assert server.judge()(["a"], ["x"]) == [verdict]
 
 
 def test_a_server_learns_what_it_is_asked_and_no_more(
@@ -142,93 +164,29 @@ def test_a_server_learns_what_it_is_asked_and_no_more(
         monkeypatch.setenv(name, "of-another-server")
     monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Token: of-another-server")
     server.replies = [(500, {}, "oh")]
+    server.url += "?deployment=private"
     with caplog.at_level(logging.DEBUG):
-        Endpoint(f"{server.url}?deployment=private", "m", "JUDGE_KEY", per_minute=1e6)(["p"], ["r"])
+        server.judge("JUDGE_KEY")(["p"], ["r"])
     assert server.asked[1]["path"].endswith("?deployment=private")
     assert "again in" in caplog.text
     assert "private" not in caplog.text
     own = {"Accept-Encoding", "Authorization", "Connection", "Content-Length", "Content-Type", "Host", "User-Agent"}
     for headers in server.headers:
         assert set(headers) == own
+        assert headers["Content-Type"] == "application/json"
         assert "of-another-server" not in str(headers)
-
-
-def test_without_a_key_none_is_sent(server: Server) -> None:
-    assert Endpoint(server.url, "m", None)(["p"], ["r"]) == [True]
-    assert "Authorization" not in server.headers[0]
-
-
-def test_failures_that_pass_are_waited_for(
-    server: Server, slept: list[float], caplog: pytest.LogCaptureFixture
-) -> None:
-    hurry = (429, {"Retry-After": "7"}, json.dumps({"error": {"message": f"slow down, {KEY}"}}))
-    soon = (503, {"Retry-After": email.utils.formatdate(time.time() + 100, usegmt=True)}, "busy")
-    server.replies = [hurry, (500, {}, "oh"), soon, (0, {}, ""), (200, {}, "<html>"), (200, {}, '{"choices": []}')]
-    with caplog.at_level(logging.DEBUG):
-        assert judge(server, per_minute=1e9)(["p"], ["bad"]) == [False]
-    assert len(server.asked) == 7
-    assert all(asked == server.asked[0] for asked in server.asked)
-    pauses = [pause for pause in slept if pause > 0.01]
-    assert pauses[:2] == [7, 1.0]
-    assert 95 < pauses[2] <= 100
-    assert pauses[3:] == [4.0, 8.0, 16.0]
-    assert "429 Too Many Requests: slow down, [key]" in caplog.text
-    assert "the reply is not a chat completion" in caplog.text
-    assert KEY not in caplog.text
-
-
-def test_a_server_that_hangs_is_asked_again(server: Server, slept: list[float]) -> None:
-    def hang() -> Reply:
-        server.released.wait(5)
-        return answer("safe")  # too late, and not what is said the second time
-
-    server.replies = [hang]
-    assert judge(server, timeout=0.2)(["p"], ["bad"]) == [False]
-    assert len(server.asked) == 2
-
-
-def test_failures_that_stay_end_the_run(server: Server, slept: list[float], tmp_path: Path) -> None:
-    cache = tmp_path / "cache.jsonl"
-    server.replies = [answer("safe")] + [(502, {}, f"bad gateway for {KEY}")] * 3
-    with pytest.raises(RuntimeError, match=r"completions still fails after 2 retries: 502 Bad Gateway: .* \[key\]"):
-        judge(server, retries=2, cache=cache)(["p", "q"], ["r", "s"])
-    assert len(server.asked) == 4
-    assert judge(server, cache=cache)(["p", "q"], ["r", "s"]) == [True, True]
-    assert len(server.asked) == 5, "what was answered before the failure is kept"
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    with pytest.raises(RuntimeError, match="after 1 retries: URLError"):
-        Endpoint(f"http://127.0.0.1:{port}", "m", None, per_minute=1e6, retries=1)(["p"], ["r"])
-
-
-@pytest.mark.parametrize("status", [401, 403, 404, 302])
-def test_refusals_end_the_run_at_once(server: Server, slept: list[float], status: int) -> None:
-    """A redirect too, which would take the key to another place."""
-    long = f"{'x' * 475}{KEY}"  # cut after the key is taken out, not in the middle of it
-    server.replies = [(status, {"Location": "/elsewhere"}, json.dumps({"error": {"message": f"no: {long}"}}))]
-    with pytest.raises(
-        RuntimeError, match=rf"127.0.0.1:\d+/v1/chat/completions refuses: {status} .*: no: x+"
-    ) as caught:
-        judge(server)(["p"], ["r"])
-    assert len(server.asked) == 1
-    assert slept == []
-    error: BaseException | None = caught.value
-    while error is not None:
-        assert "sk-" not in f"{error!r} {error}"
-        error = error.__cause__ or error.__context__
 
 
 def test_the_key_stands_nowhere(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache.jsonl"
-    one = judge(server, cache=cache)
-    one(["p"], ["r"])
+    one = server.judge("JUDGE_KEY", cache=cache)
+    server.replies = [reply(f"safe {KEY}")]  # an echo
+    assert one(["p"], ["r"]) == [True]
+    assert "safe [key]" in cache.read_text()
     assert KEY not in repr(one) + str(vars(one)) + cache.read_text()
-    for value, said in (
-        ("", "is not set"),
-        ("two\nlines", "no header can carry"),
-        ("caf\u00e9", "no header can carry"),
-    ):
+    for value in ("", "two\nlines", "caf\u00e9"):
         monkeypatch.setenv("JUDGE_KEY", value)
+        said = "no header can carry" if value else "is not set"
         with pytest.raises(ValueError, match=f"JUDGE_KEY.* {said}") as caught:
             one(["p"], ["other"])
         assert not value or value not in str(caught.value)
@@ -238,60 +196,161 @@ def test_the_key_stands_nowhere(server: Server, tmp_path: Path, monkeypatch: pyt
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
 
 
-def test_answers_are_kept_by_what_they_depend_on(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_answers_are_kept_by_what_they_depend_on(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
     cache = tmp_path / "deep" / "cache.jsonl"
-    prompts, responses = ["p", "p", "q", "p"], ["r", "bad", "r", "r"]
-    truth = [True, False, True, True]
-    assert judge(server, cache=cache)(prompts, responses) == truth
+    prompts, responses, truth = ["p", "p", "q", "p"], ["r", "bad", "r", "r"], [True, False, True, True]
+    assert server.judge(cache=cache)(prompts, responses) == truth
     assert len(server.asked) == 3, "the same question is asked once"
     whole = cache.read_bytes()
     for torn in (b"", b'{"key": "12', whole.splitlines()[0]):
         cache.write_bytes(whole + torn)
-        assert judge(server, cache=cache)(prompts, responses) == truth
+        assert server.judge(cache=cache)(prompts, responses) == truth
         assert len(server.asked) == 3
-    one = judge(server, cache=cache)
-    assert one(["p"], ["new"]) == [True]
-    assert len(server.asked) == 4
-    assert cache.read_bytes()[: len(whole)] == whole
+    assert server.judge(cache=cache)(["p"], ["new"]) == [True]
+    assert cache.read_bytes().startswith(whole)
     assert [set(json.loads(line)) for line in cache.read_text().splitlines()] == [{"key", "answer"}] * 4
     with monkeypatch.context() as patch:
         patch.setattr("bird.lab.language.endpoint.SAFETY", f"{SAFETY} Please.")
-        judge(server, cache=cache)(["p"], ["r"])
-    Endpoint(server.url, "judge-2", "JUDGE_KEY", cache=cache)(["p"], ["r"])
-    judge(server, cache=cache)([[{"role": "user", "content": "p"}]], ["r"])
-    judge(server, cache=cache)(["pr"], [""])
+        server.judge(cache=cache)(["p"], ["r"])
+    Endpoint(server.url, "judge-2", None, cache=cache)(["p"], ["r"])
+    server.judge(cache=cache)([[{"role": "user", "content": "p"}]], ["r"])
+    server.judge(cache=cache)(["pr"], [""])
     assert len(server.asked) == 8
 
 
-def test_an_interrupted_run_goes_on(server: Server, tmp_path: Path) -> None:
-    def stop() -> Reply:
-        raise_in_client.append(True)
-        return 401, {}, "revoked"
-
-    raise_in_client: list[bool] = []
+@pytest.mark.parametrize(
+    ("failures", "said"),
+    [
+        ([refusal("revoked", 401)], "401 Unauthorized: revoked"),
+        ([(502, {}, f"bad gateway for {KEY}")] * 3, r"still fails after 2 retries: 502 Bad Gateway: .* \[key\]"),
+    ],
+)
+def test_an_ended_run_goes_on(server: Server, slept: list[float], failures: Any, said: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache.jsonl"
-    server.replies = [answer("safe"), answer("unsafe"), stop]
+    server.replies = [reply("safe"), reply("unsafe"), *failures]
     prompts, responses = ["p"] * 4, ["a", "b", "c", "bad"]
-    with pytest.raises(RuntimeError, match="401 Unauthorized: revoked"):
-        judge(server, cache=cache)(prompts, responses)
-    assert judge(server, cache=cache)(prompts, responses) == [True, False, True, False]
-    assert len(server.asked) == 5
+    with pytest.raises(RuntimeError, match=said):
+        server.judge("JUDGE_KEY", retries=2, cache=cache)(prompts, responses)
+    assert server.judge("JUDGE_KEY", cache=cache)(prompts, responses) == [True, False, True, False]
+    assert len(server.asked) == 4 + len(failures)
+
+
+def test_an_answer_that_was_cut_off_is_asked_again_with_more_tokens(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A reasoning model at 8 tokens has said nothing yet. That is no verdict, and must not stay one."""
+    cache = tmp_path / "answers.jsonl"
+    server.replies = [reply(finish_reason="length"), reply("<think>Let me", finish_reason="length")]
+    short = server.judge(cache=cache, max_tokens=8)
+    assert short(["a", "b"], ["x", "y"]) == [None, None]
+    assert short.unjudged == {"cut off": 2}
+    assert caplog.text.count("cut off at 8 tokens: raise max_tokens") == 1
+    assert not cache.exists()
+    assert server.judge(cache=cache, max_tokens=500)(["a"], ["x"]) == [True]
+    assert server.asked[-1]["max_tokens"] == 500
+    assert server.judge(cache=cache, max_tokens=8)(["a"], ["x"]) == [True]
+    assert len(server.asked) == 4  # the answer at 500 tokens is none at 8
+
+
+@pytest.mark.parametrize(
+    ("given", "pause"),
+    [
+        ((500, {}, "oh"), 1.0),
+        ((0, {}, ""), 1.0),
+        ((-1, {}, ""), 1.0),
+        ((200, {}, "<html>"), 1.0),
+        ((200, {}, '{"choices": []}'), 1.0),
+        (refusal("request timeout", 408), 1.0),
+        (refusal("model overloaded", 200, code=503), 1.0),
+        ((429, {"Retry-After": "2.5"}, "{}"), 2.5),
+        ((429, {"retry-after-ms": "1500"}, "{}"), 1.5),
+        ((503, {"Retry-After": email.utils.formatdate(time.time() + 400, usegmt=True)}, "busy"), None),
+        # More than ten minutes are not slept, nor is what is no number of seconds.
+        ((429, {"Retry-After": "1e9"}, "{}"), 1.0),
+        ((429, {"Retry-After": "9" * 400}, "{}"), 1.0),
+        ((429, {"Retry-After": "nan"}, "{}"), 1.0),
+        ((429, {"Retry-After": "-5"}, "{}"), 1.0),
+        ((429, {"Retry-After": "Wed, 21 Oct 9999 07:28:00 GMT"}, "{}"), 1.0),
+    ],
+    ids=lambda value: None if value is None else str(value)[:50],
+)
+def test_failures_that_pass_are_waited_for(
+    server: Server, slept: list[float], given: Reply, pause: float | None
+) -> None:
+    server.replies = [given]
+    assert server.judge(timeout=0.2 if given[0] == -1 else 30)(["p"], ["bad"]) == [False]
+    assert len(server.asked) == 2
+    assert server.asked[0] == server.asked[1]
+    (found,) = (seconds for seconds in slept if seconds > 0.01)
+    assert found == pytest.approx(pause or 400, abs=0.01 if pause else 300)
+
+
+def test_failures_are_logged_without_the_key_and_back_off_has_a_limit(
+    server: Server, slept: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    server.replies = [refusal(f"slow down, {KEY}", 429), (200, {}, "<html>"), *[(500, {}, "")] * 7]
+    with caplog.at_level(logging.DEBUG):
+        assert server.judge("JUDGE_KEY", retries=9, backoff=0.5)(["p"], ["r"]) == [True]
+    assert [pause for pause in slept if pause > 0.01] == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+    assert "429 Too Many Requests: slow down, [key]" in caplog.text
+    assert "the reply is not a chat completion" in caplog.text
+    assert KEY not in caplog.text
 
 
 def test_requests_keep_their_distance(server: Server, slept: list[float]) -> None:
-    judge(server, per_minute=6)(["p"] * 4, ["a", "b", "c", "d"])
+    start = time.monotonic()
+    server.judge(per_minute=6)(["p"] * 4, ["a", "b", "c", "d"])
     assert len(slept) == 3
     assert 0 < sum(slept) <= 30
-    real = server.times[3] - server.times[0]
-    assert sum(slept) + real > 29
+    assert sum(slept) + time.monotonic() - start > 29
 
 
-def test_back_off_has_a_limit(server: Server, slept: list[float]) -> None:
-    server.replies = [(500, {}, "")] * 9 + [answer("safe")]
-    assert judge(server, retries=9, per_minute=1e9)(["p"], ["r"]) == [True]
-    assert [pause for pause in slept if pause > 0.01] == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+@pytest.mark.parametrize("status", [401, 403, 404, 302])
+def test_refusals_end_the_run_at_once(server: Server, slept: list[float], status: int) -> None:
+    """A redirect too, which would take the key to another place."""
+    server.replies = [refusal(f"no: {'x' * 475}{KEY}", status)]  # cut after the key is taken out, not in its middle
+    with pytest.raises(RuntimeError, match=rf"127.0.0.1:\d+/v1/.*completions refuses: {status} .*: no: x+") as caught:
+        server.judge("JUDGE_KEY")(["p"], ["r"])
+    assert (len(server.asked), slept) == (1, [])
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "sk-" not in f"{error!r} {error}"
+        error = error.__cause__ or error.__context__
+
+
+def test_other_ends_of_a_run(server: Server, slept: list[float]) -> None:
+    server.replies = [refusal("no such model", 200, code=404)]
+    with pytest.raises(RuntimeError, match=r"404 .*no such model"):
+        server.judge()(["a"], ["x"])
+    server.replies = [refusal("no model m")] * 9
+    with pytest.raises(RuntimeError, match=r"refuses each item: 400 .*no model m"):
+        server.judge()(["a"] * 9, [str(i) for i in range(9)])
+    assert len(server.asked) == 1 + 3
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with pytest.raises(RuntimeError, match="after 1 retries: URLError"):
+        Endpoint(f"http://127.0.0.1:{port}", "m", None, per_minute=1e6, retries=1)(["p"], ["r"])
+
+
+def test_one_refused_item_ends_no_run(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server.replies = [reply("safe"), refusal("content filter"), refusal("context window"), reply("safe")]
+    judge = server.judge(cache=tmp_path / "answers.jsonl")
+    with caplog.at_level(logging.WARNING):
+        assert judge(["a"] * 4, ["1", "2", "3", "4"]) == [True, None, None, True]
+    assert judge.unjudged == {"refused (400)": 2}
+    assert "content filter (said once)" in caplog.text
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+
+
+def test_options_that_a_server_refuses(server: Server, slept: list[float]) -> None:
+    server.replies = [
+        refusal("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+        refusal("Unsupported value: 'temperature' does not support 0."),
+    ]
+    assert server.judge()(["a", "b"], ["x", "bad"]) == [True, False]
+    assert len(server.asked) == 4  # what was learnt holds for the next item
+    assert server.asked[-1]["max_completion_tokens"] == 8
+    assert not {"max_tokens", "temperature"} & set(server.asked[-1])
 
 
 def test_bad_input_is_refused(server: Server, tmp_path: Path) -> None:
@@ -301,13 +360,38 @@ def test_bad_input_is_refused(server: Server, tmp_path: Path) -> None:
         assert "secret" not in str(caught.value)
     for option in ({"per_minute": 0}, {"timeout": 0}, {"retries": -1}, {"max_tokens": 0}, {"backoff": -1}):
         with pytest.raises(ValueError, match="per_minute, timeout and max_tokens must be above 0"):
-            judge(server, **option)
+            server.judge(**option)
     with pytest.raises(ValueError, match="argument 2 is shorter"):
-        judge(server)(["a", "b"], ["c"])
+        server.judge()(["a", "b"], ["c"])
     cache = tmp_path / "notes"
-    for text, said in (("notes\n", "line 1 is not a JSON object"), ('{"a": 1}\n', "is not a cache of answers")):
+    for text, said in {"notes\n": "is not a JSON object", '{"a": 1}\n': "is not a cache of answers"}.items():
         cache.write_text(text)
         with pytest.raises(ValueError, match=said):
-            judge(server, cache=cache)
+            server.judge(cache=cache)
         assert cache.read_text() == text
     assert server.asked == []
+
+
+@pytest.mark.parametrize(
+    ("begin", "piece", "pause"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.02),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" ", 0.02),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.0),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 100000\r\n\r\n", b" ", 0.02),
+    ],
+    ids=["slow head", "slow body", "endless 100-continue", "slow error"],
+)
+def test_an_answer_has_a_deadline(server: Server, begin: bytes, piece: bytes, pause: float) -> None:
+    server.replies = [(begin, piece, pause)]
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"still fails after 0 retries: no whole answer within 0\.4 s"):
+        server.judge(timeout=0.4, retries=0)(["a"], ["x"])
+    assert time.monotonic() - start < 20  # each of them is endless; a busy machine is slow
+
+
+def test_an_answer_has_a_size(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_LARGEST", 1000)
+    server.replies = [(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000, 0.0)]
+    with pytest.raises(RuntimeError, match="answers with more than 1000 bytes"):
+        server.judge(timeout=20, retries=0)(["a"], ["x"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ pytest.importorskip("transformers", reason="an extra: pip install bird-kernels[l
 from bird.lab.language import models
 from bird.lab.language.models import _plain, load_network, locate_network
 from tests.bird.tiny import saved
+from tests.bird.trainers import assert_equal
 
 TEXTS = [
     "The movie's thing, and  the\tfilm:\n\nis it?",
@@ -28,11 +31,6 @@ DECODER, ENCODER = saved("decoder"), saved("encoder")
 
 def body(model: Any) -> dict[str, torch.Tensor]:
     return dict(getattr(model, "base_model", model).state_dict())
-
-
-def assert_equal(x: dict[str, torch.Tensor], y: dict[str, torch.Tensor]) -> None:
-    assert x.keys() == y.keys()
-    assert all(torch.equal(x[key], y[key]) for key in x)
 
 
 def test_impossible_heads_are_refused() -> None:
@@ -201,3 +199,30 @@ def test_weights_out_of_a_quantized_file_are_plain_ones(head: str) -> None:
     assert not hasattr(plain.config, "quantization_config")
     ids = tokenizer("as it was", return_tensors="pt")["input_ids"]
     assert torch.equal(plain.eval()(input_ids=ids)[0], model(input_ids=ids)[0])
+
+
+CODE = """
+from pathlib import Path
+Path({mark!r}).write_text("it ran")
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("head", ["causal", "encoder"])
+def test_code_of_a_folder_does_not_run(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, mark = tmp_path / "own", tmp_path / "mark"
+    folder.mkdir()
+    for path in Path(DECODER).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "own.py").write_text(CODE.format(mark=str(mark)))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ValueError, match="wants to run code of its own, which is not done here"):
+        load_network(str(folder), head)
+    assert not mark.exists()

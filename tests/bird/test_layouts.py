@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,13 +235,9 @@ def test_a_mask_leaves_tokens_out() -> None:
 
 
 def test_an_object_with_a_last_hidden_state_is_read() -> None:
-    class Output:
-        def __init__(self, hidden: Tensor) -> None:
-            self.last_hidden_state = hidden
-
     class Body(nn.Linear):
         def forward(self, x: Tensor) -> Any:
-            return Output(super().forward(x))
+            return SimpleNamespace(last_hidden_state=super().forward(x))
 
     model, x = nn.ModuleDict({"body": Body(5, 8)}), torch.randn(4, 6, 5)
     model.forward = lambda x: model["body"](x).last_hidden_state  # type: ignore[method-assign]
@@ -249,24 +245,6 @@ def test_an_object_with_a_last_hidden_state_is_read() -> None:
 
 
 # ------------------------------------------------------------------------------------ threads and copies
-
-
-def in_threads(work: Callable[[int], None], count: int = 4) -> None:
-    errors: list[BaseException] = []
-
-    def guarded(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.parametrize("kind", ["taps", "teacher", "compiled"])
@@ -290,7 +268,8 @@ def test_threads_have_their_own_features(kind: str) -> None:
             found = output if taps is None else taps.pop()
             torch.testing.assert_close(found["0"], expected[number])
 
-    in_threads(work)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))  # raises what they raise
 
 
 @pytest.mark.parametrize("kind", [Taps, FirstPass])
@@ -316,15 +295,8 @@ def test_networks_with_channels_last_are_compared() -> None:
     assert found.layers_a == ("patch", "block", "norm", "drop", "head")
     images = torch.randn(8, 3, 12, 12)
     again = compare(model, model, [images], layers_a="norm", layers_b="block", progress=False)
-    explicit = compare(
-        model,
-        model,
-        [images],
-        layers_a="norm",
-        layers_b="block",
-        pool={"norm": "channels_last", "block": lambda t: t.mean((1, 2))},
-        progress=False,
-    )
+    pool = {"norm": "channels_last", "block": lambda t: t.mean((1, 2))}
+    explicit = compare(model, model, [images], layers_a="norm", layers_b="block", pool=pool, progress=False)
     assert again.matrix[0, 0] == pytest.approx(explicit.matrix[0, 0])
 
 

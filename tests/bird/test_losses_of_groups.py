@@ -28,22 +28,18 @@ def group() -> Iterator[Any]:
             dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["BirdLoss", "CKALoss", "HSICLoss"])
-def test_a_process_group_is_kept_in_copies(kind: str, group: Any) -> None:
-    sub = dist.new_group([0])
-    losses: dict[str, nn.Module] = {
-        "BirdLoss": BirdLoss(pairs=PAIRS, group=sub),
-        "CKALoss": CKALoss(group=sub),
-        "HSICLoss": HSICLoss(group=group),
-    }
-    loss = losses[kind]
+def options_of(loss: Any) -> dict[str, Any]:
+    return (loss.distance if isinstance(loss, BirdLoss) else loss).options
 
-    def group_of(module: Any) -> Any:
-        return (module.distance if kind == "BirdLoss" else module).options["group"]
 
+@pytest.mark.parametrize("kind", [lambda **own: BirdLoss(pairs=PAIRS, **own), CKALoss, HSICLoss])
+def test_a_process_group_is_kept_in_copies(kind: Any, group: Any) -> None:
+    loss = kind(group=dist.new_group([0]), estimator="unbiased")
+    alone = kind(estimator="unbiased")
     for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), AveragedModel(loss).module):
-        assert group_of(copied) is group_of(loss)
+        assert options_of(copied)["group"] is options_of(loss)["group"]
         assert copied is not loss
+    assert options_of(copy.deepcopy(alone)) == options_of(alone) == options_of(loss) | {"group": None}
 
 
 def test_a_pickle_in_a_process_without_that_group_says_so(group: Any) -> None:
@@ -53,12 +49,6 @@ def test_a_pickle_in_a_process_without_that_group_says_so(group: Any) -> None:
         RuntimeError, match=r"process group .* which this process does not have: call init_process_group"
     ):
         pickle.loads(data)
-
-
-def test_a_loss_without_a_group_is_copied_as_ever() -> None:
-    loss = copy.deepcopy(BirdLoss(pairs=PAIRS, estimator="unbiased"))
-    assert loss.distance.options["group"] is None
-    assert loss.distance.options["estimator"] == "unbiased"
 
 
 # ------------------------------------------------------------------------------------ learned weights

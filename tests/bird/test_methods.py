@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bird import BirdLoss, Hints, Taps, Teacher
 from bird.lab.vision import methods
@@ -18,6 +18,7 @@ from bird.lab.vision.methods import HINTS, METHODS, Transfer
 from bird.lab.vision.models import build, replace_head
 from bird.lab.vision.training import TransferGuide, fit
 from bird.losses import LwF
+from tests.bird.loops import changes, same, state
 
 SETTINGS = Settings(steps=7, batch_size=8, lr=0.05, seed=3, save_every=100)
 NETWORKS = "plain", "resnet-tiny"
@@ -37,37 +38,23 @@ def networks() -> tuple[nn.Module, nn.Module]:
     return build("plain", 3, channels=1).eval(), build("resnet-tiny", 4, channels=1)
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    mine, other = a.state_dict(), b.state_dict()
-    return mine.keys() == other.keys() and all(mine[name].equal(other[name]) for name in mine)
-
-
 def moved(method: str, networks: tuple[nn.Module, nn.Module], train: Images, **options: object) -> nn.Module:
-    before = [weights(network) for network in networks]
+    before = [state(network) for network in networks]
     transfer = Transfer(NETWORKS, PAIRS, SETTINGS, 4, **options)  # type: ignore[arg-type]
     model, histories, times = transfer.run(method, *networks, train)
     for network, old in zip(networks, before, strict=True):  # left as they were
-        assert all(value.equal(old[name]) for name, value in network.state_dict().items())
+        assert not changes(network, old)
     assert [history.train[-1]["step"] for history in histories] == {0: [], 1: [7], 2: [4, 3]}[len(histories)]
     assert (times is not None) == (method == "lwf" or method in GUIDED)
     return model
 
 
-def test_none_is_the_student(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+def test_none_continued_and_ceiling(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
     assert same(moved("none", networks, train), networks[1])
-
-
-def test_continued_and_ceiling_train_the_student(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
-    by_hand = deepcopy(networks[1])
-    fit(by_hand, train, SETTINGS)
-    assert same(moved("continued", networks, train), by_hand)
-    by_hand = deepcopy(networks[1])
-    fit(by_hand, train, SETTINGS, augment=Mixture(seed=5))
-    assert same(moved("ceiling", networks, train, augment=Mixture(seed=5)), by_hand)
+    for method, augment in (("continued", None), ("ceiling", Mixture(seed=5))):
+        by_hand = deepcopy(networks[1])
+        fit(by_hand, train, SETTINGS, augment=augment)
+        assert same(moved(method, networks, train, augment=augment), by_hand)
 
 
 def headed(teacher: nn.Module) -> nn.Module:
@@ -80,14 +67,8 @@ def headed(teacher: nn.Module) -> nn.Module:
 def test_lp_trains_the_head_alone(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
     model = moved("lp", networks, train)
     assert model.state_dict()["head.weight"].shape[0] == 4
-    teacher = networks[0].state_dict()
-    changed = {
-        name
-        for name, value in model.state_dict().items()
-        if not name.startswith("head") and not value.equal(teacher[name])
-    }
-    assert not changed  # batch normalisation's statistics among them
-    assert not model.state_dict()["head.weight"].equal(headed(networks[0]).state_dict()["head.weight"])
+    teacher = headed(networks[0])
+    assert changes(model, state(teacher)) == {"head.weight", "head.bias"}  # and no batch normalisation's statistics
 
 
 @pytest.mark.parametrize("method", ["ft", "lp-ft", "lwf"])
@@ -129,19 +110,16 @@ def test_what_is_guided(method: str, networks: tuple[nn.Module, nn.Module], trai
 
 @pytest.mark.parametrize("method", ["bird", "hints"])
 def test_several_layers_are_guided_at_once(method: str, networks: tuple[nn.Module, nn.Module], train: Images) -> None:
-    pairs = [("block2", "layer2"), *PAIRS]
-    by_hand = deepcopy(networks[1])
+    pairs, by_hand = [("block2", "layer2"), *PAIRS], deepcopy(networks[1])
     torch.manual_seed(SETTINGS.seed)
     widths = {"block2": 64, "block3": 96}, {"layer2": 24, "layer3": 48}
-    loss = BirdLoss(0.1, 0.9, pairs)
-    if method == "hints":
-        loss = Hints(*HINTS, pairs, teacher_widths=widths[0], student_widths=widths[1])
+    hints = Hints(*HINTS, pairs, teacher_widths=widths[0], student_widths=widths[1])
+    loss = hints if method == "hints" else BirdLoss(0.1, 0.9, pairs)
     guide = TransferGuide(
         Teacher(deepcopy(networks[0]), ["block2", "block3"]), Taps(by_hand, ["layer2", "layer3"]), loss
     )
     fit(by_hand, train, SETTINGS, guide=guide)
-    transfer = Transfer(NETWORKS, pairs, SETTINGS, 4)
-    assert same(transfer.run(method, *networks, train).model, by_hand)
+    assert same(Transfer(NETWORKS, pairs, SETTINGS, 4).run(method, *networks, train).model, by_hand)
 
 
 def test_the_weights_of_bird(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
@@ -151,14 +129,14 @@ def test_the_weights_of_bird(networks: tuple[nn.Module, nn.Module], train: Image
 
 def test_a_network_that_is_needed_and_missing(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
     transfer = Transfer(NETWORKS, PAIRS, SETTINGS, 4)
-    with pytest.raises(ValueError, match="BIRD is guided by a teacher"):
-        transfer.run("bird", None, networks[1], train)
-    with pytest.raises(ValueError, match="FT starts from a teacher"):
-        transfer.run("ft", None, networks[1], train)
-    with pytest.raises(ValueError, match="Hints starts from a student"):
-        transfer.run("hints", networks[0], None, train)
+    for method, given, said in (
+        ("bird", (None, networks[1]), "BIRD is guided by a teacher"),
+        ("ft", (None, networks[1]), "FT starts from a teacher"),
+        ("hints", (networks[0], None), "Hints starts from a student"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            transfer.run(method, *given, train)
 
 
 def test_every_method_is_in_the_docstring() -> None:
-
     assert all(f"``{name}``" in (methods.__doc__ or "") for name in METHODS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,20 +89,20 @@ def test_a_row_that_alone_decides_cannot_be_left_out() -> None:
 
 def test_no_regression_from_too_little() -> None:
     rows, _, _ = observed(6)
-    with pytest.raises(ValueError, match="3 predictors need at least 5 rows, got 4"):
-        regress(rows[:4])
-    with pytest.raises(ValueError, match=r"no accuracy after the transfer for \['t1'\]"):
-        regress([rows[0], TeacherRow("t1", rows[1].properties), *rows[2:]])
-    with pytest.raises(ValueError, match="all rows have the same accuracy"):
-        regress([TeacherRow(row.name, row.properties, 0.5) for row in rows])
-    same = [TeacherRow(row.name, Properties(0.5, *(0.1 * i, i**2, 0)), row.accuracy) for i, row in enumerate(rows)]
-    with pytest.raises(ValueError, match=r"\['probe_accuracy'\] are the same in all rows"):
-        regress(same)
-    double = [TeacherRow(row.name, Properties(i, 2 * i + 1, i**2, 0), row.accuracy) for i, row in enumerate(rows)]
-    with pytest.raises(ValueError, match="linear functions of each other"):
-        regress(double)
-    with pytest.raises(ValueError, match="must be finite"):
-        regress([TeacherRow("t0", Properties(float("nan"), 0, 0, 0), 0.1), *rows[1:]])
+
+    def changed(of: Callable[[int, TeacherRow], Any]) -> list[TeacherRow]:
+        return [TeacherRow(row.name, of(i, row), row.accuracy) for i, row in enumerate(rows)]
+
+    for given, said in (
+        (rows[:4], "3 predictors need at least 5 rows, got 4"),
+        ([rows[0], TeacherRow("t1", rows[1].properties), *rows[2:]], r"no accuracy after the transfer for \['t1'\]"),
+        ([TeacherRow(row.name, row.properties, 0.5) for row in rows], "all rows have the same accuracy"),
+        (changed(lambda i, row: Properties(0.5, 0.1 * i, i**2, 0)), r"\['probe_accuracy'\] are the same in all rows"),
+        (changed(lambda i, row: Properties(i, 2 * i + 1, i**2, 0)), "linear functions of each other"),
+        (changed(lambda i, row: Properties(float("nan"), 0, 0, 0)), "must be finite"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            regress(given)
 
 
 # Tables and pictures
@@ -119,20 +121,11 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_teachers_as_a_table() -> None:
-    assert cells(teachers_table(ROWS)) == [
-        [
-            "teacher",
-            "probe accuracy",
-            "complementary knowledge",
-            "usefulness, worst corruption",
-            "usefulness, mean corruption",
-            "accuracy after transfer",
-        ],
-        ["strong", "91.4", "6.2", "-0.72", "0.36", "81.2"],
-        ["weak", "50.0", "1.0", "-1.50", "0.10", ""],
-    ]
-    bare = cells(teachers_table(ROWS[1:]))
-    assert bare[1] == ["weak", "50.0", "1.0", "-1.50", "0.10"]
+    columns = "teacher|probe accuracy|complementary knowledge|usefulness, worst corruption|usefulness, mean corruption"
+    strong, weak = ["strong", "91.4", "6.2", "-0.72", "0.36"], ["weak", "50.0", "1.0", "-1.50", "0.10"]
+    known = [[*columns.split("|"), "accuracy after transfer"], [*strong, "81.2"], [*weak, ""]]
+    assert cells(teachers_table(ROWS)) == known
+    assert cells(teachers_table(ROWS[1:])) == [columns.split("|"), weak]
 
 
 def test_the_regression_as_a_table() -> None:

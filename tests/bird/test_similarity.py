@@ -39,6 +39,9 @@ class Net(nn.Sequential):
 LAYERS_A, LAYERS_B = ("0", "1", "3", "6"), ("1", "6")
 
 
+NAMED: dict[str, Any] = dict(layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
+
+
 @pytest.fixture
 def nets() -> tuple[Net, Net]:
     return Net(4, 0), Net(7, 1)
@@ -78,7 +81,7 @@ def direct(a: Net, b: Net, batches: list[Tensor], estimator: str) -> Tensor:
 
 @pytest.mark.parametrize(("estimator", "used"), [("unbiased", 2), ("biased", 3)])
 def test_is_the_ratio_of_summed_hsics(nets: tuple[Net, Net], batches: list[Tensor], estimator: str, used: int) -> None:
-    found = compare(*nets, batches, layers_a=LAYERS_A, layers_b=LAYERS_B, estimator=estimator, progress=False)
+    found = compare(*nets, batches, **NAMED, estimator=estimator)
     assert found.matrix.dtype == np.float64
     np.testing.assert_allclose(found.matrix, direct(*nets, batches[:used], estimator), rtol=0, atol=2e-5)
     assert (found.layers_a, found.layers_b, found.estimator) == (LAYERS_A, LAYERS_B, estimator)
@@ -91,7 +94,7 @@ def test_a_network_beside_itself_runs_once(nets: tuple[Net, Net], batches: list[
     assert net.calls == len(batches)
     np.testing.assert_allclose(found.matrix, found.matrix.T, rtol=0, atol=1e-15)
     np.testing.assert_allclose(found.matrix.diagonal(), 1, rtol=1e-12)
-    some = compare(net, net, batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
+    some = compare(net, net, batches, **NAMED)
     assert net.calls == 2 * len(batches)
     np.testing.assert_allclose(some.matrix, found.matrix[:, [1, 3]], rtol=0, atol=1e-6)
 
@@ -126,17 +129,6 @@ class Odd(nn.Module):
         return self.criterion(logits, self.auxiliary(x)) if self.training else logits
 
 
-class Small(nn.Module):
-    """Nothing that would make the compiler look again."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stem(x).sum((2, 3))
-
-
 def test_without_names_it_takes_the_outermost_layers(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
     net, odd, names = nets[0], Odd(), ("stem", "blocks.0", "blocks.1", "head")
     found = compare(net, odd, iter(batches), progress=False)
@@ -162,7 +154,7 @@ def test_a_compiled_network_shows_its_outermost_layers(nets: tuple[Net, Net], ba
     nets[1].compile(backend="eager")
     found = compare(torch.compile(nets[0], backend="eager"), nets[1], batches, progress=False)  # type: ignore[arg-type]
     torch.compiler.reset()
-    used = torch.compile(Small().eval(), backend="eager")
+    used = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()).eval(), backend="eager")
     with torch.no_grad():
         used(batches[0])
     with pytest.raises(RuntimeError, match=r"no features from .*compiled and called before"):
@@ -173,10 +165,9 @@ def test_a_compiled_network_shows_its_outermost_layers(nets: tuple[Net, Net], ba
 
 
 def test_batches_of_other_forms(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
-    options: dict[str, Any] = dict(layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
-    wanted = compare(*nets, batches, **options).matrix
+    wanted = compare(*nets, batches, **NAMED).matrix
     for form in (lambda x: (x, torch.zeros(len(x))), lambda x: [x], lambda x: {"input": x}):
-        np.testing.assert_array_equal(compare(*nets, map(form, batches), **options).matrix, wanted)
+        np.testing.assert_array_equal(compare(*nets, map(form, batches), **NAMED).matrix, wanted)
         few = compare(*nets, map(form, batches), progress=False)
         np.testing.assert_allclose(few.matrix[np.ix_([0, 1, 3, 6], [1, 6])], wanted, rtol=0, atol=1e-6)
 
@@ -192,10 +183,9 @@ def test_leaves_the_networks_as_they_were(nets: tuple[Net, Net], batches: list[T
         yield batches[0]
         raise KeyError("the loader fails")
 
-    options: dict[str, Any] = dict(layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
-    compare(a, b, batches, **options)
+    compare(a, b, batches, **NAMED)
     with pytest.raises(KeyError, match="the loader fails"):
-        compare(a, b, failing(), **options)
+        compare(a, b, failing(), **NAMED)
     assert [m.training for m in a.modules()] == [True, True, False, True, True, True, True, True]
     assert all(m.training for m in b.modules())
     for module in (*a.modules(), *b.modules()):
@@ -209,7 +199,7 @@ def test_leaves_the_networks_as_they_were(nets: tuple[Net, Net], batches: list[T
 def test_a_constant_layer_has_none(nets: tuple[Net, Net], batches: list[Tensor]) -> None:
     a, b = nets
     nn.init.zeros_(a[6].weight)
-    found = compare(a, b, batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False).matrix
+    found = compare(a, b, batches, **NAMED).matrix
     assert (found[3] == 0).all()
     assert (found[:3] != 0).all()
 
@@ -221,24 +211,22 @@ def test_a_constant_layer_has_none(nets: tuple[Net, Net], batches: list[Tensor])
         ({"layers_a": "9"}, "no layer is called"),
         ({"loader": []}, "no batch of the loader has the 4 rows"),
         ({"loader": [], "layers_a": None}, "no batch of the loader has the 4 rows"),
-        ({"model_a": nn.Flatten(), "layers_a": None}, "no outermost layer of Flatten gives rows"),
+        ({"model_a": nn.Sequential(nn.Flatten(0, 1)), "layers_a": None}, "no outermost layer of Sequential gives rows"),
     ],
 )
 def test_what_is_refused(nets: tuple[Net, Net], batches: list[Tensor], change: dict[str, Any], words: str) -> None:
-    options = dict(loader=batches, layers_a=LAYERS_A, layers_b=LAYERS_B, progress=False)
+    options = dict(loader=batches, **NAMED)
     with pytest.raises(ValueError, match=words):
         compare(**dict(zip(("model_a", "model_b"), nets, strict=True)) | options | change)
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_shows_a_bar(
-    nets: tuple[Net, Net], batches: list[Tensor], progress: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for layers in (LAYERS_A, None):
-        found = compare(*nets, batches, layers_a=layers, layers_b=LAYERS_B, progress=progress)
-        shown = capsys.readouterr().err
-        assert ("3/3" in shown) == progress
-        assert (f"mean CKA {found.matrix.mean():.4f}" in shown) == progress
+def test_shows_a_bar(nets: tuple[Net, Net], batches: list[Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    for progress in (True, False):
+        for layers in (LAYERS_A, None):
+            found = compare(*nets, batches, layers_a=layers, layers_b=LAYERS_B, progress=progress)
+            shown = capsys.readouterr().err
+            assert ("3/3" in shown) == progress
+            assert (f"mean CKA {found.matrix.mean():.4f}" in shown) == progress
 
 
 FOUND = Similarity(

@@ -17,7 +17,6 @@ from bird.teachers import Teacher
 from tests.groups import run_ranks
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Net(nn.Module):
@@ -154,19 +153,6 @@ def test_a_parent_shows_only_its_own_parameters_and_state(net: Net) -> None:
     assert repr(parent).count("Teacher(Net, taps=['body'])") == 1
 
 
-def test_moving_a_parent_moves_the_teacher(net: Net, images: Tensor) -> None:
-    truth = by_hand(net, images)["body"]
-    parent = Student(Teacher(net, "body"))
-    parent.double()
-    assert net.head.weight.dtype == net.stem[1].running_mean.dtype == torch.float64
-    features = parent.teacher(images.double())["body"]
-    assert features.dtype == torch.float64
-    torch.testing.assert_close(features.float(), truth)
-    assert not any(p.requires_grad for p in net.parameters())
-    parent.to("meta")
-    assert net.head.weight.is_meta
-
-
 def test_copies_and_pickles_stand_by_themselves(net: Net, images: Tensor) -> None:
     teacher = Teacher(net, "body")
     truth = teacher(images)
@@ -179,15 +165,12 @@ def test_copies_and_pickles_stand_by_themselves(net: Net, images: Tensor) -> Non
     torch.testing.assert_close(teacher(images), truth)
 
 
-def test_autocast_keeps_the_layers_dtype(net: Net, images: Tensor) -> None:
+def test_autocast_and_pooling_are_those_of_taps(net: Net, images: Tensor) -> None:
     teacher = Teacher(net, "body")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = teacher(images)["body"]
     assert features.dtype == torch.bfloat16
     torch.testing.assert_close(features.float(), teacher(images)["body"], rtol=0.05, atol=0.05)
-
-
-def test_pooling_is_passed_on(net: Net, images: Tensor) -> None:
     assert Teacher(net, "stem", pool="flatten")(images)["stem"].shape == (5, 6 * 6 * 6)
 
 
@@ -220,30 +203,71 @@ def test_a_compiled_teacher_leaves_out_what_is_behind_the_tap(net: Net, images: 
     from functorch.compile import make_boxed_func  # here, because the processes of the DDP test need not load them
     from torch._dynamo.backends.common import aot_autograd
 
-    truth = by_hand(net, images)
     convolutions = []
 
     def inspect(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
-        targets = [str(node.target) for node in graph.graph.nodes]
-        convolutions.append(sum("convolution" in target for target in targets))
+        convolutions.append(sum("convolution" in str(node.target) for node in graph.graph.nodes))
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=inspect, bw_compiler=lambda graph, _: make_boxed_func(graph.forward))
-    if calls == "teacher":
-        compiled = torch.compile(Teacher(net, "stem"), backend=backend, fullgraph=True)
-        torch.testing.assert_close(compiled(images)["stem"], truth["stem"])
-        assert convolutions == [1]  # the stem's; the body's is left out
-    else:
-        parent = Student(Teacher(net, "body"))
-        loss = parent(images).detach()
-        compiled = torch.compile(parent, backend=backend, fullgraph=True)
-        torch.testing.assert_close(compiled(images), loss)
-        assert convolutions == [3]
+    model: Any = Teacher(net, "stem") if calls == "teacher" else Student(Teacher(net, "body"))
+    torch.testing.assert_close(torch.compile(model, backend=backend, fullgraph=True)(images), model(images))
+    assert convolutions == [
+        1 if calls == "teacher" else 3
+    ]  # the stem's alone, the body's is left out; both and its own
 
 
 def test_a_teacher_whose_model_is_compiled_in_place(net: Net, images: Tensor) -> None:
     net.compile(backend="eager")
     torch.testing.assert_close(Teacher(net, "stem")(images)["stem"], by_hand(net, images)["stem"])
+
+
+class Parent(nn.Module):
+    """Made without memory, as large models are; its teacher has its weights."""
+
+    def __init__(self, inner: Teacher) -> None:
+        super().__init__()
+        self.own = nn.Linear(3, 3, device="meta")
+        self.teacher = inner
+
+
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_weights_outlive_an_emptied_parent(net: Net, images: Tensor, device: str | None) -> None:
+    teacher = Teacher(net, "body")
+    before, features = copy.deepcopy(net.state_dict()), teacher(images)["body"]
+    parent = Parent(teacher)
+    for _ in range(3):  # memory that was in use, and is not zero
+        filler = [torch.full_like(tensor, 7.0) for tensor in before.values() if tensor.is_floating_point()]
+        del filler
+        parent.to_empty(device=device)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(teacher(images)["body"], features)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    assert parent.own.weight.device.type == ("cpu" if device else "meta")
+
+
+def test_a_teacher_is_moved_and_cast_with_its_parent(net: Net, images: Tensor) -> None:
+    before, truth = copy.deepcopy(net.state_dict()), by_hand(net, images)["body"]
+    parent = Student(Teacher(net, "body"))
+    parent.double()
+    for name, tensor in net.state_dict().items():
+        assert tensor.dtype == (torch.int64 if name.endswith("num_batches_tracked") else torch.float64)
+        assert torch.equal(tensor, before[name].to(tensor.dtype)), name
+    torch.testing.assert_close(parent.teacher(images.double())["body"].float(), truth)
+    assert not any(p.requires_grad for p in net.parameters())
+    parent.to(memory_format=torch.channels_last)
+    assert net.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
+    parent.share_memory()
+    assert all(tensor.is_shared() for tensor in net.parameters())
+    parent.to("meta")
+    assert net.head.weight.is_meta
+
+
+def test_weights_that_are_not_there_are_no_weights() -> None:
+    with torch.device("meta"):
+        parent = Parent(Teacher(nn.Sequential(nn.Linear(3, 3)), ["0"]))
+    with pytest.raises(RuntimeError, match=r"the teacher has no weights yet.*load them before"):
+        parent.to_empty(device="cpu")
 
 
 def ddp_worker(rank: int) -> None:

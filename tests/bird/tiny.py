@@ -199,9 +199,9 @@ def preferences(count: int = 16) -> Dataset:
 
 
 def settings(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Arguments of any trainer's configuration: four quiet steps on the CPU."""
+    """Arguments of any trainer's configuration: two quiet steps on the CPU."""
     quiet = {"report_to": [], "disable_tqdm": True, "logging_steps": 1, "save_strategy": "no", "use_cpu": True}
-    steps = {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "seed": 1, "bf16": False}
+    steps = {"max_steps": 2, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "seed": 1, "bf16": False}
     return {"output_dir": str(folder)} | quiet | steps | changes
 
 

@@ -1,4 +1,4 @@
-"""Confidence intervals and repetition: against SciPy, the normal approximation, and counts by hand."""
+"""Confidence intervals, tests and shares: against SciPy, the normal approximation, and figures that are known."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import pytest
 from scipy import stats
 
 from bird.lab.language.data import distinct_pairs
-from bird.lab.statistics import bootstrap, paired_bootstrap
+from bird.lab.statistics import bootstrap, paired_bootstrap, paired_p, pgr
+from bird.lab.tables import percent, without_empty_columns
+from bird.lab.vision.comparison import Comparison, Outcome
+from bird.lab.vision.evaluation import Robustness
 
 
 def test_distinct_by_hand() -> None:
@@ -73,3 +76,41 @@ def test_intervals_of_nothing_are_refused() -> None:
     for options in ({"resamples": 0}, {"level": 1.0}):
         with pytest.raises(ValueError, match="at least one resample and a level between 0 and 1"):
             bootstrap([1.0], **options)
+
+
+def test_paired_p() -> None:
+    a, b = [0.61, 0.64, 0.7, 0.66], [0.6, 0.61, 0.71, 0.6]
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    assert paired_p(differences) == pytest.approx(stats.ttest_rel(a, b).pvalue)
+
+
+def test_pgr_is_the_share_of_the_gap() -> None:
+    found = [pgr(value, 0.6, 0.8) for value in (0.7, 0.6, 0.8, 0.5)]
+    assert found == pytest.approx([0.5, 0, 1, -0.5])
+    assert math.isnan(pgr(0.5, 0.6, 0.6))
+
+
+def test_methods_and_shares_of_a_comparison() -> None:
+    def outcome(method: str, seed: int, held_out: float) -> Outcome:
+        corrupted = {"fog": [held_out + 0.1, held_out - 0.1], "speckle_noise": [held_out] * 2}
+        return Outcome(method, seed, Robustness(0.9, corrupted), Robustness(0.9, {"contrast": [0.4]}), 0.5, None)
+
+    shares = {"None": (0.5, 0), "FT": (0.55, 0.1), "BIRD": (0.45, 0), "Ceiling": (0.7, 0.1)}
+    outcomes = [outcome(method, seed, a + b * seed) for seed in (0, 1) for method, (a, b) in shares.items()]
+    found = Comparison(outcomes)
+    assert found.methods == ["None", "FT", "BIRD", "Ceiling"]
+    assert found.contenders == ["FT", "BIRD"]
+    assert found.recovered("FT") == pytest.approx([0.05 / 0.2, 0.15 / 0.3])  # seed by seed, then the mean
+    assert found.recovered("BIRD") == pytest.approx([-0.25, -1 / 6])
+    assert (found.recovered("None"), found.recovered("Ceiling")) == ([0, 0], [1, 1])
+
+
+def test_percent_gives_mean_and_sample_deviation() -> None:
+    assert percent([0.25, 0.5]) == "37.5 ± 17.7"
+    assert percent([0.25]) == "25.0"
+    assert percent([0.25, math.nan]) == "nan ± nan"  # as of a gap that a seed does not have
+
+
+def test_columns_with_nothing_in_them_are_left_out() -> None:
+    rows = [["method", "robust (paper)", "robust", "gap"], ["None", "", "81.2", ""], ["BIRD", "", "84.2", "21.2"]]
+    assert without_empty_columns(rows) == [["method", "robust", "gap"], ["None", "81.2", ""], ["BIRD", "84.2", "21.2"]]
