@@ -39,9 +39,18 @@ def value_of(s: Sums, problem: Problem) -> tuple[Scalar, Coefficients, Sums]:
     result = combine(Moments(kl, kk, ll), n, problem.statistic, problem.estimator, torch.finfo(s.xx.dtype).eps)
     unscale = 1.0 / (scale_x * scale_y) ** 2 if problem.statistic == "hsic" else 1.0
     coefficients = Coefficients(
-        result.d_kl * unscale, result.d_kk, result.d_ll, kl, kk, ll, sum_k, sum_l, scale_x, scale_y,
+        result.d_kl * unscale,
+        result.d_kk,
+        result.d_ll,
+        kl,
+        kk,
+        ll,
+        sum_k,
+        sum_l,
+        scale_x,
+        scale_y,
         at_least(MIN_ROWS[problem.estimator], n),
-    )  # fmt: skip
+    )
     return result.value * unscale, coefficients, s
 
 
@@ -56,9 +65,16 @@ def _u_centred(product: Scalar, diagonal: Scalar, total: Scalar, n: Scalar) -> t
 
 
 def gradient(
-    x: Tensor, y: Tensor, mask: Tensor | None, s: Sums, c: Coefficients, upstream: Scalar, *, problem: Problem,
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    s: Sums,
+    c: Coefficients,
+    upstream: Scalar,
+    *,
+    problem: Problem,
     exact: Sums | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """dX [m, p] in x's dtype for rows x [m, p], y [m, q] that are part of ``s``; ``s`` and ``c`` are from `value_of`.
 
     With X, Y about the merged means, alpha = c.d_kl and gamma = c.d_kk, it is Y (2 alpha C) + X (4 gamma A); for the
@@ -113,9 +129,16 @@ def _terms(
 
 
 def _unbiased(
-    x: Tensor, y: Tensor, mask: Tensor | None, z: Rows | None, s: Sums, factors: tuple[Scalar, Scalar], *,
-    c: Coefficients, exact: Sums,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    z: Rows | None,
+    s: Sums,
+    factors: tuple[Scalar, Scalar],
+    *,
+    c: Coefficients,
+    exact: Sums,
+) -> Tensor:
     """dX [m, p] of rows x [m, p], y [m, q] of the unbiased estimator, in fp32 or fp64."""
     if z is None:
         xs, ys = _about(x, y, mask, s, c)
@@ -138,9 +161,15 @@ def _unbiased(
 
 
 def _rows(
-    product: Callable[[Tensor, Tensor], Tensor], xs: Tensor, ys: Tensor, s: Sums, about: tuple[Tensor, Tensor] | None,
-    factors: tuple[Scalar, Scalar], *, c: Coefficients,
-) -> Tensor:  # fmt: skip
+    product: Callable[[Tensor, Tensor], Tensor],
+    xs: Tensor,
+    ys: Tensor,
+    s: Sums,
+    about: tuple[Tensor, Tensor] | None,
+    factors: tuple[Scalar, Scalar],
+    *,
+    c: Coefficients,
+) -> Tensor:
     r"""dX [m, p] of rows xs, ys about an origin that is ``about`` = (u, v) from the merged means; None: u = v = 0.
 
     The estimator does not depend on the origin, but its rounding does. With a and b the ``factors``, A and C about that

@@ -106,9 +106,13 @@ HSIC = {"biased": hsic_biased, "unbiased": hsic_unbiased}
 
 
 def hsic(
-    x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased", kernel: Any = None,
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    estimator: str = "biased",
+    kernel: Any = None,
     center: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """HSIC of x [n, p] and y [n, q]; 0-d, fp64. ``kernel`` None is the linear one, else a `bird_kernels.RBF`."""
     k, l = centered_gram(x, mask, kernel, 0, center), centered_gram(y, mask, kernel, 1, center)
     return undefined(x, mask, estimator) * HSIC[estimator](k, l, number_of_rows(x, mask))
@@ -127,9 +131,13 @@ def undefined(x: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
 
 
 def cka(
-    x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased", kernel: Any = None,
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    estimator: str = "biased",
+    kernel: Any = None,
     center: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """HSIC(x,y) / sqrt(HSIC(x,x) HSIC(y,y)) (Kornblith et al. 2019, eq. 4), 0 if a side has no variance; 0-d, fp64."""
     k, l = centered_gram(x, mask, kernel, 0, center), centered_gram(y, mask, kernel, 1, center)
     n = number_of_rows(x, mask)
@@ -151,9 +159,13 @@ def sqrt_cka_loss(x: Tensor, y: Tensor, *options: Any) -> Tensor:
 
 
 def gram_mse(
-    x: Tensor, y: Tensor, mask: Tensor | None = None, estimator: str = "biased", kernel: Any = None,
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    estimator: str = "biased",
+    kernel: Any = None,
     center: bool = True,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Mean squared difference of the Gram matrices' n^2 entries; 0-d, fp64."""
     difference = centered_gram(x, mask, kernel, 0, center) - centered_gram(y, mask, kernel, 1, center)
     return undefined(x, mask, estimator) * difference.square().sum() / number_of_rows(x, mask) ** 2

@@ -50,12 +50,12 @@ def test_expm1(device: torch.device) -> None:
 def test_many_tiles(masked: bool, estimator: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows of tiles, rows read in several steps that begin before and at the diagonal, several feature tiles."""
     monkeypatch.setattr(gradient.double, "LENGTH", 16)
-    backends.load("triton")._launches_of.cache_clear()
+    backends.module_of("triton")._launches_of.cache_clear()
     x, y = features(70, 5, 67, device=device)
     mask = torch.arange(70, device=device) % 5 != 3 if masked else None
     options = dict(estimator=estimator, mask=mask, kernel=RBF())
     found = errors(evaluate(operator("gram", "triton", **options), x, y), truth(x, y, **options))
-    backends.load("triton")._launches_of.cache_clear()
+    backends.module_of("triton")._launches_of.cache_clear()
     assert max(found.values()) < 2e-6
 
 

@@ -121,9 +121,9 @@ def test_launches_are_as_planned(
 def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As many as there are sides: each reads all of its side, in many steps."""
     monkeypatch.setattr(plan, "PROGRAMS", 0)
-    backends.load("triton")._launches_of.cache_clear()
+    backends.module_of("triton")._launches_of.cache_clear()
     yield
-    backends.load("triton")._launches_of.cache_clear()
+    backends.module_of("triton")._launches_of.cache_clear()
 
 
 @pytest.mark.parametrize("masked", [False, True])
