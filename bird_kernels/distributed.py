@@ -98,19 +98,21 @@ def agree(
             capture of a CUDA graph.
         ValueError: on every rank, if terms differ; with the ranks and their values.
     """
-    _require_plain_execution()
-    shown = {name: repr(value) for name, value in terms.items()}
-    digest = hashlib.blake2b(repr(shown).encode(), digest_size=8).digest()
-    unused = [0] * (NUMBERS - len(numbers))
-    mine = [int(error is not None), int.from_bytes(digest, "big", signed=True), *numbers, *unused]
-    header = torch.tensor(mine, dtype=torch.int64, device=devices(group)[0])
-    everyone = header.new_empty(group.size() * len(mine))
-    dist.all_gather_into_tensor(everyone, header, group=group)
-    headers = everyone.view(-1, len(mine)).tolist()
-    if any(failed for failed, *_ in headers):
-        _raise_failure(group, error)
-    if len({header[1] for header in headers}) > 1:
-        _raise_difference(group, shown)
+    _require_no_capture()
+    error = error or _refused()
+    with torch._C._DisableFuncTorch():  # what ranks send is no part of a transform, which would wrap it
+        shown = {name: repr(value) for name, value in terms.items()}
+        digest = hashlib.blake2b(repr(shown).encode(), digest_size=8).digest()
+        unused = [0] * (NUMBERS - len(numbers))
+        mine = [int(error is not None), int.from_bytes(digest, "big", signed=True), *numbers, *unused]
+        header = torch.tensor(mine, dtype=torch.int64, device=devices(group)[0])
+        everyone = header.new_empty(group.size() * len(mine))
+        dist.all_gather_into_tensor(everyone, header, group=group)
+        headers = everyone.view(-1, len(mine)).tolist()
+        if any(failed for failed, *_ in headers):
+            _raise_failure(group, error)
+        if len({header[1] for header in headers}) > 1:
+            _raise_difference(group, shown)
     return [header[2 : 2 + len(numbers)] for header in headers]
 
 
@@ -162,12 +164,17 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGrou
     return torch.cat([part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)])
 
 
-def _require_plain_execution() -> None:
-    """Raise a RuntimeError where the host cannot read tensors, as `agree` must, and under forward-mode autograd."""
+def _refused() -> RuntimeError | None:
+    """An error for the other ranks to hear of, where gradients are asked for that merged sums do not have."""
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError("group= does not work inside torch.func transforms: use autograd")
+        return RuntimeError("group= does not work inside torch.func transforms: use autograd")
     if forward_ad._current_level >= 0:
-        raise RuntimeError("group= has no forward-mode derivative: use reverse mode")
+        return RuntimeError("group= has no forward-mode derivative: use reverse mode")
+    return None
+
+
+def _require_no_capture() -> None:
+    """Raise a RuntimeError in the capture of a CUDA graph: the host could not read what ranks send."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "group= does not work in the capture of a CUDA graph, the ranks agree on the host: leave it out"

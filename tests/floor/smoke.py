@@ -57,6 +57,7 @@ CALLS: dict[str, list[Callable[[Tensor, Tensor], Tensor]]] = {
         lambda x, y: b.cka_loss([x, x[:, :2]], [y, y[:, :3]], weights=[1.0, 2.0]),
     ],
     "cka_matrix": [lambda x, y: b.cka_matrix([x, x[:, :3]], [y, y[:, :2]]).sum()],
+    "cka_from_grams": [lambda x, y: b.cka_from_grams(x @ x.T, y @ y.T, estimator="unbiased")],
     "explain": [lambda x, y: torch.tensor(float(b.explain(x, y).flops))],
     "gram_mse": [lambda x, y: b.gram_mse(x, y)],
     "hsic": [lambda x, y: b.hsic(x, y, estimator="unbiased")],

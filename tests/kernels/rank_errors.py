@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import bird
 import bird_kernels
@@ -37,6 +40,17 @@ def single(
         function(x(a), y(b), group=dist.group.WORLD, **options)
     else:
         bird_kernels.cka_loss(a, b, group=dist.group.WORLD)
+
+
+def forward_mode(odd: bool) -> None:
+    with forward_ad.dual_level() if odd else nullcontext():
+        single(odd, lambda x: forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def transformed(odd: bool) -> None:
+    x, y = torch.randn(6, 4), torch.randn(6, 3)
+    function = functools.partial(bird_kernels.cka_loss, y=y, group=dist.group.WORLD)
+    torch.func.grad(function)(x) if odd else function(x)
 
 
 def few_rows(odd: bool) -> None:
@@ -155,6 +169,8 @@ COMPLAINTS: dict[str, tuple[Callable[[bool], None], str, str]] = {
         lambda odd: single(odd, y=lambda y: y[:5]), "ValueError",
         "x and y must have the same rows, got (6,) for x and (5,) for y",
     ),
+    "forward mode": (forward_mode, "RuntimeError", "group= has no forward-mode derivative: use reverse mode"),
+    "transform": (transformed, "RuntimeError", "group= does not work inside torch.func transforms: use autograd"),
     "few rows": (few_rows, "differ", "needs at least 4 rows, got 3 in all"),
     "pairs": (number_of_pairs, "differ", "pairs is 2 on rank {others}, 3 on rank {last}"),
     "member": (member, "TypeError", "x[1] must be a torch.Tensor, got str"),
