@@ -101,15 +101,17 @@ def _run(function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) ->
 
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
     value, stash, _ = run_forward(x, y, mask, _call(x, y, mask, given))
-    # An operator must not return its inputs, but the stash of uncentred features is the features themselves.
-    return value, *(kept.clone() if kept is x or kept is y else kept for kept in stash)
+    # An operator must not return its inputs, but the stash of uncentred features is the features themselves; and it has
+    # the strides of its fake kernel, also where features that lie column by column were centred as they lie.
+    copies = (kept.clone() if kept is x or kept is y else kept for kept in stash)
+    return value, *(kept.contiguous() for kept in copies)
 
 
 def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     stash, given = _split(rest)
     problem, route, backend, *_ = _call(x, y, mask, given)
     dx, dy = _run(backends.of(problem, backend).backward, grad, x, y, mask, stash, problem, route=route)
-    return dx, dy
+    return dx.contiguous(), dy.contiguous()
 
 
 # Registered for every device; `backends` decides what runs on it.

@@ -78,9 +78,11 @@ def described(
     estimator: Estimator = "biased",
     wanted: tuple[bool, bool] = (True, True),
     kernel: RBF | None = None,
+    center: bool = True,
 ) -> tuple[Any, ...]:
     """What both operators take behind their tensors for a CKA loss; sizes, dtype and device are the tensors' own."""
-    problem = Problem(1, 1, 1, torch.float32, torch.device("cpu"), "cka_loss", estimator, None, False, *wanted, kernel)
+    problem = Problem(1, 1, 1, torch.float32, torch.device("cpu"), "cka_loss", estimator, None, False, *wanted)
+    problem = problem._replace(kernel=kernel, center=center)
     return ops.flattened(ops.Call(problem, route, backend))
 
 

@@ -49,6 +49,28 @@ def test_opcheck(
         torch.library.opcheck(torch.ops.bird.alignment_backward.default, arguments, test_utils=CHECKS)
 
 
+@pytest.mark.parametrize("center", [True, False])
+def test_opcheck_of_columns(center: bool, estimator: str, route: str, device: torch.device) -> None:
+    """Features that lie column by column: the operators' outputs lie as their fake kernels say."""
+    if not center and estimator == "unbiased":
+        return
+    inputs = *(side.T.contiguous().T for side in features(N, P, Q, device=device)), None
+    call = described(route, "library", estimator, (True, True), center=center)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.bird.alignment.default, (*inputs, *call), test_utils=checks)
+    value, *stash = torch.ops.bird.alignment(*inputs, *call)
+    arguments = torch.ones_like(value), *inputs, *stash, *call
+    torch.library.opcheck(torch.ops.bird.alignment_backward.default, arguments, test_utils=checks)
+
+
+@COMPILED
+def test_compiled_columns(estimator: str, device: torch.device) -> None:
+    x, y = (side.T.contiguous().T for side in features(N, P, Q, device=device))
+    loss = operator("gram", "library", estimator)
+    found = evaluate(torch.compile(loss), x, y)
+    torch.testing.assert_close(found, evaluate(loss, x, y), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_shapes_without_data(dtype: torch.dtype, estimator: str, route: str, backend: str) -> None:
     """On meta tensors: what a value and its gradients will be, of problems that would not fit in memory."""
