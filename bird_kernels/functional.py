@@ -211,7 +211,9 @@ def explain(
     backend: str = "auto",
     precision: str | None = None,
 ) -> Plan:
-    """How `cka_loss` would compute this call, without computing it; takes its arguments. ``print`` the result.
+    """How `cka_loss` would compute this call, without computing it. ``print`` the result.
+
+    The arguments are those of `cka_loss` for one pair; pairs of a list are planned one by one, and share launches.
 
     With ``group`` every rank must call it; the plan shows what would be communicated, and the work of this rank.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backends.linalg import has_fp64
-from .inputs import require_choice
+from .inputs import DTYPES, require_choice
 from .moments import MIN_ROWS
 from .types import Estimator
 
@@ -21,6 +21,7 @@ def cka_from_grams(k: Tensor, l: Tensor, *, estimator: str = "biased") -> Tensor
     Biased: K_c = H K H with H = I - 1/n (Kornblith et al. 2019). Unbiased: K_c is the U-centred matrix (Song et al.
     2012, Székely and Rizzo 2014), for which the inner product is n (n - 3) HSIC_1. If K and L are matrices of features,
     `cka` is faster and, where features have a mean, more exact: digits that the entries of K lack do not come back.
+    Symmetry is not checked.
 
     Args:
         k: K, [n, n], fp64, fp32, bf16 or fp16. Not changed.
@@ -38,8 +39,8 @@ def cka_from_grams(k: Tensor, l: Tensor, *, estimator: str = "biased") -> Tensor
     """
     require_choice(estimator=estimator)
     for name, gram in (("k", k), ("l", l)):
-        if not isinstance(gram, Tensor) or not gram.is_floating_point():
-            raise TypeError(f"{name} must be a tensor of real floating-point numbers, got {_about(gram)}")
+        if not isinstance(gram, Tensor) or gram.dtype not in DTYPES or gram.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor of fp64, fp32, bf16 or fp16, got {_about(gram)}")
         if gram.dim() != 2 or gram.shape[0] != gram.shape[1]:
             raise ValueError(f"{name} must be a Gram matrix [n, n], got {list(gram.shape)}; of features take bird.cka")
     if k.shape != l.shape or k.device != l.device:
@@ -55,7 +56,10 @@ def cka_from_grams(k: Tensor, l: Tensor, *, estimator: str = "biased") -> Tensor
 
 
 def _about(gram: object) -> str:
-    return f"{gram.dtype} {list(gram.shape)} on {gram.device}" if isinstance(gram, Tensor) else type(gram).__name__
+    if not isinstance(gram, Tensor):
+        return type(gram).__name__
+    dense = "" if gram.layout == torch.strided else f" in {gram.layout}"
+    return f"{gram.dtype} {list(gram.shape)}{dense} on {gram.device}"
 
 
 def _centred(gram: Tensor, estimator: Estimator | str) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from . import backends
 from .moments import MIN_ROWS
 from .types import PLAIN, RBF, Options, Precision, Problem
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CHOICES: dict[str, tuple[object, ...]] = {
     "kernel": ("linear", "rbf"),
     "estimator": tuple(MIN_ROWS),
@@ -148,7 +148,7 @@ def require_features(row_dims: int, **named: object) -> list[Tensor]:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         if type(value) not in PLAIN or value.layout is not torch.strided or value.is_nested:
             value = _strided(name, value)
-        if value.dtype not in _DTYPES:
+        if value.dtype not in DTYPES:
             remedy = f"torch.view_as_real({name}).flatten(-2)" if value.is_complex() else f"{name}.float()"
             raise TypeError(
                 f"{name} must be float64, float32, bfloat16 or float16, got {value.dtype}; convert it with {remedy}"

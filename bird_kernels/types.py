@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -52,7 +53,7 @@ class RBF:
             does, "average" the average of both, as `numpy.median` and Kornblith's colab do; not with ``flow``.
 
     Raises:
-        TypeError: a sigma or threshold that is a tensor.
+        TypeError: a sigma or threshold that is a tensor, or no number.
         ValueError: a sigma or threshold that is not positive and finite, both of them, ``flow`` with a fixed sigma
             or an average; a ``median`` of another name.
     """
@@ -63,13 +64,17 @@ class RBF:
     median: str = "lower"
 
     def __post_init__(self) -> None:
+        if isinstance(self.sigma, tuple) and len(self.sigma) != 2:
+            raise ValueError(f"sigma is one number, or one for x and one for y, got {self.sigma!r}")
         if any(isinstance(number, torch.Tensor) for number in (*(self.sigmas or ()), self.threshold)):
             raise TypeError(
                 "sigma and threshold are Python numbers, without gradients: convert them with float(); for a sigma "
                 "that is learned divide the features by it and take RBF(sigma=1.0)"
             )
-        numbers = (*(self.sigmas or ()), *(() if self.threshold is None else (self.threshold,)))
-        if not all(math.isfinite(number) and number > 0 for number in numbers):
+        given = (*(self.sigmas or ()), *(() if self.threshold is None else (self.threshold,)))
+        if not all(isinstance(number, numbers.Real) and not isinstance(number, bool) for number in given):
+            raise TypeError(f"sigma and threshold are numbers, or a tuple of two sigmas, got {self!r}")
+        if not all(math.isfinite(number) and number > 0 for number in given):
             raise ValueError(f"sigma and threshold must be positive and finite, got {self!r}")
         if self.sigma is not None and (self.threshold is not None or self.flow):
             raise ValueError(f"a fixed sigma has neither a threshold nor a gradient, got {self!r}")

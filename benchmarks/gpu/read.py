@@ -25,24 +25,25 @@ KEY = ("phase", "item", "problem", "candidate", "timer", "n", "p", "q", "dtype",
 HAND_WRITTEN = ("gram", "feature", "compiled")
 CANDIDATES = ("auto", "library", "symmetric", "triton", "native", "gram", "feature", "naive", "fp64", "compiled")
 BACKENDS = ("library", "triton", "native", "symmetric")
+TOLD = frozenset({"phase", "status"})  # what every row has
 CLOCKS = ("graph", "device")  # the first that a row has is its time
 
 
 def timed_rows(folder: Path) -> list[Row]:
     """All that was timed; of a question that was asked twice, because a process died of it, the last answer."""
     swept = [row for row in read_lines(folder / SWEEP) if "status" in row and "phase" in row]
-    found = {tuple(row.get(name, "") for name in KEY): row for row in (*read_lines(folder / ROWS), *swept)}
+    found = {tuple(row.get(name, "") for name in KEY): row for row in (*read_lines(folder / ROWS, TOLD), *swept)}
     return list(found.values())
 
 
 def checks_of(folder: Path) -> list[Row]:
     """The correctness calls."""
-    return list({row["item"]: row for row in read_lines(folder / CHECKS)}.values())
+    return list({row["item"]: row for row in read_lines(folder / CHECKS, TOLD | {"item", "candidate"})}.values())
 
 
 def statuses(folder: Path) -> dict[str, str]:
     """How many rows came out how, by phase."""
-    found = [*timed_rows(folder), *checks_of(folder), *read_lines(folder / KERNELS)]
+    found = [*timed_rows(folder), *checks_of(folder), *read_lines(folder / KERNELS, TOLD)]
     return _counted((row["phase"], row["status"]) for row in found)
 
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,19 +48,23 @@ def append(path: Path, row: Mapping[str, object]) -> None:
         os.close(descriptor)
 
 
-def read_lines(path: Path) -> Iterator[Row]:
+def read_lines(path: Path, needed: Set[str] = frozenset()) -> Iterator[Row]:
     """The rows of a file, none where it does not exist; a torn last line is left out.
 
     Raises:
-        ValueError: a line that is not the last cannot be read.
+        ValueError: a line that is not the last cannot be read, or a row lacks a ``needed`` field.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
-            yield json.loads(line)
+            row = json.loads(line)
         except ValueError as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number} is no JSON: {line[:80]}") from error
+            return
+        if not isinstance(row, dict) or not needed <= row.keys():
+            raise ValueError(f"{path}, line {number} has not all of {sorted(needed)}: {line[:80]}")
+        yield row
 
 
 class Deadline(NamedTuple):

@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bird_kernels.tuning", description="What `auto` would choose.")
     parser.add_argument("--device", required=True, help="a GPU's name, as PyTorch or the data sheet has it")
     name = parser.parse_args(arguments).device
+    if not name.strip():
+        parser.error("--device needs a name, such as 'NVIDIA H200'")
     sheet = cost.sheet_of(name)
     if sheet is cost.UNKNOWN:
         sys.stdout.write(f"Its data sheet is not known, so a guess is used; known are {', '.join(cost.SHEETS)}.\n")

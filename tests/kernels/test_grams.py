@@ -94,8 +94,10 @@ def test_nan_stays_visible_and_inputs_unchanged() -> None:
 
 K = torch.eye(4)
 REFUSED = {
-    "no tensor": (([[1.0]], K), {}, TypeError, "k must be a tensor of real floating-point numbers, got list"),
-    "integers": ((K, K.long()), {}, TypeError, r"l must be a tensor of .* got torch.int64 \[4, 4\] on cpu"),
+    "no tensor": (([[1.0]], K), {}, TypeError, "k must be a dense tensor of fp64, fp32, bf16 or fp16, got list"),
+    "integers": ((K, K.long()), {}, TypeError, r"l must be a dense tensor of .* got torch.int64 \[4, 4\] on cpu"),
+    "sparse": ((K.to_sparse(), K), {}, TypeError, r"got torch.float32 \[4, 4\] in torch.sparse_coo on cpu"),
+    "float8": ((K.to(torch.float8_e4m3fn), K), {}, TypeError, "got torch.float8_e4m3fn"),
     "features": ((K[:, :3], K), {}, ValueError, r"k must be a Gram matrix \[n, n\], got \[4, 3\]; of features"),
     "sizes": ((K, torch.eye(5)), {}, ValueError, "same size and device"),
     "device": ((K, K.to("meta")), {}, ValueError, "same size and device"),

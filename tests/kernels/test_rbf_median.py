@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,21 @@ def test_no_distance_is_no_median(rule: RBF) -> None:
     loss.backward()
     assert loss == 1
     assert x.grad.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"sigma": (1.0, 2.0, 3.0)}, ValueError, "one number, or one for x and one for y, got"),
+        ({"sigma": (1.0,)}, ValueError, "one number, or one for x and one for y, got"),
+        ({"sigma": [1.0, 2.0]}, TypeError, "sigma and threshold are numbers, or a tuple of two sigmas"),
+        ({"sigma": "a"}, TypeError, "sigma and threshold are numbers"),
+        ({"threshold": True}, TypeError, "sigma and threshold are numbers"),
+    ],
+)
+def test_bandwidths_are_numbers(given: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        RBF(**given)
 
 
 def test_what_is_refused() -> None:
