@@ -223,6 +223,23 @@ def rows_of(model: nn.Module, layers: Mapping[str, nn.Module], pool: Pools) -> d
     return {name: Rows(model, name, layer, pool) for name, layer in layers.items()}
 
 
+def masks_of(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The mask ``[N, T]`` of each layer's tokens, 0 for padding, where the arguments ``call`` of the model have one.
+
+    It is ``attention_mask``; in the ``decoder`` of an encoder-decoder network it is ``decoder_attention_mask``, else
+    ``labels`` that are not -100. Without a ``config`` a network is one if ``call`` has ``decoder_attention_mask``.
+    """
+    theirs = call.get("decoder_attention_mask")
+    config = getattr(unwrap(model), "config", None)
+    has_both = getattr(config, "is_encoder_decoder", theirs is not None)
+    if theirs is None and isinstance(labels := call.get("labels"), Tensor):
+        theirs = labels != -100
+    masks = {
+        name: theirs if has_both and "decoder" in name.split(".") else call.get("attention_mask") for name in names
+    }
+    return {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}
+
+
 def _is_time_first(module: nn.Module) -> bool:
     if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
         return len(module.layers) > 0 and _is_time_first(module.layers[0])
