@@ -268,6 +268,7 @@ class Pass:
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
         self.inputs: list[torch.Size] = []  # the shapes of the model's input tensors
+        self.masks: dict[str, Tensor] = {}  # `masks_of` its call
         self.builds_graph = False  # whether gradients were enabled when the forward began
         self.running = False  # whether the forward is in progress
 
