@@ -168,7 +168,7 @@ class Rows:
     def __call__(self, output: Any, inputs: Sequence[torch.Size] = (), mask: Tensor | None = None) -> Tensor:
         """The rows ``[N, D]`` of the layer's output, in a forward whose input tensors have the shapes ``inputs``.
 
-        A mean over tokens ``[N, T, D]`` leaves out those where ``mask`` ``[N, T]`` is 0.
+        A mean over tokens ``[N, T, D]`` or ``[T, N, D]`` leaves out those where ``mask`` ``[N, T]`` is 0.
 
         Raises:
             ValueError: the layout is ambiguous, or there is not one row per sample; also as `pool_rows`.
@@ -176,11 +176,12 @@ class Rows:
         features, pool = first_tensor(output), self.pool
         if pool == "mean" and not features.is_nested and features.ndim > 2:
             pool = self._layout(features)
-            if mask is not None and pool == "channels_last" and features.shape[:-1] == mask.shape:
-                wide = torch.promote_types(features.dtype, torch.float32)
-                counts = mask.to(features.device) != 0
-                total = torch.where(counts[:, :, None], features, 0.0).sum(1, dtype=wide)
-                return (total / counts.sum(1, keepdim=True)).to(features.dtype)
+            tokens = features.transpose(0, 1) if pool == "time_first" else features
+            if mask is not None and pool != "channels_first" and tokens.shape[:-1] == mask.shape:
+                wide = torch.promote_types(tokens.dtype, torch.float32)
+                counts = mask.to(tokens.device) != 0
+                total = torch.where(counts[:, :, None], tokens, 0.0).sum(1, dtype=wide)
+                return (total / counts.sum(1, keepdim=True)).to(tokens.dtype)
         rows = pool_rows(features, pool)
         if inputs and not callable(pool) and pool != "none":
             batch = [size for shape in inputs for size in shape[: 1 + (pool == "time_first")]]
@@ -238,6 +239,16 @@ def masks_of(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) ->
         name: theirs if has_both and "decoder" in name.split(".") else call.get("attention_mask") for name in names
     }
     return {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}
+
+
+def own_mask(layer: nn.Module, call: Mapping[str, Any]) -> Tensor | None:
+    """The mask ``[N, T]``, 0 for padding, from the ``src_key_padding_mask`` (True or -inf there) of a layer's call.
+
+    Of PyTorch's decoders, and of `torch.nn.Transformer`, which ends in one, it is ``tgt_key_padding_mask``.
+    """
+    decodes = isinstance(unwrap(layer), (nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer))
+    padding = call.get(f"{'tgt' if decodes else 'src'}_key_padding_mask")
+    return padding == 0 if isinstance(padding, Tensor) else None
 
 
 def _is_time_first(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import Passes, Pools, find_layers, masks_of, rows_of, shapes_of, unwrap
+from .features import Passes, Pools, find_layers, masks_of, own_mask, rows_of, shapes_of, unwrap
 
 
 class Teacher(nn.Module):
@@ -58,7 +58,7 @@ class Teacher(nn.Module):
         self._passes = Passes()
         self._cargo = [model.requires_grad_(False).eval()]  # in a list nn.Module does not register it as a submodule
         for name, layer in layers.items():
-            layer.register_forward_hook(functools.partial(self._record, name))
+            layer.register_forward_hook(functools.partial(self._record, name), with_kwargs=True)
         self.eval()
 
     @property
@@ -107,11 +107,12 @@ class Teacher(nn.Module):
             self.model._apply(functools.partial(_moved, fn), recurse)
         return super()._apply(fn, recurse)
 
-    def _record(self, name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
+    def _record(self, name: str, layer: nn.Module, _args: Any, call: Any, output: Any) -> None:
         features = self._passes.now.features
         if not self._passes.now.running or name in features:
             return
-        features[name] = self.rows[name](output, self._passes.now.inputs, self._passes.now.masks.get(name))
+        mask = self._passes.now.masks.get(name, own_mask(layer, call))
+        features[name] = self.rows[name](output, self._passes.now.inputs, mask)
         if len(features) == len(self.names) and not torch.compiler.is_compiling():
             raise _AllSeen
 
