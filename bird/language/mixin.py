@@ -259,9 +259,17 @@ def _require_plain_parallelism(trainer: Any) -> None:
 
 
 def _require_padded_sequences(trainer: Any) -> None:
+    from transformers import DataCollatorWithFlattening
+
     names = ("packing", "eval_packing", "padding_free")
     if chosen := [n for n in names for it in (trainer.args, trainer.data_collator) if getattr(it, n, None)]:
         raise ValueError(f"{chosen[0]}: BIRD compares whole sequences, padded and with a mask: set it to False")
+    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
+    columns = [getattr(rows, "column_names", None) or () for rows in (trainer.train_dataset, *sets.values())]
+    flattens = isinstance(trainer.data_collator, DataCollatorWithFlattening)
+    if flattens or any("seq_lengths" in names for names in columns):
+        packed = "DataCollatorWithFlattening" if flattens else "a data set with the column seq_lengths"
+        raise ValueError(f"{packed}: BIRD compares whole sequences, padded and with a mask: give them one in a row")
     if type(trainer)._prepare_inputs.__module__ != "transformers.trainer":
         raise ValueError(
             f"{type(trainer).__name__} makes its batches while it trains, and BIRD needs those of a data set, with "

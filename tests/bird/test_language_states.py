@@ -20,7 +20,7 @@ pytest.importorskip("trl", reason="the trainers are TRL's")
 import transformers
 import trl
 from datasets import Dataset
-from transformers import Trainer
+from transformers import DataCollatorWithFlattening, Trainer
 from trl import GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
 from bird.language import BirdDPOTrainer, BirdMixin, BirdSFTTrainer, BirdTrainer
@@ -235,6 +235,25 @@ def test_packing_is_refused_at_construction(changes: dict[str, Any], tmp_path: P
     if "padding_free" in changes:
         with pytest.raises(ValueError, match=said):
             made(BirdDPOTrainer, tmp_path, guidance(), **changes)
+
+
+def packed() -> Dataset:
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8], "seq_lengths": [3, 1]}] * 4
+    return Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset", "several"])
+def test_data_sets_that_come_packed_are_refused_at_construction(which: str, tmp_path: Path) -> None:
+    sets = {"eval_dataset": {"plain": packed().remove_columns("seq_lengths"), "packed": packed()}}
+    sets = sets if which == "several" else {which: packed()}
+    sets = {"train_dataset": packed().remove_columns("seq_lengths")} | sets
+    with pytest.raises(ValueError, match="column seq_lengths: BIRD compares whole sequences"):
+        made(BirdSFTTrainer, tmp_path, guidance(), dataset_kwargs={"skip_prepare_dataset": True}, **sets)
+
+
+def test_a_collator_that_flattens_is_refused_at_construction(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="DataCollatorWithFlattening: BIRD compares whole sequences"):
+        made(BirdTrainer, tmp_path, guidance(), data_collator=DataCollatorWithFlattening())
 
 
 def test_trainers_that_make_their_batches_are_refused_at_construction(tmp_path: Path) -> None:

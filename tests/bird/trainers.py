@@ -18,6 +18,7 @@ from tests.bird.tiny import bytes_tokenizer, letters_tokenizer, preferences, set
 
 TEXTS = [f"the {letter * (1 + i % 4)} film is{' very' * (i % 3)} good" for i, letter in enumerate("abcdefghijklmnop")]
 OWN = ("model", "model_init", "callbacks", "train_dataset", "eval_dataset", "peft_config", "processing_class")
+OWN += ("data_collator",)
 
 
 class BirdRewardTrainer(BirdMixin, RewardTrainer):
@@ -48,7 +49,7 @@ def made(kind: type, folder: Path, guide: Any = None, **changes: Any) -> Any:
         own, config = {"model": classifier(labels=1), "train_dataset": preferences()} | own, RewardConfig
     else:
         own = {"train_dataset": classes(TEXTS), "eval_dataset": classes(TEXTS[:8])} | own
-        own |= {"data_collator": DataCollatorWithPadding(bytes_tokenizer())}
+        own = {"data_collator": DataCollatorWithPadding(bytes_tokenizer())} | own
         own |= {} if "model_init" in own or "model" in own else {"model": classifier()}
         config = TrainingArguments
     return kind(args=config(**settings(folder, **changes)), **own)
