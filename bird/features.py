@@ -153,8 +153,10 @@ class Rows:
     """Turns the outputs of one layer into rows; for ``"mean"`` the layout is inferred from the model.
 
     The layout is ``[T, N, D]`` in PyTorch's recurrent layers and transformers that are not ``batch_first``, and in
-    their submodules. Otherwise it is ``[N, C, ...]`` or ``[N, ..., C]``, depending on whose C is a size of the layer's
-    weights, else of those of the enclosing modules; if both are, C of a convolution is first and C of a matrix last.
+    their submodules; in a block around a `torch.nn.MultiheadAttention` of that kind where the model's inputs tell which
+    size is the samples', else `pool` is asked for. Otherwise it is ``[N, C, ...]`` or ``[N, ..., C]``, depending on
+    whose C is a size of the layer's weights, else of those of the enclosing modules; if both are, C of a convolution is
+    first and C of a matrix last.
     """
 
     def __init__(self, model: nn.Module, name: str, layer: nn.Module, pool: Pools) -> None:
@@ -163,6 +165,9 @@ class Rows:
         inner = unwrap(layer)
         around = [module for module in model.modules() if any(inner is part for part in module.modules())]
         self.time_first = any(map(_is_time_first, around))
+        self.holds_time_first = not self.time_first and any(
+            isinstance(part, nn.MultiheadAttention) and _is_time_first(part) for part in inner.children()
+        )
         self.sizes = [*map(_sizes, reversed(around))]  # from the layer itself outwards
 
     def __call__(self, output: Any, inputs: Sequence[torch.Size] = (), mask: Tensor | None = None) -> Tensor:
@@ -175,7 +180,7 @@ class Rows:
         """
         features, pool = first_tensor(output), self.pool
         if pool == "mean" and not features.is_nested and features.ndim > 2:
-            pool = self._layout(features)
+            pool = self._layout(features, inputs)
             tokens = features.transpose(0, 1) if pool == "time_first" else features
             if mask is not None and pool != "channels_first" and tokens.shape[:-1] == mask.shape:
                 wide = torch.promote_types(tokens.dtype, torch.float32)
@@ -191,9 +196,18 @@ class Rows:
                 )
         return rows
 
-    def _layout(self, features: Tensor) -> Layout:
+    def _layout(self, features: Tensor, inputs: Sequence[torch.Size]) -> Layout:
         if features.ndim == 3 and self.time_first:
             return "time_first"
+        if features.ndim == 3 and self.holds_time_first:  # a block may transpose around its attention, or not at all
+            starts = [shape[0] for shape in inputs]
+            if _among(features.shape[1], starts) and not _among(features.shape[0], starts):
+                return "time_first"
+            if any(len(shape) == 3 and shape[:2] == features.shape[:2] for shape in inputs):
+                raise ValueError(
+                    f"layer {self.name!r} holds an attention that is not batch_first, so whether its output "
+                    f"{list(features.shape)} has time or samples first is unclear: {_ASK}"
+                )
         second, final = features.shape[1], features.shape[-1]
         for convolutions, matrices, everything in self.sizes:
             first, last = _among(second, everything), _among(final, everything)

@@ -135,6 +135,44 @@ def test_encoders_with_time_first(name: str, square: bool) -> None:
     torch.testing.assert_close(rows, output.mean(0))
 
 
+class Attends(nn.Module):
+    """A block of one's own, time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm = nn.MultiheadAttention(8, 2), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.attention(x, x, x)[0])
+
+
+class Tokens(nn.Module):
+    """Token ids [N, T], and blocks of [T, N, D] or, if ``back``, of [N, T, D]."""
+
+    def __init__(self, back: bool) -> None:
+        super().__init__()
+        self.embed, self.block, self.back = nn.Embedding(9, 8), Attends(), back
+        if back:
+            self.block.forward = lambda x: Attends.forward(self.block, x.transpose(0, 1)).transpose(0, 1)  # type: ignore[method-assign]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.block(x if self.back else x.transpose(0, 1))
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_blocks_around_an_attention_with_time_first(back: bool) -> None:
+    model, ids = Tokens(back), torch.randint(9, (4, 7))
+    torch.testing.assert_close(tapped(model, "block", ids), model(ids).mean(1 if back else 0))
+
+
+def test_blocks_around_an_attention_whose_inputs_say_nothing_are_asked_about() -> None:
+    model, x = nn.Sequential(Attends()), torch.randn(7, 4, 8)
+    with pytest.raises(ValueError, match=r"'0' holds an attention that is not batch_first.*'time_first'"):
+        tapped(model, "0", x)
+    torch.testing.assert_close(tapped(model, "0", x, pool="time_first"), model(x).mean(0))
+
+
 class Transposes(nn.Module):
     """Blocks of its own that want time first, in a model that does not."""
 
