@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chunk", type=int, help="images in memory at a time, if a batch is too large for it")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
     command.add_argument(
-        "--quick", action="store_true", help="half a minute: shows that everything runs, not the effect"
+        "--quick", action="store_true", help="a minute or two: shows that everything runs, not the effect"
     )
 
     for name, does in (
@@ -367,7 +367,7 @@ def _shapes_of(folder: Path) -> list[list[Any]]:
     """What the runs below a folder have noted: [rows, student's width, teacher's width, dtype] each."""
     files = sorted(folder.rglob("shapes.json"))
     if not files:
-        raise ValueError(f"{folder} has no shapes.json: a run of `fit` with BirdLoss writes one with its checkpoints")
+        raise ValueError(f"{folder} has no shapes.json: a recipe's run with BIRD writes one with its checkpoints")
     noted = {shape for file in files for shape in _shapes(file)}
     return [[*shape] for shape in sorted(noted) if shape[3] in ("float32", "bfloat16", "float16")]
 
