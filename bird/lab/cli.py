@@ -152,6 +152,8 @@ def _run(options: argparse.Namespace) -> int:
         # A step of small networks takes 12 ms on one core and 9 on two, but 40 to 400 on two that are also wanted
         # elsewhere, because the threads wait for each other. And the numbers no longer depend on the core count.
         torch.set_num_threads(1)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file: name a folder, which is made if it is not there")
     experiment, choice = _experiment(options, device, jobs)
     experiment.check()
     asked = _asked(experiment, options.command, choice)
@@ -342,10 +344,10 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not 0.0 < minutes < 1440.0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes above 0")
-    return minutes
+    with contextlib.suppress(ValueError):
+        if 0.0 < float(text) < 1440.0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number of minutes above 0")
 
 
 def _tune(options: argparse.Namespace) -> int:
