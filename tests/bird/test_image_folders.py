@@ -303,7 +303,7 @@ def test_a_bomb_of_zeros_takes_little_memory(tmp_path: Path) -> None:
 def cifar_c(tmp_path: Path, expect: Callable[..., None]) -> tuple[Path, np.ndarray, np.ndarray]:
     """The root of a CIFAR-10 with its CIFAR-10-C, the corrupted images ``[5, 20, 3, 32, 32]``, and the labels."""
     train, test = official.make_arrays(50, 10, 1), official.make_arrays(20, 10, 2)
-    official.write_cifar(tmp_path / "cifar-10-batches-py", train, test)
+    official.write_cifar(tmp_path / "cifar-10-batches-bin", train, test)
     expect("cifar10", counts=(50, 20))
     corrupted, _ = official.make_arrays(100, 10, 3)
     folder = tmp_path / "CIFAR-10-C"
