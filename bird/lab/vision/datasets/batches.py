@@ -33,7 +33,7 @@ def stack_batches(batches: Iterable[Batch], count: int) -> Images:
     done = 0
     for path, rows, numbers in batches:
         if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape != (len(numbers), PIXELS):
-            found = f"{getattr(rows, 'dtype', type(rows))} {list(np.shape(rows))}"
+            found = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else type(rows).__name__
             raise ValueError(f"{path}: {len(numbers)} labels need images uint8 [{len(numbers)}, 3072], found {found}")
         end = done + len(rows)
         if end > count:
@@ -75,9 +75,11 @@ def read_dicts(paths: list[Path], counts: Counts, *, key: str = "labels", lowest
             content = _arrays(path) if path.suffix == ".npz" else load_batch(path)
             if "data" not in content or key not in content:
                 raise ValueError(f'{path}: needs "data" and "{key}", holds {sorted(content)}')
-            labels = np.asarray(content[key])
-            if labels.dtype.kind not in "iu" or labels.ndim != 1:
-                found = f"{labels.dtype} {list(labels.shape)}"
+            labels = content[key]
+            if isinstance(labels, list) and all(type(label) is int for label in labels):  # else NumPy may never end
+                labels = np.asarray(labels)
+            if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
+                found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else "something else"
                 raise ValueError(f'{path}: "{key}" must be a list of integers, it is {found}')
             yield path, content["data"], labels.astype(np.int64) - lowest
 
