@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import resource
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +174,29 @@ def test_a_vast_file_is_refused_unread(tmp_path: Path) -> None:
         file.truncate(3 << 30)  # takes no room on the disk
     with pytest.raises(ValueError, match="at most 2147483648"):
         load_batch(path)
+
+
+def test_an_archive_is_no_larger_than_a_batch_and_holds_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 MB of zeros takes 1 kB of a compressed archive; a header of 128 bytes may say 4 GiB."""
+    path = tmp_path / "train_data_batch_1.npz"
+    np.savez_compressed(path, data=np.zeros((340, 3072), np.uint8), labels=np.zeros(340, int))
+    read_dicts([path], (340, 340))
+    with monkeypatch.context() as patch:
+        patch.setattr("bird.lab.vision.datasets.batches.LARGEST_FILE", 1_000_000)
+        with pytest.raises(ValueError, match=r"batch_1\.npz: 10474\d\d bytes are in it; .* at most 1000000"):
+            read_dicts([path], (340, 340))
+    header = io.BytesIO()
+    told = {"descr": "|u1", "fortran_order": False, "shape": (1 << 20, 1 << 12)}
+    np.lib.format.write_array_header_1_0(header, told)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.npy", header.getvalue())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"data\.npy: the header says uint8 \[1048576, 4096\], and 128 bytes"):
+        read_dicts([path], (1, 1))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 def test_damaged_files_end_in_one_kind_of_error(tmp_path: Path) -> None:

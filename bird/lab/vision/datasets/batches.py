@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 
 from ..data import Images
 from .layout import Counts
-from .unpickling import load_batch
+from .unpickling import LARGEST_FILE, load_batch
 
 PIXELS = 3 * 32 * 32
 Batch: TypeAlias = tuple[Path, Any, np.ndarray]  # (file, rows uint8 [n, 3072], labels [n])
@@ -88,6 +90,17 @@ def read_dicts(paths: list[Path], counts: Counts, *, key: str = "labels", lowest
 
 def _arrays(path: Path) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(path) as archive:  # a small file may hold, or say that it holds, any size
+            members = archive.infolist()
+            if (size := sum(member.file_size for member in members)) > LARGEST_FILE:
+                raise ValueError(f"{size} bytes are in it; a batch of images has at most {LARGEST_FILE}")
+            for member in members:
+                with archive.open(member) as file:
+                    np.lib.format.read_magic(file)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    said = f"the header says {dtype} {list(shape)}"
+                    raise ValueError(f"{member.filename}: {said}, and {member.file_size} bytes are there")
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:  # from zipfile, zlib or NumPy
