@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..data import Images
-from .layout import Counts
+from .layout import Counts, require_file
 from .unpickling import LARGEST_FILE, load_batch
 
 PIXELS = 3 * 32 * 32
@@ -58,7 +58,7 @@ def read_binary(paths: list[Path], counts: Counts, *, label_bytes: int) -> tuple
 
     def batches() -> Iterator[Batch]:
         for path in paths:
-            raw = np.fromfile(path, np.uint8)
+            raw = np.fromfile(require_file(path), np.uint8)
             if raw.size % record:
                 raise ValueError(
                     f"{path}: {raw.size} bytes are no whole number of records of {record}; it is cut short"
@@ -90,7 +90,7 @@ def read_dicts(paths: list[Path], counts: Counts, *, key: str = "labels", lowest
 
 def _arrays(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:  # a small file may hold, or say that it holds, any size
+        with zipfile.ZipFile(require_file(path)) as archive:  # a small file may hold, or say that it holds, any size
             members = archive.infolist()
             if (size := sum(member.file_size for member in members)) > LARGEST_FILE:
                 raise ValueError(f"{size} bytes are in it; a batch of images has at most {LARGEST_FILE}")

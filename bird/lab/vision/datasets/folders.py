@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ....files import atomic
 from ...tensors import load_array
 from ..data import Images
-from .layout import Counts, files_fingerprint
+from .layout import Counts, files_fingerprint, require_file
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))  # torchvision's
 _CHUNK = 256  # images per task of a thread
@@ -39,8 +39,7 @@ def _decode(path: Path) -> np.ndarray:
     """One image, uint8 ``[3, 32, 32]``; raises a ValueError if it cannot be decoded."""
     from PIL import Image, ImageOps
 
-    if not path.is_file():  # opening a pipe would block
-        raise ValueError(f"{path} is no file")
+    require_file(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
             small = ImageOps.fit(_eight_bits(image).convert("RGB"), (32, 32), Image.Resampling.BOX)
@@ -164,9 +163,13 @@ def read_tiny_imagenet(paths: list[Path], counts: Counts) -> tuple[Images, Image
     The test set is the official validation set, ordered by class and name like Tiny-ImageNet-C.
     """
     wnids, train, annotations, val = paths
-    names = sorted(wnids.read_text(encoding="utf-8").split())
+    names = sorted(require_file(wnids).read_text(encoding="utf-8").split())
     number = {name: k for k, name in enumerate(names)}
-    rows = [line.split("\t")[:2] for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [
+        line.split("\t")[:2]
+        for line in require_file(annotations).read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
     if not rows:
         raise ValueError(f"{annotations} names no images")
     if wrong := [row for row in rows if len(row) < 2 or row[1] not in number]:

@@ -18,6 +18,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from .layout import require_file
+
 LARGEST_FILE = 1 << 31  # bytes; the largest official batch has 473 MB
 MOST_INSTRUCTIONS = 4_000_000  # a batch of ImageNet-32 needs 400,000; each may create an object of about 100 bytes
 
@@ -67,7 +69,7 @@ def load_batch(path: Path) -> dict[str, Any]:
         ValueError: the file is larger than 2 GiB, is cut short, holds no dict, or needs anything but such
             values; no function that it names is called.
     """
-    size = path.stat().st_size
+    size = require_file(path).stat().st_size
     if size > LARGEST_FILE:
         raise ValueError(f"{path}: {size} bytes; a batch of images has at most {LARGEST_FILE}")
     try:
