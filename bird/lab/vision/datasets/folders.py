@@ -114,7 +114,7 @@ def _keep(images: np.ndarray, cache: Path, stem: str) -> None:
     try:
         with atomic(cache) as partial:
             np.save(partial, images)
-        for old in set(cache.parent.glob(f"{glob.escape(stem)}*.npy")) - {cache}:
+        for old in set(cache.parent.glob(f"{glob.escape(stem)}{'[0-9a-f]' * 16}.npy")) - {cache}:
             old.unlink(missing_ok=True)
     except OSError as error:  # no permission, a full disk
         warnings.warn(f"the decoded images cannot be kept, the next run decodes again: {error}", stacklevel=2)
