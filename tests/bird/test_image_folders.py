@@ -95,14 +95,18 @@ def test_a_changed_folder_is_decoded_again(tiny: Path, decodings: list[Path]) ->
     files = sorted((folder / sorted(WNIDS)[0] / "images").iterdir())
     small, big = sorted(range(EACH), key=lambda i: files[i].stat().st_size)[::3]
     status = files[big].stat()
+    own = [old.with_name(f"train.32x32-{name}.npy") for name in ("my-features", "0123", "0123456789abcdef-mine")]
+    for path in own:
+        path.write_text("mine")
     files[big].write_bytes(files[small].read_bytes().ljust(status.st_size, b"\0"))  # only the time of change tells
     os.utime(files[big], ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     del decodings[:]
     changed, _ = DATASETS["tiny-imagenet"].read(tiny)
     assert len(decodings) == 3 * EACH
     assert torch.equal(changed.images[big], train.images[small])
-    (new,) = folder.parent.glob("train.32x32-*.npy")
+    (new,) = {*folder.parent.glob("train.32x32-*.npy")} - {*own}
     assert new != old
+    assert [path.read_text() for path in own] == ["mine"] * 3
 
     whole = new.read_bytes()
     for damaged in (whole[:-5], b"", b"something else"):

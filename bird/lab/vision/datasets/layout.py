@@ -23,6 +23,13 @@ def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
     return digest.hexdigest()[:16]
 
 
+def require_file(path: Path) -> Path:
+    """The same path, or a ValueError unless it is a regular file: opening a pipe would block."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    return path
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way in which a data set may be stored on disk.
