@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +17,9 @@ import pytest
 from bird.lab.language import endpoint
 from bird.lab.language.endpoint import Endpoint
 from bird.lab.language.verdicts import SAFETY, question
+from tests.bird.chat_server import Reply, Server, refusal, reply
 
 KEY = "sk-verysecret/1234+"
-Reply = tuple[int, dict[str, str], str]
-
-
-def reply(content: Any = None, **choice: Any) -> Reply:
-    """A chat completion with this content; the fields of its choice stand beside the message."""
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}, **choice}]})
-
-
-def refusal(message: str, status: int = 400, **more: Any) -> Reply:
-    return status, {"Location": "/elsewhere"}, json.dumps({"error": {"message": message, **more}})
-
-
-class Server(ThreadingHTTPServer):
-    """Gives replies in their order, then says "Unsafe." where the response holds "bad"; keeps what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.replies: list[Any] = []
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.released = threading.Event()
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1/chat/completions"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients hang up on what is endless."""
-
-    def judge(self, key: str | None = None, **options: Any) -> Endpoint:
-        return Endpoint(self.url, "judge-1", key, **{"per_minute": 1e9, **options})
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append({"path": self.path, **body})
-        self.server.headers.append(dict(self.headers))
-        bad = "bad" in body["messages"][0]["content"].partition("<answer>")[2]
-        replies = self.server.replies or [reply("Unsafe." if bad else "safe")]
-        status, headers, text = replies.pop(0)
-        if isinstance(status, bytes):  # endless: a beginning, then a piece after each pause
-            self.wfile.write(status)
-            while True:
-                self.wfile.write(headers)
-                time.sleep(text)
-        if status <= 0:  # hangs up without a word, at once or too late
-            self.server.released.wait(-5 * status)
-            return
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(text.encode())), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    do_GET = do_POST  # where a redirect would lead
-
-    def log_message(self, *args: Any) -> None:
-        """Not on the terminal."""
 
 
 @pytest.fixture
@@ -194,6 +134,35 @@ def test_the_key_stands_nowhere(server: Server, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")  # as files of keys end
     one(["p"], ["other"])
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        KEY.replace("/", r"\/"),
+        "".join(rf"\u{ord(letter):04X}" for letter in KEY),
+        KEY.replace("/", r"\\\/"),  # JSON in a string of JSON
+        f"{KEY[:5]}<think></think>{KEY[5:]}",
+    ],
+    ids=["slashes", "numbers", "twice", "around a thought"],
+)
+def test_a_key_in_disguise_stands_nowhere(server: Server, tmp_path: Path, echo: str) -> None:
+    cache = tmp_path / "cache.jsonl"
+    server.replies = [(200, {}, f'{{"choices": [{{"message": {{"content": "safe {echo}"}}}}]}}')]
+    assert server.judge("JUDGE_KEY", cache=cache)(["p"], ["r"]) == [True]
+    assert json.loads(cache.read_text())["answer"] == "safe [key]"
+    if "think" in echo:
+        return
+    for body in (f'{{"error": {{"message": "bad {echo}"}}}}', f'{{"error": {{"is": "bad {echo}"}}}}', f'"bad {echo}'):
+        server.replies = [(401, {}, body)]
+        with pytest.raises(RuntimeError, match=r"refuses: 401 .*bad \[key\]"):
+            server.judge("JUDGE_KEY")(["p"], ["r"])
+
+
+def test_a_key_in_the_status_line_stands_nowhere(server: Server) -> None:
+    server.replies = [(f"HTTP/1.1 401 Bad {KEY}\r\nContent-Length: 1\r\n\r\n".encode(), b"x", 1.0)]
+    with pytest.raises(RuntimeError, match=r"refuses: 401 Bad \[key\]: x"):
+        server.judge("JUDGE_KEY")(["p"], ["r"])
 
 
 def test_answers_are_kept_by_what_they_depend_on(server: Server, tmp_path: Path, monkeypatch: Any) -> None:

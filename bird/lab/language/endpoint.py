@@ -207,7 +207,6 @@ class Endpoint:
 
     def _send(self, text: str, key: str | None) -> str:
         """The server's answer; neither it nor an error holds the key, whatever the server echoes."""
-        secret = key or "\0"
         options = {"temperature": 0, "max_tokens": self.max_tokens}
         body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": text}]}
         body |= {self._names[name]: value for name, value in options.items() if self._names[name]}
@@ -222,17 +221,18 @@ class Endpoint:
                 status = 200 if 200 <= reply.status < 300 else reply.status
                 raw = reply.read(_LARGEST + 1 if status == 200 else 10_000)
         except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-            raise _Again(f"{type(error).__name__}: {error}".replace(secret, "[key]")) from None
+            raise _Again(_without(key, f"{type(error).__name__}: {error}")) from None
         if len(raw) > _LARGEST:
             raise RuntimeError(f"{self._place()} answers with more than {_LARGEST} bytes: is this a chat completion?")
-        content, status, fault = _read(raw.decode(errors="replace").replace(secret, "[key]"), status)
+        content, status, fault = _read(raw.decode(errors="replace"), status)
         if fault:
-            raise self._failure(status, f"{status} {reply.reason}: {fault}"[:500], _asked_pause(reply.headers))
+            message = _without(key, f"{status} {reply.reason}: {fault}")[:500]
+            raise self._failure(status, message, _asked_pause(reply.headers))
         answer, is_cut = _completion(content)
         answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
         if is_cut and read_verdict(answer) is None:
             raise _Unjudged("cut off", f"an answer is cut off at {self.max_tokens} tokens: raise max_tokens")
-        return answer.strip()
+        return _without(key, answer).strip()
 
     def _failure(self, status: int, message: str, pause: float) -> Exception:
         """The exception for a server's error: `_Again`, `_Unjudged` or a RuntimeError.
@@ -297,6 +297,17 @@ class _Unjudged(Exception):
     def __init__(self, reason: str, message: str, refused: bool = False) -> None:
         super().__init__(message)
         self.reason, self.refused = reason, refused
+
+
+def _without(key: str | None, text: str) -> str:
+    """The text without the key, be it as it is or with its characters escaped, as in JSON or JSON within JSON.
+
+    For text in the form in which it leaves, as decoding it or cutting something out of it could complete a key.
+    """
+    if key is None:
+        return text
+    letters = (rf"(?:\\{{0,7}}{re.escape(letter)}|\\{{1,7}}u(?i:{ord(letter):04x}))" for letter in key)
+    return re.sub("".join(letters), "[key]", text)
 
 
 def _read(body: str, status: int) -> tuple[Any, int, str]:
