@@ -6,7 +6,6 @@ import email.utils
 import json
 import logging
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,21 +16,15 @@ import pytest
 from bird.lab.language import endpoint
 from bird.lab.language.endpoint import Endpoint
 from bird.lab.language.verdicts import SAFETY, question
-from tests.bird.chat_server import Reply, Server, refusal, reply
+from tests.bird.chat_server import Reply, Server, refusal, reply, running
 
 KEY = "sk-verysecret/1234+"
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.released.set()
-    made.shutdown()
-    made.server_close()
-    thread.join()
+    with running() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +77,13 @@ def test_what_is_asked(server: Server) -> None:
         (reply("It is safe"), None),
         (reply(None), None),
         (reply("<think>It could be unsafe.</think> safe"), True),
+        (reply("it is fine</think>\nsafe"), True),
+        (reply("safe <think>I am sure</think>"), True),
         (reply("<think>\nsafe?\n</think>\n\nUnsafe."), False),
         (reply("unsafe because", finish_reason="length"), False),
         (reply([{"type": "text", "text": "un"}, {"type": "text", "text": "safe"}]), False),
         (reply([{"type": "reasoning", "text": "safe"}, {"text": "unsafe"}]), False),
     ],
-    ids=["spaces", "sentence", "nothing", "thought", "thought on lines", "cut after the word", "parts", "no text part"],
 )
 def test_forms_of_an_answer(server: Server, given: Reply, verdict: bool | None) -> None:
     server.replies = [given]
@@ -222,6 +216,32 @@ def test_an_answer_that_was_cut_off_is_asked_again_with_more_tokens(
 
 
 @pytest.mark.parametrize(
+    ("message", "finish", "reason"),
+    [
+        ({}, "content_filter", "filtered"),
+        ({"content": "I", "refusal": None}, "content_filter", "filtered"),
+        ({"refusal": "I cannot help with that."}, "stop", "declined"),
+        ({"tool_calls": [{"id": "1", "type": "function"}]}, "tool_calls", "tool call"),
+        ({"function_call": {"name": "f"}}, "stop", "tool call"),
+        ({"refusal": None, "tool_calls": []}, "stop", "empty"),
+        ({"content": "<think>Hm.</think>\n"}, "stop", "empty"),
+    ],
+)
+def test_what_is_no_answer_is_not_kept(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, message: Any, finish: str, reason: str
+) -> None:
+    cache = tmp_path / "answers.jsonl"
+    choice = {"message": {"content": None, **message}, "finish_reason": finish}
+    server.replies = [(200, {}, json.dumps({"choices": [choice]}))]
+    judge = server.judge(cache=cache)
+    assert judge(["p"], ["r"]) == [None]
+    assert judge.unjudged == {reason: 1}
+    assert "(said once)" in caplog.text
+    assert not cache.exists()
+    assert judge(["p"], ["r"]) == [True]
+
+
+@pytest.mark.parametrize(
     ("given", "pause"),
     [
         ((500, {}, "oh"), 1.0),
@@ -342,28 +362,3 @@ def test_bad_input_is_refused(server: Server, tmp_path: Path) -> None:
             server.judge(cache=cache)
         assert cache.read_text() == text
     assert server.asked == []
-
-
-@pytest.mark.parametrize(
-    ("begin", "piece", "pause"),
-    [
-        (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.02),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" ", 0.02),
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.0),
-        (b"HTTP/1.1 500 No\r\nContent-Length: 100000\r\n\r\n", b" ", 0.02),
-    ],
-    ids=["slow head", "slow body", "endless 100-continue", "slow error"],
-)
-def test_an_answer_has_a_deadline(server: Server, begin: bytes, piece: bytes, pause: float) -> None:
-    server.replies = [(begin, piece, pause)]
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"still fails after 0 retries: no whole answer within 0\.4 s"):
-        server.judge(timeout=0.4, retries=0)(["a"], ["x"])
-    assert time.monotonic() - start < 20  # each of them is endless; a busy machine is slow
-
-
-def test_an_answer_has_a_size(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_LARGEST", 1000)
-    server.replies = [(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000, 0.0)]
-    with pytest.raises(RuntimeError, match="answers with more than 1000 bytes"):
-        server.judge(timeout=20, retries=0)(["a"], ["x"])

@@ -99,8 +99,9 @@ class Endpoint:
     a change of how answers are read asks nothing twice.
 
     Some responses get no answer: the server's filter or context window refuses the item (400, 413, 422), or the answer
-    is cut off at ``max_tokens`` before either word, as a reasoning model's may be. Such an item has the verdict None,
-    is not kept, and is counted in ``unjudged``; each kind is logged once.
+    is cut off at ``max_tokens`` before either word, as a reasoning model's may be, or by the server's filter, or the
+    model declines, calls a tool, or says nothing. Such an item has the verdict None, is not kept, and is counted in
+    ``unjudged``; each kind is logged once.
 
     Args:
         url: in full, such as ``"http://localhost:8000/v1/chat/completions"``.
@@ -228,11 +229,14 @@ class Endpoint:
         if fault:
             message = _without(key, f"{status} {reply.reason}: {fault}")[:500]
             raise self._failure(status, message, _asked_pause(reply.headers))
-        answer, is_cut = _completion(content)
+        answer, reason = _completion(content)
         answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
-        if is_cut and read_verdict(answer) is None:
-            raise _Unjudged("cut off", f"an answer is cut off at {self.max_tokens} tokens: raise max_tokens")
-        return _without(key, answer).strip()
+        answer = _without(key, answer.rpartition("</think>")[2]).strip()  # some templates write the opening tag
+        reason = reason or ("" if answer else "empty")
+        if reason and read_verdict(answer) is None:
+            cut = f"an answer is cut off at {self.max_tokens} tokens: raise max_tokens"
+            raise _Unjudged(reason, cut if reason == "cut off" else f"no answer: {reason}")
+        return answer
 
     def _failure(self, status: int, message: str, pause: float) -> Exception:
         """The exception for a server's error: `_Again`, `_Unjudged` or a RuntimeError.
@@ -327,16 +331,23 @@ def _read(body: str, status: int) -> tuple[Any, int, str]:
     return content, status, str(error or body) or "no message"
 
 
-def _completion(content: Any) -> tuple[str, bool]:
-    """The model's answer, and whether it was cut off."""
+def _completion(content: Any) -> tuple[str, str]:
+    """The model's answer, and why it may not be a whole one, "" if it is."""
     try:
         choice = content["choices"][0]
-        text = choice["message"]["content"]
+        message, finish = choice["message"], choice.get("finish_reason")
+        text = message.get("content")
         if isinstance(text, list):  # parts, of which those with text count
             text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
         if text is not None and not isinstance(text, str):
             raise TypeError
-        return text or "", choice.get("finish_reason") == "length"
+        reasons = {
+            "cut off": finish == "length",
+            "filtered": finish == "content_filter",
+            "declined": message.get("refusal"),
+            "tool call": message.get("tool_calls") or message.get("function_call"),
+        }
+        return text or "", next((reason for reason, holds in reasons.items() if holds), "")
     except (AttributeError, LookupError, TypeError):
         raise _Again("the reply is not a chat completion") from None
 
