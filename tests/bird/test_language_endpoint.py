@@ -345,6 +345,33 @@ def test_options_that_a_server_refuses(server: Server, slept: list[float]) -> No
     assert not {"max_tokens", "temperature"} & set(server.asked[-1])
 
 
+def test_options_that_a_server_names(server: Server, slept: list[float]) -> None:
+    server.replies = [refusal("no", param="max_tokens"), refusal("no", 422, param="temperature")]
+    assert server.judge()(["a"], ["bad"]) == [False]
+    assert server.asked[-1]["max_completion_tokens"] == 8
+    assert not {"max_tokens", "temperature"} & set(server.asked[-1])
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [refusal("filtered: what temperature melts it, and max_tokens?", param="messages")],
+        [refusal("filtered: Unsupported parameter: temperature")] * 2,
+        [refusal("too long", param="max_tokens"), refusal("unsupported value 'temperature'"), refusal("too long")],
+        [refusal("filtered: Unsupported parameter: max_tokens"), (500, {}, ""), refusal("filtered")],
+    ],
+)
+def test_one_refused_item_changes_no_option(server: Server, slept: list[float], replies: list[Reply]) -> None:
+    """A server may say the item's own words again, and they may be about options."""
+    server.replies = [*replies]
+    judge = server.judge()
+    assert judge(["p", "p"], ["bad", "r"]) == [None, True]
+    assert judge.unjudged == {"refused (400)": 1}
+    assert len(server.asked) == len(replies) + 1
+    assert server.asked[-1]["temperature"] == 0
+    assert server.asked[-1]["max_tokens"] == 8
+
+
 def test_bad_input_is_refused(server: Server, tmp_path: Path) -> None:
     for url in ("file:///etc/passwd", "localhost:8000/v1", "https://me:secret@host/v1"):
         with pytest.raises(ValueError, match="must start with http") as caught:

@@ -193,11 +193,15 @@ class Endpoint:
             self._lines.append({"key": identity, "answer": answer})
 
     def _ask(self, text: str) -> str:
-        key = self._key()
+        key, names = self._key(), dict(self._names)
         for attempt in range(self.retries + 1):
             self._wait()
             try:
                 return self._send(text, key)
+            except _Unjudged as item:
+                if item.refused:  # without the options too, so it was not these
+                    self._names = names
+                raise
             except _Again as failure:
                 if attempt == self.retries:
                     raise RuntimeError(f"{self._place()} still fails after {attempt} retries: {failure}") from None
@@ -225,10 +229,10 @@ class Endpoint:
             raise _Again(_without(key, f"{type(error).__name__}: {error}")) from None
         if len(raw) > _LARGEST:
             raise RuntimeError(f"{self._place()} answers with more than {_LARGEST} bytes: is this a chat completion?")
-        content, status, fault = _read(raw.decode(errors="replace"), status)
+        content, status, fault, option = _read(raw.decode(errors="replace"), status)
         if fault:
             message = _without(key, f"{status} {reply.reason}: {fault}")[:500]
-            raise self._failure(status, message, _asked_pause(reply.headers))
+            raise self._failure(status, message, option, _asked_pause(reply.headers))
         answer, reason = _completion(content)
         answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
         answer = _without(key, answer.rpartition("</think>")[2]).strip()  # some templates write the opening tag
@@ -238,16 +242,18 @@ class Endpoint:
             raise _Unjudged(reason, cut if reason == "cut off" else f"no answer: {reason}")
         return answer
 
-    def _failure(self, status: int, message: str, pause: float) -> Exception:
+    def _failure(self, status: int, message: str, option: str, pause: float) -> Exception:
         """The exception for a server's error: `_Again`, `_Unjudged` or a RuntimeError.
 
-        If the server does not take an option, the option's name is changed for all later requests.
+        If the server does not take an option, the option's name is changed for all later requests. A message may
+        hold the item's words, so that an option's name in it says nothing alone.
         """
         if status in (408, 429) or status >= 500:
             return _Again(message, pause)
         if status in (400, 422):
             for name in self._names:
-                if self._names[name] == name and name in message:  # it does not take this option
+                said = option == name or re.search(rf"(?i)unsupported (parameter|value)\W+{name}\b", message)
+                if self._names[name] == name and said:
                     self._names[name] = "max_completion_tokens" if name == "max_tokens" else ""
                     return _Again(f"{message} (asked without {name})")
         if status in (400, 413, 422):
@@ -314,21 +320,23 @@ def _without(key: str | None, text: str) -> str:
     return re.sub("".join(letters), "[key]", text)
 
 
-def _read(body: str, status: int) -> tuple[Any, int, str]:
-    """A reply's content, its status, and its error, "" if there is none; some servers send errors with status 200."""
+def _read(body: str, status: int) -> tuple[Any, int, str, str]:
+    """A reply's content, its status, its error, and the parameter that this names; "" for neither.
+
+    Some servers send errors with status 200.
+    """
     try:
         content = json.loads(body)
     except ValueError:
         content = None
     error = content.get("error") if isinstance(content, dict) else None
     if status == 200 and error is None:
-        return content, status, ""
-    code = error.get("code") if isinstance(error, dict) else None
+        return content, status, "", ""
+    details = error if isinstance(error, dict) else {}
+    code = details.get("code")
     if status == 200:
         status = code if isinstance(code, int) and 400 <= code < 600 else 400
-    if isinstance(error, dict):
-        error = error.get("message") or error
-    return content, status, str(error or body) or "no message"
+    return content, status, str(details.get("message") or error or body) or "no message", str(details.get("param", ""))
 
 
 def _completion(content: Any) -> tuple[str, str]:
