@@ -41,3 +41,13 @@ def test_an_answer_has_a_size(server: Server, monkeypatch: pytest.MonkeyPatch) -
     server.replies = [(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000, 0.0)]
     with pytest.raises(RuntimeError, match="answers with more than 1000 bytes"):
         server.judge(timeout=20, retries=0)(["a"], ["x"])
+
+
+@pytest.mark.parametrize("level", ["[", '{"error": '])
+def test_an_answer_may_be_too_deep(server: Server, level: str) -> None:
+    server.replies = [(200, {}, level * 80_000), (404, {}, level * 80_000)]
+    judge = server.judge(timeout=20, retries=0)
+    with pytest.raises(RuntimeError, match="the reply is not a chat completion"):
+        judge(["a"], ["x"])
+    with pytest.raises(RuntimeError, match=r"refuses: 404 Not Found: [^a-z]"):
+        judge(["a"], ["x"])

@@ -242,7 +242,7 @@ class Endpoint:
             raise _Unjudged(reason, cut if reason == "cut off" else f"no answer: {reason}")
         return answer
 
-    def _failure(self, status: int, message: str, option: str, pause: float) -> Exception:
+    def _failure(self, status: int, message: str, option: Any, pause: float) -> Exception:
         """The exception for a server's error: `_Again`, `_Unjudged` or a RuntimeError.
 
         If the server does not take an option, the option's name is changed for all later requests. A message may
@@ -320,14 +320,14 @@ def _without(key: str | None, text: str) -> str:
     return re.sub("".join(letters), "[key]", text)
 
 
-def _read(body: str, status: int) -> tuple[Any, int, str, str]:
+def _read(body: str, status: int) -> tuple[Any, int, str, Any]:
     """A reply's content, its status, its error, and the parameter that this names; "" for neither.
 
     Some servers send errors with status 200.
     """
     try:
         content = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     error = content.get("error") if isinstance(content, dict) else None
     if status == 200 and error is None:
@@ -336,7 +336,10 @@ def _read(body: str, status: int) -> tuple[Any, int, str, str]:
     code = details.get("code")
     if status == 200:
         status = code if isinstance(code, int) and 400 <= code < 600 else 400
-    return content, status, str(details.get("message") or error or body) or "no message", str(details.get("param", ""))
+    said = next(
+        (text for text in (details.get("message"), error, body) if text and isinstance(text, str)), "no message"
+    )
+    return content, status, said, details.get("param", "")
 
 
 def _completion(content: Any) -> tuple[str, str]:
