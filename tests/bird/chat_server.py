@@ -54,11 +54,8 @@ class Handler(BaseHTTPRequestHandler):
         bad = "bad" in body["messages"][0]["content"].partition("<answer>")[2]
         replies = self.server.replies or [reply("Unsafe." if bad else "safe")]
         status, headers, text = replies.pop(0)
-        if isinstance(status, bytes):  # endless: a beginning, then a piece after each pause
-            self.wfile.write(status)
-            while True:
-                self.wfile.write(headers)
-                time.sleep(text)
+        if isinstance(status, bytes):
+            self.drip(status, headers, text)
         if status <= 0:  # hangs up without a word, at once or too late
             self.server.released.wait(-5 * status)
             return
@@ -67,6 +64,16 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(text.encode())
+
+    def do_CONNECT(self) -> None:  # as a proxy
+        self.drip(*self.server.replies.pop(0))
+
+    def drip(self, begin: bytes, piece: bytes, pause: float) -> None:
+        """Send a beginning, then a piece after each pause, without an end."""
+        self.wfile.write(begin)
+        while True:
+            self.wfile.write(piece)
+            time.sleep(pause)
 
     do_GET = do_POST  # where a redirect would lead
 

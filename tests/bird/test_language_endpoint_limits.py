@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from bird.lab.language import endpoint
+from bird.lab.language.endpoint import Endpoint
 from tests.bird.chat_server import Server, running
 
 
@@ -34,6 +35,15 @@ def test_an_answer_has_a_deadline(server: Server, begin: bytes, piece: bytes, pa
     with pytest.raises(RuntimeError, match=r"still fails after 0 retries: no whole answer within 0\.4 s"):
         server.judge(timeout=0.4, retries=0)(["a"], ["x"])
     assert time.monotonic() - start < 20  # each of them is endless; a busy machine is slow
+
+
+def test_a_connection_through_a_proxy_has_the_deadline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("https_proxy", server.url)
+    server.replies = [(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.02)]
+    with pytest.raises(RuntimeError, match=r"still fails after 0 retries: no whole answer within 0\.4 s"):
+        Endpoint("https://judge.invalid/v1", "m", None, timeout=0.4, retries=0)(["a"], ["x"])
+    assert server.replies == [], "the proxy was asked"
 
 
 def test_an_answer_has_a_size(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,17 +47,16 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     sock: socket.socket | None = None
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
-        """Open a connection as urllib does, and store its socket."""
+        """Open a connection as urllib does, and store its socket before a proxy or a handshake can be slow."""
+
+        def connected(*args: Any) -> socket.socket:
+            sock = socket.create_connection(*args)
+            self.sock = sock.dup()  # encryption takes the first one over
+            return sock
 
         def made(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
             connection: http.client.HTTPConnection = http_class(*args, **kwargs)
-            connect = connection.connect
-
-            def remembered() -> None:
-                connect()
-                self.sock = connection.sock
-
-            connection.connect = remembered  # type: ignore[method-assign]
+            connection._create_connection = connected  # type: ignore[attr-defined]
             return connection
 
         return super().do_open(made, req, **options)
@@ -74,9 +73,10 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             while not done.wait(min(0.2, seconds / 4)):
                 if time.monotonic() > end and self.sock is not None:
                     with contextlib.suppress(OSError):
-                        socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # below any encryption
+                        self.sock.shutdown(socket.SHUT_RDWR)
 
-        threading.Thread(target=watch, daemon=True).start()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         late = _Again(f"no whole answer within {seconds:g} s")
         try:
             yield
@@ -86,6 +86,9 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             raise
         finally:
             done.set()
+            watcher.join()
+            if self.sock is not None:
+                self.sock.close()
         if time.monotonic() > end:  # what was read may have been cut
             raise late
 
