@@ -67,7 +67,7 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
         A socket's own timeout is per read: a server that sends a byte a minute would never exceed it.
         """
-        done, end, self.sock = threading.Event(), time.monotonic() + seconds, None
+        done, end = threading.Event(), time.monotonic() + seconds
 
         def watch() -> None:
             while not done.wait(min(0.2, seconds / 4)):
@@ -89,6 +89,7 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             watcher.join()
             if self.sock is not None:
                 self.sock.close()
+                self.sock = None
         if time.monotonic() > end:  # what was read may have been cut
             raise late
 
