@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import struct
 import sys
 import tracemalloc
 import warnings
@@ -242,6 +243,28 @@ def test_sixteen_bits_become_eight(name: str, tmp_path: Path) -> None:
     Image.fromarray(grey).save(tmp_path / name)
     expected = np.broadcast_to(np.arange(32) * 8, (3, 32, 32))
     assert np.array_equal(folders._decode(tmp_path / name), expected)
+
+
+def grey_tiff(bits: int, zero_is_black: bool) -> bytes:
+    """32 x 32 white pixels of so many bits, by the TIFF 6.0 specification."""
+    pixels = (b"\xff" if zero_is_black else b"\0") * (32 * 32 * bits // 8)
+    fields = {256: 32, 257: 32, 258: bits, 259: 1, 262: int(zero_is_black), 273: 8, 277: 1, 278: 32, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    return header + pixels + struct.pack("<H", len(fields)) + entries + struct.pack("<I", 0)
+
+
+def test_tiffs_of_other_depths_are_refused(tmp_path: Path) -> None:
+    """White of 12 bits would be nearly black, and so would white that is written as 0."""
+    path = tmp_path / "a.tif"
+    path.write_bytes(grey_tiff(16, zero_is_black=True))
+    assert (folders._decode(path) == 255).all()
+    for bits, black in ((12, True), (16, False)):
+        path.write_bytes(grey_tiff(bits, black))
+        with pytest.raises(
+            ValueError, match=r"a.tif cannot be decoded: a grey TIFF of 9 to 15 bits, or whose 0 is white"
+        ):
+            folders._decode(path)
 
 
 @pytest.mark.parametrize(("dtype", "words"), [(np.float32, "real numbers"), (np.int32, "whole numbers")])
