@@ -25,7 +25,7 @@ from bird_kernels.inputs import require_choice
 from bird_kernels.matrix import Hsics, hsic_matrix
 from bird_kernels.moments import MIN_ROWS
 
-from .features import Pools, Rows, evaluating, find_layers, first_tensor, top_layers, unwrap
+from .features import Pools, Rows, evaluating, find_layers, first_tensor, masks_of, top_layers, unwrap
 from .files import atomic, write_json
 from .taps import Taps
 
@@ -202,8 +202,7 @@ def compare(
         model_b: another network, or the same one, which then runs once per batch.
         loader: batches of inputs: a tensor; a tuple or list, whose first element is used; or a mapping of keyword
             arguments, of which the first tensor is used if a model takes none of these names. Both models run on each
-            batch. If a mapping has an ``attention_mask`` (layers in a ``decoder``: ``decoder_attention_mask``), means
-            over tokens leave padding out.
+            batch. Means over tokens leave out the padding that a mapping tells of, see `bird.features.masks_of`.
         layers_a: module paths or globs, see `bird.features.find_layers`. None: of the outermost layers (the model's
             children, and the items of a ModuleList) those that run once and whose output ``pool`` turns into one row
             per sample. This is determined with the first batch, which runs once more.
@@ -307,17 +306,11 @@ def _tapped(
     with _running(model, device) as run, Taps(model, names, pool=own) as taps:
 
         def features(batch: Any) -> dict[str, Tensor]:
-            taps.masks = _masks(names, batch) if isinstance(batch, Mapping) else {}
+            taps.masks = masks_of(model, names, batch) if isinstance(batch, Mapping) else {}
             run(batch)
             return taps.pop()
 
         yield features
-
-
-def _masks(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The attention mask ``[N, T]`` of each layer, where the batch has one."""
-    kinds = {name: "decoder_attention_mask" if "decoder" in name.split(".") else "attention_mask" for name in names}
-    return {name: batch[kind] for name, kind in kinds.items() if isinstance(batch.get(kind), Tensor)}
 
 
 @contextmanager

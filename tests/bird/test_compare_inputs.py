@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ def test_padding_does_not_count() -> None:
 def test_a_decoder_has_a_mask_of_its_own() -> None:
     torch.manual_seed(0)
     model, options = Reader("decoder"), dict(layers_a="embed", layers_b="parts.decoder", progress=False)
+    model.config = SimpleNamespace(is_encoder_decoder=True)
     batch = reader_batches(0)[0]
     ours = {"decoder_attention_mask": torch.ones(12, 7)}
     whole = compare(model, model, [batch | ours], **options).matrix
@@ -65,6 +67,19 @@ def test_a_decoder_has_a_mask_of_its_own() -> None:
     padded = compare(model, model, [batch | {"decoder_attention_mask": batch["attention_mask"]}], **options).matrix
     np.testing.assert_allclose(whole, without)
     assert abs(whole - padded).max() > 1e-3
+    labels = torch.where(batch["attention_mask"] != 0, batch["input_ids"], -100)
+    np.testing.assert_allclose(compare(model, model, [batch | {"labels": labels}], **options).matrix, padded)
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(is_encoder_decoder=False)])
+def test_a_network_that_is_a_decoder_only_has_the_mask_of_its_tokens(config: Any) -> None:
+    """OPT's layers are ``decoder.layers.0``, and its batches have ``attention_mask`` alone."""
+    torch.manual_seed(0)
+    model, options = Reader("decoder"), dict(layers_a="embed", layers_b="parts.decoder", progress=False)
+    if config is not None:
+        model.config = config
+    found, other = (compare(model, model, reader_batches(filler), **options).matrix for filler in (0, 49))
+    np.testing.assert_allclose(found, other, rtol=1e-6)
 
 
 class Pictures(nn.Module):
