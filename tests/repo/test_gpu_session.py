@@ -343,15 +343,8 @@ def test_lines_survive_a_torn_end(tmp_path: Path) -> None:
         list(run.read_lines(path))
 
 
-@pytest.mark.parametrize(
-    ("name", "line"),
-    [
-        (run.CHECKS, '{"phase": 3, "status": null, "item": 1}'),
-        (run.CHECKS, "[1, 2]"),
-        (run.ROWS, "{}"),
-        (run.SWEEP, "5"),
-    ],
-)
+@pytest.mark.parametrize("name", [run.CHECKS, run.ROWS, run.SWEEP])
+@pytest.mark.parametrize("line", ["5", "[1, 2]"])
 def test_rows_without_their_fields_are_named(name: str, line: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(f"{line}\n{line}\n")
     with pytest.raises(ValueError, match=rf"{name}, line 1 has not all of"):
