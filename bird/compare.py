@@ -65,12 +65,23 @@ class Similarity:
         path = Path(folder) / "cka.json"
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
-            matrix = np.array(about.pop("cka"), dtype=np.float64)  # None becomes NaN
+            cells = about.pop("cka")
+            if not all(cell is None or type(cell) in (int, float) for row in cells for cell in row):
+                raise ValueError("a cell that is no number")
+            matrix = np.array(cells, dtype=np.float64)  # None becomes NaN
             fields: dict[str, Any] = {key: tuple(a) if isinstance(a, list) else a for key, a in about.items()}
             found = cls(matrix, **fields)
             if matrix.shape != (len(found.layers_a), len(found.layers_b)):
                 raise ValueError(f"a matrix {list(matrix.shape)} of other layers")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            require_choice(estimator=found.estimator)
+            if not all(isinstance(about.get(key, []), list) for key in ("layers_a", "layers_b", "names")):
+                raise ValueError("names that are no list")
+            texts = (*found.layers_a, *found.layers_b, *found.names)
+            if len(found.names) != 2 or not all(isinstance(text, str) for text in texts):
+                raise ValueError("names that are no texts")
+            if any(type(number) is not int or number < 0 for number in (found.batches, found.samples)):
+                raise ValueError("numbers of batches and samples that are none")
+        except (RecursionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not what Similarity.save writes ({error}): compare again") from error
         return found
 

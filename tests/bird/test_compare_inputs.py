@@ -137,7 +137,23 @@ def test_what_was_saved_is_loaded_with_names_on_the_axes(tmp_path: Path, monkeyp
         Similarity.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"cka": [[1.0]], "what": 1}', '{"cka": "x"}', "{"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(estimator="x"), dict(batches=-1), dict(samples=None), dict(names=5), dict(names=["a"]),
+        dict(layers_a="a"), dict(layers_a=[1]), dict(cka=[["1", "2"]]), dict(cka=[[True, 1.0]]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_another_kind_is_damage(change: dict[str, Any], tmp_path: Path) -> None:
+    Similarity(np.ones((1, 2)), ("a",), ("b", "c"), "biased", 1, 4).save(tmp_path)
+    about = json.loads((tmp_path / "cka.json").read_text())
+    (tmp_path / "cka.json").write_text(json.dumps(about | change))
+    with pytest.raises(ValueError, match=r"cka\.json is not what Similarity\.save writes"):
+        Similarity.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "", "[1]", "{}", '{"cka": [[1.0]], "what": 1}', '{"cka": "x"}', "{"])
 def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "cka.json").write_text(text)
     with pytest.raises(ValueError, match=r"cka\.json is not what Similarity\.save writes"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,10 @@ from bird import files
 from bird.lab import cli, tensors
 from bird.lab.stages import Lines, Stage
 from bird.lab.tensors import load_array, load_tensors, save_tensors
+from bird.lab.vision.datasets.batches import read_binary, read_dicts
+from bird.lab.vision.datasets.folders import read_tiny_imagenet
+from bird.lab.vision.datasets.grey import read_idx
+from bird.lab.vision.datasets.unpickling import load_batch
 from bird_kernels import Statistics
 from tests.bird.damage import complaint, mutated
 
@@ -226,7 +232,31 @@ def test_statistics() -> None:
         refused += said is not None
     assert refused > 0.8 * 300
     assert Statistics.from_state_dict(state).cka() == statistics.cka()
+    for odd in ({"xx": -state["xx"]}, {"yy": -state["yy"]}, {"xy": state["xy"].float()}):
+        with pytest.raises(ValueError, match="damaged state of Statistics"):
+            Statistics.from_state_dict(state | odd)
     for eps, n in ((float("nan"), 9.0), (1e-7, float("inf")), (1e-7, 2.5), (1e-7, float("nan"))):
         values = {"eps": torch.tensor(eps, dtype=torch.float64), "n": torch.tensor(n, dtype=torch.float64)}
         with pytest.raises(ValueError, match="damaged state of Statistics"):
             Statistics.from_state_dict(state | values)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of POSIX")
+def test_a_pipe_is_refused_unopened(tmp_path: Path) -> None:
+    readers: dict[str, Callable[[Path], object]] = {
+        "x-ubyte": read_idx,
+        "x-ubyte.gz": read_idx,
+        "x_batch": load_batch,
+        "x.npz": lambda path: read_dicts([path], (1, 1)),
+        "x.bin": lambda path: read_binary([path], (1, 1), label_bytes=1),
+        "x.txt": lambda path: read_tiny_imagenet([path] * 4, (1, 1)),
+    }
+    for name, read in readers.items():
+        path = tmp_path / name
+        os.mkfifo(path)
+        with open(path, "r+b", buffering=0) as end:  # noqa: PTH123
+            rescue = threading.Timer(2, end.close)  # of a reader that opens the pipe, which would wait for ever
+            rescue.start()
+            with pytest.raises(ValueError, match=rf"{name} is no file"):
+                read(path)
+            rescue.cancel()

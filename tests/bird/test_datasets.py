@@ -133,10 +133,12 @@ def test_idx_files_are_checked(tmp_path: Path) -> None:
         (good[:9], "not an IDX file"),
         (good[:-1], r"the header says \[2, 3\], 6 bytes, but 5 follow"),
         (good + b"1", "but more follow"),
+        (b"\x00\x00\x08\xc8" + 200 * b"\x00\x00\x00\x01" + b"1", "not an IDX file"),
+        (b"\x00\x00\x08\x04" + bytes(4) + 3 * b"\xff" * 4, "at most 1073741824 are read"),
         (b"\x00\x00\x08\x02" + 2 * b"\xff" * 4, "at most 1073741824 are read"),
     ):
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"x-ubyte.*{message}"):
             read_idx(path)
     for bad in (gzip.compress(good)[:-9], b"no gzip file at all"):
         zipped.write_bytes(bad)
@@ -267,7 +269,7 @@ def test_broken_files_are_named(tmp_path: Path, expect: Callable[..., None]) -> 
         (rows, None, r'test_batch: needs "data" and "labels", holds \[\'data\'\]'),
         (rows[:, 1:], [0] * 10, r"found uint8 \[10, 3071\]"),
         (rows / 2, [0] * 10, "found float64"),
-        ("pixels", [0] * 10, r"found <class 'str'> \[\]"),
+        ("pixels", [0] * 10, "found str"),
         (rows, [0] * 9, "9 labels need images"),
         (rows, [0.5] * 10, '"labels" must be a list of integers'),
         (rows, [10] * 10, "labels from 10 to 10, of 10 classes"),
@@ -284,7 +286,7 @@ def test_broken_files_are_named(tmp_path: Path, expect: Callable[..., None]) -> 
     refuses(cut, folder, lambda path: (path / "data_batch_2.bin").write_bytes(raw[:-1]))
 
     (tmp_path / folder / "data_batch_2.bin").unlink()
-    refuses("Is a directory", folder, lambda path: (path / "data_batch_2.bin").mkdir())
+    refuses("data_batch_2.bin is no file", folder, lambda path: (path / "data_batch_2.bin").mkdir())
 
     official.write_imagenet32(tmp_path / "imagenet32", train, test, npz=True)
     np.savez(tmp_path / "imagenet32" / "val_data.npz", data=np.array([{}]), labels=np.array([1]))

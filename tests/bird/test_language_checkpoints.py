@@ -89,8 +89,11 @@ def test_other_folders_are_nobodys_to_delete(tmp_path: Path) -> None:
     (folder / "checkpoint-notes/why.md").write_text("mine")
     (folder / "checkpoint-7").symlink_to(outside)
     (folder / "checkpoint-8").write_text("a file")
+    (folder / "checkpoint-9").mkdir()
+    (folder / "checkpoint-9/mine.txt").write_text("mine")
     forget_checkpoints(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-7", "checkpoint-8", "checkpoint-notes"]
+    assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint-{name}" for name in (7, 8, 9, "notes")]
+    assert (folder / "checkpoint-9/mine.txt").read_text() == "mine"
     assert outside.is_dir()
     assert (folder / "checkpoint-notes/why.md").read_text() == "mine"
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import resource
 import subprocess
 import sys
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bird.lab.vision.datasets.batches import read_dicts
 from bird.lab.vision.datasets.unpickling import load_batch
 from tests.bird import official_files as official
 from tests.bird.damage import mutated
@@ -24,6 +28,7 @@ MEMORY, SECONDS = 1 << 30, 100  # of a child with NumPy and PyTorch imported; th
 CHILD = """
 import sys
 from pathlib import Path
+from bird.lab.vision.datasets.batches import read_dicts
 from bird.lab.vision.datasets.unpickling import load_batch
 read = refused = 0
 for path in sorted(Path(sys.argv[1]).iterdir()):
@@ -31,6 +36,8 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
         content = load_batch(path)
         if "data" in content:
             bytes(memoryview(content["data"])) if hasattr(content["data"], "dtype") else None
+        if "labels" in content:
+            read_dicts([path], (1, 1))
         read += 1
     except ValueError as error:
         assert str(path) in str(error)
@@ -65,6 +72,11 @@ def array_pickle(code: bytes, state: bytes, shape: bytes, raw: bytes) -> bytes:
 
 SIMPLE = b"(I3\nS'|'\nNNNI-1\nI-1\nI0\nt"
 TWICE = b"".join(b"q%ch%c\x86" % (level, level) for level in range(60))
+LISTS = b"(" * 60 + b"]" + b"".join(b"q%ch%cl" % (level, level) for level in range(60))
+TEXT = b"X" + (2 << 20).to_bytes(4, "little") + b"x" * (2 << 20) + b"q\x00U\x06latin1q\x02"
+RAW = (
+    b"cnumpy.core.multiarray\n_reconstruct\n)R(I1\n(I2097152\ntcnumpy\ndtype\nU\x02u1\x85R" + SIMPLE + b"bI00\nh\x00tb"
+)
 ATTACKS = {
     # A type of objects turns bytes into addresses; a type's state may give it any size; a shape may not fit its bytes.
     "objects": (array_pickle(b"O8", SIMPLE, b"(I1\nt", b"AAAAAAAA"), "'O8'"),
@@ -81,6 +93,17 @@ ATTACKS = {
     "hash by memo": (b"}(I1\nI1\n\x86" + TWICE + b"I1\nu.", "a tuple, and must be text"),
     "deep": (b"(d" + b"S'a'\n" + b"(l" * 200_000 + b"a" * 199_999 + b"s.", None),
     "calls the array type": (b"cnumpy\nndarray\n(I9\ntR.", "calls numpy.ndarray"),
+    # Lists of the same list twice: 2^60 values, or without end.
+    "labels of themselves": (b"\x80\x02}(U\x04dataU\x00U\x06labels]q\x00(h\x00h\x00eu.", "a list of integers"),
+    "labels of lists": (b"}(U\x04dataNU\x06labels" + LISTS + b"u.", '"labels" must be a list of integers'),
+    "data of themselves": (b"}(U\x06labels](K\x00eU\x04data]q\x00(h\x00h\x00eu.", "found list"),
+    "data of lists": (b"}(U\x06labels](K\x00eU\x04data" + LISTS + b"u.", "found list"),
+    "shape of lists": (array_pickle(b"u1", SIMPLE, LISTS + b"\x85", b"A"), "a list where a int"),
+    "order of lists": (array_pickle(b"u1", b"(I3\n" + LISTS + b"t", b"(I1\nt", b"A"), "a list where a str"),
+    "encoding of lists": (b"c_codecs\nencode\nU\x01a" + LISTS + b"\x86R.", "a list where a str"),
+    # One text of 2 MB, 2,500 times: 5 GB.
+    "bytes": (b"}(U\x04data](" + TEXT + b"c_codecs\nencode\nq\x01h\x00h\x02\x86R" * 2500 + b"eu.", "more bytes than"),
+    "raw bytes": (b"}(U\x04data](" + TEXT + RAW * 2500 + b"eu.", "more bytes than"),
     "huge text": (b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f.", "but only 1 remain"),
 }  # fmt: skip
 
@@ -93,7 +116,7 @@ def test_attacks_are_refused(tmp_path: Path) -> None:
     for name, (_, words) in ATTACKS.items():
         if words is not None:
             with pytest.raises(ValueError, match=words):
-                load_batch(tmp_path / name)
+                read_dicts([tmp_path / name], (1, 1))
 
 
 class Call:
@@ -151,6 +174,29 @@ def test_a_vast_file_is_refused_unread(tmp_path: Path) -> None:
         file.truncate(3 << 30)  # takes no room on the disk
     with pytest.raises(ValueError, match="at most 2147483648"):
         load_batch(path)
+
+
+def test_an_archive_is_no_larger_than_a_batch_and_holds_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1 MB of zeros takes 1 kB of a compressed archive; a header of 128 bytes may say 4 GiB."""
+    path = tmp_path / "train_data_batch_1.npz"
+    np.savez_compressed(path, data=np.zeros((340, 3072), np.uint8), labels=np.zeros(340, int))
+    read_dicts([path], (340, 340))
+    with monkeypatch.context() as patch:
+        patch.setattr("bird.lab.vision.datasets.batches.LARGEST_FILE", 1_000_000)
+        with pytest.raises(ValueError, match=r"batch_1\.npz: 10474\d\d bytes are in it; .* at most 1000000"):
+            read_dicts([path], (340, 340))
+    header = io.BytesIO()
+    told = {"descr": "|u1", "fortran_order": False, "shape": (1 << 20, 1 << 12)}
+    np.lib.format.write_array_header_1_0(header, told)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.npy", header.getvalue())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"data\.npy: the header says uint8 \[1048576, 4096\], and 128 bytes"):
+        read_dicts([path], (1, 1))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 def test_damaged_files_end_in_one_kind_of_error(tmp_path: Path) -> None:

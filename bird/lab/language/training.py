@@ -236,9 +236,9 @@ def mark_whole(checkpoint: Path) -> None:
 
 
 def forget_checkpoints(folder: Path, before: int | None = None) -> None:
-    """Delete a run's checkpoints, or those before a step; folders of other names belong to somebody else and stay."""
+    """Delete a run's complete checkpoints, or those before a step; what has no mark may be another's and stays."""
     for step, path in _checkpoints(folder):
-        if before is None or step < before:
+        if (path / MARK).exists() and (before is None or step < before):
             shutil.rmtree(path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,8 +13,8 @@ import numpy as np
 import torch
 
 from ..data import Images
-from .layout import Counts
-from .unpickling import load_batch
+from .layout import Counts, require_file
+from .unpickling import LARGEST_FILE, load_batch
 
 PIXELS = 3 * 32 * 32
 Batch: TypeAlias = tuple[Path, Any, np.ndarray]  # (file, rows uint8 [n, 3072], labels [n])
@@ -33,7 +35,7 @@ def stack_batches(batches: Iterable[Batch], count: int) -> Images:
     done = 0
     for path, rows, numbers in batches:
         if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.shape != (len(numbers), PIXELS):
-            found = f"{getattr(rows, 'dtype', type(rows))} {list(np.shape(rows))}"
+            found = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else type(rows).__name__
             raise ValueError(f"{path}: {len(numbers)} labels need images uint8 [{len(numbers)}, 3072], found {found}")
         end = done + len(rows)
         if end > count:
@@ -56,7 +58,7 @@ def read_binary(paths: list[Path], counts: Counts, *, label_bytes: int) -> tuple
 
     def batches() -> Iterator[Batch]:
         for path in paths:
-            raw = np.fromfile(path, np.uint8)
+            raw = np.fromfile(require_file(path), np.uint8)
             if raw.size % record:
                 raise ValueError(
                     f"{path}: {raw.size} bytes are no whole number of records of {record}; it is cut short"
@@ -75,9 +77,11 @@ def read_dicts(paths: list[Path], counts: Counts, *, key: str = "labels", lowest
             content = _arrays(path) if path.suffix == ".npz" else load_batch(path)
             if "data" not in content or key not in content:
                 raise ValueError(f'{path}: needs "data" and "{key}", holds {sorted(content)}')
-            labels = np.asarray(content[key])
-            if labels.dtype.kind not in "iu" or labels.ndim != 1:
-                found = f"{labels.dtype} {list(labels.shape)}"
+            labels = content[key]
+            if isinstance(labels, list) and all(type(label) is int for label in labels):  # else NumPy may never end
+                labels = np.asarray(labels)
+            if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
+                found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else "something else"
                 raise ValueError(f'{path}: "{key}" must be a list of integers, it is {found}')
             yield path, content["data"], labels.astype(np.int64) - lowest
 
@@ -86,6 +90,17 @@ def read_dicts(paths: list[Path], counts: Counts, *, key: str = "labels", lowest
 
 def _arrays(path: Path) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(require_file(path)) as archive:  # a small file may hold, or say that it holds, any size
+            members = archive.infolist()
+            if (size := sum(member.file_size for member in members)) > LARGEST_FILE:
+                raise ValueError(f"{size} bytes are in it; a batch of images has at most {LARGEST_FILE}")
+            for member in members:
+                with archive.open(member) as file:
+                    np.lib.format.read_magic(file)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if math.prod(shape) * dtype.itemsize > member.file_size:
+                    said = f"the header says {dtype} {list(shape)}"
+                    raise ValueError(f"{member.filename}: {said}, and {member.file_size} bytes are there")
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:  # from zipfile, zlib or NumPy

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ....files import atomic
 from ...tensors import load_array
 from ..data import Images
-from .layout import Counts, files_fingerprint
+from .layout import Counts, files_fingerprint, require_file
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"))  # torchvision's
 _CHUNK = 256  # images per task of a thread
@@ -39,8 +39,7 @@ def _decode(path: Path) -> np.ndarray:
     """One image, uint8 ``[3, 32, 32]``; raises a ValueError if it cannot be decoded."""
     from PIL import Image, ImageOps
 
-    if not path.is_file():  # opening a pipe would block
-        raise ValueError(f"{path} is no file")
+    require_file(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
             small = ImageOps.fit(_eight_bits(image).convert("RGB"), (32, 32), Image.Resampling.BOX)
@@ -57,6 +56,9 @@ def _eight_bits(image: Any) -> Any:
     """
     from PIL import Image
 
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is the bits of a sample, 262 what its 0 means
+    if image.mode.startswith("I;16") and (tags.get(262) == 0 or {*tags.get(258, ())} - {16}):
+        raise ValueError("a grey TIFF of 9 to 15 bits, or whose 0 is white: save it with 8 or 16 bits, 0 as black")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 0 to 65,535
         return Image.fromarray(np.rint(np.asarray(image) / 257.0).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -115,7 +117,7 @@ def _keep(images: np.ndarray, cache: Path, stem: str) -> None:
     try:
         with atomic(cache) as partial:
             np.save(partial, images)
-        for old in set(cache.parent.glob(f"{glob.escape(stem)}*.npy")) - {cache}:
+        for old in set(cache.parent.glob(f"{glob.escape(stem)}{'[0-9a-f]' * 16}.npy")) - {cache}:
             old.unlink(missing_ok=True)
     except OSError as error:  # no permission, a full disk
         warnings.warn(f"the decoded images cannot be kept, the next run decodes again: {error}", stacklevel=2)
@@ -164,9 +166,13 @@ def read_tiny_imagenet(paths: list[Path], counts: Counts) -> tuple[Images, Image
     The test set is the official validation set, ordered by class and name like Tiny-ImageNet-C.
     """
     wnids, train, annotations, val = paths
-    names = sorted(wnids.read_text(encoding="utf-8").split())
+    names = sorted(require_file(wnids).read_text(encoding="utf-8").split())
     number = {name: k for k, name in enumerate(names)}
-    rows = [line.split("\t")[:2] for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [
+        line.split("\t")[:2]
+        for line in require_file(annotations).read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
     if not rows:
         raise ValueError(f"{annotations} names no images")
     if wrong := [row for row in rows if len(row) < 2 or row[1] not in number]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data import Images
-from .layout import Counts
+from .layout import Counts, require_file
 
 LARGEST = 1 << 30  # bytes of an IDX file's data; Fashion-MNIST has 47 MB
 
@@ -24,16 +24,18 @@ def read_idx(path: Path) -> np.ndarray:
 
     Raises:
         ValueError: not such a file, its data is shorter or longer than the header says, or the header says more than
-            `LARGEST` bytes.
+            four dimensions or `LARGEST` bytes.
     """
+    require_file(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             start = file.read(4)
-            if start[:3] != b"\x00\x00\x08" or len(start) < 4 or len(sizes := file.read(4 * start[3])) < 4 * start[3]:
+            rank = start[3] if start[:3] == b"\x00\x00\x08" and len(start) == 4 else 255
+            if rank > 4 or len(sizes := file.read(4 * rank)) < 4 * rank:
                 raise ValueError(f"{path} is not an IDX file of unsigned bytes: it starts with {start!r}")
             shape = [int(size) for size in np.frombuffer(sizes, ">u4")]
             count = math.prod(shape)
-            if count > LARGEST:
+            if math.prod(max(size, 1) for size in shape) > LARGEST:
                 raise ValueError(f"{path}: the header says {shape}, {count} bytes; at most {LARGEST} are read")
             data = file.read(count + 1)  # bounded, since a gzip file may expand to a thousand times its size
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -11,11 +11,14 @@ from __future__ import annotations
 import math
 import pickletools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+
+from .layout import require_file
 
 LARGEST_FILE = 1 << 31  # bytes; the largest official batch has 473 MB
 MOST_INSTRUCTIONS = 4_000_000  # a batch of ImageNet-32 needs 400,000; each may create an object of about 100 bytes
@@ -66,7 +69,7 @@ def load_batch(path: Path) -> dict[str, Any]:
         ValueError: the file is larger than 2 GiB, is cut short, holds no dict, or needs anything but such
             values; no function that it names is called.
     """
-    size = path.stat().st_size
+    size = require_file(path).stat().st_size
     if size > LARGEST_FILE:
         raise ValueError(f"{path}: {size} bytes; a batch of images has at most {LARGEST_FILE}")
     try:
@@ -88,6 +91,15 @@ def _evaluate(data: bytes) -> object:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    room = len(data)
+
+    def encoded(text: Any) -> bytes:
+        """Bytes that were written as text. They are no more than the file, which may name one text many times."""
+        nonlocal room
+        room -= len(_a(str, text))
+        if room < 0:
+            raise ValueError("it makes more bytes than it holds: refused")
+        return cast(bytes, text.encode("latin1"))
 
     def since_mark() -> list[Any]:
         start = marks.pop()
@@ -137,10 +149,10 @@ def _evaluate(data: bytes) -> object:
             stack.append(_Named(_CALLABLE[argument]))
         elif name == "REDUCE":
             arguments = _a(tuple, stack.pop())
-            stack.append(_called(_a(_Named, stack.pop()).kind, arguments))
+            stack.append(_called(_a(_Named, stack.pop()).kind, arguments, encoded))
         elif name == "BUILD":
             state = _a(tuple, stack.pop())
-            _restore(stack[-1], state)
+            _restore(stack[-1], state, encoded)
         elif name == "STOP":
             return stack.pop()
         elif name not in ("PROTO", "FRAME", "POP"):
@@ -168,7 +180,7 @@ def _put(into: dict[Any, Any], values: list[Any]) -> dict[Any, Any]:
     return into
 
 
-def _called(kind: str, arguments: tuple[Any, ...]) -> object:
+def _called(kind: str, arguments: tuple[Any, ...], encoded: Callable[[Any], bytes]) -> object:
     """The result of a call of one of `_CALLABLE`."""
     if kind == "reconstruct":
         return _Array()
@@ -179,25 +191,25 @@ def _called(kind: str, arguments: tuple[Any, ...]) -> object:
         return _Type(code)
     if kind == "encode":  # Python 3 writes bytes as latin-1 text in the older protocols
         text, encoding = arguments
-        if encoding != "latin1":
+        if _a(str, encoding) != "latin1":
             raise ValueError(f"bytes as {encoding!r} text")
-        return _a(str, text).encode("latin1")
+        return encoded(text)
     raise ValueError("it calls numpy.ndarray, which no such file needs: refused")
 
 
-def _restore(what: object, state: tuple[Any, ...]) -> None:
+def _restore(what: object, state: tuple[Any, ...], encoded: Callable[[Any], bytes]) -> None:
     """Set the state of a type, ``(version, byte order, ...)``, or array, ``(version, shape, type, order, bytes)``."""
     if isinstance(what, _Type):
         order = state[1].decode("latin1") if isinstance(state[1], bytes) else state[1]
-        if order not in ("<", ">", "|", "="):
+        if _a(str, order) not in ("<", ">", "|", "="):
             raise ValueError(f"a byte order of {order!r}")
         what.order = order
         return
     _, shape, kind, by_columns, raw = state
     shape, kind = _a(tuple, shape), _a(_Type, kind)
     if isinstance(raw, str):  # written by Python 2
-        raw = raw.encode("latin1")
-    if not all(type(size) is int and 0 <= size <= LARGEST_FILE for size in shape) or len(shape) > 4:
+        raw = encoded(raw)
+    if len(shape) > 4 or not all(0 <= _a(int, size) <= LARGEST_FILE for size in shape):
         raise ValueError(f"an array of the shape {str(shape)[:60]}")
     dtype = np.dtype(kind.order + kind.code)
     if math.prod(shape) * dtype.itemsize != len(_a(bytes, raw)):
