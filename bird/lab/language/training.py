@@ -217,8 +217,10 @@ def last_checkpoint(folder: Path) -> str | None:
         mark = path / MARK
         if not mark.exists():
             continue  # left by a killed run; the trainer overwrites it at that step
-        kept = read_checked(mark, f"delete the folder {path}")
-        for name, size in kept["files"].items():
+        files = read_checked(mark, advice := f"delete the folder {path}").get("files")
+        if not files or not isinstance(files, dict):
+            raise ValueError(f"{mark} is damaged (it lists no files): {advice}")
+        for name, size in files.items():
             if not (path / name).is_file() or (path / name).stat().st_size != size:
                 raise ValueError(f"{path} is no longer whole ({name} is not the file of {size} bytes): delete {path}")
         return str(path)
