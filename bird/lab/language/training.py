@@ -238,9 +238,12 @@ def mark_whole(checkpoint: Path) -> None:
 
 
 def forget_checkpoints(folder: Path, before: int | None = None) -> None:
-    """Delete a run's complete checkpoints, or those before a step; what has no mark may be another's and stays."""
+    """Delete a run's checkpoints, or those before a step: whatever has the mark, and empty folders.
+
+    Files without the mark may be somebody else's and stay; the trainer overwrites its own half checkpoint at that step.
+    """
     for step, path in _checkpoints(folder):
-        if (path / MARK).exists() and (before is None or step < before):
+        if (before is None or step < before) and ((path / MARK).exists() or not any(path.iterdir())):
             shutil.rmtree(path)
 
 
