@@ -104,9 +104,12 @@ def cell(value: object) -> str:
 
 
 def load_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file; what is empty is None."""
+    """The rows of a CSV file; what is empty is None. A ValueError where a line has more cells than the first."""
     with path.open(encoding="utf-8", newline="") as file:
-        return [{name: _value(name, text) for name, text in line.items()} for line in csv.DictReader(file)]
+        lines = list(csv.DictReader(file))
+    if any(None in line for line in lines):
+        raise ValueError(f"{path} is no table: a line has more cells than the first")
+    return [{name: _value(name, text) for name, text in line.items()} for line in lines]
 
 
 def _value(name: str, text: str) -> str | int | float | bool | None:

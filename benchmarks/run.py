@@ -243,9 +243,23 @@ def comparison(benchmark: Benchmark, before: Sequence[Row], after: Sequence[Row]
     return "\n".join([table_text(cells), table_text(means), *only, end]), count
 
 
+def rows_of_benchmark(benchmark: Benchmark, path: Path) -> list[Row]:
+    """The rows of a CSV file of this benchmark.
+
+    Raises:
+        ValueError: it is no such file, or one of another benchmark, whose rows would be taken for one another.
+    """
+    rows = load_rows(path)
+    needed = {*benchmark.asked, "provider", "p20", "p50", "p80", "red"}
+    if not rows or not needed <= rows[0].keys() or len({benchmark.key(row) for row in rows}) < len(rows):
+        raise ValueError(f"{path} is not of this benchmark: name the one it is of, {' or '.join(HOMES)}")
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Ask the questions, or compare two results; the exit status is 1 where ours is wrong, or slower than before."""
     options = parser(__doc__)
+    options.prog = "./dev bench"
     options.add_argument("name", nargs="?", default="loss", choices=HOMES)
     options.add_argument("--problem", default="", help="questions whose name holds this or matches it: llm, 'llm*bf*'")
     options.add_argument("--provider", default="*", help="only these providers, as a glob")
@@ -260,8 +274,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--threshold", type=float, default=THRESHOLD, help="a ratio up to it is no regression")
     given = options.parse_args(arguments)
     benchmark: Benchmark = importlib.import_module(f"benchmarks.{HOMES[given.name]}").BENCHMARK
+    if not given.minutes > 0 or (given.threads is not None and given.threads < 1):
+        options.error("--minutes and --threads must be above 0")
     if given.compare:
-        text, count = comparison(benchmark, *map(load_rows, given.compare), given.threshold)
+        try:
+            before, after = (rows_of_benchmark(benchmark, path) for path in given.compare)
+        except (OSError, ValueError) as error:
+            options.error(str(error))
+        text, count = comparison(benchmark, before, after, given.threshold)
         print(text)
         return min(count, 1)
     chosen = [q for q in benchmark.questions if given.problem in str(q) or fnmatch(str(q), given.problem)]
@@ -271,6 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(given.threads)
     given.save &= not given.gates
     rows, wrong, left_out = ask_all(benchmark, chosen, given)
+    if not rows and not left_out:
+        options.error(f"no provider of these questions matches {given.provider!r}")
     print(benchmark.page(rows) if rows else "")
     if left_out:
         print(f"{left_out} questions were not begun for want of --minutes; ask for them with --problem")

@@ -62,7 +62,8 @@ def chunked_backward(
     chunk by itself: batch normalisation uses the chunk's statistics. Before a chunk runs again, the global random
     generators (Python's, NumPy's, PyTorch's of the CPU and of the model's devices) and the model's buffers are reset to
     their state before its first run, so dropout repeats its masks; in the end both have advanced by one pass only.
-    Random numbers from other generators, or from a worker, do not repeat; a comparison of sampled features detects it.
+    Random numbers from other generators, or from a worker, do not repeat; a comparison of sampled features detects it
+    where features differ by more than some 5 %.
     Autocast works both around the call and inside the functions.
 
     Under `DistributedDataParallel` gradients are communicated in the last chunk's backward only. If ``loss`` has a

@@ -25,7 +25,7 @@ from bird_kernels.inputs import require_choice
 from bird_kernels.matrix import Hsics, hsic_matrix
 from bird_kernels.moments import MIN_ROWS
 
-from .features import Pools, Rows, evaluating, find_layers, first_tensor, top_layers, unwrap
+from .features import Pools, Rows, evaluating, find_layers, first_tensor, masks_of, top_layers, unwrap
 from .files import atomic, write_json
 from .taps import Taps
 
@@ -65,12 +65,23 @@ class Similarity:
         path = Path(folder) / "cka.json"
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
-            matrix = np.array(about.pop("cka"), dtype=np.float64)  # None becomes NaN
+            cells = about.pop("cka")
+            if not all(cell is None or type(cell) in (int, float) for row in cells for cell in row):
+                raise ValueError("a cell that is no number")
+            matrix = np.array(cells, dtype=np.float64)  # None becomes NaN
             fields: dict[str, Any] = {key: tuple(a) if isinstance(a, list) else a for key, a in about.items()}
             found = cls(matrix, **fields)
             if matrix.shape != (len(found.layers_a), len(found.layers_b)):
                 raise ValueError(f"a matrix {list(matrix.shape)} of other layers")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            require_choice(estimator=found.estimator)
+            if not all(isinstance(about.get(key, []), list) for key in ("layers_a", "layers_b", "names")):
+                raise ValueError("names that are no list")
+            texts = (*found.layers_a, *found.layers_b, *found.names)
+            if len(found.names) != 2 or not all(isinstance(text, str) for text in texts):
+                raise ValueError("names that are no texts")
+            if any(type(number) is not int or number < 0 for number in (found.batches, found.samples)):
+                raise ValueError("numbers of batches and samples that are none")
+        except (RecursionError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is not what Similarity.save writes ({error}): compare again") from error
         return found
 
@@ -191,8 +202,7 @@ def compare(
         model_b: another network, or the same one, which then runs once per batch.
         loader: batches of inputs: a tensor; a tuple or list, whose first element is used; or a mapping of keyword
             arguments, of which the first tensor is used if a model takes none of these names. Both models run on each
-            batch. If a mapping has an ``attention_mask`` (layers in a ``decoder``: ``decoder_attention_mask``), means
-            over tokens leave padding out.
+            batch. Means over tokens leave out the padding that a mapping tells of, see `bird.features.masks_of`.
         layers_a: module paths or globs, see `bird.features.find_layers`. None: of the outermost layers (the model's
             children, and the items of a ModuleList) those that run once and whose output ``pool`` turns into one row
             per sample. This is determined with the first batch, which runs once more.
@@ -296,17 +306,11 @@ def _tapped(
     with _running(model, device) as run, Taps(model, names, pool=own) as taps:
 
         def features(batch: Any) -> dict[str, Tensor]:
-            taps.masks = _masks(names, batch) if isinstance(batch, Mapping) else {}
+            taps.masks = masks_of(model, names, batch) if isinstance(batch, Mapping) else {}
             run(batch)
             return taps.pop()
 
         yield features
-
-
-def _masks(names: Sequence[str], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The attention mask ``[N, T]`` of each layer, where the batch has one."""
-    kinds = {name: "decoder_attention_mask" if "decoder" in name.split(".") else "attention_mask" for name in names}
-    return {name: batch[kind] for name, kind in kinds.items() if isinstance(batch.get(kind), Tensor)}
 
 
 @contextmanager

@@ -168,7 +168,7 @@ class Rows:
     def __call__(self, output: Any, inputs: Sequence[torch.Size] = (), mask: Tensor | None = None) -> Tensor:
         """The rows ``[N, D]`` of the layer's output, in a forward whose input tensors have the shapes ``inputs``.
 
-        A mean over tokens ``[N, T, D]`` leaves out those where ``mask`` ``[N, T]`` is 0.
+        A mean over tokens ``[N, T, D]`` or ``[T, N, D]`` leaves out those where ``mask`` ``[N, T]`` is 0.
 
         Raises:
             ValueError: the layout is ambiguous, or there is not one row per sample; also as `pool_rows`.
@@ -176,11 +176,12 @@ class Rows:
         features, pool = first_tensor(output), self.pool
         if pool == "mean" and not features.is_nested and features.ndim > 2:
             pool = self._layout(features)
-            if mask is not None and pool == "channels_last" and features.shape[:-1] == mask.shape:
-                wide = torch.promote_types(features.dtype, torch.float32)
-                counts = mask.to(features.device) != 0
-                total = torch.where(counts[:, :, None], features, 0.0).sum(1, dtype=wide)
-                return (total / counts.sum(1, keepdim=True)).to(features.dtype)
+            tokens = features.transpose(0, 1) if pool == "time_first" else features
+            if mask is not None and pool != "channels_first" and tokens.shape[:-1] == mask.shape:
+                wide = torch.promote_types(tokens.dtype, torch.float32)
+                counts = mask.to(tokens.device) != 0
+                total = torch.where(counts[:, :, None], tokens, 0.0).sum(1, dtype=wide)
+                return (total / counts.sum(1, keepdim=True)).to(tokens.dtype)
         rows = pool_rows(features, pool)
         if inputs and not callable(pool) and pool != "none":
             batch = [size for shape in inputs for size in shape[: 1 + (pool == "time_first")]]
@@ -223,6 +224,33 @@ def rows_of(model: nn.Module, layers: Mapping[str, nn.Module], pool: Pools) -> d
     return {name: Rows(model, name, layer, pool) for name, layer in layers.items()}
 
 
+def masks_of(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The mask ``[N, T]`` of each layer's tokens, 0 for padding, where the arguments ``call`` of the model have one.
+
+    It is ``attention_mask``; in the ``decoder`` of an encoder-decoder network it is ``decoder_attention_mask``, else
+    ``labels`` that are not -100. Without a ``config`` a network is one if ``call`` has ``decoder_attention_mask``.
+    """
+    theirs = call.get("decoder_attention_mask")
+    config = getattr(unwrap(model), "config", None)
+    has_both = getattr(config, "is_encoder_decoder", theirs is not None)
+    if theirs is None and isinstance(labels := call.get("labels"), Tensor):
+        theirs = labels != -100
+    masks = {
+        name: theirs if has_both and "decoder" in name.split(".") else call.get("attention_mask") for name in names
+    }
+    return {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}
+
+
+def own_mask(layer: nn.Module, call: Mapping[str, Any]) -> Tensor | None:
+    """The mask ``[N, T]``, 0 for padding, from the ``src_key_padding_mask`` (True or -inf there) of a layer's call.
+
+    Of PyTorch's decoders, and of `torch.nn.Transformer`, which ends in one, it is ``tgt_key_padding_mask``.
+    """
+    decodes = isinstance(unwrap(layer), (nn.Transformer, nn.TransformerDecoder, nn.TransformerDecoderLayer))
+    padding = call.get(f"{'tgt' if decodes else 'src'}_key_padding_mask")
+    return padding == 0 if isinstance(padding, Tensor) else None
+
+
 def _is_time_first(module: nn.Module) -> bool:
     if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
         return len(module.layers) > 0 and _is_time_first(module.layers[0])
@@ -251,6 +279,7 @@ class Pass:
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
         self.inputs: list[torch.Size] = []  # the shapes of the model's input tensors
+        self.masks: dict[str, Tensor] = {}  # `masks_of` its call
         self.builds_graph = False  # whether gradients were enabled when the forward began
         self.running = False  # whether the forward is in progress
 

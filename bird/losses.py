@@ -263,9 +263,9 @@ def _mean_squares(regressor: nn.Module, name: str, teacher: Tensor, student: Ten
 
 def _scalar(task_loss: Tensor) -> Tensor:
     """The loss of the task; one for each sample would multiply the guidance by their number in a sum."""
-    if not isinstance(task_loss, Tensor) or task_loss.ndim > 0:
-        found = f"of shape {list(task_loss.shape)}" if isinstance(task_loss, Tensor) else repr(task_loss)
-        raise ValueError(f"task_loss must be a 0-d tensor, got {found}: average it, as reduction='mean' does")
+    if not isinstance(task_loss, Tensor) or task_loss.ndim > 0 or task_loss.is_complex():
+        found = f"{task_loss.dtype} {list(task_loss.shape)}" if isinstance(task_loss, Tensor) else repr(task_loss)
+        raise ValueError(f"task_loss must be a 0-d tensor of real numbers, got {found}: average it (reduction='mean')")
     return task_loss
 
 
@@ -276,8 +276,11 @@ _NO_GRADIENT = (
 
 
 def _number(weight: Weight) -> float:
-    if not isinstance(weight, (numbers.Real, Tensor)):
-        raise TypeError(f"a weight must be a number or a 0-d tensor, got {weight!r}")
+    real = (
+        weight.ndim == 0 and not weight.is_complex() if isinstance(weight, Tensor) else isinstance(weight, numbers.Real)
+    )
+    if not real:
+        raise TypeError(f"a weight must be a real number or a 0-d tensor of one, got {weight!r}")
     return float(weight.detach() if isinstance(weight, Tensor) else weight)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from .features import Passes, Pools, find_layers, rows_of, shapes_of, unwrap
+from .features import Passes, Pools, find_layers, own_mask, rows_of, shapes_of, unwrap
 
 
 class Taps:
@@ -45,6 +45,7 @@ class Taps:
     Attributes:
         names: the paths of the tapped layers in the unwrapped model, globs expanded.
         masks: ``{layer: [N, T]}``, to be set before a forward: tokens with 0 are left out of means of ``[N, T, D]``.
+            The others leave out what the call of the layer itself has as ``src_key_padding_mask``.
     """
 
     def __init__(self, model: nn.Module, names: str | Sequence[str], *, pool: Pools = "mean") -> None:
@@ -59,7 +60,7 @@ class Taps:
             root.register_forward_hook(self._end),
         ]
         for name, layer in layers.items():
-            self._handles.append(layer.register_forward_hook(functools.partial(self._record, name)))
+            self._handles.append(layer.register_forward_hook(functools.partial(self._record, name), with_kwargs=True))
 
     def pop(self) -> dict[str, Tensor]:
         """Return the features of the last forward, ``{name: [N, D]}`` in the order of `names`, and clear them.
@@ -101,10 +102,10 @@ class Taps:
     def _end(self, _model: nn.Module, _args: Any, _output: Any) -> None:
         self._passes.now.running, self._passes.now.inputs = False, []
 
-    def _record(self, name: str, layer: nn.Module, _args: Any, output: Any) -> None:
+    def _record(self, name: str, layer: nn.Module, _args: Any, call: Any, output: Any) -> None:
         # Pooled at once, before a later in-place layer can overwrite the output; and in a recomputation too,
         # which must save the same tensors for backward as the first run did.
-        rows = self._rows[name](output, self._passes.now.inputs, self.masks.get(name))
+        rows = self._rows[name](output, self._passes.now.inputs, self.masks.get(name, own_mask(layer, call)))
         if torch.compiler.is_compiling():
             # Traced code cannot call `_in_backward`. Checkpoints inside the graph are handled by the compiler; a
             # compiled block inside a checkpoint is recomputed outside of any forward, on a GPU in one of autograd's
@@ -146,14 +147,14 @@ class FirstPass(Taps):
         if torch.compiler.is_compiling() or not _in_backward():
             self._passes.now.running = self._called = True
 
-    def _record(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
+    def _record(self, name: str, layer: nn.Module, args: Any, call: Any, output: Any) -> None:
         if torch.compiler.is_compiling() or not _in_backward():
             passed = self._passes.now.builds_graph and not torch.is_grad_enabled()
             if passed and not torch.compiler.is_compiling() and _called_from(CheckpointFunction.forward.__code__):
                 raise RuntimeError(_NO_GRAPH.format(name))
             if passed or name in self._passes.now.features:
                 return
-        super()._record(name, layer, args, output)
+        super()._record(name, layer, args, call, output)
 
 
 _NO_GRAPH = (

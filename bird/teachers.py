@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import Passes, Pools, find_layers, rows_of, shapes_of, unwrap
+from .features import Passes, Pools, find_layers, masks_of, own_mask, rows_of, shapes_of, unwrap
 
 
 class Teacher(nn.Module):
@@ -58,7 +58,7 @@ class Teacher(nn.Module):
         self._passes = Passes()
         self._cargo = [model.requires_grad_(False).eval()]  # in a list nn.Module does not register it as a submodule
         for name, layer in layers.items():
-            layer.register_forward_hook(functools.partial(self._record, name))
+            layer.register_forward_hook(functools.partial(self._record, name), with_kwargs=True)
         self.eval()
 
     @property
@@ -69,7 +69,8 @@ class Teacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Run the model; return pooled features ``{name: [N, D]}`` in the order of `names`.
 
-        They keep the dtype of the layer's output (bf16 under autocast) and never require gradients.
+        They keep the dtype of the layer's output (bf16 under autocast) and never require gradients. Means over tokens
+        leave out the padding of masks that are given by keyword, as ``attention_mask``, see `bird.features.masks_of`.
 
         Raises:
             RuntimeError: the model's forward ended without running one of the layers.
@@ -78,13 +79,14 @@ class Teacher(nn.Module):
             self.model.eval()
         features = self._passes.now.features = {}
         self._passes.now.inputs, self._passes.now.running = shapes_of(args, kwargs), True
+        self._passes.now.masks = masks_of(self.model, self.names, kwargs)
         try:
             with torch.no_grad():
                 self.model(*args, **kwargs)
         except _AllSeen:
             pass
         finally:
-            self._passes.now.features, self._passes.now.running = {}, False
+            self._passes.now.features, self._passes.now.masks, self._passes.now.running = {}, {}, False
         missing = [name for name in self.names if name not in features]
         if missing:
             raise RuntimeError(f"the teacher's forward did not run {missing}: tap layers that its input reaches")
@@ -105,11 +107,12 @@ class Teacher(nn.Module):
             self.model._apply(functools.partial(_moved, fn), recurse)
         return super()._apply(fn, recurse)
 
-    def _record(self, name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
+    def _record(self, name: str, layer: nn.Module, _args: Any, call: Any, output: Any) -> None:
         features = self._passes.now.features
         if not self._passes.now.running or name in features:
             return
-        features[name] = self.rows[name](output, self._passes.now.inputs)
+        mask = self._passes.now.masks.get(name, own_mask(layer, call))
+        features[name] = self.rows[name](output, self._passes.now.inputs, mask)
         if len(features) == len(self.names) and not torch.compiler.is_compiling():
             raise _AllSeen
 

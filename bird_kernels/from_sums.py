@@ -10,7 +10,7 @@ from torch import Tensor
 from . import backends
 from .backends.dominating import alive, dominated, squared_norms
 from .backends.linalg import LIMIT, at_least, fp32_products, inner, kept, scalar, to, unit_of
-from .backends.rows import Rows, Term, apart, centred, mean, shifted, weighed, wide_of
+from .backends.rows import ShiftedRows, Term, apart, centred, mean, shifted, weighed, wide_of
 from .moments import MIN_ROWS, ROUNDING, Coefficients, Moments, Scalar, combine
 from .sums import Norms, Sums, scaled, times, trace
 from .types import Problem
@@ -116,7 +116,12 @@ def _products(xs: Tensor, ys: Tensor, xx: Tensor, xy: Tensor, factors: tuple[Sca
 
 
 def _terms(
-    z: Rows, origins: tuple[Tensor, Tensor], xx: Tensor, xy: Tensor, factors: tuple[Scalar, Scalar], c: Coefficients
+    z: ShiftedRows,
+    origins: tuple[Tensor, Tensor],
+    xx: Tensor,
+    xy: Tensor,
+    factors: tuple[Scalar, Scalar],
+    c: Coefficients,
 ) -> tuple[Term, Term]:
     """The two summands of `_products` for shifted rows, as terms of `weighed`."""
     each = (z.x, origins[0], xx, factors[1] * c.scale_x), (z.y, origins[1], xy, factors[0] * c.scale_y)
@@ -132,7 +137,7 @@ def _unbiased(
     x: Tensor,
     y: Tensor,
     mask: Tensor | None,
-    z: Rows | None,
+    z: ShiftedRows | None,
     s: Sums,
     factors: tuple[Scalar, Scalar],
     *,

@@ -279,6 +279,10 @@ def _require_state(saved: Sums, eps: object) -> None:
             )
         if value.dtype != torch.float64 and name not in ("xx", "xy", "yy"):
             raise ValueError(f"a damaged state of Statistics: {name} is {value.dtype}, not torch.float64")
+    if len({saved.xx.dtype, saved.xy.dtype, saved.yy.dtype}) > 1:
+        raise ValueError("a damaged state of Statistics: xx, xy and yy are not of one dtype")
+    if saved.n.device.type == "cpu" and any((own.diagonal() < 0).any() for own in (saved.xx, saved.yy)):
+        raise ValueError("a damaged state of Statistics: a sum of squares is negative")
     if eps.numel() != 1 or eps.device.type != "cpu" or not 0 < float(eps) <= 1:
         raise ValueError("a damaged state of Statistics: eps is no number above 0 on the CPU")
     n = saved.n

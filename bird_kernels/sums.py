@@ -106,7 +106,7 @@ def sums_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Sums
         return include(_of_rows(bulk, problem).to(torch.float64), _of_rows(heavy, problem))
 
 
-def _of_rows(z: rows.Rows, problem: Problem) -> Sums:
+def _of_rows(z: rows.ShiftedRows, problem: Problem) -> Sums:
     """`sums_of` shifted rows, none of them treated as dominating."""
     norms = None
     if problem.estimator == "unbiased":

@@ -7,6 +7,7 @@ The colour picture is drawn by code; the grey one is a test image of the shipped
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def _enlarged(x: Tensor) -> Image.Image:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     part = PATH.with_name(PATH.name + ".part")
     sheet().save(part, format="PNG", optimize=True)
     os.replace(part, PATH)

@@ -5,6 +5,7 @@ python -m tools.readme_tables    # writes them into README.md
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,4 +83,5 @@ def tables() -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(with_parts(PAGE.read_text(encoding="utf-8"), tables()), encoding="utf-8")

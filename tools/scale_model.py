@@ -5,6 +5,7 @@ python -m tools.scale_model writes both anew; tests/repo/test_scale.py holds the
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,5 +174,6 @@ def draw_picture(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(with_parts(PAGE.read_text(encoding="utf-8"), sections()), encoding="utf-8")
     draw_picture(PICTURE)

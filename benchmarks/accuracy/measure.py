@@ -9,6 +9,7 @@ computes the unbiased estimator is compared with the unbiased truth.
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -60,6 +61,7 @@ def gradient_error(name: str, mean: int, dtype: str) -> float:
 
 def main() -> None:
     """Measure and write, to two digits."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     origin = origin_of(torch.device("cpu"))
     about = {"torch": origin["torch"], "date": origin["date"]}

@@ -8,7 +8,7 @@ lexicon; the others are of a review's style. Means over the held-out prompts.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -54,4 +54,8 @@ def main(root: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("runs", type=Path, help="the folder of a finished run of language/positivity-dpo")
+    options.add_argument("path", type=Path, help="the JSON file to write")
+    given = options.parse_args()
+    main(given.runs, given.path)

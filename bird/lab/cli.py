@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--chunk", type=int, help="images in memory at a time, if a batch is too large for it")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")
     command.add_argument(
-        "--quick", action="store_true", help="half a minute: shows that everything runs, not the effect"
+        "--quick", action="store_true", help="a minute or two: shows that everything runs, not the effect"
     )
 
     for name, does in (
@@ -152,6 +152,8 @@ def _run(options: argparse.Namespace) -> int:
         # A step of small networks takes 12 ms on one core and 9 on two, but 40 to 400 on two that are also wanted
         # elsewhere, because the threads wait for each other. And the numbers no longer depend on the core count.
         torch.set_num_threads(1)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file: name a folder, which is made if it is not there")
     experiment, choice = _experiment(options, device, jobs)
     experiment.check()
     asked = _asked(experiment, options.command, choice)
@@ -342,10 +344,10 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not 0.0 < minutes < 1440.0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes above 0")
-    return minutes
+    with contextlib.suppress(ValueError):
+        if 0.0 < float(text) < 1440.0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number of minutes above 0")
 
 
 def _tune(options: argparse.Namespace) -> int:
@@ -367,7 +369,7 @@ def _shapes_of(folder: Path) -> list[list[Any]]:
     """What the runs below a folder have noted: [rows, student's width, teacher's width, dtype] each."""
     files = sorted(folder.rglob("shapes.json"))
     if not files:
-        raise ValueError(f"{folder} has no shapes.json: a run of `fit` with BirdLoss writes one with its checkpoints")
+        raise ValueError(f"{folder} has no shapes.json: a recipe's run with BIRD writes one with its checkpoints")
     noted = {shape for file in files for shape in _shapes(file)}
     return [[*shape] for shape in sorted(noted) if shape[3] in ("float32", "bfloat16", "float16")]
 

@@ -140,7 +140,8 @@ class Guide:
 
     Raises:
         ValueError: an unknown layer (the nearest are listed), or one outside the encoder of an encoder-decoder network;
-            a tokenizer that is not known, or has another vocabulary although tokens are compared.
+            a teacher that shares parameters with the student; a tokenizer that is not known, or has another vocabulary
+            although tokens are compared.
     """
 
     def __init__(
@@ -178,6 +179,8 @@ class Guide:
     def watch(self, student: nn.Module) -> None:
         """Tap the layer of a student."""
         core = without_adapters(student)
+        if {*student.parameters()} & {*self.guidance.teacher.parameters()}:
+            raise ValueError("the teacher has the student's own parameters, and is frozen: give it a copy.deepcopy")
         self.layer = self.guidance.layer or backbone(core)
         _require_encoder(core, find_layers(core, self.layer))
         prompt_learning = getattr(unwrap(student), "active_peft_config", None)

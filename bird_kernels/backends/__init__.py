@@ -59,7 +59,7 @@ def _shifts(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_available() and why_not("triton", dtype, device) is None
 
 
-def shifted_rows(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.Rows | None:
+def shifted_rows(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> rows.ShiftedRows | None:
     """x [n, p] and y [n, q], with mask bool [n] or None, as shifted operands of products on a GPU: by Triton if its
     kernels work, else by plain PyTorch. None for fp64 and on other devices, where centring first is as accurate."""
     if not rows.wanted(problem):
@@ -68,7 +68,7 @@ def shifted_rows(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) ->
     kind = problem._replace(n=max(len(x), p + q + 1), p=p, q=q, masked=mask is not None, estimator="biased")
     if not (_shifts(problem.dtype, problem.device) and works("library", kind)):
         return rows.shifted(x, y, mask)
-    found: rows.Rows = of(kind, "library").rows_of(x, y, mask, kind._replace(n=len(x)))
+    found: rows.ShiftedRows = of(kind, "library").shift_rows(x, y, mask, kind._replace(n=len(x)))
     return found
 
 

@@ -27,7 +27,7 @@ ROOM = 2.0**15  # fp16: entries up to this many times the spread fit into its ra
 
 
 class Columns(NamedTuple):
-    """One side of `Rows`: columns ``place`` of z hold (x - shift) * scale, and ``total`` are their sums.
+    """One side of `ShiftedRows`: columns ``place`` of z hold (x - shift) * scale, and ``total`` are their sums.
 
     ``shift`` [d] and ``total`` [d] are fp32 or fp64, ``scale`` is a power of two.
     """
@@ -38,7 +38,7 @@ class Columns(NamedTuple):
     total: Tensor
 
 
-class Rows(NamedTuple):
+class ShiftedRows(NamedTuple):
     """z [rows, *] in the features' dtype: y's columns, x's, each padded to a multiple of 8, and 1 1 0 0 0 0 0 0.
 
     Masked rows are zero, ones included, and further rows of zeros may follow. ``n`` is the number of rows that are not
@@ -72,14 +72,14 @@ def places(p: int, q: int) -> tuple[slice, slice]:
 
 def described(
     z: Tensor, n: Scalar, shifts: Tensor, scales: tuple[Scalar, Scalar], totals: Tensor, *, p: int, q: int
-) -> Rows:
-    """`Rows` from z, the shifts [*] and sums [*] of all its columns, and the scales of x and y."""
+) -> ShiftedRows:
+    """`ShiftedRows` from z, the shifts [*] and sums [*] of all its columns, and the scales of x and y."""
     sides = zip(places(p, q), scales, strict=True)
-    return Rows(z, n, *(Columns(place, shifts[place], scale, totals[place]) for place, scale in sides))
+    return ShiftedRows(z, n, *(Columns(place, shifts[place], scale, totals[place]) for place, scale in sides))
 
 
-def shifted(x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
-    """The `Rows` of x [n, p] and y [n, q] of one dtype, with mask bool [n] or None, in plain PyTorch."""
+def shifted(x: Tensor, y: Tensor, mask: Tensor | None) -> ShiftedRows:
+    """The `ShiftedRows` of x [n, p] and y [n, q] of one dtype, with mask bool [n] or None, in plain PyTorch."""
     (n, p), q, wide = x.shape, y.shape[1], wide_of(x)
     z = x.new_zeros(n, padded(q) + padded(p) + 8)
     counted = z[:, -8:-6]
@@ -100,7 +100,7 @@ def shifted(x: Tensor, y: Tensor, mask: Tensor | None) -> Rows:
     return described(z, row_count(x, mask), shifts, (scales[0], scales[1]), z.sum(0, dtype=wide), p=p, q=q)
 
 
-def apart(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, Tensor, Tensor, Tensor]:
+def apart(rows: ShiftedRows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[ShiftedRows, Tensor, Tensor, Tensor]:
     """Separate the rows that may dominate: the rest (z is zero in their place), their indices [k], and their values.
 
     These are of x [k, p] and of y [k, q], minus the means of the rest; fp32 or fp64, zero where masked.
@@ -111,7 +111,7 @@ def apart(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, 
     z.index_fill_(0, few, 0.0)
     totals = z.sum(0, dtype=wide)
     of_x, of_y = (side._replace(total=totals[side.place]) for side in (rows.x, rows.y))
-    rest = Rows(z, scalar(totals[-8]), of_x, of_y)
+    rest = ShiftedRows(z, scalar(totals[-8]), of_x, of_y)
     known = None if mask is None else mask[few]
     heavy_x, heavy_y = (
         kept((to(features[few], wide) - side.shift) * side.scale - rest.mean(side), known)
@@ -120,12 +120,12 @@ def apart(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Rows, 
     return rest, few, heavy_x, heavy_y
 
 
-def mean(rows: Rows, side: Columns) -> Tensor:
+def mean(rows: ShiftedRows, side: Columns) -> Tensor:
     """The mean of the features of one side, fp64 [d]."""
     return side.shift.double() + side.total.double() / at_least(1.0, rows.n) / side.scale
 
 
-def products(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def products(rows: ShiftedRows) -> tuple[Tensor, Tensor, Tensor]:
     """Zx^T Zx, Zy^T Zx and Zy^T Zy of centred columns, in fp32 or fp64; zero for a side whose variance is rounding
     only."""
     x, y, wide = rows.x, rows.y, wide_of(rows.z)
@@ -149,7 +149,7 @@ def centred(z: Tensor, place: slice, mean: Tensor) -> Tensor:
     return torch.addcmul(z[:, place], z[:, -8, None], mean, value=-1.0)
 
 
-def beside_z(rows: Rows, heavy_x: Tensor, heavy_y: Tensor) -> Tensor:
+def beside_z(rows: ShiftedRows, heavy_x: Tensor, heavy_y: Tensor) -> Tensor:
     """The separated rows of `apart`, and below them the means, with columns as in z: [k + 1, *]."""
     x, y = (torch.cat([a, rows.mean(side)[None]]) for a, side in ((heavy_x, rows.x), (heavy_y, rows.y)))
     return torch.cat([pad(y, (0, rows.x.place.start - rows.y.place.stop)), x], 1)
@@ -169,7 +169,7 @@ class Term(NamedTuple):
 
 
 def weighed(z: Tensor, n: int, terms: tuple[Term, ...], wide: bool = True) -> Tensor:
-    """The sum of the terms for the first ``n`` rows, by one product with z of `Rows`: [n, p].
+    """The sum of the terms for the first ``n`` rows, by one product with z of `ShiftedRows`: [n, p].
 
     In fp32 (fp64 for fp64) if ``wide``, else in the features' dtype.
     """

@@ -28,9 +28,9 @@ from ..types import Problem, Route, Shapes, Stash
 from . import library
 from .dominating import how_many
 from .linalg import PART, fp32_products, mm, padded
-from .rows import Rows, described, rounded_product
+from .rows import ShiftedRows, described, rounded_product
 from .triton import apart, double, finish
-from .triton.gradient import named
+from .triton.gradient import memory_of
 from .triton.launch import Known, Launch, aligned, as_bytes, device_of, precision_of
 from .triton.reduce import COEFFICIENTS
 from .triton.shift import SHARES, Shift
@@ -102,7 +102,7 @@ def backward(
         return dx, launches.gradient(1, grad, bytes_, stash) if problem.y_grad else y.new_empty(0)
 
 
-def rows_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> Rows:
+def shift_rows(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> ShiftedRows:
     """`rows.shifted` in two launches, for a ``problem`` of the cross route."""
     with device_of(x):
         launches = _launches_of(problem._replace(estimator="biased"), "cross", precision_of(problem))
@@ -266,7 +266,7 @@ class _Gram(_Launches):
             else:
                 torch.mm(z.float(), z.T.float(), out=gram)
         slots, value = x.new_empty(6 * self.blocks, dtype=torch.float64), x.new_empty((), dtype=torch.float32)
-        memory |= dict(slots=slots, values=value, rows=torch.empty_like(stash.rows)) | named(stash)
+        memory |= dict(slots=slots, values=value, rows=torch.empty_like(stash.rows)) | memory_of(stash)
         self.sum_rows(known, memory)
         self.moments(known, memory)
         return value, stash
@@ -276,7 +276,7 @@ class _Gram(_Launches):
         m = z.new_empty((self.problem.n, self.rows))
         factor = stash.xx.new_empty(())
         known = (grad.dtype,) if aligned(grad, mask) else None
-        self.mix[side](known, named(stash) | dict(mask=mask, grad=grad, m=m, factor=factor))
+        self.mix[side](known, memory_of(stash) | dict(mask=mask, grad=grad, m=m, factor=factor))
         return rounded_product(m, z, factor, self.problem.n, (self.problem.p, self.problem.q)[side])
 
 

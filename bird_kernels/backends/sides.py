@@ -35,8 +35,8 @@ class Sides(NamedTuple):
 
 
 class Shifted(NamedTuple):
-    """A `Side`'s rows as operands of products: columns ``own`` and ``other`` of z (`rows.Rows`), except for the rows
-    ``few`` [k] (indices), which are in ``beside`` (`rows.beside_z`)."""
+    """A `Side`'s rows as operands of products: columns ``own`` and ``other`` of z (`rows.ShiftedRows`), except for the
+    rows ``few`` [k] (indices), which are in ``beside`` (`rows.beside_z`)."""
 
     z: Tensor
     beside: Tensor

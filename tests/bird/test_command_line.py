@@ -187,3 +187,23 @@ def test_homes_and_folders_that_there_are_not(
     networks: Any = pytest.importorskip("bird.lab.language.models", reason="an extra: bird-kernels[language]")
     with pytest.raises(ValueError, match="no home of such a user"):
         networks.locate_network(f"{NOBODY}/x")
+
+
+def test_held_out_corruptions_alone_make_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found before any work, and not when the report is written."""
+    path = written(tmp_path, TINY, ('corruptions = ["brightness", "contrast"]', 'corruptions = ["brightness"]'))
+    assert command("run", path) == 2
+    assert "scoring.corruptions must hold some that are not held out, too" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_teacher_is_trained_under_what_is_held_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, TINY, ('corruptions = ["contrast"]', 'corruptions = ["contrast", "brightness"]'))
+    assert command("run", path) == 2
+    assert "held_out has ['brightness'], under which teachers are trained" in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, TINY)
+    assert command("run", path, out=path) == 2
+    assert f"--out {path} is a file: name a folder" in capsys.readouterr().err

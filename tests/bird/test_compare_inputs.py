@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ def test_padding_does_not_count() -> None:
 def test_a_decoder_has_a_mask_of_its_own() -> None:
     torch.manual_seed(0)
     model, options = Reader("decoder"), dict(layers_a="embed", layers_b="parts.decoder", progress=False)
+    model.config = SimpleNamespace(is_encoder_decoder=True)
     batch = reader_batches(0)[0]
     ours = {"decoder_attention_mask": torch.ones(12, 7)}
     whole = compare(model, model, [batch | ours], **options).matrix
@@ -65,6 +67,19 @@ def test_a_decoder_has_a_mask_of_its_own() -> None:
     padded = compare(model, model, [batch | {"decoder_attention_mask": batch["attention_mask"]}], **options).matrix
     np.testing.assert_allclose(whole, without)
     assert abs(whole - padded).max() > 1e-3
+    labels = torch.where(batch["attention_mask"] != 0, batch["input_ids"], -100)
+    np.testing.assert_allclose(compare(model, model, [batch | {"labels": labels}], **options).matrix, padded)
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(is_encoder_decoder=False)])
+def test_a_network_that_is_a_decoder_only_has_the_mask_of_its_tokens(config: Any) -> None:
+    """OPT's layers are ``decoder.layers.0``, and its batches have ``attention_mask`` alone."""
+    torch.manual_seed(0)
+    model, options = Reader("decoder"), dict(layers_a="embed", layers_b="parts.decoder", progress=False)
+    if config is not None:
+        model.config = config
+    found, other = (compare(model, model, reader_batches(filler), **options).matrix for filler in (0, 49))
+    np.testing.assert_allclose(found, other, rtol=1e-6)
 
 
 class Pictures(nn.Module):
@@ -122,7 +137,23 @@ def test_what_was_saved_is_loaded_with_names_on_the_axes(tmp_path: Path, monkeyp
         Similarity.load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"cka": [[1.0]], "what": 1}', '{"cka": "x"}', "{"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(estimator="x"), dict(batches=-1), dict(samples=None), dict(names=5), dict(names=["a"]),
+        dict(layers_a="a"), dict(layers_a=[1]), dict(cka=[["1", "2"]]), dict(cka=[[True, 1.0]]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_of_another_kind_is_damage(change: dict[str, Any], tmp_path: Path) -> None:
+    Similarity(np.ones((1, 2)), ("a",), ("b", "c"), "biased", 1, 4).save(tmp_path)
+    about = json.loads((tmp_path / "cka.json").read_text())
+    (tmp_path / "cka.json").write_text(json.dumps(about | change))
+    with pytest.raises(ValueError, match=r"cka\.json is not what Similarity\.save writes"):
+        Similarity.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "", "[1]", "{}", '{"cka": [[1.0]], "what": 1}', '{"cka": "x"}', "{"])
 def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "cka.json").write_text(text)
     with pytest.raises(ValueError, match=r"cka\.json is not what Similarity\.save writes"):

@@ -232,6 +232,9 @@ def test_statistics() -> None:
         refused += said is not None
     assert refused > 0.8 * 300
     assert Statistics.from_state_dict(state).cka() == statistics.cka()
+    for odd in ({"xx": -state["xx"]}, {"yy": -state["yy"]}, {"xy": state["xy"].float()}):
+        with pytest.raises(ValueError, match="damaged state of Statistics"):
+            Statistics.from_state_dict(state | odd)
     for eps, n in ((float("nan"), 9.0), (1e-7, float("inf")), (1e-7, 2.5), (1e-7, float("nan"))):
         values = {"eps": torch.tensor(eps, dtype=torch.float64), "n": torch.tensor(n, dtype=torch.float64)}
         with pytest.raises(ValueError, match="damaged state of Statistics"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import struct
 import sys
 import tracemalloc
 import warnings
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from bird.lab.vision.datasets import DATASETS, folders, load_splits
+from bird.lab.vision.datasets import DATASETS, available_corruptions, folders, load_corrupted, load_splits
 from bird.lab.vision.datasets.grey import read_idx
 from tests.bird import official_files as official
 
@@ -248,6 +249,28 @@ def test_sixteen_bits_become_eight(name: str, tmp_path: Path) -> None:
     assert np.array_equal(folders._decode(tmp_path / name), expected)
 
 
+def grey_tiff(bits: int, zero_is_black: bool) -> bytes:
+    """32 x 32 white pixels of so many bits, by the TIFF 6.0 specification."""
+    pixels = (b"\xff" if zero_is_black else b"\0") * (32 * 32 * bits // 8)
+    fields = {256: 32, 257: 32, 258: bits, 259: 1, 262: int(zero_is_black), 273: 8, 277: 1, 278: 32, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    return header + pixels + struct.pack("<H", len(fields)) + entries + struct.pack("<I", 0)
+
+
+def test_tiffs_of_other_depths_are_refused(tmp_path: Path) -> None:
+    """White of 12 bits would be nearly black, and so would white that is written as 0."""
+    path = tmp_path / "a.tif"
+    path.write_bytes(grey_tiff(16, zero_is_black=True))
+    assert (folders._decode(path) == 255).all()
+    for bits, black in ((12, True), (16, False)):
+        path.write_bytes(grey_tiff(bits, black))
+        with pytest.raises(
+            ValueError, match=r"a.tif cannot be decoded: a grey TIFF of 9 to 15 bits, or whose 0 is white"
+        ):
+            folders._decode(path)
+
+
 @pytest.mark.parametrize(("dtype", "words"), [(np.float32, "real numbers"), (np.int32, "whole numbers")])
 def test_numbers_without_a_range_are_refused(dtype: type[np.generic], words: str, tmp_path: Path) -> None:
     """Of floats in [0, 1] the conversion to 8 bits leaves 0 and 1."""
@@ -278,3 +301,87 @@ def test_a_bomb_of_zeros_takes_little_memory(tmp_path: Path) -> None:
         read_idx(path)
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
+
+
+@pytest.fixture
+def cifar_c(tmp_path: Path, expect: Callable[..., None]) -> tuple[Path, np.ndarray, np.ndarray]:
+    """The root of a CIFAR-10 with its CIFAR-10-C, the corrupted images ``[5, 20, 3, 32, 32]``, and the labels."""
+    train, test = official.make_arrays(50, 10, 1), official.make_arrays(20, 10, 2)
+    official.write_cifar(tmp_path / "cifar-10-batches-bin", train, test)
+    expect("cifar10", counts=(50, 20))
+    corrupted, _ = official.make_arrays(100, 10, 3)
+    folder = tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    np.save(folder / "gaussian_noise.npy", corrupted.transpose(0, 2, 3, 1))
+    np.save(folder / "saturate.npy", 255 - corrupted.transpose(0, 2, 3, 1))
+    np.save(folder / "labels.npy", np.tile(test[1], 5))
+    return tmp_path, corrupted.reshape(5, 20, 3, 32, 32), test[1]
+
+
+def test_cifar_c_pairs_with_the_test_set(cifar_c: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    root, corrupted, labels = cifar_c
+    clean = load_splits("cifar10", root).test
+    for severity in range(1, 6):
+        images, ordered = official.by_class(corrupted[severity - 1], labels)
+        for name, truth in (("gaussian_noise", images), ("saturate", 255 - images)):
+            data = load_corrupted("cifar10", root, name, severity)
+            assert np.array_equal(data.images.numpy(), truth)
+            assert data.labels.tolist() == ordered.tolist() == clean.labels.tolist()
+    few = load_corrupted("cifar10", root, "gaussian_noise", 5, classes=[8, 3])
+    assert few.labels.tolist() == [0, 0, 1, 1]
+    assert np.array_equal(few.images[2:].numpy(), corrupted[4][labels == 3])
+    assert available_corruptions("cifar10", root) == ["gaussian_noise", "saturate"]
+    assert available_corruptions("cifar100", root) == available_corruptions("tiny-imagenet", root) == []
+
+
+def test_a_broken_cifar_c_is_refused(cifar_c: tuple[Path, np.ndarray, np.ndarray]) -> None:
+    root, _, _ = cifar_c
+    with pytest.raises(ValueError, match="severity must be 1 to 5, got 0"):
+        load_corrupted("cifar10", root, "saturate", 0)
+    with pytest.raises(ValueError, match="classes must be different numbers from 0 to 9"):
+        load_corrupted("cifar10", root, "saturate", 1, classes=[10])
+    with pytest.raises(ValueError, match="published of cifar10, cifar100, tiny-imagenet, not of 'digits'"):
+        load_corrupted("digits", root, "saturate", 1)
+    with pytest.raises(FileNotFoundError) as error:
+        load_corrupted("cifar10", root, "fog", 1)
+    for words in ("missing: fog.npy)", "gaussian_noise, saturate", "https://zenodo.org/records/2535967"):
+        assert words in str(error.value)
+
+    path = root / "CIFAR-10-C" / "saturate.npy"
+    whole = path.read_bytes()
+    for write, message in (
+        (lambda: path.write_bytes(whole[:-1]), "saturate.npy: "),
+        (lambda: path.write_bytes(b""), "saturate.npy: "),
+        (lambda: np.save(path, np.zeros((99, 32, 32, 3), np.uint8)), r"uint8 \[99, 32, 32, 3\], not uint8 \[100, 32"),
+        (lambda: np.save(path, np.zeros((100, 32, 32, 3))), r"float64 \[100, 32, 32, 3\], not uint8"),
+        (lambda: np.save(path, np.array([{}]), allow_pickle=True), "saturate.npy: .*pickle|Python objects"),
+        (lambda: np.save(path.with_name("labels.npy"), np.zeros(99, int)), "labels.npy: .*not 100 integers"),
+    ):
+        if "labels" in message:
+            path.write_bytes(whole)
+        write()
+        with pytest.raises(ValueError, match=message) as broken:
+            load_corrupted("cifar10", root, "saturate", 1)
+        assert "CIFAR-10-C, saturate is broken" in str(broken.value)
+
+
+def test_tiny_imagenet_c_pairs_with_the_test_set(tiny: Path, decodings: list[Path]) -> None:
+    source, target = tiny / "tiny-imagenet-200" / "val", tiny / "Tiny-ImageNet-C" / "fog" / "3"
+    for line in (source / "val_annotations.txt").read_text().splitlines():
+        name, wnid = line.split("\t")[:2]
+        (target / wnid).mkdir(parents=True, exist_ok=True)
+        (target / wnid / name).write_bytes((source / "images" / name).read_bytes())
+    clean = load_splits("tiny-imagenet", tiny).test
+    data = load_corrupted("tiny-imagenet", tiny, "fog", 3)
+    assert torch.equal(data.images, clean.images)  # the copies are not corrupted: so the order shows
+    assert torch.equal(data.labels, clean.labels)
+    del decodings[:]
+    few = load_corrupted("tiny-imagenet", tiny, "fog", 3, classes=[2])
+    assert decodings == []
+    assert torch.equal(few.images, clean.images[clean.labels == 2])
+    assert available_corruptions("tiny-imagenet", tiny) == ["fog"]
+    with pytest.raises(FileNotFoundError, match=r"fog: 4 \(missing: all of them\)\nCorruptions there: fog"):
+        load_corrupted("tiny-imagenet", tiny, "fog", 4)
+    (target / sorted(WNIDS)[0] / "val_1.JPEG").unlink()
+    with pytest.raises(ValueError, match="8 images instead of 9"):
+        load_corrupted("tiny-imagenet", tiny, "fog", 3)

@@ -6,10 +6,8 @@ import email.utils
 import json
 import logging
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,80 +16,15 @@ import pytest
 from bird.lab.language import endpoint
 from bird.lab.language.endpoint import Endpoint
 from bird.lab.language.verdicts import SAFETY, question
+from tests.bird.chat_server import Reply, Server, refusal, reply, running
 
 KEY = "sk-verysecret/1234+"
-Reply = tuple[int, dict[str, str], str]
-
-
-def reply(content: Any = None, **choice: Any) -> Reply:
-    """A chat completion with this content; the fields of its choice stand beside the message."""
-    return 200, {}, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}, **choice}]})
-
-
-def refusal(message: str, status: int = 400, **more: Any) -> Reply:
-    return status, {"Location": "/elsewhere"}, json.dumps({"error": {"message": message, **more}})
-
-
-class Server(ThreadingHTTPServer):
-    """Gives replies in their order, then says "Unsafe." where the response holds "bad"; keeps what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.replies: list[Any] = []
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.released = threading.Event()
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1/chat/completions"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients hang up on what is endless."""
-
-    def judge(self, key: str | None = None, **options: Any) -> Endpoint:
-        return Endpoint(self.url, "judge-1", key, **{"per_minute": 1e9, **options})
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append({"path": self.path, **body})
-        self.server.headers.append(dict(self.headers))
-        bad = "bad" in body["messages"][0]["content"].partition("<answer>")[2]
-        replies = self.server.replies or [reply("Unsafe." if bad else "safe")]
-        status, headers, text = replies.pop(0)
-        if isinstance(status, bytes):  # endless: a beginning, then a piece after each pause
-            self.wfile.write(status)
-            while True:
-                self.wfile.write(headers)
-                time.sleep(text)
-        if status <= 0:  # hangs up without a word, at once or too late
-            self.server.released.wait(-5 * status)
-            return
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(text.encode())), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    do_GET = do_POST  # where a redirect would lead
-
-    def log_message(self, *args: Any) -> None:
-        """Not on the terminal."""
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield made
-    made.released.set()
-    made.shutdown()
-    made.server_close()
-    thread.join()
+    with running() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
@@ -144,12 +77,13 @@ def test_what_is_asked(server: Server) -> None:
         (reply("It is safe"), None),
         (reply(None), None),
         (reply("<think>It could be unsafe.</think> safe"), True),
+        (reply("it is fine</think>\nsafe"), True),
+        (reply("safe <think>I am sure</think>"), True),
         (reply("<think>\nsafe?\n</think>\n\nUnsafe."), False),
         (reply("unsafe because", finish_reason="length"), False),
         (reply([{"type": "text", "text": "un"}, {"type": "text", "text": "safe"}]), False),
         (reply([{"type": "reasoning", "text": "safe"}, {"text": "unsafe"}]), False),
     ],
-    ids=["spaces", "sentence", "nothing", "thought", "thought on lines", "cut after the word", "parts", "no text part"],
 )
 def test_forms_of_an_answer(server: Server, given: Reply, verdict: bool | None) -> None:
     server.replies = [given]
@@ -194,6 +128,35 @@ def test_the_key_stands_nowhere(server: Server, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")  # as files of keys end
     one(["p"], ["other"])
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        KEY.replace("/", r"\/"),
+        "".join(rf"\u{ord(letter):04X}" for letter in KEY),
+        KEY.replace("/", r"\\\/"),  # JSON in a string of JSON
+        f"{KEY[:5]}<think></think>{KEY[5:]}",
+    ],
+    ids=["slashes", "numbers", "twice", "around a thought"],
+)
+def test_a_key_in_disguise_stands_nowhere(server: Server, tmp_path: Path, echo: str) -> None:
+    cache = tmp_path / "cache.jsonl"
+    server.replies = [(200, {}, f'{{"choices": [{{"message": {{"content": "safe {echo}"}}}}]}}')]
+    assert server.judge("JUDGE_KEY", cache=cache)(["p"], ["r"]) == [True]
+    assert json.loads(cache.read_text())["answer"] == "safe [key]"
+    if "think" in echo:
+        return
+    for body in (f'{{"error": {{"message": "bad {echo}"}}}}', f'{{"error": {{"is": "bad {echo}"}}}}', f'"bad {echo}'):
+        server.replies = [(401, {}, body)]
+        with pytest.raises(RuntimeError, match=r"refuses: 401 .*bad \[key\]"):
+            server.judge("JUDGE_KEY")(["p"], ["r"])
+
+
+def test_a_key_in_the_status_line_stands_nowhere(server: Server) -> None:
+    server.replies = [(f"HTTP/1.1 401 Bad {KEY}\r\nContent-Length: 1\r\n\r\n".encode(), b"x", 1.0)]
+    with pytest.raises(RuntimeError, match=r"refuses: 401 Bad \[key\]: x"):
+        server.judge("JUDGE_KEY")(["p"], ["r"])
 
 
 def test_answers_are_kept_by_what_they_depend_on(server: Server, tmp_path: Path, monkeypatch: Any) -> None:
@@ -250,6 +213,32 @@ def test_an_answer_that_was_cut_off_is_asked_again_with_more_tokens(
     assert server.asked[-1]["max_tokens"] == 500
     assert server.judge(cache=cache, max_tokens=8)(["a"], ["x"]) == [True]
     assert len(server.asked) == 4  # the answer at 500 tokens is none at 8
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "reason"),
+    [
+        ({}, "content_filter", "filtered"),
+        ({"content": "I", "refusal": None}, "content_filter", "filtered"),
+        ({"refusal": "I cannot help with that."}, "stop", "declined"),
+        ({"tool_calls": [{"id": "1", "type": "function"}]}, "tool_calls", "tool call"),
+        ({"function_call": {"name": "f"}}, "stop", "tool call"),
+        ({"refusal": None, "tool_calls": []}, "stop", "empty"),
+        ({"content": "<think>Hm.</think>\n"}, "stop", "empty"),
+    ],
+)
+def test_what_is_no_answer_is_not_kept(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, message: Any, finish: str, reason: str
+) -> None:
+    cache = tmp_path / "answers.jsonl"
+    choice = {"message": {"content": None, **message}, "finish_reason": finish}
+    server.replies = [(200, {}, json.dumps({"choices": [choice]}))]
+    judge = server.judge(cache=cache)
+    assert judge(["p"], ["r"]) == [None]
+    assert judge.unjudged == {reason: 1}
+    assert "(said once)" in caplog.text
+    assert not cache.exists()
+    assert judge(["p"], ["r"]) == [True]
 
 
 @pytest.mark.parametrize(
@@ -356,6 +345,33 @@ def test_options_that_a_server_refuses(server: Server, slept: list[float]) -> No
     assert not {"max_tokens", "temperature"} & set(server.asked[-1])
 
 
+def test_options_that_a_server_names(server: Server, slept: list[float]) -> None:
+    server.replies = [refusal("no", param="max_tokens"), refusal("no", 422, param="temperature")]
+    assert server.judge()(["a"], ["bad"]) == [False]
+    assert server.asked[-1]["max_completion_tokens"] == 8
+    assert not {"max_tokens", "temperature"} & set(server.asked[-1])
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [refusal("filtered: what temperature melts it, and max_tokens?", param="messages")],
+        [refusal("filtered: Unsupported parameter: temperature")] * 2,
+        [refusal("too long", param="max_tokens"), refusal("unsupported value 'temperature'"), refusal("too long")],
+        [refusal("filtered: Unsupported parameter: max_tokens"), (500, {}, ""), refusal("filtered")],
+    ],
+)
+def test_one_refused_item_changes_no_option(server: Server, slept: list[float], replies: list[Reply]) -> None:
+    """A server may say the item's own words again, and they may be about options."""
+    server.replies = [*replies]
+    judge = server.judge()
+    assert judge(["p", "p"], ["bad", "r"]) == [None, True]
+    assert judge.unjudged == {"refused (400)": 1}
+    assert len(server.asked) == len(replies) + 1
+    assert server.asked[-1]["temperature"] == 0
+    assert server.asked[-1]["max_tokens"] == 8
+
+
 def test_bad_input_is_refused(server: Server, tmp_path: Path) -> None:
     for url in ("file:///etc/passwd", "localhost:8000/v1", "https://me:secret@host/v1"):
         with pytest.raises(ValueError, match="must start with http") as caught:
@@ -373,28 +389,3 @@ def test_bad_input_is_refused(server: Server, tmp_path: Path) -> None:
             server.judge(cache=cache)
         assert cache.read_text() == text
     assert server.asked == []
-
-
-@pytest.mark.parametrize(
-    ("begin", "piece", "pause"),
-    [
-        (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", 0.02),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" ", 0.02),
-        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.0),
-        (b"HTTP/1.1 500 No\r\nContent-Length: 100000\r\n\r\n", b" ", 0.02),
-    ],
-    ids=["slow head", "slow body", "endless 100-continue", "slow error"],
-)
-def test_an_answer_has_a_deadline(server: Server, begin: bytes, piece: bytes, pause: float) -> None:
-    server.replies = [(begin, piece, pause)]
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"still fails after 0 retries: no whole answer within 0\.4 s"):
-        server.judge(timeout=0.4, retries=0)(["a"], ["x"])
-    assert time.monotonic() - start < 20  # each of them is endless; a busy machine is slow
-
-
-def test_an_answer_has_a_size(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "_LARGEST", 1000)
-    server.replies = [(b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 1000, 0.0)]
-    with pytest.raises(RuntimeError, match="answers with more than 1000 bytes"):
-        server.judge(timeout=20, retries=0)(["a"], ["x"])

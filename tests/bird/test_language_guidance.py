@@ -207,6 +207,15 @@ def test_what_cannot_be_read() -> None:
             guide.teacher_rows(of)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_teacher_that_is_part_of_the_student_is_refused(whole: bool) -> None:
+    """It would be frozen, and the student with it."""
+    net = student()
+    with pytest.raises(ValueError, match=r"the student's own parameters.*copy\.deepcopy"):
+        Guide(Guidance(net if whole else net.model), net, bytes_tokenizer())
+    assert all(p.requires_grad for p in net.parameters())
+
+
 def test_parallelism_that_splits_a_sequence_or_hides_batches() -> None:
     def trainer(n_gpu: int = 1, **sizes: int) -> Any:
         config = SimpleNamespace(**sizes) if sizes else None

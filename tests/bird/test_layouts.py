@@ -205,6 +205,48 @@ def test_padding_of_a_fast_encoder_does_not_count() -> None:
     assert not padded[padding].any()
 
 
+class Wraps(nn.Module):
+    """An encoder inside a network of one's own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder.layers.0", "encoder.layers.1"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{"batch_first": True}, {}, {"norm_first": True}])
+def test_padding_of_other_encoders_does_not_count(options: dict[str, Any], training: bool, name: str) -> None:
+    torch.manual_seed(0)
+    model, x, lengths = Wraps(**options).train(training), torch.randn(4, 7, 8), [7, 3, 5, 2]
+    padding = torch.arange(7) >= torch.tensor(lengths)[:, None]
+    lay = (lambda rows: rows) if "batch_first" in options else (lambda rows: rows.transpose(0, 1))
+    found = tapped(model, name, lay(x), padding)
+    alone = torch.cat([tapped(model, name, lay(row[None, :t])) for row, t in zip(x, lengths, strict=True)])
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Teacher(model, name)(lay(x), padding)[name], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_of_decoders_is_that_of_the_target() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=True))
+    model.forward = lambda x, y, **more: model[0](x, y, **more)  # type: ignore[method-assign]
+    x, y, lengths = torch.randn(4, 7, 8), torch.randn(4, 7, 8), torch.tensor([7, 3, 5, 2])
+    padding = torch.arange(7) >= lengths[:, None]
+    masks = {"src_key_padding_mask": padding.flip(0), "tgt_key_padding_mask": padding}
+    for name in ("0", "0.decoder", "0.decoder.layers.0"):
+        kept = []
+        handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, output: kept.append(output))  # noqa: B023
+        found = tapped(model, name, x, y, **masks)
+        handle.remove()
+        expected = torch.stack([row[:t].mean(0) for row, t in zip(kept[0], lengths, strict=True)])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_packed_sequences_count_their_own_steps() -> None:
     class Reader(nn.Module):
         def __init__(self) -> None:

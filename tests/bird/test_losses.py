@@ -196,8 +196,17 @@ def test_features_that_cannot_be(kind: str, student: Features) -> None:
     elsewhere = {name: value.to("meta") for name, value in teacher.items()}
     some = {"features.3": teacher["features.3"]}
     for kinds, arguments, said in (
-        (ValueError, (torch.ones(8), teacher, student), r"task_loss must be a 0-d tensor, got of shape \[8\]: average"),
-        (ValueError, (1.0, teacher, student), "task_loss must be a 0-d tensor, got 1.0: average it"),
+        (
+            ValueError,
+            (torch.ones(8), teacher, student),
+            r"task_loss must be .*, got torch.float32 \[8\]: average",
+        ),
+        (
+            ValueError,
+            (TASK + 0j, teacher, student),
+            "a 0-d tensor of real numbers, got torch.complex64",
+        ),
+        (ValueError, (1.0, teacher, student), "task_loss must be a 0-d tensor of real numbers, got 1.0: average it"),
         (TypeError, (TASK, teacher["features.3"], student), "teacher_features must be a dict of layers, got Tensor"),
         (TypeError, (TASK, teacher, [student["features.3"]]), "student_features must be a dict of layers, got list"),
         (ValueError, (TASK, elsewhere, student), "the teacher's features are on meta, the student's on cpu"),
@@ -252,8 +261,20 @@ def test_losses_that_cannot_be(make: Any, said: str) -> None:
 
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 def test_a_weight_is_no_text(name: str) -> None:
-    with pytest.raises(TypeError, match=r"a weight must be a number or a 0-d tensor, got '0\.1'"):
+    with pytest.raises(TypeError, match=r"a weight must be a real number or a 0-d tensor of one, got '0\.1'"):
         BirdLoss(pairs=PAIRS, **{name: "0.1"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{name: weight} for name in ("alpha", "beta") for weight in (torch.tensor([0.1]), torch.tensor(0.1 + 0j))]
+    + [{"weights": torch.tensor(weights)} for weights in ([[1.0], [2.0]], [[1.0, 2.0], [1.0, 2.0]], [1j, 1.0])]
+    + [{"weights": [torch.tensor([1.0]), 2.0]}],
+)
+def test_a_weight_is_one_real_number(changes: dict[str, Any]) -> None:
+    """Weights [2, 1] would be broadcast against the two losses."""
+    with pytest.raises(TypeError, match=r"a weight must be a real number or a 0-d tensor"):
+        BirdLoss(pairs=PAIRS, **changes)
 
 
 @pytest.mark.parametrize("kind", ["bird", "hints", "lwf"])

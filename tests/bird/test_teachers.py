@@ -174,6 +174,30 @@ def test_autocast_and_pooling_are_those_of_taps(net: Net, images: Tensor) -> Non
     assert Teacher(net, "stem", pool="flatten")(images)["stem"].shape == (5, 6 * 6 * 6)
 
 
+class Reader(nn.Module):
+    """Takes tokens and their mask, as transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 2)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.head(self.embed(input_ids))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_padding_of_the_call_does_not_count(compiled: bool) -> None:
+    torch.manual_seed(0)
+    teacher, ids, lengths = Teacher(Reader(), "embed"), torch.randint(50, (3, 6)), [6, 2, 4]
+    if compiled:
+        teacher.forward = torch.compile(teacher.forward, backend="eager", fullgraph=True)  # type: ignore[method-assign]
+    mask = (torch.arange(6) < torch.tensor(lengths)[:, None]).long()
+    found = teacher(input_ids=ids, attention_mask=mask)["embed"]
+    tokens = teacher.model.embed(ids)
+    torch.testing.assert_close(found, torch.stack([row[:t].mean(0) for row, t in zip(tokens, lengths, strict=True)]))
+    torch.testing.assert_close(teacher(input_ids=ids)["embed"], tokens.mean(1))  # of that call alone
+
+
 def test_errors(net: Net, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"the nearest are \['body'"):
         Teacher(net, "bodi")

@@ -146,3 +146,15 @@ def test_denormal_features_under_a_mask(scale: float, estimator: str, route: str
     mask = torch.ones(16, dtype=torch.bool)
     found = [operator(route, "library", estimator, mask=m)(scale * x, y).item() for m in (mask, None)]
     assert abs(found[0] - found[1]) <= 1e-6
+
+
+def test_unbiased_cka_is_never_clamped(device: torch.device) -> None:
+    """Of unrelated features it lies around 0: some draws are below, and these have a gradient, too."""
+    values = []
+    for seed in range(16):
+        x, y = features(24, 40, 30, device=device, seed=seed)
+        y = torch.randn(24, 30, generator=torch.Generator().manual_seed(100 + seed)).to(device)
+        found = evaluate(lambda a, b: cka_loss(a, b, estimator="unbiased"), x, y)
+        values.append(found.value.item())
+        assert found.dx.norm() > 1e-4
+    assert 3 <= sum(value > 1 for value in values) <= 13

@@ -328,3 +328,27 @@ def test_table_from_planted_rows() -> None:
     assert "8 µs (2.00×)" in forward
     assert "| bird    | 128 | 512 | 512 | 1" in both.split("Peak memory beyond the inputs, MiB.")[1]
     assert "| 2.0e-06" in both.split("Largest error against fp64.")[1]
+
+
+COMMITTED = Path(run.__file__).parent / "kernels/results/cpu-amd-epyc-2-threads"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--compare", f"{COMMITTED}-tokens.csv", f"{COMMITTED}-tokens.csv"], "is not of this benchmark: name the one"),
+        (["tokens", "--compare", f"{COMMITTED}.csv", f"{COMMITTED}.csv"], "is not of this benchmark"),
+        (["--compare", "nowhere.csv", f"{COMMITTED}.csv"], "No such file or directory: 'nowhere.csv'"),
+        (["--compare", __file__, __file__], "is no table"),
+        (["--provider", "nope", "--gates", "--problem", "rbf"], "no provider of these questions matches 'nope'"),
+        (["--minutes", "-1"], "--minutes and --threads must be above 0"),
+        (["--threads", "0"], "--minutes and --threads must be above 0"),
+    ],
+)
+def test_what_would_compare_or_time_nothing_is_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run.main(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

@@ -343,6 +343,14 @@ def test_lines_survive_a_torn_end(tmp_path: Path) -> None:
         list(run.read_lines(path))
 
 
+@pytest.mark.parametrize("name", [run.CHECKS, run.ROWS, run.SWEEP])
+@pytest.mark.parametrize("line", ["5", "[1, 2]"])
+def test_rows_without_their_fields_are_named(name: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(f"{line}\n{line}\n")
+    with pytest.raises(ValueError, match=rf"{name}, line 1 has not all of"):
+        read.run_page(tmp_path)
+
+
 def test_the_sweep_knows_every_kernel_and_puts_launches_back() -> None:
     """Warps and stages of the kernel that is named are others while it is asked, and of no other."""
     launch = pytest.importorskip("bird_kernels.backends.triton.launch", reason="needs Triton")

@@ -47,17 +47,16 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     sock: socket.socket | None = None
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
-        """Open a connection as urllib does, and store its socket."""
+        """Open a connection as urllib does, and store its socket before a proxy or a handshake can be slow."""
+
+        def connected(*args: Any) -> socket.socket:
+            sock = socket.create_connection(*args)
+            self.sock = sock.dup()  # encryption takes the first one over
+            return sock
 
         def made(*args: Any, **kwargs: Any) -> http.client.HTTPConnection:
             connection: http.client.HTTPConnection = http_class(*args, **kwargs)
-            connect = connection.connect
-
-            def remembered() -> None:
-                connect()
-                self.sock = connection.sock
-
-            connection.connect = remembered  # type: ignore[method-assign]
+            connection._create_connection = connected  # type: ignore[attr-defined]
             return connection
 
         return super().do_open(made, req, **options)
@@ -68,15 +67,16 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
         A socket's own timeout is per read: a server that sends a byte a minute would never exceed it.
         """
-        done, end, self.sock = threading.Event(), time.monotonic() + seconds, None
+        done, end = threading.Event(), time.monotonic() + seconds
 
         def watch() -> None:
             while not done.wait(min(0.2, seconds / 4)):
                 if time.monotonic() > end and self.sock is not None:
                     with contextlib.suppress(OSError):
-                        socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # below any encryption
+                        self.sock.shutdown(socket.SHUT_RDWR)
 
-        threading.Thread(target=watch, daemon=True).start()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         late = _Again(f"no whole answer within {seconds:g} s")
         try:
             yield
@@ -86,6 +86,10 @@ class _Watched(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             raise
         finally:
             done.set()
+            watcher.join()
+            if self.sock is not None:
+                self.sock.close()
+                self.sock = None
         if time.monotonic() > end:  # what was read may have been cut
             raise late
 
@@ -99,8 +103,9 @@ class Endpoint:
     a change of how answers are read asks nothing twice.
 
     Some responses get no answer: the server's filter or context window refuses the item (400, 413, 422), or the answer
-    is cut off at ``max_tokens`` before either word, as a reasoning model's may be. Such an item has the verdict None,
-    is not kept, and is counted in ``unjudged``; each kind is logged once.
+    is cut off at ``max_tokens`` before either word, as a reasoning model's may be, or by the server's filter, or the
+    model declines, calls a tool, or says nothing. Such an item has the verdict None, is not kept, and is counted in
+    ``unjudged``; each kind is logged once.
 
     Args:
         url: in full, such as ``"http://localhost:8000/v1/chat/completions"``.
@@ -192,11 +197,15 @@ class Endpoint:
             self._lines.append({"key": identity, "answer": answer})
 
     def _ask(self, text: str) -> str:
-        key = self._key()
+        key, names = self._key(), dict(self._names)
         for attempt in range(self.retries + 1):
             self._wait()
             try:
                 return self._send(text, key)
+            except _Unjudged as item:
+                if item.refused:  # without the options too, so it was not these
+                    self._names = names
+                raise
             except _Again as failure:
                 if attempt == self.retries:
                     raise RuntimeError(f"{self._place()} still fails after {attempt} retries: {failure}") from None
@@ -207,7 +216,6 @@ class Endpoint:
 
     def _send(self, text: str, key: str | None) -> str:
         """The server's answer; neither it nor an error holds the key, whatever the server echoes."""
-        secret = key or "\0"
         options = {"temperature": 0, "max_tokens": self.max_tokens}
         body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": text}]}
         body |= {self._names[name]: value for name, value in options.items() if self._names[name]}
@@ -222,28 +230,34 @@ class Endpoint:
                 status = 200 if 200 <= reply.status < 300 else reply.status
                 raw = reply.read(_LARGEST + 1 if status == 200 else 10_000)
         except (OSError, ValueError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-            raise _Again(f"{type(error).__name__}: {error}".replace(secret, "[key]")) from None
+            raise _Again(_without(key, f"{type(error).__name__}: {error}")) from None
         if len(raw) > _LARGEST:
             raise RuntimeError(f"{self._place()} answers with more than {_LARGEST} bytes: is this a chat completion?")
-        content, status, fault = _read(raw.decode(errors="replace").replace(secret, "[key]"), status)
+        content, status, fault, option = _read(raw.decode(errors="replace"), status)
         if fault:
-            raise self._failure(status, f"{status} {reply.reason}: {fault}"[:500], _asked_pause(reply.headers))
-        answer, is_cut = _completion(content)
+            message = _without(key, f"{status} {reply.reason}: {fault}")[:500]
+            raise self._failure(status, message, option, _asked_pause(reply.headers))
+        answer, reason = _completion(content)
         answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
-        if is_cut and read_verdict(answer) is None:
-            raise _Unjudged("cut off", f"an answer is cut off at {self.max_tokens} tokens: raise max_tokens")
-        return answer.strip()
+        answer = _without(key, answer.rpartition("</think>")[2]).strip()  # some templates write the opening tag
+        reason = reason or ("" if answer else "empty")
+        if reason and read_verdict(answer) is None:
+            cut = f"an answer is cut off at {self.max_tokens} tokens: raise max_tokens"
+            raise _Unjudged(reason, cut if reason == "cut off" else f"no answer: {reason}")
+        return answer
 
-    def _failure(self, status: int, message: str, pause: float) -> Exception:
+    def _failure(self, status: int, message: str, option: Any, pause: float) -> Exception:
         """The exception for a server's error: `_Again`, `_Unjudged` or a RuntimeError.
 
-        If the server does not take an option, the option's name is changed for all later requests.
+        If the server does not take an option, the option's name is changed for all later requests. A message may
+        hold the item's words, so that an option's name in it says nothing alone.
         """
         if status in (408, 429) or status >= 500:
             return _Again(message, pause)
         if status in (400, 422):
             for name in self._names:
-                if self._names[name] == name and name in message:  # it does not take this option
+                said = option == name or re.search(rf"(?i)unsupported (parameter|value)\W+{name}\b", message)
+                if self._names[name] == name and said:
                     self._names[name] = "max_completion_tokens" if name == "max_tokens" else ""
                     return _Again(f"{message} (asked without {name})")
         if status in (400, 413, 422):
@@ -299,33 +313,56 @@ class _Unjudged(Exception):
         self.reason, self.refused = reason, refused
 
 
-def _read(body: str, status: int) -> tuple[Any, int, str]:
-    """A reply's content, its status, and its error, "" if there is none; some servers send errors with status 200."""
+def _without(key: str | None, text: str) -> str:
+    """The text without the key, be it as it is or with its characters escaped, as in JSON or JSON within JSON.
+
+    For text in the form in which it leaves, as decoding it or cutting something out of it could complete a key.
+    """
+    if key is None:
+        return text
+    letters = (rf"(?:\\{{0,7}}{re.escape(letter)}|\\{{1,7}}u(?i:{ord(letter):04x}))" for letter in key)
+    return re.sub("".join(letters), "[key]", text)
+
+
+def _read(body: str, status: int) -> tuple[Any, int, str, Any]:
+    """A reply's content, its status, its error, and the parameter that this names; "" for neither.
+
+    Some servers send errors with status 200.
+    """
     try:
         content = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     error = content.get("error") if isinstance(content, dict) else None
     if status == 200 and error is None:
-        return content, status, ""
-    code = error.get("code") if isinstance(error, dict) else None
+        return content, status, "", ""
+    details = error if isinstance(error, dict) else {}
+    code = details.get("code")
     if status == 200:
         status = code if isinstance(code, int) and 400 <= code < 600 else 400
-    if isinstance(error, dict):
-        error = error.get("message") or error
-    return content, status, str(error or body) or "no message"
+    said = next(
+        (text for text in (details.get("message"), error, body) if text and isinstance(text, str)), "no message"
+    )
+    return content, status, said, details.get("param", "")
 
 
-def _completion(content: Any) -> tuple[str, bool]:
-    """The model's answer, and whether it was cut off."""
+def _completion(content: Any) -> tuple[str, str]:
+    """The model's answer, and why it may not be a whole one, "" if it is."""
     try:
         choice = content["choices"][0]
-        text = choice["message"]["content"]
+        message, finish = choice["message"], choice.get("finish_reason")
+        text = message.get("content")
         if isinstance(text, list):  # parts, of which those with text count
             text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
         if text is not None and not isinstance(text, str):
             raise TypeError
-        return text or "", choice.get("finish_reason") == "length"
+        reasons = {
+            "cut off": finish == "length",
+            "filtered": finish == "content_filter",
+            "declined": message.get("refusal"),
+            "tool call": message.get("tool_calls") or message.get("function_call"),
+        }
+        return text or "", next((reason for reason, holds in reasons.items() if holds), "")
     except (AttributeError, LookupError, TypeError):
         raise _Again("the reply is not a chat completion") from None
 

@@ -93,6 +93,17 @@ def split_by_class(
     return Splits(_gather(train, fit), _gather(train, aside), _gather(test, last))
 
 
+def of_classes(data: Images, classes: Sequence[int]) -> Images:
+    """The images of some classes, class by class in the order given, renumbered 0, 1, ...; each in its order."""
+    return _gather(data, [_members(data, c) for c in classes])
+
+
+def require_classes(classes: Sequence[int], number: int) -> None:
+    """Raise a ValueError unless ``classes`` are different numbers below ``number``."""
+    if not classes or len(set(classes)) != len(classes) or not set(classes) <= set(range(number)):
+        raise ValueError(f"classes must be different numbers from 0 to {number - 1}, got {list(classes)}")
+
+
 def _members(data: Images, c: int) -> Tensor:
     return (data.labels == c).nonzero().squeeze(1)
 

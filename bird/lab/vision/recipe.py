@@ -242,12 +242,16 @@ class VisionRecipe:
         changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
         for name in self.corruptions + self.held_out + changed:
             require_known("corruptions", name, CORRUPTIONS)
+        if both := {*self.held_out} & {*self.corruptions, *changed}:
+            raise ValueError(f"held_out has {sorted(both)}, under which teachers are trained")
         for source in (self.teacher, *(v.teacher for v in self.variants.values() if v.teacher)):
             theirs, ours = (DATASETS[s.data].channels for s in (source, self.student))
             if theirs != ours:  # teachers see the student's images
                 raise ValueError(f"{source.data} has {theirs} channels, {self.student.data} {ours}: they must agree")
         if missing := set(self.held_out) - set(self.scoring.corruptions):
             raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
+        if not {*self.scoring.corruptions} - {*self.held_out}:
+            raise ValueError("scoring.corruptions must hold some that are not held out, too: the page shows their mean")
 
 
 def as_plain(part: Budget | VisionRecipe) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash."""
-    return gaussian.gaussian_shapes(problem) if problem.kernel else small.shapes_of((problem,))
+    return gaussian.gaussian_shapes(problem) if problem.kernel else small.small_shapes((problem,))
 
 
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:

@@ -22,7 +22,7 @@ from ..library_rbf import bandwidth_of
 from ..library_rbf.strips import SAME, Strips
 from .double import HEIGHT
 from .finish import gram_rows_kernel
-from .gradient import Pairs, named
+from .gradient import Pairs, memory_of
 from .launch import Launch, many_steps
 from .reduce import COEFFICIENTS, upper_tile
 from .shift import Shift, padded_width
@@ -109,7 +109,7 @@ class Gaussian(Pairs):
         stash = Stash(*(x.new_empty(shape, dtype=dtype) for shape, dtype in self.stash))
         known, memory = self.shifted(x, y, mask, zx=stash.xs, zy=stash.ys, ones=stash.xs)
         norms = torch.stack([torch.linalg.vecdot(z.float(), z.float()) for z in (stash.xs, stash.ys)])
-        memory |= named(stash) | dict(norms=norms, values=x.new_empty((), dtype=torch.float32))
+        memory |= memory_of(stash) | dict(norms=norms, values=x.new_empty((), dtype=torch.float32))
         self.distances(known, memory)
         count = float(n) if mask is None else mask.sum(dtype=torch.float64)
         scales = memory["scales"].double()

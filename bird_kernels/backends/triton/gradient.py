@@ -176,13 +176,13 @@ class Pairs:
             stride = grad.stride(0) if grad.dim() else 0
             memory = dict(wanted=wanted, gradients=new, mask=bytes_, grad=grad, stride_grad=stride)
             known = (stride, grad.dtype) if aligned(*wanted, *new, bytes_, grad, *stash) else None
-            self.gradients(known, memory | named(stash))
+            self.gradients(known, memory | memory_of(stash))
             for side, gradient in zip(self.wanted, new, strict=True):
                 found[side] = gradient
         return found
 
 
-def named(stash: Stash) -> dict[str, Any]:
+def memory_of(stash: Stash) -> dict[str, Any]:
     """The tensors of a stash by the kernels' parameter names, but for the shifted features of Gaussian kernels."""
     names = dict(locations=stash.xs, tops=stash.yy, bandwidths=stash.xy)
     return names | dict(grams=stash.xx, shifts=stash.rows, coefficients=stash.coefficients)

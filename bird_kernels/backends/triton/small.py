@@ -24,7 +24,7 @@ from ...plan import FEW_ROWS, ceil_div, small_tiling
 from ...types import Problem, Shapes, Stash
 from .centre import counts, largest_of, scale_of, shifted_tile, store_location
 from .double import store_totals
-from .gradient import Pairs, entry, named, side_of
+from .gradient import Pairs, entry, memory_of, side_of
 from .launch import Launch, aligned, as_bytes, few_steps
 from .reduce import COEFFICIENTS, WIDTH, arrive, finish, store_no_totals, store_sizes, upper_tile
 
@@ -175,7 +175,7 @@ def reduce_kernel(
             finish(slots, programs, coefficients, values + pair, sizes, (0.0, 0.0), STATISTIC, False)
 
 
-def shapes_of(problems: Sequence[Problem]) -> Shapes:
+def small_shapes(problems: Sequence[Problem]) -> Shapes:
     """Shape and dtype of every tensor of the common stash of some pairs.
 
     ``coefficients`` are per pair, ``xs`` holds the locations [2, d] of all sides, concatenated, ``xx`` K and L per pair
@@ -198,7 +198,7 @@ class Small(Pairs):
 
     def __init__(self, problems: tuple[Problem, ...], precision: str) -> None:
         t = small_tiling(problems)
-        super().__init__(problems, precision, t, shapes_of(problems))
+        super().__init__(problems, precision, t, small_shapes(problems))
         n, pairs, sides = problems[0].n, len(problems), len(self.widths)
         tiles, strips, splits = ceil_div(n, t.block), ceil_div(n, REDUCED), sum(t.splits)
         upper = tiles * (tiles + 1) // 2
@@ -222,7 +222,7 @@ class Small(Pairs):
         sides = tuple(x.contiguous() for x in tensors)
         bytes_ = sides[0] if mask is None else as_bytes(mask)
         stash = Stash(*(sides[0].new_empty(shape, dtype=dtype) for shape, dtype in self.stash))
-        memory: dict[str, Any] = named(stash) | dict(sides=sides, mask=bytes_)
+        memory: dict[str, Any] = memory_of(stash) | dict(sides=sides, mask=bytes_)
         memory |= {name: sides[0].new_empty(shape, dtype=dtype) for name, (shape, dtype) in self.workspace.items()}
         known = "dense" if aligned(*sides, bytes_) else None
         self.partials(known, memory)

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...recipe import data_root
-from ..data import Splits, split_by_class
+from ..data import Splits, require_classes, split_by_class
 from .catalogue import DATASETS
+from .corrupted import available_corruptions, load_corrupted
 from .layout import Dataset, Layout
 
-__all__ = ["DATASETS", "Dataset", "Layout", "data_root", "load_splits"]
+__all__ = ["DATASETS", "Dataset", "Layout", "available_corruptions", "data_root", "load_corrupted", "load_splits"]
 
 
 def load_splits(
@@ -60,6 +61,5 @@ def load_splits(
     train, test = DATASETS[name].read(data_root(root))
     number = DATASETS[name].classes or int(train.labels.max()) + 1
     kept = range(number) if classes is None else classes
-    if not kept or len(set(kept)) != len(kept) or not set(kept) <= set(range(number)):
-        raise ValueError(f"classes must be different numbers from 0 to {number - 1}, got {list(kept)}")
+    require_classes(kept, number)
     return split_by_class(train, test, kept, validation=validation, seed=seed, limit_per_class=limit_per_class)

@@ -56,6 +56,9 @@ def _eight_bits(image: Any) -> Any:
     """
     from PIL import Image
 
+    tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 is the bits of a sample, 262 what its 0 means
+    if image.mode.startswith("I;16") and (tags.get(262) == 0 or {*tags.get(258, ())} - {16}):
+        raise ValueError("a grey TIFF of 9 to 15 bits, or whose 0 is white: save it with 8 or 16 bits, 0 as black")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 0 to 65,535
         return Image.fromarray(np.rint(np.asarray(image) / 257.0).astype(np.uint8))
     if image.mode in ("I", "F"):

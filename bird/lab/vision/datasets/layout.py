@@ -11,7 +11,7 @@ from typing import TypeAlias
 from ..data import Images
 
 Counts: TypeAlias = tuple[int, ...]
-Reader: TypeAlias = Callable[[list[Path], Counts], tuple[Images, Images]]
+Reader: TypeAlias = Callable[[list[Path], Counts], tuple[Images, ...]]
 
 
 def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
@@ -87,7 +87,7 @@ class Dataset:
         places = [f"\n  {layout.describe(root)}" for layout in self.layouts]
         return f"{self.title} is read from{' one of' if len(places) > 1 else ''}:{''.join(places)}\n{self.source}"
 
-    def read(self, root: Path) -> tuple[Images, Images]:
+    def read(self, root: Path) -> tuple[Images, ...]:
         """Read the training and the test images.
 
         Raises:
@@ -130,7 +130,7 @@ class Dataset:
         named = ((f"{folder.name}/{path.relative_to(folder)}", path) for folder, path in files)
         return files_fingerprint(named) if paths else None
 
-    def _check(self, sets: tuple[Images, Images]) -> None:
+    def _check(self, sets: tuple[Images, ...]) -> None:
         found = [len(images) for images in sets]
         if 0 in found or any(count not in (0, n) for n, count in zip(found, self.counts, strict=True)):
             official = " + ".join(str(count) for count in self.counts)
