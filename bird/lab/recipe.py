@@ -20,6 +20,7 @@ else:
 
 T = TypeVar("T")
 WHOLE = "the recipe"  # where what stands in no part of it is
+MOST = 1e9  # of any number in a recipe
 LONGEST = 60  # characters of a name; those of a network and a variant meet in one file name, of at most 255 bytes
 
 
@@ -33,10 +34,10 @@ def require_known(what: str, value: str, known: Iterable[str]) -> None:
 
 def require_name(what: str, name: str) -> None:
     """Raises a ValueError unless a name of the user's can begin the name of a file, in the folder meant for it."""
-    if name.startswith(".") or len(name) > LONGEST or not name.isprintable() or set(name) & set("/\\"):
+    if not name or name.startswith(".") or len(name) > LONGEST or not name.isprintable() or set(name) & set("/\\"):
         raise ValueError(
-            f"{what} {name!r} names files: no slashes, no control characters, no dot at the beginning, and at most "
-            f"{LONGEST} characters"
+            f"{what} {name!r} names files: no slashes, no control characters, no dot at the beginning, and "
+            f"1 to {LONGEST} characters"
         )
 
 
@@ -77,18 +78,18 @@ def names() -> list[str]:
 def parsed(recipe: str, parse: Callable[[str, Mapping[str, Any]], T]) -> T:
     """What ``parse`` makes of a recipe's name and table; arguments and errors otherwise as of `read`."""
     if recipe.endswith(".toml"):
-        path, name = Path(recipe), Path(recipe).stem
+        path: Any = Path(recipe)
+        name = path.stem
         if not path.is_file():
             raise ValueError(f"there is no file {recipe}")
         require_name("the recipe", name)
-        text = path.read_text(encoding="utf-8")
     else:
         require_known("recipe", recipe, names())
         name = recipe
-        text = (resources.files(__package__) / "recipes").joinpath(f"{recipe}.toml").read_text(encoding="utf-8")
+        path = (resources.files(__package__) / "recipes").joinpath(f"{recipe}.toml")
     try:
-        return parse(name, tomllib.loads(text))
-    except (ValueError, TypeError) as error:  # tomllib's own is a ValueError
+        return parse(name, tomllib.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:  # tomllib's own is a ValueError
         raise ValueError(f"recipe {recipe}: {error}") from error
 
 
@@ -106,6 +107,8 @@ def made(where: str, kind: type[T], table: Mapping[str, Any]) -> T:
         values[key] = _with_parts(key if where == WHOLE else f"{where}.{key}", hints[key], value)
         if not _is(values[key], hints[key]):
             raise ValueError(f"{where}: {key} must be {_called(hints[key])}, not {value!r}")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{where}: {key} must not hold the character \\0")
     needed = [key for key, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [key for key in needed if key not in table]:
         raise ValueError(f"{where}: {', '.join(missing)} must be there")
@@ -123,7 +126,8 @@ def _with_parts(where: str, hint: Any, value: Any) -> Any:
     if get_origin(hint) is not Mapping:
         return made(where, kinds[0], value)
     for name in require_table(where, value):
-        require_name(f"the {where} of a recipe:", name)
+        if name or where != "variants":  # "" is the recipe as it is
+            require_name(f"the {where} of a recipe:", name)
     return {name: _with_parts(f"{where}.{name}", kinds[0], each) for name, each in value.items()}
 
 
@@ -143,10 +147,20 @@ def require_within(part: Any, **bounds: float | tuple[float, float]) -> None:
     """
     for name, bound in bounds.items():
         value = getattr(part, name)
+        if value is not None and MOST < value < math.inf:
+            raise ValueError(f"{name} must be at most {MOST:g}, not {str(value)[:60]}")
         least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
         if value is not None and not (least <= value <= most and math.isfinite(value)):
             limit = f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"
             raise ValueError(f"{name} must be {limit}{'' if isinstance(value, int) else ', and finite'}, not {value}")
+
+
+def require_percents(part: Any, *names: str) -> None:
+    """Raises a ValueError unless the published figures of a dataclass, by method, are from 0 to 100."""
+    for name in names:
+        for method, value in getattr(part, name).items():
+            if not 0 <= value <= 100:
+                raise ValueError(f"{name}: {method} must be 0 to 100, in %, not {value}")
 
 
 def settings_of(part: Any, later: Collection[str]) -> dict[str, Any]:

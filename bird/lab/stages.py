@@ -67,20 +67,26 @@ class Stage:
 
     def result(self, root: Path) -> dict[str, Any] | None:
         """What `make` returned; None while that has not happened."""
-        path = self.folder(root) / "result.json"
+        path, advice = self.folder(root) / "result.json", "delete it, and it is made again"
         try:
-            found = read_checked(path, "delete it, and it is made again")
+            found = read_checked(path, advice)
         except FileNotFoundError:
             return None
-        self._require_own(found.pop("stage", None), path)
+        name = found.pop("stage", None)
+        self._require_own(name, path)
+        if name is None and self._named(root) is not None:
+            raise ValueError(f"{path} is damaged (it does not name its stage): {advice}")
         return found
+
+    def _named(self, root: Path) -> str | None:
+        """The name in ``stage.json``; None without the file, or if it was written before stages were named."""
+        path = self.folder(root) / "stage.json"
+        return read_checked(path, "delete the folder, and it is made again").get("stage") if path.exists() else None
 
     def _complete(self, root: Path) -> None:
         folder = self.folder(root)
         path, name = folder / "stage.json", f"{self.kind}-{self.key}"
-        if path.exists():
-            old = read_checked(path, "delete the folder, and it is made again")
-            self._require_own(old.get("stage"), path)
+        self._require_own(self._named(root), path)
         about = {"kind": self.kind, "about": self.about, "parents": [p.key for p in self.parents]}
         write_checked(about | {"stage": name}, path)
         write_checked(self.make(folder) | {"stage": name}, folder / "result.json")

@@ -102,6 +102,8 @@ def read_checked(path: Path, advice: str) -> dict[str, Any]:
     found = read_json(path, advice)
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged (it holds {type(found).__name__}, no object): {advice}")
+    if not found:
+        raise ValueError(f"{path} is damaged (it is empty): {advice}")
     require_format(found, path)
     said = found.pop("sha256", None)
     if ("format" in found) != (said is not None) or said not in (None, _checksum(found)):

@@ -80,6 +80,14 @@ def test_one_that_lost_a_file_is_refused_by_name(tmp_path: Path) -> None:
         last_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["{}", "null", "3", '{"files": 3}', '{"files": {}}', '{"files": null}', '{"x": 1}'])
+def test_a_mark_that_lists_no_files_is_refused_by_name(content: str, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4)
+    (path / MARK).write_text(content)
+    with pytest.raises(ValueError, match=r"checkpoint-4/whole\.json is damaged .*: delete the folder .*checkpoint-4"):
+        last_checkpoint(tmp_path)
+
+
 def test_other_folders_are_nobodys_to_delete(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -130,9 +130,10 @@ networks.small = { teacher = "plain", student = "resnet-tiny" }
     assert recipe.transfer.settings(99, 7).steps == 12  # of three, which are too few
     assert recipe.transfer.settings(100, 7, batch_size=4).steps == 14
     assert recipe.pretraining.settings(10**6, 0).steps == 5
-    path.write_text('title = "a try')
-    with pytest.raises(ValueError, match=r"recipe .*try.toml"):
-        read_vision(str(path))
+    for text in (b'title = "a try', b'title = "\xff"', b"a = " + b"[" * 20_000):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"recipe .*try.toml"):
+            read_vision(str(path))
 
 
 # ---------------------------------------------------------------------------------------------- what is wrong
@@ -142,6 +143,15 @@ networks.small = { teacher = "plain", student = "resnet-tiny" }
     ("path", "value", "said"),
     [
         ("seeds", 0, "seeds must be at least 1, not 0"),
+        ("seeds", 10**30, "seeds must be at most 1e\\+09"),
+        ("title", "a\0b", "title must not hold"),
+        ("networks", {"": {"teacher": "plain"}}, "names files: .* 1 to 60 characters"),
+        ("networks/one/paper", {"bird": float("nan")}, r"networks\.one: paper: bird must be 0 to 100, in %, not nan"),
+        ("paper_pgr", {"bird": -1}, "paper_pgr: bird must be 0 to 100, in %, not -1"),
+        ("transfer/lr", 1e308, "lr must be at most"),
+        ("transfer/lr", 0, "lr must be positive"),
+        ("variants//teacher_layer", [], "teacher_layer and student_layer must not be empty"),
+        ("data", {"source": "positivity"}, 'kind = "preference" or "weak-to-strong" must be there'),
         ("seeds", True, "seeds must be a whole number, not True"),
         ("title", 3, "title must be a string"),
         ("held_out", [], "held_out must not be empty"),
@@ -193,6 +203,10 @@ def test_of_images(path: str, value: Any, said: str) -> None:
     [
         ("kind", "preferences", "kind: there is no 'preferences'; there is 'preference'"),
         ("seeds", 0, "seeds must be at least 1"),
+        ("judges", {"": {"kind": "lexicon"}}, "names files: .* 1 to 60 characters"),
+        ("networks/one/paper", {"dpo": float("inf")}, "paper: dpo must be 0 to 100, in %, not inf"),
+        ("networks/one/lr", 0, "lr must be positive"),
+        ("transfer/lr", 1e308, "lr must be at most"),
         ("methods", ["dpo-brid"], "methods: there is no 'dpo-brid'; there is 'dpo-bird'"),
         ("variants", {}, "variants must not be empty"),
         ("judges", 3, "judges must be a table"),

@@ -82,8 +82,18 @@ def test_results_of_other_stages_and_versions(tmp_path: Path) -> None:
     write_json({"clean": 0.5, "format": 2}, path)
     with pytest.raises(ValueError, match=r"result\.json has format 2, of a later version"):
         ours.result(tmp_path)
+    write_json({}, path)
+    with pytest.raises(ValueError, match=r"result\.json is damaged \(it is empty\): delete it"):
+        ours.result(tmp_path)
     path.unlink()
     complete([ours], tmp_path)
+    assert ours.result(tmp_path) == {"folder": f"score-{ours.key}", "value": 1}
+    whole = path.read_bytes()
+    for wrong in ({"x": 2}, {"clean": 0.5}):  # beside what this version wrote
+        write_json(wrong, path)
+        with pytest.raises(ValueError, match=r"result\.json is damaged \(it does not name its stage\): delete it"):
+            ours.result(tmp_path)
+    path.write_bytes(whole)
     ours.folder(tmp_path).rename(theirs.folder(tmp_path))
     for read in (theirs.result, theirs._complete):
         with pytest.raises(ValueError, match=rf"is of score-{ours.key}, copied into this folder: delete the folder"):

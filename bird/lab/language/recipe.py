@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from ..recipe import made, require_known, require_name, require_table, require_within, settings_of
+from ..recipe import made, require_known, require_name, require_percents, require_table, require_within, settings_of
 
 PREFERENCES = {
     "none": "None",
@@ -67,6 +67,7 @@ class Training:
                 raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
         if not 0 <= self.warmup < 1 or self.adapters < 0:
             raise ValueError(f"warmup must be in [0, 1) and adapters not negative, not {self.warmup}, {self.adapters}")
+        require_within(self, lr=0, preference_beta=0, adapters=0)
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,9 @@ class Pair:
     def __post_init__(self) -> None:
         require_known("pooling", self.pooling, POOLINGS)
         require_within(self, lr=0)
+        if self.lr == 0:
+            raise ValueError("lr must be positive, not 0")
+        require_percents(self, "paper")
 
 
 @dataclass(frozen=True)
@@ -295,6 +299,7 @@ def parse(name: str, data: Mapping[str, Any]) -> LanguageRecipe:
     for part, each in (("networks", Pair), ("judges", Judging), ("variants", Change)):
         if part in table:
             for key in require_table(part, table[part]):
-                require_name(f"the {part} of a recipe:", key)
+                if key or part != "variants":
+                    require_name(f"the {part} of a recipe:", key)
             table[part] = {key: made(f"{part}.{key}", each, value) for key, value in table[part].items()}
     return made("the recipe", LanguageRecipe, table)

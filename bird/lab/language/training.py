@@ -217,8 +217,10 @@ def last_checkpoint(folder: Path) -> str | None:
         mark = path / MARK
         if not mark.exists():
             continue  # left by a killed run; the trainer overwrites it at that step
-        kept = read_checked(mark, f"delete the folder {path}")
-        for name, size in kept["files"].items():
+        files = read_checked(mark, advice := f"delete the folder {path}").get("files")
+        if not files or not isinstance(files, dict):
+            raise ValueError(f"{mark} is damaged (it lists no files): {advice}")
+        for name, size in files.items():
             if not (path / name).is_file() or (path / name).stat().st_size != size:
                 raise ValueError(f"{path} is no longer whole ({name} is not the file of {size} bytes): delete {path}")
         return str(path)
@@ -236,9 +238,12 @@ def mark_whole(checkpoint: Path) -> None:
 
 
 def forget_checkpoints(folder: Path, before: int | None = None) -> None:
-    """Delete a run's complete checkpoints, or those before a step; what has no mark may be another's and stays."""
+    """Delete a run's checkpoints, or those before a step: whatever has the mark, and empty folders.
+
+    Files without the mark may be somebody else's and stay; the trainer overwrites its own half checkpoint at that step.
+    """
     for step, path in _checkpoints(folder):
-        if (path / MARK).exists() and (before is None or step < before):
+        if (before is None or step < before) and ((path / MARK).exists() or not any(path.iterdir())):
             shutil.rmtree(path)
 
 

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..duration import steps_to_train
-from ..recipe import WHOLE, made, parsed, require_known, require_table, require_within, settings_of
+from ..recipe import WHOLE, made, parsed, require_known, require_percents, require_table, require_within, settings_of
 from .checkpoints import MIN_BATCH, Optimisation, Settings
 from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
 from .datasets import DATASETS
@@ -137,6 +137,7 @@ class Networks:
         require_known("student", self.student, MODELS)
         for method in (*self.paper, *self.paper_pgr):
             require_known("paper", method, METHODS)
+        require_percents(self, "paper", "paper_pgr")
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ class Variant:
 
     def __post_init__(self) -> None:
         require_within(self, teacher_steps=1, batch_size=MIN_BATCH, alpha=0, beta=0)
+        if {(), ""} & {self.teacher_layer, self.student_layer}:
+            raise ValueError("teacher_layer and student_layer must not be empty")
 
     def pairs(self, networks: Networks) -> tuple[tuple[str, str], ...]:
         """The guiding and the guided layer of each pair.
@@ -233,6 +236,7 @@ class VisionRecipe:
                 raise ValueError(f"{name} must not be empty")
         for method in self.paper_pgr:
             require_known("paper_pgr", method, METHODS)
+        require_percents(self, "paper_pgr")
         for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
             require_known("methods", method, METHODS)
         changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
@@ -268,6 +272,8 @@ def parse_vision(name: str, data: Mapping[str, Any]) -> VisionRecipe:
     """What a file says, checked."""
     if "kind" in data:
         raise ValueError("it is of language models, not of images")
+    if "data" in data or "judges" in data:
+        raise ValueError('it is of language models: kind = "preference" or "weak-to-strong" must be there')
     table = {"methods": list(METHODS)} | dict(data) | {"name": name}
     if "networks" in table:
         networks = require_table("networks", table["networks"])
