@@ -20,7 +20,7 @@ else:
 
 T = TypeVar("T")
 WHOLE = "the recipe"  # where what stands in no part of it is
-MOST = 1e9  # of any number in a recipe
+MOST = {int: 1e9, float: 1e30}  # of any number in a recipe; float32 ends at 3e38
 LONGEST = 60  # characters of a name; those of a network and a variant meet in one file name, of at most 255 bytes
 
 
@@ -147,8 +147,10 @@ def require_within(part: Any, **bounds: float | tuple[float, float]) -> None:
     """
     for name, bound in bounds.items():
         value = getattr(part, name)
-        if value is not None and MOST < value < math.inf:
-            raise ValueError(f"{name} must be at most {MOST:g}, not {str(value)[:60]}")
+        if value is not None and MOST[int if isinstance(value, int) else float] < value < math.inf:
+            raise ValueError(
+                f"{name} must be at most {MOST[int if isinstance(value, int) else float]:g}, not {str(value)[:60]}"
+            )
         least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
         if value is not None and not (least <= value <= most and math.isfinite(value)):
             limit = f"at least {least:g}" if math.isinf(most) else f"{least:g} to {most:g}"

@@ -57,8 +57,6 @@ class Optimisation:
         if self.amp not in (None, "bfloat16", "float16"):
             raise ValueError(f'amp must be None, "bfloat16" or "float16", not {self.amp!r}')
         require_within(self, batch_size=MIN_BATCH, chunk_size=MIN_BATCH, lr=0, final_lr=0, momentum=0, weight_decay=0)
-        if not self.lr:
-            raise ValueError("lr must be positive, not 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,8 @@ class Budget(Optimisation):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"say epochs or steps, one of them, got epochs={self.epochs}, steps={self.steps}")
         require_within(self, epochs=1, steps=1)
+        if not self.lr:
+            raise ValueError("lr must be positive, not 0")
         super().__post_init__()
 
     def settings(self, samples: int, seed: int, **changes: Any) -> Settings:
