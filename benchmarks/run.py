@@ -274,8 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--threshold", type=float, default=THRESHOLD, help="a ratio up to it is no regression")
     given = options.parse_args(arguments)
     benchmark: Benchmark = importlib.import_module(f"benchmarks.{HOMES[given.name]}").BENCHMARK
-    if not given.minutes > 0 or (given.threads is not None and given.threads < 1):
-        options.error("--minutes and --threads must be above 0")
+    if math.isnan(given.minutes) or (given.threads is not None and given.threads < 1):
+        options.error("--minutes must be a number, and --threads at least 1")
     if given.compare:
         try:
             before, after = (rows_of_benchmark(benchmark, path) for path in given.compare)

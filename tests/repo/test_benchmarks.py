@@ -341,8 +341,8 @@ COMMITTED = Path(run.__file__).parent / "kernels/results/cpu-amd-epyc-2-threads"
         (["--compare", "nowhere.csv", f"{COMMITTED}.csv"], "No such file or directory: 'nowhere.csv'"),
         (["--compare", __file__, __file__], "is no table"),
         (["--provider", "nope", "--gates", "--problem", "rbf"], "no provider of these questions matches 'nope'"),
-        (["--minutes", "-1"], "--minutes and --threads must be above 0"),
-        (["--threads", "0"], "--minutes and --threads must be above 0"),
+        (["--minutes", "nan"], "--minutes must be a number, and --threads at least 1"),
+        (["--threads", "0"], "--minutes must be a number, and --threads at least 1"),
     ],
 )
 def test_what_would_compare_or_time_nothing_is_refused(
