@@ -36,12 +36,14 @@ def amid(x: Tensor, y: Tensor, mask: Tensor | None, count: Scalar, problem: Prob
     norms = torch.stack([squared_norms(a) for a in (xs, ys)])
     diagonals = norms.index_fill(1, few, 0.0)  # kappa and lambda, zero for the dominating rows
     taken = torch.zeros_like(norms[0]).index_fill_(0, few, 1.0)
-    e = torch.stack([columns(a, few) for a in (xs, ys)])  # K_S and L_S [2, n, k]
-    kappas, sums = exact(diagonals), exact(e.sum(2)) - exact(diagonals)  # and r_K, r_L [2, n]
+    # K_S and L_S [2, n, k]. From here on in fp64: what orthogonal rows leave is a difference, and must not be rounding.
+    e = exact(torch.stack([columns(a, few) for a in (xs, ys)]))
+    kappas = exact(diagonals)
+    sums = e.sum(2) - kappas  # r_K, r_L [2, n]
     # <K,K>, <K,L>, <L,K> and <L,L> [2, 2]; E holds the product of a dominating and an ordinary row only once.
     whole_products = pack(tuple(inner(a, a) for a in (xx, xy, xy, yy)), x.device).view(2, 2)
     dots, totals = kappas @ kappas.T, sums.sum(1)
-    found = whole_products + exact((e[:, None] * e).sum(3)) @ (2.0 - exact(taken)) - dots
+    found = whole_products + (e[:, None] * e).sum(3) @ (2.0 - exact(taken)) - dots
     found += torch.outer(totals, totals) / ((n - 1.0) * (n - 2.0)) - 2.0 / (n - 2.0) * (sums @ sums.T)
     # The other rows' part is a difference, whose rounding error is that of its terms.
     bound = noise((xs, ys), norms, few, eps) + ROUNDING * eps * (whole_products + dots).diagonal()

@@ -76,6 +76,34 @@ def test_the_notebook_s_published_digits() -> None:
     assert round(found.item(), 5) == 0.65483
 
 
+@pytest.mark.parametrize(
+    ("size", "dtype", "value", "gradient"),
+    [(1e4, torch.float32, 1e-6, 2e-3), (1e5, torch.float32, 1e-4, 0.2), (1e6, torch.float64, 1e-8, 1e-5)],
+)
+def test_one_large_row_costs_what_the_guide_says(
+    size: float, dtype: torch.dtype, value: float, gradient: float
+) -> None:
+    """docs/guide/bandwidths.md; beside distances that are made of differences."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 576)
+    y = x + torch.randn(64, 576)
+    x[0, :2] = y[0, :2] = size
+    found = evaluate(lambda a, b: cka_loss(a, b, kernel="rbf"), x.to(dtype), y.to(dtype))
+
+    def by_differences(a: Tensor, b: Tensor) -> Tensor:
+        h = torch.eye(64, dtype=torch.float64) - 1 / 64
+        both = []
+        for side in (a, b):
+            d = (side[:, None] - side[None]).square().sum(-1)
+            both.append(h @ torch.exp(-d / (2 * d[d != 0].median().detach())) @ h)
+        k, l = both
+        return 1 - (k * l).sum() / (k.norm() * l.norm())
+
+    true = evaluate(by_differences, x.double(), y.double())
+    assert abs(found.value - true.value) < value
+    assert (found.dx - true.dx).norm() < gradient * true.dx.norm()
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("rule", RULES, ids=["median", "threshold"])
 def test_no_distance_is_no_median(rule: RBF) -> None:
