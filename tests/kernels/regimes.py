@@ -83,7 +83,8 @@ def own_means(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 REGIMES = {
-    "means of 4": Regime(at(4.1), NARROW),
+    # Some columns are shifted, some not; in bf16 a shifted entry may need a ninth bit: sums were up to 6.6e-6 off.
+    "means of 4": Regime(at(4.1), NARROW, 3.0),
     "means of 1000": Regime(at(1000), NARROW, 3.0),
     "means of -1000": Regime(at(-1000), looser=3.0),
     "own means": Regime(own_means, looser=3.0),
