@@ -133,7 +133,7 @@ def gram(x: Tensor, kernel: str | RBF) -> Tensor:
     (x,) = inputs.require_features(1, x=x)
     if rbf is not None:
         require_fp64("a Gaussian kernel", x.device)
-        k = reference.rbf_gram(x.flatten(1), None, rbf, 0)
+        k = reference.rbf_gram(x.flatten(1), None, rbf, 0, center=True)
         return (k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()).to(ops.value_dtype(x.dtype))
     with ops.without_autocast(x.device):
         x = x.flatten(1).to(ops.value_dtype(x.dtype))

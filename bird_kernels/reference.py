@@ -56,14 +56,16 @@ def bandwidth(distances: Tensor, mask: Tensor | None, kernel: Any, side: int) ->
     return torch.where(number > 0, median, 0.0) * (kernel.threshold or 1.0) ** 2
 
 
-def rbf_gram(x: Tensor, mask: Tensor | None, kernel: Any, side: int) -> Tensor:
+def rbf_gram(x: Tensor, mask: Tensor | None, kernel: Any, side: int, center: bool) -> Tensor:
     """exp(-|x_i - x_j|^2 / (2 sigma^2)) of the rows that count, zero for the others; [n, n], fp64.
 
-    All ones where sigma is 0.
+    All ones where sigma is 0. With ``center`` less 1, which H K H does not see: where sigma is large beside all
+    distances, K itself has no digits left.
     """
     distances = squared_distances(x, mask)
     square = bandwidth(distances, mask, kernel, side)
-    gram = torch.where(square == 0, 1.0, (-distances / (2 * torch.where(square == 0, 1.0, square))).exp())
+    exponents = torch.where(square == 0, 0.0, -distances / (2 * torch.where(square == 0, 1.0, square)))
+    gram = exponents.expm1() if center else exponents.exp()
     return gram if mask is None else gram * torch.outer(mask.double(), mask.double())
 
 
@@ -77,7 +79,7 @@ def centered_gram(
     """
     h = centring_matrix(x, mask)
     if kernel is not None:
-        gram = rbf_gram(x, mask, kernel, side)
+        gram = rbf_gram(x, mask, kernel, side, center)
         return h @ gram @ h if center else gram
     centred = h @ select(x, mask) if center else select(x, mask)
     return centred @ centred.T
@@ -120,7 +122,7 @@ def hsic(
 
 def has_no_variance(x: Tensor, gram: Tensor, self_hsic: Tensor, mask: Tensor | None, kernel: Any) -> Tensor:
     """Whether HSIC(x, x) is zero up to the rounding of fp64; 0-d, bool. ``gram`` is the centred one."""
-    size = select(x, mask).square().sum() * 1e-26 if kernel is None else number_of_rows(x, mask) * 1e-15
+    size = select(x, mask).square().sum() * 1e-26 if kernel is None else 0.0
     return (gram.trace() <= size) | (self_hsic <= 1e-13 * gram.square().mean())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bird_kernels import RBF, cka_loss, reference
+from bird_kernels import RBF, centered_gram, cka_loss, reference
 from tests.accuracy import assert_no_worse, errors, evaluate, features, operator, plain_rbf, poison, truth
 from tests.kernels.gaussian import N, P, Q, bandwidth, centred, distances
 from tests.selection import short
@@ -90,6 +90,21 @@ def test_an_outlier_among_the_rows(rule: RBF, estimator: str, device: torch.devi
         assert max(errors(evaluate(function, x, y), truth(x, y, estimator, kernel=rule)).values()) < 1e-3
         return
     assert_no_worse([evaluate(function, x, y)], [evaluate(plain, x, y)], [truth(x, y, estimator, kernel=rule)], 2e-6)
+
+
+@pytest.mark.parametrize("backend", ["library", "triton"])
+def test_a_bandwidth_beyond_all_distances_is_the_linear_kernel(estimator: str, backend: str) -> None:
+    """Without its constant, exp(-d / (2 s^2)) tends to (x_i - m)'(x_j - m) / s^2; K itself is 1 to the last digit."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    dtypes = (torch.float32,) if backend == "triton" else (torch.float32, torch.float64)
+    for dtype, bound in zip(dtypes, (3e-6, 1e-9), strict=False):
+        for sigma in (1e6, 1e8):
+            x, y = features(N, P, Q, dtype)
+            found = evaluate(operator("gram", backend, estimator, kernel=RBF(sigma=sigma)), x, y)
+            assert max(errors(found, truth(x, y, estimator)).values()) < bound
+    gram = centered_gram(x, kernel=RBF(sigma=1e8)) * 1e16
+    torch.testing.assert_close(gram.double(), reference.centered_gram(x), rtol=1e-5, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- invariance

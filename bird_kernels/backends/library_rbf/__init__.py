@@ -171,10 +171,12 @@ def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[B
 
 
 def _diagonal(strips: Strips, bandwidth: Bandwidth) -> Tensor:
-    """The diagonal of K - c, which strips leave out: 1 - c for the rows that count, else 0; [n], fp64."""
+    """The diagonal of K - c, which strips leave out: 1 - c (1 if not centred) for the rows that count, else 0."""
     ones = torch.ones(strips.problem.n, dtype=torch.float64, device=strips.features.device)
-    ones = ones if strips.keep is None else strips.keep.double()
-    return ones * (1.0 - bandwidth.level)
+    ones = ones if strips.keep is None else strips.keep.to(ones, copy=True)
+    if not strips.problem.center:
+        return ones
+    return ones.mul_(-(-linalg.as_tensor(bandwidth.typical, ones.device)).expm1())  # 1 - c itself cancels if t is small
 
 
 def _products(

@@ -237,7 +237,7 @@ def gram_rows_kernel(
             own = bandwidths + 4 * side
             factor, typical = tl.load(own).to(tl.float32), tl.load(own + 1).to(tl.float32)
             level = tl.load(own + 2).to(tl.float32)
-            edge = 0.0 if UNBIASED else (1.0 - tl.load(own + 2)).to(tl.float32)
+            edge = 0.0 if UNBIASED else -expm1(-typical)  # 1 - c, which cancels where t is small
             top = tl.zeros([HEIGHT], tl.float32)
             # The error of an entry is c times that of t, so these are the norms whose products bound the errors.
             diagonal = tl.where(counted_i, tl.load(own + 1) * tl.load(own + 2), 0.0)
