@@ -104,7 +104,7 @@ def test_accuracies_come_in_when_they_are_there(
         "README.md", "teachers.csv", "results.json", "resnet-tiny.png", "plain.png",
     }  # fmt: skip
     before = (report / "plain.png").read_bytes()
-    assert command("run", path) == 0
+    assert command("run", path, "--method", "none", "bird") == 0
     capsys.readouterr()
     assert command("select", path) == 0
     page = capsys.readouterr().out

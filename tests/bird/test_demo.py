@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from bird.lab import cli
+from bird.lab.experiment import Cell
 from bird.lab.stages import complete, lineage
 from bird.lab.vision import experiment as experiments
 from bird.lab.vision.data import Images
@@ -57,10 +59,39 @@ def descendants(process: int) -> set[int]:
     return children.union(*map(descendants, children))
 
 
-def test_killed_and_gone_on_with_it_ends_with_the_same_numbers(tmp_path: Path) -> None:
-    """And a killed demo leaves nobody behind who writes to its folder."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finished = start(whole)
+def ended(run: subprocess.Popen[str]) -> str:
+    """What a run said that came to its end."""
+    text, _ = run.communicate(timeout=240)
+    assert run.returncode == 0, text
+    assert "| BIRD " in text
+    return text
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a demo that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("demo") / "whole"
+    ended(start(folder))
+    assert (folder / "plain-resnet-corruptions.png").read_bytes().startswith(b"\x89PNG")
+    return folder
+
+
+def cells(root: Path, *methods: str) -> list[Cell]:
+    recipe = sized("--quick", "--steps", "8")
+    return VisionExperiment(recipe, root, torch.device("cpu"), progress=False).cells(methods=methods)
+
+
+def test_killed_and_gone_on_with_it_ends_with_the_same_numbers(whole: Path, tmp_path: Path) -> None:
+    """And a killed demo leaves nobody behind who writes to its folder. What it makes is what one method needs alone."""
+    broken = tmp_path / "broken"
+    shutil.copytree(whole, broken)
+    of_all, own = (lineage(cells(broken, method)[0].wanted) for method in ("none", "continued"))
+    for stage in own:
+        if stage.key not in {other.key for other in of_all}:
+            shutil.rmtree(stage.folder(broken))
+    for path in broken.iterdir():
+        if path.is_file():
+            path.unlink()
     workers = kill_once_there(start(broken), broken, "continued-*/phase1/last.pt")
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
@@ -68,19 +99,13 @@ def test_killed_and_gone_on_with_it_ends_with_the_same_numbers(tmp_path: Path) -
         time.sleep(0.01)
     assert not workers or len(workers) >= cli.cores()
     assert not (broken / "results.json").exists()
-    resumed = start(broken)
-    for run in (finished, resumed):
-        text, _ = run.communicate(timeout=240)
-        assert run.returncode == 0, text
-        assert "| BIRD " in text
-    assert (broken / "README.md").read_text() in text
+    assert (broken / "README.md").read_text() in ended(start(broken))
     assert (broken / "accuracies.csv").read_bytes() == (whole / "accuracies.csv").read_bytes()
     ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (broken, whole))
     assert ours["cells"] == theirs["cells"]
     assert [(cell["method"], cell["seed"]) for cell in ours["cells"]] == [
         (method, 0) for method in ("None", "Continued", "Hints", "BIRD", "Ceiling")
     ]
-    assert (broken / "plain-resnet-corruptions.png").read_bytes().startswith(b"\x89PNG")
     assert not list(broken.rglob(".partial*"))
 
 
@@ -113,29 +138,28 @@ def test_a_stage_is_named_after_the_images_in_memory_only_where_they_are_said() 
     assert not set(names[1]) & set(names[2])
 
 
-def test_test_images_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_images_decide_nothing(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other test images every weight and history stays as it was; only the scores change."""
-    recipe, device = sized("--quick", "--steps", "8"), torch.device("cpu")
-    runs = [VisionExperiment(recipe, tmp_path / name, device, progress=False) for name in ("as it is", "other")]
-    cells = [run.cells(methods=["bird", "ceiling"]) for run in runs]
-    real = experiments._splits
+    real, threads = experiments._splits, torch.get_num_threads()
 
     def with_other_test(*arguments: object) -> object:
         splits = real(*arguments)  # type: ignore[arg-type]
         noise = torch.randint(0, 256, splits.test.images.shape, dtype=torch.uint8)
         return replace(splits, test=Images(noise, splits.test.labels))
 
-    for run, of, splits in zip(runs, cells, (real, with_other_test), strict=True):
-        monkeypatch.setattr(experiments, "_splits", splits)
-        complete([stage for cell in of for stage in cell.wanted], run.root)
-    for ours, theirs in zip(*cells, strict=True):
-        assert ours.training is not None
-        for stage in lineage([ours.training]):
-            a, b = (torch.load(stage.folder(run.root) / "model.pt", weights_only=True) for run in runs)
+    monkeypatch.setattr(experiments, "_splits", with_other_test)
+    asked = cells(tmp_path, "bird", "ceiling")
+    torch.set_num_threads(1)  # as the demo does
+    complete([stage for cell in asked for stage in cell.wanted], tmp_path)
+    torch.set_num_threads(threads)
+    for cell in asked:
+        assert cell.training is not None
+        for stage in lineage([cell.training]):
+            a, b = (torch.load(stage.folder(root) / "model.pt", weights_only=True) for root in (whole, tmp_path))
             assert all(a[name].equal(b[name]) for name in b)
-            a, b = ((stage.result(run.root) or {})["histories"] for run in runs)
+            a, b = ((stage.result(root) or {})["histories"] for root in (whole, tmp_path))
             assert a == b
-        assert ours.scores["score"].result(runs[0].root) != theirs.scores["score"].result(runs[1].root)
+        assert cell.scores["score"].result(whole) != cell.scores["score"].result(tmp_path)
 
 
 @pytest.mark.smoke

@@ -1,8 +1,8 @@
 """Every Triton kernel compiles for GPUs that are not here, with the oldest supported Triton and the installed one.
 
 A variant takes 0.7 s of a core, and differs in few lines from the next: what they have in common fails in all of them.
-So about half of them (`launches.FEW_CASES`) are compiled for one GPU, sm_90 or what a slice of the tests chooses, and a
-fifth (`launches.FEWEST_CASES`) for the others: 237 with each Triton. --all compiles all, as `./dev aot` does.
+So half of them (`launches.FEW_CASES`) are compiled for one GPU, sm_90 or what a slice of the tests chooses, and of each
+kernel and dtype one (of `launches.FEWEST_CASES`) for the others: 114 + 4 x 21 with each Triton. --all compiles all.
 """
 
 from __future__ import annotations

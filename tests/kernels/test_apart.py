@@ -11,6 +11,7 @@ import torch
 from tests.accuracy import features
 from tests.kernels import test_dominating_rows as dominating
 from tests.kernels.test_shifted import ALLOWED, BFLOAT16, FLOAT16, FLOAT32, assert_right, run, sides_of
+from tests.selection import short
 
 pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
@@ -35,6 +36,10 @@ def test_a_row_that_dominates_unbiased(route: str, size: float, device: torch.de
     assert_right(route, x, y, estimator="unbiased", looser=3.0)
 
 
+@short(
+    "rows are taken out on the cross route alone; of the other one fp32 says that it needs nothing of the kind",
+    lambda route, dtype: route == "cross" or dtype == FLOAT32,
+)
 def test_a_massive_first_token_unbiased(route: str, dtype: torch.dtype, device: torch.device) -> None:
     """Two features of one row at 3,000: no side is without variance for it."""
     x, y = features(64, 160, 160, dtype=dtype, device=device)
@@ -42,6 +47,10 @@ def test_a_massive_first_token_unbiased(route: str, dtype: torch.dtype, device: 
     assert_right(route, x, y, estimator="unbiased", looser=2.0)
 
 
+@short(
+    "all in fp32; in halves what is largest, and takes rows of both sides",
+    lambda size, where, dtype: dtype == FLOAT32 or (size == 1e4 and where == "apart"),
+)
 @pytest.mark.parametrize("where", ["x", "y", "apart"])
 @pytest.mark.parametrize("size", [1e3, 1e4])
 def test_rows_that_dominate_one_side(size: float, where: str, dtype: torch.dtype, device: torch.device) -> None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from bird_kernels import RBF, backends, cka_loss, ops
 from tests.accuracy import operator
 from tests.kernels.surface import CALLS
+from tests.selection import short
 
 CUDA = torch.device("cuda", 0)
 N, P, Q = 36, 21, 30
@@ -142,6 +143,10 @@ def test_whoever_waits_is_found(name: str) -> None:
         assert_never_waits(lambda: READS[name](x), x)
 
 
+@short(
+    "all in fp32; in the other dtypes, of which only casts know, what has most to do",
+    lambda dtype, mask, estimator: dtype == torch.float32 or (mask and estimator == "unbiased"),
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear(dtype: torch.dtype, mask: Tensor | None, estimator: str, route: str) -> None:
     x, y = features(N, P, dtype=dtype), features(N, Q, dtype=dtype)
@@ -162,6 +167,10 @@ def test_every_call(name: str, mask: Tensor | None) -> None:
         assert_never_waits(lambda: CALLS[name](x, y, mask), *wanted)  # noqa: B023 - called at once
 
 
+@short(
+    "every rule in every memory; the mask and the estimator, which come after the bandwidth, with one rule",
+    lambda rule, mask, estimator: rule == "median, flowing" or (not mask and estimator == "biased"),
+)
 def test_rbf(rule: RBF, memory: str, mask: Tensor | None, estimator: str) -> None:
     """Bandwidths too, which a selection would read."""
     x, y = features(N, P), features(N, Q, dtype=torch.bfloat16)
@@ -171,6 +180,6 @@ def test_rbf(rule: RBF, memory: str, mask: Tensor | None, estimator: str) -> Non
 def test_weights_that_change_every_step() -> None:
     """Each step's numbers are new to the device."""
     xs, ys = [features(N, P), features(N, 3)], [features(N, Q), features(N, 2)]
-    for step in range(100):
+    for step in range(5):
         weights = [0.3 + step, 2.0 / (1 + step)]
         assert_never_waits(lambda: cka_loss(xs, ys, weights=weights, backend="library"), *xs, *ys)  # noqa: B023

@@ -1,87 +1,115 @@
-"""The examples, as a user starts them: what they print is what they promise."""
+"""The examples print what they promise; and every block of Python in README.md and the other documents runs."""
 
 from __future__ import annotations
 
+import ast
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.repo.documents import PAGES, ROOT, fences, name_of
+from tests.repo.forks import Forks
+
 TORCHRUN = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"
 ACCELERATE = "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_processes"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
-]
+needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+pytestmark = pytest.mark.slow
 
 
-def printed(*command: str, folder: Path = ROOT) -> str:
-    """What Python prints, started in a folder with these arguments."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks() as made:
+        yield made
 
 
-def ckas(launcher: tuple[str, ...], processes: int, script: str) -> list[float]:
+def ckas(launcher: tuple[str, ...], processes: int, script: str, **more: str) -> list[float]:
     """The CKAs that an example prints, first and last step."""
-    text = printed(*launcher, str(processes), f"examples/{script}")
-    return [float(cka) for cka in re.findall(rf"CKA (\S+) of 64 rows on {processes} processes", text)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more
+    command = [sys.executable, *launcher, f"examples/{script}"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return [float(cka) for cka in re.findall(rf"CKA (\S+) of 64 rows on {processes} processes", run.stdout)]
 
 
 @pytest.fixture(scope="module")
 def one_process() -> list[float]:
-    first, last = ckas(TORCHRUN, 1, "distributed.py")
+    """As torchrun would start it."""
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    first, last = ckas((), 1, "distributed.py", **group)
     assert last > first + 0.1
     return [first, last]
 
 
+@needs_gloo
 def test_torchrun(one_process: list[float]) -> None:
-    assert ckas(TORCHRUN, 2, "distributed.py") == pytest.approx(one_process, abs=1e-5)
+    assert ckas((*TORCHRUN, "2"), 2, "distributed.py") == pytest.approx(one_process, abs=1e-5)
 
 
+@needs_gloo
 def test_accelerate(one_process: list[float]) -> None:
     pytest.importorskip("accelerate", reason="needs the dev extra")
-    assert ckas(ACCELERATE, 2, "with_accelerate.py") == pytest.approx(one_process, abs=1e-5)
+    assert ckas((*ACCELERATE, "2"), 2, "with_accelerate.py") == pytest.approx(one_process, abs=1e-5)
 
 
 @pytest.mark.parametrize(("script", "steps"), [("dpo.py", 6), ("trl_sft.py", 6)])
-def test_trainers_of_trl(script: str, steps: int) -> None:
+def test_trainers_of_trl(script: str, steps: int, forks: Forks, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the example is a run of TRL's")
-    text = printed(f"examples/{script}")
+    text = forks.run(tmp_path, ROOT / "examples" / script)
     rows = re.findall(r"loss (\S+?),?  ?(?:DPO|of the task) (\S+?),?  ?CKA to the teacher (\S+)", text)
     assert len(rows) == steps
     for loss, task, cka in (map(float, row) for row in rows):
         assert loss == pytest.approx(0.1 * task + 0.9 * (1 - cka), abs=1e-4)
 
 
-LOOP = str(ROOT / "examples/own_loop.py")
+LOOP = ROOT / "examples/own_loop.py"
 
 
-def test_a_loop_of_ones_own_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_loop_of_ones_own_goes_on_where_it_stopped(forks: Forks, tmp_path: Path) -> None:
     pytest.importorskip("torchvision", reason="the example's networks")
-    whole = printed(LOOP, "--steps", "4", "--checkpoint", "whole", folder=tmp_path).splitlines()
+    whole = forks.run(tmp_path, LOOP, "--steps", "4", "--checkpoint", "whole").splitlines()
     assert [line.split(":")[0] for line in whole] == [f"step {i}" for i in range(1, 5)]
-    begun, resumed = (printed(LOOP, "--steps", steps, folder=tmp_path).splitlines() for steps in ("2", "4"))
+    begun, resumed = (forks.run(tmp_path, LOOP, "--steps", steps).splitlines() for steps in ("2", "4"))
     assert resumed[0] == "2 of 4 steps are done: own_loop.safetensors"
     assert begun + resumed[1:] == whole
     assert (tmp_path / "own_loop.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_loop_over_a_folder_of_images(tmp_path: Path) -> None:
+def test_a_loop_over_a_folder_of_images(forks: Forks, tmp_path: Path) -> None:
     datasets = pytest.importorskip("torchvision.datasets", reason="the example's networks")
     for i, (image, _) in enumerate(datasets.FakeData(6, (3, 80, 70))):
         (tmp_path / "images" / f"class {i % 3}").mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / "images" / f"class {i % 3}" / f"{i}.png")
-    text = printed(LOOP, "--images", "images", "--steps", "1", folder=tmp_path)
+    text = forks.run(tmp_path, LOOP, "--images", "images", "--steps", "1")
     ((loss, cka),) = re.findall(r"step 1: loss (\S+), CKA (\S+)", text)
     assert 0 < float(loss) - 0.9 * (1 - float(cka)) < 0.1 * 2 * math.log(3)  # of three classes, by chance
+
+
+# The first line of a block that cannot run here says why, where readers see it.
+NOT_RUN = re.compile(r"# not run by the tests: \w.{10,}\n")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python")], ids=name_of)
+def test_blocks_of_python_run(page: Path, forks: Forks, tmp_path: Path) -> None:
+    """In their order, with the names of those before, as a reader would run them."""
+    lines = ["shared = {}"]
+    for number, block in enumerate(fences(page, "python"), 1):
+        ast.parse(block)
+        if not NOT_RUN.match(block):
+            lines.append(f"exec(compile({block!r}, '{name_of(page)}: block {number}', 'exec'), shared)")
+    script = tmp_path / "blocks.py"
+    script.write_text("\n".join(lines), encoding="utf-8")
+    forks.run(tmp_path, script)
+
+
+def test_a_block_that_is_not_run_says_why() -> None:
+    marked = [block for page in PAGES for block in fences(page, "python") if "not run" in block]
+    assert [block for block in marked if not NOT_RUN.match(block)] == []
+    assert len(marked) <= 3

@@ -1,36 +1,21 @@
-"""What the documents promise is there: tree, links, blocks of Python, tables; and no file names a machine."""
+"""What README.md and the other documents promise is there: tree, links, tables; and no file names a machine."""
 
 from __future__ import annotations
 
-import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+from tests.repo.documents import PAGES, README, ROOT, fences, name_of
+
 PACKAGES = "bird", "bird_kernels", "csrc"
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"\./dev ([a-z]+)")
 EXTRA = re.compile(r"(?:bird-kernels|'\.)\[([\w,-]+)\]")
 DOTTED = re.compile(r"`(bird(?:_kernels)?(?:\.\w+)+)`")
 MACHINE_PATH = re.compile(r"(?<![\w.*}-])/(?:home|root|Users|work|mnt|private)/\w|\b[A-Z]:\\")
-# The first line of a block that cannot run here says why, where readers see it.
-NOT_RUN = re.compile(r"# not run by the tests: \w.{10,}\n")
-
-
-def fences(page: Path, language: str) -> list[str]:
-    return [body for name, body in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
-
-
-def name_of(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
 
 
 def tree() -> Iterator[Path]:
@@ -76,25 +61,6 @@ def test_links_lead_somewhere(tracked: list[Path]) -> None:
             if file and "://" not in file and not (ROOT / document.parent / file).exists():
                 dead.append(f"{document}: {target}")
     assert dead == []
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if fences(page, "python")], ids=name_of)
-def test_blocks_of_python_run(page: Path, tmp_path: Path) -> None:
-    """In their order, with the names of those before, as a reader would run them."""
-    script = [f"import sys; sys.path.insert(0, {str(ROOT)!r}); shared = {{}}"]
-    for number, block in enumerate(fences(page, "python"), 1):
-        ast.parse(block)
-        if not NOT_RUN.match(block):
-            script.append(f"exec(compile({block!r}, '{name_of(page)}: block {number}', 'exec'), shared)")
-    command = [sys.executable, "-c", "\n".join(script)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_block_that_is_not_run_says_why() -> None:
-    marked = [block for page in PAGES for block in fences(page, "python") if "not run" in block]
-    assert [block for block in marked if not NOT_RUN.match(block)] == []
-    assert len(marked) <= 3
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

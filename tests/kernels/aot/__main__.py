@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kernel", default="", type=_pattern, metavar="PATTERN", help="a regular expression of names")
     parser.add_argument(
         "--few", type=int, choices=ARCHS, metavar="ARCH",
-        help="about half of the variants for this GPU, and a fifth for the others: what ./dev test compiles",
+        help="half of the variants for this GPU, for the others one of a kernel and dtype: what ./dev test compiles",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the rows in this file, too")
     return parser.parse_args()
@@ -87,10 +87,11 @@ def main() -> int:
         os.execve(sys.executable, program, environment)
     from . import compile, launches  # not before: which Triton, and whether it interprets, is decided by an import
 
-    cases = dict.fromkeys(ARCHS, launches.CASES)
+    cases, once = dict.fromkeys(ARCHS, launches.CASES), set[int]()
     if options.few:
         cases = dict.fromkeys(ARCHS, launches.FEWEST_CASES) | {options.few: launches.FEW_CASES}
-    variants = compile.variants({arch: cases[arch] for arch in options.arch or ARCHS}, options.kernel)
+        once = set(ARCHS) - {options.few}
+    variants = compile.variants({arch: cases[arch] for arch in options.arch or ARCHS}, options.kernel, once)
     if not variants:
         names = {variant.kernel for variant in compile.variants({ARCHS[0]: launches.CASES})}
         raise SystemExit(f"no kernel's name has {options.kernel!r}; there are {', '.join(sorted(names))}")

@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,11 +150,16 @@ def usage(binary: bytes) -> dict[str, int]:
     return {"registers": fields["REG"], "spilled": fields["STACK"] + fields["LOCAL"]}
 
 
-def variants(cases: Mapping[int, Sequence[Case]], pattern: str = "") -> list[Variant]:
-    """The plans of each architecture's cases one after the other, of kernels whose name has ``pattern``."""
+def variants(cases: Mapping[int, Sequence[Case]], pattern: str = "", once: Collection[int] = ()) -> list[Variant]:
+    """The plans of each architecture's cases one after the other, of kernels whose name has ``pattern``.
+
+    Of the architectures in ``once``, the first of each kernel and dtype.
+    """
     with FORK.Pool(maxtasksperchild=1) as pool:  # a process for each architecture
         plans = pool.starmap(plan, cases.items(), chunksize=1)
-    return [variant for found in plans for variant in found if re.search(pattern, variant.kernel)]
+    found = [variant for plan in plans for variant in plan if re.search(pattern, variant.kernel)]
+    first = {(variant.arch, variant.kernel, variant.pointers[0]): variant for variant in reversed(found)}
+    return [v for v in found if v.arch not in once or first[v.arch, v.kernel, v.pointers[0]] is v]
 
 
 def inspected(found: Iterable[Variant]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,76 @@
+"""Scripts in processes of their own, forked from one that has imported PyTorch, torchvision and TRL.
+
+Those imports take 8 s of a core, and most scripts take less than one for themselves. A fork runs a script as Python
+would: as __main__, with its folder on the path, to the end of the interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = "torch._dynamo", "torchvision", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer"
+SECONDS = 300  # that a script may take
+
+
+class Forks:
+    """The process that forks; leaving the ``with`` block ends it."""
+
+    def __enter__(self) -> Forks:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._server = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.communicate()
+
+    def run(self, folder: Path, script: Path, *arguments: str) -> str:
+        """What a script prints, started in a folder with these arguments. Its errors fail the test."""
+        files = [folder / f".{script.name}.{name}" for name in ("out", "err")]
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps([str(folder), str(script), *arguments]) + "\n")
+        self._server.stdin.flush()
+        status = self._server.stdout.readline()
+        text, complaint = (file.read_text(encoding="utf-8") for file in files)
+        assert status == "0\n", f"{script}: {complaint}"
+        return text
+
+
+def begin(folder: str, script: str, *arguments: str) -> None:
+    """What is a script's own: folder, arguments, path, and where its words go."""
+    signal.alarm(SECONDS)
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(f".{Path(script).name}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, number)
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+def main() -> None:
+    """Fork for every line; it is a JSON list of a folder, a script and its arguments."""
+    for module in MODULES:
+        with contextlib.suppress(ImportError):  # of an extra that is not installed
+            importlib.import_module(module)
+    for line in iter(sys.stdin.readline, ""):
+        pid = os.fork()
+        if pid == 0:
+            begin(*json.loads(line))
+            return
+        os.write(1, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
+
+
+if __name__ == "__main__":
+    main()
