@@ -14,6 +14,7 @@ from bird_kernels.types import Problem
 from tests.accuracy import Result, errors, features, truth
 from tests.kernels import test_dominating_rows as dominating
 from tests.kernels.ways import ALLOWED, by_sums
+from tests.selection import short
 
 pytestmark = pytest.mark.usefixtures("interpreter_rounds_bfloat16")
 
@@ -36,6 +37,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@short(
+    "all in plain PyTorch and in fp32; where Triton is interpreted, in halves what dominates most",
+    lambda way, dtype, count, where: way == "plain" or dtype == FLOAT32 or (count == 5 and where == "apart"),
+)
 @pytest.mark.parametrize("where", ["both", "apart"])
 @pytest.mark.parametrize(("count", "size"), [(1, 3e3), (1, 1e4), (5, 1e4)])
 def test_rows_that_dominate_are_no_less_exact(
@@ -82,10 +87,10 @@ def test_one_batch_of_the_unbiased_cross_route(
 
 
 def test_long_sums_go_in_parts(dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "PART", 128)
-    x, y = features(300, 12, 20, dtype=dtype, device=device, mean=2.0)
-    mask = torch.arange(300, device=device) % 5 != 2
-    off = errors(compute(x, y, mask, upstream=512.0, cuts=[0, 300]), truth(x, y, mask=mask, upstream=512.0))
+    monkeypatch.setattr(rows, "PART", 64)
+    x, y = features(150, 12, 20, dtype=dtype, device=device, mean=2.0)
+    mask = torch.arange(150, device=device) % 5 != 2
+    off = errors(compute(x, y, mask, upstream=512.0, cuts=[0, 150]), truth(x, y, mask=mask, upstream=512.0))
     assert off.pop("value") <= ALLOWED[dtype][0]
     assert max(off.values()) <= ALLOWED[dtype][1]
 

@@ -67,7 +67,7 @@ def loss_and_gradients(**options: Any) -> tuple[Tensor | None, ...]:
 
 
 def of_pairs(**options: Any) -> tuple[Tensor, ...]:
-    sides = [a.requires_grad_() for pair in range(3) for a in features(N, P, Q, seed=pair)]
+    sides = [a.requires_grad_() for pair in range(2) for a in features(N, P, Q, seed=pair)]
     losses = cka_loss(sides[::2], sides[1::2], **options)
     return losses.detach(), *torch.autograd.grad(losses, sides)
 
