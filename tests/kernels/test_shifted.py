@@ -135,9 +135,9 @@ def test_an_outlier_that_the_sample_misses(estimator: str, device: torch.device)
 def test_long_sums_go_in_parts(
     dtype: torch.dtype, estimator: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shifted, "PART", 64)
+    monkeypatch.setattr(shifted, "PART", 128)
     shifted._launches_of.cache_clear()
-    x, y = features(150, 12, 20, dtype=dtype, device=device, mean=2.0)
+    x, y = features(300, 12, 20, dtype=dtype, device=device, mean=2.0)
     assert_right("cross", x, y, estimator=estimator)
     assert_right("cross", x, y, rows_kept(x), estimator=estimator)
     shifted._launches_of.cache_clear()
