@@ -132,6 +132,16 @@ def test_what_a_file_concerns(changed: str, concerned: bool, tmp_path: Path, mon
     assert selection.concerns(test, changed) == concerned
 
 
+def test_long_files_come_first_and_files_stay_whole() -> None:
+    names = [f"tests/{name}.py" for name in ("a", "bird/test_demo", "b", "kernels/test_aot", "c")]
+    items: list[Any] = [_Item(selection.ROOT / name, str(k)) for k in range(3) for name in names]
+    items += [_Item(selection.ROOT / "tests/c.py", "3")]
+    found = [item.path.stem + item.nodeid for item in selection.longest_first(items)]
+    assert found[:10] == [f"{name}{k}" for name in ("test_aot", "test_demo", "c") for k in range(4 - (name > "c"))]
+    assert found[10:] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert [name for name in selection.LONGEST if not (selection.ROOT / f"tests/{name}.py").exists()] == []
+
+
 @pytest.mark.parametrize("part", ["0/8", "9/8"])
 def test_slices_that_are_none_are_refused(part: str) -> None:
     with pytest.raises(ValueError, match=f"BIRD_SLICE={part} is none of the slices 1/8 to 8/8"):
