@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Files that take 20 s of a core or more for few tests, and the longest of all. A process asks for its next file when it
-# has two tests left, and xdist would hand out files of many tests first: two processes ended minutes apart, the last one
+# has two tests left, and xdist would hand out files of many tests first: two processes ended minutes apart, the last
 # with three of these. With these first, then by number of tests, what comes last is short. Order is all they decide.
 LONGEST = (
     "kernels/test_regimes", "kernels/test_aot", "repo/test_gpu_session", "repo/test_examples", "bird/test_demo",
