@@ -103,10 +103,14 @@ class VisionExperiment(Experiment):
         found = []
         for name, variant in first:
             for seed in range(self.recipe.seeds if seeds is None else seeds):
-                teacher, student, pairs = self._pair(name, variant, seed)
-                stage = self._measured(teacher, student, pairs[-1], seed)
+                own = self._at(seed)
+                teacher, student, pairs = own._pair(name, variant, seed)
+                stage = own._measured(teacher, student, pairs[-1], seed)
                 found.append(Cell(name, variant, "", seed, {"properties": stage}))
         return found
+
+    def _at(self, seed: int) -> VisionExperiment:
+        return replace(self, recipe=self.recipe.at(seed))
 
     def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[tuple[str, str], ...]]:
         """Teacher, student, and the pairs of layers between which something moves."""
@@ -122,13 +126,13 @@ class VisionExperiment(Experiment):
 
     def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
-        teacher, student, pairs = self._pair(networks, variant, seed)
-        made = self._moved(teacher, student, pairs, self.recipe.variants[variant], method, seed)
+        own = self._at(seed)
+        teacher, student, pairs = own._pair(networks, variant, seed)
+        made = own._moved(teacher, student, pairs, own.recipe.variants[variant], method, seed)
         layer = pairs[-1][METHODS[method].start == "student"]
-        aligned = self._aligned(made, layer, teacher, pairs[-1][0], seed)
-        return Cell(
-            networks, variant, method, seed, {"score": self._scored(made, seed), "alignment": aligned}, made.stage
-        )
+        aligned = own._aligned(made, layer, teacher, pairs[-1][0], seed)
+        scores = {"score": own._scored(made, seed), "alignment": aligned}
+        return Cell(networks, variant, method, seed, scores, made.stage)
 
     def _pretrained(
         self,
@@ -141,6 +145,7 @@ class VisionExperiment(Experiment):
     ) -> Made:
         """A teacher or a student; with one seed and network they begin with different weights."""
         about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": as_plain(budget)}
+        about |= self._strongest(corruptions)
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(source, seed)
@@ -151,7 +156,7 @@ class VisionExperiment(Experiment):
                 model,
                 data.train,
                 budget.settings(len(data.train), own, compile=self.compile),
-                augment=_augment(source, corruptions, seed),
+                augment=_augment(source, corruptions, seed, self.recipe.strongest),
                 validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
@@ -181,6 +186,7 @@ class VisionExperiment(Experiment):
             "batch_size": change.batch_size,
             "corruptions": recipe.corruptions if known.corrupted else (),
         }
+        about |= self._strongest(about["corruptions"])
         weights = {"alpha": change.alpha, "beta": change.beta}
         if guided:
             about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
@@ -194,7 +200,7 @@ class VisionExperiment(Experiment):
                 pairs=pairs,
                 settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
-                augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
+                augment=_augment(recipe.student, about["corruptions"], seed, recipe.strongest),
                 validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
@@ -218,11 +224,11 @@ class VisionExperiment(Experiment):
 
         def make(folder: Path) -> dict[str, Any]:
             test = first(self._data(source, seed).test, scoring.images).to(self.device)
-            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions))
+            severities = range(1, 1 + self.recipe.strongest)
+            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions, severities))
 
-        return Stage(
-            "score", self._about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made)
-        )
+        about = self._about(source, None) | {"scoring": asdict(scoring)} | self._strongest(scoring.corruptions)
+        return Stage("score", about, make, (made.stage,), self._of(made))
 
     def _aligned(self, made: Made, layer: str, teacher: Made, teacher_layer: str, seed: int) -> Stage:
         source = self.recipe.student
@@ -244,15 +250,26 @@ class VisionExperiment(Experiment):
             few = replace(data, validation=first(data.validation, recipe.scoring.images))
             guide, model = (m.model(self.root, self.device) for m in (teacher, student))
             networks = Teacher(guide, [layers[0]]), Teacher(model, [layers[1]])
-            found = measure_teacher(*networks, few, corruptions=recipe.corruptions, progress=self.progress)
+            severities = range(1, 1 + recipe.strongest)
+            found = measure_teacher(
+                *networks, few, corruptions=recipe.corruptions, severities=severities, progress=self.progress
+            )
             return found._asdict() | {"properties": asdict(found.properties)}
 
-        about = self._about(recipe.student, seed) | {
-            "images": recipe.scoring.images,
-            "layers": layers,
-            "corruptions": recipe.corruptions,
-        }
+        about = (
+            self._about(recipe.student, seed)
+            | {
+                "images": recipe.scoring.images,
+                "layers": layers,
+                "corruptions": recipe.corruptions,
+            }
+            | self._strongest(recipe.corruptions)
+        )
         return Stage("properties", about, make, (teacher.stage, student.stage), self._of(teacher))
+
+    def _strongest(self, corruptions: tuple[str, ...]) -> dict[str, Any]:
+        """For the names of stages: those under published severities alone are older than others."""
+        return {"strongest": self.recipe.strongest} if corruptions and self.recipe.strongest > 5 else {}
 
     def _of(self, made: Made) -> str:
         return f"{made.stage.kind}-{made.stage.key}: {made.stage.title}"
@@ -287,9 +304,9 @@ def _splits(source: Source, seed: int, root: Path | None) -> Splits:
     return load_splits(source.data, root, classes=source.classes, seed=seed, limit_per_class=source.limit_per_class)
 
 
-def _augment(source: Source, corruptions: tuple[str, ...], seed: int) -> Augment | None:
+def _augment(source: Source, corruptions: tuple[str, ...], seed: int, strongest: int) -> Augment | None:
     """The corruptions, and then what the source asks for: the order of pictures that come corrupted from a disk."""
-    parts: list[Augment] = [Mixture(corruptions, seed=seed)] if corruptions else []
+    parts: list[Augment] = [Mixture(corruptions, seed=seed, strongest=strongest)] if corruptions else []
     if source.augment != "none":
         parts.append(CropFlip(seed, flip=source.augment == "crop-flip"))
 

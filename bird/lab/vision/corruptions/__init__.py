@@ -95,12 +95,20 @@ def corrupt(
     if len(x) == 0 or (isinstance(severity, int) and severity == 0):
         return x.clone()
     x, index = x.contiguous(), index.to(x.device)
-    whole = isinstance(severity, int)
-    y = _once(x, name, min(severity, 5) if whole else severity.clamp(0, 5), index, seed)
-    for again in range(6, 1 + (severity if whole else strongest)):
-        more = _once(y.mul(255).round_().div_(255), name, again, index, seed)
-        y = more if whole else torch.where((severity >= again).view(-1, 1, 1, 1), more, y)
+    if isinstance(severity, int):
+        y = _once(x, name, min(severity, 5), index, seed)
+        for again in range(6, 1 + severity):
+            y = _once(_eight_bits(y), name, again, index, seed)
+        return y
+    y = _once(x, name, severity.clamp(0, 5), index, seed)
+    for again in range(6, 1 + strongest):
+        more = _once(_eight_bits(y), name, again, index, seed)
+        y = torch.where((severity >= again).view(-1, 1, 1, 1), more, y)
     return y
+
+
+def _eight_bits(x: Tensor) -> Tensor:
+    return x.mul(255).round_().div_(255)
 
 
 def _once(x: Tensor, name: str, severity: int | Tensor, index: Tensor, seed: int) -> Tensor:
