@@ -33,6 +33,7 @@ from .recipe import DEMO, Budget, Source, Variant, VisionRecipe, as_plain
 from .selection import measure_teacher
 from .training import Augment, fit
 
+AHEAD = 512  # images that are corrupted at once: a third of the time of 64, which are 15 kinds of a few each
 PROTOCOL = 2  # part of every stage's name: raised when the same settings no longer mean the same
 
 
@@ -156,7 +157,7 @@ class VisionExperiment(Experiment):
                 model,
                 data.train,
                 budget.settings(len(data.train), own, compile=self.compile),
-                augment=_augment(source, corruptions, seed, self.recipe.strongest),
+                augment=_augment(source, corruptions, seed, self.recipe.strongest, budget.batch_size),
                 validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
@@ -195,12 +196,13 @@ class VisionExperiment(Experiment):
             data = self._data(recipe.student, seed)
             changes: dict[str, Any] = {"compile": self.compile}
             changes |= {} if change.batch_size is None else {"batch_size": change.batch_size}
+            batch_size = changes.get("batch_size", recipe.transfer.batch_size)
             transfer = Transfer(
                 networks=(teacher.network, student.network),
                 pairs=pairs,
                 settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
-                augment=_augment(recipe.student, about["corruptions"], seed, recipe.strongest),
+                augment=_augment(recipe.student, about["corruptions"], seed, recipe.strongest, batch_size),
                 validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
@@ -304,15 +306,26 @@ def _splits(source: Source, seed: int, root: Path | None) -> Splits:
     return load_splits(source.data, root, classes=source.classes, seed=seed, limit_per_class=source.limit_per_class)
 
 
-def _augment(source: Source, corruptions: tuple[str, ...], seed: int, strongest: int) -> Augment | None:
-    """The corruptions, and then what the source asks for: the order of pictures that come corrupted from a disk."""
-    parts: list[Augment] = [Mixture(corruptions, seed=seed, strongest=strongest)] if corruptions else []
-    if source.augment != "none":
-        parts.append(CropFlip(seed, flip=source.augment == "crop-flip"))
+@dataclass(frozen=True)
+class _InTurn:
+    """Augmentations one after the other."""
 
-    def augment(x: Tensor, index: Tensor, epoch: int) -> Tensor:
-        for part in parts:
+    parts: tuple[Augment, ...]
+    ahead: int  # see `bird.lab.vision.steps.Augment`
+
+    def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
+        for part in self.parts:
             x = part(x, index, epoch)
         return x
 
-    return augment if parts else None
+
+def _augment(
+    source: Source, corruptions: tuple[str, ...], seed: int, strongest: int, batch_size: int
+) -> Augment | None:
+    """The corruptions, and then what the source asks for: the order of pictures that come corrupted from a disk."""
+    parts: list[Augment] = []
+    if corruptions:
+        parts.append(Mixture(corruptions, seed=seed, strongest=strongest, batch_size=batch_size))
+    if source.augment != "none":
+        parts.append(CropFlip(seed, flip=source.augment == "crop-flip"))
+    return _InTurn(tuple(parts), ahead=max(1, AHEAD // batch_size) if corruptions else 1) if parts else None
