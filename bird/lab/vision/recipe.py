@@ -274,7 +274,7 @@ class VisionRecipe:
             return self
         number = DATASETS[self.student.data].classes
         assert number is not None  # a source without classes has them
-        drawn = torch.randperm(number, generator=torch.Generator().manual_seed(0x5417 + seed)).tolist()
+        drawn = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
         theirs, ours = (tuple(sorted(half)) for half in (drawn[: number // 2], drawn[number // 2 :]))
         variants = {
             name: v if v.teacher is None else replace(v, teacher=replace(v.teacher, classes=theirs))

@@ -38,7 +38,7 @@ class Normalise(nn.Module):
         return (x - self.mean) / self.std
 
 
-class Standardise(nn.Module):
+class Standardise(Normalise):
     """Each image by itself: ``(x - mean) / deviation`` over its pixels and channels; one that does not vary becomes 0.
 
     In the network and not in the data: corruptions act on images of 8 bits in 0-1, and what one adds to every pixel

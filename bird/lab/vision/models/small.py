@@ -70,7 +70,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         first, second, third = widths
-        self.normalise = Standardise() if own else Normalise(channels)
+        self.normalise = (Standardise if own else Normalise)(channels)
         self.stem = nn.Sequential(*_conv(channels, first, stride=2), nn.ReLU())
         self.layer1 = ResidualBlock(first, first, stride=1)
         self.layer2 = ResidualBlock(first, second, stride=2)
