@@ -227,7 +227,7 @@ def test_nothing_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def eight_bits(x: Tensor) -> Tensor:
-    return (x.double() * 255).round().float() / 255
+    return (x * 255).round() / 255  # as scores are rounded, ties too: brightness 5 adds 76.5
 
 
 def test_six_and_seven_are_five_again_in_eight_bits() -> None:

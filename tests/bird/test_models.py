@@ -92,6 +92,7 @@ SIZES = {
     "mobilenetv2-tiny": lambda: small_mobilenet(48, 192),
     "resnet-small": lambda: small_resnet(16, 32, 96),
     "resnet-tiny": lambda: small_resnet(16, 24, 48),
+    "resnet-tiny-standardised": lambda: small_resnet(16, 24, 48),
     "plain": lambda: conv(3, 3, 16) + conv(3, 16, 32) + conv(3, 32, 64) + conv(3, 64, 96) + 97 * 10,
 }
 
