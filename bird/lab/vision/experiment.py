@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...features import find_layers
 from ...teachers import Teacher
 from ..experiment import Cell, Experiment
-from ..recipe import data_root, grid
+from ..recipe import data_root, grid, seeds_of
 from ..stages import Stage
 from ..tensors import load_tensors, save_tensors
 from .augment import CropFlip
@@ -102,7 +102,7 @@ class VisionExperiment(Experiment):
         first = dict.fromkeys((name, variant) for name, variant, *_ in grid(self.recipe, **choice, seeds=1))
         found = []
         for name, variant in first:
-            for seed in range(self.recipe.seeds if seeds is None else seeds):
+            for seed in seeds_of(self.recipe, seeds):
                 teacher, student, pairs = self._pair(name, variant, seed)
                 stage = self._measured(teacher, student, pairs[-1], seed)
                 found.append(Cell(name, variant, "", seed, {"properties": stage}))
@@ -172,18 +172,21 @@ class VisionExperiment(Experiment):
         recipe, known = self.recipe, METHODS[method]
         if not known.phases:
             return student
+        budget = recipe.transfer if change.steps is None else replace(recipe.transfer, steps=change.steps, epochs=None)
         starts = {"teacher": teacher, "student": student}[known.start]
         guided = any(guidance in ("bird", "hints") for _, guidance in known.phases)
         parents = (teacher.stage, student.stage) if guided else (starts.stage,)
         about = self._about(recipe.student, seed) | {
             "method": method,
-            "budget": as_plain(recipe.transfer),
+            "budget": as_plain(budget),
             "batch_size": change.batch_size,
             "corruptions": recipe.corruptions if known.corrupted else (),
         }
         weights = {"alpha": change.alpha, "beta": change.beta}
         if guided:
             about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
+        elif known.weighted:
+            about |= {"weights": {"alpha": change.alpha}}
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(recipe.student, seed)
@@ -192,7 +195,7 @@ class VisionExperiment(Experiment):
             transfer = Transfer(
                 networks=(teacher.network, student.network),
                 pairs=pairs,
-                settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
+                settings=budget.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
                 augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
                 validate=partial(image_accuracy, data=data.validation),

@@ -146,7 +146,9 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
     for chunk in chunks:
         with run.autocast:
             share, loss = forward(chunk)
-            if guide is not None:
+            if guide is None:
+                loss = chunks.batches.settings.task_weight * loss
+            else:
                 loss = guide.loss(loss, guide.teacher(chunk[0]), guide.taps.pop())
         run.scaler.scale(share * loss).backward()
         note(share, {"loss": loss.detach()} | (guide.loss.last if guide is not None else {}))
