@@ -7,15 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from bird import BirdLoss, Hints, Taps, Teacher
+from bird import BirdLoss, Hints, Taps, Teacher, cka_loss
 from bird.lab.vision import methods
+from bird.lab.vision.augment import Views
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.corruptions import Mixture
 from bird.lab.vision.data import Images
 from bird.lab.vision.methods import HINTS, METHODS, Transfer
 from bird.lab.vision.models import build, replace_head
+from bird.lab.vision.steps import epoch_order, learning_rate
 from bird.lab.vision.training import TransferGuide, fit
 from bird.losses import LwF
 from tests.bird.loops import changes, same, state
@@ -80,6 +83,34 @@ def test_a_permuted_teacher_gives_no_image_its_own_features(
     found = moved("bird-permuted", networks, train)
     assert same(found, by_hand)
     assert not same(found, moved("bird", networks, train))
+
+
+def test_views_are_seen_by_both_networks_and_not_by_the_task(
+    networks: tuple[nn.Module, nn.Module], train: Images
+) -> None:
+    """The loop written out: the task on its images, CKA on the views of the same, one step of SGD on the sum."""
+    by_hand, teacher, views = deepcopy(networks[1]).train(), deepcopy(networks[0]), Views(5)
+    sgd = torch.optim.SGD(by_hand.parameters(), lr=SETTINGS.lr, momentum=0.9, weight_decay=5e-4)
+    taps, guide = Taps(by_hand, "layer3"), Teacher(teacher, "block3")
+    for step in range(7):
+        epoch, batch = divmod(step, 5)
+        index = epoch_order(40, SETTINGS.seed, epoch)[8 * batch : 8 * batch + 8]
+        x = train.images[index].float() / 255
+        task = F.cross_entropy(by_hand(x), train.labels[index])
+        taps.pop()
+        seen = views(x, index, epoch)
+        by_hand(seen)
+        loss = 0.1 * task + 0.9 * cka_loss(taps.pop()["layer3"], guide(seen)["block3"])
+        sgd.param_groups[0]["lr"] = learning_rate(step, SETTINGS)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    found = moved("bird", networks, train, views=views).state_dict()
+    for name, value in by_hand.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+    small = replace(SETTINGS, chunk_size=4)
+    model = Transfer(NETWORKS, PAIRS, small, 4, views=views).run("bird", *networks, train).model
+    assert not same(model, Transfer(NETWORKS, PAIRS, small, 4).run("bird", *networks, train).model)
 
 
 def headed(teacher: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from ..experiment import Cell, Experiment
 from ..recipe import data_root, grid, seeds_of
 from ..stages import Stage
 from ..tensors import load_tensors, save_tensors
-from .augment import CropFlip
+from .augment import CropFlip, Views
 from .corruptions import Mixture
 from .data import Splits
 from .datasets import DATASETS, load_splits
@@ -185,6 +185,7 @@ class VisionExperiment(Experiment):
         weights = {"alpha": change.alpha, "beta": change.beta}
         if guided:
             about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
+            about |= {"views": True} if change.views else {}
         elif known.weighted:
             about |= {"weights": {"alpha": change.alpha}}
 
@@ -202,6 +203,7 @@ class VisionExperiment(Experiment):
                 device=self.device,
                 folder=folder,
                 progress=self.progress,
+                views=Views(seed) if change.views else None,
                 weights={name: value for name, value in weights.items() if value is not None},
             )
             guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))

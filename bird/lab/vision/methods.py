@@ -120,6 +120,7 @@ class Transfer:
         settings: of all phases together.
         classes: the number of classes of the student's task.
         weights: ``alpha`` and ``beta`` of BIRD, if they are not the published ones.
+        views: images for the guidance term of BIRD and Hints; None: those of the task.
         folder: a folder for each phase is created in it; None: nothing is kept.
     """
 
@@ -128,6 +129,7 @@ class Transfer:
     settings: Settings
     classes: int
     weights: Mapping[str, Any] = field(default_factory=dict)
+    views: Augment | None = None
     augment: Augment | None = None
     validate: Callable[[nn.Module], float] | None = None
     device: torch.device | str = "cpu"
@@ -170,7 +172,8 @@ class Transfer:
                 device=self.device,
                 folder=None if self.folder is None else self.folder / f"phase{number + 1}",
                 resume=True,
-                about={"method": method, "phase": number + 1, "pairs": self.pairs, "weights": dict(self.weights)},
+                about={"method": method, "phase": number + 1, "pairs": self.pairs, "weights": dict(self.weights)}
+                | ({} if self.views is None else {"views": True}),
                 label=f"{known.title}, seed {self.settings.seed}",
                 progress=self.progress,
             )
@@ -200,8 +203,9 @@ class Transfer:
             loss = Hints(*HINTS, pairs, teacher_widths=theirs, student_widths=ours)
         else:
             loss = LwF(pairs=pairs)
+        views = None if guidance == "lwf" else self.views
         kind = PermutedTeacher if known.permuted else Teacher
-        return TransferGuide(kind(deepcopy(teacher), guiding), Taps(model, guided), loss)
+        return TransferGuide(kind(deepcopy(teacher), guiding), Taps(model, guided), loss, views)
 
 
 class PermutedTeacher(Teacher):

@@ -157,6 +157,8 @@ class Variant:
         batch_size: with the same number of steps.
         alpha: weight of the task in guided methods, and in ``continued-alpha``.
         beta: weight of the guidance in guided methods.
+        views: whether the guidance term of BIRD and Hints is computed on images of other backgrounds, contrast and
+            brightness (`bird.lab.vision.augment.Views`), while the task keeps its own.
         teacher_layer: guiding layer, a path in the teacher, or several; the default is the network's own.
         student_layer: guided layer; as many, each guided by the one at its place. CKA is reported of the last ones.
     """
@@ -169,6 +171,7 @@ class Variant:
     batch_size: int | None = None
     alpha: float | None = None
     beta: float | None = None
+    views: bool = False
     teacher_layer: str | tuple[str, ...] | None = None
     student_layer: str | tuple[str, ...] | None = None
 
