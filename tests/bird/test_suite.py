@@ -12,7 +12,8 @@ from bird.lab.vision import suite
 from bird.lab.vision.evaluation import Robustness
 from bird.lab.vision.experiment import VisionExperiment
 from bird.lab.vision.recipe import Source, Variant, read_vision
-from bird.lab.vision.suite import faults, suites
+from bird.lab.vision.suite import faults, measure, suites
+from tests.bird.tiny_recipes import TINY, command, experiment_of, written
 
 PHOTOS = read_vision("fashion/photos")
 
@@ -63,11 +64,11 @@ def test_only_the_first_that_passes_is_taken(
 ) -> None:
     asked: list[tuple[int, str, int]] = []
 
-    def measure(experiment: VisionExperiment, seed: int) -> tuple[Robustness, Robustness]:
+    def by_hand(experiment: VisionExperiment, seed: int) -> tuple[Robustness, Robustness]:
         asked.append((experiment.recipe.strongest, experiment.recipe.student.data, seed))
         return table(0.92, *(GOOD if len(asked) == 4 else 19 * [0.01])), CEILING
 
-    monkeypatch.setattr(suite, "measure", measure)
+    monkeypatch.setattr(suite, "measure", by_hand)
     assert suite.main(["fashion/photos"]) == 0
     expected = [(5, "fashion-photos"), (5, "fashion-levels"), (5, "fashion-mnist"), (6, "fashion-photos")]
     assert asked == [(*one, 900) for one in expected]
@@ -125,6 +126,21 @@ def test_strengths_beyond_five_name_what_they_decide() -> None:
 
     five, seven = keys(5), keys(7)
     assert {name for name in five if five[name] != seven[name]} == {"bird", "ceiling", "score"}
+
+
+def test_such_a_recipe_runs_to_its_page(tmp_path: Path) -> None:
+    more = ('title = "Tiny"', 'title = "Tiny"\nsplit_classes = true\nstrongest = 7')
+    path = written(tmp_path, TINY, more, ('["none"]', '["none", "continued", "ceiling"]'))
+    assert command("run", path) == 0
+    experiment = experiment_of(path)
+    of_none, _, of_ceiling = (cell.results(experiment.root) or {} for cell in experiment.cells())
+    assert {len(shares) for shares in of_none["score"]["corrupted"].values()} == {7}
+    assert of_ceiling["training"]["histories"]
+    rows = (experiment.root / "reports" / "try" / "accuracies.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3 * (1 + 2 * 7)
+    none, ceiling = measure(experiment, 900)
+    assert [len(shares) for shares in none.corrupted.values()] == [7, 7]
+    assert none.corrupted.keys() == ceiling.corrupted.keys() == {"brightness", "contrast"}
 
 
 def test_what_cannot_be_is_said() -> None:
