@@ -12,7 +12,7 @@ from bird.lab.vision import suite
 from bird.lab.vision.evaluation import Robustness
 from bird.lab.vision.experiment import VisionExperiment
 from bird.lab.vision.recipe import Source, Variant, read_vision
-from bird.lab.vision.suite import faults, measure, suites
+from bird.lab.vision.suite import faults, none_and_ceiling, suites
 from tests.bird.tiny_recipes import TINY, command, experiment_of, written
 
 PHOTOS = read_vision("fashion/photos")
@@ -68,12 +68,12 @@ def test_only_the_first_that_passes_is_taken(
         asked.append((experiment.recipe.strongest, experiment.recipe.student.data, seed))
         return table(0.92, *(GOOD if len(asked) == 4 else 19 * [0.01])), CEILING
 
-    monkeypatch.setattr(suite, "measure", by_hand)
+    monkeypatch.setattr(suite, "none_and_ceiling", by_hand)
     assert suite.main(["fashion/photos"]) == 0
     expected = [(5, "fashion-photos"), (5, "fashion-levels"), (5, "fashion-mnist"), (6, "fashion-photos")]
     assert asked == [(*one, 900) for one in expected]
     assert "fails: the pooled gap is 0.8 points, below 10" in capsys.readouterr().out
-    monkeypatch.setattr(suite, "measure", lambda *_: (table(0.92, *19 * [0.0]), CEILING))
+    monkeypatch.setattr(suite, "none_and_ceiling", lambda *_: (table(0.92, *19 * [0.0]), CEILING))
     assert suite.main(["fashion/photos"]) == 1
 
 
@@ -138,7 +138,7 @@ def test_such_a_recipe_runs_to_its_page(tmp_path: Path) -> None:
     assert of_ceiling["training"]["histories"]
     rows = (experiment.root / "reports" / "try" / "accuracies.csv").read_text().splitlines()
     assert len(rows) == 1 + 3 * (1 + 2 * 7)
-    none, ceiling = measure(experiment, 900)
+    none, ceiling = none_and_ceiling(experiment, 900)
     assert [len(shares) for shares in none.corrupted.values()] == [7, 7]
     assert none.corrupted.keys() == ceiling.corrupted.keys() == {"brightness", "contrast"}
 

@@ -67,7 +67,7 @@ def suites(recipe: VisionRecipe) -> Iterator[tuple[str, VisionRecipe]]:
             yield f"severities to {strongest}, {data}, {network}", suite
 
 
-def measure(experiment: VisionExperiment, seed: int) -> tuple[Robustness, Robustness]:
+def none_and_ceiling(experiment: VisionExperiment, seed: int) -> tuple[Robustness, Robustness]:
     """None and Ceiling of a recipe's first networks, on validation images; trained if they are not yet."""
     recipe = experiment.recipe.at(seed)
     name, source = next(iter(recipe.networks)), recipe.student
@@ -100,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for name, suite in suites(read_vision(options.recipe)):
-        none, ceiling = measure(VisionExperiment(suite, options.out, torch.device("cpu"), options.data), options.seed)
+        none, ceiling = none_and_ceiling(
+            VisionExperiment(suite, options.out, torch.device("cpu"), options.data), options.seed
+        )
         _say(f"{name}: pooled {none.pooled:.1%} and {ceiling.pooled:.1%}, clean {none.clean:.1%}, {ceiling.clean:.1%}")
         for kind in none.corrupted:
             _say(f"  {kind}: {fmean(none.corrupted[kind]):.1%} and {fmean(ceiling.corrupted[kind]):.1%}")

@@ -35,7 +35,7 @@ _CHUNK = 256  # images per task of a thread
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
-def _decode(path: Path, size: int) -> np.ndarray:
+def _decode(path: Path, size: int = 32) -> np.ndarray:
     """One image, uint8 ``[3, size, size]``; raises a ValueError if it cannot be decoded."""
     from PIL import Image, ImageOps
 
