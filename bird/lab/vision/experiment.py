@@ -33,7 +33,7 @@ from .recipe import DEMO, Budget, Source, Variant, VisionRecipe, as_plain
 from .selection import measure_teacher
 from .training import Augment, fit
 
-AHEAD = 512  # images that are corrupted at once: a third of the time of 64, which are 15 kinds of a few each
+AHEAD = 512  # images that are corrupted at once: a third of the time of 64 by 64, which are 15 kinds of a few each
 PROTOCOL = 2  # part of every stage's name: raised when the same settings no longer mean the same
 
 
