@@ -17,7 +17,7 @@ from bird import BirdLoss, Taps, Teacher
 from bird.lab.tensors import load_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import TransferGuide, epoch_order, learning_rate
+from bird.lab.vision.steps import Batches, TransferGuide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
 from tests.bird.loops import Cut, cut_after, images, margin, network, same, state, train
 
@@ -38,6 +38,32 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, opti
         assert same(resumed.model, whole.model)
         assert resumed.history == whole.history
         assert whole.guide is None or same(resumed.guide.loss, whole.guide.loss)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 9])
+def test_images_made_ahead_are_those_of_each_batch(chunk_size: int | None) -> None:
+    """Three epochs of 16, 16, 16 and 7; a resumed run begins anywhere."""
+    data, asked = images(55), list[int]()
+
+    class Ahead:
+        ahead = 3
+
+        def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
+            asked.append(len(index))
+            return x + index.view(-1, 1, 1, 1) + 100 * epoch
+
+    settings = Settings(steps=12, batch_size=16, chunk_size=chunk_size)
+    ahead = Batches(data, settings, Ahead(), torch.device("cpu"))
+    plain = Batches(data, settings, lambda x, *rest: Ahead.__call__(Ahead(), x, *rest), torch.device("cpu"))
+    for steps in (range(12), range(6, 10), (1, 0, 5)):
+        made = [chunk for step in steps for chunk in ahead.at(step)]
+        taken, asked[:] = list(asked), []
+        expected = [chunk for step in steps for chunk in plain.at(step)]
+        if chunk_size is None and len(steps) == 12:
+            assert taken == 3 * [48, 7]
+        asked.clear()
+        for found, other in zip(made, expected, strict=True):
+            assert all(map(torch.equal, found, other))
 
 
 def test_seed_decides_the_result() -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ...features import find_layers
 from ...teachers import Teacher
 from ..experiment import Cell, Experiment
-from ..recipe import data_root, grid
+from ..recipe import data_root, grid, seeds_of
 from ..stages import Stage
 from ..tensors import load_tensors, save_tensors
-from .augment import CropFlip
+from .augment import CropFlip, PhotometricViews
 from .corruptions import Mixture
 from .data import Splits
 from .datasets import DATASETS, load_splits
@@ -33,6 +33,7 @@ from .recipe import DEMO, Budget, Source, Variant, VisionRecipe, as_plain
 from .selection import measure_teacher
 from .training import Augment, fit
 
+AHEAD = 512  # images that are corrupted at once: a third of the time of 64 by 64, which are 15 kinds of a few each
 PROTOCOL = 2  # part of every stage's name: raised when the same settings no longer mean the same
 
 
@@ -102,11 +103,15 @@ class VisionExperiment(Experiment):
         first = dict.fromkeys((name, variant) for name, variant, *_ in grid(self.recipe, **choice, seeds=1))
         found = []
         for name, variant in first:
-            for seed in range(self.recipe.seeds if seeds is None else seeds):
-                teacher, student, pairs = self._pair(name, variant, seed)
-                stage = self._measured(teacher, student, pairs[-1], seed)
+            for seed in seeds_of(self.recipe, seeds):
+                own = self._at(seed)
+                teacher, student, pairs = own._pair(name, variant, seed)
+                stage = own._measured(teacher, student, pairs[-1], seed)
                 found.append(Cell(name, variant, "", seed, {"properties": stage}))
         return found
+
+    def _at(self, seed: int) -> VisionExperiment:
+        return replace(self, recipe=self.recipe.at(seed))
 
     def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[tuple[str, str], ...]]:
         """Teacher, student, and the pairs of layers between which something moves."""
@@ -122,13 +127,13 @@ class VisionExperiment(Experiment):
 
     def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
-        teacher, student, pairs = self._pair(networks, variant, seed)
-        made = self._moved(teacher, student, pairs, self.recipe.variants[variant], method, seed)
+        own = self._at(seed)
+        teacher, student, pairs = own._pair(networks, variant, seed)
+        made = own._moved(teacher, student, pairs, own.recipe.variants[variant], method, seed)
         layer = pairs[-1][METHODS[method].start == "student"]
-        aligned = self._aligned(made, layer, teacher, pairs[-1][0], seed)
-        return Cell(
-            networks, variant, method, seed, {"score": self._scored(made, seed), "alignment": aligned}, made.stage
-        )
+        aligned = own._aligned(made, layer, teacher, pairs[-1][0], seed)
+        scores = {"score": own._scored(made, seed), "alignment": aligned}
+        return Cell(networks, variant, method, seed, scores, made.stage)
 
     def _pretrained(
         self,
@@ -141,6 +146,7 @@ class VisionExperiment(Experiment):
     ) -> Made:
         """A teacher or a student; with one seed and network they begin with different weights."""
         about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": as_plain(budget)}
+        about |= self._strongest(corruptions)
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(source, seed)
@@ -151,7 +157,7 @@ class VisionExperiment(Experiment):
                 model,
                 data.train,
                 budget.settings(len(data.train), own, compile=self.compile),
-                augment=_augment(source, corruptions, seed),
+                augment=_augment(source, corruptions, seed, self.recipe.strongest, budget.batch_size),
                 validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
@@ -172,33 +178,40 @@ class VisionExperiment(Experiment):
         recipe, known = self.recipe, METHODS[method]
         if not known.phases:
             return student
+        budget = recipe.transfer if change.steps is None else replace(recipe.transfer, steps=change.steps, epochs=None)
         starts = {"teacher": teacher, "student": student}[known.start]
         guided = any(guidance in ("bird", "hints") for _, guidance in known.phases)
         parents = (teacher.stage, student.stage) if guided else (starts.stage,)
         about = self._about(recipe.student, seed) | {
             "method": method,
-            "budget": as_plain(recipe.transfer),
+            "budget": as_plain(budget),
             "batch_size": change.batch_size,
             "corruptions": recipe.corruptions if known.corrupted else (),
         }
+        about |= self._strongest(about["corruptions"])
         weights = {"alpha": change.alpha, "beta": change.beta}
         if guided:
             about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
+            about |= {"views": True} if change.views else {}
+        elif known.weighted:
+            about |= {"weights": {"alpha": change.alpha}}
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(recipe.student, seed)
             changes: dict[str, Any] = {"compile": self.compile}
             changes |= {} if change.batch_size is None else {"batch_size": change.batch_size}
+            batch_size = changes.get("batch_size", recipe.transfer.batch_size)
             transfer = Transfer(
                 networks=(teacher.network, student.network),
                 pairs=pairs,
-                settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
+                settings=budget.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
-                augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
+                augment=_augment(recipe.student, about["corruptions"], seed, recipe.strongest, batch_size),
                 validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
                 progress=self.progress,
+                views=PhotometricViews(seed) if change.views else None,
                 weights={name: value for name, value in weights.items() if value is not None},
             )
             guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
@@ -218,11 +231,11 @@ class VisionExperiment(Experiment):
 
         def make(folder: Path) -> dict[str, Any]:
             test = first(self._data(source, seed).test, scoring.images).to(self.device)
-            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions))
+            severities = range(1, 1 + self.recipe.strongest)
+            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions, severities))
 
-        return Stage(
-            "score", self._about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made)
-        )
+        about = self._about(source, None) | {"scoring": asdict(scoring)} | self._strongest(scoring.corruptions)
+        return Stage("score", about, make, (made.stage,), self._of(made))
 
     def _aligned(self, made: Made, layer: str, teacher: Made, teacher_layer: str, seed: int) -> Stage:
         source = self.recipe.student
@@ -244,15 +257,24 @@ class VisionExperiment(Experiment):
             few = replace(data, validation=first(data.validation, recipe.scoring.images))
             guide, model = (m.model(self.root, self.device) for m in (teacher, student))
             networks = Teacher(guide, [layers[0]]), Teacher(model, [layers[1]])
-            found = measure_teacher(*networks, few, corruptions=recipe.corruptions, progress=self.progress)
+            severities = range(1, 1 + recipe.strongest)
+            found = measure_teacher(
+                *networks, few, corruptions=recipe.corruptions, severities=severities, progress=self.progress
+            )
             return found._asdict() | {"properties": asdict(found.properties)}
 
         about = self._about(recipe.student, seed) | {
             "images": recipe.scoring.images,
             "layers": layers,
             "corruptions": recipe.corruptions,
+            "effective_rank": True,  # the stages of before do not say it
         }
+        about |= self._strongest(recipe.corruptions)
         return Stage("properties", about, make, (teacher.stage, student.stage), self._of(teacher))
+
+    def _strongest(self, corruptions: tuple[str, ...]) -> dict[str, Any]:
+        """For the names of stages: those under published severities alone are older than others."""
+        return {"strongest": self.recipe.strongest} if corruptions and self.recipe.strongest > 5 else {}
 
     def _of(self, made: Made) -> str:
         return f"{made.stage.kind}-{made.stage.key}: {made.stage.title}"
@@ -287,15 +309,26 @@ def _splits(source: Source, seed: int, root: Path | None) -> Splits:
     return load_splits(source.data, root, classes=source.classes, seed=seed, limit_per_class=source.limit_per_class)
 
 
-def _augment(source: Source, corruptions: tuple[str, ...], seed: int) -> Augment | None:
-    """The corruptions, and then what the source asks for: the order of pictures that come corrupted from a disk."""
-    parts: list[Augment] = [Mixture(corruptions, seed=seed)] if corruptions else []
-    if source.augment != "none":
-        parts.append(CropFlip(seed, flip=source.augment == "crop-flip"))
+@dataclass(frozen=True)
+class _InTurn:
+    """Augmentations one after the other."""
 
-    def augment(x: Tensor, index: Tensor, epoch: int) -> Tensor:
-        for part in parts:
+    parts: tuple[Augment, ...]
+    ahead: int  # see `bird.lab.vision.steps.Augment`
+
+    def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
+        for part in self.parts:
             x = part(x, index, epoch)
         return x
 
-    return augment if parts else None
+
+def _augment(
+    source: Source, corruptions: tuple[str, ...], seed: int, strongest: int, batch_size: int
+) -> Augment | None:
+    """The corruptions, and then what the source asks for: the order of pictures that come corrupted from a disk."""
+    parts: list[Augment] = []
+    if corruptions:
+        parts.append(Mixture(corruptions, seed=seed, strongest=strongest, batch_size=batch_size))
+    if source.augment != "none":
+        parts.append(CropFlip(seed, flip=source.augment == "crop-flip"))
+    return _InTurn(tuple(parts), ahead=max(1, AHEAD // batch_size) if corruptions else 1) if parts else None

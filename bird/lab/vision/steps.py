@@ -19,8 +19,9 @@ from ..duration import steps_to_train
 from .checkpoints import MIN_BATCH, Settings, TrainingRun
 from .data import Images, to_float
 
-# augment(x, index, epoch): images [n, c, h, w] in 0-1, which samples they are (int64 [n]), and which epoch it
-# is.
+# augment(x, index, epoch): images [n, c, h, w] in 0-1, which samples they are (int64 [n]), and which epoch it is. One
+# that has a number `ahead` makes the images of so many batches at once: what becomes of a sample must not depend on the
+# others, nor on PyTorch's generators.
 Augment = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -32,11 +33,13 @@ class TransferGuide:
         teacher: sees the student's images; moves to the student's device.
         taps: on the student that is trained.
         loss: its own parameters, if any, are trained too.
+        views: what both networks are shown for the loss; the task keeps its own images. None: the same.
     """
 
     teacher: Teacher
     taps: Taps
     loss: BirdLoss | Hints | LwF
+    views: Augment | None = None
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
@@ -57,42 +60,66 @@ class Batches:
         ValueError: fewer than `MIN_BATCH` samples, a negative label.
     """
 
-    def __init__(self, train: Images, settings: Settings, augment: Augment | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        train: Images,
+        settings: Settings,
+        augment: Augment | None,
+        device: torch.device,
+        views: Augment | None = None,
+    ) -> None:
         self.per_epoch = steps_to_train(len(train), settings.batch_size, least=MIN_BATCH)
         lowest, highest = torch.stack(train.labels.aminmax()).tolist()
         if lowest < 0:
             raise ValueError(f"labels are numbers from 0, but the training set has {lowest}")
         self.classes = highest + 1  # as far as these data tell
-        self.train, self.settings, self.augment = train.to(device), settings, augment
+        self.train, self.settings, self.augment, self.views = train.to(device), settings, augment, views
         self._order, self._epoch = torch.empty(0), -1
+        self.ahead = 1 if settings.chunk_size else getattr(augment, "ahead", 1)
+        self._made, self._first = tuple[Tensor, ...](), 0  # the images of some batches of this epoch, from the first on
 
     def at(self, step: int) -> Chunks:
         """The batch of step 0, 1, ..."""
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             order = epoch_order(len(self.train), self.settings.seed, epoch)
-            self._order, self._epoch = order.to(self.train.images.device), epoch
+            self._order, self._epoch, self._made = order.to(self.train.images.device), epoch, ()
         size = self.settings.batch_size
-        return Chunks(self, self._order[batch * size : (batch + 1) * size], epoch)
+        chunks = Chunks(self, self._order[batch * size : (batch + 1) * size], epoch)
+        if self.ahead > 1:
+            if not 0 <= batch - self._first < len(self._made):
+                index = self._order[batch * size : min(batch + self.ahead, self.per_epoch) * size]
+                self._made, self._first = self.images(index, epoch).split(size), batch
+            chunks.images = self._made[batch - self._first]
+        return chunks
+
+    def images(self, index: Tensor, epoch: int) -> Tensor:
+        """What samples are in an epoch, float32 in 0-1."""
+        x = to_float(self.train.images[index])
+        return x if self.augment is None else self.augment(x, index, epoch)
 
 
-class Chunks(Sequence[tuple[Tensor, Tensor]]):
-    """A batch in parts of equal size, as far as that goes: images and labels, made when they are asked for."""
+class Chunks(Sequence[tuple[Tensor, Tensor, Tensor]]):
+    """A batch in parts of equal size, as far as that goes, made when they are asked for: images of the task, labels,
+    and images for a guide, the same tensor where there are no views."""
 
     def __init__(self, batches: Batches, index: Tensor, epoch: int) -> None:
         chunk_size = batches.settings.chunk_size or len(index)
         self.parts = index.tensor_split(math.ceil(len(index) / chunk_size))
         self.batches, self.samples, self.epoch = batches, len(index), epoch
+        self.images: Tensor | None = None  # of the one part, if they are made already
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, i: Any) -> Any:
-        index, train, augment = self.parts[i], self.batches.train, self.batches.augment
-        x, labels = to_float(train.images[index]), train.labels[index]
-        if augment is not None:
-            x = augment(x, index, self.epoch)
-        return x.contiguous(memory_format=torch.channels_last), labels
+        index, views = self.parts[i], self.batches.views
+        labels = self.batches.train.labels[index]
+        x = self.batches.images(index, self.epoch) if self.images is None else self.images
+        x = x.contiguous(memory_format=torch.channels_last)
+        if views is None:
+            return x, labels, x
+        return x, labels, views(x, index, self.epoch).contiguous(memory_format=torch.channels_last)
 
 
 def take_step(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
@@ -113,8 +140,8 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
         for name, value in terms.items():
             means[name] = means[name] + share * value if name in means else share * value
 
-    def forward(chunk: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
-        x, labels = chunk
+    def forward(chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[float, Tensor]:
+        x, labels, _ = chunk
         share = len(x) / chunks.samples
         logits = model(x)
         _enough(logits, chunks.batches.classes)
@@ -122,12 +149,19 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
             note(share, {"accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()})
         return share, F.cross_entropy(logits, labels)
 
+    def features(taps: Taps, chunk: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        """Of the student; after `forward`, which has recorded them if the task's images are the guide's too."""
+        if chunk[2] is not chunk[0]:
+            taps.pop()
+            model(chunk[2])
+        return taps.pop()
+
     if guide is not None and isinstance(guide.loss, BirdLoss) and len(chunks) > 1:
         taps, teacher = guide.taps, guide.teacher
 
-        def student(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        def student(chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             share, task = forward(chunk)
-            return share * task, taps.pop()
+            return share * task, features(taps, chunk)
 
         factor: Tensor | float = 1.0  # a tensor only where there is a scale: in fp32 it would round an fp64 model's
         if run.scaler.is_enabled():
@@ -135,7 +169,7 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
         with run.autocast:
             loss = chunked_backward(
                 student,
-                lambda chunk: teacher(chunk[0]),
+                lambda chunk: teacher(chunk[2]),
                 chunks,
                 guide.loss,
                 model=model,
@@ -146,8 +180,10 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
     for chunk in chunks:
         with run.autocast:
             share, loss = forward(chunk)
-            if guide is not None:
-                loss = guide.loss(loss, guide.teacher(chunk[0]), guide.taps.pop())
+            if guide is None:
+                loss = chunks.batches.settings.task_weight * loss
+            else:
+                loss = guide.loss(loss, guide.teacher(chunk[2]), features(guide.taps, chunk))
         run.scaler.scale(share * loss).backward()
         note(share, {"loss": loss.detach()} | (guide.loss.last if guide is not None else {}))
     return {"loss": means.pop("loss")} | means
