@@ -1,12 +1,15 @@
 """Scripts in processes of their own, forked from one that has imported PyTorch, torchvision and TRL.
 
 Those imports take 8 s of a core, and most scripts take less than one for themselves. A fork runs a script as Python
-would: as __main__, with its folder on the path, to the end of the interpreter.
+would, as __main__ and with its folder on the path, and then what was registered for the end. It leaves out to take the
+interpreter apart, which would copy all that the imports have made.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -14,11 +17,12 @@ import runpy
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MODULES = "torch._dynamo", "torchvision", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer"
+MODULES = "torch._dynamo", "torchvision", "trl.trainer.dpo_trainer", "trl.trainer.sft_trainer", "bird.language"
 SECONDS = 300  # that a script may take
 
 
@@ -56,7 +60,16 @@ def begin(folder: str, script: str, *arguments: str) -> None:
         os.dup2(file, number)
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
+    status = 1
+    try:
+        runpy.run_path(script, run_name="__main__")
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main() -> None:
@@ -64,11 +77,11 @@ def main() -> None:
     for module in MODULES:
         with contextlib.suppress(ImportError):  # of an extra that is not installed
             importlib.import_module(module)
+    gc.freeze()
     for line in iter(sys.stdin.readline, ""):
         pid = os.fork()
         if pid == 0:
             begin(*json.loads(line))
-            return
         os.write(1, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
 
 
