@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,18 +27,8 @@ from bird.lab.language.verdicts import SAFETY, Judge, question, read_verdict
 from tests.bird.tiny import END, causal, classifier
 from tests.bird.tiny import words_tokenizer as tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["w1 w2", "w3", "w4 w5 w6", "w7", "w8 w9", "w1"]
 RESPONSES = ["w2 w3", "w9 w9 w9 w9 w9", "", "w20 w3 w1", "w5", "w17 w2 w14"]
-
-
-@pytest.mark.slow
-def test_importing_is_light() -> None:
-    """Judges and generation load what they need when they are made, and take networks as they are."""
-    script = "import sys, bird.lab.language.judges, bird.lab.statistics; print(*sys.modules)"
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert {"transformers", "sklearn", "vaderSentiment", "peft", "trl"} & set(run.stdout.split()) == set()
 
 
 def test_only_the_two_words_are_understood() -> None:
