@@ -119,7 +119,7 @@ class VisionExperiment(Experiment):
             budget = recipe.teacher_tuning
         if change.teacher_steps is not None:
             budget = replace(budget, steps=change.teacher_steps, epochs=None)
-        teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget, start)
+        teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget, start=start)
         student = self._pretrained("student", recipe.student, pair.student, (), seed, recipe.pretraining)
         return teacher, student, change.pairs(pair)
 
@@ -141,6 +141,7 @@ class VisionExperiment(Experiment):
         corruptions: tuple[str, ...],
         seed: int,
         budget: Budget,
+        *,
         start: Made | None = None,
     ) -> Made:
         """A teacher or a student; with one seed and network they begin with different weights, or with ``start``'s."""
