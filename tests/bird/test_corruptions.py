@@ -209,6 +209,13 @@ def test_mixture_repeats_itself_but_not_over_epochs(names: tuple[str, ...]) -> N
     assert mixture(x[:3], index[:3], 0).shape == x[:3].shape  # fewer samples than corruptions
 
 
+@pytest.mark.parametrize("size", [3, 40])
+def test_a_mixture_of_several_batches_is_that_of_each(size: int) -> None:
+    x, index, mixture = photos(3 * size), torch.randperm(3 * size), Mixture(TEACHER_CORRUPTIONS)
+    each = [mixture(x[i : i + size], index[i : i + size], 2) for i in range(0, 3 * size, size)]
+    assert torch.equal(mixture.several(x, index, 2, size), torch.cat(each))
+
+
 def test_nothing_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     x, index = colours(40), torch.arange(40)
     mixture = Mixture(NAMES)

@@ -299,14 +299,20 @@ def _splits(source: Source, seed: int, root: Path | None) -> Splits:
 
 
 def _augment(source: Source, corruptions: tuple[str, ...], seed: int) -> Augment | None:
+    crop = None if source.augment == "none" else CropFlip(seed, flip=source.augment == "crop-flip")
+    return _Corrupted(Mixture(corruptions, seed=seed), crop) if corruptions else crop
+
+
+@dataclass(frozen=True)
+class _Corrupted:
     """The corruptions, and then what the source asks for: the order of pictures that come corrupted from a disk."""
-    parts: list[Augment] = [Mixture(corruptions, seed=seed)] if corruptions else []
-    if source.augment != "none":
-        parts.append(CropFlip(seed, flip=source.augment == "crop-flip"))
 
-    def augment(x: Tensor, index: Tensor, epoch: int) -> Tensor:
-        for part in parts:
-            x = part(x, index, epoch)
-        return x
+    mixture: Mixture
+    crop: CropFlip | None
 
-    return augment if parts else None
+    def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
+        return self.several(x, index, epoch, len(x))
+
+    def several(self, x: Tensor, index: Tensor, epoch: int, size: int) -> Tensor:
+        x = self.mixture.several(x, index, epoch, size)
+        return x if self.crop is None else self.crop(x, index, epoch)

@@ -22,6 +22,7 @@ from .data import Images, to_float
 # augment(x, index, epoch): images [n, c, h, w] in 0-1, which samples they are (int64 [n]), and which epoch it
 # is.
 Augment = Callable[[Tensor, Tensor, int], Tensor]
+AHEAD = 512  # images that are augmented at a time by what has a method `several`, as `Mixture` has
 
 
 @dataclass
@@ -74,34 +75,42 @@ class Batches:
         self.classes = highest + 1  # as far as these data tell
         self.train, self.settings, self.augment, self.views = train.to(device), settings, augment, views
         self._order, self._epoch = torch.empty(0), -1
+        self._ahead: dict[int, Tensor] = {}  # images by the number of the batch, of this epoch
 
     def at(self, step: int) -> Chunks:
         """The batch of step 0, 1, ..."""
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             order = epoch_order(len(self.train), self.settings.seed, epoch)
-            self._order, self._epoch = order.to(self.train.images.device), epoch
+            self._order, self._epoch, self._ahead = order.to(self.train.images.device), epoch, {}
         size = self.settings.batch_size
-        return Chunks(self, self._order[batch * size : (batch + 1) * size], epoch)
+        index = self._order[batch * size : (batch + 1) * size]
+        several, whole = getattr(self.augment, "several", None), min(AHEAD, len(self._order) - batch * size) // size
+        if several is not None and self.settings.chunk_size is None and batch not in self._ahead and whole > 1:
+            some = self._order[batch * size : (batch + whole) * size]
+            made = several(to_float(self.train.images[some]), some, epoch, size).split(size)
+            self._ahead = dict(enumerate(made, start=batch))
+        return Chunks(self, index, epoch, self._ahead.get(batch))
 
 
 class Chunks(Sequence[tuple[Tensor, Tensor, Tensor]]):
     """A batch in parts of equal size, as far as that goes, made when they are asked for: images of the task, labels,
     and images for a guide, the same tensor where there are no views."""
 
-    def __init__(self, batches: Batches, index: Tensor, epoch: int) -> None:
+    def __init__(self, batches: Batches, index: Tensor, epoch: int, made: Tensor | None = None) -> None:
         chunk_size = batches.settings.chunk_size or len(index)
         self.parts = index.tensor_split(math.ceil(len(index) / chunk_size))
-        self.batches, self.samples, self.epoch = batches, len(index), epoch
+        self.batches, self.samples, self.epoch, self.made = batches, len(index), epoch, made
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, i: Any) -> Any:
         index, train, augment, views = self.parts[i], self.batches.train, self.batches.augment, self.batches.views
-        x, labels = to_float(train.images[index]), train.labels[index]
-        if augment is not None:
-            x = augment(x, index, self.epoch)
+        x, labels = self.made, train.labels[index]
+        if x is None:
+            x = to_float(train.images[index])
+            x = x if augment is None else augment(x, index, self.epoch)
         x = x.contiguous(memory_format=torch.channels_last)
         if views is None:
             return x, labels, x

@@ -122,12 +122,19 @@ class Mixture:
 
     def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
         """Corrupt a batch; ``x``, ``index`` and the result as in `corrupt`."""
+        return self.several(x, index, epoch, len(x))
+
+    def several(self, x: Tensor, index: Tensor, epoch: int, size: int) -> Tensor:
+        """Corrupt batches of ``size`` images, one after another in ``x``: each as by itself, to the bit, but faster.
+
+        Of 64 images each corruption has four, and a hundred calls of PyTorch; of 512 it has 34, and as many calls.
+        """
         index = index.to(x.device)
         seed = 1_000_003 * self.seed + epoch
         severity = (6 * Noise(keys(index, seed)).uniform()).long()
-        mixed = torch.empty_like(x)
+        mixed, place = torch.empty_like(x), torch.arange(len(x), device=x.device).view(-1, size)
         for turn, name in enumerate(self.names):
-            mine = slice(turn, None, len(self.names))
-            if turn < len(x):
+            mine = place[:, turn :: len(self.names)].flatten()
+            if turn < size:
                 mixed[mine] = corrupt(x[mine], name, severity[mine], index=index[mine], seed=seed)
         return mixed
