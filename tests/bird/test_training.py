@@ -23,6 +23,7 @@ from bird.lab.vision import steps, training
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.corruptions import Mixture
 from bird.lab.vision.data import Images
+from bird.lab.vision.models import build
 from bird.lab.vision.steps import TransferGuide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
 from tests.bird.loops import Cut, cut_after, images, margin, network, same, state, train
@@ -244,6 +245,18 @@ def test_a_compiled_run_is_the_same_run(method: str) -> None:
     for ours, theirs in zip(compiled.train, plain.train, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert list(model.state_dict()) == list(network().state_dict())  # no wrapper's names
+
+
+def test_a_compiled_run_after_another_is_guided(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> None:
+    """As one process of `bird run --compile` trains a student, and then a method that taps a network of its kind."""
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="eager"))
+    teacher, first, second = (build("plain", 3, channels=1) for _ in range(3))
+    train("none", model=first, steps=2, compile=True)
+    loss = BirdLoss(pairs=[("block3", "block3")])
+    guide = TransferGuide(Teacher(teacher, "block3"), Taps(second, "block3"), loss)
+    history = train(model=second, guide=guide, steps=3, compile=True).history
+    assert 0 < history.train[-1]["cka/block3/block3"] < 1
 
 
 def test_images_and_convolutions_have_channels_last() -> None:

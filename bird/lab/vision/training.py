@@ -86,6 +86,7 @@ def fit(
     batches = Batches(train, settings, augment, device, None if guide is None else guide.views)
     modules = placed(model, guide, device)
     if settings.compile:
+        torch.compiler.reset()  # else a network of the same class, compiled before, lends its graph without these taps
         model.compile()
     with train_only(model, trained) as to_train:
         run = TrainingRun(
