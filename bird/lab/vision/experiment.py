@@ -88,9 +88,10 @@ class VisionExperiment(Experiment):
         for source in dict.fromkeys([recipe.student, recipe.teacher, *(v.teacher for v in changes if v.teacher)]):
             DATASETS[source.data].locate(data_root(self.data_root))
         with torch.device("meta"):
-            for pair in recipe.networks.values():
+            for name, pair in recipe.networks.items():
                 teacher, student = _build(pair.teacher, recipe.teacher), _build(pair.student, recipe.student)
-                for guiding, guided in (layers for change in changes for layers in change.pairs(pair)):
+                own = (change for change in changes if name in (change.networks or recipe.networks))
+                for guiding, guided in (layers for change in own for layers in change.pairs(pair)):
                     find_layers(teacher, guiding)
                     find_layers(student, guided)
 
@@ -117,11 +118,13 @@ class VisionExperiment(Experiment):
         """Teacher, student, and the pairs of layers between which something moves."""
         recipe, pair, change = self.recipe, self.recipe.networks[name], self.recipe.variants[variant]
         corruptions = recipe.corruptions if change.teacher_corruptions is None else change.teacher_corruptions
-        budget = recipe.pretraining
+        budget, source, start = recipe.pretraining, change.teacher or recipe.teacher, None
+        if recipe.teacher_tuning is not None:
+            start = self._pretrained("teacher", source, pair.teacher, (), seed, budget)
+            budget = recipe.teacher_tuning
         if change.teacher_steps is not None:
             budget = replace(budget, steps=change.teacher_steps, epochs=None)
-        source = change.teacher or recipe.teacher
-        teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget)
+        teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget, start=start)
         student = self._pretrained("student", recipe.student, pair.student, (), seed, recipe.pretraining)
         return teacher, student, change.pairs(pair)
 
@@ -143,8 +146,10 @@ class VisionExperiment(Experiment):
         corruptions: tuple[str, ...],
         seed: int,
         budget: Budget,
+        *,
+        start: Made | None = None,
     ) -> Made:
-        """A teacher or a student; with one seed and network they begin with different weights."""
+        """A teacher or a student; with one seed and network they begin with different weights, or with ``start``'s."""
         about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": as_plain(budget)}
         about |= self._strongest(corruptions)
 
@@ -152,7 +157,7 @@ class VisionExperiment(Experiment):
             data = self._data(source, seed)
             own = 3 * seed + (role == "student")  # 3 * seed + 2 is the transfer's
             torch.manual_seed(own)
-            model = _build(network, source)
+            model = _build(network, source) if start is None else start.model(self.root, self.device)
             history = fit(
                 model,
                 data.train,
@@ -169,7 +174,8 @@ class VisionExperiment(Experiment):
             save_tensors(model.state_dict(), folder / "model.pt")
             return {"histories": [asdict(history)], "steps_per_second": [history.steps_per_second]}
 
-        return Made(network, source, Stage(role, about, make, title=f"{network} on {source.data}, seed {seed}"))
+        parents = () if start is None else (start.stage,)
+        return Made(network, source, Stage(role, about, make, parents, f"{network} on {source.data}, seed {seed}"))
 
     def _moved(
         self, teacher: Made, student: Made, pairs: tuple[tuple[str, str], ...], change: Variant, method: str, seed: int

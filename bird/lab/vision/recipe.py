@@ -15,6 +15,8 @@ The package ships one for every table of the paper (`names`); `read_vision` also
     epochs = 200
     lr = 0.01
     final_lr = 1e-6
+    [teacher_tuning]                                         # of teachers that see corruptions only after it
+    epochs = 200
     [transfer]
     epochs = 200
     lr = 0.005
@@ -153,7 +155,8 @@ class Variant:
         teacher: what the teacher is trained on.
         teacher_corruptions: under which corruptions it is; none at all for a teacher that sees clean images. Ceilings
             still see the recipe's.
-        teacher_steps: for how many steps, of the same size.
+        teacher_steps: for how many steps, of the same size; of the second stage where teachers have two.
+        networks: for which of the recipe's it is; None for all. What names layers is for networks that have them.
         methods: which ones are run; None for the recipe's.
         steps: of the transfer.
         batch_size: with the same number of steps.
@@ -168,6 +171,7 @@ class Variant:
     teacher: Source | None = None
     teacher_corruptions: tuple[str, ...] | None = None
     teacher_steps: int | None = None
+    networks: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
     steps: int | None = None
     batch_size: int | None = None
@@ -208,6 +212,8 @@ class VisionRecipe:
         teacher: what teachers are trained on, corrupted.
         student: what students are trained on, clean.
         pretraining: of teachers and students.
+        teacher_tuning: of teachers that are pre-trained on clean images, and see the corruptions only then; None for
+            teachers that see them from the start.
         transfer: of every method.
         networks: by name; each is run.
         methods: keys of `bird.lab.vision.methods.METHODS`.
@@ -234,6 +240,7 @@ class VisionRecipe:
     methods: tuple[str, ...]
     variants: Mapping[str, Variant] = field(default_factory=lambda: {"": Variant()})
     seeds: int = 3
+    teacher_tuning: Budget | None = None
     first_seed: int = 0
     corruptions: tuple[str, ...] = TEACHER_CORRUPTIONS
     held_out: tuple[str, ...] = HELD_OUT_CORRUPTIONS
@@ -261,6 +268,8 @@ class VisionRecipe:
         require_percents(self, "paper_pgr")
         for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
             require_known("methods", method, METHODS)
+        for name in sum(((v.networks or ()) for v in self.variants.values()), ()):
+            require_known("networks of a variant", name, self.networks)
         changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
         for name in self.corruptions + self.held_out + changed:
             require_known("corruptions", name, CORRUPTIONS)
