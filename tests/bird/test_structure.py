@@ -147,8 +147,9 @@ def test_a_collapsed_student_has_similarity_zero_and_no_gradient(loss: str, kind
             torch.testing.assert_close(value.double(), (l @ l.T).square().mean(), rtol=1e-4, atol=1e-5)
             assert x.grad.isfinite().all()
         return
-    if loss in ("cosine_cka", "cka_difference") and kind == "rounded":
-        assert 0 <= value <= 1.001  # their rows are other numbers than the student's: their rounding is not seen
+    if loss not in ("rsa", "procrustes") and kind == "rounded":
+        assert -1e-3 <= value <= 1.001  # the kernels know their own rounding alone, not that of what they are given
+        assert x.grad.isfinite().all()
         return
     assert value == 1
     assert x.grad.abs().max() == 0
