@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 
 from ...features import find_layers
 from ..experiment import Experiment
+from ..recipe import settings_of
 from .data import Labelled
 from .models import MODELS, load_network, locate_network
 from .recipe import Change, LanguageRecipe, Pair, Training
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from .classifiers import Classifier
 
+LATER = ("loss", "schedule", "until", "share", "gradients")  # younger than the names of stages
 PROTOCOL = 1  # part of every stage's name; raised when the same settings give other results than before
 
 
@@ -71,8 +73,8 @@ class LanguageExperiment(Experiment):
         return self.recipe.data.limit if change.limit is None else change.limit
 
     def guiding(self, change: Change) -> dict[str, Any]:
-        """Options of `Guidance`: the variant's where it has them, else the recipe's."""
-        return asdict(self.recipe.changed(self.recipe.guidance, change))
+        """Options of `Guidance`: the variant's where it has them, else the recipe's; those of `LATER` if they differ."""
+        return settings_of(self.recipe.changed(self.recipe.guidance, change), LATER)
 
     def about(self, seed: int, **more: Any) -> dict[str, Any]:
         """What every stage's results depend on, for its folder's name, and more."""

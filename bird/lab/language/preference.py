@@ -248,7 +248,8 @@ class Preferences(LanguageExperiment):
 
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)
-            guidance = replace(self._guidance(pair, Change(), "unbiased", teacher), completion_only=False)
+            plain = Change(loss="cka", gradients=False)
+            guidance = replace(self._guidance(pair, plain, "unbiased", teacher), completion_only=False)
             guide = Guide(guidance, model, tokenizer)
             return {"cka": _alignment(guide, model, tokenizer, self.material(seed).texts)}
 
