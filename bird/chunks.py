@@ -296,6 +296,7 @@ class _Merged:
         group = self.options["group"]
         if group is not None:
             self.statistics.all_reduce(group)
+        upstream = upstream.to(self.dtype) if isinstance(upstream, Tensor) else upstream
         self.upstream = upstream if group is None else upstream * distributed.world_size(group)
         return (1 - self.statistics.cka(self.options["estimator"])).to(self.dtype)
 

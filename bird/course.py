@@ -17,7 +17,7 @@ SCHEDULES = {
     "linear": lambda passed: 1 - passed,
     "cosine": lambda passed: (1 + math.cos(math.pi * passed)) / 2,
 }
-KEPT = 0.9  # of the running means, in each step
+KEPT = 0.5  # of the running means, in each step: they follow within a few steps, and smooth what a batch adds
 
 
 class Course(nn.Module):

@@ -189,7 +189,7 @@ def test_equal_distances_have_no_correlation() -> None:
 
 @pytest.mark.parametrize("loss", ["rsa", "procrustes"])
 def test_rows_at_any_scale_and_offset(loss: str) -> None:
-    """Both are invariant to shifts and scales, also where squares are beyond fp32; gradients of equal rows are finite."""
+    """Both are invariant to shifts and scales, where squares are beyond fp32; equal rows have a finite gradient."""
     x, y = rows(12, 5, 7, offset=0)
     plain = named_loss(loss)(x, y)
     for scale in (1e-30, 1e25):

@@ -73,7 +73,7 @@ class LanguageExperiment(Experiment):
         return self.recipe.data.limit if change.limit is None else change.limit
 
     def guiding(self, change: Change) -> dict[str, Any]:
-        """Options of `Guidance`: the variant's where it has them, else the recipe's; those of `LATER` if they differ."""
+        """Options of `Guidance`: the variant's where it has them, else the recipe's."""
         return settings_of(self.recipe.changed(self.recipe.guidance, change), LATER)
 
     def about(self, seed: int, **more: Any) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..claims import Claim, require_claims
 from ...losses import BirdLoss
+from ..claims import Claim, require_claims
 from ..duration import steps_to_train
 from ..recipe import WHOLE, made, parsed, require_known, require_percents, require_table, require_within, settings_of
 from .checkpoints import MIN_BATCH, Optimisation, Settings
