@@ -1,8 +1,10 @@
 """Losses of the structure of two sets of rows, by name: what ``BirdLoss(loss=)`` and ``Guidance(loss=)`` take.
 
 x [n, p] are the student's rows, y [n, q] the teacher's. A side without variance, up to rounding, has similarity 0: the
-loss is 1 and its gradient zero.
+loss is 1 (but of gram_mse) and its gradient zero.
 
+================== ====================================================================================================
+name               loss
 ================== ====================================================================================================
 ``cka``            1 - CKA, BIRD's published loss: `bird_kernels.cka_loss`
 ``sqrt_cka``       1 - sqrt(CKA) (Dasgupta and Cohn 2025), biased
