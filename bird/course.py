@@ -62,10 +62,11 @@ class Course(nn.Module):
             if group is not None:
                 torch.distributed.all_reduce(measured.square_(), group=group)
                 measured = measured.sqrt()
-            new = torch.stack([measured[0], measured[1] / self.weight(beta)])
-            old, usable = self.norms.to(new), new.isfinite().all() & (new > 0).all()
+            self.factor, old = self.factor.to(measured.device), self.norms.to(measured.device)
+            self.norms = old
+            new = torch.stack([measured[0], measured[1] / self.weight(beta)]).to(old.dtype)  # a checkpoint's
+            usable = new.isfinite().all() & (new > 0).all()
             self.norms = torch.where(usable, KEPT * old + (1 - KEPT) * new, old)
-            self.factor = self.factor.to(new.device)
         self.noted.clear()
         passed = part / self.until
         self.factor.fill_(SCHEDULES[self.schedule](passed) if passed < 1 else 0.0)

@@ -111,7 +111,8 @@ class BirdMixin:
         self._bird_begun, loss, state = True, self.bird_guide.loss, self.state  # type: ignore[attr-defined]
         if loss.course is not None:
             if loss.measures:
-                loss.course.norms = torch.tensor(state.stateful_callbacks.get("bird_norms", [0.0, 0.0]))
+                kept = state.stateful_callbacks.get("bird_norms", [0.0, 0.0])
+                loss.course.norms = loss.course.factor.new_tensor(kept)
             loss.step(state.global_step, state.max_steps)
 
     def _bird_move(self) -> None:
