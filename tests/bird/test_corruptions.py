@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bird.lab.vision.augment import CropFlip, Views
+from bird.lab.vision.augment import CropFlip, PhotometricViews
 from bird.lab.vision.corruptions import (
     CORRUPTIONS,
     HELD_OUT_CORRUPTIONS,
@@ -272,8 +272,8 @@ def test_every_result_is_a_crop(shape: tuple[int, int, int], flip: bool) -> None
     assert ((used - expected) ** 2 / expected).sum() < {162: 223, 81: 125}[len(used)]
 
 
-@pytest.mark.parametrize("kind", [CropFlip, Views])
-def test_it_depends_on_sample_epoch_and_seed_alone(kind: type[CropFlip | Views]) -> None:
+@pytest.mark.parametrize("kind", [CropFlip, PhotometricViews])
+def test_it_depends_on_sample_epoch_and_seed_alone(kind: type[CropFlip | PhotometricViews]) -> None:
     x = torch.rand(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     index = torch.randperm(1000)[:50]
     whole = kind(2)(x, index, 3)
@@ -288,7 +288,7 @@ def test_views_of_a_picture_of_two_levels() -> None:
     n = 2000
     x = torch.zeros(n, 1, 4, 4)
     x[:, :, :2] = 0.5
-    low, high = Views(1)(x, torch.arange(n), 0).double()[:, 0, [3, 0], 0].unbind(1)
+    low, high = PhotometricViews(1)(x, torch.arange(n), 0).double()[:, 0, [3, 0], 0].unbind(1)
     assert min(low.min(), high.min()) >= 0
     assert max(low.max(), high.max()) <= 1
     inside = (torch.minimum(low, high) > 0) & (torch.maximum(low, high) < 1)

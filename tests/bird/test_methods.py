@@ -12,7 +12,7 @@ from torch import nn
 
 from bird import BirdLoss, Hints, Taps, Teacher, cka_loss
 from bird.lab.vision import methods
-from bird.lab.vision.augment import Views
+from bird.lab.vision.augment import PhotometricViews
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.corruptions import Mixture
 from bird.lab.vision.data import Images
@@ -89,7 +89,7 @@ def test_views_are_seen_by_both_networks_and_not_by_the_task(
     networks: tuple[nn.Module, nn.Module], train: Images
 ) -> None:
     """The loop written out: the task on its images, CKA on the views of the same, one step of SGD on the sum."""
-    by_hand, teacher, views = deepcopy(networks[1]).train(), deepcopy(networks[0]), Views(5)
+    by_hand, teacher, views = deepcopy(networks[1]).train(), deepcopy(networks[0]), PhotometricViews(5)
     sgd = torch.optim.SGD(by_hand.parameters(), lr=SETTINGS.lr, momentum=0.9, weight_decay=5e-4)
     taps, guide = Taps(by_hand, "layer3"), Teacher(teacher, "block3")
     for step in range(7):

@@ -39,7 +39,7 @@ class CropFlip:
         return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-class Views:
+class PhotometricViews:
     """What both networks see where one guides the other: another background, contrast and brightness in each picture.
 
     Black pixels take a grey level b, then the contrast about the picture's mean is multiplied by c, and a level a is

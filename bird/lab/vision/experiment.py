@@ -22,7 +22,7 @@ from ..experiment import Cell, Experiment
 from ..recipe import data_root, grid, seeds_of
 from ..stages import Stage
 from ..tensors import load_tensors, save_tensors
-from .augment import CropFlip, Views
+from .augment import CropFlip, PhotometricViews
 from .corruptions import Mixture
 from .data import Splits
 from .datasets import DATASETS, load_splits
@@ -207,7 +207,7 @@ class VisionExperiment(Experiment):
                 device=self.device,
                 folder=folder,
                 progress=self.progress,
-                views=Views(seed) if change.views else None,
+                views=PhotometricViews(seed) if change.views else None,
                 weights={name: value for name, value in weights.items() if value is not None},
                 guidance=change.guidance,
             )
@@ -261,6 +261,7 @@ class VisionExperiment(Experiment):
             "images": recipe.scoring.images,
             "layers": layers,
             "corruptions": recipe.corruptions,
+            "effective_rank": True,  # the stages of before do not say it
         }
         return Stage("properties", about, make, (teacher.stage, student.stage), self._of(teacher))
 
