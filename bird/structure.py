@@ -145,7 +145,7 @@ def _procrustes(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         product = a.mT @ b
         product = torch.where(product.isfinite().all(), product, 0.0)  # the decomposition raises for others
         u, values, vt = torch.linalg.svd(product, full_matrices=False)
-        kept = values > torch.finfo(x.dtype).eps * max(product.shape) * values[0]
+        kept = values > torch.finfo(x.dtype).eps * max(ROUNDING, *product.shape) * values[0]
         left, right = left @ (u * kept), right @ vt.mT
     return _one_less(((x @ left) * (y @ right)).sum(), x, y, dead_x | dead_y, count)
 
