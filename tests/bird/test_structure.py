@@ -201,6 +201,18 @@ def test_rows_at_any_scale_and_offset(loss: str) -> None:
     assert twice.grad.isfinite().all()
 
 
+def test_rows_that_are_close_keep_their_direction() -> None:
+    """A distance of 1e-4 among those of about 1, in fp32: by products of rows it would be rounding."""
+    x, y = rows(8, 5, 7, torch.float64, offset=0)
+    x[1] = x[0] + 1e-4 * torch.randn(5, generator=torch.Generator().manual_seed(0))
+    x = x.float().double()
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        ours = x.to(dtype).requires_grad_()
+        gradients.append(torch.autograd.grad(named_loss("rsa")(ours, y.to(dtype)), ours)[0].double())
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-5)
+
+
 def test_a_zero_row_has_no_direction_and_no_gradient() -> None:
     x, y = rows(8, 5, 7)
     x[2] = 0
