@@ -133,6 +133,8 @@ class Taps:
             if torch.compiler.is_compiling():
                 raise RuntimeError(_NOT_COMPILED)
             whole = first_tensor(output)
+            if whole.is_nested:
+                raise ValueError(f"gradients=True: layer {name!r} returns sequences of many lengths, not one tensor")
             output = whole.view_as(whole)  # a node of its own, through which the gradient of the features comes alone
         rows = self._rows[name](output, self._passes.now.inputs, self.masks.get(name, own_mask(layer, call)))
         if torch.compiler.is_compiling():

@@ -228,6 +228,14 @@ def test_a_share_needs_the_gradients() -> None:
     BirdLoss(pairs=PAIRS).step(1, 2)  # has nothing to move
 
 
+def test_packed_sequences_are_not_measured() -> None:
+    """The tensor that is recorded of them is a copy, which the task does not use."""
+    model = nn.Sequential(nn.LSTM(3, 4))
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
+    with Taps(model, "0", gradients=True), pytest.raises(ValueError, match="layer '0' returns sequences of many len"):
+        model(packed)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_models_are_not_measured() -> None:
     model = network()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bird.structure import named_loss
 from bird_kernels.reference import cka
 from tests.bird.tiny import guidance
 from tests.bird.trainers import assert_equal, hidden, last, logged, made, means, ran, read, weights
+from tests.groups import run_ranks
 
 PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
@@ -124,3 +126,24 @@ def test_what_cannot_be_is_refused_at_the_start(tmp_path: Path) -> None:
         made(BirdTrainer, tmp_path, guidance(loss="cka_difference"))
     with pytest.raises(ValueError, match="measured in uncompiled models"):
         made(BirdDPOTrainer, tmp_path, guidance(gradients=True), torch_compile=True)
+
+
+NAMES = ("cka_difference", "task_grad", "guide_grad", "guide_beta")
+
+
+def _ranks(rank: int, folder: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
+    trainer = ran(BirdDPOTrainer, folder / "out", guidance(loss="cka_difference", share=0.4), **parts)
+    with pytest.raises(ValueError, match='loss="rsa" takes no group='):
+        made(BirdDPOTrainer, folder / "out", guidance(loss="rsa"), **parts)
+    torch.save({name: logged(trainer, name) for name in NAMES} | weights(trainer), folder / f"{rank}.pt")
+
+
+def test_processes_have_the_gradients_and_the_beta_of_one(tmp_path: Path) -> None:
+    run_ranks(_ranks, 2, tmp_path, tmp_path)
+    one = ran(BirdDPOTrainer, tmp_path, guidance(loss="cka_difference", share=0.4), max_grad_norm=0.0)
+    found = torch.load(tmp_path / "0.pt", weights_only=True)
+    for name in NAMES:
+        assert found.pop(name) == pytest.approx(logged(one, name), rel=1e-3)
+    assert_equal(found, weights(one), rtol=1e-3, atol=1e-5)
