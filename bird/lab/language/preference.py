@@ -325,11 +325,12 @@ class Preferences(LanguageExperiment):
         """Alignment of a student with the teacher; result: their unbiased CKA on held-out texts."""
         held_out, guiding = self.recipe.data.held_out, self.guiding(Change())
         about = self.about(seed, network=pair.student, held_out=held_out, guidance=guiding)
+        if guiding["completion_only"]:
+            about["without"] = "the first token"
 
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)
-            guidance = replace(self._guidance(pair, Change(), "unbiased", teacher), completion_only=False)
-            guide = Guide(guidance, model, tokenizer)
+            guide = Guide(self._guidance(pair, Change(), "unbiased", teacher), model, tokenizer)
             return {"cka": _alignment(guide, model, tokenizer, self.material(seed).texts)}
 
         parents = (teacher,) if policy is None else (policy, teacher)
@@ -346,8 +347,13 @@ def endpoint(judging: Judging, cache: Path | None) -> Endpoint:
 
 @torch.no_grad()
 def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> float:
-    """Unbiased CKA of teacher and student over texts, each pooled as in training."""
-    ours, theirs = [], []
+    """Unbiased CKA of teacher and student over texts, each pooled as in training.
+
+    For ``completion_only`` the first token stands for the prompt: in the middle of a decoder its state is a hundred times
+    as long as the others (Sun et al., Massive Activations in Large Language Models, 2024), and a mean with it in it says
+    little more than how long a text is.
+    """
+    ours, theirs, only = [], [], guide.guidance.completion_only
     device = next(model.parameters()).device
     for start in range(0, len(texts), size):
         # With the end that TRL's trainer adds, since the last token is the one that is read.
@@ -355,7 +361,9 @@ def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], s
         batch = padded_batch(rows, device=device)
         guide.taps.listen()
         model(**batch)
-        sequences = Sequences(batch["input_ids"], batch["attention_mask"], None)
+        completion = batch["attention_mask"].clone()
+        completion[:, 0] = 0
+        sequences = Sequences(batch["input_ids"], batch["attention_mask"], completion if only else None)
         ours.append(guide.student_rows(sequences))
         theirs.append(guide.teacher_rows(sequences))
     guide.taps.remove()

@@ -85,7 +85,8 @@ class Training:
 class Guiding:
     """The options of `bird.language.Guidance` that a recipe may set; the defaults are the same.
 
-    A student that is an encoder, which has no last token of its own, is pooled by the mean where this says ``"last"``.
+    A student that is an encoder is pooled by the mean where this says ``"last"``. A mean over the tokens of a decoder's
+    middle blocks needs ``completion_only``: the state of the first token outweighs all others there.
     """
 
     alpha: float = 0.1
