@@ -16,13 +16,17 @@ pytest.importorskip("trl", reason="the experiments are run by its trainers")
 
 from bird.lab.language import recipe as language
 from bird.lab.language import report
+from bird.lab.language.alignment import alignment
 from bird.lab.language.models import load_network
 from bird.lab.language.preference import Preferences
 from bird.lab.language.training import restore
 from bird.lab.language.weak_to_strong import WeakToStrong
 from bird.lab.recipe import parsed
 from bird.lab.stages import complete, lineage
+from bird.language.guidance import Guide
 from tests.bird.test_language_experiments import STUDENT, TEACHER, WEAK, data, parse  # noqa: F401 -- a fixture
+from tests.bird.tiny import bytes_tokenizer, guidance, student, teacher
+from tests.bird.trainers import states
 
 CPU = torch.device("cpu")
 
@@ -194,3 +198,25 @@ def test_how_a_weak_model_guides(pooling: str, permuted: bool, data: Path, monke
     (guidance,) = made
     assert (guidance.pooling, guidance.layer, guidance.permuted) == (pooling, "backbone.layers.0", permuted)
     assert "bird-permuted" not in parse(WEAK).methods, "a control is asked for by name"
+
+
+def test_alignment_of_completions_leaves_out_the_first_token() -> None:
+    texts, model, encoder = [f"{a} film {b}s" for a in "abc" for b in "de"], student(), teacher()
+    chosen = {"layer": "model.layers.0", "pooling": "mean", "completion_only": True}
+    guide = Guide(guidance(teacher=encoder, **chosen), model, bytes_tokenizer())
+    found = alignment(guide, model, bytes_tokenizer(), texts, size=4)
+    with torch.no_grad():
+        inner = [
+            model(torch.tensor([bytes_tokenizer()(f"{text}<end>")["input_ids"]]), output_hidden_states=True)
+            for text in texts
+        ]
+        ours = torch.stack([each.hidden_states[1][0, 1:].mean(0) for each in inner]).double()
+        theirs = torch.stack([states(text, encoder.bert)[1:].mean(0) for text in texts]).double()
+    k, other = ((x @ x.T).fill_diagonal_(0) for x in (ours, theirs))
+
+    def hsic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Song et al. (2012), unbiased, but for a factor."""
+        n = len(x)
+        return (x * y).sum() + x.sum() * y.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (x @ y).sum()
+
+    assert found == pytest.approx((hsic(k, other) / (hsic(k, k) * hsic(other, other)).sqrt()).item(), abs=1e-4)

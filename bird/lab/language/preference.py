@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bird_kernels import cka
-
-from ...language.guidance import Guidance, Guide, Sequences, concatenated
+from ...language.guidance import Guidance, Guide, concatenated
 from ..duration import steps_to_train
 from ..experiment import Cell
 from ..stages import Stage
-from .data import Material, Preference, Text, as_text, distinct_pairs, padded_batch, token_ids
+from .alignment import alignment
+from .data import Material, Preference, Text, as_text, distinct_pairs, token_ids
 from .data.files import local_or_hub
 from .data.positivity import HELD_OUT, LEAD, positivity
 from .data.preferences import PKU, pku_material, preference_material
@@ -80,7 +79,7 @@ class Preferences(LanguageExperiment):
         config, tokenizer = load_description(pair.student)
         try:
             prompts = [token_ids(tokenizer, prompt) for prompt in material.prompts]
-            texts = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in material.texts]  # see _alignment
+            texts = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in material.texts]  # see alignment
             require_room(config, "prompt", prompts, self.recipe.generation.max_new_tokens)
             require_room(config, "held-out text", texts)
         except ValueError as error:
@@ -331,7 +330,7 @@ class Preferences(LanguageExperiment):
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)
             guide = Guide(self._guidance(pair, Change(), "unbiased", teacher), model, tokenizer)
-            return {"cka": _alignment(guide, model, tokenizer, self.material(seed).texts)}
+            return {"cka": alignment(guide, model, tokenizer, self.material(seed).texts)}
 
         parents = (teacher,) if policy is None else (policy, teacher)
         return Stage("alignment", about, make, parents, pair_title(pair, seed))
@@ -343,31 +342,6 @@ def endpoint(judging: Judging, cache: Path | None) -> Endpoint:
 
     options: dict[str, Any] = {name: getattr(judging, name) for name in ("max_tokens", "key_header", "timeout")}
     return Endpoint(judging.url, judging.model, judging.key_variable, cache=cache, **options)
-
-
-@torch.no_grad()
-def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> float:
-    """Unbiased CKA of teacher and student over texts, each pooled as in training.
-
-    For ``completion_only`` the first token stands for the prompt: in the middle of a decoder its state is a hundred times
-    as long as the others (Sun et al., Massive Activations in Large Language Models, 2024), and a mean with it in it says
-    little more than how long a text is.
-    """
-    ours, theirs, only = [], [], guide.guidance.completion_only
-    device = next(model.parameters()).device
-    for start in range(0, len(texts), size):
-        # With the end that TRL's trainer adds, since the last token is the one that is read.
-        rows = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in texts[start : start + size]]
-        batch = padded_batch(rows, device=device)
-        guide.taps.listen()
-        model(**batch)
-        completion = batch["attention_mask"].clone()
-        completion[:, 0] = 0
-        sequences = Sequences(batch["input_ids"], batch["attention_mask"], completion if only else None)
-        ours.append(guide.student_rows(sequences))
-        theirs.append(guide.teacher_rows(sequences))
-    guide.taps.remove()
-    return cka(torch.cat(ours), torch.cat(theirs), estimator="unbiased").item()
 
 
 def spoken(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> tuple[str, str]:
