@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("trl", reason="the experiments are run by its trainers")
 
+from bird.lab.claims import Claim
 from bird.lab.language import recipe as language
 from bird.lab.language import report
 from bird.lab.language.alignment import alignment
@@ -153,6 +154,39 @@ def test_how_rankings_are_told() -> None:
     assert f"{(margins['dpo-bird'] - margins['dpo']).mean():+.2f} (p " in page
     assert "ranks 92.5 to 92.5 %" in page
     assert "pairs ranked rightly" not in numbers["none"]
+    lead = 92.5 - 100 * (margins["dpo"] > 0).mean(1)
+    assert f"leads DPO by {lead.min():.1f} to {lead.max():.1f} points" in page
+
+
+def test_claims_of_language_recipes() -> None:
+    """Differences by seed of every measure, also over another variant; of what has been run."""
+    recipe, draw = parsed("language/scarce-dpo", language.parse), np.random.default_rng(0)
+    numbers = draw.random((2, 3, 3))  # method, seed, measure
+
+    def of(row: Any) -> dict[str, Any]:
+        verdicts = {"verdicts": [1] * round(10 * row[2]) + [None] * (10 - round(10 * row[2]))}
+        return {"ranking": {"accuracy": row[0], "margin": row[1]}, "judge lexicon": verdicts}
+
+    (networks,) = recipe.networks
+    ran = {method: {seed: of(row) for seed, row in enumerate(rows)} for method, rows in zip("ab", numbers, strict=True)}
+    whole = {"dpo": ran["a"], "dpo-bird": ran["b"]}
+    groups = {(networks, "completion, layer 20"): whole, (networks, "lr x 0.65"): {"dpo": ran["b"]}}
+    page, rows = report._claims(recipe, groups)
+    found = {row["claim"]: row["differences"] for row in rows}
+    first, second, third = (numbers[1] - numbers[0]).T
+    wanted = {
+        "BIRD above DPO, pairs ranked rightly": first,
+        "BIRD above DPO, margin": second,
+        "BIRD above DPO of a smaller step, pairs ranked rightly": 0 * first,
+        "DPO of a smaller step above DPO, margin": second,
+        "BIRD above DPO, positive responses by the lexicon": third,
+    }
+    assert found.keys() == wanted.keys(), "no permuted teacher has been run, and no end token"
+    for name, differences in wanted.items():
+        assert found[name] == pytest.approx(differences, abs=0.1 if "lexicon" in name else 1e-12)
+    assert f"{100 * second.mean():+.2f} [" in "".join(page)
+    with pytest.raises(ValueError, match=r"a measure of the claim 'x'.*no 'margin'"):
+        replace(recipe, claims={"x": Claim("dpo", "none", ("end token",), measure="margin")}, data=language.Data("p"))
 
 
 def test_layers_pooling_and_learning_rates_of_variants(tmp_path: Path) -> None:

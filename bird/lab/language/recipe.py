@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from ..claims import Claim, require_claims
 from ..recipe import made, require_known, require_name, require_percents, require_table, require_within, settings_of
 from .data.positivity import SHARE
 
@@ -260,6 +261,8 @@ class LanguageRecipe:
         variants: by name; "" is the recipe as it is.
         seeds: how many repetitions, with seeds ``first_seed``, ``first_seed`` + 1, ...
         first_seed: of the repetitions.
+        claims: registered before the runs, by name. Measures are "ranking" and "margin" of pairs that are ranked, the
+            share of good responses by a judge's name, and from weak to strong "accuracy".
     """
 
     name: str
@@ -276,6 +279,7 @@ class LanguageRecipe:
     variants: Mapping[str, Change] = field(default_factory=lambda: {"": Change()})
     seeds: int = 3
     first_seed: int = 0
+    claims: Mapping[str, Claim] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_known("kind", self.kind, ("preference", "weak-to-strong"))
@@ -293,6 +297,8 @@ class LanguageRecipe:
         for pair in self.networks.values():
             for method in pair.paper:
                 require_known("paper", method, known)
+        of_pairs = ("ranking", "margin") if self.data.ranked else ()
+        require_claims(self, ("accuracy",) if self.kind == "weak-to-strong" else (*of_pairs, *self.judges))
         if self.kind == "weak-to-strong" and self.data.ranked:
             raise ValueError("data: ranked is of preferences, not of texts that are classified")
         if self.teacher.adapters or (self.kind == "weak-to-strong" and self.transfer.adapters):
