@@ -110,23 +110,6 @@ def test_the_papers_figures_of_language_models() -> None:
         read_vision("language/positivity-dpo")
 
 
-@pytest.mark.parametrize(
-    "name", ["safety-dpo", "weak-to-strong-sciq", "weak-to-strong-cosmos-qa", "weak-to-strong-boolq"]
-)
-def test_the_papers_language_recipes_balance_the_gradients(name: str) -> None:
-    """And each has a layer in the upper half that all of its students have, beside the last token's final state."""
-    blocks = {"SmolLM2-135M-Instruct": 30, "smollm2-360m": 32, "gpt2-medium": 24, "gpt2-large": 36}
-    recipe = parsed(f"language/{name}", language.parse)
-    found = [recipe.changed(recipe.guidance, change) for change in recipe.variants.values()]
-    assert {(guiding.alpha, guiding.beta) for guiding in found} == {(1, 1)}
-    last = [guiding.layer in (None, "model") and guiding.pooling == "last" for guiding in found]
-    assert sorted(last) == [False, True]
-    path, _, number = str(found[last.index(False)].layer).rpartition(".")
-    assert path == ("model.layers" if name == "safety-dpo" else "backbone.h")
-    for pair in recipe.networks.values():
-        assert 1 / 2 < (int(number) + 1) / blocks[pair.student.rpartition("/")[2]] < 1
-
-
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "try.toml"
     path.write_text("""

@@ -45,8 +45,10 @@ def write_language_report(experiment: LanguageExperiment, cells: Sequence[Cell],
     text = report_page(recipe, sections, missing, closing=judged)
     # Samples need the data, so they are made before any file is written.
     samples = _samples(experiment, groups) if recipe.kind == "preference" else None
-    about = {"recipe": asdict(recipe), "origin": report_origin()} | ({"claims": claims} if claims else {})
-    write_report(folder, text, about | {"results": numbers, "cells": _kept(groups)})
+    told: dict[str, Any] = {"recipe": asdict(recipe), "origin": report_origin()}
+    if claims:
+        told["claims"] = claims
+    write_report(folder, text, told | {"results": numbers, "cells": _kept(groups)})
     if samples is not None:
         write_markdown(folder / "samples.md", samples)
     _draw(recipe, groups, folder / "results.png")
