@@ -216,7 +216,7 @@ def test_layers_pooling_and_learning_rates_of_variants(tmp_path: Path) -> None:
         "lr": language.Change(lr=2e-3),
     }
     pair = replace(recipe.networks["tiny"], lr=5e-4)
-    recipe = replace(recipe, networks={"tiny": pair}, variants=changes, methods=("dpo-bird",))
+    recipe = replace(recipe, networks={"tiny": pair}, variants=changes, methods=("dpo-bird",), claims={})
     experiment = Preferences(recipe, tmp_path, CPU)
     keys = {cell.variant: cell.training.key for cell in experiment.cells() if cell.training}
     assert len(set(keys.values())) == 4
