@@ -73,6 +73,7 @@ def tiny() -> Any:
     return replace(
         whole,
         seeds=1,
+        first_seed=0,
         data=few,
         teacher=replace(whole.teacher, epochs=1),
         transfer=replace(whole.transfer, epochs=2, batch_size=4, micro_batch=2, lr=1e-3, max_length=120),
