@@ -70,19 +70,19 @@ class Guidance:
             differences are compared, too), ``"chosen"``, ``"rejected"``, or ``"prompt"`` (only the tokens of the
             prompt). Batches of other trainers support ``"both"`` only: all sequences.
         kernel, estimator: as of `bird.cka_loss`. Biased CKA is high for unrelated features of few rows.
-        loss: what stands in place of 1 - CKA, a name in `bird.structure`; ``"cka_difference"`` compares the differences
-            of preferred and rejected responses, B rows, and needs ``rows="both"``.
-        schedule, until, share: how beta moves, as of `bird.BirdLoss`; after every step of the optimizer, and kept in
-            the trainer's checkpoints.
+        loss: in place of 1 - CKA, a name in `bird.structure`; ``"cka_difference"`` needs ``rows="both"``.
+        schedule, until, share: how beta moves, as of `bird.BirdLoss`; kept in the trainer's checkpoints.
         gradients: log the norms of the gradients of both terms at the student's layer; implied by ``share``.
         text: makes the teacher's text from prompt and completion. These are the sequence's decoded text, without the
             student's special tokens, before and from the first token of the completion (with later turns of a
             conversation). In batches that do not mark a completion the prompt is ``""``. For
-            ``completion_only`` the result must end with the completion.
+            ``completion_only`` the result must end with the completion, or be the end of it.
         truncation: the side on which texts too long for the teacher are cut: ``"left"`` drops the beginning,
             ``"right"`` the end; ``teacher_truncated`` in the log counts them. None: such a text is an error.
         whole_batch: whether CKA compares all rows of an optimizer step, those of all processes and of all accumulated
             batches (for which the student runs forward once more). False: each batch of each process by itself.
+        permuted: a control that asks whether it is the teacher at all: its rows of each batch are permuted at random,
+            so they keep their geometry, but belong to other sequences than the student's.
 
     Raises:
         ValueError: an unknown choice, a combination that is excluded, or weights that are negative or not finite.
@@ -108,6 +108,7 @@ class Guidance:
     text: Callable[[str, str], str] = concatenated
     truncation: Literal["left", "right"] | None = None
     whole_batch: bool = True
+    permuted: bool = False
 
     def __post_init__(self) -> None:
         self.bird_loss([("teacher", "student")])  # validates its options
@@ -238,7 +239,8 @@ class Guide:
         features = self.teacher(input_ids=_table(ids).to(device), attention_mask=mask, **options)
         pooling = self.guidance.teacher_pooling or self.guidance.pooling
         rows = pool_tokens(features[self.teacher_layer], _table(counted), pooling)
-        return differences(rows) if self.differs else rows
+        rows = differences(rows) if self.differs else rows
+        return rows[_order(sequences, len(rows)).to(rows.device)] if self.guidance.permuted else rows
 
     def can_compare(self, rows: int) -> bool:
         """Whether ``rows`` in every process suffice for the estimator; warns if not."""
@@ -284,7 +286,7 @@ class Guide:
             return tokens["input_ids"], [[1] * len(row) for row in tokens["input_ids"]]
         counted = []
         for text, end, (whole, spans), offsets in zip(texts, ends, read, tokens["offset_mapping"], strict=True):
-            if not text.endswith(end):
+            if not (text.endswith(end) or end.endswith(text)):
                 raise ValueError(f"completion_only: text= must end with the completion, {text!r} does not")
             moved = [(start + len(text) - len(whole), stop + len(text) - len(whole)) for start, stop in spans]
             counted.append([int(any(a < stop and b > max(a, start) for start, stop in moved)) for a, b in offsets])
@@ -380,6 +382,12 @@ def window_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     tables = [table for name, table in network.named_modules() if name.endswith("position_embeddings")]
     unused = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return min(tokenizer.model_max_length, positions - max(unused, default=0))
+
+
+def _order(sequences: Sequences, count: int) -> Tensor:
+    """A random order of a batch's rows. The batch is its seed: a resumed run draws it again, and no generator moves."""
+    seeded = torch.Generator("cpu").manual_seed(int(sequences.ids.sum()))
+    return torch.randperm(count, generator=seeded, device="cpu")
 
 
 def _unpadded(table: Tensor, mask: Tensor) -> list[list[int]]:

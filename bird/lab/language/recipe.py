@@ -12,19 +12,23 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ...losses import BirdLoss
+from ..claims import Claim, require_claims
 from ..recipe import made, require_known, require_name, require_percents, require_table, require_within, settings_of
+from .data.positivity import SHARE
 
 PREFERENCES = {
     "none": "None",
     "dpo": "DPO",
     "dpo-bird": "DPO + BIRD",
     "dpo-bird-unbiased": "DPO + BIRD, unbiased",
+    "dpo-bird-permuted": "DPO + BIRD, teacher permuted",
 }
 WEAK_TO_STRONG = {
     "weak": "Weak model",
     "naive": "Soft labels",
     "bird": "Soft labels + BIRD",
     "bird-unbiased": "Soft labels + BIRD, unbiased",
+    "bird-permuted": "Soft labels + BIRD, teacher permuted",
     "ceiling": "Ceiling",
 }
 Part = TypeVar("Part", "Training", "Guiding")
@@ -47,6 +51,8 @@ class Training:
         warmup: the share of the steps in which the learning rate rises.
         bf16: whether to train under autocast in bf16.
         adapters: rank of LoRA adapters on all linear layers; 0 trains every weight.
+        max_grad_norm: gradients of a larger norm are scaled down to it; 0 never; None for TRL's 1 where students are
+            tuned on preferences, and never elsewhere.
     """
 
     epochs: int = 1
@@ -58,6 +64,7 @@ class Training:
     warmup: float = 0.0
     bf16: bool = False
     adapters: int = 0
+    max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
         require_within(self, epochs=1, batch_size=1, micro_batch=1, max_length=1)
@@ -68,12 +75,21 @@ class Training:
                 raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
         if not 0 <= self.warmup < 1 or self.adapters < 0:
             raise ValueError(f"warmup must be in [0, 1) and adapters not negative, not {self.warmup}, {self.adapters}")
-        require_within(self, lr=0, preference_beta=0, adapters=0)
+        require_within(self, lr=0, preference_beta=0, adapters=0, max_grad_norm=0)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The options as plain data, for the names of stages."""
+        return settings_of(self, ("max_grad_norm",))
 
 
 @dataclass(frozen=True)
 class Guiding:
-    """The options of `bird.language.Guidance` that a recipe may set; the defaults are the same."""
+    """The options of `bird.language.Guidance` that a recipe may set; the defaults are the same.
+
+    A student that is an encoder is pooled by the mean where this says ``"last"``. A mean over the tokens of a decoder's
+    middle blocks needs ``completion_only``: the state of the first token outweighs all others there.
+    """
 
     alpha: float = 0.1
     beta: float = 0.9
@@ -118,15 +134,30 @@ class Data:
         limit: at most so many pairs, or rows a half; None for all.
         held_out: at most so many prompts and texts, or test rows; None for all.
         words: leave out texts with more words, and preferences of strings with such a response; None keeps all.
+        ranked: how many pairs students rank that nobody was trained on; of published sets from the split "test".
+        taught, judged: of "positivity", the share of sentences that train the teacher, and a judge's bag of words.
     """
 
     source: str
     limit: int | None = None
     held_out: int | None = None
     words: int | None = None
+    ranked: int = 0
+    taught: float = SHARE
+    judged: float = SHARE
 
     def __post_init__(self) -> None:
-        require_within(self, limit=2, held_out=2, words=2)
+        require_within(self, limit=2, held_out=2, words=2, ranked=0, taught=(0, 1), judged=(0, 1))
+        if self.source != "positivity" and (self.taught, self.judged) != (SHARE, SHARE):
+            raise ValueError(f"taught and judged are shares of positivity's sentences, not of {self.source}")
+        if not 0 < self.taught < 1 - self.judged:
+            raise ValueError(f"taught {self.taught} and judged {self.judged} must leave sentences for all parts")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The settings that decide every stage, as far as they are not those of before they could be said."""
+        later = ("ranked", "taught", "judged")
+        return {name: value for name, value in settings_of(self, later).items() if name in later}
 
 
 @dataclass(frozen=True)
@@ -214,8 +245,11 @@ class Change:
     limit: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
+    lr: float | None = None
     alpha: float | None = None
     beta: float | None = None
+    layer: str | None = None
+    pooling: str | None = None
     rows: str | None = None
     completion_only: bool | None = None
     loss: str | None = None
@@ -226,8 +260,6 @@ class Change:
 
     def __post_init__(self) -> None:
         require_within(self, limit=2, epochs=1, batch_size=1, alpha=0, beta=0)
-        if self.rows is not None:
-            require_known("rows", self.rows, ROWS)
 
 
 @dataclass(frozen=True)
@@ -242,13 +274,15 @@ class LanguageRecipe:
         teacher: options of training the teacher, or the weak model.
         transfer: options of training students, and ceilings.
         networks: by name; each pair is run.
-        methods: keys of `PREFERENCES` or of `WEAK_TO_STRONG`.
+        methods: keys of `PREFERENCES` or of `WEAK_TO_STRONG`; all but the control with a permuted teacher.
         guidance: options of the methods with BIRD.
         generation: options of generating responses (preferences).
         judges: by name (preferences); the picture shows the verdicts of the first one.
         variants: by name; "" is the recipe as it is.
         seeds: how many repetitions, with seeds ``first_seed``, ``first_seed`` + 1, ...
         first_seed: of the repetitions.
+        claims: registered before the runs, by name. Measures are "ranking" and "margin" of pairs that are ranked, the
+            share of good responses by a judge's name, and from weak to strong "accuracy".
     """
 
     name: str
@@ -265,6 +299,7 @@ class LanguageRecipe:
     variants: Mapping[str, Change] = field(default_factory=lambda: {"": Change()})
     seeds: int = 3
     first_seed: int = 0
+    claims: Mapping[str, Claim] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_known("kind", self.kind, ("preference", "weak-to-strong"))
@@ -272,7 +307,7 @@ class LanguageRecipe:
         for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
             require_known("methods", method, known)
         if not self.methods:
-            object.__setattr__(self, "methods", tuple(known))
+            object.__setattr__(self, "methods", tuple(m for m in known if not m.endswith("permuted")))
         if self.kind == "preference" and not self.judges:
             raise ValueError("who judges the responses? [judges.<name>] must be there")
         require_within(self, seeds=1, first_seed=0)
@@ -282,6 +317,10 @@ class LanguageRecipe:
         for pair in self.networks.values():
             for method in pair.paper:
                 require_known("paper", method, known)
+        of_pairs = ("ranking", "margin") if self.data.ranked else ()
+        require_claims(self, ("accuracy",) if self.kind == "weak-to-strong" else (*of_pairs, *self.judges))
+        if self.kind == "weak-to-strong" and self.data.ranked:
+            raise ValueError("data: ranked is of preferences, not of texts that are classified")
         if self.teacher.adapters or (self.kind == "weak-to-strong" and self.transfer.adapters):
             raise ValueError("adapters are for students that are tuned on preferences, not for classifiers")
         for name, change in self.variants.items():

@@ -11,7 +11,7 @@ models). Gradients are not clipped.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from ...language.guidance import Guidance
 from ..experiment import Cell
 from ..stages import Stage
 from .data.questions import Questions, questions
-from .experiment import LanguageExperiment, classifier, pair_title, pooling_of, texts_and_labels, trained_classifier
+from .experiment import (
+    LanguageExperiment,
+    classifier,
+    controlled,
+    pair_title,
+    pooling_of,
+    texts_and_labels,
+    trained_classifier,
+)
 from .recipe import Change, Pair, Training
 
 _questions = lru_cache(maxsize=4)(questions)
@@ -58,7 +66,7 @@ class WeakToStrong(LanguageExperiment):
 
     def _weak(self, pair: Pair, change: Change, seed: int) -> Stage:
         """The weak model, trained on half 1; result: its test score, and its labels of half 2 as ``soft``."""
-        limit, training = self.limit(change), asdict(self.recipe.teacher)
+        limit, training = self.limit(change), self.recipe.teacher.about
         about = self.about_training(seed, change, network=pair.teacher, pooling=pair.pooling, training=training)
 
         def make(folder: Path) -> dict[str, Any]:
@@ -81,7 +89,7 @@ class WeakToStrong(LanguageExperiment):
     def _strong(self, pair: Pair, change: Change, training: Training, method: str, weak: Stage, seed: int) -> Stage:
         """A strong model, trained on half 2; result: its score on the test set."""
         limit, guiding = self.limit(change), self.guiding(change)
-        about = self.about_training(seed, change, network=pair.student, training=asdict(training), method=method)
+        about = self.about_training(seed, change, network=pair.student, training=training.about, method=method)
         guided = method.startswith("bird")
         if guided:
             about |= {"guidance": guiding, "pooling": pair.pooling}
@@ -97,9 +105,12 @@ class WeakToStrong(LanguageExperiment):
                 targets = torch.tensor((weak.result(self.root) or {})["soft"])
             if guided:
                 teacher, theirs = trained_classifier(pair.teacher, pair.pooling, weak.folder(self.root), self.device)
-                options = guiding | {"pooling": pooling_of(pair.student), "teacher_pooling": pair.pooling}
-                estimator = "unbiased" if method.endswith("unbiased") else "biased"
-                guidance = Guidance(teacher, theirs, estimator=estimator, **options)
+                own = pooling_of(pair.student) if guiding["pooling"] == "last" else guiding["pooling"]
+                guidance = Guidance(
+                    teacher,
+                    theirs,
+                    **controlled(method) | guiding | {"pooling": own, "teacher_pooling": pair.pooling},
+                )
             history = train_classifier(
                 model, tokenizer, texts, targets, training, folder / "training", guidance=guidance, seed=seed,
                 **self.surroundings,
