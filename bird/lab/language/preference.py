@@ -118,7 +118,7 @@ class Preferences(LanguageExperiment):
             network=pair.teacher,
             student=pair.student,  # whose chat template it reads
             pooling=pair.pooling,
-            training=asdict(self.recipe.teacher),
+            training=self.recipe.teacher.about,
         )
 
         def make(folder: Path) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class Preferences(LanguageExperiment):
 
     def _policy(self, pair: Pair, change: Change, training: Training, method: str, teacher: Stage, seed: int) -> Stage:
         """A student tuned on preferences; result: what was logged at each step."""
-        about = self.about_training(seed, change, network=pair.student, training=asdict(training), method=method)
+        about = self.about_training(seed, change, network=pair.student, training=training.about, method=method)
         guided = "bird" in method
         if guided:
             about |= {"guidance": self.guiding(change)}

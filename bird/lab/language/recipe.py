@@ -46,6 +46,8 @@ class Training:
         warmup: the share of the steps in which the learning rate rises.
         bf16: whether to train under autocast in bf16.
         adapters: rank of LoRA adapters on all linear layers; 0 trains every weight.
+        frozen: how many blocks of a classifier's decoder, from the lowest, keep their weights, with the embeddings;
+            what they make of a text is computed once. See `bird.lab.language.frozen`.
     """
 
     epochs: int = 1
@@ -57,6 +59,7 @@ class Training:
     warmup: float = 0.0
     bf16: bool = False
     adapters: int = 0
+    frozen: int = 0
 
     def __post_init__(self) -> None:
         require_within(self, epochs=1, batch_size=1, micro_batch=1, max_length=1)
@@ -67,7 +70,12 @@ class Training:
                 raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
         if not 0 <= self.warmup < 1 or self.adapters < 0:
             raise ValueError(f"warmup must be in [0, 1) and adapters not negative, not {self.warmup}, {self.adapters}")
-        require_within(self, lr=0, preference_beta=0, adapters=0)
+        require_within(self, lr=0, preference_beta=0, adapters=0, frozen=0)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The settings for the names of stages."""
+        return settings_of(self, ("frozen",))
 
 
 @dataclass(frozen=True)
@@ -99,19 +107,24 @@ class Data:
 
     Args:
         source: for preferences "positivity" (movie reviews), "pku-saferlhf", or a file, folder or hub id in TRL's
-            format; for weak-to-strong "sentiment", "sciq", "boolq" or "cosmos_qa".
+            format; for weak-to-strong "sentiment", "wordnet-glosses", "sciq", "boolq" or "cosmos_qa".
         limit: at most so many pairs, or rows a half; None for all.
         held_out: at most so many prompts and texts, or test rows; None for all.
         words: leave out texts with more words, and preferences of strings with such a response; None keeps all.
+        part: the rows that score: "test", or "validation" to choose settings by, which "wordnet-glosses" has.
     """
 
     source: str
     limit: int | None = None
     held_out: int | None = None
     words: int | None = None
+    part: str = "test"
 
     def __post_init__(self) -> None:
         require_within(self, limit=2, held_out=2, words=2)
+        require_known("part", self.part, ("test", "validation"))
+        if self.part != "test" and self.source != "wordnet-glosses":
+            raise ValueError(f"{self.source} has no validation rows, only wordnet-glosses has")
 
 
 @dataclass(frozen=True)
@@ -260,15 +273,18 @@ class LanguageRecipe:
         for pair in self.networks.values():
             for method in pair.paper:
                 require_known("paper", method, known)
-        if self.teacher.adapters or (self.kind == "weak-to-strong" and self.transfer.adapters):
+        weak = self.kind == "weak-to-strong"
+        if self.teacher.adapters or (weak and self.transfer.adapters):
             raise ValueError("adapters are for students that are tuned on preferences, not for classifiers")
+        if self.teacher.frozen or (self.transfer.frozen and not weak):
+            raise ValueError("frozen is for students of weak-to-strong")
         for name, change in self.variants.items():
             try:
                 guiding = self.changed(self.guidance, change)
                 self.changed(self.transfer, change)
             except ValueError as error:
                 raise ValueError(f"variants.{name}: {error}") from error
-            if self.kind == "weak-to-strong" and (guiding.completion_only or guiding.rows != "both"):
+            if weak and (guiding.completion_only or guiding.rows != "both"):
                 raise ValueError("rows and completion_only are of preferences, not of texts that are classified")
 
     def changed(self, part: Part, change: Change) -> Part:

@@ -11,7 +11,7 @@ models). Gradients are not clipped.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ class WeakToStrong(LanguageExperiment):
     def _rows(self, seed: int, limit: int | None) -> Questions:
         data = self.recipe.data
         rows = _questions(data.source, seed, self.data_root, words=data.words)
-        return Questions(rows.weak[:limit], rows.strong[:limit], rows.test[: data.held_out])
+        scored = rows.test if data.part == "test" else rows.validation
+        return Questions(rows.weak[:limit], rows.strong[:limit], scored[: data.held_out])
 
     def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
@@ -58,7 +59,7 @@ class WeakToStrong(LanguageExperiment):
 
     def _weak(self, pair: Pair, change: Change, seed: int) -> Stage:
         """The weak model, trained on half 1; result: its test score, and its labels of half 2 as ``soft``."""
-        limit, training = self.limit(change), asdict(self.recipe.teacher)
+        limit, training = self.limit(change), self.recipe.teacher.about
         about = self.about_training(seed, change, network=pair.teacher, pooling=pair.pooling, training=training)
 
         def make(folder: Path) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class WeakToStrong(LanguageExperiment):
     def _strong(self, pair: Pair, change: Change, training: Training, method: str, weak: Stage, seed: int) -> Stage:
         """A strong model, trained on half 2; result: its score on the test set."""
         limit, guiding = self.limit(change), self.guiding(change)
-        about = self.about_training(seed, change, network=pair.student, training=asdict(training), method=method)
+        about = self.about_training(seed, change, network=pair.student, training=training.about, method=method)
         guided = method.startswith("bird")
         if guided:
             about |= {"guidance": guiding, "pooling": pair.pooling}
