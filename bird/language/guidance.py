@@ -71,11 +71,13 @@ class Guidance:
         text: makes the teacher's text from prompt and completion. These are the sequence's decoded text, without the
             student's special tokens, before and from the first token of the completion (with later turns of a
             conversation). In batches that do not mark a completion the prompt is ``""``. For
-            ``completion_only`` the result must end with the completion.
+            ``completion_only`` the result must end with the completion, or be the end of it.
         truncation: the side on which texts too long for the teacher are cut: ``"left"`` drops the beginning,
             ``"right"`` the end; ``teacher_truncated`` in the log counts them. None: such a text is an error.
         whole_batch: whether CKA compares all rows of an optimizer step, those of all processes and of all accumulated
             batches (for which the student runs forward once more). False: each batch of each process by itself.
+        permuted: a control that asks whether it is the teacher at all: its rows of each batch are permuted at random,
+            so they keep their geometry, but belong to other sequences than the student's.
 
     Raises:
         ValueError: an unknown choice, a combination that is excluded, or weights that are negative or not finite.
@@ -96,6 +98,7 @@ class Guidance:
     text: Callable[[str, str], str] = concatenated
     truncation: Literal["left", "right"] | None = None
     whole_batch: bool = True
+    permuted: bool = False
 
     def __post_init__(self) -> None:
         BirdLoss(self.alpha, self.beta, [("teacher", "student")])  # validates the weights
@@ -214,7 +217,8 @@ class Guide:
         mask = _table([[1] * len(row) for row in ids]).to(device)
         features = self.teacher(input_ids=_table(ids).to(device), attention_mask=mask, **options)
         pooling = self.guidance.teacher_pooling or self.guidance.pooling
-        return pool_tokens(features[self.teacher_layer], _table(counted), pooling)
+        rows = pool_tokens(features[self.teacher_layer], _table(counted), pooling)
+        return rows[_order(sequences, len(rows)).to(rows.device)] if self.guidance.permuted else rows
 
     def can_compare(self, rows: int) -> bool:
         """Whether ``rows`` in every process suffice for the estimator; warns if not."""
@@ -260,7 +264,7 @@ class Guide:
             return tokens["input_ids"], [[1] * len(row) for row in tokens["input_ids"]]
         counted = []
         for text, end, (whole, spans), offsets in zip(texts, ends, read, tokens["offset_mapping"], strict=True):
-            if not text.endswith(end):
+            if not (text.endswith(end) or end.endswith(text)):
                 raise ValueError(f"completion_only: text= must end with the completion, {text!r} does not")
             moved = [(start + len(text) - len(whole), stop + len(text) - len(whole)) for start, stop in spans]
             counted.append([int(any(a < stop and b > max(a, start) for start, stop in moved)) for a, b in offsets])
@@ -356,6 +360,12 @@ def window_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     tables = [table for name, table in network.named_modules() if name.endswith("position_embeddings")]
     unused = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return min(tokenizer.model_max_length, positions - max(unused, default=0))
+
+
+def _order(sequences: Sequences, count: int) -> Tensor:
+    """A random order of a batch's rows. The batch is its seed: a resumed run draws it again, and no generator moves."""
+    seeded = torch.Generator("cpu").manual_seed(int(sequences.ids.sum()))
+    return torch.randperm(count, generator=seeded, device="cpu")
 
 
 def _unpadded(table: Tensor, mask: Tensor) -> list[list[int]]:

@@ -54,6 +54,7 @@ PAPER = {  # shared/paper/FACTS.md, from the paper's tables
     "weak-to-strong-cosmos-qa": {"gpt2-medium": {}, "gpt2-large": {"naive": 65.51, "bird": 68.02}},
     "weak-to-strong-boolq": {"gpt2-medium": {"naive": 0, "bird": 0}, "gpt2-large": {"naive": 0, "bird": 0}},
     "positivity-dpo": {"smollm2-135m": {}},
+    "scarce-dpo": {"smollm2-135m": {}},
     "weak-to-strong-sentiment": {"minilm-smollm2": {}},
 }
 

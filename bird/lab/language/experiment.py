@@ -46,10 +46,10 @@ class LanguageExperiment(Experiment):
             self._check_layers(pair)
 
     def _check_layers(self, pair: Pair) -> None:
-        """Check the layers that the guidance names. A network is loaded only if one is named."""
+        """Check the layers that the guidance names, in any variant. A network is loaded only if one is named."""
         for name, network in (("layer", pair.student), ("teacher_layer", pair.teacher)):
-            layer = getattr(self.recipe.guidance, name)
-            if layer is not None:
+            layers = {self.guiding(change)[name]: None for change in self.recipe.variants.values()}
+            for layer in filter(None, layers):
                 if name == "layer" and self.recipe.kind == "preference":
                     model: Any = fresh_network(network, "causal")[0]
                 else:
@@ -68,7 +68,7 @@ class LanguageExperiment(Experiment):
         """A variant of the recipe, and how students are trained in it."""
         change = self.recipe.variants[variant]
         training = self.recipe.changed(self.recipe.transfer, change)
-        return change, training if pair.lr is None else replace(training, lr=pair.lr)
+        return change, training if pair.lr is None or change.lr is not None else replace(training, lr=pair.lr)
 
     def limit(self, change: Change) -> int | None:
         """How many rows are trained on: the variant's number if it has one, else the recipe's."""
@@ -80,12 +80,12 @@ class LanguageExperiment(Experiment):
 
     def about(self, seed: int, **more: Any) -> dict[str, Any]:
         """What every stage's results depend on, for its folder's name, and more."""
-        return {"protocol": PROTOCOL, "data": self.recipe.data.source, "seed": seed} | more
+        data = self.recipe.data
+        return {"protocol": PROTOCOL, "data": data.source, "seed": seed} | data.about | more
 
     def about_training(self, seed: int, change: Change, **more: Any) -> dict[str, Any]:
         """The same for a stage that trains on what is not held out, on as many rows as a variant takes."""
         data = self.recipe.data
-        more |= {} if data.part == "test" else {"part": data.part}
         return self.about(seed, limit=self.limit(change), held_out=data.held_out, words=data.words, **more)
 
     @property
@@ -145,6 +145,14 @@ def trained_classifier(
 def pooling_of(network: str) -> str:
     """The pooling of a student's tokens: their mean for encoders, the last one for decoders."""
     return "mean" if network in MODELS and MODELS[network].encoder else "last"
+
+
+def controlled(method: str) -> dict[str, Any]:
+    """The options of `Guidance` that the end of a method's name says."""
+    return {
+        "estimator": "unbiased" if method.endswith("unbiased") else "biased",
+        "permuted": method.endswith("permuted"),
+    }
 
 
 def texts_and_labels(rows: Sequence[Labelled]) -> tuple[list[str], list[int]]:

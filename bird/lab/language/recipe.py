@@ -12,20 +12,26 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..recipe import made, require_known, require_name, require_percents, require_table, require_within, settings_of
+from .data.positivity import SHARE
 
 PREFERENCES = {
     "none": "None",
     "dpo": "DPO",
     "dpo-bird": "DPO + BIRD",
     "dpo-bird-unbiased": "DPO + BIRD, unbiased",
+    "dpo-bird-permuted": "DPO + BIRD, teacher permuted",
 }
 WEAK_TO_STRONG = {
     "weak": "Weak model",
     "naive": "Soft labels",
     "bird": "Soft labels + BIRD",
     "bird-unbiased": "Soft labels + BIRD, unbiased",
+    "bird-permuted": "Soft labels + BIRD, teacher permuted",
+    "bird-pretrained": "Soft labels + BIRD, teacher before its task",
+    "bird-anchored": "Soft labels + BIRD, to the student before its task",
     "ceiling": "Ceiling",
 }
+CONTROLS = "permuted", "pretrained", "anchored"  # what the methods' names end with that run if a recipe names them
 Part = TypeVar("Part", "Training", "Guiding")
 ROWS = "both", "chosen", "rejected", "prompt"  # see `bird.language.Guidance`
 POOLINGS = "last", "first", "mean"  # those that give a row for each text, as a teacher with its own tokenizer needs
@@ -46,6 +52,8 @@ class Training:
         warmup: the share of the steps in which the learning rate rises.
         bf16: whether to train under autocast in bf16.
         adapters: rank of LoRA adapters on all linear layers; 0 trains every weight.
+        max_grad_norm: gradients of a larger norm are scaled down to it; 0 never; None for TRL's 1 where students are
+            tuned on preferences, and never elsewhere.
         frozen: how many blocks of a classifier's decoder, from the lowest, keep their weights, with the embeddings;
             what they make of a text is computed once. See `bird.lab.language.frozen`.
     """
@@ -59,6 +67,7 @@ class Training:
     warmup: float = 0.0
     bf16: bool = False
     adapters: int = 0
+    max_grad_norm: float | None = None
     frozen: int = 0
 
     def __post_init__(self) -> None:
@@ -70,17 +79,20 @@ class Training:
                 raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
         if not 0 <= self.warmup < 1 or self.adapters < 0:
             raise ValueError(f"warmup must be in [0, 1) and adapters not negative, not {self.warmup}, {self.adapters}")
-        require_within(self, lr=0, preference_beta=0, adapters=0, frozen=0)
+        require_within(self, lr=0, preference_beta=0, adapters=0, max_grad_norm=0, frozen=0)
 
     @property
     def about(self) -> dict[str, Any]:
-        """The settings for the names of stages."""
-        return settings_of(self, ("frozen",))
+        """The options as plain data, for the names of stages."""
+        return settings_of(self, ("max_grad_norm", "frozen"))
 
 
 @dataclass(frozen=True)
 class Guiding:
-    """The options of `bird.language.Guidance` that a recipe may set; the defaults are the same."""
+    """The options of `bird.language.Guidance` that a recipe may set; the defaults are the same.
+
+    A student that is an encoder, which has no last token of its own, is pooled by the mean where this says ``"last"``.
+    """
 
     alpha: float = 0.1
     beta: float = 0.9
@@ -111,6 +123,8 @@ class Data:
         limit: at most so many pairs, or rows a half; None for all.
         held_out: at most so many prompts and texts, or test rows; None for all.
         words: leave out texts with more words, and preferences of strings with such a response; None keeps all.
+        ranked: how many pairs students rank that nobody was trained on; of published sets from the split "test".
+        taught, judged: of "positivity", the share of sentences that train the teacher, and a judge's bag of words.
         part: the rows that score: "test", or "validation" to choose settings by, which "wordnet-glosses" has.
     """
 
@@ -118,13 +132,26 @@ class Data:
     limit: int | None = None
     held_out: int | None = None
     words: int | None = None
+    ranked: int = 0
+    taught: float = SHARE
+    judged: float = SHARE
     part: str = "test"
 
     def __post_init__(self) -> None:
-        require_within(self, limit=2, held_out=2, words=2)
+        require_within(self, limit=2, held_out=2, words=2, ranked=0, taught=(0, 1), judged=(0, 1))
+        if self.source != "positivity" and (self.taught, self.judged) != (SHARE, SHARE):
+            raise ValueError(f"taught and judged are shares of positivity's sentences, not of {self.source}")
+        if not 0 < self.taught < 1 - self.judged:
+            raise ValueError(f"taught {self.taught} and judged {self.judged} must leave sentences for all parts")
         require_known("part", self.part, ("test", "validation"))
         if self.part != "test" and self.source != "wordnet-glosses":
             raise ValueError(f"{self.source} has no validation rows, only wordnet-glosses has")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The settings that decide every stage, as far as they are not those of before they could be said."""
+        later = ("ranked", "taught", "judged", "part")
+        return {name: value for name, value in settings_of(self, later).items() if name in later}
 
 
 @dataclass(frozen=True)
@@ -212,15 +239,16 @@ class Change:
     limit: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
+    lr: float | None = None
     alpha: float | None = None
     beta: float | None = None
+    layer: str | None = None
+    pooling: str | None = None
     rows: str | None = None
     completion_only: bool | None = None
 
     def __post_init__(self) -> None:
         require_within(self, limit=2, epochs=1, batch_size=1, alpha=0, beta=0)
-        if self.rows is not None:
-            require_known("rows", self.rows, ROWS)
 
 
 @dataclass(frozen=True)
@@ -235,7 +263,7 @@ class LanguageRecipe:
         teacher: options of training the teacher, or the weak model.
         transfer: options of training students, and ceilings.
         networks: by name; each pair is run.
-        methods: keys of `PREFERENCES` or of `WEAK_TO_STRONG`.
+        methods: keys of `PREFERENCES` or of `WEAK_TO_STRONG`; all but the controls.
         guidance: options of the methods with BIRD.
         generation: options of generating responses (preferences).
         judges: by name (preferences); the picture shows the verdicts of the first one.
@@ -263,7 +291,7 @@ class LanguageRecipe:
         for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
             require_known("methods", method, known)
         if not self.methods:
-            object.__setattr__(self, "methods", tuple(known))
+            object.__setattr__(self, "methods", tuple(m for m in known if not m.endswith(CONTROLS)))
         if self.kind == "preference" and not self.judges:
             raise ValueError("who judges the responses? [judges.<name>] must be there")
         require_within(self, seeds=1)
@@ -274,6 +302,8 @@ class LanguageRecipe:
             for method in pair.paper:
                 require_known("paper", method, known)
         weak = self.kind == "weak-to-strong"
+        if weak and self.data.ranked:
+            raise ValueError("data: ranked is of preferences, not of texts that are classified")
         if self.teacher.adapters or (weak and self.transfer.adapters):
             raise ValueError("adapters are for students that are tuned on preferences, not for classifiers")
         if self.teacher.frozen or (self.transfer.frozen and not weak):

@@ -14,11 +14,12 @@ import numpy as np
 from .. import figures
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import Interval, bootstrap, paired_bootstrap, paired_p, pgr
-from ..tables import markdown_table, percent, report_origin, write_markdown, write_report
+from ..tables import markdown_table, percent, report_origin, spread, write_markdown, write_report
 from .experiment import LanguageExperiment
 from .recipe import LanguageRecipe
 
 SAMPLES = 12
+RANKING = "pairs ranked rightly", "margin"  # the columns of held-out pairs
 
 
 def write_language_report(experiment: LanguageExperiment, cells: Sequence[Cell], folder: Path) -> str:
@@ -71,10 +72,12 @@ def _draw(recipe: LanguageRecipe, groups: Mapping[Group, Results], path: Path) -
 def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
     """The tables of methods and of their differences as Markdown, and the numbers in them."""
     paper, judges = recipe.networks[group[0]].paper, [*recipe.judges]
-    rows = [
-        ["method", "paper", *(f"good, {judge}" for judge in judges), "perplexity", "distinct pairs of words", "CKA"]
-    ]
+    margins = {m: _margins(of) for m, of in results.items() if all("ranking" in r for r in of.values())}
+    rows = [["method", "paper", *(f"good, {judge}" for judge in judges), *(RANKING if margins else ())]]
+    rows[0] += ["perplexity", "distinct pairs of words", "CKA"]
     good = {m: {j: _verdicts(of, j) for j in judges} for m, of in results.items()}
+    for method, of_pairs in margins.items():
+        good[method][RANKING[0]] = (of_pairs > 0).astype(float)
     for method, of in results.items():
         per_seed = [*of.values()]
         rows.append(
@@ -82,6 +85,7 @@ def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tupl
                 recipe.titles[method],
                 f"{paper[method]:.2f}" if method in paper else "",
                 *(_share(good[method][judge]) for judge in judges),
+                *(_ranked(margins.get(method)) if margins else ()),
                 _mean(r["responses"]["perplexity"] for r in per_seed),
                 percent([r["responses"]["distinct"] for r in per_seed]),
                 f"{fmean(r['alignment']['cka'] for r in per_seed):.2f}",
@@ -92,22 +96,53 @@ def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tupl
         markdown_table(rows) + "\n",
         f"The teacher is right on {min(teachers):.1f} to {max(teachers):.1f} % of rows that it has not seen.\n",
     ]
+    if margins:
+        ranks = [100 * r["teacher's ranking"]["accuracy"] for r in next(iter(results.values())).values()]
+        parts.append(
+            f"Ranked are pairs that nobody was trained on, students by DPO's implicit reward; the teacher ranks "
+            f"{min(ranks):.1f} to {max(ranks):.1f} % of them rightly.\n"
+        )
     numbers: dict[str, Any] = {
-        method: {judge: asdict(bootstrap(good[method][judge])) for judge in judges} for method in results
+        method: {of: asdict(bootstrap(values)) for of, values in good[method].items()} for method in results
     }
     told: list[list[str]] = []
+    columns = [*judges, *(RANKING[:1] if margins else ())]
     for method in results:
-        for other in ("none", "dpo"):
-            if other in results and other != method and method != "none":
-                gains = {j: _gain(good[method][j], good[other][j]) for j in judges}
+        for other in ("none", "dpo", "dpo-bird-permuted"):
+            if other in results and other != method and (other == "none" or "bird" in method) and method != "none":
+                gains = {j: _gain(good[method][j], good[other][j]) for j in good[method] if j in good[other]}
+                texts = [gains[column][0] if column in gains else "" for column in columns]
+                if margins:
+                    texts.append(_margins_gain(margins[method], margins[other]) if other in margins else "")
                 title = f"{recipe.titles[method]} minus {recipe.titles[other]}"
-                told.append([title, *(text for text, _ in gains.values())])
+                told.append([title, *texts])
                 numbers[f"{method} minus {other}"] = {j: asdict(interval) for j, (_, interval) in gains.items()}
-    parts += _differences(["difference", *judges], told, "prompts")
+    parts += _differences(["difference", *judges, *(RANKING if margins else ())], told, "prompts")
     unparsable = sum(v is None for of in results.values() for r in of.values() for j in judges for v in _raw(r, j))
     if unparsable:
         parts.append(f"{unparsable} answers of judges could not be parsed; they count as not good.\n")
     return "\n".join(parts), numbers
+
+
+def _margins(of: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
+    """Margins of implicit rewards ``[seeds, pairs]``."""
+    return np.array([results["ranking"]["margins"] for results in of.values()])
+
+
+def _ranked(margins: np.ndarray | None) -> list[str]:
+    """The cells of `RANKING`: the share of pairs ranked rightly, and the mean margin; empty for what ranks nothing."""
+    if margins is None:
+        return [""] * len(RANKING)
+    means = margins.mean(1).tolist()
+    return [
+        _share((margins > 0).astype(float)),
+        f"{fmean(means):.2f}" + (f" ± {spread(means):.2f}" if len(means) > 1 else ""),
+    ]
+
+
+def _margins_gain(ours: np.ndarray, theirs: np.ndarray) -> str:
+    differences = (ours.mean(1) - theirs.mean(1)).tolist()
+    return f"{fmean(differences):+.2f}" + (f" (p {paired_p(differences):.2g})" if len(differences) > 1 else "")
 
 
 def _raw(results: Mapping[str, Any], judge: str) -> list[int | None]:
@@ -189,10 +224,12 @@ def _weak_to_strong(recipe: LanguageRecipe, group: Group, results: Results) -> t
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     parts = [markdown_table(rows) + "\n"]
     told: list[list[str]] = []
-    for method in (m for m in right if m.startswith("bird") and "naive" in right):
-        text, interval = _gain(right[method], right["naive"])
-        told.append([f"{recipe.titles[method]} minus {recipe.titles['naive']}", text])
-        numbers[method]["minus naive"] = asdict(interval)
+    for method in (m for m in right if m.startswith("bird")):
+        for other in ("naive", "bird-permuted"):
+            if other in right and other != method:
+                text, interval = _gain(right[method], right[other])
+                told.append([f"{recipe.titles[method]} minus {recipe.titles[other]}", text])
+                numbers[method][f"minus {other}"] = asdict(interval)
     parts += _differences(["difference in accuracy", "points"], told, "rows")
     return "\n".join(parts), numbers
 
@@ -248,7 +285,7 @@ def _interval_text(interval: Interval) -> str:
 
 def _kept(groups: Mapping[Group, Results]) -> list[dict[str, Any]]:
     """The numbers of every cell; texts and histories are left out and stay in the stages' folders."""
-    left_out = ("responses", "history", "soft", "right", "verdicts")
+    left_out = ("responses", "history", "soft", "right", "verdicts", "margins")
     return [
         {"networks": group[0], "variant": group[1], "method": method, "seed": seed}
         | {name: _plain(score, left_out) for name, score in scores.items()}

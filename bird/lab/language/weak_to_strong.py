@@ -22,7 +22,15 @@ from ...language.guidance import Guidance
 from ..experiment import Cell
 from ..stages import Stage
 from .data.questions import Questions, questions
-from .experiment import LanguageExperiment, classifier, pair_title, pooling_of, texts_and_labels, trained_classifier
+from .experiment import (
+    LanguageExperiment,
+    classifier,
+    controlled,
+    pair_title,
+    pooling_of,
+    texts_and_labels,
+    trained_classifier,
+)
 from .recipe import Change, Pair, Training
 
 _questions = lru_cache(maxsize=4)(questions)
@@ -92,15 +100,22 @@ class WeakToStrong(LanguageExperiment):
 
             rows = self._rows(seed, limit)
             texts, labels = texts_and_labels(rows.strong)
-            model, tokenizer = classifier(pair.student, pooling_of(pair.student), seed)
+            model, tokenizer = classifier(pair.student, pooling_of(pair.student), seed, training.frozen)
             targets, guidance = certain(labels), None
             if method != "ceiling":
                 targets = torch.tensor((weak.result(self.root) or {})["soft"])
             if guided:
-                teacher, theirs = trained_classifier(pair.teacher, pair.pooling, weak.folder(self.root), self.device)
-                options = guiding | {"pooling": pooling_of(pair.student), "teacher_pooling": pair.pooling}
-                estimator = "unbiased" if method.endswith("unbiased") else "biased"
-                guidance = Guidance(teacher, theirs, estimator=estimator, **options)
+                own = pooling_of(pair.student) if guiding["pooling"] == "last" else guiding["pooling"]
+                pooled = {"pooling": own, "teacher_pooling": pair.pooling}
+                if method == "bird-pretrained":
+                    teacher, theirs = classifier(pair.teacher, pair.pooling, seed)
+                elif method == "bird-anchored":
+                    teacher, theirs = classifier(pair.student, own, seed, training.frozen)
+                    pooled["teacher_pooling"] = own
+                else:
+                    weights = weak.folder(self.root)
+                    teacher, theirs = trained_classifier(pair.teacher, pair.pooling, weights, self.device)
+                guidance = Guidance(teacher, theirs, **controlled(method) | guiding | pooled)
             history = train_classifier(
                 model, tokenizer, texts, targets, training, folder / "training", guidance=guidance, seed=seed,
                 **self.surroundings,
