@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -248,7 +250,7 @@ def test_every_arm_from_the_command_line(
     text = f"""
 kind = "weak-to-strong"
 title = "Tiny"
-seeds = 1
+seeds = 2
 data = {{ source = "wordnet-glosses", limit = 24, held_out = 30 }}
 teacher = {{ epochs = 1, batch_size = 8, lr = 1e-3 }}
 transfer = {{ epochs = 1, batch_size = 8, lr = 1e-3, frozen = 1 }}
@@ -257,6 +259,10 @@ networks.tiny = {{ teacher = "{teacher}", student = "{student}" }}
     for name, arm in arms.items():
         settings = ", ".join(f"{key} = {json.dumps(value)}" for key, value in arm.items())
         text += f'variants."{name}" = {{ {settings} }}\n'
+    rising = shipped.claims["mistakes repeated rise with beta to alpha"]
+    claim = {"method": "bird", "over": "naive", "variants": [*arms], "at": [1, 10, 90], "measure": "repeated"}
+    assert claim == {key: list(of) if isinstance(of := getattr(rising, key), tuple) else of for key in claim}
+    text += "claims.rising = { " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in claim.items()) + " }\n"
     write_wordnet(tmp_path / "data", many())
     found = {}
     for name, said in (("test", text), ("validation", text.replace("held_out", 'part = "validation", held_out'))):
@@ -271,19 +277,28 @@ networks.tiny = {{ teacher = "{teacher}", student = "{student}" }}
     assert {name.removeprefix("tiny, "): [*of] for name, of in results.items()} == {
         n: a["methods"] for n, a in arms.items()
     }
-    cells = {(cell["variant"], cell["method"]): cell for cell in found["test"]["cells"]}
+    cells = {(cell["variant"], cell["method"]): cell for cell in found["test"]["cells"] if cell["seed"] == 0}
     losses = {}
     for (variant, method), cell in cells.items():
         assert 0 <= cell["test"]["accuracy"] <= 1
-        if method not in ("weak",):
-            (repeated,) = results[f"tiny, {variant}"][method]["mistakes_repeated"]
-            assert 0 <= repeated <= 1
+        if method != "weak":
+            repeated = results[f"tiny, {variant}"][method]["mistakes_repeated"]
+            assert len(repeated) == 2
+            assert all(0 <= share <= 1 for share in repeated)
         if method.startswith("bird"):
             late = cell["training"]["second_half"]
             weights = arms[variant]
             losses[variant, method] = late["cka_loss"]
             wanted = weights["alpha"] * late["task_loss"] + weights["beta"] * late["cka_loss"]
             assert late["loss"] == pytest.approx(wanted, rel=1e-5)
+    more = [
+        [b - n for b, n in zip(*(of[method]["mistakes_repeated"] for method in ("bird", "naive")), strict=True)]
+        for of in results.values()
+    ]
+    x = [math.log2(at) for at in claim["at"]]
+    slopes = [sum((a - fmean(x)) * y for a, y in zip(x, of, strict=True)) for of in zip(*more, strict=True)]
+    wanted = [slope / sum((a - fmean(x)) ** 2 for a in x) for slope in slopes]
+    assert found["test"]["claims"][0]["differences"] == pytest.approx(wanted)
     assert len(losses) == 6
     assert len(set(losses.values())) == 6  # no arm is another one by mistake
     assert losses["1 to 1", "bird-anchored"] < 0.01  # at its start a student is what it was before its task

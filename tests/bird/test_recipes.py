@@ -111,6 +111,23 @@ def test_the_papers_figures_of_language_models() -> None:
         read_vision("language/positivity-dpo")
 
 
+@pytest.mark.parametrize(
+    "name", ["safety-dpo", "weak-to-strong-sciq", "weak-to-strong-cosmos-qa", "weak-to-strong-boolq"]
+)
+def test_the_papers_language_recipes_balance_the_gradients(name: str) -> None:
+    """And each has a layer in the upper half that all of its students have, beside the last token's final state."""
+    blocks = {"SmolLM2-135M-Instruct": 30, "smollm2-360m": 32, "gpt2-medium": 24, "gpt2-large": 36}
+    recipe = parsed(f"language/{name}", language.parse)
+    found = [recipe.changed(recipe.guidance, change) for change in recipe.variants.values()]
+    assert {(guiding.alpha, guiding.beta) for guiding in found} == {(1, 1)}
+    last = [guiding.layer in (None, "model") and guiding.pooling == "last" for guiding in found]
+    assert sorted(last) == [False, True]
+    path, _, number = str(found[last.index(False)].layer).rpartition(".")
+    assert path == ("model.layers" if name == "safety-dpo" else "backbone.h")
+    for pair in recipe.networks.values():
+        assert 1 / 2 < (int(number) + 1) / blocks[pair.student.rpartition("/")[2]] < 1
+
+
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "try.toml"
     path.write_text("""
@@ -217,11 +234,15 @@ def test_of_images(path: str, value: Any, said: str) -> None:
         ("data/held_out", 1, "held_out must be at least 2"),
         ("data/limit", 1, "data: limit must be at least 2"),
         ("data/words", "x", "words must be a whole number"),
+        ("data/ranked", -1, "ranked must be at least 0"),
+        ("data/taught", 0.9, "taught 0.9 and judged 0.18 must leave sentences"),
+        ("data", {"source": "own.jsonl", "judged": 0.0}, "shares of positivity's sentences, not of own.jsonl"),
         ("transfer/batch", 3, "a key of transfer: there is no 'batch'"),
         ("transfer/epochs", 0, "epochs must be at least 1"),
         ("transfer/adapters", -1, "adapters not negative"),
         ("transfer/bf16", 1, "bf16 must be true or false, not 1"),
         ("transfer/lr", 0.0, "transfer: lr must be positive"),
+        ("transfer/max_grad_norm", -1, "max_grad_norm must be at least 0"),
         ("transfer/warmup", 1.0, r"transfer: warmup must be in \[0, 1\)"),
         ("transfer/micro_batch", 5, "micro_batch 5 must divide"),
         ("teacher/adapters", 8, "adapters are for students"),
@@ -242,6 +263,8 @@ def test_of_images(path: str, value: Any, said: str) -> None:
         ("judges/it/timeout", -1, "timeout must be at least 0"),
         ("variants//rows", "x", "rows: there is no 'x'"),
         ("variants//limit", 1, "limit must be at least 2"),
+        ("variants//pooling", "all", r"variants\.: pooling: there is no 'all'"),
+        ("variants//lr", 0, r"variants\.: lr must be positive"),
     ],
 )
 def test_of_language_models(path: str, value: Any, said: str) -> None:
@@ -256,6 +279,7 @@ def test_parts_of_a_recipe_that_exclude_each_other() -> None:
     batches = changed(changed(LANGUAGE, "transfer/micro_batch", 16), "variants//batch_size", 24)
     for table, said in (
         (changed(WEAK, "transfer/adapters", 8), "adapters are for students"),
+        (changed(WEAK, "data/ranked", 5), "ranked is of preferences"),
         (changed(WEAK, "guidance/rows", "chosen"), "rows and completion_only are of preferences"),
         (changed(WEAK, "variants//completion_only", True), "rows and completion_only are of preferences"),
         (prompts, r'variants\.: rows = "prompt" leaves no completion'),
@@ -356,6 +380,8 @@ def test_judges_and_layers_are_looked_at_before_anything_is_trained(
         ("judges/it", {"kind": "language-model", "model": "minilm"}, r"judges\.it: minilm is an encoder"),
         ("networks/one", {"teacher": "minilm", "student": "minilm"}, "minilm is an encoder, which cannot be a student"),
         ("guidance/layer", "model.layers.7", r"guidance\.layer of .*model\.layers\.1"),
+        ("variants//layer", "model.layers.7", r"guidance\.layer of .*model\.layers\.1"),
+        ("data/ranked", 3, "ranked asks for 3 pairs, and of seed 0 there are 0"),
         ("guidance/teacher_layer", "nonsense", r"guidance\.teacher_layer of "),
     ):
         with pytest.raises(ValueError, match=said):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bird_kernels import cka
-
-from ...language.guidance import Guidance, Guide, Sequences, concatenated
+from ...language.guidance import Guidance, Guide, concatenated
 from ..duration import steps_to_train
 from ..experiment import Cell
 from ..stages import Stage
-from .data import Material, Preference, Text, as_text, distinct_pairs, padded_batch, token_ids
+from .alignment import alignment
+from .data import Material, Preference, Text, as_text, distinct_pairs, token_ids
 from .data.files import local_or_hub
 from .data.positivity import HELD_OUT, LEAD, positivity
 from .data.preferences import PKU, pku_material, preference_material
@@ -80,7 +79,7 @@ class Preferences(LanguageExperiment):
         config, tokenizer = load_description(pair.student)
         try:
             prompts = [token_ids(tokenizer, prompt) for prompt in material.prompts]
-            texts = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in material.texts]  # see _alignment
+            texts = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in material.texts]  # see alignment
             require_room(config, "prompt", prompts, self.recipe.generation.max_new_tokens)
             require_room(config, "held-out text", texts)
         except ValueError as error:
@@ -325,12 +324,13 @@ class Preferences(LanguageExperiment):
         """Alignment of a student with the teacher; result: their unbiased CKA on held-out texts."""
         held_out, guiding = self.recipe.data.held_out, self.guiding(Change())
         about = self.about(seed, network=pair.student, held_out=held_out, guidance=guiding)
+        if guiding["completion_only"]:
+            about["without"] = "the first token"
 
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)
-            guidance = replace(self._guidance(pair, Change(), "unbiased", teacher), completion_only=False)
-            guide = Guide(guidance, model, tokenizer)
-            return {"cka": _alignment(guide, model, tokenizer, self.material(seed).texts)}
+            guide = Guide(self._guidance(pair, Change(), "unbiased", teacher), model, tokenizer)
+            return {"cka": alignment(guide, model, tokenizer, self.material(seed).texts)}
 
         parents = (teacher,) if policy is None else (policy, teacher)
         return Stage("alignment", about, make, parents, pair_title(pair, seed))
@@ -342,24 +342,6 @@ def endpoint(judging: Judging, cache: Path | None) -> Endpoint:
 
     options: dict[str, Any] = {name: getattr(judging, name) for name in ("max_tokens", "key_header", "timeout")}
     return Endpoint(judging.url, judging.model, judging.key_variable, cache=cache, **options)
-
-
-@torch.no_grad()
-def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> float:
-    """Unbiased CKA of teacher and student over texts, each pooled as in training."""
-    ours, theirs = [], []
-    device = next(model.parameters()).device
-    for start in range(0, len(texts), size):
-        # With the end that TRL's trainer adds, since the last token is the one that is read.
-        rows = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in texts[start : start + size]]
-        batch = padded_batch(rows, device=device)
-        guide.taps.listen()
-        model(**batch)
-        sequences = Sequences(batch["input_ids"], batch["attention_mask"], None)
-        ours.append(guide.student_rows(sequences))
-        theirs.append(guide.teacher_rows(sequences))
-    guide.taps.remove()
-    return cka(torch.cat(ours), torch.cat(theirs), estimator="unbiased").item()
 
 
 def spoken(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from ..claims import Claim, require_claims
 from ..recipe import made, require_known, require_name, require_percents, require_table, require_within, settings_of
 from .data.positivity import SHARE
 
@@ -91,7 +92,8 @@ class Training:
 class Guiding:
     """The options of `bird.language.Guidance` that a recipe may set; the defaults are the same.
 
-    A student that is an encoder, which has no last token of its own, is pooled by the mean where this says ``"last"``.
+    A student that is an encoder is pooled by the mean where this says ``"last"``. A mean over the tokens of a decoder's
+    middle blocks needs ``completion_only``: the state of the first token outweighs all others there.
     """
 
     alpha: float = 0.1
@@ -270,6 +272,9 @@ class LanguageRecipe:
         variants: by name; "" is the recipe as it is.
         seeds: how many repetitions, with seeds ``first_seed``, ``first_seed`` + 1, ...
         first_seed: of the repetitions.
+        claims: registered before the runs, by name. Measures are "ranking" and "margin" of pairs that are ranked, the
+            share of good responses by a judge's name, and from weak to strong "accuracy" and "repeated", the share of
+            the weak model's mistakes that a student repeats.
     """
 
     name: str
@@ -286,6 +291,7 @@ class LanguageRecipe:
     variants: Mapping[str, Change] = field(default_factory=lambda: {"": Change()})
     seeds: int = 3
     first_seed: int = 0
+    claims: Mapping[str, Claim] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_known("kind", self.kind, ("preference", "weak-to-strong"))
@@ -304,6 +310,8 @@ class LanguageRecipe:
             for method in pair.paper:
                 require_known("paper", method, known)
         weak = self.kind == "weak-to-strong"
+        of_pairs = ("ranking", "margin") if self.data.ranked else ()
+        require_claims(self, ("accuracy", "repeated") if weak else (*of_pairs, *self.judges))
         if weak and self.data.ranked:
             raise ValueError("data: ranked is of preferences, not of texts that are classified")
         if self.teacher.adapters or (weak and self.transfer.adapters):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import figures
+from ..claims import claims_section, judge, plain
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import Interval, bootstrap, paired_bootstrap, paired_p, pgr
 from ..tables import markdown_table, percent, report_origin, spread, write_markdown, write_report
@@ -40,16 +41,46 @@ def write_language_report(experiment: LanguageExperiment, cells: Sequence[Cell],
             "standard deviation over seeds, and the 95 % bootstrap interval over what was asked.\n"
         )
         sections[group] = [about, text]
-    text = report_page(recipe, sections, missing)
+    judged, claims = _claims(recipe, groups)
+    text = report_page(recipe, sections, missing, closing=judged)
     # Samples need the data, so they are made before any file is written.
     samples = _samples(experiment, groups) if recipe.kind == "preference" else None
-    write_report(
-        folder, text, {"recipe": asdict(recipe), "origin": report_origin(), "results": numbers, "cells": _kept(groups)}
-    )
+    about = {"recipe": asdict(recipe), "origin": report_origin()} | ({"claims": claims} if claims else {})
+    write_report(folder, text, about | {"results": numbers, "cells": _kept(groups)})
     if samples is not None:
         write_markdown(folder / "samples.md", samples)
     _draw(recipe, groups, folder / "results.png")
     return text
+
+
+def _claims(recipe: LanguageRecipe, groups: Mapping[Group, Results]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The section of a page, and rows of JSON, for every pair of networks."""
+    sections, rows = list[str](), list[dict[str, Any]]()
+    for networks in recipe.networks:
+
+        def measure(method: str, variant: str, name: str, networks: str = networks) -> dict[int, float] | None:
+            methods = groups.get((networks, variant), {})
+            of = methods.get(method)
+            if name == "repeated" and of is not None and "weak" in methods:
+                return dict(zip(of, _heritage(_right(of), _right(methods["weak"]))[0], strict=True))
+            if name == "repeated" or of is None:
+                return None
+            return {seed: _measured(results, name) for seed, results in of.items()}
+
+        judgements = judge(recipe.claims, measure) if recipe.claims else []
+        sections += [f"{networks}:\n"] if judgements and len(recipe.networks) > 1 else []
+        sections += claims_section(recipe.claims, judgements)
+        rows += [{"networks": networks} | row for row in plain(judgements)]
+    return sections, rows
+
+
+def _measured(results: Mapping[str, Any], name: str) -> float:
+    """What claims compare, of one cell; the names are those of `LanguageRecipe`."""
+    places = {"ranking": ("ranking", "accuracy"), "margin": ("ranking", "margin"), "accuracy": ("test", "accuracy")}
+    if name in places:
+        stage, key = places[name]
+        return float(results[stage][key])
+    return fmean(verdict or 0 for verdict in _raw(results, name))
 
 
 def _draw(recipe: LanguageRecipe, groups: Mapping[Group, Results], path: Path) -> None:
@@ -98,10 +129,11 @@ def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tupl
     ]
     if margins:
         ranks = [100 * r["teacher's ranking"]["accuracy"] for r in next(iter(results.values())).values()]
-        parts.append(
-            f"Ranked are pairs that nobody was trained on, students by DPO's implicit reward; the teacher ranks "
-            f"{min(ranks):.1f} to {max(ranks):.1f} % of them rightly.\n"
-        )
+        told_of = f"the teacher ranks {min(ranks):.1f} to {max(ranks):.1f} % of them rightly"
+        if "dpo" in margins:
+            leads = [rank - 100 * share for rank, share in zip(ranks, (margins["dpo"] > 0).mean(1), strict=True)]
+            told_of += f", and leads DPO by {min(leads):.1f} to {max(leads):.1f} points"
+        parts.append(f"Ranked are pairs that nobody was trained on, by DPO's implicit reward; {told_of}.\n")
     numbers: dict[str, Any] = {
         method: {of: asdict(bootstrap(values)) for of, values in good[method].items()} for method in results
     }
