@@ -303,3 +303,30 @@ networks.tiny = {{ teacher = "{teacher}", student = "{student}" }}
     assert len(set(losses.values())) == 6  # no arm is another one by mistake
     assert losses["1 to 1", "bird-anchored"] < 0.01  # at its start a student is what it was before its task
     assert min(loss for arm, loss in losses.items() if arm[1] != "bird-anchored") > 0.01
+
+
+def test_a_claim_of_repeated_mistakes_is_their_slope() -> None:
+    """By hand: of two seeds and four mistakes of the weak model, two more repeated at each step of the weights."""
+    pytest.importorskip("matplotlib")
+    from bird.lab.language import recipe as recipes
+    from bird.lab.language import report
+    from bird.lab.recipe import parsed
+
+    shipped = parsed("language/weak-to-strong-glosses", recipes.parse)
+
+    def of(*rights: list[int]) -> dict[int, dict[str, dict[str, list[int]]]]:
+        return {seed: {"test": {"right": right}} for seed, right in enumerate(rights)}
+
+    groups: dict[tuple[str, str], report.Results] = {
+        ("minilm-smollm2", variant): {
+            "weak": of([1, 0, 0, 0, 0], [0, 0, 0, 0, 1]),
+            "naive": of([0, 1, 1, 1, 1], [1, 1, 1, 1, 1]),
+            "bird": of([1] * (5 - 2 * step) + [0] * 2 * step, [1, 1, 0, 0, 1]),
+        }
+        for step, variant in enumerate(shipped.variants)
+    }
+    _, rows = report._claims(shipped, groups)
+    row = next(row for row in rows if row["claim"] == "mistakes repeated rise with beta to alpha")
+    x = [math.log2(at) - (math.log2(10) + math.log2(90)) / 3 for at in (1, 10, 90)]
+    slope = sum(a * share for a, share in zip(x, (0, 0.5, 1), strict=True)) / sum(a * a for a in x)
+    assert row["differences"] == pytest.approx([slope, 0], abs=1e-9)
