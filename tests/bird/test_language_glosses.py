@@ -314,8 +314,8 @@ def test_a_claim_of_repeated_mistakes_is_their_slope() -> None:
 
     shipped = parsed("language/weak-to-strong-glosses", recipes.parse)
 
-    def of(*rights: list[int]) -> dict[int, dict[str, dict[str, list[int]]]]:
-        return {seed: {"test": {"right": right}} for seed, right in enumerate(rights)}
+    def of(*rights: list[int]) -> dict[int, dict[str, dict[str, object]]]:
+        return {seed: {"test": {"right": right, "accuracy": 0.5}} for seed, right in enumerate(rights)}
 
     groups: dict[tuple[str, str], report.Results] = {
         ("minilm-smollm2", variant): {
