@@ -56,6 +56,7 @@ PAPER = {  # shared/paper/FACTS.md, from the paper's tables
     "positivity-dpo": {"smollm2-135m": {}},
     "scarce-dpo": {"smollm2-135m": {}},
     "weak-to-strong-sentiment": {"minilm-smollm2": {}},
+    "weak-to-strong-glosses": {"minilm-smollm2": {}},
 }
 
 
