@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch
 
 from ...features import find_layers
 from ..experiment import Experiment
+from ..recipe import settings_of
 from .data import Labelled
 from .frozen import LowerBlocks, UpperBlocks, require_freezable
 from .models import MODELS, load_description, load_network, locate_network
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from .classifiers import Classifier
 
+LATER = ("loss", "schedule", "until", "share", "gradients")  # younger than the names of stages
 PROTOCOL = 1  # part of every stage's name; raised when the same settings give other results than before
 
 
@@ -76,7 +78,7 @@ class LanguageExperiment(Experiment):
 
     def guiding(self, change: Change) -> dict[str, Any]:
         """Options of `Guidance`: the variant's where it has them, else the recipe's."""
-        return asdict(self.recipe.changed(self.recipe.guidance, change))
+        return settings_of(self.recipe.changed(self.recipe.guidance, change), LATER)
 
     def about(self, seed: int, **more: Any) -> dict[str, Any]:
         """What every stage's results depend on, for its folder's name, and more."""

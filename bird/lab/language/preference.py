@@ -329,7 +329,8 @@ class Preferences(LanguageExperiment):
 
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)
-            guide = Guide(self._guidance(pair, Change(), "unbiased", teacher), model, tokenizer)
+            plain = Change(loss="cka", gradients=False)
+            guide = Guide(self._guidance(pair, plain, "unbiased", teacher), model, tokenizer)
             return {"cka": alignment(guide, model, tokenizer, self.material(seed).texts)}
 
         parents = (teacher,) if policy is None else (policy, teacher)

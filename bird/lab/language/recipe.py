@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from ...losses import BirdLoss
 from ..claims import Claim, require_claims
 from ..recipe import made, require_known, require_name, require_percents, require_table, require_within, settings_of
 from .data.positivity import SHARE
@@ -104,15 +105,29 @@ class Guiding:
     teacher_pooling: str | None = None
     completion_only: bool = False
     rows: str = "both"
+    loss: str = "cka"
+    schedule: str = "constant"
+    until: float = 1.0
+    share: float | None = None
+    gradients: bool = False
 
     def __post_init__(self) -> None:
         require_within(self, alpha=0, beta=0)
+        self.require_estimator("biased")
         require_known("rows", self.rows, ROWS)
         for name in ("pooling", "teacher_pooling"):
             if getattr(self, name) is not None:
                 require_known(name, getattr(self, name), POOLINGS)
         if self.completion_only and self.rows == "prompt":
             raise ValueError('rows = "prompt" leaves no completion to pool: choose it or completion_only')
+        if self.loss == "cka_difference" and self.rows != "both":
+            raise ValueError('loss = "cka_difference" is of chosen and rejected responses: rows = "both"')
+
+    def require_estimator(self, estimator: str) -> None:
+        """Raise a ValueError unless `bird.BirdLoss` takes these options with an estimator."""
+        names = ("alpha", "beta", "loss", "schedule", "until", "share")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        BirdLoss(pairs=[("teacher", "student")], estimator=estimator, **options)
 
 
 @dataclass(frozen=True)
@@ -248,6 +263,11 @@ class Change:
     pooling: str | None = None
     rows: str | None = None
     completion_only: bool | None = None
+    loss: str | None = None
+    schedule: str | None = None
+    until: float | None = None
+    share: float | None = None
+    gradients: bool | None = None
 
     def __post_init__(self) -> None:
         require_within(self, limit=2, epochs=1, batch_size=1, alpha=0, beta=0)
@@ -321,11 +341,15 @@ class LanguageRecipe:
         for name, change in self.variants.items():
             try:
                 guiding = self.changed(self.guidance, change)
+                if any(method.endswith("unbiased") for method in change.methods or self.methods):
+                    guiding.require_estimator("unbiased")
                 self.changed(self.transfer, change)
             except ValueError as error:
                 raise ValueError(f"variants.{name}: {error}") from error
             if weak and (guiding.completion_only or guiding.rows != "both"):
                 raise ValueError("rows and completion_only are of preferences, not of texts that are classified")
+            if self.kind == "weak-to-strong" and guiding.loss == "cka_difference":
+                raise ValueError('loss = "cka_difference" is of preferences, not of texts that are classified')
 
     def changed(self, part: Part, change: Change) -> Part:
         """A part of the recipe with the settings that a variant changes."""

@@ -85,6 +85,8 @@ class VisionExperiment(Experiment):
         super().check()
         recipe = self.recipe
         changes = recipe.variants.values()
+        if self.compile and any(change.gradients or change.share is not None for change in changes):
+            raise ValueError("gradients and share are measured in hooks, which compiled models do not call")
         for source in dict.fromkeys([recipe.student, recipe.teacher, *(v.teacher for v in changes if v.teacher)]):
             DATASETS[source.data].locate(data_root(self.data_root))
         with torch.device("meta"):
@@ -199,6 +201,8 @@ class VisionExperiment(Experiment):
         if guided:
             about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
             about |= {"views": True} if change.views else {}
+        if change.guidance and any(guidance == "bird" for _, guidance in known.phases):
+            about |= {"guidance": change.guidance}
         elif known.weighted:
             about |= {"weights": {"alpha": change.alpha}}
 
@@ -219,6 +223,7 @@ class VisionExperiment(Experiment):
                 progress=self.progress,
                 views=PhotometricViews(seed) if change.views else None,
                 weights={name: value for name, value in weights.items() if value is not None},
+                guidance=change.guidance,
             )
             guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
             model, histories, times = transfer.run(method, guide, start, data.train)
