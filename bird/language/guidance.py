@@ -231,8 +231,7 @@ class Guide:
         """
         ids, counted = self._handed_on(sequences) if self.hands_on else self._read(sequences)
         device = next(self.network.parameters()).device
-        if device.type == "meta":  # accelerate has offloaded the weights, and moves the network's inputs itself
-            device = sequences.ids.device
+        device = sequences.ids.device if device.type == "meta" else device  # offloaded: accelerate moves the inputs
         takes = inspect.signature(type(self.network).forward).parameters
         options = {"use_cache": False} if "use_cache" in takes else {}
         mask = _table([[1] * len(row) for row in ids]).to(device)
@@ -386,8 +385,7 @@ def window_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def _order(sequences: Sequences, count: int) -> Tensor:
     """A random order of a batch's rows. The batch is its seed: a resumed run draws it again, and no generator moves."""
-    seeded = torch.Generator("cpu").manual_seed(int(sequences.ids.sum()))
-    return torch.randperm(count, generator=seeded, device="cpu")
+    return torch.randperm(count, generator=torch.Generator("cpu").manual_seed(int(sequences.ids.sum())), device="cpu")
 
 
 def _unpadded(table: Tensor, mask: Tensor) -> list[list[int]]:

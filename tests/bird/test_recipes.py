@@ -22,12 +22,11 @@ VISION: dict[str, Any] = {
     "title": "Tiny",
     "teacher": SIDE,
     "student": SIDE,
-    "pretraining": {"steps": 2},
-    "transfer": {"epochs": 2},
+    "pretraining": {"steps": 2}, "transfer": {"epochs": 2},
     "scoring": {},
     "networks": {"one": {"teacher": "plain", "student": "plain"}},
     "variants": {"": {}},
-}
+}  # fmt: skip
 LANGUAGE: dict[str, Any] = {
     "kind": "preference",
     "title": "Tiny",
@@ -56,6 +55,7 @@ PAPER = {  # shared/paper/FACTS.md, from the paper's tables
     "positivity-dpo": {"smollm2-135m": {}},
     "scarce-dpo": {"smollm2-135m": {}},
     "weak-to-strong-sentiment": {"minilm-smollm2": {}},
+    "weak-to-strong-glosses": {"minilm-smollm2": {}},
 }
 
 
@@ -69,7 +69,7 @@ def parse(table: Mapping[str, Any]) -> Any:
     return (language.parse if "kind" in table else vision.parse_vision)("x", table)
 
 
-# ---------------------------------------------------------------------------------------------- what ships
+# ------------------------------------------------------------------------------------------- what ships
 
 
 @pytest.mark.parametrize("name", IMAGES)

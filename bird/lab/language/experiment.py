@@ -15,7 +15,8 @@ from ...features import find_layers
 from ..experiment import Experiment
 from ..recipe import settings_of
 from .data import Labelled
-from .models import MODELS, load_network, locate_network
+from .frozen import LowerBlocks, UpperBlocks, require_freezable
+from .models import MODELS, load_description, load_network, locate_network
 from .recipe import Change, LanguageRecipe, Pair, Training
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class LanguageExperiment(Experiment):
         for pair in self.recipe.networks.values():
             locate_network(pair.teacher)
             locate_network(pair.student)
+            if self.recipe.transfer.frozen:
+                require_freezable(load_description(pair.student)[0], self.recipe.transfer.frozen)
             self._check_layers(pair)
 
     def _check_layers(self, pair: Pair) -> None:
@@ -52,7 +55,8 @@ class LanguageExperiment(Experiment):
                 if name == "layer" and self.recipe.kind == "preference":
                     model: Any = fresh_network(network, "causal")[0]
                 else:
-                    model = classifier(network, pair.pooling, 0)[0]
+                    frozen = self.recipe.transfer.frozen if name == "layer" else 0
+                    model = classifier(network, pair.pooling, 0, frozen)[0]
                 try:
                     find_layers(model, [layer])
                 except ValueError as error:
@@ -105,11 +109,19 @@ def _kept(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
     return load_network(network, head)
 
 
-def classifier(network: str, pooling: str, seed: int) -> tuple[Classifier, PreTrainedTokenizerBase]:
-    """A pretrained backbone with a new head for two classes, and its tokenizer."""
+@lru_cache(maxsize=1)
+def _lower_blocks(network: str, blocks: int) -> LowerBlocks:
+    """Shared by all students of a process, so that a text of the test set passes through them once."""
+    return LowerBlocks(fresh_network(network, "encoder")[0], blocks)
+
+
+def classifier(network: str, pooling: str, seed: int, frozen: int = 0) -> tuple[Classifier, PreTrainedTokenizerBase]:
+    """A pretrained backbone with a new head for two classes, and its tokenizer; its ``frozen`` lowest blocks apart."""
     from .classifiers import Classifier
 
     backbone, tokenizer = fresh_network(network, "encoder")
+    if frozen:
+        backbone = UpperBlocks(backbone, _lower_blocks(network, frozen))
     return Classifier(backbone, pooling, seed=seed), tokenizer  # type: ignore[arg-type]
 
 

@@ -61,8 +61,13 @@ def _claims(recipe: LanguageRecipe, groups: Mapping[Group, Results]) -> tuple[li
     for networks in recipe.networks:
 
         def measure(method: str, variant: str, name: str, networks: str = networks) -> dict[int, float] | None:
-            of = groups.get((networks, variant), {}).get(method)
-            return None if of is None else {seed: _measured(results, name) for seed, results in of.items()}
+            methods = groups.get((networks, variant), {})
+            of = methods.get(method)
+            if name == "repeated" and of is not None and "weak" in methods:
+                return dict(zip(of, _heritage(_right(of), _right(methods["weak"]))[0], strict=True))
+            if name == "repeated" or of is None:
+                return None
+            return {seed: _measured(results, name) for seed, results in of.items()}
 
         judgements = judge(recipe.claims, measure) if recipe.claims else []
         sections += [f"{networks}:\n"] if judgements and len(recipe.networks) > 1 else []

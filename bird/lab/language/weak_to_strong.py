@@ -52,7 +52,8 @@ class WeakToStrong(LanguageExperiment):
     def _rows(self, seed: int, limit: int | None) -> Questions:
         data = self.recipe.data
         rows = _questions(data.source, seed, self.data_root, words=data.words)
-        return Questions(rows.weak[:limit], rows.strong[:limit], rows.test[: data.held_out])
+        scored = rows.test if data.part == "test" else rows.validation
+        return Questions(rows.weak[:limit], rows.strong[:limit], scored[: data.held_out])
 
     def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
@@ -99,18 +100,22 @@ class WeakToStrong(LanguageExperiment):
 
             rows = self._rows(seed, limit)
             texts, labels = texts_and_labels(rows.strong)
-            model, tokenizer = classifier(pair.student, pooling_of(pair.student), seed)
+            model, tokenizer = classifier(pair.student, pooling_of(pair.student), seed, training.frozen)
             targets, guidance = certain(labels), None
             if method != "ceiling":
                 targets = torch.tensor((weak.result(self.root) or {})["soft"])
             if guided:
-                teacher, theirs = trained_classifier(pair.teacher, pair.pooling, weak.folder(self.root), self.device)
                 own = pooling_of(pair.student) if guiding["pooling"] == "last" else guiding["pooling"]
-                guidance = Guidance(
-                    teacher,
-                    theirs,
-                    **controlled(method) | guiding | {"pooling": own, "teacher_pooling": pair.pooling},
-                )
+                pooled = {"pooling": own, "teacher_pooling": pair.pooling}
+                if method == "bird-pretrained":
+                    teacher, theirs = classifier(pair.teacher, pair.pooling, seed)
+                elif method == "bird-anchored":
+                    teacher, theirs = classifier(pair.student, own, seed, training.frozen)
+                    pooled["teacher_pooling"] = own
+                else:
+                    weights = weak.folder(self.root)
+                    teacher, theirs = trained_classifier(pair.teacher, pair.pooling, weights, self.device)
+                guidance = Guidance(teacher, theirs, **controlled(method) | guiding | pooled)
             history = train_classifier(
                 model, tokenizer, texts, targets, training, folder / "training", guidance=guidance, seed=seed,
                 **self.surroundings,

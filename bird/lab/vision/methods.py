@@ -119,7 +119,7 @@ class Transfer:
         pairs: (guiding layer, guided layer), one or more.
         settings: of all phases together.
         classes: the number of classes of the student's task.
-        weights: ``alpha`` and ``beta`` of BIRD, if they are not the published ones.
+        weights: ``alpha`` and ``beta`` of BIRD, if they are not the published ones, and of Hints, if not `HINTS`.
         guidance: other options of `BirdLoss`; and ``gradients``, of `Taps`, which ``share`` implies.
         views: images for the guidance term of BIRD and Hints; None: those of the task.
         folder: a folder for each phase is created in it; None: nothing is kept.
@@ -204,7 +204,8 @@ class Transfer:
             loss = BirdLoss(pairs=pairs, **known.options, **self.weights, **options)
         elif guidance == "hints":
             theirs, ours = _widths(teacher, guiding, train), _widths(model, guided, train)
-            loss = Hints(*HINTS, pairs, teacher_widths=theirs, student_widths=ours)
+            alpha, beta = (self.weights.get(name, own) for name, own in zip(("alpha", "beta"), HINTS, strict=True))
+            loss = Hints(alpha, beta, pairs, teacher_widths=theirs, student_widths=ours)
         else:
             loss = LwF(pairs=pairs)
         views = None if guidance == "lwf" else self.views
