@@ -26,7 +26,7 @@ WEAK_TO_STRONG = {
     "bird-unbiased": "Soft labels + BIRD, unbiased",
     "ceiling": "Ceiling",
 }
-Part = TypeVar("Part", "Training", "Guiding")
+RecipePart = TypeVar("RecipePart", "Training", "Guiding")
 ROWS = "both", "chosen", "rejected", "prompt"  # see `bird.language.Guidance`
 POOLINGS = "last", "first", "mean"  # those that give a row for each text, as a teacher with its own tokenizer needs
 JUDGES = ("lexicon", "bag-of-words", "classifier", "language-model", "endpoint")
@@ -271,7 +271,7 @@ class LanguageRecipe:
             if self.kind == "weak-to-strong" and (guiding.completion_only or guiding.rows != "both"):
                 raise ValueError("rows and completion_only are of preferences, not of texts that are classified")
 
-    def changed(self, part: Part, change: Change) -> Part:
+    def changed(self, part: RecipePart, change: Change) -> RecipePart:
         """A part of the recipe with the settings that a variant changes."""
         own = {f.name: getattr(change, f.name, None) for f in fields(part)}
         return replace(part, **{name: value for name, value in own.items() if value is not None})

@@ -24,7 +24,7 @@ The package ships one for every table of the paper (`names`); `read_vision` also
     [networks.mobilenetv2]                                   # see `Networks`; a name of your own, or a network's
     paper = { none = 51.31, bird = 54.77 }                   # robust accuracy in %, where published
 
-    [variants."batch 32"]                                    # what differs from the above, see `Variant`
+    [variants."batch 32"]                                    # what differs from the above, see `RecipeVariant`
     batch_size = 32
 """
 
@@ -143,7 +143,7 @@ class Networks:
 
 
 @dataclass(frozen=True)
-class Variant:
+class RecipeVariant:
     """What a transfer, or its teacher, does otherwise than the recipe: None for no change.
 
     Args:
@@ -219,7 +219,7 @@ class VisionRecipe:
     transfer: Budget
     networks: Mapping[str, Networks]
     methods: tuple[str, ...]
-    variants: Mapping[str, Variant] = field(default_factory=lambda: {"": Variant()})
+    variants: Mapping[str, RecipeVariant] = field(default_factory=lambda: {"": RecipeVariant()})
     seeds: int = 3
     corruptions: tuple[str, ...] = TEACHER_CORRUPTIONS
     held_out: tuple[str, ...] = HELD_OUT_CORRUPTIONS

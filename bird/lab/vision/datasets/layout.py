@@ -31,7 +31,7 @@ def require_file(path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """One way in which a data set may be stored on disk.
 
     Args:
@@ -79,7 +79,7 @@ class Dataset:
     classes: int | None
     channels: int
     counts: Counts
-    layouts: tuple[Layout, ...]
+    layouts: tuple[FileLayout, ...]
     source: str
 
     def describe(self, root: Path) -> str:
@@ -102,7 +102,7 @@ class Dataset:
             raise ValueError(f"{self.title} is broken: {error}\n{self.describe(root)}") from error
         return sets
 
-    def locate(self, root: Path) -> tuple[Layout, list[Path]]:
+    def locate(self, root: Path) -> tuple[FileLayout, list[Path]]:
         """The first layout that is complete, and the paths of its files.
 
         Raises:
