@@ -3,15 +3,15 @@
 The package ships one for every table of the paper (`names`); `read_vision` also takes a path of your own. A file says::
 
     title = "CIFAR-10 to CIFAR-100"
-    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]    # keys of `METHODS`
+    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]  # `METHODS`
     seeds = 3
 
-    [teacher]                                                # a source of images, see `Source`
+    [teacher]                                    # a source of images, see `Source`
     data = "cifar10"
     [student]
     data = "cifar100"
 
-    [pretraining]                                            # of both, see `Budget`
+    [pretraining]                                # of both, see `Budget`
     epochs = 200
     lr = 0.01
     final_lr = 1e-6
@@ -19,12 +19,12 @@ The package ships one for every table of the paper (`names`); `read_vision` also
     epochs = 200
     lr = 0.005
 
-    [scoring]                                                # see `Scoring`
+    [scoring]                                    # see `Scoring`
 
-    [networks.mobilenetv2]                                   # see `Networks`; a name of your own, or a network's
-    paper = { none = 51.31, bird = 54.77 }                   # robust accuracy in %, where published
+    [networks.mobilenetv2]                       # see `Networks`; any name, or a network's
+    paper = { none = 51.31, bird = 54.77 }       # published robust accuracy, in %
 
-    [variants."batch 32"]                                    # what differs from the above, see `RecipeVariant`
+    [variants."batch 32"]                        # what differs: see `RecipeVariant`
     batch_size = 32
 """
 
