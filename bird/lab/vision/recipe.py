@@ -48,7 +48,7 @@ DEMO = "fashion/demo"  # what `bird demo` runs
 
 @dataclass(frozen=True)
 class Source:
-    """Images.
+    """A source of images.
 
     Args:
         data: a key of `bird.lab.vision.datasets.DATASETS`.
