@@ -64,8 +64,13 @@ def grid(
         for variant in (recipe.variants if variants is None else variants)
         for method in recipe.variants[variant].methods or recipe.methods
         if methods is None or method in methods
-        for seed in range(recipe.seeds if seeds is None else seeds)
+        for seed in seeds_of(recipe, seeds)
     ]
+
+
+def seeds_of(recipe: Any, number: int | None = None) -> range:
+    """The seeds of a recipe's repetitions, from its ``first_seed`` on: the first ``number`` of them; None for all."""
+    return range(recipe.first_seed, recipe.first_seed + (recipe.seeds if number is None else number))
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bird.lab.vision.augment import CropFlip
+from bird.lab.vision.augment import CropFlip, PhotometricViews
 from bird.lab.vision.corruptions import (
     CORRUPTIONS,
     HELD_OUT_CORRUPTIONS,
@@ -272,11 +272,29 @@ def test_every_result_is_a_crop(shape: tuple[int, int, int], flip: bool) -> None
     assert ((used - expected) ** 2 / expected).sum() < {162: 223, 81: 125}[len(used)]
 
 
-def test_it_depends_on_sample_epoch_and_seed_alone() -> None:
+@pytest.mark.parametrize("kind", [CropFlip, PhotometricViews])
+def test_it_depends_on_sample_epoch_and_seed_alone(kind: type[CropFlip | PhotometricViews]) -> None:
     x = torch.rand(50, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     index = torch.randperm(1000)[:50]
-    whole = CropFlip(2)(x, index, 3)
+    whole = kind(2)(x, index, 3)
     some = torch.tensor([7, 3, 40])
-    assert CropFlip(2)(x[some], index[some], 3).equal(whole[some])
-    assert not CropFlip(2)(x, index, 4).equal(whole)
-    assert not CropFlip(3)(x, index, 3).equal(whole)
+    assert kind(2)(x[some], index[some], 3).equal(whole[some])
+    assert not kind(2)(x, index, 4).equal(whole)
+    assert not kind(3)(x, index, 3).equal(whole)
+
+
+def test_views_of_a_picture_of_two_levels() -> None:
+    """Half black, half 0.5, 2,000 times: the ranges of b, c and a are found again where nothing is clamped."""
+    n = 2000
+    x = torch.zeros(n, 1, 4, 4)
+    x[:, :, :2] = 0.5
+    low, high = PhotometricViews(1)(x, torch.arange(n), 0).double()[:, 0, [3, 0], 0].unbind(1)
+    assert min(low.min(), high.min()) >= 0
+    assert max(low.max(), high.max()) <= 1
+    inside = (torch.minimum(low, high) > 0) & (torch.maximum(low, high) < 1)
+    spread, middle = (low - high)[inside], ((low + high) / 2)[inside]  # c (b - 0.5), and (b + 0.5) / 2 + a
+    assert spread.min() > -0.5
+    assert spread.max() < 0.5
+    assert 0.0 < middle.min() < 0.15
+    assert 0.85 < middle.max() < 1.0
+    assert spread.abs().mean() == pytest.approx(0.625 * 0.25, abs=0.02)  # the means of c and of |b - 0.5|

@@ -19,7 +19,7 @@ linear_model = pytest.importorskip("sklearn.linear_model", reason="the truth her
 
 def observed(n: int, seed: int = 0) -> tuple[list[TeacherRow], np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(n, 4)) * [0.1, 0.02, 2, 1] + [0.8, 0.05, -1, 0.3]
+    x = rng.normal(size=(n, 5)) * [0.1, 0.02, 2, 1, 4] + [0.8, 0.05, -1, 0.3, 20]
     y = 0.5 + 0.1 * x[:, 2] + 0.3 * x[:, 0] + 0.05 * rng.normal(size=n)
     return [TeacherRow(f"t{i}", Properties(*x[i].tolist()), float(y[i])) for i in range(n)], x, y
 
@@ -80,7 +80,9 @@ def test_an_exact_law_is_explained_and_noise_is_not() -> None:
 
 
 def test_a_row_that_alone_decides_cannot_be_left_out() -> None:
-    rows = [TeacherRow(str(i), Properties(float(i == 4), i / 10, i * i, 0), 0.1 * i + 0.02 * (i % 3)) for i in range(7)]
+    rows = [
+        TeacherRow(str(i), Properties(float(i == 4), i / 10, i * i, 0, 1), 0.1 * i + 0.02 * (i % 3)) for i in range(7)
+    ]
     found = regress(rows)
     assert np.isnan(found.alone["probe_accuracy"].r2_loo)
     assert np.isnan(found.fit.r2_loo)
@@ -97,9 +99,12 @@ def test_no_regression_from_too_little() -> None:
         (rows[:4], "3 predictors need at least 5 rows, got 4"),
         ([rows[0], TeacherRow("t1", rows[1].properties), *rows[2:]], r"no accuracy after the transfer for \['t1'\]"),
         ([TeacherRow(row.name, row.properties, 0.5) for row in rows], "all rows have the same accuracy"),
-        (changed(lambda i, row: Properties(0.5, 0.1 * i, i**2, 0)), r"\['probe_accuracy'\] are the same in all rows"),
-        (changed(lambda i, row: Properties(i, 2 * i + 1, i**2, 0)), "linear functions of each other"),
-        (changed(lambda i, row: Properties(float("nan"), 0, 0, 0)), "must be finite"),
+        (
+            changed(lambda i, row: Properties(0.5, 0.1 * i, i**2, 0, 1)),
+            r"\['probe_accuracy'\] are the same in all rows",
+        ),
+        (changed(lambda i, row: Properties(i, 2 * i + 1, i**2, 0, 1)), "linear functions of each other"),
+        (changed(lambda i, row: Properties(float("nan"), 0, 0, 0, 1)), "must be finite"),
     ):
         with pytest.raises(ValueError, match=said):
             regress(given)
@@ -109,8 +114,8 @@ def test_no_regression_from_too_little() -> None:
 
 
 ROWS = (
-    TeacherRow("strong", Properties(0.914, 0.0625, -0.722, 0.36), 0.8125),
-    TeacherRow("weak", Properties(0.5, 0.01, -1.5, 0.1)),
+    TeacherRow("strong", Properties(0.914, 0.0625, -0.722, 0.36, 11.25), 0.8125),
+    TeacherRow("weak", Properties(0.5, 0.01, -1.5, 0.1, 3)),
 )
 
 
@@ -122,7 +127,9 @@ def cells(table: str) -> list[list[str]]:
 
 def test_teachers_as_a_table() -> None:
     columns = "teacher|probe accuracy|complementary knowledge|usefulness, worst corruption|usefulness, mean corruption"
-    strong, weak = ["strong", "91.4", "6.2", "-0.72", "0.36"], ["weak", "50.0", "1.0", "-1.50", "0.10"]
+    columns += "|effective rank"
+    strong = ["strong", "91.4", "6.2", "-0.72", "0.36", "11.25"]
+    weak = ["weak", "50.0", "1.0", "-1.50", "0.10", "3.00"]
     known = [[*columns.split("|"), "accuracy after transfer"], [*strong, "81.2"], [*weak, ""]]
     assert cells(teachers_table(ROWS)) == known
     assert cells(teachers_table(ROWS[1:])) == [columns.split("|"), weak]

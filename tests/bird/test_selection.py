@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from scipy.stats import entropy
 from torch import Tensor, nn
 
 from bird.lab.vision import selection
@@ -17,7 +18,15 @@ from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.corruptions import Mixture, corrupt
 from bird.lab.vision.data import Images, Splits, to_float
 from bird.lab.vision.models import PlainNet
-from bird.lab.vision.selection import Measured, Views, extract, measure_teacher, probe, robust_usefulness
+from bird.lab.vision.selection import (
+    Measured,
+    Views,
+    effective_rank,
+    extract,
+    measure_teacher,
+    probe,
+    robust_usefulness,
+)
 from bird.lab.vision.training import fit
 from bird.teachers import Teacher
 from tests.bird.shipped import fashion
@@ -186,7 +195,19 @@ def test_properties_are_what_literal_computations_give(data: Splits, batch_size:
     assert found.complementary_knowledge == sum(a and not b for a, b in zip(*right, strict=True)) / len(labels) > 0
     assert found.usefulness_min == pytest.approx(worst, abs=2e-5)
     assert found.usefulness_mean == pytest.approx(mean, abs=2e-5)
+    clean = views[0].astype(np.float64)
+    roots = np.sqrt(np.linalg.eigvalsh(np.cov(clean.T)).clip(0))  # of the covariance, in proportion to singular values
+    assert found.effective_rank == pytest.approx(np.exp(entropy(roots)), rel=1e-4)
     assert worst < mean - 0.1
+
+
+def test_effective_rank_of_known_spreads() -> None:
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.normal(size=(50, 6)))[0]
+    q = np.linalg.qr(q - q.mean(0))[0]  # centred orthonormal columns
+    assert effective_rank(q + 100) == pytest.approx(6, rel=1e-6)
+    assert effective_rank(np.outer(rng.normal(size=50), rng.normal(size=6))) == pytest.approx(1, abs=1e-6)
+    assert effective_rank(q * [2, 1, 1, 0, 0, 0]) == pytest.approx(2 * np.sqrt(2))  # shares 1/2, 1/4, 1/4: 1.5 bits
 
 
 def test_usefulness_of_every_feature_with_unequal_classes() -> None:

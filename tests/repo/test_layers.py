@@ -24,7 +24,7 @@ HOUSE = {
         {"__main__"},
         {"lab.cli"},
         {"lab.vision", "lab.language"},  # the two wings
-        {"lab.experiment"},
+        {"lab.experiment", "lab.claims"},
         {"lab.duration", "lab.recipe", "lab.stages", "lab.tables", "lab.statistics", "lab.figures"},
         {"lab.tensors"},
         {"lab"},  # what it is

@@ -227,7 +227,8 @@ class LanguageRecipe:
         generation: options of generating responses (preferences).
         judges: by name (preferences); the picture shows the verdicts of the first one.
         variants: by name; "" is the recipe as it is.
-        seeds: how many repetitions, with seeds 0, 1, ...
+        seeds: how many repetitions, with seeds ``first_seed``, ``first_seed`` + 1, ...
+        first_seed: of the repetitions.
     """
 
     name: str
@@ -243,6 +244,7 @@ class LanguageRecipe:
     judges: Mapping[str, Judging] = field(default_factory=dict)
     variants: Mapping[str, Change] = field(default_factory=lambda: {"": Change()})
     seeds: int = 3
+    first_seed: int = 0
 
     def __post_init__(self) -> None:
         require_known("kind", self.kind, ("preference", "weak-to-strong"))
@@ -253,7 +255,7 @@ class LanguageRecipe:
             object.__setattr__(self, "methods", tuple(known))
         if self.kind == "preference" and not self.judges:
             raise ValueError("who judges the responses? [judges.<name>] must be there")
-        require_within(self, seeds=1)
+        require_within(self, seeds=1, first_seed=0)
         for name in ("networks", "variants"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")

@@ -1,4 +1,4 @@
-"""The usual augmentations of small pictures, batched, decided by the sample and the epoch alone."""
+"""The usual augmentations of small pictures, and views for a guide; batched, decided by sample and epoch alone."""
 
 from __future__ import annotations
 
@@ -37,3 +37,25 @@ class CropFlip:
         sample = torch.arange(n, device=x.device)[:, None, None]
         padded = F.pad(x, [PADDING] * 4).permute(0, 2, 3, 1)
         return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class PhotometricViews:
+    """What both networks see where one guides the other: another background, contrast and brightness in each picture.
+
+    Black pixels take a grey level b, then the contrast about the picture's mean is multiplied by c, and a level a is
+    added: ``c (x - mean) + mean + a``, with b uniform in 0-1, c in 0.25-1, a in -0.25-0.25, clamped to 0-1.
+
+    Args:
+        seed: the same sample meets something else in every epoch, and the same for the same seed.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
+        """Images ``[n, c, h, w]`` in 0-1, their numbers int64 ``[n]`` and the epoch to images of the same shape."""
+        noise = Noise(keys(index.to(x.device), 1_000_003 * self.seed + epoch, 0x71E5))
+        background, contrast, added = (noise.uniform().view(-1, 1, 1, 1) for _ in range(3))
+        x = torch.where(x == 0, background, x)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        return ((0.25 + 0.75 * contrast) * (x - mean) + mean + 0.5 * added - 0.25).clamp(0, 1)

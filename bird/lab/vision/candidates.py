@@ -23,8 +23,12 @@ from .regression import PREDICTORS, PROPERTY_NAMES, Properties, Regression, Teac
 
 METHOD = "bird"  # whose outcome the properties are to predict
 BY = "usefulness_min"  # what tables are ordered by: the paper's strongest single predictor
-# The three predictors with the one or the other aggregation of usefulness.
-MODELS = {"worst corruption": PREDICTORS, "mean corruption": (*PREDICTORS[:2], "usefulness_mean")}
+# The paper's three predictors with the one or the other aggregation of usefulness, and with a fourth of our own.
+MODELS = {
+    "worst corruption": PREDICTORS,
+    "mean corruption": (*PREDICTORS[:2], "usefulness_mean"),
+    "worst corruption, and effective rank": (*PREDICTORS, "effective_rank"),
+}
 ALL = "all students"
 # What the paper says of 432 pairs; of which data sets its ends are is not published.
 PAPER = "Paper, 432 pairs: 73.6 to 85.5 % by all three, over 50 % by behavioural relevance alone."
@@ -118,14 +122,14 @@ def _explained(title: str, regressions: Mapping[str, Regression | str]) -> str:
 
 
 def teachers_table(rows: Sequence[TeacherRow]) -> str:
-    """A Markdown table of teachers: shares in percent, usefulness in standard deviations.
+    """A Markdown table of teachers: shares in percent, usefulness in standard deviations, rank in directions.
 
     Robust accuracies after the transfer stand at the end where any is known.
     """
     cells = [["teacher", *PROPERTY_NAMES.values(), "accuracy after transfer"]]
     for row in rows:
         known = [
-            f"{value:.2f}" if name.startswith("usefulness") else percent([value])
+            f"{value:.2f}" if name.startswith(("usefulness", "effective")) else percent([value])
             for name, value in asdict(row.properties).items()
         ]
         cells.append([row.name, *known, "" if row.accuracy is None else percent([row.accuracy])])

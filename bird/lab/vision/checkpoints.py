@@ -68,6 +68,7 @@ class Settings(Optimisation):
         seed: decides the order of the data; PyTorch's global generators (dropout) start from it too.
         log_every: steps between two looks at loss, accuracy and CKA.
         save_every: steps between two validations and checkpoints.
+        task_weight: of the task's loss where nothing guides.
         compile: call the model compiled (``model.compile()``, which it stays): worth its minute in long runs; rounds
             otherwise, and its dropout draws other numbers.
     """
@@ -76,11 +77,12 @@ class Settings(Optimisation):
     seed: int = 0
     log_every: int = 20
     save_every: int = 200
+    task_weight: float = 1.0
     compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_within(self, steps=1, log_every=1, save_every=1)
+        require_within(self, steps=1, log_every=1, save_every=1, task_weight=0)
 
 
 @dataclass

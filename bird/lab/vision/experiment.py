@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ...features import find_layers
 from ...teachers import Teacher
 from ..experiment import Cell, Experiment
-from ..recipe import data_root, grid
+from ..recipe import data_root, grid, seeds_of
 from ..stages import Stage
 from ..tensors import load_tensors, save_tensors
-from .augment import CropFlip
+from .augment import CropFlip, PhotometricViews
 from .corruptions import Mixture
 from .data import Splits
 from .datasets import DATASETS, load_splits
@@ -102,7 +102,7 @@ class VisionExperiment(Experiment):
         first = dict.fromkeys((name, variant) for name, variant, *_ in grid(self.recipe, **choice, seeds=1))
         found = []
         for name, variant in first:
-            for seed in range(self.recipe.seeds if seeds is None else seeds):
+            for seed in seeds_of(self.recipe, seeds):
                 teacher, student, pairs = self._pair(name, variant, seed)
                 stage = self._measured(teacher, student, pairs[-1], seed)
                 found.append(Cell(name, variant, "", seed, {"properties": stage}))
@@ -178,18 +178,22 @@ class VisionExperiment(Experiment):
         recipe, known = self.recipe, METHODS[method]
         if not known.phases:
             return student
+        budget = recipe.transfer if change.steps is None else replace(recipe.transfer, steps=change.steps, epochs=None)
         starts = {"teacher": teacher, "student": student}[known.start]
         guided = any(guidance in ("bird", "hints") for _, guidance in known.phases)
         parents = (teacher.stage, student.stage) if guided else (starts.stage,)
         about = self._about(recipe.student, seed) | {
             "method": method,
-            "budget": as_plain(recipe.transfer),
+            "budget": as_plain(budget),
             "batch_size": change.batch_size,
             "corruptions": recipe.corruptions if known.corrupted else (),
         }
         weights = {"alpha": change.alpha, "beta": change.beta}
         if guided:
             about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
+            about |= {"views": True} if change.views else {}
+        elif known.weighted:
+            about |= {"weights": {"alpha": change.alpha}}
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(recipe.student, seed)
@@ -198,13 +202,14 @@ class VisionExperiment(Experiment):
             transfer = Transfer(
                 networks=(teacher.network, student.network),
                 pairs=pairs,
-                settings=recipe.transfer.settings(len(data.train), 3 * seed + 2, **changes),
+                settings=budget.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
                 augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
                 validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
                 progress=self.progress,
+                views=PhotometricViews(seed) if change.views else None,
                 weights={name: value for name, value in weights.items() if value is not None},
             )
             guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
@@ -257,6 +262,7 @@ class VisionExperiment(Experiment):
             "images": recipe.scoring.images,
             "layers": layers,
             "corruptions": recipe.corruptions,
+            "effective_rank": True,  # the stages of before do not say it
         }
         return Stage("properties", about, make, (teacher.stage, student.stage), self._of(teacher))
 

@@ -5,6 +5,8 @@ name                    start   batch norm   what happens with the transfer's st
 ======================= ======= ============ ====================================================================
 ``none``                student              nothing: the pre-trained student without further steps
 ``continued``           student learns       its own task: the effect of more steps alone (a control, not in the paper)
+``continued-alpha``     student learns       the same at the weight that guided methods give the task, alpha: with SGD a
+                                             tenth of it is a tenth of the learning rate (a control)
 ``lp``                  teacher frozen       a new head is trained, the frozen body stays in eval mode (linear probe)
 ``ft``                  teacher learns       a new head, and everything is trained (fine-tuning)
 ``lp-ft``               teacher frozen, then ``lp`` for the first half, ``ft`` for the second (Kumar et al. 2022)
@@ -17,6 +19,8 @@ name                    start   batch norm   what happens with the transfer's st
 ``bird-unbiased``       student learns       the same with the unbiased estimator
 ``bird-rbf``            student learns       the same with Gaussian kernels, sigma from the median
 ``bird-rbf-unbiased``   student learns       both
+``bird-permuted``       student learns       BIRD, but every image is given the teacher's features of another: is it the
+                                             teacher at all? (a control)
 ``ceiling``             student learns       the task, with the teacher's corruptions as augmentation: an upper bound
                                              for methods without them
 ======================= ======= ============ ====================================================================
@@ -36,7 +40,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...losses import BirdLoss, Hints, LwF
 from ...taps import Taps
@@ -60,6 +64,8 @@ class Method:
         phases: equal shares of the steps, each (whether only the head is trained, guidance or None).
         options: of `BirdLoss`.
         corrupted: whether it is trained with the teacher's corruptions.
+        weighted: whether the task has the weight alpha of BIRD though nothing guides.
+        permuted: whether the teacher's features of a batch are those of other images of it.
     """
 
     title: str
@@ -67,15 +73,19 @@ class Method:
     phases: tuple[tuple[bool, GuidanceLoss | None], ...] = ((False, None),)
     options: Mapping[str, Any] = field(default_factory=dict)
     corrupted: bool = False
+    weighted: bool = False
+    permuted: bool = False
 
 
 # alpha and beta of Hints, chosen on validation images of the demo: with the published weights of BIRD the hints have
 # little effect, and with 0.1 and 90 training fails.
 HINTS = 0.1, 9.0
+ALPHA = 0.1  # of BIRD, as published and as of `BirdLoss`
 _BIRD: tuple[tuple[bool, GuidanceLoss | None], ...] = ((False, "bird"),)
 METHODS = {
     "none": Method("None", phases=()),
     "continued": Method("Continued"),
+    "continued-alpha": Method("Continued, alpha", weighted=True),
     "lp": Method("LP", "teacher", ((True, None),)),
     "ft": Method("FT", "teacher"),
     "lp-ft": Method("LP-FT", "teacher", ((True, None), (False, None))),
@@ -87,6 +97,7 @@ METHODS = {
     "bird-rbf-unbiased": Method(
         "BIRD, RBF, unbiased", phases=_BIRD, options={"kernel": "rbf", "estimator": "unbiased"}
     ),
+    "bird-permuted": Method("BIRD, permuted teacher", phases=_BIRD, permuted=True),
     "ceiling": Method("Ceiling", corrupted=True),
 }
 
@@ -109,6 +120,7 @@ class Transfer:
         settings: of all phases together.
         classes: the number of classes of the student's task.
         weights: ``alpha`` and ``beta`` of BIRD, if they are not the published ones.
+        views: images for the guidance term of BIRD and Hints; None: those of the task.
         folder: a folder for each phase is created in it; None: nothing is kept.
     """
 
@@ -117,6 +129,7 @@ class Transfer:
     settings: Settings
     classes: int
     weights: Mapping[str, Any] = field(default_factory=dict)
+    views: Augment | None = None
     augment: Augment | None = None
     validate: Callable[[nn.Module], float] | None = None
     device: torch.device | str = "cpu"
@@ -151,7 +164,7 @@ class Transfer:
             history = fit(
                 model,
                 train,
-                replace(self.settings, steps=steps),
+                replace(self.settings, steps=steps, task_weight=self._task_weight(known)),
                 guide=guide,
                 trained=[MODELS[network].head] if head_alone else None,
                 augment=self.augment,
@@ -159,7 +172,8 @@ class Transfer:
                 device=self.device,
                 folder=None if self.folder is None else self.folder / f"phase{number + 1}",
                 resume=True,
-                about={"method": method, "phase": number + 1, "pairs": self.pairs, "weights": dict(self.weights)},
+                about={"method": method, "phase": number + 1, "pairs": self.pairs, "weights": dict(self.weights)}
+                | ({} if self.views is None else {"views": True}),
                 label=f"{known.title}, seed {self.settings.seed}",
                 progress=self.progress,
             )
@@ -168,6 +182,9 @@ class Transfer:
                 times = step_times(model, train, self.settings, guide, augment=self.augment, device=self.device)
                 guide.taps.remove()
         return Transferred(model, histories, times)
+
+    def _task_weight(self, known: Method) -> float:
+        return float(self.weights.get("alpha", ALPHA)) if known.weighted else 1.0
 
     def _guide(
         self, guidance: GuidanceLoss, known: Method, teacher: nn.Module | None, model: nn.Module, train: Images
@@ -186,7 +203,17 @@ class Transfer:
             loss = Hints(*HINTS, pairs, teacher_widths=theirs, student_widths=ours)
         else:
             loss = LwF(pairs=pairs)
-        return TransferGuide(Teacher(deepcopy(teacher), guiding), Taps(model, guided), loss)
+        views = None if guidance == "lwf" else self.views
+        kind = PermutedTeacher if known.permuted else Teacher
+        return TransferGuide(kind(deepcopy(teacher), guiding), Taps(model, guided), loss, views)
+
+
+class PermutedTeacher(Teacher):
+    """Gives each image of a batch the features of the one before it; batches come in random orders."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """By layer, [n, features]: the same rows as of the `Teacher`, none in its own place."""
+        return {layer: rows.roll(1, 0) for layer, rows in super().forward(*args, **kwargs).items()}
 
 
 def _widths(network: nn.Module, layers: Sequence[str], images: Images) -> dict[str, int]:

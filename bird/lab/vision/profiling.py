@@ -53,7 +53,7 @@ def step_times(
         ValueError: as `bird.lab.vision.training.fit`.
     """
     device = torch.device(device)
-    batches = Batches(train, settings, augment, device)
+    batches = Batches(train, settings, augment, device, guide.views)
     modules = placed(model, guide, device)
     run = TrainingRun(modules, settings, len(train), device, None)
 
@@ -70,7 +70,7 @@ def step_times(
     with _unchanged(modules, device):
         model.train()
         step = timed(lambda: take_step(run, guide, batches.at(0), settings.lr))
-        images = [x for x, _ in batches.at(0)]
+        images = [x for *_, x in batches.at(0)]
         teacher, taps, loss = guide.teacher, guide.taps, guide.loss
         with run.autocast:
             seconds = timed(lambda: [teacher(x) for x in images])

@@ -34,6 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..claims import Claim, require_claims
 from ..duration import steps_to_train
 from ..recipe import WHOLE, made, parsed, require_known, require_percents, require_table, require_within, settings_of
 from .checkpoints import MIN_BATCH, Optimisation, Settings
@@ -152,9 +153,12 @@ class RecipeVariant:
             still see the recipe's.
         teacher_steps: for how many steps, of the same size.
         methods: which ones are run; None for the recipe's.
+        steps: of the transfer.
         batch_size: with the same number of steps.
-        alpha: weight of the task in guided methods.
+        alpha: weight of the task in guided methods, and in ``continued-alpha``.
         beta: weight of the guidance in guided methods.
+        views: whether the guidance term of BIRD and Hints is computed on images of other backgrounds, contrast and
+            brightness (`bird.lab.vision.augment.PhotometricViews`), while the task keeps its own.
         teacher_layer: guiding layer, a path in the teacher, or several; the default is the network's own.
         student_layer: guided layer; as many, each guided by the one at its place. CKA is reported of the last ones.
     """
@@ -163,14 +167,16 @@ class RecipeVariant:
     teacher_corruptions: tuple[str, ...] | None = None
     teacher_steps: int | None = None
     methods: tuple[str, ...] | None = None
+    steps: int | None = None
     batch_size: int | None = None
     alpha: float | None = None
     beta: float | None = None
+    views: bool = False
     teacher_layer: str | tuple[str, ...] | None = None
     student_layer: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        require_within(self, teacher_steps=1, batch_size=MIN_BATCH, alpha=0, beta=0)
+        require_within(self, teacher_steps=1, steps=1, batch_size=MIN_BATCH, alpha=0, beta=0)
         if {(), ""} & {self.teacher_layer, self.student_layer}:
             raise ValueError("teacher_layer and student_layer must not be empty")
 
@@ -204,11 +210,13 @@ class VisionRecipe:
         networks: by name; each is run.
         methods: keys of `bird.lab.vision.methods.METHODS`.
         variants: by name; "" is the recipe as it is.
-        seeds: how many repetitions, with seeds 0, 1, ...
+        seeds: how many repetitions, with seeds ``first_seed``, ``first_seed`` + 1, ...
+        first_seed: of the repetitions.
         corruptions: the teacher's, at severities 0 to 5.
         held_out: what robust accuracy is the mean over.
         scoring: what else is scored.
         paper_pgr: as in `Networks`, where the paper does not say of which.
+        claims: registered before the runs, by name; measures are those of `bird.lab.vision.report.measured`.
     """
 
     name: str
@@ -221,10 +229,12 @@ class VisionRecipe:
     methods: tuple[str, ...]
     variants: Mapping[str, RecipeVariant] = field(default_factory=lambda: {"": RecipeVariant()})
     seeds: int = 3
+    first_seed: int = 0
     corruptions: tuple[str, ...] = TEACHER_CORRUPTIONS
     held_out: tuple[str, ...] = HELD_OUT_CORRUPTIONS
     scoring: Scoring = Scoring()
     paper_pgr: Mapping[str, float] = field(default_factory=dict)
+    claims: Mapping[str, Claim] = field(default_factory=dict)
 
     @property
     def titles(self) -> Mapping[str, str]:
@@ -232,7 +242,7 @@ class VisionRecipe:
         return {name: method.title for name, method in METHODS.items()}
 
     def __post_init__(self) -> None:
-        require_within(self, seeds=1)
+        require_within(self, seeds=1, first_seed=0)
         for name in ("networks", "variants", "methods", "corruptions", "held_out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
@@ -250,6 +260,7 @@ class VisionRecipe:
             theirs, ours = (DATASETS[s.data].channels for s in (source, self.student))
             if theirs != ours:  # teachers see the student's images
                 raise ValueError(f"{source.data} has {theirs} channels, {self.student.data} {ours}: they must agree")
+        require_claims(self, ("robust", "clean", "all", *self.scoring.corruptions))
         if missing := set(self.held_out) - set(self.scoring.corruptions):
             raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
         if not {*self.scoring.corruptions} - {*self.held_out}:

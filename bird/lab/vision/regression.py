@@ -16,6 +16,7 @@ PROPERTY_NAMES = {
     "complementary_knowledge": "complementary knowledge",
     "usefulness_min": "usefulness, worst corruption",
     "usefulness_mean": "usefulness, mean corruption",
+    "effective_rank": "effective rank",
 }
 
 
@@ -29,12 +30,14 @@ class Properties:
         usefulness_min: behavioural relevance: how useful a feature stays under the worst of the corruptions, on
             average over features; in standard deviations of a feature, and negative where corruptions turn it over.
         usefulness_mean: the same under the corruptions' average.
+        effective_rank: how many directions the features take, from 1 to their number; not among the paper's.
     """
 
     probe_accuracy: float
     complementary_knowledge: float
     usefulness_min: float
     usefulness_mean: float
+    effective_rank: float
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from ..claims import claims_section, json_rows, judge
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import difference
 from ..tables import markdown_table, percent, report_origin, without_empty_columns, write_csv, write_report
@@ -102,6 +103,34 @@ def _differences(comparison: Comparison) -> str:
     return markdown_table(rows) + "\n\nPoints, and p of a paired t-test, two-sided, uncorrected.\n"
 
 
+def measured(comparison: Comparison, title: str, name: str) -> dict[int, float]:
+    """By seed, what claims compare: "robust" (as published, with clean images), "clean", "all" (every corruption that
+    was scored, without clean images), or the mean over the severities of the corruption of that name."""
+    found = {}
+    for outcome in comparison.of(title):
+        every = Robustness(outcome.held_out.clean, outcome.corrupted)
+        known = {"robust": outcome.held_out.pooled, "clean": every.clean, "all": every.robust}
+        found[outcome.seed] = known[name] if name in known else fmean(outcome.corrupted[name])
+    return found
+
+
+def _claims(recipe: VisionRecipe, found: Mapping[Group, Comparison]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The section of a page, and rows of JSON, for every pair of networks."""
+    sections, rows = list[str](), list[dict[str, Any]]()
+    for networks in recipe.networks:
+
+        def measure(method: str, variant: str, name: str, networks: str = networks) -> dict[int, float] | None:
+            comparison = found.get((networks, variant))
+            return measured(comparison, METHODS[method].title, name) or None if comparison else None
+
+        judgements = judge(recipe.claims, measure) if recipe.claims else []
+        sections += ([f"{networks}:\n"] if judgements and len(recipe.networks) > 1 else []) + claims_section(
+            recipe.claims, judgements
+        )
+        rows += [{"networks": networks} | row for row in json_rows(judgements)]
+    return sections, rows
+
+
 def _costs(experiment: VisionExperiment, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Of every cell that was trained: steps per second, and seconds of a guided step and of its parts."""
     rows = []
@@ -150,9 +179,11 @@ def write_vision_report(experiment: VisionExperiment, cells: Sequence[Cell], fol
         ]
     told = ", ".join(f"{METHODS[name].title} {share:.1f} %" for name, share in recipe.paper_pgr.items())
     closing = [f"Gap recovered in the paper, which does not say by which networks: {told}.\n"] if told else []
-    text = report_page(recipe, sections, missing, closing=closing)
+    judged, claims = _claims(recipe, found)
+    text = report_page(recipe, sections, missing, closing=judged + closing)
     about = {"recipe": as_plain(recipe), "origin": report_origin()}
-    write_report(folder, text, about | {"cells": [*_numbers(found)], "costs": costs})
+    numbers = {"claims": claims} if claims else {}
+    write_report(folder, text, about | numbers | {"cells": [*_numbers(found)], "costs": costs})
     write_csv(folder / "accuracies.csv", _accuracies(cells, experiment.root))
     _draw(recipe, found, folder)
     return text

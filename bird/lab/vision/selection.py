@@ -1,9 +1,9 @@
-"""Which teacher to take for a student: three properties of its features that can be had before any transfer.
+"""Which teacher to take for a student: properties of its features that can be had before any transfer.
 
-After BIRD (Pogoncheff and Beyeler, ICLR 2026), who name the properties and find that over 432 pairs a linear model of
+After BIRD (Pogoncheff and Beyeler, ICLR 2026), who name three of them and find that over 432 pairs a linear model of
 the three (`bird.lab.vision.regression`) explains 74 to 86 % of the variance of the robust accuracy after the transfer,
 behavioural relevance alone over half of it. What exactly they computed is not published; the definitions here are this
-project's.
+project's, and so is the effective rank beside them.
 
 Test images are not looked at: probes are trained on training images, and everything is measured on validation images.
 """
@@ -66,6 +66,7 @@ def measure_teacher(
     `robust_usefulness` over the features that vary, with the minimum over all versions of an image (each corruption at
     each severity, and the clean image) and with the mean over them. Features that do not vary are left out: the minimum
     over many corruptions is below 0 even for good teachers, and with zeros the dead would look better than they.
+    *Effective rank*: `effective_rank` of the clean validation images' features.
 
     Args:
         teacher: taps the one layer that would guide; runs where it is.
@@ -105,6 +106,7 @@ def measure_teacher(
         complementary_knowledge=float((right & ~student_right).mean()),
         usefulness_min=float(np.nanmean(worst)),
         usefulness_mean=float(np.nanmean(mean)),
+        effective_rank=effective_rank(views.clean),
     )
     return Measured(properties, float(student_right.mean()))
 
@@ -228,6 +230,21 @@ def robust_usefulness(
     high_inside, high_outside = _class_means(high, labels)
     best = np.maximum(low_inside - high_outside, low_outside - high_inside).max(axis=0) / 2
     return np.where(varies, best, np.nan)
+
+
+def effective_rank(features: NDArray[Any]) -> float:
+    r"""The exponential of the entropy of the singular values' shares (Roy and Vetterli, EUSIPCO 2007).
+
+    .. math::  \exp\Big(-\sum_i p_i \log p_i\Big), \qquad p_i = \sigma_i / \sum_j \sigma_j
+
+    for the singular values of the centred features: d for equal spread in all directions, 1 for one direction.
+
+    Args:
+        features: ``[n, d]``, some of which vary.
+    """
+    values = np.linalg.svd(features - features.mean(axis=0, dtype=np.float64), compute_uv=False)
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def _class_means(values: NDArray[np.float64], labels: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

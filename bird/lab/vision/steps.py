@@ -32,11 +32,13 @@ class TransferGuide:
         teacher: sees the student's images; moves to the student's device.
         taps: on the student that is trained.
         loss: its own parameters, if any, are trained too.
+        views: what both networks are shown for the loss; the task keeps its own images. None: the same.
     """
 
     teacher: Teacher
     taps: Taps
     loss: BirdLoss | Hints | LwF
+    views: Augment | None = None
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
@@ -57,13 +59,20 @@ class Batches:
         ValueError: fewer than `MIN_BATCH` samples, a negative label.
     """
 
-    def __init__(self, train: Images, settings: Settings, augment: Augment | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        train: Images,
+        settings: Settings,
+        augment: Augment | None,
+        device: torch.device,
+        views: Augment | None = None,
+    ) -> None:
         self.per_epoch = steps_to_train(len(train), settings.batch_size, least=MIN_BATCH)
         lowest, highest = torch.stack(train.labels.aminmax()).tolist()
         if lowest < 0:
             raise ValueError(f"labels are numbers from 0, but the training set has {lowest}")
         self.classes = highest + 1  # as far as these data tell
-        self.train, self.settings, self.augment = train.to(device), settings, augment
+        self.train, self.settings, self.augment, self.views = train.to(device), settings, augment, views
         self._order, self._epoch = torch.empty(0), -1
 
     def at(self, step: int) -> Chunks:
@@ -76,8 +85,9 @@ class Batches:
         return Chunks(self, self._order[batch * size : (batch + 1) * size], epoch)
 
 
-class Chunks(Sequence[tuple[Tensor, Tensor]]):
-    """A batch in parts of equal size, as far as that goes: images and labels, made when they are asked for."""
+class Chunks(Sequence[tuple[Tensor, Tensor, Tensor]]):
+    """A batch in parts of equal size, as far as that goes, made when they are asked for: images of the task, labels,
+    and images for a guide, the same tensor where there are no views."""
 
     def __init__(self, batches: Batches, index: Tensor, epoch: int) -> None:
         chunk_size = batches.settings.chunk_size or len(index)
@@ -88,11 +98,14 @@ class Chunks(Sequence[tuple[Tensor, Tensor]]):
         return len(self.parts)
 
     def __getitem__(self, i: Any) -> Any:
-        index, train, augment = self.parts[i], self.batches.train, self.batches.augment
+        index, train, augment, views = self.parts[i], self.batches.train, self.batches.augment, self.batches.views
         x, labels = to_float(train.images[index]), train.labels[index]
         if augment is not None:
             x = augment(x, index, self.epoch)
-        return x.contiguous(memory_format=torch.channels_last), labels
+        x = x.contiguous(memory_format=torch.channels_last)
+        if views is None:
+            return x, labels, x
+        return x, labels, views(x, index, self.epoch).contiguous(memory_format=torch.channels_last)
 
 
 def take_step(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks, lr: float) -> dict[str, Tensor]:
@@ -113,8 +126,8 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
         for name, value in terms.items():
             means[name] = means[name] + share * value if name in means else share * value
 
-    def forward(chunk: tuple[Tensor, Tensor]) -> tuple[float, Tensor]:
-        x, labels = chunk
+    def forward(chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[float, Tensor]:
+        x, labels, _ = chunk
         share = len(x) / chunks.samples
         logits = model(x)
         _enough(logits, chunks.batches.classes)
@@ -122,12 +135,19 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
             note(share, {"accuracy": (logits.detach().argmax(dim=1) == labels).float().mean()})
         return share, F.cross_entropy(logits, labels)
 
+    def features(taps: Taps, chunk: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+        """Of the student; after `forward`, which has recorded them if the task's images are the guide's too."""
+        if chunk[2] is not chunk[0]:
+            taps.pop()
+            model(chunk[2])
+        return taps.pop()
+
     if guide is not None and isinstance(guide.loss, BirdLoss) and len(chunks) > 1:
         taps, teacher = guide.taps, guide.teacher
 
-        def student(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        def student(chunk: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
             share, task = forward(chunk)
-            return share * task, taps.pop()
+            return share * task, features(taps, chunk)
 
         factor: Tensor | float = 1.0  # a tensor only where there is a scale: in fp32 it would round an fp64 model's
         if run.scaler.is_enabled():
@@ -135,7 +155,7 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
         with run.autocast:
             loss = chunked_backward(
                 student,
-                lambda chunk: teacher(chunk[0]),
+                lambda chunk: teacher(chunk[2]),
                 chunks,
                 guide.loss,
                 model=model,
@@ -146,8 +166,10 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
     for chunk in chunks:
         with run.autocast:
             share, loss = forward(chunk)
-            if guide is not None:
-                loss = guide.loss(loss, guide.teacher(chunk[0]), guide.taps.pop())
+            if guide is None:
+                loss = chunks.batches.settings.task_weight * loss
+            else:
+                loss = guide.loss(loss, guide.teacher(chunk[2]), features(guide.taps, chunk))
         run.scaler.scale(share * loss).backward()
         note(share, {"loss": loss.detach()} | (guide.loss.last if guide is not None else {}))
     return {"loss": means.pop("loss")} | means

@@ -79,7 +79,7 @@ def fit(
     """
     device = torch.device(device)
     torch.manual_seed(settings.seed)
-    batches = Batches(train, settings, augment, device)
+    batches = Batches(train, settings, augment, device, None if guide is None else guide.views)
     modules = placed(model, guide, device)
     if settings.compile:
         model.compile()

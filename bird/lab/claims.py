@@ -1,0 +1,208 @@
+"""Claims that a recipe registers before its runs, and what the runs say of them.
+
+A claim compares two methods, seed by seed, by a two-sided paired t-test; the primary claims of a recipe are tested
+together (Holm, 1979). The rule: it *holds* where the corrected p is below 0.05 and the difference is positive (and, if
+asked, most families of corruptions agree); it *does not hold* where the 95 % interval ends below half of the paper's
+difference; the *contrary* holds where the corrected p is below 0.05 and the difference is negative; else it is *open*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from .recipe import require_known, require_within
+from .tables import markdown_table, without_empty_columns
+
+LEVEL = 0.05
+# measure(method, variant, name): the values by seed, shares of 1; None where the method has not been run.
+Measure = Callable[[str, str, str], "Mapping[int, float] | None"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One comparison; its name is the key in the recipe.
+
+    Args:
+        method: what is claimed to be ahead.
+        over: of which method.
+        variants: in which variants of the recipe, one, or several for a trend.
+        at: of a trend, where each variant stands: the claim is then of the slope over log2 of these numbers.
+        over_variant: the variant that ``over`` is taken in; None: the same.
+        measure: what is compared; the wing of the recipe knows the names.
+        paper: the paper's difference, in percentage points; None where it gives none.
+        secondary: reported with its p, and not judged.
+        families: measures of which at least ``agreeing`` must be ahead, too, for the claim to hold.
+        agreeing: how many.
+    """
+
+    method: str
+    over: str
+    variants: tuple[str, ...] = ("",)
+    at: tuple[int, ...] = ()
+    over_variant: str | None = None
+    measure: str = "robust"
+    paper: float | None = None
+    secondary: bool = False
+    families: tuple[str, ...] = ()
+    agreeing: int = 0
+
+    def __post_init__(self) -> None:
+        require_within(self, agreeing=(0, len(self.families)), paper=-100)
+        if len(self.variants) != (len(self.at) or 1):
+            raise ValueError(f"variants {[*self.variants]}: one, or as many as there are numbers in at, {[*self.at]}")
+        if self.at and (min(self.at) < 1 or len(set(self.at)) < 2):
+            raise ValueError(f"a slope needs two or more different numbers from 1 on, not at = {[*self.at]}")
+
+    def differences(self, measure: Measure, name: str | None = None) -> list[float] | None:
+        """Seed by seed; of a trend, the slopes per doubling. None where something has not been run.
+
+        Args:
+            measure: what was measured.
+            name: of what is compared; None for the claim's own measure.
+        """
+        found = []
+        for variant in self.variants:
+            other = variant if self.over_variant is None else self.over_variant
+            ours = measure(self.method, variant, name or self.measure)
+            theirs = measure(self.over, other, name or self.measure)
+            if ours is None or theirs is None:
+                return None
+            found.append({seed: ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()})
+        seeds = sorted(set.intersection(*map(set, found)))
+        if len(seeds) < 2:
+            return None
+        values = np.array([[of[seed] for seed in seeds] for of in found])
+        if self.at:
+            return [float(slope) for slope in np.polyfit(np.log2(self.at), values, 1)[0]]
+        return [float(value) for value in values[0]]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the runs say of a claim; differences are shares of 1.
+
+    Args:
+        claim: its name.
+        seeds: how many there are of all that it compares.
+        mean: of the differences.
+        low: the lower end of their 95 % interval (Student's t).
+        high: its upper end.
+        p: two-sided, of the mean against 0.
+        corrected: the same by Holm, over the primary claims; None of a secondary one.
+        ahead: by family, the mean difference.
+        verdict: by the rule above; empty of a secondary claim.
+        differences: seed by seed.
+    """
+
+    claim: str
+    seeds: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    corrected: float | None
+    ahead: Mapping[str, float]
+    verdict: str
+    differences: Sequence[float]
+
+
+def require_claims(recipe: Any, measures: Collection[str]) -> None:
+    """Raises a ValueError unless the claims of a recipe speak of what it runs, and of what its wing measures."""
+    for name, claim in recipe.claims.items():
+        variants = (*claim.variants, *(() if claim.over_variant is None else (claim.over_variant,)))
+        for variant in variants:
+            require_known(f"a variant of the claim {name!r}", variant, recipe.variants)
+        for measure in (claim.measure, *claim.families):
+            require_known(f"a measure of the claim {name!r}", measure, measures)
+        for variant in claim.variants:
+            for method, there in ((claim.method, variant), (claim.over, claim.over_variant or variant)):
+                runs = recipe.variants[there].methods or recipe.methods
+                require_known(f"what the variant {there!r} runs, for the claim {name!r}", method, runs)
+
+
+def judge(claims: Mapping[str, Claim], measure: Measure) -> list[Judgement]:
+    """Of the claims whose methods have been run, with two seeds or more in common; Holm counts these alone.
+
+    Raises:
+        ImportError: SciPy is missing.
+    """
+    from scipy.stats import ttest_1samp
+
+    found = []
+    for name, claim in claims.items():
+        values = claim.differences(measure)
+        if values is None:
+            continue
+        families = {family: claim.differences(measure, family) for family in claim.families}
+        test = ttest_1samp(values, 0)
+        low, high = test.confidence_interval(1 - LEVEL)
+        ahead = {family: fmean(of) for family, of in families.items() if of is not None}
+        found.append(
+            Judgement(name, len(values), fmean(values), low, high, float(test.pvalue), None, ahead, "", values)
+        )
+    primary = [judgement for judgement in found if not claims[judgement.claim].secondary]
+    corrected = dict(zip((j.claim for j in primary), holm([j.p for j in primary]), strict=True))
+    return [
+        replace(j, corrected=corrected[j.claim], verdict=_verdict(claims[j.claim], j, corrected[j.claim]))
+        if j.claim in corrected
+        else j
+        for j in found
+    ]
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p values corrected for their number, step down (S. Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    order = sorted(range(len(ps)), key=lambda i: ps[i])
+    corrected, largest = [math.nan] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def _verdict(claim: Claim, judgement: Judgement, p: float) -> str:
+    agree = sum(value > 0 for value in judgement.ahead.values()) >= claim.agreeing
+    if p < LEVEL and judgement.mean > 0 and agree:
+        return "holds"
+    if p < LEVEL and judgement.mean < 0:
+        return "the contrary holds"
+    if claim.paper is not None and 100 * judgement.high < claim.paper / 2:
+        return "does not hold at the paper's size"
+    return "open"
+
+
+def claims_section(claims: Mapping[str, Claim], judgements: Sequence[Judgement]) -> list[str]:
+    """Markdown; nothing where nothing was registered."""
+    if not judgements:
+        return []
+    rows = [["claim", "paper", "here: difference in points [95 %]", "p", "p, Holm", "families ahead", "verdict"]]
+    for j in judgements:
+        claim = claims[j.claim]
+        rows.append(
+            [
+                j.claim,
+                "" if claim.paper is None else f"{claim.paper:+.1f}",
+                f"{100 * j.mean:+.2f} [{100 * j.low:+.2f}, {100 * j.high:+.2f}]{' per doubling' if claim.at else ''}",
+                f"{j.p:.2g}",
+                "" if j.corrected is None else f"{j.corrected:.2g}",
+                f"{sum(v > 0 for v in j.ahead.values())} of {len(j.ahead)}" if j.ahead else "",
+                j.verdict or "secondary",
+            ]
+        )
+    seeds = sorted({j.seeds for j in judgements})
+    said = (
+        f"Registered before the runs; two-sided paired t-tests over {' or '.join(map(str, seeds))} seeds, corrected "
+        "by Holm over the primary claims.\n"
+    )
+    return ["## Registered claims\n", said, markdown_table(without_empty_columns(rows)) + "\n"]
+
+
+def json_rows(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+    """For JSON."""
+    return [vars(judgement) | {"ahead": dict(judgement.ahead)} for judgement in judgements]
