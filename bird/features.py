@@ -292,6 +292,7 @@ class Pass:
 
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
+        self.norms: Tensor | None = None  # [2], of the gradients at the layers' outputs: `bird.taps.Measured`
         self.inputs: list[torch.Size] = []  # the shapes of the model's input tensors
         self.masks: dict[str, Tensor] = {}  # `masks_of` its call
         self.builds_graph = False  # whether gradients were enabled when the forward began

@@ -54,7 +54,7 @@ def grid(
     Args:
         recipe: of images or of language models.
         networks: keys of the recipe's.
-        variants: the same.
+        variants: the same, each for the networks that it has.
         methods: as far as a variant has them.
         seeds: how many; None for the recipe's.
     """
@@ -62,6 +62,7 @@ def grid(
         (name, variant, method, seed)
         for name in (recipe.networks if networks is None else networks)
         for variant in (recipe.variants if variants is None else variants)
+        if name in (getattr(recipe.variants[variant], "networks", None) or recipe.networks)
         for method in recipe.variants[variant].methods or recipe.methods
         if methods is None or method in methods
         for seed in seeds_of(recipe, seeds)

@@ -14,6 +14,7 @@ from bird.lab.vision.corruptions import (
     CORRUPTIONS,
     HELD_OUT_CORRUPTIONS,
     SEVERITIES,
+    STRONGEST,
     TEACHER_CORRUPTIONS,
     Mixture,
     corrupt,
@@ -225,12 +226,49 @@ def test_nothing_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> Non
     assert reads == []
 
 
+def eight_bits(x: Tensor) -> Tensor:
+    return (x * 255).round() / 255  # as scores are rounded, ties too: brightness 5 adds 76.5
+
+
+def test_six_and_seven_are_five_again_in_eight_bits() -> None:
+    x = colours(12)
+    for name in FIXED:
+        again = x
+        for severity in (5, 6, STRONGEST):
+            again = one(name, 5, eight_bits(again))
+            assert torch.equal(one(name, severity, x), again), name
+    grey, five = torch.full((8, 3, 32, 32), 0.5), 0.10
+    for severity, times in ((5, 1), (6, 2), (7, 3)):  # noise of their own: variances add up
+        deviation = (one("gaussian_noise", severity, grey) - grey).std().item()
+        assert deviation == pytest.approx(five * times**0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_sample_of_several_severities_meets_the_same_beyond_five(name: str, device: torch.device) -> None:
+    x, index = colours(9).to(device), torch.arange(40, 49)
+    severities = torch.tensor([7, 0, 6, 5, 7, 1, 6, 9, 3])
+    mixed = corrupt(x, name, severities.to(device), index=index, strongest=7)
+    for i, severity in enumerate(severities.clamp(max=7).tolist()):
+        assert torch.equal(mixed[i], corrupt(x[i : i + 1], name, severity, index=index[i : i + 1])[0])
+    clamped = corrupt(x, name, severities.to(device), index=index)
+    assert torch.equal(clamped[0], corrupt(x[:1], name, 5, index=index[:1])[0])
+
+
+@pytest.mark.parametrize("strongest", [5, 7])
+def test_a_mixture_of_several_batches_is_that_of_each(strongest: int) -> None:
+    x, index = colours(50), torch.arange(50) * 3
+    alone = Mixture(NAMES[:15], seed=2, strongest=strongest)
+    parts = [alone(x[i : i + 20], index[i : i + 20], 4) for i in (0, 20, 40)]
+    together = Mixture(NAMES[:15], seed=2, strongest=strongest, batch_size=20)
+    assert torch.equal(together(x, index, 4), torch.cat(parts))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"name": "rain"}, "unknown corruption 'rain'"),
-        ({"severity": 6}, "severity must be 0 to 5, got 6"),
-        ({"severity": -1}, "severity must be 0 to 5"),
+        ({"severity": 8}, "severity must be 0 to 7, got 8"),
+        ({"severity": -1}, "severity must be 0 to 7"),
         ({"index": torch.arange(3)}, "one number per image"),
         ({"x": torch.zeros(2, 28, 28)}, "must be float32"),
         ({"x": torch.zeros(2, 1, 28, 28, dtype=torch.uint8)}, "must be float32"),

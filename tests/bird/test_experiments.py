@@ -144,6 +144,8 @@ def test_the_page_and_its_files(experiment: VisionExperiment, path: Path, capsys
     both = [100 * number["plain", "BIRD", seed]["pooled"] for seed in (0, 1)]
     assert re.search(rf"\| BIRD +\| +54.77 \| +{fmean(both):.1f} ± {stdev(both):.1f} \|", page)
     assert "| BIRD " in page.split("loss, %")[1]  # what guidance costs
+    told = "deviation.\n\nAnother network than the others, plain, because they start from the teacher: LP, LwF.\n\n|"
+    assert page.count(told) == page.count("Another network") == 1  # in the variant that has them
     assert page.count("| robust accuracy ") == 1  # the other variants have nobody to compare BIRD with
 
 

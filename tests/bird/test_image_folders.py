@@ -41,9 +41,9 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     seen: list[Path] = []
     decode = folders._decode
 
-    def watched(path: Path) -> np.ndarray:
+    def watched(path: Path, size: int) -> np.ndarray:
         seen.append(path)
-        return decode(path)
+        return decode(path, size)
 
     monkeypatch.setattr(folders, "_decode", watched)
     return seen

@@ -92,6 +92,7 @@ SIZES = {
     "mobilenetv2-tiny": lambda: small_mobilenet(48, 192),
     "resnet-small": lambda: small_resnet(16, 32, 96),
     "resnet-tiny": lambda: small_resnet(16, 24, 48),
+    "resnet-tiny-standardised": lambda: small_resnet(16, 24, 48),
     "plain": lambda: conv(3, 3, 16) + conv(3, 16, 32) + conv(3, 32, 64) + conv(3, 64, 96) + 97 * 10,
 }
 
@@ -239,3 +240,13 @@ def test_without_torchvision_the_small_resnets_work_and_the_rest_says_what_to_in
     for name in ("resnet18", "vit", "mobilenetv2-tiny"):
         with pytest.raises(ImportError, match=r"pip install 'bird-kernels\[vision\]'"):
             build(name, 10)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_image_is_standardised_by_itself(channels: int) -> None:
+    torch.manual_seed(0)
+    model, x = build("resnet-tiny-standardised", 5, channels=channels).eval(), images(4, channels)
+    alone = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True, correction=0)
+    torch.testing.assert_close(model.normalise(x), alone)
+    torch.testing.assert_close(model(0.3 * x + 0.4), model(x), rtol=1e-4, atol=1e-4)  # less contrast, more light
+    assert model.normalise(torch.full_like(x, 0.7)).abs().max() < 1e-4

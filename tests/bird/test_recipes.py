@@ -22,12 +22,11 @@ VISION: dict[str, Any] = {
     "title": "Tiny",
     "teacher": SIDE,
     "student": SIDE,
-    "pretraining": {"steps": 2},
-    "transfer": {"epochs": 2},
+    "pretraining": {"steps": 2}, "transfer": {"epochs": 2},
     "scoring": {},
     "networks": {"one": {"teacher": "plain", "student": "plain"}},
     "variants": {"": {}},
-}
+}  # fmt: skip
 LANGUAGE: dict[str, Any] = {
     "kind": "preference",
     "title": "Tiny",
@@ -54,7 +53,9 @@ PAPER = {  # shared/paper/FACTS.md, from the paper's tables
     "weak-to-strong-cosmos-qa": {"gpt2-medium": {}, "gpt2-large": {"naive": 65.51, "bird": 68.02}},
     "weak-to-strong-boolq": {"gpt2-medium": {"naive": 0, "bird": 0}, "gpt2-large": {"naive": 0, "bird": 0}},
     "positivity-dpo": {"smollm2-135m": {}},
+    "scarce-dpo": {"smollm2-135m": {}},
     "weak-to-strong-sentiment": {"minilm-smollm2": {}},
+    "weak-to-strong-glosses": {"minilm-smollm2": {}},
 }
 
 
@@ -68,7 +69,7 @@ def parse(table: Mapping[str, Any]) -> Any:
     return (language.parse if "kind" in table else vision.parse_vision)("x", table)
 
 
-# ---------------------------------------------------------------------------------------------- what ships
+# ------------------------------------------------------------------------------------------- what ships
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -183,7 +184,9 @@ networks.small = { teacher = "plain", student = "resnet-tiny" }
         ("transfer/amp", "int8", "amp must be None"),
         ("scoring/images", 2, "images must be at least 4, not 2"),
         ("scoring/corruptions", ["fog"], "must hold all that are held out"),
+        ("teacher_tuning", {"steps": 1, "epochs": 1}, "teacher_tuning: say epochs or steps"),
         ("variants//teacher_steps", 0, r"variants\.: teacher_steps must be at least 1"),
+        ("variants//networks", ["on"], "networks of a variant: there is no 'on'; there is 'one'"),
         ("variants//batch_size", 3, "batch_size must be at least 4"),
         ("variants//alpha", float("inf"), "alpha must be at least 0, and finite"),
         ("variants//beta", -1, "beta must be at least 0"),
@@ -215,11 +218,15 @@ def test_of_images(path: str, value: Any, said: str) -> None:
         ("data/held_out", 1, "held_out must be at least 2"),
         ("data/limit", 1, "data: limit must be at least 2"),
         ("data/words", "x", "words must be a whole number"),
+        ("data/ranked", -1, "ranked must be at least 0"),
+        ("data/taught", 0.9, "taught 0.9 and judged 0.18 must leave sentences"),
+        ("data", {"source": "own.jsonl", "judged": 0.0}, "shares of positivity's sentences, not of own.jsonl"),
         ("transfer/batch", 3, "a key of transfer: there is no 'batch'"),
         ("transfer/epochs", 0, "epochs must be at least 1"),
         ("transfer/adapters", -1, "adapters not negative"),
         ("transfer/bf16", 1, "bf16 must be true or false, not 1"),
         ("transfer/lr", 0.0, "transfer: lr must be positive"),
+        ("transfer/max_grad_norm", -1, "max_grad_norm must be at least 0"),
         ("transfer/warmup", 1.0, r"transfer: warmup must be in \[0, 1\)"),
         ("transfer/micro_batch", 5, "micro_batch 5 must divide"),
         ("teacher/adapters", 8, "adapters are for students"),
@@ -240,6 +247,8 @@ def test_of_images(path: str, value: Any, said: str) -> None:
         ("judges/it/timeout", -1, "timeout must be at least 0"),
         ("variants//rows", "x", "rows: there is no 'x'"),
         ("variants//limit", 1, "limit must be at least 2"),
+        ("variants//pooling", "all", r"variants\.: pooling: there is no 'all'"),
+        ("variants//lr", 0, r"variants\.: lr must be positive"),
     ],
 )
 def test_of_language_models(path: str, value: Any, said: str) -> None:
@@ -254,6 +263,7 @@ def test_parts_of_a_recipe_that_exclude_each_other() -> None:
     batches = changed(changed(LANGUAGE, "transfer/micro_batch", 16), "variants//batch_size", 24)
     for table, said in (
         (changed(WEAK, "transfer/adapters", 8), "adapters are for students"),
+        (changed(WEAK, "data/ranked", 5), "ranked is of preferences"),
         (changed(WEAK, "guidance/rows", "chosen"), "rows and completion_only are of preferences"),
         (changed(WEAK, "variants//completion_only", True), "rows and completion_only are of preferences"),
         (prompts, r'variants\.: rows = "prompt" leaves no completion'),
@@ -354,6 +364,8 @@ def test_judges_and_layers_are_looked_at_before_anything_is_trained(
         ("judges/it", {"kind": "language-model", "model": "minilm"}, r"judges\.it: minilm is an encoder"),
         ("networks/one", {"teacher": "minilm", "student": "minilm"}, "minilm is an encoder, which cannot be a student"),
         ("guidance/layer", "model.layers.7", r"guidance\.layer of .*model\.layers\.1"),
+        ("variants//layer", "model.layers.7", r"guidance\.layer of .*model\.layers\.1"),
+        ("data/ranked", 3, "ranked asks for 3 pairs, and of seed 0 there are 0"),
         ("guidance/teacher_layer", "nonsense", r"guidance\.teacher_layer of "),
     ):
         with pytest.raises(ValueError, match=said):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,8 @@ from bird import BirdLoss, Taps, Teacher
 from bird.lab.tensors import load_tensors
 from bird.lab.vision.checkpoints import Settings
 from bird.lab.vision.data import Images
-from bird.lab.vision.steps import TransferGuide, epoch_order, learning_rate
+from bird.lab.vision.models import build
+from bird.lab.vision.steps import Batches, TransferGuide, epoch_order, learning_rate
 from bird.lab.vision.training import fit
 from tests.bird.loops import Cut, cut_after, images, margin, network, same, state, train
 
@@ -38,6 +43,62 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, method: str, opti
         assert same(resumed.model, whole.model)
         assert resumed.history == whole.history
         assert whole.guide is None or same(resumed.guide.loss, whole.guide.loss)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("chunk_size", [None, 9])
+def test_images_made_ahead_are_those_of_each_batch(chunk_size: int | None) -> None:
+    """Three epochs of 16, 16, 16 and 7; a resumed run begins anywhere."""
+    data, asked = images(55), list[int]()
+
+    class Ahead:
+        ahead = 3
+
+        def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
+            asked.append(len(index))
+            return x + index.view(-1, 1, 1, 1) + 100 * epoch
+
+    settings = Settings(steps=12, batch_size=16, chunk_size=chunk_size)
+    ahead = Batches(data, settings, Ahead(), torch.device("cpu"))
+    plain = Batches(data, settings, lambda x, *rest: Ahead.__call__(Ahead(), x, *rest), torch.device("cpu"))
+    for steps in (range(12), range(6, 10), (1, 0, 5)):
+        made = [chunk for step in steps for chunk in ahead.at(step)]
+        taken, asked[:] = list(asked), []
+        expected = [chunk for step in steps for chunk in plain.at(step)]
+        if chunk_size is None and len(steps) == 12:
+            assert taken == 3 * [48, 7]
+        asked.clear()
+        for found, other in zip(made, expected, strict=True):
+            assert all(map(torch.equal, found, other))
+
+
+FAULTS = """
+import resource, sys, torch
+from bird.lab.vision.training import keep_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    keep_memory()
+def step():
+    return sum(x.sum() for x in [torch.ones(2**18) for _ in range(40)])  # 40 MB in pieces, freed at once
+step(), step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of other C libraries' memory nothing is asked")
+def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "131072"
+    }  # glibc moves it otherwise, as memory happens to lie
+    kept, returned = (
+        int(
+            subprocess.run([sys.executable, "-c", FAULTS, how], env=environment, capture_output=True, check=True).stdout
+        )
+        for how in ("kept", "as it is")
+    )
+    assert 10 * kept < returned  # of 40 MB ten times, in pages of 4 kB or more
 
 
 def test_seed_decides_the_result() -> None:
@@ -179,6 +240,18 @@ def test_a_compiled_run_is_the_same_run(method: str) -> None:
     for ours, theirs in zip(compiled.train, plain.train, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert list(model.state_dict()) == list(network().state_dict())  # no wrapper's names
+
+
+def test_a_compiled_run_after_another_is_guided(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> None:
+    """As one process of `bird run --compile` trains a student, and then a method that taps a network of its kind."""
+    compiled = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled(self, backend="eager"))
+    teacher, first, second = (build("plain", 3, channels=1) for _ in range(3))
+    train("none", model=first, steps=2, compile=True)
+    loss = BirdLoss(pairs=[("block3", "block3")])
+    guide = TransferGuide(Teacher(teacher, "block3"), Taps(second, "block3"), loss)
+    history = train(model=second, guide=guide, steps=3, compile=True).history
+    assert 0 < history.train[-1]["cka/block3/block3"] < 1
 
 
 def test_images_and_convolutions_have_channels_last() -> None:

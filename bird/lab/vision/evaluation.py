@@ -63,19 +63,22 @@ def image_accuracy(model: nn.Module, data: Images, *, batch_size: int = 500) -> 
         return right.item() / len(data)
 
 
-def robustness(model: nn.Module, data: Images, names: Sequence[str]) -> Robustness:
+def robustness(
+    model: nn.Module, data: Images, names: Sequence[str], severities: Sequence[int] = SEVERITIES
+) -> Robustness:
     """Score a model on clean images and on corrupted ones, which are rounded to 8 bits like published ones.
 
     Args:
         model: as for `image_accuracy`.
         data: clean images, corrupted on their device.
         names: keys of `bird.lab.vision.corruptions.CORRUPTIONS`; each is applied at every severity.
+        severities: 1 to `bird.lab.vision.corruptions.STRONGEST`.
 
     Raises:
         ValueError: no images, or an unknown corruption.
     """
     accuracies = {
-        name: [image_accuracy(model, corrupted(data, name, severity)) for severity in SEVERITIES] for name in names
+        name: [image_accuracy(model, corrupted(data, name, severity)) for severity in severities] for name in names
     }
     return Robustness(image_accuracy(model, data), accuracies)
 

@@ -33,6 +33,7 @@ from .recipe import DEMO, Budget, RecipeVariant, Source, VisionRecipe, as_plain
 from .selection import measure_teacher
 from .training import Augment, fit
 
+AHEAD = 512  # images that are corrupted at once: a third of the time of 64 by 64, which are 15 kinds of a few each
 PROTOCOL = 2  # part of every stage's name: raised when the same settings no longer mean the same
 
 
@@ -84,12 +85,15 @@ class VisionExperiment(Experiment):
         super().check()
         recipe = self.recipe
         changes = recipe.variants.values()
+        if self.compile and any(change.gradients or change.share is not None for change in changes):
+            raise ValueError("gradients and share are measured in hooks, which compiled models do not call")
         for source in dict.fromkeys([recipe.student, recipe.teacher, *(v.teacher for v in changes if v.teacher)]):
             DATASETS[source.data].locate(data_root(self.data_root))
         with torch.device("meta"):
-            for pair in recipe.networks.values():
+            for name, pair in recipe.networks.items():
                 teacher, student = _build(pair.teacher, recipe.teacher), _build(pair.student, recipe.student)
-                for guiding, guided in (layers for change in changes for layers in change.pairs(pair)):
+                own = (change for change in changes if name in (change.networks or recipe.networks))
+                for guiding, guided in (layers for change in own for layers in change.pairs(pair)):
                     find_layers(teacher, guiding)
                     find_layers(student, guided)
 
@@ -103,32 +107,38 @@ class VisionExperiment(Experiment):
         found = []
         for name, variant in first:
             for seed in seeds_of(self.recipe, seeds):
-                teacher, student, pairs = self._pair(name, variant, seed)
-                stage = self._measured(teacher, student, pairs[-1], seed)
+                own = self._at(seed)
+                teacher, student, pairs = own._pair(name, variant, seed)
+                stage = own._measured(teacher, student, pairs[-1], seed)
                 found.append(Cell(name, variant, "", seed, {"properties": stage}))
         return found
+
+    def _at(self, seed: int) -> VisionExperiment:
+        return replace(self, recipe=self.recipe.at(seed))
 
     def _pair(self, name: str, variant: str, seed: int) -> tuple[Made, Made, tuple[tuple[str, str], ...]]:
         """Teacher, student, and the pairs of layers between which something moves."""
         recipe, pair, change = self.recipe, self.recipe.networks[name], self.recipe.variants[variant]
         corruptions = recipe.corruptions if change.teacher_corruptions is None else change.teacher_corruptions
-        budget = recipe.pretraining
+        budget, source, start = recipe.pretraining, change.teacher or recipe.teacher, None
+        if recipe.teacher_tuning is not None:
+            start = self._pretrained("teacher", source, pair.teacher, (), seed, budget)
+            budget = recipe.teacher_tuning
         if change.teacher_steps is not None:
             budget = replace(budget, steps=change.teacher_steps, epochs=None)
-        source = change.teacher or recipe.teacher
-        teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget)
+        teacher = self._pretrained("teacher", source, pair.teacher, corruptions, seed, budget, start=start)
         student = self._pretrained("student", recipe.student, pair.student, (), seed, recipe.pretraining)
         return teacher, student, change.pairs(pair)
 
     def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
-        teacher, student, pairs = self._pair(networks, variant, seed)
-        made = self._moved(teacher, student, pairs, self.recipe.variants[variant], method, seed)
+        own = self._at(seed)
+        teacher, student, pairs = own._pair(networks, variant, seed)
+        made = own._moved(teacher, student, pairs, own.recipe.variants[variant], method, seed)
         layer = pairs[-1][METHODS[method].start == "student"]
-        aligned = self._aligned(made, layer, teacher, pairs[-1][0], seed)
-        return Cell(
-            networks, variant, method, seed, {"score": self._scored(made, seed), "alignment": aligned}, made.stage
-        )
+        aligned = own._aligned(made, layer, teacher, pairs[-1][0], seed)
+        scores = {"score": own._scored(made, seed), "alignment": aligned}
+        return Cell(networks, variant, method, seed, scores, made.stage)
 
     def _pretrained(
         self,
@@ -138,20 +148,23 @@ class VisionExperiment(Experiment):
         corruptions: tuple[str, ...],
         seed: int,
         budget: Budget,
+        *,
+        start: Made | None = None,
     ) -> Made:
-        """A teacher or a student; with one seed and network they begin with different weights."""
+        """A teacher or a student; with one seed and network they begin with different weights, or with ``start``'s."""
         about = self._about(source, seed) | {"network": network, "corruptions": corruptions, "budget": as_plain(budget)}
+        about |= self._strongest(corruptions)
 
         def make(folder: Path) -> dict[str, Any]:
             data = self._data(source, seed)
             own = 3 * seed + (role == "student")  # 3 * seed + 2 is the transfer's
             torch.manual_seed(own)
-            model = _build(network, source)
+            model = _build(network, source) if start is None else start.model(self.root, self.device)
             history = fit(
                 model,
                 data.train,
                 budget.settings(len(data.train), own, compile=self.compile),
-                augment=_augment(source, corruptions, seed),
+                augment=_augment(source, corruptions, seed, self.recipe.strongest, budget.batch_size),
                 validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
@@ -163,7 +176,8 @@ class VisionExperiment(Experiment):
             save_tensors(model.state_dict(), folder / "model.pt")
             return {"histories": [asdict(history)], "steps_per_second": [history.steps_per_second]}
 
-        return Made(network, source, Stage(role, about, make, title=f"{network} on {source.data}, seed {seed}"))
+        parents = () if start is None else (start.stage,)
+        return Made(network, source, Stage(role, about, make, parents, f"{network} on {source.data}, seed {seed}"))
 
     def _moved(
         self,
@@ -188,10 +202,13 @@ class VisionExperiment(Experiment):
             "batch_size": change.batch_size,
             "corruptions": recipe.corruptions if known.corrupted else (),
         }
+        about |= self._strongest(about["corruptions"])
         weights = {"alpha": change.alpha, "beta": change.beta}
         if guided:
             about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
             about |= {"views": True} if change.views else {}
+        if change.guidance and any(guidance == "bird" for _, guidance in known.phases):
+            about |= {"guidance": change.guidance}
         elif known.weighted:
             about |= {"weights": {"alpha": change.alpha}}
 
@@ -199,18 +216,20 @@ class VisionExperiment(Experiment):
             data = self._data(recipe.student, seed)
             changes: dict[str, Any] = {"compile": self.compile}
             changes |= {} if change.batch_size is None else {"batch_size": change.batch_size}
+            batch_size = changes.get("batch_size", recipe.transfer.batch_size)
             transfer = Transfer(
                 networks=(teacher.network, student.network),
                 pairs=pairs,
                 settings=budget.settings(len(data.train), 3 * seed + 2, **changes),
                 classes=_classes(recipe.student),
-                augment=_augment(recipe.student, recipe.corruptions if known.corrupted else (), seed),
+                augment=_augment(recipe.student, about["corruptions"], seed, recipe.strongest, batch_size),
                 validate=partial(image_accuracy, data=data.validation),
                 device=self.device,
                 folder=folder,
                 progress=self.progress,
                 views=PhotometricViews(seed) if change.views else None,
                 weights={name: value for name, value in weights.items() if value is not None},
+                guidance=change.guidance,
             )
             guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
             model, histories, times = transfer.run(method, guide, start, data.train)
@@ -229,11 +248,11 @@ class VisionExperiment(Experiment):
 
         def make(folder: Path) -> dict[str, Any]:
             test = first(self._data(source, seed).test, scoring.images).to(self.device)
-            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions))
+            severities = range(1, 1 + self.recipe.strongest)
+            return asdict(robustness(made.model(self.root, self.device), test, scoring.corruptions, severities))
 
-        return Stage(
-            "score", self._about(source, None) | {"scoring": asdict(scoring)}, make, (made.stage,), self._of(made)
-        )
+        about = self._about(source, None) | {"scoring": asdict(scoring)} | self._strongest(scoring.corruptions)
+        return Stage("score", about, make, (made.stage,), self._of(made))
 
     def _aligned(self, made: Made, layer: str, teacher: Made, teacher_layer: str, seed: int) -> Stage:
         source = self.recipe.student
@@ -255,7 +274,10 @@ class VisionExperiment(Experiment):
             few = replace(data, validation=first(data.validation, recipe.scoring.images))
             guide, model = (m.model(self.root, self.device) for m in (teacher, student))
             networks = Teacher(guide, [layers[0]]), Teacher(model, [layers[1]])
-            found = measure_teacher(*networks, few, corruptions=recipe.corruptions, progress=self.progress)
+            severities = range(1, 1 + recipe.strongest)
+            found = measure_teacher(
+                *networks, few, corruptions=recipe.corruptions, severities=severities, progress=self.progress
+            )
             return found._asdict() | {"properties": asdict(found.properties)}
 
         about = self._about(recipe.student, seed) | {
@@ -264,7 +286,12 @@ class VisionExperiment(Experiment):
             "corruptions": recipe.corruptions,
             "effective_rank": True,  # the stages of before do not say it
         }
+        about |= self._strongest(recipe.corruptions)
         return Stage("properties", about, make, (teacher.stage, student.stage), self._of(teacher))
+
+    def _strongest(self, corruptions: tuple[str, ...]) -> dict[str, Any]:
+        """For the names of stages: those under published severities alone are older than others."""
+        return {"strongest": self.recipe.strongest} if corruptions and self.recipe.strongest > 5 else {}
 
     def _of(self, made: Made) -> str:
         return f"{made.stage.kind}-{made.stage.key}: {made.stage.title}"
@@ -299,15 +326,26 @@ def _splits(source: Source, seed: int, root: Path | None) -> Splits:
     return load_splits(source.data, root, classes=source.classes, seed=seed, limit_per_class=source.limit_per_class)
 
 
-def _augment(source: Source, corruptions: tuple[str, ...], seed: int) -> Augment | None:
-    """The corruptions, and then what the source asks for: the order of pictures that come corrupted from a disk."""
-    parts: list[Augment] = [Mixture(corruptions, seed=seed)] if corruptions else []
-    if source.augment != "none":
-        parts.append(CropFlip(seed, flip=source.augment == "crop-flip"))
+@dataclass(frozen=True)
+class _InTurn:
+    """Augmentations one after the other."""
 
-    def augment(x: Tensor, index: Tensor, epoch: int) -> Tensor:
-        for part in parts:
+    parts: tuple[Augment, ...]
+    ahead: int  # see `bird.lab.vision.steps.Augment`
+
+    def __call__(self, x: Tensor, index: Tensor, epoch: int) -> Tensor:
+        for part in self.parts:
             x = part(x, index, epoch)
         return x
 
-    return augment if parts else None
+
+def _augment(
+    source: Source, corruptions: tuple[str, ...], seed: int, strongest: int, batch_size: int
+) -> Augment | None:
+    """The corruptions, and then what the source asks for: the order of pictures that come corrupted from a disk."""
+    parts: list[Augment] = []
+    if corruptions:
+        parts.append(Mixture(corruptions, seed=seed, strongest=strongest, batch_size=batch_size))
+    if source.augment != "none":
+        parts.append(CropFlip(seed, flip=source.augment == "crop-flip"))
+    return _InTurn(tuple(parts), ahead=max(1, AHEAD // batch_size) if corruptions else 1) if parts else None

@@ -119,7 +119,8 @@ class Transfer:
         pairs: (guiding layer, guided layer), one or more.
         settings: of all phases together.
         classes: the number of classes of the student's task.
-        weights: ``alpha`` and ``beta`` of BIRD, if they are not the published ones.
+        weights: ``alpha`` and ``beta`` of BIRD, if they are not the published ones, and of Hints, if not `HINTS`.
+        guidance: other options of `BirdLoss`; and ``gradients``, of `Taps`, which ``share`` implies.
         views: images for the guidance term of BIRD and Hints; None: those of the task.
         folder: a folder for each phase is created in it; None: nothing is kept.
     """
@@ -129,6 +130,7 @@ class Transfer:
     settings: Settings
     classes: int
     weights: Mapping[str, Any] = field(default_factory=dict)
+    guidance: Mapping[str, Any] = field(default_factory=dict)
     views: Augment | None = None
     augment: Augment | None = None
     validate: Callable[[nn.Module], float] | None = None
@@ -173,7 +175,8 @@ class Transfer:
                 folder=None if self.folder is None else self.folder / f"phase{number + 1}",
                 resume=True,
                 about={"method": method, "phase": number + 1, "pairs": self.pairs, "weights": dict(self.weights)}
-                | ({} if self.views is None else {"views": True}),
+                | ({} if self.views is None else {"views": True})
+                | ({"guidance": dict(self.guidance)} if self.guidance and guidance == "bird" else {}),
                 label=f"{known.title}, seed {self.settings.seed}",
                 progress=self.progress,
             )
@@ -197,15 +200,18 @@ class Transfer:
         guiding, guided = ([*dict.fromkeys(side)] for side in zip(*pairs, strict=True))
         loss: BirdLoss | Hints | LwF
         if guidance == "bird":
-            loss = BirdLoss(pairs=pairs, **known.options, **self.weights)
+            options = {name: value for name, value in self.guidance.items() if name != "gradients"}
+            loss = BirdLoss(pairs=pairs, **known.options, **self.weights, **options)
         elif guidance == "hints":
             theirs, ours = _widths(teacher, guiding, train), _widths(model, guided, train)
-            loss = Hints(*HINTS, pairs, teacher_widths=theirs, student_widths=ours)
+            alpha, beta = (self.weights.get(name, own) for name, own in zip(("alpha", "beta"), HINTS, strict=True))
+            loss = Hints(alpha, beta, pairs, teacher_widths=theirs, student_widths=ours)
         else:
             loss = LwF(pairs=pairs)
         views = None if guidance == "lwf" else self.views
+        measured = guidance == "bird" and bool(self.guidance.get("gradients") or self.guidance.get("share"))
         kind = PermutedTeacher if known.permuted else Teacher
-        return TransferGuide(kind(deepcopy(teacher), guiding), Taps(model, guided), loss, views)
+        return TransferGuide(kind(deepcopy(teacher), guiding), Taps(model, guided, gradients=measured), loss, views)
 
 
 class PermutedTeacher(Teacher):

@@ -15,6 +15,8 @@ The package ships one for every table of the paper (`names`); `read_vision` also
     epochs = 200
     lr = 0.01
     final_lr = 1e-6
+    [teacher_tuning]                                         # of teachers that see corruptions only after it
+    epochs = 200
     [transfer]
     epochs = 200
     lr = 0.005
@@ -30,15 +32,18 @@ The package ships one for every table of the paper (`names`); `read_vision` also
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import torch
+
+from ...losses import BirdLoss
 from ..claims import Claim, require_claims
 from ..duration import steps_to_train
 from ..recipe import WHOLE, made, parsed, require_known, require_percents, require_table, require_within, settings_of
 from .checkpoints import MIN_BATCH, Optimisation, Settings
-from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, TEACHER_CORRUPTIONS
+from .corruptions import CORRUPTIONS, HELD_OUT_CORRUPTIONS, STRONGEST, TEACHER_CORRUPTIONS
 from .datasets import DATASETS
 from .methods import METHODS
 from .models import MODELS
@@ -151,7 +156,8 @@ class RecipeVariant:
         teacher: what the teacher is trained on.
         teacher_corruptions: under which corruptions it is; none at all for a teacher that sees clean images. Ceilings
             still see the recipe's.
-        teacher_steps: for how many steps, of the same size.
+        teacher_steps: for how many steps, of the same size; of the second stage where teachers have two.
+        networks: for which of the recipe's it is; None for all. What names layers is for networks that have them.
         methods: which ones are run; None for the recipe's.
         steps: of the transfer.
         batch_size: with the same number of steps.
@@ -161,11 +167,14 @@ class RecipeVariant:
             brightness (`bird.lab.vision.augment.PhotometricViews`), while the task keeps its own.
         teacher_layer: guiding layer, a path in the teacher, or several; the default is the network's own.
         student_layer: guided layer; as many, each guided by the one at its place. CKA is reported of the last ones.
+        loss, schedule, until, share: of BIRD's methods, as of `bird.BirdLoss`.
+        gradients: whether BIRD's methods log the norms of the gradients of task and guidance, as ``share`` does.
     """
 
     teacher: Source | None = None
     teacher_corruptions: tuple[str, ...] | None = None
     teacher_steps: int | None = None
+    networks: tuple[str, ...] | None = None
     methods: tuple[str, ...] | None = None
     steps: int | None = None
     batch_size: int | None = None
@@ -174,11 +183,34 @@ class RecipeVariant:
     views: bool = False
     teacher_layer: str | tuple[str, ...] | None = None
     student_layer: str | tuple[str, ...] | None = None
+    loss: str | None = None
+    schedule: str | None = None
+    until: float | None = None
+    share: float | None = None
+    gradients: bool | None = None
 
     def __post_init__(self) -> None:
         require_within(self, teacher_steps=1, steps=1, batch_size=MIN_BATCH, alpha=0, beta=0)
         if {(), ""} & {self.teacher_layer, self.student_layer}:
             raise ValueError("teacher_layer and student_layer must not be empty")
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """What it says of BIRD's loss beside its weights."""
+        names = ("loss", "schedule", "until", "share", "gradients")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def require_guidance(self, methods: Iterable[str]) -> None:
+        """Raise a ValueError unless BIRD's loss can be as it says in each of the methods."""
+        weights = {name: value for name in ("alpha", "beta") if (value := getattr(self, name)) is not None}
+        options = {name: value for name, value in self.guidance.items() if name != "gradients"}
+        if self.loss == "cka_difference":
+            raise ValueError('loss = "cka_difference" is of preferences, not of images')
+        if self.views and (self.share is not None or self.gradients):
+            raise ValueError("gradients are of task and guidance at one output, and with views the two have their own")
+        for method in methods:
+            if any(guidance == "bird" for _, guidance in METHODS[method].phases):
+                BirdLoss(pairs=[("teacher", "student")], **METHODS[method].options, **weights, **options)
 
     def pairs(self, networks: Networks) -> tuple[tuple[str, str], ...]:
         """The guiding and the guided layer of each pair.
@@ -206,17 +238,22 @@ class VisionRecipe:
         teacher: what teachers are trained on, corrupted.
         student: what students are trained on, clean.
         pretraining: of teachers and students.
+        teacher_tuning: of teachers that are pre-trained on clean images, and see the corruptions only then; None for
+            teachers that see them from the start.
         transfer: of every method.
         networks: by name; each is run.
         methods: keys of `bird.lab.vision.methods.METHODS`.
         variants: by name; "" is the recipe as it is.
         seeds: how many repetitions, with seeds ``first_seed``, ``first_seed`` + 1, ...
         first_seed: of the repetitions.
-        corruptions: the teacher's, at severities 0 to 5.
+        corruptions: the teacher's, at severities 0 to the strongest.
         held_out: what robust accuracy is the mean over.
         scoring: what else is scored.
         paper_pgr: as in `Networks`, where the paper does not say of which.
         claims: registered before the runs, by name; measures are those of `bird.lab.vision.report.measured`.
+        split_classes: whether the seed halves the classes at random: the first half the teacher's, the others the
+            student's (`at`).
+        strongest: severity, in training and in scoring: 5, or up to `bird.lab.vision.corruptions.STRONGEST`.
     """
 
     name: str
@@ -229,12 +266,15 @@ class VisionRecipe:
     methods: tuple[str, ...]
     variants: Mapping[str, RecipeVariant] = field(default_factory=lambda: {"": RecipeVariant()})
     seeds: int = 3
+    teacher_tuning: Budget | None = None
     first_seed: int = 0
     corruptions: tuple[str, ...] = TEACHER_CORRUPTIONS
     held_out: tuple[str, ...] = HELD_OUT_CORRUPTIONS
     scoring: Scoring = Scoring()
     paper_pgr: Mapping[str, float] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
+    split_classes: bool = False
+    strongest: int = 5
 
     @property
     def titles(self) -> Mapping[str, str]:
@@ -242,7 +282,10 @@ class VisionRecipe:
         return {name: method.title for name, method in METHODS.items()}
 
     def __post_init__(self) -> None:
-        require_within(self, seeds=1, first_seed=0)
+        require_within(self, seeds=1, first_seed=0, strongest=(5, STRONGEST))
+        sources = (self.teacher, self.student, *(v.teacher for v in self.variants.values() if v.teacher))
+        if self.split_classes and any((s.data, s.classes) != (self.student.data, None) for s in sources):
+            raise ValueError("split_classes is for a teacher and a student of the same data, and without classes")
         for name in ("networks", "variants", "methods", "corruptions", "held_out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
@@ -251,12 +294,19 @@ class VisionRecipe:
         require_percents(self, "paper_pgr")
         for method in self.methods + sum(((v.methods or ()) for v in self.variants.values()), ()):
             require_known("methods", method, METHODS)
+        for name in sum(((v.networks or ()) for v in self.variants.values()), ()):
+            require_known("networks of a variant", name, self.networks)
+        for name, change in self.variants.items():
+            try:
+                change.require_guidance(change.methods or self.methods)
+            except ValueError as error:
+                raise ValueError(f"variants.{name}: {error}") from error
         changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
         for name in self.corruptions + self.held_out + changed:
             require_known("corruptions", name, CORRUPTIONS)
         if both := {*self.held_out} & {*self.corruptions, *changed}:
             raise ValueError(f"held_out has {sorted(both)}, under which teachers are trained")
-        for source in (self.teacher, *(v.teacher for v in self.variants.values() if v.teacher)):
+        for source in sources:
             theirs, ours = (DATASETS[s.data].channels for s in (source, self.student))
             if theirs != ours:  # teachers see the student's images
                 raise ValueError(f"{source.data} has {theirs} channels, {self.student.data} {ours}: they must agree")
@@ -266,10 +316,28 @@ class VisionRecipe:
         if not {*self.scoring.corruptions} - {*self.held_out}:
             raise ValueError("scoring.corruptions must hold some that are not held out, too: the page shows their mean")
 
+    def at(self, seed: int) -> VisionRecipe:
+        """The recipe of a seed: the same, or with the classes that it gives to teacher and student.
+
+        Which classes are in a half depends on the seed and their number alone; a half is in ascending order.
+        """
+        if not self.split_classes:
+            return self
+        number = DATASETS[self.student.data].classes
+        assert number is not None  # a source without classes has them
+        drawn = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
+        theirs, ours = (tuple(sorted(half)) for half in (drawn[: number // 2], drawn[number // 2 :]))
+        variants = {
+            name: v if v.teacher is None else replace(v, teacher=replace(v.teacher, classes=theirs))
+            for name, v in self.variants.items()
+        }
+        teacher, student = replace(self.teacher, classes=theirs), replace(self.student, classes=ours)
+        return replace(self, teacher=teacher, student=student, variants=variants, split_classes=False)
+
 
 def as_plain(part: Budget | VisionRecipe) -> dict[str, Any]:
-    """For the names of stages, and reports. They are older than ``chunk_size``: it is named where it is used."""
-    return settings_of(part, ("chunk_size",))
+    """For the names of stages, and reports. They are older than some settings: these are named where they are used."""
+    return settings_of(part, ("chunk_size", "split_classes", "strongest"))
 
 
 def read_vision(recipe: str) -> VisionRecipe:

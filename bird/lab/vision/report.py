@@ -60,6 +60,15 @@ def _one_after_another(phases: Sequence[Mapping[str, Any]]) -> History:
     return history
 
 
+def _confounded(pair: Networks, comparison: Comparison) -> str:
+    """Which methods are another network than the others, where teacher and student are two."""
+    theirs = [m.title for m in METHODS.values() if m.start == "teacher" and m.title in comparison.methods]
+    if pair.teacher == pair.student or not theirs:
+        return ""
+    listed = ", ".join(theirs)
+    return f"\nAnother network than the others, {pair.teacher}, because they start from the teacher: {listed}.\n"
+
+
 def _table(pair: Networks, comparison: Comparison) -> str:
     titles = {method.title: name for name, method in METHODS.items()}
     told = comparison.contenders if comparison.gap else []
@@ -172,7 +181,8 @@ def write_vision_report(experiment: VisionExperiment, cells: Sequence[Cell], fol
         pair = recipe.networks[group[0]]
         sections[group] = [
             f"{pair.teacher} on {recipe.teacher.data} teaches {pair.student} on {recipe.student.data}; "
-            f"{repetitions(groups[group])}, accuracies in %, mean ± standard deviation.\n",
+            f"{repetitions(groups[group])}, accuracies in %, mean ± standard deviation.\n"
+            + _confounded(pair, comparison),
             _table(pair, comparison),
             _differences(comparison),
             _costs_table([cost for cost in costs if (cost["networks"], cost["variant"]) == group]),

@@ -30,7 +30,7 @@ Float32Array = NDArray[np.float32]
 PROBE_C = 1.0  # scikit-learn's default, good enough to compare teachers with
 
 
-class Measured(NamedTuple):
+class MeasuredTeacher(NamedTuple):
     """A teacher's properties, and the accuracy of a probe on the student's own features, a share of 1."""
 
     properties: Properties
@@ -58,7 +58,7 @@ def measure_teacher(
     severities: Sequence[int] = SEVERITIES,
     batch_size: int = 500,
     progress: bool | None = None,
-) -> Measured:
+) -> MeasuredTeacher:
     """The properties of a teacher for a student, from one pass over the images for each network.
 
     *Probe accuracy*: of `probe` on the teacher's features. *Complementary knowledge*: the share of validation images
@@ -108,7 +108,7 @@ def measure_teacher(
         usefulness_mean=float(np.nanmean(mean)),
         effective_rank=effective_rank(views.clean),
     )
-    return Measured(properties, float(student_right.mean()))
+    return MeasuredTeacher(properties, float(student_right.mean()))
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from ..duration import steps_to_train
 from .checkpoints import MIN_BATCH, Settings, TrainingRun
 from .data import Images, to_float
 
-# augment(x, index, epoch): images [n, c, h, w] in 0-1, which samples they are (int64 [n]), and which epoch it
-# is.
+# augment(x, index, epoch): images [n, c, h, w] in 0-1, which samples they are (int64 [n]), and which epoch it is. One
+# that has a number `ahead` makes the images of so many batches at once: what becomes of a sample must not depend on the
+# others, nor on PyTorch's generators.
 Augment = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -74,15 +75,28 @@ class Batches:
         self.classes = highest + 1  # as far as these data tell
         self.train, self.settings, self.augment, self.views = train.to(device), settings, augment, views
         self._order, self._epoch = torch.empty(0), -1
+        self.ahead = 1 if settings.chunk_size else getattr(augment, "ahead", 1)
+        self._made, self._first = tuple[Tensor, ...](), 0  # the images of some batches of this epoch, from the first on
 
     def at(self, step: int) -> Chunks:
         """The batch of step 0, 1, ..."""
         epoch, batch = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             order = epoch_order(len(self.train), self.settings.seed, epoch)
-            self._order, self._epoch = order.to(self.train.images.device), epoch
+            self._order, self._epoch, self._made = order.to(self.train.images.device), epoch, ()
         size = self.settings.batch_size
-        return Chunks(self, self._order[batch * size : (batch + 1) * size], epoch)
+        chunks = Chunks(self, self._order[batch * size : (batch + 1) * size], epoch)
+        if self.ahead > 1:
+            if not 0 <= batch - self._first < len(self._made):
+                index = self._order[batch * size : min(batch + self.ahead, self.per_epoch) * size]
+                self._made, self._first = self.images(index, epoch).split(size), batch
+            chunks.images = self._made[batch - self._first]
+        return chunks
+
+    def images(self, index: Tensor, epoch: int) -> Tensor:
+        """What samples are in an epoch, float32 in 0-1."""
+        x = to_float(self.train.images[index])
+        return x if self.augment is None else self.augment(x, index, epoch)
 
 
 class Chunks(Sequence[tuple[Tensor, Tensor, Tensor]]):
@@ -93,15 +107,15 @@ class Chunks(Sequence[tuple[Tensor, Tensor, Tensor]]):
         chunk_size = batches.settings.chunk_size or len(index)
         self.parts = index.tensor_split(math.ceil(len(index) / chunk_size))
         self.batches, self.samples, self.epoch = batches, len(index), epoch
+        self.images: Tensor | None = None  # of the one part, if they are made already
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, i: Any) -> Any:
-        index, train, augment, views = self.parts[i], self.batches.train, self.batches.augment, self.batches.views
-        x, labels = to_float(train.images[index]), train.labels[index]
-        if augment is not None:
-            x = augment(x, index, self.epoch)
+        index, views = self.parts[i], self.batches.views
+        labels = self.batches.train.labels[index]
+        x = self.batches.images(index, self.epoch) if self.images is None else self.images
         x = x.contiguous(memory_format=torch.channels_last)
         if views is None:
             return x, labels, x
@@ -114,6 +128,9 @@ def take_step(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks, lr:
         group["lr"] = lr
     run.optimizer.zero_grad()
     terms = _backward(run, guide, chunks)
+    if run.scaler.is_enabled():
+        scale = run.scaler.scale(torch.ones((), device=run.device))
+        terms |= {name: terms[name] / scale for name in ("task_grad", "guide_grad") if name in terms}
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return terms

@@ -8,6 +8,8 @@ PyTorch's loss scaling checks the gradients in every step).
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -74,14 +76,20 @@ def fit(
     Raises:
         FileExistsError: the folder has a checkpoint, and ``resume`` is off.
         ValueError: the checkpoint cannot be read, or comes from other settings or data; fewer than `MIN_BATCH`
-            samples; labels that the model has no logits for; an unknown layer in ``trained``, or nothing to train.
+            samples; labels that the model has no logits for; an unknown layer in ``trained``, or nothing to train;
+            ``settings.compile`` where the guide's taps measure gradients.
         FloatingPointError: the loss or the weights are not finite; ``last.pt`` is from before that.
     """
     device = torch.device(device)
+    if device.type == "cpu":
+        keep_memory()
     torch.manual_seed(settings.seed)
     batches = Batches(train, settings, augment, device, None if guide is None else guide.views)
     modules = placed(model, guide, device)
     if settings.compile:
+        if guide is not None and guide.taps.gradients:
+            raise ValueError("gradients are measured in hooks, which compiled models do not call")
+        torch.compiler.reset()  # else a network of the same class, compiled before, lends its graph without these taps
         model.compile()
     with train_only(model, trained) as to_train:
         run = TrainingRun(
@@ -93,6 +101,18 @@ def fit(
         with tqdm(total=settings.steps, initial=done, desc=label, leave=False, disable=hidden) as bar:
             _loop(run, guide, batches, done, validate, bar)
     return run.history
+
+
+def keep_memory() -> None:
+    """Let this process keep up to 256 MB that it frees, where the C library is glibc; elsewhere nothing happens.
+
+    glibc returns the tensors of a step to the system as soon as they are freed, and the next step finds its memory page
+    by page again: a fifth of a small network's step.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if adjust is not None:
+        for option, size in ((-1, 2**28), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (its largest)
+            adjust(option, size)
 
 
 def _loop(
@@ -110,6 +130,8 @@ def _loop(
     for step in range(done, settings.steps):
         lr = learning_rate(step, settings)
         terms = take_step(run, guide, batches.at(step), lr)
+        if guide is not None and isinstance(guide.loss, BirdLoss):
+            guide.loss.step(step + 1, settings.steps)
         losses.append(terms.pop("loss"))
         for name, value in terms.items():
             totals[name] = totals[name] + value if name in totals else value

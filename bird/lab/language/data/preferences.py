@@ -24,7 +24,8 @@ def preference_material(source: Path | str, seed: int, held_out: int | None) -> 
         held_out: at most so many prompts and texts; None for all.
     """
     shown, pairs = random_halves(preferences(source, "train"), seed)
-    held = preferences(source, "test")[:held_out]
+    tested = preferences(source, "test")
+    held = tested[:held_out]
     taught = [(row.prompt, text, label) for row in shown for label, text in enumerate((row.rejected, row.chosen))]
     return Material(
         pairs=pairs,
@@ -32,6 +33,7 @@ def preference_material(source: Path | str, seed: int, held_out: int | None) -> 
         texts=[as_text(row.prompt) + as_text(row.chosen) for row in held],
         taught=taught,
         judged=[Labelled(as_text(text), label) for _, text, label in taught],
+        tested=tested,
     )
 
 
@@ -78,7 +80,7 @@ def pku_material(source: Path | str, held_out: int | None) -> Material:
     train, test = _pku(source, "train"), _pku(source, "test")
     answers = _judged_once(test)
     return Material(
-        pairs=[_pair(row) for row in train if row.answers[0].strip() != row.answers[1].strip()],
+        pairs=_pairs(train),
         prompts=[_say("user", prompt) for prompt in [*dict.fromkeys(prompt for prompt, _ in answers)][:held_out]],
         texts=[response for (_, response), is_safe in answers.items() if is_safe][:held_out],
         taught=[
@@ -86,6 +88,7 @@ def pku_material(source: Path | str, held_out: int | None) -> Material:
             for (prompt, response), is_safe in _judged_once(train).items()
         ],
         judged=[],
+        tested=_pairs(test),
     )
 
 
@@ -119,9 +122,13 @@ def _judged_once(rows: list[_Pku]) -> dict[tuple[str, str], bool]:
     return {said: safe.pop() for said, safe in verdicts.items() if len(safe) == 1}
 
 
-def _pair(row: _Pku) -> Preference:
-    good, bad = row.answers if row.safer == 0 else row.answers[::-1]
-    return Preference(_say("user", row.prompt), _say("assistant", good), _say("assistant", bad))
+def _pairs(rows: list[_Pku]) -> list[Preference]:
+    pairs = []
+    for row in rows:
+        good, bad = row.answers if row.safer == 0 else row.answers[::-1]
+        if good.strip() != bad.strip():
+            pairs.append(Preference(_say("user", row.prompt), _say("assistant", good), _say("assistant", bad)))
+    return pairs
 
 
 def _say(role: str, content: str) -> Text:

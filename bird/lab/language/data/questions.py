@@ -1,17 +1,18 @@
 """Binary questions for weak-to-strong learning, constructed as described by Burns et al. (arXiv 2312.09390).
 
 A question and an answer to it are one text, and the label says whether the answer is right; both classes are equally
-frequent. ``"sentiment"`` needs no network: a sentence of a movie review, and whether people found it positive.
+frequent. Two need no network: ``"sentiment"``, a sentence of a movie review, and whether people found it positive, and
+``"wordnet-glosses"``, a definition and a word, and whether it is the word that is defined.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import Labelled, balance, random_halves, random_parts
+from . import Labelled, balance, glosses, random_halves, random_parts
 from .files import Record, field_of, local_or_hub, read_each, read_rows
 from .snippets import snippets
 
@@ -29,18 +30,20 @@ class Questions:
         weak: with true labels, for the weak teacher.
         strong: for the strong student, which learns the teacher's labels; the true ones give the upper bound.
         test: to evaluate all of them.
+        validation: to choose settings by, as the test set apart from the others; empty where a set has none.
     """
 
     weak: list[Labelled]
     strong: list[Labelled]
     test: list[Labelled]
+    validation: list[Labelled] = field(default_factory=list)
 
 
 def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words: int | None = None) -> Questions:
     """Balanced binary questions: one row for each published question, without the surplus of one class.
 
     Args:
-        name: ``"sciq"``, ``"boolq"``, ``"cosmos_qa"`` or ``"sentiment"``.
+        name: ``"sciq"``, ``"boolq"``, ``"cosmos_qa"``, ``"sentiment"`` or ``"wordnet-glosses"``.
         seed: decides the halves, and which answers the training questions get.
         root: the data folder (None: ``BIRD_DATA``, else ``data``). Its folder of that name, with ``train.jsonl`` and
             ``test.jsonl`` (``validation.jsonl`` for BoolQ and Cosmos QA, whose test labels are not public) of the
@@ -51,6 +54,12 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words
         FileNotFoundError: no such folder, and the hub cannot be reached.
         ValueError: an unknown name, or a row that is not as published (the error says which).
     """
+    if name == "wordnet-glosses":
+        train_senses, *held_out = glosses.parts(root, words)
+        halves = random_halves(train_senses, seed)  # no sense of a half, right or wrong, is in another part
+        weak, strong = (glosses.asked(half, seed) for half in halves)
+        validation, test = (glosses.asked(senses, TEST_SEED) for senses in held_out)
+        return Questions(weak, strong, test, validation)
     if name == "sentiment":
         train, test = _sentiment(root)
     elif name in SETS:
@@ -61,7 +70,9 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words
             for part, part_seed in (("train", seed), (test_split, TEST_SEED))
         )
     else:
-        raise ValueError(f"there are no questions {name!r}; there are {', '.join([*SETS, 'sentiment'])}")
+        raise ValueError(
+            f"there are no questions {name!r}; there are {', '.join([*SETS, 'sentiment', 'wordnet-glosses'])}"
+        )
     if words is not None:
         train, test = ([row for row in rows if len(row.text.split()) <= words] for rows in (train, test))
     weak, strong = random_halves(balance(train, seed), seed)

@@ -33,8 +33,8 @@ def load_splits(
     their test sets are not public; ``"digits"``: the last fifth of each class) and does not depend on the seed.
     Images are ordered by class. 28x28 images are padded with zeros, digits scaled bilinearly, image files of
     any size cropped to a square and resized with a box filter; they are decoded once and cached beside their
-    folder. While splitting, the training images are in memory twice (ImageNet-32: 7.9 GB), unless they come
-    from that cache.
+    folder. What the three sets of ``"fashion-photos"`` lie over are parts of different photographs (`photographs`).
+    While splitting, the training images are in memory twice (ImageNet-32: 7.9 GB), unless they come from that cache.
 
     Args:
         name: a key of `DATASETS`, where each entry describes its files.
@@ -58,8 +58,10 @@ def load_splits(
         raise ValueError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
     if not 0 <= validation < 1:
         raise ValueError(f"validation is a share of the training images, 0 or more and below 1, got {validation}")
-    train, test = DATASETS[name].read(data_root(root))
-    number = DATASETS[name].classes or int(train.labels.max()) + 1
+    dataset = DATASETS[name]
+    train, test = dataset.read(data_root(root))
+    number = dataset.classes or int(train.labels.max()) + 1
     kept = range(number) if classes is None else classes
     require_classes(kept, number)
-    return split_by_class(train, test, kept, validation=validation, seed=seed, limit_per_class=limit_per_class)
+    splits = split_by_class(train, test, kept, validation=validation, seed=seed, limit_per_class=limit_per_class)
+    return splits if dataset.finish is None else dataset.finish(splits, data_root(root))

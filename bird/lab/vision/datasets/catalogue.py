@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from .batches import read_binary, read_dicts
 from .folders import read_image_folder, read_tiny_imagenet
 from .grey import read_digits, read_fashion, read_fashion_subset
 from .layout import Dataset, FileLayout
+from .photographs import PHOTOGRAPHS, over_levels, over_photographs
 
 _CIFAR10 = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 _IMAGENET32_TRAIN = tuple(f"train_data_batch_{i}" for i in range(1, 11))
@@ -124,3 +126,13 @@ DATASETS: dict[str, Dataset] = {
         source="They come with scikit-learn (UCI's optical recognition of handwritten digits, CC BY 4.0).",
     ),
 }
+DATASETS["fashion-levels"] = replace(
+    DATASETS["fashion-mnist"], title="Fashion-MNIST over random levels of grey", channels=3, finish=over_levels
+)
+DATASETS["fashion-photos"] = replace(
+    DATASETS["fashion-mnist"],
+    title="Fashion-MNIST over photographs",
+    channels=3,
+    needs=PHOTOGRAPHS,
+    finish=over_photographs,
+)

@@ -35,14 +35,14 @@ _CHUNK = 256  # images per task of a thread
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 
 
-def _decode(path: Path) -> np.ndarray:
-    """One image, uint8 ``[3, 32, 32]``; raises a ValueError if it cannot be decoded."""
+def _decode(path: Path, size: int = 32) -> np.ndarray:
+    """One image, uint8 ``[3, size, size]``; raises a ValueError if it cannot be decoded."""
     from PIL import Image, ImageOps
 
     require_file(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            small = ImageOps.fit(_eight_bits(image).convert("RGB"), (32, 32), Image.Resampling.BOX)
+            small = ImageOps.fit(_eight_bits(image).convert("RGB"), (size, size), Image.Resampling.BOX)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of them
         raise ValueError(f"{path} cannot be decoded: {error}") from error
     return np.asarray(small).transpose(2, 0, 1)
@@ -66,14 +66,14 @@ def _eight_bits(image: Any) -> Any:
     return image
 
 
-def _decode_all(files: Sequence[Path], label: str) -> np.ndarray:
-    """uint8 ``[n, 3, 32, 32]``, decoded by a pool of threads: Pillow releases Python's global lock."""
-    images = np.empty((len(files), 3, 32, 32), np.uint8)
+def _decode_all(files: Sequence[Path], size: int, label: str) -> np.ndarray:
+    """uint8 ``[n, 3, size, size]``, decoded by a pool of threads: Pillow releases Python's global lock."""
+    images = np.empty((len(files), 3, size, size), np.uint8)
 
     def work(start: int) -> int:
         chunk = files[start : start + _CHUNK]
         for i, path in enumerate(chunk, start):
-            images[i] = _decode(path)
+            images[i] = _decode(path, size)
         return len(chunk)
 
     pool = ThreadPoolExecutor()
@@ -86,28 +86,28 @@ def _decode_all(files: Sequence[Path], label: str) -> np.ndarray:
     return images
 
 
-def decoded(folder: Path, files: Sequence[Path]) -> np.ndarray:
+def decoded(folder: Path, files: Sequence[Path], size: int = 32) -> np.ndarray:
     """The images of ``files`` below ``folder``, from the cache beside it if nothing has changed.
 
     Returns:
-        uint8 ``[n, 3, 32, 32]``, in the order of the files.
+        uint8 ``[n, 3, size, size]``, in the order of the files.
 
     Raises:
         ValueError: a file cannot be decoded.
         ImportError: Pillow is not installed.
     """
-    stem = f"{folder.name}.32x32-"
+    stem = f"{folder.name}.{size}x{size}-"
     state = files_fingerprint((str(path.relative_to(folder)), path) for path in files)
     cache = folder.with_name(f"{stem}{state}.npy")
     with contextlib.suppress(FileNotFoundError, ValueError):  # ValueError: damaged, or another kind of file
         images = load_array(cache, "c")
-        if images.shape == (len(files), 3, 32, 32) and images.dtype == np.uint8:
+        if images.shape == (len(files), 3, size, size) and images.dtype == np.uint8:
             return images
     try:
         import PIL  # noqa: F401
     except ImportError as error:
         raise ImportError("image files are decoded by Pillow: pip install 'bird-kernels[vision]'") from error
-    images = _decode_all(files, f"decode {folder.name}")
+    images = _decode_all(files, size, f"decode {folder.name}")
     _keep(images, cache, stem)
     return images
 

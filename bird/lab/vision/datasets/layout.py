@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from ..data import Images
+from ..data import Images, Splits
 
 Counts: TypeAlias = tuple[int, ...]
 Reader: TypeAlias = Callable[[list[Path], Counts], tuple[Images, ...]]
@@ -73,6 +73,9 @@ class Dataset:
         counts: official numbers of training and of test images, which are checked; 0 accepts any number.
         layouts: the first one that is complete is read.
         source: a text: where to get it, and its licence.
+        needs: another data set whose files must be there too.
+        finish: makes the pictures from what was read, once it is split; gets the root, too. None: they are what was
+            read.
     """
 
     title: str
@@ -81,6 +84,8 @@ class Dataset:
     counts: Counts
     layouts: tuple[FileLayout, ...]
     source: str
+    needs: Dataset | None = None
+    finish: Callable[[Splits, Path], Splits] | None = field(default=None, repr=False)
 
     def describe(self, root: Path) -> str:
         """A text: which files are expected where, which of them are missing, and where to get them."""
@@ -106,8 +111,10 @@ class Dataset:
         """The first layout that is complete, and the paths of its files.
 
         Raises:
-            FileNotFoundError: none is complete; says what is missing, and where to get it.
+            FileNotFoundError: none is complete, or none of ``needs``; says what is missing, and where to get it.
         """
+        if self.needs is not None:
+            self.needs.locate(root)
         for layout in self.layouts:
             found = layout.find(root)
             paths = [path for path in found if path is not None]

@@ -101,8 +101,11 @@ def _small_mobilenetv2(width: int, last: int) -> ImageModel:
     return ImageModel("features.5", "classifier.1", make)
 
 
-def _small_resnet(*widths: int) -> ImageModel:
-    return ImageModel("layer3", "head", lambda channels, classes: ResNet(classes, channels=channels, widths=widths))
+def _small_resnet(*widths: int, own: bool = False) -> ImageModel:
+    def make(channels: int, classes: int) -> nn.Module:
+        return ResNet(classes, channels=channels, widths=widths, own=own)
+
+    return ImageModel("layer3", "head", make)
 
 
 MODELS: dict[str, ImageModel] = {
@@ -121,5 +124,6 @@ MODELS: dict[str, ImageModel] = {
     "mobilenetv2-tiny": _small_mobilenetv2(48, 192),
     "resnet-small": _small_resnet(16, 32, 96),
     "resnet-tiny": _small_resnet(16, 24, 48),
+    "resnet-tiny-standardised": _small_resnet(16, 24, 48, own=True),
     "plain": ImageModel("block3", "head", lambda channels, classes: PlainNet(classes, channels=channels)),
 }

@@ -1,4 +1,4 @@
-"""The first layer of every network: normalises images in 0-1 by the mean and deviation of a data set."""
+"""The first layer of every network: normalises images in 0-1 by the mean and deviation of a data set, or their own."""
 
 from __future__ import annotations
 
@@ -36,3 +36,16 @@ class Normalise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``[n, channels, h, w]``; the shape stays."""
         return (x - self.mean) / self.std
+
+
+class Standardise(Normalise):
+    """Each image by itself: ``(x - mean) / deviation`` over its pixels and channels; one that does not vary becomes 0.
+
+    In the network and not in the data: corruptions act on images of 8 bits in 0-1, and what one adds to every pixel
+    (brightness, most of a fog) or scales (contrast) is taken away again before the first weights.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardise ``[n, channels, h, w]``; the shape stays."""
+        centred = x - x.mean(dim=(1, 2, 3), keepdim=True)
+        return centred / centred.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp(min=1 / 255)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalise import Normalise
+from .normalise import Normalise, Standardise
 
 
 def _conv(inputs: int, outputs: int, *, size: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -62,12 +62,15 @@ class ResNet(nn.Module):
         classes: how many logits.
         channels: of the images, 1 or 3.
         widths: channels of the three blocks; the last is the number of features before the head.
+        own: standardise each image by itself, not by a data set's mean and deviation.
     """
 
-    def __init__(self, classes: int, *, channels: int = 1, widths: Sequence[int] = (16, 24, 48)) -> None:
+    def __init__(
+        self, classes: int, *, channels: int = 1, widths: Sequence[int] = (16, 24, 48), own: bool = False
+    ) -> None:
         super().__init__()
         first, second, third = widths
-        self.normalise = Normalise(channels)
+        self.normalise = (Standardise if own else Normalise)(channels)
         self.stem = nn.Sequential(*_conv(channels, first, stride=2), nn.ReLU())
         self.layer1 = ResidualBlock(first, first, stride=1)
         self.layer2 = ResidualBlock(first, second, stride=2)

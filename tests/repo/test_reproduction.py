@@ -1,0 +1,87 @@
+"""Numbers that the page of results states about its committed files, computed again from them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+from statistics import correlation, fmean
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/reproduction"
+PAGE = " ".join((RESULTS / "README.md").read_text(encoding="utf-8").split())
+LIFTS = "snow", "frost", "fog", "brightness", "contrast"  # what black backgrounds are not black under
+Accuracies = dict[
+    tuple[str, str], dict[str, float]
+]  # by method and corruption, by seed: in %, the mean over severities
+
+
+def accuracies(folder: str) -> Accuracies:
+    found: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with (RESULTS / folder / "accuracies.csv").open() as file:
+        for row in csv.DictReader(file):
+            found[row["method"], row["corruption"]][row["seed"]].append(100 * float(row["accuracy"]))
+    return {key: {seed: fmean(values) for seed, values in of.items()} for key, of in found.items()}
+
+
+def mean(of: Accuracies, method: str, corruption: str) -> float:
+    return fmean(of[method, corruption].values())
+
+
+@pytest.mark.parametrize(("folder", "share"), [("fashion-classes", "86.7 %"), ("fashion-digits", "82.5 %")])
+def test_the_share_of_the_gap_under_what_lifts_black(folder: str, share: str) -> None:
+    of = accuracies(folder)
+    kinds = {corruption for _, corruption in of} - {"none", "saturate"}  # which does nothing to grey pictures
+    assert len(kinds) == 18
+    gap = {name: mean(of, "ceiling", name) - mean(of, "none", name) for name in kinds}
+    assert f"{100 * sum(gap[name] for name in LIFTS) / sum(gap.values()):.1f} %" == share
+    assert f"{share} {'of the gap between' if folder == 'fashion-classes' else 'in fashion-digits'}" in PAGE
+
+
+def test_the_five_move_together_and_little_is_left_without_fog() -> None:
+    of = accuracies("fashion-classes")
+    gains = [[of["bird", name][seed] - of["continued", name][seed] for seed in "01234"] for name in LIFTS]
+    together = [correlation(a, b) for a, b in combinations(gains, 2)]
+    assert f"correlate at {min(together):.2f} to {max(together):.2f}" in PAGE
+    held_out = "spatter", "speckle_noise", "gaussian_blur"
+
+    def without_fog(method: str) -> float:  # clean images are one severity of six
+        clean, corrupted = mean(of, method, "none"), fmean(mean(of, method, name) for name in held_out)
+        return (clean + 5 * corrupted) / 6
+
+    bird, hints, continued = (without_fog(method) - without_fog("none") for method in ("bird", "hints", "continued"))
+    told = f"BIRD is {bird:.1f} points of robust accuracy ahead of None there, Hints {hints:.1f}, and *Continued*"
+    assert f"{told} {continued:.1f}" in PAGE
+
+
+def test_short_trained_teachers_of_the_students_own_classes() -> None:
+    with (RESULTS / "fashion-teachers/teachers.csv").open() as file:
+        rows = {(row["networks"], row["variant"]): 100 * float(row["robust_accuracy"]) for row in csv.DictReader(file)}
+    networks = dict.fromkeys(name for name, _ in rows)
+    own, digits = (
+        [f"{rows[n, f'{c}, all corruptions, 200 steps'] - rows[n, f'{c}, all corruptions']:+.1f}" for n in networks]
+        for c in ("same classes", "digits")
+    )
+    assert "by {}, {}, {} and {} points".format(*(gain.removeprefix("+") for gain in own)) in PAGE
+    assert f"for digits ({', '.join(digits)})" in PAGE
+
+
+def norms(folder: str, method: str) -> list[float]:
+    """Of the gradients in the second half of training, seed by seed."""
+    cells: list[dict[str, Any]] = json.loads((RESULTS / folder / "results.json").read_text())["cells"]
+    return [cell["training"]["second_half"]["grad_norm"] for cell in cells if cell["method"] == method]
+
+
+def test_what_language_models_gradients_are_made_of() -> None:
+    alone, guided = (norms("positivity-dpo", method) for method in ("dpo", "dpo-bird"))
+    told = "from {:.1f}, {:.1f} and {:.1f} (seed by seed) to {:.1f}, {:.1f} and {:.1f}. If DPO's part"
+    assert told.format(*alone, *guided) in PAGE
+    shares = [a / g for a, g in zip(alone, guided, strict=True)]
+    assert "by {:.2f}, {:.2f} and {:.2f} of what it does without".format(*shares) in PAGE
+    alone, guided = (norms("weak-to-strong-sentiment", method) for method in ("naive", "bird"))
+    shares = [10 * a / g for a, g in zip(alone, guided, strict=True)]
+    assert "is {:.0f}, {:.0f} and {:.0f} % (seed by seed)".format(*shares) in PAGE
