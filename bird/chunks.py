@@ -27,11 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from bird_kernels import CKALoss, Statistics, distributed, inputs
 from bird_kernels.plan import choose_route
 
-from .losses import BirdLoss
+from .losses import BirdLoss, Features
 from .structure import ERRORS, named_loss
 
 Chunk = TypeVar("Chunk")
-Features = Mapping[str, Tensor]
 
 # If a pair's teacher rows take more bytes (65,536 x 1,024 in fp32), they are not kept: the teacher runs again.
 TEACHER_BYTES = 1 << 28

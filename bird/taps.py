@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from .features import Passes, Pools, find_layers, first_tensor, own_mask, rows_of, shapes_of, unwrap
+from .features import Passes, Pools, find_layers, first_tensor, input_shapes, own_mask, poolers_of, unwrap
 
 
 class Measured(dict[str, Tensor]):
@@ -70,7 +70,7 @@ class Taps:
         self.gradients = gradients
         self.names = tuple(layers)
         self.masks: dict[str, Tensor] = {}
-        self._rows = rows_of(model, layers, pool)
+        self._rows = poolers_of(model, layers, pool)
         self._passes, self._called = Passes(), False
         root = unwrap(model)
         self._handles = [
@@ -118,7 +118,7 @@ class Taps:
         """Start a forward: features are cleared, so that a skipped branch does not leave those of the last one."""
         if torch.compiler.is_compiling() or not _in_backward():
             self._passes.now.features, self._passes.now.norms = {}, None
-            self._passes.now.inputs = shapes_of(args, kwargs)
+            self._passes.now.inputs = input_shapes(args, kwargs)
             self._passes.now.builds_graph = torch.is_grad_enabled()
             self._passes.now.running = self._called = True
 

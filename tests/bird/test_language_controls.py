@@ -17,7 +17,7 @@ pytest.importorskip("trl", reason="the experiments are run by its trainers")
 from bird.lab.claims import Claim
 from bird.lab.language import recipe as language
 from bird.lab.language import report
-from bird.lab.language.alignment import alignment
+from bird.lab.language.alignment import text_alignment
 from bird.lab.language.models import load_network
 from bird.lab.language.preference import Preferences
 from bird.lab.language.training import restore
@@ -256,7 +256,7 @@ def test_alignment_of_completions_leaves_out_the_first_token() -> None:
     texts, model, encoder = [f"{a} film {b}s" for a in "abc" for b in "de"], student(), teacher()
     chosen = {"layer": "model.layers.0", "pooling": "mean", "completion_only": True}
     guide = Guide(guidance(teacher=encoder, **chosen), model, bytes_tokenizer())
-    found = alignment(guide, model, bytes_tokenizer(), texts, size=4)
+    found = text_alignment(guide, model, bytes_tokenizer(), texts, size=4)
     with torch.no_grad():
         inner = [
             model(torch.tensor([bytes_tokenizer()(f"{text}<end>")["input_ids"]]), output_hidden_states=True)

@@ -15,7 +15,7 @@ from bird.lab.language import recipe as language
 from bird.lab.recipe import made, names, parsed, require_name
 from bird.lab.vision import recipe as vision
 from bird.lab.vision.methods import METHODS
-from bird.lab.vision.recipe import Budget, Networks, Source, Variant, read_vision
+from bird.lab.vision.recipe import Budget, Networks, RecipeVariant, Source, read_vision
 
 SIDE = {"data": "fashion-mnist-subset"}
 VISION: dict[str, Any] = {
@@ -125,7 +125,7 @@ networks.small = { teacher = "plain", student = "resnet-tiny" }
     assert recipe.teacher == Source("digits", augment="crop")
     assert recipe.networks == {"small": Networks("plain", "resnet-tiny")}
     assert recipe.methods == tuple(METHODS)
-    assert recipe.variants == {"": Variant()}
+    assert recipe.variants == {"": RecipeVariant()}
     settings = recipe.transfer.settings(100, seed=7)
     assert (settings.steps, settings.batch_size, settings.seed) == (14, 16, 7)  # 2 epochs: 6 whole batches, 4 images
     assert recipe.transfer.settings(99, 7).steps == 12  # of three, which are too few
@@ -302,14 +302,14 @@ def test_no_key_of_any_part_takes_what_is_of_another_type(table: dict[str, Any])
     """A value that nothing takes, at every key there is."""
     parts = {
         "Source": "teacher", "Budget": "transfer", "Scoring": "scoring", "Networks": "networks/one",
-        "Variant": "variants/", "Training": "transfer", "Guiding": "guidance", "Data": "data",
+        "RecipeVariant": "variants/", "Training": "transfer", "Guiding": "guidance", "Data": "data",
         "Generation": "generation", "Pair": "networks/one", "Judging": "judges/it", "Change": "variants/",
     }  # fmt: skip
     module: Any = language if "kind" in table else vision
     tried = 0
     for kind, where in parts.items():
         for f in fields(getattr(module, kind)) if hasattr(module, kind) else ():
-            if f.name not in (("teacher",) if kind == "Variant" else ()):
+            if f.name not in (("teacher",) if kind == "RecipeVariant" else ()):
                 with pytest.raises(ValueError, match=f"{f.name} must be a.*|{f.name} must be true or false"):
                     parse(changed(table, f"{where}/{f.name}", [{}]))
                 tried += 1

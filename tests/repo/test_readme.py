@@ -91,6 +91,15 @@ def test_blocks_of_python_run(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_of_code_can_be_read_without_scrolling(page: Path) -> None:
+    """Of at most 100 characters, as the site and GitHub show in a window of 1280 pixels; a diff shows TRL's own."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for language, body in FENCE.findall(text) if language != "diff" for line in body.splitlines()]
+    lines += [line[4:] for line in FENCE.sub("", text).splitlines() if re.match(r" {4}(?![ *-])", line)]
+    assert [line for line in lines if len(line) > 100] == []
+
+
 def test_a_block_that_is_not_run_says_why() -> None:
     marked = [block for page in PAGES for block in fences(page, "python") if "not run" in block]
     assert [block for block in marked if not NOT_RUN.match(block)] == []

@@ -14,7 +14,7 @@ from .data import padded_batch, token_ids
 
 
 @torch.no_grad()
-def alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> float:
+def text_alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> float:
     """Unbiased CKA of teacher and student over texts, each pooled as in training.
 
     For ``completion_only`` the first token stands for the prompt. In the middle of a decoder its state is a hundred

@@ -17,7 +17,7 @@ from ...language.guidance import Guidance, Guide, concatenated
 from ..duration import steps_to_train
 from ..experiment import Cell
 from ..stages import Stage
-from .alignment import alignment
+from .alignment import text_alignment
 from .data import Material, Preference, Text, as_text, distinct_pairs, token_ids
 from .data.files import local_or_hub
 from .data.positivity import HELD_OUT, LEAD, positivity
@@ -331,7 +331,7 @@ class Preferences(LanguageExperiment):
             model, tokenizer = self._student(pair, policy)
             plain = Change(loss="cka", gradients=False)
             guide = Guide(self._guidance(pair, plain, "unbiased", teacher), model, tokenizer)
-            return {"cka": alignment(guide, model, tokenizer, self.material(seed).texts)}
+            return {"cka": text_alignment(guide, model, tokenizer, self.material(seed).texts)}
 
         parents = (teacher,) if policy is None else (policy, teacher)
         return Stage("alignment", about, make, parents, pair_title(pair, seed))

@@ -34,7 +34,7 @@ WEAK_TO_STRONG = {
     "ceiling": "Ceiling",
 }
 CONTROLS = "permuted", "pretrained", "anchored"  # what the methods' names end with that run if a recipe names them
-Part = TypeVar("Part", "Training", "Guiding")
+RecipePart = TypeVar("RecipePart", "Training", "Guiding")
 ROWS = "both", "chosen", "rejected", "prompt"  # see `bird.language.Guidance`
 POOLINGS = "last", "first", "mean"  # those that give a row for each text, as a teacher with its own tokenizer needs
 JUDGES = ("lexicon", "bag-of-words", "classifier", "language-model", "endpoint")
@@ -351,7 +351,7 @@ class LanguageRecipe:
             if self.kind == "weak-to-strong" and guiding.loss == "cka_difference":
                 raise ValueError('loss = "cka_difference" is of preferences, not of texts that are classified')
 
-    def changed(self, part: Part, change: Change) -> Part:
+    def changed(self, part: RecipePart, change: Change) -> RecipePart:
         """A part of the recipe with the settings that a variant changes."""
         own = {f.name: getattr(change, f.name, None) for f in fields(part)}
         return replace(part, **{name: value for name, value in own.items() if value is not None})

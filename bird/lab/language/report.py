@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import figures
-from ..claims import claims_section, judge, plain
+from ..claims import claims_section, json_rows, judge
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import Interval, bootstrap, paired_bootstrap, paired_p, pgr
 from ..tables import markdown_table, percent, report_origin, spread, write_markdown, write_report
@@ -72,7 +72,7 @@ def _claims(recipe: LanguageRecipe, groups: Mapping[Group, Results]) -> tuple[li
         judgements = judge(recipe.claims, measure) if recipe.claims else []
         sections += [f"{networks}:\n"] if judgements and len(recipe.networks) > 1 else []
         sections += claims_section(recipe.claims, judgements)
-        rows += [{"networks": networks} | row for row in plain(judgements)]
+        rows += [{"networks": networks} | row for row in json_rows(judgements)]
     return sections, rows
 
 

@@ -29,7 +29,7 @@ from .datasets import DATASETS, load_splits
 from .evaluation import first, image_accuracy, layer_alignment, robustness
 from .methods import METHODS, Transfer
 from .models import build
-from .recipe import DEMO, Budget, Source, Variant, VisionRecipe, as_plain
+from .recipe import DEMO, Budget, RecipeVariant, Source, VisionRecipe, as_plain
 from .selection import measure_teacher
 from .training import Augment, fit
 
@@ -180,7 +180,13 @@ class VisionExperiment(Experiment):
         return Made(network, source, Stage(role, about, make, parents, f"{network} on {source.data}, seed {seed}"))
 
     def _moved(
-        self, teacher: Made, student: Made, pairs: tuple[tuple[str, str], ...], change: Variant, method: str, seed: int
+        self,
+        teacher: Made,
+        student: Made,
+        pairs: tuple[tuple[str, str], ...],
+        change: RecipeVariant,
+        method: str,
+        seed: int,
     ) -> Made:
         """What a method makes of a teacher and a student."""
         recipe, known = self.recipe, METHODS[method]

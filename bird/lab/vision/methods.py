@@ -51,7 +51,7 @@ from .models import MODELS, replace_head
 from .profiling import StepTimes, step_times
 from .training import Augment, TransferGuide, fit
 
-Guidance = Literal["bird", "hints", "lwf"]
+GuidanceLoss = Literal["bird", "hints", "lwf"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Method:
 
     title: str
     start: Literal["student", "teacher"] = "student"
-    phases: tuple[tuple[bool, Guidance | None], ...] = ((False, None),)
+    phases: tuple[tuple[bool, GuidanceLoss | None], ...] = ((False, None),)
     options: Mapping[str, Any] = field(default_factory=dict)
     corrupted: bool = False
     weighted: bool = False
@@ -81,7 +81,7 @@ class Method:
 # little effect, and with 0.1 and 90 training fails.
 HINTS = 0.1, 9.0
 ALPHA = 0.1  # of BIRD, as published and as of `BirdLoss`
-_BIRD: tuple[tuple[bool, Guidance | None], ...] = ((False, "bird"),)
+_BIRD: tuple[tuple[bool, GuidanceLoss | None], ...] = ((False, "bird"),)
 METHODS = {
     "none": Method("None", phases=()),
     "continued": Method("Continued"),
@@ -190,7 +190,7 @@ class Transfer:
         return float(self.weights.get("alpha", ALPHA)) if known.weighted else 1.0
 
     def _guide(
-        self, guidance: Guidance, known: Method, teacher: nn.Module | None, model: nn.Module, train: Images
+        self, guidance: GuidanceLoss, known: Method, teacher: nn.Module | None, model: nn.Module, train: Images
     ) -> TransferGuide:
         if teacher is None:
             raise ValueError(f"{known.title} is guided by a teacher: give one")

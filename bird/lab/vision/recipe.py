@@ -3,15 +3,15 @@
 The package ships one for every table of the paper (`names`); `read_vision` also takes a path of your own. A file says::
 
     title = "CIFAR-10 to CIFAR-100"
-    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]    # keys of `METHODS`
+    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]  # `METHODS`
     seeds = 3
 
-    [teacher]                                                # a source of images, see `Source`
+    [teacher]                                    # a source of images, see `Source`
     data = "cifar10"
     [student]
     data = "cifar100"
 
-    [pretraining]                                            # of both, see `Budget`
+    [pretraining]                                # of both, see `Budget`
     epochs = 200
     lr = 0.01
     final_lr = 1e-6
@@ -21,12 +21,12 @@ The package ships one for every table of the paper (`names`); `read_vision` also
     epochs = 200
     lr = 0.005
 
-    [scoring]                                                # see `Scoring`
+    [scoring]                                    # see `Scoring`
 
-    [networks.mobilenetv2]                                   # see `Networks`; a name of your own, or a network's
-    paper = { none = 51.31, bird = 54.77 }                   # robust accuracy in %, where published
+    [networks.mobilenetv2]                       # see `Networks`; any name, or a network's
+    paper = { none = 51.31, bird = 54.77 }       # published robust accuracy, in %
 
-    [variants."batch 32"]                                    # what differs from the above, see `Variant`
+    [variants."batch 32"]                        # what differs: see `RecipeVariant`
     batch_size = 32
 """
 
@@ -54,7 +54,7 @@ DEMO = "fashion/demo"  # what `bird demo` runs
 
 @dataclass(frozen=True)
 class Source:
-    """Images.
+    """A source of images.
 
     Args:
         data: a key of `bird.lab.vision.datasets.DATASETS`.
@@ -149,7 +149,7 @@ class Networks:
 
 
 @dataclass(frozen=True)
-class Variant:
+class RecipeVariant:
     """What a transfer, or its teacher, does otherwise than the recipe: None for no change.
 
     Args:
@@ -264,7 +264,7 @@ class VisionRecipe:
     transfer: Budget
     networks: Mapping[str, Networks]
     methods: tuple[str, ...]
-    variants: Mapping[str, Variant] = field(default_factory=lambda: {"": Variant()})
+    variants: Mapping[str, RecipeVariant] = field(default_factory=lambda: {"": RecipeVariant()})
     seeds: int = 3
     teacher_tuning: Budget | None = None
     first_seed: int = 0

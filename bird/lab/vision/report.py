@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ..claims import claims_section, judge, plain
+from ..claims import claims_section, json_rows, judge
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import difference
 from ..tables import markdown_table, percent, report_origin, without_empty_columns, write_csv, write_report
@@ -136,7 +136,7 @@ def _claims(recipe: VisionRecipe, found: Mapping[Group, Comparison]) -> tuple[li
         sections += ([f"{networks}:\n"] if judgements and len(recipe.networks) > 1 else []) + claims_section(
             recipe.claims, judgements
         )
-        rows += [{"networks": networks} | row for row in plain(judgements)]
+        rows += [{"networks": networks} | row for row in json_rows(judgements)]
     return sections, rows
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import Labelled, Material, Preference, Text, as_text, random_halves
-from .files import Row, field_of, read_each, read_rows
+from .files import Record, field_of, read_each, read_rows
 
 PKU = "PKU-Alignment/PKU-SafeRLHF"
 
@@ -102,7 +102,7 @@ class _Pku(NamedTuple):
 
 
 def _pku(source: Path | str, split: str) -> list[_Pku]:
-    def read(row: Row) -> _Pku:
+    def read(row: Record) -> _Pku:
         prompt, first, second = (field_of(row, name, str) for name in ("prompt", "response_0", "response_1"))
         safe, second_safe = (field_of(row, f"is_response_{k}_safe", bool) for k in (0, 1))
         safer = field_of(row, "safer_response_id", int)
@@ -135,7 +135,7 @@ def _say(role: str, content: str) -> Text:
     return [{"role": role, "content": content}]
 
 
-def _extract(row: Row) -> Preference | str:
+def _extract(row: Record) -> Preference | str:
     """The preference in a row, or why the row prefers nothing; a ValueError if it is none."""
     from trl.data_utils import maybe_extract_prompt
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import Labelled, balance, glosses, random_halves, random_parts
-from .files import Row, field_of, local_or_hub, read_each, read_rows
+from .files import Record, field_of, local_or_hub, read_each, read_rows
 from .snippets import snippets
 
 TEST_SEED = 0  # the test set is the same for every seed
@@ -92,7 +92,7 @@ def _sentiment(root: Path | str | None) -> tuple[list[Labelled], list[Labelled]]
 
 
 def _ask_all(
-    ask: Callable[[Row, bool, random.Random], Labelled], rows: list[Row], seed: int, where: str
+    ask: Callable[[Record, bool, random.Random], Labelled], rows: list[Record], seed: int, where: str
 ) -> list[Labelled]:
     """Ask every question once; a random half of them gets its right answer."""
     draw = random.Random(seed)
@@ -102,22 +102,22 @@ def _ask_all(
     return read_each(rows, where, lambda row: ask(row, next(turns), draw))
 
 
-def _text(row: Row, name: str) -> str:
+def _text(row: Record, name: str) -> str:
     return str(field_of(row, name, str)).strip()
 
 
-def _sciq(row: Row, right: bool, draw: random.Random) -> Labelled:
+def _sciq(row: Record, right: bool, draw: random.Random) -> Labelled:
     wrong = draw.choice([_text(row, f"distractor{k}") for k in (1, 2, 3)])
     answer = _text(row, "correct_answer") if right else wrong
     return Labelled(f"Question: {_text(row, 'question')}\nAnswer: {answer}", int(right))
 
 
-def _boolq(row: Row, right: bool, draw: random.Random) -> Labelled:
+def _boolq(row: Record, right: bool, draw: random.Random) -> Labelled:
     passage, question = _text(row, "passage"), _text(row, "question").rstrip("?")
     return Labelled(f"Passage: {passage}\nQuestion: {question}?", int(field_of(row, "answer", bool)))
 
 
-def _cosmos_qa(row: Row, right: bool, draw: random.Random) -> Labelled:
+def _cosmos_qa(row: Record, right: bool, draw: random.Random) -> Labelled:
     answers = [_text(row, f"answer{k}") for k in range(4)]
     label = field_of(row, "label", int)
     if not 0 <= label < 4:
@@ -131,7 +131,7 @@ def _cosmos_qa(row: Row, right: bool, draw: random.Random) -> Labelled:
 
 
 # Hub id, the split with labels that tests, and from a row and whether to answer it rightly to a text.
-SETS: dict[str, tuple[str, str, Callable[[Row, bool, random.Random], Labelled]]] = {
+SETS: dict[str, tuple[str, str, Callable[[Record, bool, random.Random], Labelled]]] = {
     "sciq": ("allenai/sciq", "test", _sciq),
     "boolq": ("google/boolq", "validation", _boolq),
     "cosmos_qa": ("allenai/cosmos_qa", "validation", _cosmos_qa),
