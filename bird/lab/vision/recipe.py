@@ -310,7 +310,7 @@ class VisionRecipe:
             theirs, ours = (DATASETS[s.data].channels for s in (source, self.student))
             if theirs != ours:  # teachers see the student's images
                 raise ValueError(f"{source.data} has {theirs} channels, {self.student.data} {ours}: they must agree")
-        require_claims(self, ("robust", "clean", "all", *self.scoring.corruptions))
+        require_claims(self, ("robust", "clean", "net", "all", *self.scoring.corruptions))
         if missing := set(self.held_out) - set(self.scoring.corruptions):
             raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
         if not {*self.scoring.corruptions} - {*self.held_out}:

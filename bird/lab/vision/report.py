@@ -113,12 +113,14 @@ def _differences(comparison: Comparison) -> str:
 
 
 def measured(comparison: Comparison, title: str, name: str) -> dict[int, float]:
-    """By seed, what claims compare: "robust" (as published, with clean images), "clean", "all" (every corruption that
-    was scored, without clean images), or the mean over the severities of the corruption of that name."""
+    """By seed, what claims compare: "robust" (as published, with clean images), "clean", "net" (robust accuracy plus
+    clean accuracy: of a difference, what is left of a gain when the clean price is taken off), "all" (every corruption
+    that was scored, without clean images), or the mean over the severities of the corruption of that name."""
     found = {}
     for outcome in comparison.of(title):
         every = Robustness(outcome.held_out.clean, outcome.corrupted)
         known = {"robust": outcome.held_out.pooled, "clean": every.clean, "all": every.robust}
+        known["net"] = known["robust"] + known["clean"]
         found[outcome.seed] = known[name] if name in known else fmean(outcome.corrupted[name])
     return found
 
