@@ -1,6 +1,6 @@
 """The one harness of the benchmarks: candidates pass a gate and are timed in turns; `benchmarks.rows` keeps the rest.
 
-A benchmark brings its questions, the candidates that answer them, and the truth, with which `judge_of` compares their
+A benchmark brings its questions, the candidates that answer them, and the truth, with which `gate_of` compares their
 answers. It gets from here the order of things (`compete`), and the median and the quantiles.
 
 What is judged is a call after the warm-up, because a compiler's own CUDA graph is made in the second or third; a graph
@@ -31,7 +31,7 @@ WARM_UP = 3  # calls before the gate, where something may compile
 K = TypeVar("K", bound=Hashable)
 
 
-class Verdict(NamedTuple):
+class GateResult(NamedTuple):
     """``red`` says what is wrong with an answer, None if nothing is; the errors against fp64, where there are such."""
 
     red: str | None = None
@@ -39,7 +39,7 @@ class Verdict(NamedTuple):
     gradient_error: float | None = None
 
     @classmethod
-    def within(cls, error: float, limit: float, what: str = "") -> Verdict:
+    def within(cls, error: float, limit: float, what: str = "") -> GateResult:
         """Of one error; NaN is beyond every limit."""
         return cls(None if error <= limit else f"{what}off by {error:.1e}", error)
 
@@ -65,7 +65,7 @@ class Contestant(NamedTuple):
 
 
 def calling(loss: Callable[..., Tensor], *students: Tensor, backward: bool = True) -> Callable[[], Evaluated]:
-    """The call to judge and to time: ``loss(*students)`` without a graph, or with the gradients of all students."""
+    """The call to check and to time: ``loss(*students)`` without a graph, or with the gradients of all students."""
     leaves = [student.detach().requires_grad_(backward) for student in students]
 
     def forward() -> Evaluated:
@@ -79,26 +79,26 @@ def calling(loss: Callable[..., Tensor], *students: Tensor, backward: bool = Tru
     return forward_backward if backward else forward
 
 
-def judge_of(
+def gate_of(
     truth: Callable[[], Evaluated], value_limit: float, gradient_limit: float
-) -> Callable[[Evaluated], Verdict]:
+) -> Callable[[Evaluated], GateResult]:
     """By the largest error of a value, and the largest of a gradient relative to its norm; NaN is wrong.
 
     The truth, in fp64, is computed when it is first needed.
     """
     true = cache(truth)
 
-    def judge(answer: Evaluated) -> Verdict:
+    def gate(answer: Evaluated) -> GateResult:
         off = (answer.value.detach().double() - true().value.detach()).abs().max().nan_to_num(torch.inf)
-        value = Verdict.within(float(off), value_limit, "value ")
+        value = GateResult.within(float(off), value_limit, "value ")
         if value.red or not answer.gradients:
             return value
         pairs = zip(answer.gradients, true().gradients, strict=True)
         far = torch.stack([(got.double() - right).norm() / right.norm() for got, right in pairs])
-        gradient = Verdict.within(float(far.max().nan_to_num(torch.inf)), gradient_limit, "gradient ")
-        return Verdict(gradient.red, value.value_error, gradient.value_error)
+        gradient = GateResult.within(float(far.max().nan_to_num(torch.inf)), gradient_limit, "gradient ")
+        return GateResult(gradient.red, value.value_error, gradient.value_error)
 
-    return judge
+    return gate
 
 
 @dataclass
@@ -108,14 +108,14 @@ class Entry:
     name: str
     status: str = "ok"
     why: str = ""
-    verdict: Verdict = field(default_factory=Verdict)
+    checked: GateResult = field(default_factory=GateResult)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_memory: int | None = None
     no_graph: str = ""
 
     def row(self, clock: str) -> dict[str, Any]:
         """What a row has of it: who, why not, errors, quantiles and memory."""
-        about = {"provider": self.name} | self.verdict._asdict() | {"red": self.why, "peak_memory": self.peak_memory}
+        about = {"provider": self.name} | self.checked._asdict() | {"red": self.why, "peak_memory": self.peak_memory}
         return about | quantiles(self.seconds.get(clock, ()))
 
 
@@ -125,16 +125,16 @@ class _Ready(NamedTuple):
     once: float
 
 
-Judge = Callable[[Any], Verdict]
-Budget = Callable[[float, int], int]  # rounds, from the seconds of a call and how many takes share the time
+Gate = Callable[[Any], GateResult]
+RoundBudget = Callable[[float, int], int]  # rounds, from the seconds of a call and how many takes share the time
 
 
 def compete(
     machine: Machine,
     candidates: Iterable[Contestant],
-    judge: Judge,
+    gate: Gate,
     clocks: Sequence[str],
-    budget: Budget,
+    budget: RoundBudget,
     *,
     watch: bool = False,
     begin: Callable[[str], None] = lambda name: None,
@@ -160,7 +160,7 @@ def compete(
             yield Entry(candidate.name, "refused", candidate.refusal)
             continue
         try:
-            outcome = _prepare(machine, candidate, judge, clocks, watch)
+            outcome = _prepare(machine, candidate, gate, clocks, watch)
         except Exception as error:  # of any kind: the others go on
             yield _failed(candidate.name, error)
             machine.release()
@@ -177,9 +177,7 @@ def compete(
     yield from (one.entry for one in ready)
 
 
-def _prepare(
-    machine: Machine, candidate: Contestant, judge: Judge, clocks: Sequence[str], watch: bool
-) -> _Ready | Entry:
+def _prepare(machine: Machine, candidate: Contestant, gate: Gate, clocks: Sequence[str], watch: bool) -> _Ready | Entry:
     """The entry of a wrong candidate, or what to time of a right one."""
     entry, run = Entry(candidate.name), candidate.run
     warm_up = WARM_UP if candidate.compiles or machine.is_cuda else 1
@@ -202,10 +200,10 @@ def _prepare(
     if "graph" not in calls and not watch:
         result = run()
     machine.wait()
-    entry.verdict = judge(result)
+    entry.checked = gate(result)
     del result
-    if entry.verdict.red:
-        entry.status, entry.why = "red", entry.verdict.red
+    if entry.checked.red:
+        entry.status, entry.why = "red", entry.checked.red
         return entry
     takes = {clock: machine.take("device" if clock == "graph" else clock, call) for clock, call in calls.items()}
     return _Ready(entry, takes, once)

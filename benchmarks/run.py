@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from benchmarks import harness
-from benchmarks.harness import Contestant, Judge
+from benchmarks.harness import Contestant, Gate
 from benchmarks.machine import Machine
 from benchmarks.rows import (
     Row,
@@ -52,10 +52,10 @@ Line = dict[str, Row]  # the rows of one question, by provider
 
 
 class Contest(NamedTuple):
-    """Who answers a question ``within`` what, who judges them, and in the end what else a provider's row says."""
+    """Who answers a question ``within`` what, their gate, and in the end what else a provider's row says."""
 
     candidates: Sequence[Contestant]
-    judge: Judge
+    gate: Gate
     more: Callable[[str], Row] = lambda provider: {}
     within: AbstractContextManager[Any] = nullcontext()
 
@@ -108,7 +108,7 @@ class Benchmark:
 
     def ask(self, question: Question, pattern: str = "*", timed: bool = True) -> list[Row]:
         """Everybody past the gate, then those that are right timed in turns; a row each."""
-        everybody, judge, more, within = question.contest()
+        everybody, gate, more, within = question.contest()
         candidates = [candidate for candidate in everybody if fnmatch(candidate.name, pattern)]
         about = origin_of(CPU) | vars(question)
 
@@ -116,7 +116,7 @@ class Benchmark:
             return harness.rounds(once, self.share, self.patience) if timed else 0
 
         with within:
-            entries = list(harness.compete(self.machine, candidates, judge, ["wall"], budget, watch=True))
+            entries = list(harness.compete(self.machine, candidates, gate, ["wall"], budget, watch=True))
         if any(candidate.compiles for candidate in candidates):
             torch.compiler.reset()  # which lets go of its memory
         found = {entry.name: about | entry.row("wall") | more(entry.name) for entry in entries}

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bird_kernels import Statistics, cka_loss, distributed, inputs
+from bird_kernels import CKALoss, Statistics, distributed, inputs
 from bird_kernels.plan import choose_route
 
-from .losses import BirdLoss
+from .losses import BirdLoss, Features
+from .structure import ERRORS, named_loss
 
 Chunk = TypeVar("Chunk")
-Features = Mapping[str, Tensor]
 
 # If a pair's teacher rows take more bytes (65,536 x 1,024 in fp32), they are not kept: the teacher runs again.
 TEACHER_BYTES = 1 << 28
@@ -78,9 +78,9 @@ def chunked_backward(
             teacher rows take more than `TEACHER_BYTES`.
         chunks: items that the functions accept. Each is indexed once per pass, under the same random state, so a
             sequence may load and augment lazily.
-        loss: its weights, pairs and options are used, and ``loss.last`` is set. The "linear" kernel keeps statistics
-            if the batch has more samples than both layers together have features, and always in a group; otherwise
-            all features ``[n, P + Q]`` are kept.
+        loss: its weights, pairs and options are used, and ``loss.last`` is set. CKA with the "linear" kernel keeps
+            statistics if the batch has more samples than both layers together have features, and always in a group;
+            otherwise all features ``[n, P + Q]`` are kept.
         model: the student, bare or in DDP.
         gradient: multiplies all gradients, as in `torch.Tensor.backward`: ``scaler.scale(torch.ones(()))`` with a
             GradScaler, ``1 / k`` where k batches make a step.
@@ -89,8 +89,9 @@ def chunked_backward(
         The loss, 0-d and detached, without the factor ``gradient``; its task part is this rank's alone.
 
     Raises:
-        ValueError: ``chunks`` is empty; also whatever ``loss`` raises. With ``group`` every rank raises, and so it does
-            for other errors of the first pass (if DDP broadcasts buffers: from the second chunk on).
+        ValueError: ``chunks`` is empty; ``loss="cka_difference"``; also whatever ``loss`` raises. With ``group`` every
+            rank raises, and so it does for other errors of the first pass (if DDP broadcasts buffers: from the second
+            chunk on).
         RuntimeError: nothing that ``student`` returns requires grad; or the features of the second pass differ from
             those of the first, and what was added to ``.grad`` is wrong.
     """
@@ -98,16 +99,19 @@ def chunked_backward(
     replay = _Replay(model)
     with distributed.Reported(loss.distance.options["group"]):
         pairs = _first_pass(student, teacher, chunks, loss, replay)
-    shares = [loss.beta * weight for weight in ([1.0] * len(pairs) if loss.weights is None else loss.weights)]
+    beta = loss.current_beta()
+    shares = [beta * weight for weight in ([1.0] * len(pairs) if loss.weights is None else loss.weights)]
     with torch.no_grad():  # learned weights get their own gradient at the end, from total.backward
         upstream, *upstreams = (share * gradient for share in (loss.alpha, *shares))
     distances = [pair.settle(factor) for pair, factor in zip(pairs, upstreams, strict=True)]
-    task = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=upstream)
+    task, norms = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=upstream)
 
-    total, loss.last = loss.alpha * task, {"task": task}
+    total, loss.last = loss.alpha * task, {"task": task} | ({} if norms is None else loss.note(norms))
+    if loss.course is not None:
+        loss.last["guide_beta"] = torch.as_tensor(beta).detach()
     for (t, s), distance, share in zip(loss.pairs, distances, shares, strict=True):
         total = total + share * distance
-        loss.last[f"cka/{t}/{s}"] = 1 - distance
+        loss.last[f"{loss.loss}/{t}/{s}"] = distance if loss.loss in ERRORS else 1 - distance
     if total.requires_grad:
         total.backward(torch.ones_like(total).mul_(gradient))
     return total.detach()
@@ -115,9 +119,11 @@ def chunked_backward(
 
 def _start(chunks: Sequence[object], loss: BirdLoss) -> None:
     """Raise a ValueError if there are no chunks or ranks disagree, before any forward: DDP may communicate in one."""
-    options: dict[str, Any] = dict(loss.distance.options)
+    options: dict[str, Any] = dict(loss.distance.options) | {"loss": loss.loss}
     group = options.pop("group")
     with distributed.Reported(group):
+        if loss.loss == "cka_difference":
+            raise ValueError('loss="cka_difference" pairs the halves of a batch, which chunks do not have: take others')
         if len(chunks) == 0:
             raise ValueError("chunks is empty: a batch has at least one")
     if group is not None and distributed.world_size(group) > 1:
@@ -139,7 +145,7 @@ def _first_pass(
         chunk = chunks[i]
         _, ours = student(chunk)
         rows = [(x, y) for _, y, x in loss.matched(teacher(chunk), ours)]
-        pairs = pairs or [_pair(loss.distance.options, x, y, len(chunks)) for x, y in rows]
+        pairs = pairs or [_pair(loss, x, y, len(chunks)) for x, y in rows]
         for pair, (x, y) in zip(pairs, rows, strict=True):
             pair.add(x, y)
         replay.samples.append(_samples(rows, pairs))
@@ -156,9 +162,13 @@ def _second_pass(
     pairs: Sequence[_Kept | _Merged],
     *,
     upstream: Tensor | float,
-) -> Tensor:
-    """Back-propagate chunk by chunk; return the task loss. ``upstream`` is the gradient with respect to that loss."""
+) -> tuple[Tensor, Tensor | None]:
+    """Back-propagate chunk by chunk; return the task loss and the norms of the gradients, see `bird.taps.Measured`.
+
+    ``upstream`` is the gradient with respect to the task loss.
+    """
     tasks: list[Tensor] = []
+    norms: list[Tensor] = []
     others: list[Tensor] = []
     for i in replay.rewound():
         with replay.silence() if i + 1 < len(chunks) else contextlib.nullcontext():
@@ -171,11 +181,13 @@ def _second_pass(
                 rows.append((ours[s].detach(), theirs.get(t)))
                 gradients.append(pair.gradient(i, *rows[-1]))
             _backward(roots, gradients)
+        if (measured := getattr(ours, "norms", None)) is not None:
+            norms.append(measured)
         tasks.append(task.detach())
         others.append(torch.stack([*map(_differ, replay.samples[i], _samples(rows, pairs))]).any())
     if any(different := torch.stack(others).tolist()):  # the only place where the host waits for the device
         raise RuntimeError(_NOT_REPEATED.format(different.index(True)))
-    return torch.stack(tasks).sum()
+    return torch.stack(tasks).sum(), torch.stack(norms).norm(dim=0) if norms else None
 
 
 _NOT_REPEATED = (
@@ -221,13 +233,14 @@ def keeps_features(
     return group is None and choose_route(n, p, q) == "gram"
 
 
-def _pair(options: dict[str, Any], x: Tensor, y: Tensor, chunks: int) -> _Kept | _Merged:
+def _pair(loss: BirdLoss, x: Tensor, y: Tensor, chunks: int) -> _Kept | _Merged:
     """What to keep of a pair of layers between the passes, decided by the sizes of its first chunk."""
+    options = loss.distance.options
     row_dims = options["row_dims"]
     n = math.prod(x.shape[:row_dims]) * chunks
     p, q = (math.prod(side.shape[row_dims:]) for side in (x, y))
-    if keeps_features(n, p, q, options["kernel"], options["backend"], options["group"]):
-        return _Kept(options)
+    if loss.loss != "cka" or keeps_features(n, p, q, options["kernel"], options["backend"], options["group"]):
+        return _Kept(loss)
     return _Merged(options, n * q * y.element_size() > TEACHER_BYTES)
 
 
@@ -236,8 +249,10 @@ class _Kept:
 
     forgets = False
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
+    def __init__(self, loss: BirdLoss) -> None:
+        self.options = loss.distance.options
+        alone = {name: value for name, value in self.options.items() if name != "sqrt"} | {"row_dims": 1}
+        self.distance: CKALoss = named_loss(loss.loss, **alone)
         self.x: list[Tensor] = []
         self.y: list[Tensor] = []
 
@@ -251,7 +266,7 @@ class _Kept:
         with torch.enable_grad():
             with distributed.Reported(self.options["group"]):
                 x, y = torch.cat(self.x).requires_grad_(), torch.cat(self.y)
-            value = cka_loss(x, y, **self.options | {"row_dims": 1})
+            value = self.distance(x, y)
         (dx,) = torch.autograd.grad(value, x, torch.ones_like(value).mul_(upstream))
         self.dx = dx.split([len(part) for part in self.x])
         return value.detach()
@@ -280,6 +295,7 @@ class _Merged:
         group = self.options["group"]
         if group is not None:
             self.statistics.all_reduce(group)
+        upstream = upstream.to(self.dtype) if isinstance(upstream, Tensor) else upstream
         self.upstream = upstream if group is None else upstream * distributed.world_size(group)
         return (1 - self.statistics.cka(self.options["estimator"])).to(self.dtype)
 

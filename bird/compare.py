@@ -25,7 +25,7 @@ from bird_kernels.inputs import require_choice
 from bird_kernels.matrix import Hsics, hsic_matrix
 from bird_kernels.moments import MIN_ROWS
 
-from .features import Pools, Rows, evaluating, find_layers, first_tensor, masks_of, top_layers, unwrap
+from .features import Pooler, Pools, evaluating, find_layers, first_tensor, masks_of, top_layers, unwrap
 from .files import atomic, write_json
 from .taps import Taps
 
@@ -268,7 +268,7 @@ def _names(
         return tuple(find_layers(model, layers))
     outermost = top_layers(model)
     rows: dict[str, list[int]] = {name: [] for name in outermost}
-    found = {name: Rows(model, name, layer, pool) for name, layer in outermost.items()}
+    found = {name: Pooler(model, name, layer, pool) for name, layer in outermost.items()}
 
     def look(name: str, _layer: nn.Module, _args: Any, output: Any) -> None:
         try:

@@ -102,8 +102,8 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
         features: floating point, samples first: ``[N, C, H, W]`` (or more spatial dimensions), ``[N, T, D]``
             (tokens) or ``[N, D]``; or a nested tensor with ``[t, D]`` per sample, which has no padding.
         pool: ``"mean"``: over space (``[N, C]``), over tokens (``[N, D]``), or unchanged where they are ``[N, D]``;
-            accumulated in fp32 (fp64 for fp64), so that sums in fp16 cannot overflow. `Rows` finds out which dimension
-            is which from the layer; these state it, and are means, too: ``"channels_first"``,
+            accumulated in fp32 (fp64 for fp64), so that sums in fp16 cannot overflow. `Pooler` finds out from the
+            layer which dimension is which; these state it, and are means, too: ``"channels_first"``,
             ``[N, C, ...]``; ``"channels_last"``, ``[N, ..., C]``; ``"time_first"``, ``[T, N, D]``.
             ``"flatten"``: ``[N, product of the other sizes]``.
             ``"none"``: the features unchanged, for losses over tokens: ``[N, T, D]``.
@@ -149,7 +149,7 @@ def pool_rows(features: Tensor, pool: Pool = "mean") -> Tensor:
     return rows
 
 
-class Rows:
+class Pooler:
     """Turns the outputs of one layer into rows; for ``"mean"`` the layout is inferred from the model.
 
     The layout is ``[T, N, D]`` in PyTorch's recurrent layers and transformers that are not ``batch_first``, and in
@@ -231,11 +231,11 @@ _ASK = (
 )
 
 
-def rows_of(model: nn.Module, layers: Mapping[str, nn.Module], pool: Pools) -> dict[str, Rows]:
-    """A `Rows` for each layer by name; raises a ValueError if ``pool`` names other layers."""
+def poolers_of(model: nn.Module, layers: Mapping[str, nn.Module], pool: Pools) -> dict[str, Pooler]:
+    """A `Pooler` for each layer by name; raises a ValueError if ``pool`` names other layers."""
     if isinstance(pool, Mapping) and not pool.keys() <= layers.keys():
         raise ValueError(f"pool names {[*pool]}, but the layers are {[*layers]}")
-    return {name: Rows(model, name, layer, pool) for name, layer in layers.items()}
+    return {name: Pooler(model, name, layer, pool) for name, layer in layers.items()}
 
 
 def masks_of(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -292,6 +292,7 @@ class Pass:
 
     def __init__(self) -> None:
         self.features: dict[str, Tensor] = {}
+        self.norms: Tensor | None = None  # [2], of the gradients at the layers' outputs: `bird.taps.Measured`
         self.inputs: list[torch.Size] = []  # the shapes of the model's input tensors
         self.masks: dict[str, Tensor] = {}  # `masks_of` its call
         self.builds_graph = False  # whether gradients were enabled when the forward began
@@ -308,7 +309,7 @@ class Passes(threading.local):
         return type(self), ()
 
 
-def shapes_of(*inputs: Any) -> list[torch.Size]:
+def input_shapes(*inputs: Any) -> list[torch.Size]:
     """The shapes of the tensors among a model's arguments, without nested and 0-d ones."""
     return [tensor.shape for tensor in _tensors(inputs) if not tensor.is_nested and tensor.ndim > 0]
 

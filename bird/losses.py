@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bird_kernels import RBF, CKALoss, distributed
+from bird_kernels import RBF, distributed
 from bird_kernels.pairs import weighted_loss
+
+from .course import Course
+from .structure import ERRORS, named_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,6 +28,8 @@ Features = Mapping[str, Tensor]
 
 class _Guided(nn.Module):
     """Base class of the losses: two weights, pairs of layers, and the components of the last call."""
+
+    measures = False  # whether the student's features must be a `bird.taps.Measured`
 
     def __init__(self, alpha: Weight, beta: Weight, pairs: Sequence[tuple[str, str]]) -> None:
         super().__init__()
@@ -46,8 +51,11 @@ class _Guided(nn.Module):
         """(name for the log, teacher's features, student's features) of each pair.
 
         Raises:
-            ValueError: a layer of ``pairs`` is missing, or its features are on different devices.
+            ValueError: a layer of ``pairs`` is missing, or its features are on different devices; with ``share``, the
+                student's features are not a `bird.taps.Measured`.
         """
+        if self.measures and not hasattr(student, "norms"):
+            raise ValueError(_NO_NORMS)
         found = []
         for t, s in self.pairs:
             theirs, ours = _named("teacher_features", teacher, t), _named("student_features", student, s)
@@ -77,12 +85,26 @@ class BirdLoss(_Guided):
         beta: weight of the guidance.
         pairs: ``(teacher layer, student layer)``, one or more.
         weights: one number for each pair, or a tensor [pairs]; finite and not negative. None: 1 each.
+        loss: what stands in place of 1 - CKA: ``"cka"``, or another name in `bird.structure`.
+        schedule: what beta is multiplied by over the course of training, see `step`: ``"constant"``, ``"linear"`` or
+            ``"cosine"``; the latter two fall from 1 to 0.
+        until: the share of the steps after which the guidance is off, and linear and cosine have come to 0.
+        share: the share that the guidance has of the gradient at the guided layers' outputs, g / (t + g) with the norms
+            g of its gradient and t of the task's; `step` chooses beta so, from running means over the last steps of
+            both norms, starting from ``beta``. The schedule multiplies the share then. Needs
+            ``bird.Taps(..., gradients=True)``. As the student comes to resemble the teacher, beta grows.
         kernel, estimator, row_dims, group, backend, precision: as in `bird_kernels.cka_loss`; ``row_dims=2`` takes
             the tokens of ``pool="none"``, ``[N, T, D]``, as rows.
 
+    Raises:
+        ValueError: an unknown name, weights out of range, or options that ``loss`` does not take.
+
     Attributes:
         last: the components of the last call, 0-d and detached, without a synchronisation with the device:
-            ``"task"``, and for each pair ``"cka/<teacher layer>/<student layer>"``.
+            ``"task"``, and for each pair ``"cka/<teacher layer>/<student layer>"`` (of another loss its name, and
+            1 - loss; of gram_mse the loss). With a schedule or share also ``"guide_beta"``, and with
+            ``Taps(gradients=True)``, once the backward pass has run, ``"task_grad"`` and ``"guide_grad"``: the norms of
+            the gradients of both terms, as they are weighted, at the guided layers' outputs.
         shapes: all (rows, student's width, teacher's width, dtype) so far; for `bird tune --from-run`.
     """
 
@@ -93,6 +115,10 @@ class BirdLoss(_Guided):
         pairs: Sequence[tuple[str, str]] = (),
         *,
         weights: Sequence[Weight] | Tensor | None = None,
+        loss: str = "cka",
+        schedule: str = "constant",
+        until: float = 1.0,
+        share: float | None = None,
         kernel: str | RBF = "linear",
         estimator: str = "biased",
         row_dims: int = 1,
@@ -103,9 +129,16 @@ class BirdLoss(_Guided):
         super().__init__(alpha, beta, pairs)
         self.weights = None if weights is None else _one_for_each(weights, self.pairs)
         self.shapes: set[tuple[int, int, int, str]] = set()
-        self.distance = CKALoss(
-            kernel=kernel, estimator=estimator, row_dims=row_dims, group=group, backend=backend, precision=precision
-        )
+        self.loss = loss
+        self.distance = named_loss(
+            loss, kernel=kernel, estimator=estimator, row_dims=row_dims, group=group, backend=backend,
+            precision=precision,
+        )  # fmt: skip
+        moves = (schedule, until, share) != ("constant", 1.0, None)
+        self.course = Course(schedule, until, share) if moves else None
+        self.measures = share is not None
+        if self.measures and not (_number(alpha) and _number(beta) and not isinstance(beta, nn.Parameter)):
+            raise ValueError("share weighs the task's gradient: alpha and beta must be above 0, and beta no parameter")
 
     def forward(
         self, task_loss: Tensor, teacher_features: Features, student_features: Features, mask: Tensor | None = None
@@ -119,23 +152,50 @@ class BirdLoss(_Guided):
             mask: bool, False leaves a row out: ``[N]``, or ``[N, T]`` (an attention mask) with ``row_dims=2``.
 
         Raises:
-            ValueError: a layer of ``pairs`` is not among the features; also whatever
-                `bird_kernels.cka_loss` raises. With ``group``, on every rank.
+            ValueError: a layer of ``pairs`` is not among the features, or there are no gradients with ``share``; also
+                whatever `bird_kernels.cka_loss` raises. With ``group``, on every rank.
         """
         try:
             total, last = self.alpha * _scalar(task_loss), {"task": task_loss.detach()}
             names, teachers, students = zip(*self.matched(teacher_features, student_features), strict=True)
+            norms = None if torch.compiler.is_compiling() else getattr(student_features, "norms", None)
+            if norms is not None:
+                last |= self.note(norms)
         except Exception as error:
             distributed.report(self.distance.options["group"], error)
             raise
         misaligned = self.distance.each(students, teachers, mask)
         if not torch.compiler.is_compiling():
             self.shapes.update(map(self._shape, students, teachers))
-        total = total + self.beta * weighted_loss(misaligned, self.weights)
-        for name, value in zip(names, (1 - misaligned.detach()).unbind(), strict=True):
-            last[f"cka/{name}"] = value
+        beta = self.beta
+        if self.course is not None:
+            beta = self.course.weight(beta)
+            last["guide_beta"] = beta.detach()
+        total = total + beta * weighted_loss(misaligned, self.weights)
+        shown = misaligned.detach() if self.loss in ERRORS else 1 - misaligned.detach()
+        for name, value in zip(names, shown.unbind(), strict=True):
+            last[f"{self.loss}/{name}"] = value
         self.last = last
         return total
+
+    def current_beta(self) -> Weight:
+        """beta as schedule and share have it now; where they move it a 0-d tensor."""
+        return self.beta if self.course is None else self.course.weight(self.beta)
+
+    def note(self, norms: Tensor) -> dict[str, Tensor]:
+        """What is logged of norms [2] of a `bird.taps.Measured`; the next `step` takes them into account."""
+        if self.course is not None and self.measures:
+            self.course.noted.append(norms)
+        return {"task_grad": norms[0], "guide_grad": norms[1]}
+
+    def step(self, done: int, total: int) -> None:
+        """Take beta to where schedule and share have it when ``done`` of ``total`` steps are done.
+
+        Call it after each step of the optimizer. What it changes is in the ``state_dict`` of this module, with which a
+        resumed run goes on exactly. With ``share`` and ``group`` every rank must call it.
+        """
+        if self.course is not None:
+            self.course.step(done / total, self.beta, self.distance.options["group"])
 
     def _shape(self, student: Tensor, teacher: Tensor) -> tuple[int, int, int, str]:
         dims = self.distance.options["row_dims"]
@@ -145,7 +205,14 @@ class BirdLoss(_Guided):
 
     def extra_repr(self) -> str:
         """The arguments that ``repr`` shows."""
-        return super().extra_repr() + ("" if self.weights is None else f", weights={self.weights}")
+        shown = super().extra_repr() + ("" if self.loss == "cka" else f", loss={self.loss!r}")
+        return shown + ("" if self.weights is None else f", weights={self.weights}")
+
+
+_NO_NORMS = (
+    "share needs the gradients at the student's layers: record them with bird.Taps(..., gradients=True), and give the "
+    "loss what pop() returns"
+)
 
 
 class Hints(_Guided):

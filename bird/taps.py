@@ -12,7 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from .features import Passes, Pools, find_layers, own_mask, rows_of, shapes_of, unwrap
+from .features import Passes, Pools, find_layers, first_tensor, input_shapes, own_mask, poolers_of, unwrap
+
+
+class Measured(dict[str, Tensor]):
+    """The features that `Taps.pop` returns with ``gradients=True``.
+
+    Attributes:
+        norms: [2], the norms of two gradients at the outputs of all tapped layers together: of what the layers' outputs
+            are for in the network itself (the task), and of what their features are for (the guidance). The backward
+            pass fills it in. None: no layer's output requires a gradient.
+    """
+
+    norms: Tensor | None = None
 
 
 class Taps:
@@ -33,6 +45,9 @@ class Taps:
         names: module paths or globs, see `bird.features.find_layers`.
         pool: ``"mean"``, ``"flatten"``, ``"none"`` (unpooled), a layout or a callable, see `bird.features.pool_rows`,
             or ``{layer: pool}``. A mean raises if the layout is ambiguous or there is not one row per sample.
+        gradients: measure in the backward pass how large the gradients of the task and of the features are at the
+            layers' outputs: `pop` returns a `Measured`. Not in compiled models. (With a `torch.amp.GradScaler` both are
+            multiplied by its scale.)
 
     Compiled models: create the taps before the first call, else `pop` raises and says what to do. Once
     `torch.compile` has compiled a model, it does not look for new hooks on inner layers.
@@ -48,11 +63,14 @@ class Taps:
             The others leave out what the call of the layer itself has as ``src_key_padding_mask``.
     """
 
-    def __init__(self, model: nn.Module, names: str | Sequence[str], *, pool: Pools = "mean") -> None:
+    def __init__(
+        self, model: nn.Module, names: str | Sequence[str], *, pool: Pools = "mean", gradients: bool = False
+    ) -> None:
         layers = find_layers(model, names)
+        self.gradients = gradients
         self.names = tuple(layers)
         self.masks: dict[str, Tensor] = {}
-        self._rows = rows_of(model, layers, pool)
+        self._rows = poolers_of(model, layers, pool)
         self._passes, self._called = Passes(), False
         root = unwrap(model)
         self._handles = [
@@ -69,6 +87,7 @@ class Taps:
             RuntimeError: a tapped layer has not run since the last `pop`, or the taps were removed.
         """
         features, self._passes.now.features, self._passes.now.builds_graph = self._passes.now.features, {}, False
+        norms, self._passes.now.norms = self._passes.now.norms, None
         missing = [name for name in self.names if name not in features]
         if missing:
             raise RuntimeError(
@@ -76,7 +95,11 @@ class Taps:
                 "once before each pop(), with the taps in place. A model that was compiled and called before "
                 "the taps were made does not see them: call torch.compiler.reset() first"
             )
-        return {name: features[name] for name in self.names}
+        popped = {name: features[name] for name in self.names}
+        if self.gradients:
+            popped = Measured(popped)
+            popped.norms = norms
+        return popped
 
     def remove(self) -> None:
         """Remove the hooks from the model and clear what they recorded; may be called twice."""
@@ -94,8 +117,8 @@ class Taps:
     def _begin(self, _model: nn.Module, args: Any, kwargs: Any) -> None:
         """Start a forward: features are cleared, so that a skipped branch does not leave those of the last one."""
         if torch.compiler.is_compiling() or not _in_backward():
-            self._passes.now.features = {}
-            self._passes.now.inputs = shapes_of(args, kwargs)
+            self._passes.now.features, self._passes.now.norms = {}, None
+            self._passes.now.inputs = input_shapes(args, kwargs)
             self._passes.now.builds_graph = torch.is_grad_enabled()
             self._passes.now.running = self._called = True
 
@@ -105,6 +128,14 @@ class Taps:
     def _record(self, name: str, layer: nn.Module, _args: Any, call: Any, output: Any) -> None:
         # Pooled at once, before a later in-place layer can overwrite the output; and in a recomputation too,
         # which must save the same tensors for backward as the first run did.
+        whole = output
+        if self.gradients:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(_NOT_COMPILED)
+            whole = first_tensor(output)
+            if whole.is_nested:
+                raise ValueError(f"gradients=True: layer {name!r} returns sequences of many lengths, not one tensor")
+            output = whole.view_as(whole)  # a node of its own, through which the gradient of the features comes alone
         rows = self._rows[name](output, self._passes.now.inputs, self.masks.get(name, own_mask(layer, call)))
         if torch.compiler.is_compiling():
             # Traced code cannot call `_in_backward`. Checkpoints inside the graph are handled by the compiler; a
@@ -129,6 +160,25 @@ class Taps:
                 "ambiguous: tap the layer around it, or a later one"
             )
         self._passes.now.features[name] = rows
+        if self.gradients and whole.requires_grad:
+            self._measure(whole, output)
+
+    def _measure(self, whole: Tensor, tapped: Tensor) -> None:
+        """Add to the norms of this pass, once backward comes to the layer's output, ``whole``, of which ``tapped`` is
+        what the features are made of."""
+        if (norms := self._passes.now.norms) is None:
+            wide = torch.promote_types(whole.dtype, torch.float32)
+            norms = self._passes.now.norms = torch.zeros(2, dtype=wide, device=whole.device)
+        features: list[Tensor] = []
+
+        def add(gradient: Tensor) -> None:
+            guide = features.pop() if features else torch.zeros_like(gradient)
+            task = gradient.to(norms.dtype) - guide
+            size = torch.linalg.vector_norm
+            norms.copy_(norms.hypot(torch.stack([size(task), size(guide, dtype=norms.dtype)])))
+
+        tapped.register_hook(features.append)
+        whole.register_hook(add)
 
 
 class FirstPass(Taps):
@@ -140,7 +190,7 @@ class FirstPass(Taps):
 
     def listen(self) -> None:
         """Clear the features and record the next forward, with a graph if gradients are enabled now."""
-        self._passes.now.features = {}
+        self._passes.now.features, self._passes.now.norms = {}, None
         self._passes.now.builds_graph = torch.is_grad_enabled()
 
     def _begin(self, _model: nn.Module, _args: Any, _kwargs: Any) -> None:
@@ -157,6 +207,9 @@ class FirstPass(Taps):
         super()._record(name, layer, args, call, output)
 
 
+_NOT_COMPILED = (
+    "gradients=True measures in hooks of the backward pass, which a compiled model does not call: tap it uncompiled"
+)
 _NO_GRAPH = (
     "layer {!r} ran without a graph in a training step, so its features would carry no gradient: use "
     "checkpoint(..., use_reentrant=False) if it is checkpointed, and no torch.no_grad() around it"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .features import Passes, Pools, find_layers, masks_of, own_mask, rows_of, shapes_of, unwrap
+from .features import Passes, Pools, find_layers, input_shapes, masks_of, own_mask, poolers_of, unwrap
 
 
 class Teacher(nn.Module):
@@ -45,7 +45,7 @@ class Teacher(nn.Module):
     Attributes:
         names: the paths of the tapped layers in the unwrapped model, globs expanded.
         pool: the argument.
-        rows: a `bird.features.Rows` for each layer, which pools its output.
+        rows: a `bird.features.Pooler` for each layer, which pools its output.
     """
 
     def __init__(self, model: nn.Module, taps: str | Sequence[str], *, pool: Pools = "mean") -> None:
@@ -54,7 +54,7 @@ class Teacher(nn.Module):
         layers = find_layers(model, taps)
         self.names = tuple(layers)
         self.pool = pool
-        self.rows = rows_of(model, layers, pool)
+        self.rows = poolers_of(model, layers, pool)
         self._passes = Passes()
         self._cargo = [model.requires_grad_(False).eval()]  # in a list nn.Module does not register it as a submodule
         for name, layer in layers.items():
@@ -78,7 +78,7 @@ class Teacher(nn.Module):
         if self.model.training:  # other code may hold the model and have called train()
             self.model.eval()
         features = self._passes.now.features = {}
-        self._passes.now.inputs, self._passes.now.running = shapes_of(args, kwargs), True
+        self._passes.now.inputs, self._passes.now.running = input_shapes(args, kwargs), True
         self._passes.now.masks = masks_of(self.model, self.names, kwargs)
         try:
             with torch.no_grad():

@@ -15,7 +15,7 @@ import torch
 
 Run = Callable[[], object]
 Take = Callable[[], float]
-Pool = Any  # a memory pool of CUDA graphs; where PyTorch has its type differs between versions
+GraphPool = Any  # a memory pool of CUDA graphs; where PyTorch has its type differs between versions
 T = TypeVar("T")
 
 CYCLES = 2.0e9  # per second, at the most, of a GPU's clock, in whose cycles torch.cuda._sleep counts
@@ -71,7 +71,7 @@ def _twice_the_cache() -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
-def capture(run: Callable[[], T], pool: Pool) -> tuple[torch.cuda.CUDAGraph, T]:
+def capture(run: Callable[[], T], pool: GraphPool) -> tuple[torch.cuda.CUDAGraph, T]:
     """A CUDA graph of one call, and the call's result, whose memory each replay overwrites.
 
     The call runs three times on a side stream first, as capture requires. Graphs of one ``pool`` share memory: drop the

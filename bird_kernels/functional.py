@@ -126,7 +126,7 @@ def cka(
     """Centred kernel alignment of x [n, ...] and y [n, ...] (Kornblith et al. 2019); arguments as `cka_loss`.
 
     Returns:
-        0-d tensor, fp32 (fp64 if either input is): 1 for representations of equal geometry.
+        0-d tensor, fp32 (fp64 if either input is); 1 for representations of equal geometry.
     """
     options = Options("cka", kernel, estimator, row_dims, group, center, backend, precision)
     return call.evaluate(x, y, mask, options)

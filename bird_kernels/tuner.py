@@ -31,7 +31,7 @@ DTYPES = ("float32", "bfloat16")
 SHARE, FEWEST, MOST = 0.1, 5, 100  # each timer repeats a call for SHARE seconds, but FEWEST to MOST times
 # By precision, the largest relative errors of value and gradient against fp64; a working kernel is far below them.
 BOUNDS = {"ieee": (1e-4, 1e-3), "tf32x3": (1e-4, 1e-3), "tf32": (2e-3, 2e-2), "": (5e-3, 3e-2)}
-Run = Callable[[], tuple[Tensor, Tensor]]  # value and gradient of x
+Candidate = Callable[[], tuple[Tensor, Tensor]]  # value and gradient of x
 
 
 def tune(
@@ -118,7 +118,7 @@ def _of_problem(problem: Problem, deadline: float, say: Callable[[str], object])
         yield tuning.Measurement(*of_problem, name, round(host, 3), round(device, 3))
 
 
-def _times(run: Run) -> tuple[float, float]:
+def _times(run: Candidate) -> tuple[float, float]:
     """Median microseconds of the host, and of the device in replays of a CUDA graph with cold caches."""
     run()
     torch.cuda.synchronize()
@@ -132,14 +132,14 @@ def _times(run: Run) -> tuple[float, float]:
     return host, device
 
 
-def _prepare(problem: Problem) -> tuple[tuple[Tensor, Tensor], list[tuple[str, Run]]]:
+def _prepare(problem: Problem) -> tuple[tuple[Tensor, Tensor], list[tuple[str, Candidate]]]:
     """Value and gradient in fp64 for random features, and the candidates that can run here: (name, a call on them)."""
     x, y = trust.related(problem.n, problem.p, problem.q, problem.dtype, problem.device)
     x.requires_grad_()
     wide = problem._replace(dtype=torch.float64, precision=None)
     truth = _evaluate(x.detach().double().requires_grad_(), y.double(), wide, "library")
     able = [name for name in ("native", "triton", "library") if backends.runs(name, problem)]
-    candidates: list[tuple[str, Run]] = [(name, partial(_evaluate, x, y, problem, name)) for name in able]
+    candidates: list[tuple[str, Candidate]] = [(name, partial(_evaluate, x, y, problem, name)) for name in able]
     if cost.side(problem) >= min(cost.SYMMETRIC):
         candidates += _symmetric(x.detach(), y, problem, plan.route_of(problem, "library"))
     return truth, candidates
@@ -161,7 +161,7 @@ def _why_wrong(found: Sequence[Tensor], true: Sequence[Tensor], bounds: Sequence
     return None
 
 
-def _symmetric(x: Tensor, y: Tensor, problem: Problem, route: Route) -> Iterator[tuple[str, Run]]:
+def _symmetric(x: Tensor, y: Tensor, problem: Problem, route: Route) -> Iterator[tuple[str, Candidate]]:
     """The library backend with the symmetric product kernel (`triton.symmetric`), in each configuration that fits."""
     if problem.dtype == torch.float32 and problem.precision != "tf32":
         return  # the kernel has no exact fp32 products

@@ -15,11 +15,13 @@ constexpr int MAX_REDUCE_BLOCKS = 128;
 enum class Type { f32, f16, bf16 };
 enum class Statistic : int { cka_loss, cka, hsic };
 
-// Features [n, width] with any strides (in elements); the width is divided over `splits` blocks.
+// Features [n, width] with any strides, in elements.
 struct Features {
-  const void* data;
-  int64_t row_stride, column_stride, width;
-  int splits;
+  const void* data;       // the first element
+  int64_t row_stride;     // between rows
+  int64_t column_stride;  // between columns
+  int64_t width;          // number of columns
+  int splits;             // the number of blocks over which the columns are divided
 };
 
 struct Shape {
@@ -49,34 +51,37 @@ inline Shape plan_forward(int n, Features& x, Features& y, int multiprocessors) 
 }
 
 struct Forward {
-  Features x, y;
-  Shape shape;
-  const bool* mask;  // [n] or null
-  int n;
-  Statistic statistic;
-  bool unbiased;
-  float* partials;  // [x.splits + y.splits, pairs, tile, tile]
-  double* slots;    // [2, MAX_REDUCE_BLOCKS, MOMENTS]: each block's sums, in the second launch and in the third
-  int* counter;     // of blocks that have stored their sums; set to 0 by the first launch
-  float* k;         // [n, n]; unbiased: not centred, and the diagonal holds the row sums divided by n - 2
-  float* l;
-  double* coefficients;  // [COEFFICIENTS]
-  float* value;
+  Features x;            // the features [n, p]
+  Features y;            // the features [n, q]
+  Shape shape;           // from plan_forward
+  const bool* mask;      // [n], or null: all rows count
+  int n;                 // rows
+  Statistic statistic;   // what `value` is
+  bool unbiased;         // the estimator
+  float* partials;       // [x.splits + y.splits, pairs, tile, tile]
+  double* slots;         // [2, MAX_REDUCE_BLOCKS, MOMENTS]: each block's sums, in the second launch and in the third
+  int* counter;          // of blocks that have stored their sums; set to 0 by the first launch
+  float* k;              // out, [n, n]; unbiased: not centred, and the diagonal holds the row sums divided by n - 2
+  float* l;              // out, the same of y
+  double* coefficients;  // out, [COEFFICIENTS]
+  float* value;          // out, 0-d
 };
 
 struct Backward {
   struct Side {
-    Features own;
-    const float *own_gram, *other_gram;  // [n, n], as the forward leaves them
-    void* out;                           // [n, width], dense
-    bool second;                         // the side is y, whose derivative is d_ll instead of d_kk
-  } sides[2];
-  int count;  // of sides
-  const bool* mask;
-  int n;
-  bool unbiased;
-  const double* coefficients;
-  const float* grad;  // upstream, 0-d
+    Features own;             // whose gradient is computed
+    const float* own_gram;    // [n, n], as the forward leaves it
+    const float* other_gram;  // [n, n], of the other side
+    void* out;                // out, [n, width], dense: the gradient
+    bool second;              // the side is y, whose derivative is d_ll instead of d_kk
+  };
+  Side sides[2];               // those whose gradients are wanted
+  int count;                   // the number of these sides
+  const bool* mask;            // [n], or null: all rows count
+  int n;                       // rows
+  bool unbiased;               // the estimator
+  const double* coefficients;  // [COEFFICIENTS], of the forward
+  const float* grad;           // upstream, 0-d
 };
 
 // `exact`: fp32 products without matrix units; otherwise tf32 on the matrix units. tf32 has the mantissa of fp16, which is longer

@@ -30,7 +30,18 @@ def markdown(text: str) -> str:
         return head + "\n".join([f"{indent}```text", *body, f"{indent}```"]) + "\n\n"
 
     def table(match: re.Match[str]) -> str:
-        return "\n".join([f"{match[1]}```text", *match[0].splitlines(), f"{match[1]}```"])
+        indent, rows = match[1], []
+        columns = [slice(*run.span()) for run in re.finditer("=+", match[0].splitlines()[0])]
+        columns[-1] = slice(columns[-1].start, None)
+        for line in match[0].splitlines():
+            cells = [line[column].strip() for column in columns]
+            if not line.startswith(f"{indent}="):
+                if line[columns[0]].strip():
+                    rows.append(cells)
+                else:  # a row that goes on
+                    rows[-1] = [f"{above} {cell}".strip() for above, cell in zip(rows[-1], cells, strict=True)]
+        head, *body = (f"{indent}| {' | '.join(cells)} |" for cells in rows)
+        return "\n".join([head, f"{indent}|{'---|' * len(columns)}", *body]).replace("``", "`")
 
     text = ROLE.sub(lambda match: convert(match[2]), MATH.sub(formula, text))
     return TABLE.sub(table, LITERAL.sub(literal, text))

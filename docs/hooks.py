@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+TEST = re.compile(r"(?<=<td>)tests/[^<\s]+::\w+(?=</td>)")
 HEADLESS = re.compile(r"(?<!!)\[([^\[\]]*)\]\(([^)\s]+)\)")
 ELSEWHERE = "repository"
 
@@ -69,6 +70,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         return match[1] if found is not None and found.is_dir() else match[0]
 
     return _outside_fences(markdown, lambda text: LINK.sub(rewritten, HEADLESS.sub(unlinked, text)))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let the long names of tests in tables break into lines."""
+    return TEST.sub(lambda match: re.sub("(/|::|_)", r"\1<wbr>", match[0]), html)
 
 
 def _outside_fences(markdown: str, change: Callable[[str], str]) -> str:

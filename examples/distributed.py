@@ -1,12 +1,13 @@
 """BIRD's loss over the batch of all processes, with DDP.
 
-torchrun --nproc-per-node 2 examples/distributed.py
+    torchrun --nproc-per-node 2 examples/distributed.py
 
 Any number of processes trains the same student: each takes its share of a batch of 64, and the loss is that of the 64.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 
 import torch
@@ -44,6 +45,7 @@ def train(device: str) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(dist.get_node_local_rank())

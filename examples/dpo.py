@@ -1,4 +1,4 @@
-"""A DPO run of TRL's, and the five lines that add BIRD to it (marked).
+r"""A DPO run of TRL's, and the five lines that add BIRD to it (marked).
 
     python examples/dpo.py                                                # tiny networks with random weights: seconds
     python examples/dpo.py --student HuggingFaceTB/SmolLM2-135M-Instruct \
@@ -41,7 +41,7 @@ def network(kind: Any, name: str | None, tiny: Any) -> tuple[Any, Any]:
     )
 
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--student", help="a causal language model: a hub id or a folder (default: a tiny one)")
 parser.add_argument("--teacher", help="a classifier: the same")
 parser.add_argument("--pairs", help="preferences in TRL's format: a hub id or a folder (default: a dozen)")

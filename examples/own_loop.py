@@ -1,7 +1,8 @@
 """A training loop of your own with BIRD: a student learns its labels, and the geometry of a frozen teacher's layer.
 
-python examples/own_loop.py                                # made-up images: seconds on a CPU
-python examples/own_loop.py --images FOLDER --steps 5000   # a folder for each class, as torchvision reads it
+    python examples/own_loop.py                                # made-up images: seconds on a CPU
+    python examples/own_loop.py --images FOLDER --steps 5000   # a folder for each class, as torchvision reads it
+
 Started again with more steps, it goes on from its checkpoint.
 """
 
@@ -18,7 +19,7 @@ import bird
 
 BATCH = 32
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--images", help="default: random ones, of which nothing can be learnt")
 parser.add_argument("--steps", type=int, default=20, help="in all (default: %(default)s)")
 parser.add_argument("--checkpoint", type=Path, default="own_loop.safetensors", help="(default: %(default)s)")

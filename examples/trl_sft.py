@@ -1,8 +1,8 @@
-"""Supervised fine-tuning with TRL, and the four lines that add BIRD to it (marked).
+r"""Supervised fine-tuning with TRL, and the four lines that add BIRD to it (marked).
 
-python examples/trl_sft.py                     # tiny networks with random weights, made on the spot: seconds
-python examples/trl_sft.py --student HuggingFaceTB/SmolLM2-135M --teacher sentence-transformers/all-MiniLM-L6-v2 \
-    --texts trl-lib/Capybara
+    python examples/trl_sft.py                     # tiny networks with random weights, made on the spot: seconds
+    python examples/trl_sft.py --student HuggingFaceTB/SmolLM2-135M --teacher sentence-transformers/all-MiniLM-L6-v2 \
+        --texts trl-lib/Capybara
 """
 
 import argparse
@@ -30,7 +30,7 @@ def loaded(kind: Any, name: str | None, tiny: str) -> tuple[Any, Any]:
     return network, PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", pad_token="<end>")
 
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--student", help="a causal language model: a hub id or a folder (default: a tiny one)")
 parser.add_argument("--teacher", help="a network whose features sort texts: the same")
 parser.add_argument("--texts", help="a data set in one of TRL's formats: a hub id or a folder (default: a dozen lines)")

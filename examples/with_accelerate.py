@@ -1,12 +1,14 @@
 """The same as distributed.py with Hugging Face's Accelerate, which wraps the model and splits the batches.
 
-accelerate launch --multi_gpu --num_processes 2 examples/with_accelerate.py
+    accelerate launch --multi_gpu --num_processes 2 examples/with_accelerate.py
 
 ``--multi_gpu`` starts the processes, which meet over gloo where there is no GPU; with ``--cpu`` Accelerate (1.15)
 starts a single one unless MPI is installed.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 import torch.distributed as dist
@@ -45,6 +47,7 @@ def train(accelerator: Accelerator) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     train(accelerator)
     accelerator.free_memory()  # what it prepared keeps the group: see distributed.py

@@ -24,7 +24,7 @@ SEED = 0
 SHIPPED = Path(__file__).resolve().parents[1] / "bird/lab/vision/fashion/fashion_mnist.npz"
 
 
-def choose(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np.ndarray:
+def choose_images(labels: np.ndarray, per_class: int, rng: np.random.Generator) -> np.ndarray:
     """Positions of ``per_class`` random samples of each class, in ascending order."""
     chosen = [rng.permutation(np.flatnonzero(labels == c))[:per_class] for c in range(CLASSES)]
     return np.sort(np.concatenate(chosen))
@@ -37,7 +37,7 @@ def make_subset(source: Path, target: Path) -> None:
     for split, prefix in FILES.items():
         images = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
         labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
-        index = choose(labels, PER_CLASS[split], rng)
+        index = choose_images(labels, PER_CLASS[split], rng)
         arrays[f"{split}_images"] = images[index]
         arrays[f"{split}_labels"] = labels[index]
         arrays[f"{split}_index"] = index.astype(np.uint16)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness import calling, judge_of
+from benchmarks.harness import calling, gate_of
 from benchmarks.kernels import forms
 from benchmarks.kernels.forms import Loss
 from benchmarks.rows import Row, origin_of, write_rows
@@ -54,8 +54,8 @@ def gradient_error(name: str, mean: int, dtype: str) -> float:
     for seed in SEEDS:
         x, y = features(mean, dtype, seed)
         truth = calling(partial(forms.by_grams, y=y.double(), estimator=estimator), x.double())
-        judge = judge_of(truth, torch.inf, torch.inf)
-        errors.append(judge(calling(lambda student, y=y: loss(student, y), x)()).gradient_error)
+        gate = gate_of(truth, torch.inf, torch.inf)
+        errors.append(gate(calling(lambda student, y=y: loss(student, y), x)()).gradient_error)
     return max(errors) if max(errors) < torch.inf else torch.nan
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import harness, rows
-from benchmarks.harness import Contestant, Evaluated, judge_of
+from benchmarks.harness import Contestant, Evaluated, gate_of
 from benchmarks.machine import Machine
 from bird import BirdLoss, Taps, Teacher, chunked_backward
 from bird.lab.vision.models import PlainNet, ResNet
@@ -37,7 +37,7 @@ RESULTS = Path(__file__).with_name("results.csv")
 TOLERANCE = 1e-3  # of the gradient, relative to its norm
 
 
-class Batch(Sequence[tuple[Tensor, Tensor]]):
+class ChunkedBatch(Sequence[tuple[Tensor, Tensor]]):
     """n images and labels, in chunks."""
 
     def __init__(self, n: int) -> None:
@@ -69,11 +69,13 @@ class Step:
 
     def chunked(self, n: int) -> None:
         """In chunks."""
-        chunked_backward(self.forward, lambda chunk: self.teacher(chunk[0]), Batch(n), self.loss, model=self.model)
+        chunked_backward(
+            self.forward, lambda chunk: self.teacher(chunk[0]), ChunkedBatch(n), self.loss, model=self.model
+        )
 
     def whole(self, n: int) -> None:
         """At once."""
-        self.joined([tuple(torch.cat(side) for side in zip(*Batch(n), strict=True))])
+        self.joined([tuple(torch.cat(side) for side in zip(*ChunkedBatch(n), strict=True))])
 
     def joined(self, batch: Sequence[tuple[Tensor, Tensor]]) -> None:
         """All chunks, each normalised by itself, in one graph."""
@@ -83,11 +85,11 @@ class Step:
 
     def passes(self, n: int) -> None:
         """Two forwards and one backward of the student, one forward of the teacher."""
-        for chunk in Batch(n):
+        for chunk in ChunkedBatch(n):
             with torch.no_grad():
                 self.forward(chunk)
                 self.teacher(chunk[0])
-        for chunk in Batch(n):
+        for chunk in ChunkedBatch(n):
             task, rows = self.forward(chunk)
             torch.autograd.backward([task, rows["layer3"]], [torch.ones_like(task), torch.ones_like(rows["layer3"])])
 
@@ -115,7 +117,7 @@ def peak_beyond(way: str, n: int) -> float:
 def peak_here(way: str, n: int) -> float:
     """The same of this process, beyond that of a step on 16 images."""
     step = Step()
-    images, labels = Batch(CHUNK)[0]
+    images, labels = ChunkedBatch(CHUNK)[0]
     step.joined([(images[:16], labels[:16])])
     before = peak()
     getattr(step, way)(n)
@@ -129,9 +131,9 @@ def times_of_ways(n: int, repeats: int) -> dict[str, float]:
         ValueError: a step in chunks has a wrong gradient.
     """
     step = Step()
-    judge = judge_of(partial(step.gradient, "joined", Batch(n)), 0.0, TOLERANCE)
+    gate = gate_of(partial(step.gradient, "joined", ChunkedBatch(n)), 0.0, TOLERANCE)
     candidates = [Contestant(way, partial(step.gradient, way, n), captured=False) for way in WAYS]
-    entries = list(harness.compete(Machine(torch.device("cpu")), candidates, judge, ["wall"], lambda *_: repeats))
+    entries = list(harness.compete(Machine(torch.device("cpu")), candidates, gate, ["wall"], lambda *_: repeats))
     wrong = [f"{entry.name}: {entry.why}" for entry in entries if entry.status != "ok"]
     if wrong:
         raise ValueError("; ".join(wrong))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from benchmarks import harness
 from benchmarks.gpu.run import LOST
-from benchmarks.harness import Contestant, Entry, Judge, quantiles
+from benchmarks.harness import Contestant, Entry, Gate, quantiles
 from benchmarks.machine import Machine
 from benchmarks.rows import Row
 
@@ -75,7 +75,7 @@ class Context:
         self.machine.wait()
         return {"event": "compiled", "seconds": round(time.perf_counter() - start, 3)}
 
-    def timed(self, candidates: Sequence[Contestant], judge: Judge, seconds: float) -> Iterator[Row]:
+    def timed(self, candidates: Sequence[Contestant], gate: Gate, seconds: float) -> Iterator[Row]:
         """The rows of all candidates, two each, or one that says why there is no time; within ``seconds`` if they can.
 
         Of a phase that warms the event alone.
@@ -91,7 +91,7 @@ class Context:
 
         chosen = [candidate for candidate in candidates if candidate.name not in self.without]
         for entry in harness.compete(
-            self.machine, chosen, judge, CLOCKS, budget, begin=self.step, stop=lambda: self.left() <= 0
+            self.machine, chosen, gate, CLOCKS, budget, begin=self.step, stop=lambda: self.left() <= 0
         ):
             yield from _rows(entry)
             if entry.status in ("failed", "refused"):
@@ -109,7 +109,7 @@ class Context:
 
 
 def _rows(entry: Entry) -> Iterator[Row]:
-    told = {"gate" if entry.status in ("ok", "red") else "message": entry.why} | entry.verdict._asdict()
+    told = {"gate" if entry.status in ("ok", "red") else "message": entry.why} | entry.checked._asdict()
     about = {"candidate": entry.name, "status": entry.status} | told
     del about["red"]
     if entry.status != "ok":

@@ -128,8 +128,8 @@ def time_items(context: Context) -> Sequence[Item]:
 
 def _times(question: TargetQuestion, context: Context) -> Iterator[Row]:
     with fp32_switched(question.case.precision):
-        candidates, judge = question.ask(context.machine, WARMED if context.warms else ())
-        for row in context.timed(candidates, judge, context.share()):
+        candidates, gate = question.ask(context.machine, WARMED if context.warms else ())
+        for row in context.timed(candidates, gate, context.share()):
             yield question.about | row
 
 
@@ -182,7 +182,7 @@ def _rival(question: TargetQuestion, context: Context) -> Iterator[Row]:
     x, y = case.features(context.machine.device)
     with fp32_switched(case.precision):
         candidates = [Contestant("compiled", case.call(form, x, y))]
-        for row in context.timed(candidates, case.judge(x, y), context.share()):
+        for row in context.timed(candidates, case.gate(x, y), context.share()):
             yield question.about | row
 
 

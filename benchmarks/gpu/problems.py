@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contestant, Evaluated, Judge, calling
+from benchmarks.harness import Contestant, Evaluated, Gate, calling
 from benchmarks.kernels import forms, layers
 from benchmarks.kernels.layers import LayersQuestion
 from benchmarks.kernels.loss import PROVIDERS, Case
@@ -44,10 +44,10 @@ class TargetQuestion:
         n, p, q = (12, 9, 7) if c.n <= c.p + c.q or c.problem == "rbf" else (40, 8, 4)
         return replace(self, case=replace(c, n=n, p=p, q=q))
 
-    def ask(self, machine: Machine, names: Sequence[str] = ()) -> tuple[list[Contestant], Judge]:
-        """All candidates, or those whose names begin with these words, and who judges what they return."""
-        chosen, judge = _matrix(self, machine) if self.network else _pair(self.case, machine)
-        return [one for one in chosen if not names or one.name.split()[0] in names], judge
+    def ask(self, machine: Machine, names: Sequence[str] = ()) -> tuple[list[Contestant], Gate]:
+        """All candidates, or those whose names begin with these words, and the gate for what they return."""
+        chosen, gate = _matrix(self, machine) if self.network else _pair(self.case, machine)
+        return [one for one in chosen if not names or one.name.split()[0] in names], gate
 
 
 NUMBERS = {"fp32": ("float32", "ieee"), "tf32": ("float32", "tf32"), "bf16": ("bfloat16", "")}
@@ -79,7 +79,7 @@ def questions_of(rehearse: bool) -> list[TargetQuestion]:
     return [question.tiny() if rehearse else question for question in QUESTIONS]
 
 
-def _pair(case: Case, machine: Machine) -> tuple[list[Contestant], Judge]:
+def _pair(case: Case, machine: Machine) -> tuple[list[Contestant], Gate]:
     x, y = case.features(machine.device)
     most = AFFORDABLE * forms.flops(case.better_form, case.n, case.p, case.q, case.backward)
     chosen = {
@@ -92,7 +92,7 @@ def _pair(case: Case, machine: Machine) -> tuple[list[Contestant], Judge]:
             del chosen[name]
     waits = {"gram", "naive"} if case.problem == "rbf" else set()  # the median of those that are not zero
     candidates = [Contestant(name, case.call(loss, x, y), captured=name not in waits) for name, loss in chosen.items()]
-    return candidates + _symmetric(case, x, y), case.judge(x, y)
+    return candidates + _symmetric(case, x, y), case.gate(x, y)
 
 
 def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Contestant]:
@@ -119,9 +119,9 @@ def _symmetric(case: Case, x: Tensor, y: Tensor) -> list[Contestant]:
     return found if x.is_cuda else found[:1]
 
 
-def _matrix(question: TargetQuestion, machine: Machine) -> tuple[list[Contestant], Judge]:
+def _matrix(question: TargetQuestion, machine: Machine) -> tuple[list[Contestant], Gate]:
     network = LayersQuestion("matrix", question.network, question.case.n)
-    (ours, *_), judge, *_ = network.contest(machine.device)
+    (ours, *_), gate, *_ = network.contest(machine.device)
     xs, ys = (network.layers(seed, machine.device) for seed in (1, 2))
     literal = Contestant("gram", calling(lambda: layers.literal_matrix(xs, ys), backward=False))
-    return [ours._replace(name="auto"), literal], judge
+    return [ours._replace(name="auto"), literal], gate

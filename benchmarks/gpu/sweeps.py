@@ -91,7 +91,7 @@ def _sweep(question: TargetQuestion, backend: str, kernel: str, context: Context
     with fp32_switched(question.case.precision):
         if kernel not in _launched(question, backend, context):
             return
-        (candidate,), judge = question.ask(context.machine, (backend,))
+        (candidate,), gate = question.ask(context.machine, (backend,))
         about = question.about | {"backend": backend}
         for options in ({}, *OPTIONS[: 1 if context.rehearse else None]):
             name = "{} {num_warps} warps, {num_stages} stages".format(kernel, **options) if options else "as it is"
@@ -102,7 +102,7 @@ def _sweep(question: TargetQuestion, backend: str, kernel: str, context: Context
             try:
                 with launched_with(kernel, options):
                     again = [candidate._replace(name=name)]
-                    for row in context.timed(again, judge, min(TIMED, context.share())):
+                    for row in context.timed(again, gate, min(TIMED, context.share())):
                         yield about | row
             except Exception as error:
                 yield about | {"candidate": name, "status": "failed", "message": message(error)}

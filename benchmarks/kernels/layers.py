@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.harness import Contestant, Evaluated, calling, judge_of
+from benchmarks.harness import Contestant, Evaluated, calling, gate_of
 from benchmarks.kernels import forms
 from benchmarks.run import CPU, Benchmark, Contest
 
@@ -26,7 +26,7 @@ NETWORKS = {
 TOLERANCE = 1e-3  # of a value, and of the gradients relative to their norm: a heat map is read to three digits
 
 Layers = list[Tensor]
-Call = Callable[[Layers, Layers], Tensor]
+LayerLoss = Callable[[Layers, Layers], Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LayersQuestion:
         if self.network == "ResNet50":
             calls = {name: call for name, call in calls.items() if name != "loop of cka"}  # 2500 calls
 
-        def asked(call: Call, xs: Layers, ys: Layers) -> Callable[[], Evaluated]:
+        def asked(call: LayerLoss, xs: Layers, ys: Layers) -> Callable[[], Evaluated]:
             # One network's students are its layers; a matrix of a network with itself must see that they are.
             students = xs if pairs else ()
             return calling(lambda *leaves: call(list(leaves) or xs, ys), *students, backward=pairs)
@@ -71,7 +71,7 @@ class LayersQuestion:
         exact = [x.double() for x in xs]
         truth = asked(literal, exact, exact if ys is xs else [y.double() for y in ys])
         candidates = [Contestant(name, asked(c, xs, ys)) for name, c in calls.items()]
-        return Contest(candidates, judge_of(truth, TOLERANCE, TOLERANCE))
+        return Contest(candidates, gate_of(truth, TOLERANCE, TOLERANCE))
 
 
 def our_matrix(xs: Layers, ys: Layers) -> Tensor:
@@ -108,13 +108,13 @@ def literal_matrix(xs: Layers, ys: Layers) -> Tensor:
     return hsic(k.flatten(1) @ l.flatten(1).T, k_rows @ l_rows.T, totals) / torch.outer(*own).sqrt()
 
 
-def each(loss: forms.Loss) -> Call:
+def each(loss: forms.Loss) -> LayerLoss:
     """The sum of the pairs' losses, one after the other."""
     return lambda xs, ys: torch.stack([loss(x, y) for x, y in zip(xs, ys, strict=True)]).sum()
 
 
-MATRIX: dict[str, Call] = {"cka_matrix": our_matrix, "pytorch-cka": _pytorch_cka, "loop of cka": loop_of_cka}
-PAIRS: dict[str, Call] = {
+MATRIX: dict[str, LayerLoss] = {"cka_matrix": our_matrix, "pytorch-cka": _pytorch_cka, "loop of cka": loop_of_cka}
+PAIRS: dict[str, LayerLoss] = {
     "cka_loss of lists": bird_kernels.cka_loss,
     "loop of cka_loss": each(bird_kernels.cka_loss),
     "hand-written Grams": each(forms.by_grams),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.harness import Contestant, Evaluated, Judge, calling, judge_of
+from benchmarks.harness import Contestant, Evaluated, Gate, calling, gate_of
 from benchmarks.kernels import forms, limits, plots
 from benchmarks.kernels.forms import Loss
 from benchmarks.kernels.limits import fp32_switched
@@ -118,13 +118,13 @@ class Case:
 
         return side(self.p), side(self.q)
 
-    def judge(self, x: Tensor, y: Tensor) -> Judge:
+    def gate(self, x: Tensor, y: Tensor) -> Gate:
         """By the same features in float64: a hand-written form under autograd."""
         truth = partial(self.better_form, **self.options)
-        return judge_of(calling(lambda student: truth(student, y.double()), x.double()), *TOLERANCE[self.number])
+        return gate_of(calling(lambda student: truth(student, y.double()), x.double()), *TOLERANCE[self.number])
 
     def call(self, loss: Loss, x: Tensor, y: Tensor) -> Callable[[], Evaluated]:
-        """The call to judge and to time, with the gradient for ``x`` where the mode has it; ``y`` is frozen."""
+        """The call to check and to time, with the gradient for ``x`` where the mode has it; ``y`` is frozen."""
         return calling(lambda student: loss(student, y), x, backward=self.backward)
 
     def contest(self) -> Contest:
@@ -141,7 +141,7 @@ class Case:
             slow = seconds > patience and not one.ours and one.form is not self.better_form
             why = f"too slow (at least {seconds:.0f} s a call)" * slow
             candidates.append(Contestant(one.name, self.call(one.build(self), x, y), True, one.compiles, why))
-        return Contest(candidates, self.judge(x, y), lambda name: floor, fp32_switched(self.precision))
+        return Contest(candidates, self.gate(x, y), lambda name: floor, fp32_switched(self.precision))
 
 
 @dataclass(frozen=True)

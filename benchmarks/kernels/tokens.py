@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from benchmarks.harness import Contestant, Evaluated, calling, judge_of
+from benchmarks.harness import Contestant, Evaluated, calling, gate_of
 from benchmarks.kernels import forms
 from benchmarks.run import CPU, Benchmark, Contest
 
@@ -49,7 +49,7 @@ class TokensQuestion:
 
         *_, literal = CALLS[self.tokens].values()
         candidates = [Contestant(name, asked(call, x, y)) for name, call in CALLS[self.tokens].items()]
-        return Contest(candidates, judge_of(asked(literal, x.double(), y.double()), TOLERANCE, TOLERANCE))
+        return Contest(candidates, gate_of(asked(literal, x.double(), y.double()), TOLERANCE, TOLERANCE))
 
 
 def _rows(loss: forms.Loss) -> MaskedLoss:

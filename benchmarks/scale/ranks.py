@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import spawn
 
-from benchmarks.harness import Contestant, Verdict, calling
+from benchmarks.harness import Contestant, GateResult, calling
 from benchmarks.kernels import forms
 from benchmarks.kernels.forms import Loss
 from benchmarks.machine import Machine
@@ -113,8 +113,8 @@ class RanksQuestion:
             except Exception as error:  # on this rank, perhaps on no other: past the harness, they must not wait for it
                 raise SystemExit(f"{name}: {message(error)}") from error
 
-        def judge(answer: tuple[str, Tensor, Tensor]) -> Verdict:
-            """The largest errors of all ranks, so that all come to the same verdict; and the mean of their values."""
+        def gate(answer: tuple[str, Tensor, Tensor]) -> GateResult:
+            """The largest errors of all ranks, so that all come to the same result; and the mean of their values."""
             name, value, dx = answer
             true, rows = (part, slice(None)) if name == "average" else (whole, own)
             want, gradient = true.value.item(), true.gradients[0][rows]
@@ -124,14 +124,14 @@ class RanksQuestion:
             dist.all_reduce(worst[:2], dist.ReduceOp.MAX)
             dist.all_reduce(worst[2:])
             off, error, values[name] = worst.tolist()
-            return Verdict.within(off, GATE)._replace(value_error=None, gradient_error=error)
+            return GateResult.within(off, GATE)._replace(value_error=None, gradient_error=error)
 
         def more(name: str) -> Row:
             about = {"chosen": name == chosen.name, "sent": sent.get(name)}
             return about | {"value": values.get(name), "whole_value": whole.value.item()}
 
         candidates = [Contestant(name, partial(call, name, loss)) for name, loss in CONTESTANTS.items()]
-        return Contest(candidates, judge, more)
+        return Contest(candidates, gate, more)
 
 
 class RanksBenchmark(Benchmark):

@@ -203,6 +203,6 @@ def claims_section(claims: Mapping[str, Claim], judgements: Sequence[Judgement])
     return ["## Registered claims\n", said, markdown_table(without_empty_columns(rows)) + "\n"]
 
 
-def plain(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
+def json_rows(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
     """For JSON."""
     return [vars(judgement) | {"ahead": dict(judgement.ahead)} for judgement in judgements]

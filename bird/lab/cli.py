@@ -352,7 +352,7 @@ def _minutes(text: str) -> float:
 
 def _tune(options: argparse.Namespace) -> int:
     device = _device(options.device)
-    noted = [] if options.from_run is None else _shapes_of(options.from_run)
+    noted = [] if options.from_run is None else _noted_shapes(options.from_run)
     if device.type != "cuda":
         _say(f"On {device} there is nothing to tune: only the library backend runs there, with PyTorch's own products.")
         return 0
@@ -365,7 +365,7 @@ def _tune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _shapes_of(folder: Path) -> list[list[Any]]:
+def _noted_shapes(folder: Path) -> list[list[Any]]:
     """What the runs below a folder have noted: [rows, student's width, teacher's width, dtype] each."""
     files = sorted(folder.rglob("shapes.json"))
     if not files:

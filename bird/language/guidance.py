@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -20,6 +21,7 @@ from bird_kernels.moments import MIN_ROWS
 
 from ..features import find_layers, unwrap
 from ..losses import BirdLoss
+from ..structure import differences
 from ..taps import FirstPass
 from ..teachers import Teacher
 from .pooling import Pooling, pool_tokens, require_pooling
@@ -68,14 +70,19 @@ class Guidance:
             differences are compared, too), ``"chosen"``, ``"rejected"``, or ``"prompt"`` (only the tokens of the
             prompt). Batches of other trainers support ``"both"`` only: all sequences.
         kernel, estimator: as of `bird.cka_loss`. Biased CKA is high for unrelated features of few rows.
+        loss: in place of 1 - CKA, a name in `bird.structure`; ``"cka_difference"`` needs ``rows="both"``.
+        schedule, until, share: how beta moves, as of `bird.BirdLoss`; kept in the trainer's checkpoints.
+        gradients: log the norms of the gradients of both terms at the student's layer; implied by ``share``.
         text: makes the teacher's text from prompt and completion. These are the sequence's decoded text, without the
             student's special tokens, before and from the first token of the completion (with later turns of a
             conversation). In batches that do not mark a completion the prompt is ``""``. For
-            ``completion_only`` the result must end with the completion.
+            ``completion_only`` the result must end with the completion, or be the end of it.
         truncation: the side on which texts too long for the teacher are cut: ``"left"`` drops the beginning,
             ``"right"`` the end; ``teacher_truncated`` in the log counts them. None: such a text is an error.
         whole_batch: whether CKA compares all rows of an optimizer step, those of all processes and of all accumulated
             batches (for which the student runs forward once more). False: each batch of each process by itself.
+        permuted: a control that asks whether it is the teacher at all: its rows of each batch are permuted at random,
+            so they keep their geometry, but belong to other sequences than the student's.
 
     Raises:
         ValueError: an unknown choice, a combination that is excluded, or weights that are negative or not finite.
@@ -93,12 +100,18 @@ class Guidance:
     rows: Rows = "both"
     kernel: str | RBF = "linear"
     estimator: str = "biased"
+    loss: str = "cka"
+    schedule: str = "constant"
+    until: float = 1.0
+    share: float | None = None
+    gradients: bool = False
     text: Callable[[str, str], str] = concatenated
     truncation: Literal["left", "right"] | None = None
     whole_batch: bool = True
+    permuted: bool = False
 
     def __post_init__(self) -> None:
-        BirdLoss(self.alpha, self.beta, [("teacher", "student")])  # validates the weights
+        self.bird_loss([("teacher", "student")])  # validates its options
         require_pooling("pooling", self.pooling)
         require_pooling("teacher_pooling", self.teacher_pooling or self.pooling)
         sides = ("left", "right", None)
@@ -111,6 +124,13 @@ class Guidance:
             raise ValueError('pooling="all" compares tokens: teacher and student must share it, and read all of a text')
         if self.completion_only and self.rows == "prompt":
             raise ValueError('rows="prompt" leaves no completion to pool: choose it or completion_only')
+        if self.loss == "cka_difference" and (self.rows != "both" or self.pooling == "all"):
+            raise ValueError('loss="cka_difference" is of chosen and rejected responses, a row each: rows="both"')
+
+    def bird_loss(self, pairs: Sequence[tuple[str, str]], group: ProcessGroup | None = None) -> BirdLoss:
+        """The loss of these options between the layers of ``pairs``."""
+        names = ("kernel", "estimator", "loss", "schedule", "until", "share")
+        return BirdLoss(self.alpha, self.beta, pairs, group=group, **{name: getattr(self, name) for name in names})
 
 
 class Sequences(NamedTuple):
@@ -137,6 +157,7 @@ class Guide:
 
     Attributes:
         truncated: how many texts were cut for the teacher.
+        norms: of the gradients at the student's layer in the last pass, see `bird.taps.Measured`; None: not measured.
 
     Raises:
         ValueError: an unknown layer (the nearest are listed), or one outside the encoder of an encoder-decoder network;
@@ -160,10 +181,9 @@ class Guide:
         self.teacher_layer = guidance.teacher_layer or backbone(guide)
         _require_encoder(self.network, find_layers(guide, self.teacher_layer))
         self.teacher = Teacher(guide, [self.teacher_layer], pool="none")
-        pairs = [(self.teacher_layer, self.layer)]
-        self.loss = BirdLoss(
-            guidance.alpha, guidance.beta, pairs, kernel=guidance.kernel, estimator=guidance.estimator, group=group
-        )
+        self.differs = guidance.loss == "cka_difference"  # taken in each batch: batches of a step are put together
+        like = dataclasses.replace(guidance, loss="cka") if self.differs else guidance
+        self.loss = like.bird_loss([(self.teacher_layer, self.layer)], group)
         self.tokenizer: Any = tokenizer or _tokenizer_of(without_adapters(student))
         if self.tokenizer is None:
             raise ValueError("the student's tokenizer is not known: give processing_class")
@@ -185,7 +205,8 @@ class Guide:
         _require_encoder(core, find_layers(core, self.layer))
         prompt_learning = getattr(unwrap(student), "active_peft_config", None)
         self.virtual: int = getattr(prompt_learning, "num_virtual_tokens", None) or 0
-        self.taps = FirstPass(core, [self.layer], pool="none")
+        measured = self.guidance.gradients or self.guidance.share is not None
+        self.taps = FirstPass(core, [self.layer], pool="none", gradients=measured)
         self.watches = True
 
     def release(self) -> None:
@@ -194,10 +215,13 @@ class Guide:
         self.watches = False
 
     def student_rows(self, sequences: Sequences) -> Tensor:
-        """Pooled features ``[N, P]`` of the student's first pass since ``taps.listen()``."""
-        features, mask = self.taps.pop()[self.layer][sequences.part], self._counted(sequences)
+        """Pooled features ``[N, P]`` of the student's first pass since ``taps.listen()``; sets ``norms``."""
+        popped = self.taps.pop()
+        self.norms: Tensor | None = getattr(popped, "norms", None)
+        features, mask = popped[self.layer][sequences.part], self._counted(sequences)
         virtual = self.virtual if features.shape[1] > mask.shape[1] else 0  # prefix tuning adds keys and values only
-        return pool_tokens(features, mask, self.guidance.pooling, virtual=virtual)
+        rows = pool_tokens(features, mask, self.guidance.pooling, virtual=virtual)
+        return differences(rows) if self.differs else rows
 
     def teacher_rows(self, sequences: Sequences) -> Tensor:
         """Run the teacher on the same sequences; its pooled features ``[N, Q]``.
@@ -207,14 +231,15 @@ class Guide:
         """
         ids, counted = self._handed_on(sequences) if self.hands_on else self._read(sequences)
         device = next(self.network.parameters()).device
-        if device.type == "meta":  # accelerate has offloaded the weights, and moves the network's inputs itself
-            device = sequences.ids.device
+        device = sequences.ids.device if device.type == "meta" else device  # offloaded: accelerate moves the inputs
         takes = inspect.signature(type(self.network).forward).parameters
         options = {"use_cache": False} if "use_cache" in takes else {}
         mask = _table([[1] * len(row) for row in ids]).to(device)
         features = self.teacher(input_ids=_table(ids).to(device), attention_mask=mask, **options)
         pooling = self.guidance.teacher_pooling or self.guidance.pooling
-        return pool_tokens(features[self.teacher_layer], _table(counted), pooling)
+        rows = pool_tokens(features[self.teacher_layer], _table(counted), pooling)
+        rows = differences(rows) if self.differs else rows
+        return rows[_order(sequences, len(rows)).to(rows.device)] if self.guidance.permuted else rows
 
     def can_compare(self, rows: int) -> bool:
         """Whether ``rows`` in every process suffice for the estimator; warns if not."""
@@ -260,7 +285,7 @@ class Guide:
             return tokens["input_ids"], [[1] * len(row) for row in tokens["input_ids"]]
         counted = []
         for text, end, (whole, spans), offsets in zip(texts, ends, read, tokens["offset_mapping"], strict=True):
-            if not text.endswith(end):
+            if not (text.endswith(end) or end.endswith(text)):
                 raise ValueError(f"completion_only: text= must end with the completion, {text!r} does not")
             moved = [(start + len(text) - len(whole), stop + len(text) - len(whole)) for start, stop in spans]
             counted.append([int(any(a < stop and b > max(a, start) for start, stop in moved)) for a, b in offsets])
@@ -356,6 +381,11 @@ def window_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     tables = [table for name, table in network.named_modules() if name.endswith("position_embeddings")]
     unused = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
     return min(tokenizer.model_max_length, positions - max(unused, default=0))
+
+
+def _order(sequences: Sequences, count: int) -> Tensor:
+    """A random order of a batch's rows. The batch is its seed: a resumed run draws it again, and no generator moves."""
+    return torch.randperm(count, generator=torch.Generator("cpu").manual_seed(int(sequences.ids.sum())), device="cpu")
 
 
 def _unpadded(table: Tensor, mask: Tensor) -> list[list[int]]:

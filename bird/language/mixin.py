@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import random_state, set_random_state
+from ..structure import ERRORS
 from .guidance import Guidance, Guide, Sequences, without_adapters
 
 
@@ -38,6 +39,9 @@ class BirdMixin:
     Logged with the trainer's own metrics, over all processes: ``cka`` of teacher and student, ``cka_loss`` (1 - CKA),
     ``task_loss`` (the trainer's own loss), and with ``Guidance(truncation=)`` ``teacher_truncated``, the number of
     texts that were cut; in evaluation and prediction the same of that set's batches, with a prefix: ``eval_cka``.
+    Another loss than CKA is logged by its name (1 - loss), and as ``<name>_loss``. In training also, where the guidance
+    asks for them, ``task_grad`` and ``guide_grad``, means over optimizer steps of the norms of both terms' gradients at
+    the student's layer, over all rows of the step, and ``guide_beta``, the beta of the last step.
 
     The attributes that the mixin adds to a trainer begin with ``bird_`` or ``_bird_``.
 
@@ -54,14 +58,21 @@ class BirdMixin:
         trainer: Any = self
         _require_plain_parallelism(trainer)
         _require_padded_sequences(trainer)
+        if type(self).bird_sequences is BirdMixin.bird_sequences and guidance.loss == "cka_difference":
+            raise ValueError(f"cka_difference is of preference batches; {type(self).__name__} has one kind of rows")
         if guidance.rows != "both" and type(self).bird_sequences is BirdMixin.bird_sequences:
             raise ValueError(f"rows={guidance.rows!r} is of preference batches; {type(self).__name__} has one kind")
         several = guidance.whole_batch and trainer.args.world_size > 1
         group = torch.distributed.group.WORLD if several else None
         self.bird_guide = Guide(guidance, trainer.model, trainer.processing_class, group)
         self.bird_guide.teacher.to(trainer.args.device)
+        if self.bird_guide.taps.gradients and trainer.args.torch_compile:
+            raise ValueError("gradients and share are measured in uncompiled models: set torch_compile to False")
         self._bird_step: _Accumulated | None = None
+        self._bird_begun = False
         self._bird_noted: list[tuple[Tensor, Tensor | None]] = []  # (trainer's loss, distance) of each batch
+        self._bird_norms: list[Tensor] = []  # of the gradients of each batch of a step
+        self._bird_measured: list[Tensor] = []  # the same of whole steps, since the last log
         self._bird_totals: Tensor | None = None  # sums over training steps since the last log
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,6 +83,7 @@ class BirdMixin:
         finally:
             self.bird_guide.release()
             self._bird_step = None
+            self._bird_begun = False
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of the next optimizer step, as the trainer collects them; stored if they are accumulated."""
@@ -83,13 +95,40 @@ class BirdMixin:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own step; at the end of an optimizer step the metrics are summed over all processes."""
+        if not self._bird_begun:
+            self._bird_begin()
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not self._bird_noted:
             raise RuntimeError(f"{type(self).__name__} trains without compute_loss, where the guidance would come in")
         if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
             totals = self._bird_sums()
             self._bird_totals = totals if self._bird_totals is None else self._bird_totals + totals
+            self._bird_move()
         return loss
+
+    def _bird_begin(self) -> None:
+        """Before the first step of a run: beta as it begins, or as a checkpoint has it."""
+        self._bird_begun, loss, state = True, self.bird_guide.loss, self.state  # type: ignore[attr-defined]
+        if loss.course is not None:
+            if loss.measures:
+                kept = state.stateful_callbacks.get("bird_norms", [0.0, 0.0])
+                loss.course.norms = loss.course.factor.new_tensor(kept)
+            loss.step(state.global_step, state.max_steps)
+
+    def _bird_move(self) -> None:
+        """After the backward passes of an optimizer step: the norms of its gradients, and beta for the next one."""
+        trainer: Any = self
+        loss, norms, self._bird_norms = self.bird_guide.loss, self._bird_norms, []
+        if norms:
+            scale = 1.0 if trainer.accelerator.scaler is None else trainer.accelerator.scaler.get_scale()
+            squares = trainer.accelerator.reduce(torch.stack(norms).square().sum(0))
+            self._bird_measured.append(squares.sqrt() / (trainer.args.world_size * scale))
+        if loss.course is not None:
+            self._bird_beta = float(loss.current_beta())
+            loss.course.noted = self._bird_measured[-1:] if norms else []
+            loss.course.step((trainer.state.global_step + 1) / trainer.state.max_steps, loss.beta)
+            if loss.measures:
+                trainer.state.stateful_callbacks["bird_norms"] = loss.course.norms.tolist()  # in trainer_state.json
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The trainer's own loop of evaluation and prediction, with the guidance's metrics of this set added."""
@@ -131,7 +170,9 @@ class BirdMixin:
         rows, loss = guide.student_rows(sequences), guide.loss.alpha * task
         distance, pull = (self._bird_distance(rows, sequences), 0) if step is None else step.next(rows)
         if distance is not None:
-            loss = loss + guide.loss.beta * (later * (pull + distance / batches))
+            loss = loss + guide.loss.current_beta() * (later * (pull + distance / batches))
+        if guide.norms is not None:
+            self._bird_norms.append(guide.norms)
         self._bird_noted.append((task.detach() * (batches / later), None if distance is None else distance.detach()))
         return (loss, result[1]) if return_outputs else loss
 
@@ -139,7 +180,12 @@ class BirdMixin:
         """Log the trainer's metrics, and the guidance's since the last log; no communication between processes."""
         if self._bird_totals is not None and logs.keys() & {"loss", "train_loss"}:
             logs.update(self._bird_metrics(self._bird_totals))
-            self._bird_totals = None
+            if self._bird_measured:
+                means = torch.stack(self._bird_measured).mean(0).tolist()
+                logs.update(zip(("task_grad", "guide_grad"), means, strict=True))
+            if self.bird_guide.loss.course is not None:
+                logs["guide_beta"] = self._bird_beta
+            self._bird_totals, self._bird_measured = None, []
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def bird_sequences(self, inputs: Mapping[str, Any]) -> Sequences:
@@ -212,8 +258,10 @@ class BirdMixin:
     def _bird_metrics(self, sums: Tensor) -> dict[str, float]:
         task, distance, tasks, distances, truncated = sums.tolist()
         found = {"task_loss": task / tasks} if tasks else {}
+        name = self.bird_guide.guidance.loss
         if distances:
-            found |= {"cka": 1 - distance / distances, "cka_loss": distance / distances}
+            found |= {} if name in ERRORS else {name: 1 - distance / distances}
+            found |= {f"{name}_loss": distance / distances}
         return found if self.bird_guide.guidance.truncation is None else found | {"teacher_truncated": truncated}
 
 

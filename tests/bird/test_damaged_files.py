@@ -80,7 +80,7 @@ def rows_by_lines(folder: Path) -> Artefact:
 def shapes(folder: Path) -> Artefact:
     path = folder / "shapes.json"
     files.write_json([[64, 128, 512, "float32"], [64, 128, 512, "bfloat16"]], path)
-    return Artefact(path, lambda: cli._shapes_of(folder), 0.3)
+    return Artefact(path, lambda: cli._noted_shapes(folder), 0.3)
 
 
 def tensor(folder: Path) -> Artefact:

@@ -112,7 +112,7 @@ def reviews() -> list[Snippet]:
 def test_positivity_parts_share_no_text() -> None:
     rows = reviews()
     score = {row.text: row.score for row in rows}
-    parts = positivity(rows, 3, held_out=10, share=0.2)
+    parts = positivity(rows, 3, held_out=10, taught=0.3, judged=0.1)
     good, bad = ([p.prompt[len(LEAD) + 1 :] + getattr(p, side) for p in parts.pairs] for side in ("chosen", "rejected"))
     assert {prompt for prompt, *_ in parts.taught} == {""}
     teacher = [Labelled(str(text), label) for _, text, label in parts.taught]
@@ -127,7 +127,7 @@ def test_positivity_parts_share_no_text() -> None:
     assert max(score[text] for text in bad) < -0.5
     assert {row.label for row in teacher} == {row.label for row in parts.judged} == {0, 1}
     left = sum(abs(row.score) > 0.5 and row.text not in set(parts.texts) for row in rows)
-    assert len(teacher) == len(parts.judged) == round(0.2 * left)
+    assert (len(teacher), len(parts.judged)) == (round(0.3 * left), round(0.1 * left))
     assert len(parts.pairs) > 0.7 * (left - len(labelled)) / 2
 
     assert len(parts.prompts) == len(set(parts.prompts)) == 10
@@ -144,7 +144,7 @@ def test_positivity_pairs_by_the_longest_opening() -> None:
         "It's so very well done.": 2,
         "It's too silly for me.": -2,
     }
-    parts = positivity([Snippet(*row) for row in texts.items()], held_out=0, share=0.0)
+    parts = positivity([Snippet(*row) for row in texts.items()], held_out=0, taught=0.0, judged=0.0)
     assert sorted(parts.pairs, key=lambda pair: pair.prompt) == [
         Preference(f"{LEAD} It's", " so very well done.", " too silly for me."),
         Preference(f"{LEAD} It's a", " fine small film.", " bad long film."),

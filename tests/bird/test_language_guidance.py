@@ -99,6 +99,30 @@ def test_completions_alone_are_pooled() -> None:
         torch.testing.assert_close(theirs[number], states(text)[2:].mean(0), **NEAR)
 
 
+def test_completions_that_the_teacher_reads_in_part() -> None:
+    """Of a completion that is too long for it ``text`` gives the end alone: all of that is pooled."""
+    guide = guide_of(completion_only=True, pooling="mean", text=lambda prompt, completion: (prompt + completion)[-6:])
+    rows = guide.teacher_rows(sequences(TEXTS))
+    for row, text, first in zip(rows, TEXTS, (0, 2, 0), strict=True):
+        torch.testing.assert_close(row, states(text[-6:])[first:].mean(0), **NEAR)
+
+
+def test_the_rows_of_a_permuted_teacher() -> None:
+    """They are its rows, each for another text; the same batch has the same order again, and no generator moves."""
+    texts = [f"a {letter} film" for letter in "abcdefghijklmnop"]
+    plain, permuted = guide_of().teacher_rows(sequences(texts)), guide_of(permuted=True)
+    before = torch.get_rng_state()
+    rows = permuted.teacher_rows(sequences(texts))
+    assert torch.equal(torch.get_rng_state(), before)
+    places = torch.cdist(rows.double(), plain.double()).argmin(1)
+    assert sorted(places.tolist()) == list(range(16))
+    assert (places == torch.arange(16)).sum() < 6
+    torch.testing.assert_close(rows, plain[places])
+    torch.testing.assert_close(permuted.teacher_rows(sequences(texts)), rows)
+    other = permuted.teacher_rows(sequences([text.replace("film", "play") for text in texts]))
+    assert not torch.equal(torch.cdist(other.double(), plain.double()).argmin(1), places)
+
+
 def test_all_tokens_as_rows() -> None:
     model, other = student(), student(seed=4)
     guide = Guide(Guidance(other, bytes_tokenizer(), pooling="all"), model, bytes_tokenizer())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from bird.lab.language import training as runs
 from bird.lab.language.data import Preference
 from bird.lab.language.data.positivity import LEAD
 from bird.lab.language.models import load_network
-from bird.lab.language.policies import train_policy
+from bird.lab.language.policies import log_probabilities, train_policy
 from bird.lab.language.preference import _material, _read, spoken
-from bird.lab.language.recipe import Training
+from bird.lab.language.recipe import Data, Training
 from bird.lab.language.training import restore
 from bird.language import Guidance
 from tests.bird.tiny import bytes_tokenizer, guidance, letters_tokenizer, saved, student
@@ -43,7 +44,7 @@ def test_safety_reads_the_data_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     monkeypatch.setenv("BIRD_DATA", str(tmp_path))
-    found = _material("pku-saferlhf", 0, None, 2)
+    found = _material(Data("pku-saferlhf", held_out=2), 0, None)
     assert [prompt[0]["content"] for prompt in found.prompts] == ["how 0?", "how 1?"]
     assert found.pairs[0].chosen == [{"role": "assistant", "content": "never 0"}]
     assert found.texts == ["never 0", "never 1"]
@@ -78,15 +79,16 @@ def assert_equal(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Te
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=name)
 
 
-def test_a_policy_is_what_trls_trainer_makes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clipped", [None, 0.0, 1e-9])
+def test_a_policy_is_what_trls_trainer_makes(clipped: float | None, tmp_path: Path) -> None:
     from datasets import Dataset
 
-    model, reference = student(), student()
-    history = train_policy(model, bytes_tokenizer(), PAIRS, TRAINING, tmp_path / "ours", seed=3)
+    model, reference, training = student(), student(), replace(TRAINING, max_grad_norm=clipped)
+    history = train_policy(model, bytes_tokenizer(), PAIRS, training, tmp_path / "ours", seed=3)
     arguments = DPOConfig(
         str(tmp_path / "theirs"), per_device_train_batch_size=4, num_train_epochs=2, learning_rate=1e-3, beta=0.1,
         lr_scheduler_type="cosine", max_length=60, seed=3, use_cpu=True, report_to="none", save_strategy="no",
-        bf16=False, disable_tqdm=True, logging_steps=1,
+        bf16=False, disable_tqdm=True, logging_steps=1, **({} if clipped is None else {"max_grad_norm": clipped}),
     )  # fmt: skip
     rows = Dataset.from_list([vars(pair) for pair in PAIRS])
     plain = student()
@@ -101,6 +103,19 @@ def test_a_policy_is_what_trls_trainer_makes(tmp_path: Path) -> None:
     restore(again, tmp_path / "ours/policy.safetensors")
     assert_equal(weights(again), weights(model))
     assert not list((tmp_path / "ours").glob("checkpoint-*"))
+
+
+def test_log_probabilities_of_responses(tmp_path: Path) -> None:
+    """Against the model's own, one text at a time: the response's tokens, and the end that TRL adds."""
+    model, tokenizer = student(), bytes_tokenizer()
+    found = log_probabilities(model, tokenizer, PAIRS, TRAINING, tmp_path)
+    for side in ("chosen", "rejected"):
+        for pair, value in zip(PAIRS, found[side], strict=True):
+            response = getattr(pair, side)
+            ids = torch.tensor([tokenizer(f"{pair.prompt}{response}<end>")["input_ids"]])
+            with torch.no_grad():
+                each = model(ids).logits[0, :-1].log_softmax(1).gather(1, ids[0, 1:, None])
+            assert value == pytest.approx(each[len(str(pair.prompt)) - 1 :].sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("adapters", [0, 4])

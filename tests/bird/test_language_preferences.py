@@ -113,6 +113,7 @@ def test_pku(tmp_path: Path) -> None:
             taught("q3", "same ", 0),
         ],
         judged=[],
+        tested=[Preference(say("q2"), answer("fine"), answer("finer"))],
     )
     assert pku_material(tmp_path, 1).texts == ["fine"]
     for change, message in (
@@ -134,6 +135,7 @@ def test_material_of_any_preferences(tmp_path: Path) -> None:
     made = preference_material(tmp_path, 0, 3)
     assert made.prompts == ["test0:", "test1:", "test2:"]
     assert made.texts == ["test0: a0", "test1: a1", "test2: a2"]
+    assert [pair.prompt for pair in made.tested] == ["test0:", "test1:", "test2:", "test3:"]
     assert len(made.pairs) == 5
     shown = {str(prompt) for prompt, *_ in made.taught}
     assert shown | {str(pair.prompt) for pair in made.pairs} == {f"train{i}:" for i in range(9)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from bird import Taps, Teacher, compare
-from bird.features import rows_of
+from bird.features import poolers_of
 from bird.taps import FirstPass
 
 
@@ -365,7 +365,7 @@ def test_a_copy_of_a_tapped_model_records_for_itself(kind: Any) -> None:
 
 def test_weights_that_have_no_size_yet_are_passed_by() -> None:
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
-    rows = rows_of(model, {"1": model[1]}, "mean")["1"]
+    rows = poolers_of(model, {"1": model[1]}, "mean")["1"]
     assert rows.sizes[0] == ([], [3, 4], [3, 4])
 
 

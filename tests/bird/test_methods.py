@@ -184,6 +184,13 @@ def test_the_weights_of_bird(networks: tuple[nn.Module, nn.Module], train: Image
     assert same(with_none, moved("continued", networks, train))
 
 
+def test_the_weights_of_hints(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
+    """The task alone at alpha = 1 and beta = 0; the rate of the maps plays no part in it."""
+    with_none = moved("hints", networks, train, weights={"alpha": 1.0, "beta": 0.0})
+    assert same(with_none, moved("continued", networks, train))
+    assert not same(moved("hints", networks, train, weights={"beta": 1.0}), moved("hints", networks, train))
+
+
 def test_a_network_that_is_needed_and_missing(networks: tuple[nn.Module, nn.Module], train: Images) -> None:
     transfer = Transfer(NETWORKS, PAIRS, SETTINGS, 4)
     for method, given, said in (

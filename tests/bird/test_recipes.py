@@ -15,19 +15,18 @@ from bird.lab.language import recipe as language
 from bird.lab.recipe import made, names, parsed, require_name
 from bird.lab.vision import recipe as vision
 from bird.lab.vision.methods import METHODS
-from bird.lab.vision.recipe import Budget, Networks, Source, Variant, read_vision
+from bird.lab.vision.recipe import Budget, Networks, RecipeVariant, Source, read_vision
 
 SIDE = {"data": "fashion-mnist-subset"}
 VISION: dict[str, Any] = {
     "title": "Tiny",
     "teacher": SIDE,
     "student": SIDE,
-    "pretraining": {"steps": 2},
-    "transfer": {"epochs": 2},
+    "pretraining": {"steps": 2}, "transfer": {"epochs": 2},
     "scoring": {},
     "networks": {"one": {"teacher": "plain", "student": "plain"}},
     "variants": {"": {}},
-}
+}  # fmt: skip
 LANGUAGE: dict[str, Any] = {
     "kind": "preference",
     "title": "Tiny",
@@ -54,7 +53,9 @@ PAPER = {  # shared/paper/FACTS.md, from the paper's tables
     "weak-to-strong-cosmos-qa": {"gpt2-medium": {}, "gpt2-large": {"naive": 65.51, "bird": 68.02}},
     "weak-to-strong-boolq": {"gpt2-medium": {"naive": 0, "bird": 0}, "gpt2-large": {"naive": 0, "bird": 0}},
     "positivity-dpo": {"smollm2-135m": {}},
+    "scarce-dpo": {"smollm2-135m": {}},
     "weak-to-strong-sentiment": {"minilm-smollm2": {}},
+    "weak-to-strong-glosses": {"minilm-smollm2": {}},
 }
 
 
@@ -68,7 +69,7 @@ def parse(table: Mapping[str, Any]) -> Any:
     return (language.parse if "kind" in table else vision.parse_vision)("x", table)
 
 
-# ---------------------------------------------------------------------------------------------- what ships
+# ------------------------------------------------------------------------------------------- what ships
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -124,7 +125,7 @@ networks.small = { teacher = "plain", student = "resnet-tiny" }
     assert recipe.teacher == Source("digits", augment="crop")
     assert recipe.networks == {"small": Networks("plain", "resnet-tiny")}
     assert recipe.methods == tuple(METHODS)
-    assert recipe.variants == {"": Variant()}
+    assert recipe.variants == {"": RecipeVariant()}
     settings = recipe.transfer.settings(100, seed=7)
     assert (settings.steps, settings.batch_size, settings.seed) == (14, 16, 7)  # 2 epochs: 6 whole batches, 4 images
     assert recipe.transfer.settings(99, 7).steps == 12  # of three, which are too few
@@ -217,11 +218,15 @@ def test_of_images(path: str, value: Any, said: str) -> None:
         ("data/held_out", 1, "held_out must be at least 2"),
         ("data/limit", 1, "data: limit must be at least 2"),
         ("data/words", "x", "words must be a whole number"),
+        ("data/ranked", -1, "ranked must be at least 0"),
+        ("data/taught", 0.9, "taught 0.9 and judged 0.18 must leave sentences"),
+        ("data", {"source": "own.jsonl", "judged": 0.0}, "shares of positivity's sentences, not of own.jsonl"),
         ("transfer/batch", 3, "a key of transfer: there is no 'batch'"),
         ("transfer/epochs", 0, "epochs must be at least 1"),
         ("transfer/adapters", -1, "adapters not negative"),
         ("transfer/bf16", 1, "bf16 must be true or false, not 1"),
         ("transfer/lr", 0.0, "transfer: lr must be positive"),
+        ("transfer/max_grad_norm", -1, "max_grad_norm must be at least 0"),
         ("transfer/warmup", 1.0, r"transfer: warmup must be in \[0, 1\)"),
         ("transfer/micro_batch", 5, "micro_batch 5 must divide"),
         ("teacher/adapters", 8, "adapters are for students"),
@@ -242,6 +247,8 @@ def test_of_images(path: str, value: Any, said: str) -> None:
         ("judges/it/timeout", -1, "timeout must be at least 0"),
         ("variants//rows", "x", "rows: there is no 'x'"),
         ("variants//limit", 1, "limit must be at least 2"),
+        ("variants//pooling", "all", r"variants\.: pooling: there is no 'all'"),
+        ("variants//lr", 0, r"variants\.: lr must be positive"),
     ],
 )
 def test_of_language_models(path: str, value: Any, said: str) -> None:
@@ -256,6 +263,7 @@ def test_parts_of_a_recipe_that_exclude_each_other() -> None:
     batches = changed(changed(LANGUAGE, "transfer/micro_batch", 16), "variants//batch_size", 24)
     for table, said in (
         (changed(WEAK, "transfer/adapters", 8), "adapters are for students"),
+        (changed(WEAK, "data/ranked", 5), "ranked is of preferences"),
         (changed(WEAK, "guidance/rows", "chosen"), "rows and completion_only are of preferences"),
         (changed(WEAK, "variants//completion_only", True), "rows and completion_only are of preferences"),
         (prompts, r'variants\.: rows = "prompt" leaves no completion'),
@@ -294,14 +302,14 @@ def test_no_key_of_any_part_takes_what_is_of_another_type(table: dict[str, Any])
     """A value that nothing takes, at every key there is."""
     parts = {
         "Source": "teacher", "Budget": "transfer", "Scoring": "scoring", "Networks": "networks/one",
-        "Variant": "variants/", "Training": "transfer", "Guiding": "guidance", "Data": "data",
+        "RecipeVariant": "variants/", "Training": "transfer", "Guiding": "guidance", "Data": "data",
         "Generation": "generation", "Pair": "networks/one", "Judging": "judges/it", "Change": "variants/",
     }  # fmt: skip
     module: Any = language if "kind" in table else vision
     tried = 0
     for kind, where in parts.items():
         for f in fields(getattr(module, kind)) if hasattr(module, kind) else ():
-            if f.name not in (("teacher",) if kind == "Variant" else ()):
+            if f.name not in (("teacher",) if kind == "RecipeVariant" else ()):
                 with pytest.raises(ValueError, match=f"{f.name} must be a.*|{f.name} must be true or false"):
                     parse(changed(table, f"{where}/{f.name}", [{}]))
                 tried += 1
@@ -356,6 +364,8 @@ def test_judges_and_layers_are_looked_at_before_anything_is_trained(
         ("judges/it", {"kind": "language-model", "model": "minilm"}, r"judges\.it: minilm is an encoder"),
         ("networks/one", {"teacher": "minilm", "student": "minilm"}, "minilm is an encoder, which cannot be a student"),
         ("guidance/layer", "model.layers.7", r"guidance\.layer of .*model\.layers\.1"),
+        ("variants//layer", "model.layers.7", r"guidance\.layer of .*model\.layers\.1"),
+        ("data/ranked", 3, "ranked asks for 3 pairs, and of seed 0 there are 0"),
         ("guidance/teacher_layer", "nonsense", r"guidance\.teacher_layer of "),
     ):
         with pytest.raises(ValueError, match=said):

@@ -19,7 +19,7 @@ from bird.lab.vision.corruptions import Mixture, corrupt
 from bird.lab.vision.data import Images, Splits, to_float
 from bird.lab.vision.models import PlainNet
 from bird.lab.vision.selection import (
-    Measured,
+    MeasuredTeacher,
     Views,
     effective_rank,
     extract,
@@ -125,7 +125,7 @@ def literal_probe(train: np.ndarray, labels: np.ndarray, held_out: np.ndarray, c
     return (new @ found.x[: d * classes].reshape(d, classes) + found.x[d * classes :]).argmax(axis=1)
 
 
-def measured(network: nn.Module, student: nn.Module, data: Splits, **options: object) -> Measured:
+def measured(network: nn.Module, student: nn.Module, data: Splits, **options: object) -> MeasuredTeacher:
     few = {"corruptions": NAMES, "severities": SEVERITIES}
     networks = Teacher(network, "body"), Teacher(student, "body")
     return measure_teacher(*networks, data, **(few | options))  # type: ignore[arg-type]

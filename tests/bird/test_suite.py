@@ -11,7 +11,7 @@ import torch
 from bird.lab.vision import suite
 from bird.lab.vision.evaluation import Robustness
 from bird.lab.vision.experiment import VisionExperiment
-from bird.lab.vision.recipe import Source, Variant, read_vision
+from bird.lab.vision.recipe import RecipeVariant, Source, read_vision
 from bird.lab.vision.suite import faults, none_and_ceiling, suites
 from tests.bird.tiny_recipes import TINY, command, experiment_of, written
 
@@ -99,8 +99,8 @@ def test_a_seed_halves_the_classes() -> None:
 
 
 def test_cells_and_teachers_follow_their_seed() -> None:
-    taught = Variant(teacher=Source("fashion-photos", limit_per_class=7))
-    recipe = replace(PHOTOS, variants={"": Variant(), "few": taught})
+    taught = RecipeVariant(teacher=Source("fashion-photos", limit_per_class=7))
+    recipe = replace(PHOTOS, variants={"": RecipeVariant(), "few": taught})
     experiment = VisionExperiment(recipe, Path("runs"), torch.device("cpu"))
     for seed in (0, 5):
         own = recipe.at(seed)
@@ -148,7 +148,7 @@ def test_what_cannot_be_is_said() -> None:
     for change, said in (
         ({"student": some}, "split_classes is for a teacher and a student of the same data, and without classes"),
         ({"teacher": replace(PHOTOS.teacher, data="fashion-levels")}, "split_classes is for a teacher and a student"),
-        ({"variants": {"": Variant(teacher=some)}}, "split_classes is for a teacher and a student"),
+        ({"variants": {"": RecipeVariant(teacher=some)}}, "split_classes is for a teacher and a student"),
         ({"strongest": 8}, "strongest must be 5 to 7, not 8"),
         ({"strongest": 4}, "strongest must be 5 to 7, not 4"),
     ):

@@ -17,6 +17,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,17 @@ class Forks:
     def __enter__(self) -> Forks:
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._server = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+        self._words = tempfile.TemporaryDirectory()
+        self._server = subprocess.Popen([sys.executable, __file__, self._words.name], env=environment, **pipes)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._server.communicate()
+        self._words.cleanup()
 
     def run(self, folder: Path, script: Path, *arguments: str) -> str:
         """What a script prints, started in a folder with these arguments. Its errors fail the test."""
-        files = [folder / f".{script.name}.{name}" for name in ("out", "err")]
+        files = [Path(self._words.name, name) for name in ("out", "err")]
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps([str(folder), str(script), *arguments]) + "\n")
@@ -56,7 +59,7 @@ def begin(folder: str, script: str, *arguments: str) -> None:
     signal.alarm(SECONDS)
     os.chdir(folder)
     for number, name in ((1, "out"), (2, "err")):
-        file = os.open(f".{Path(script).name}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(Path(sys.argv[1], name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
@@ -64,6 +67,8 @@ def begin(folder: str, script: str, *arguments: str) -> None:
     try:
         runpy.run_path(script, run_name="__main__")
         status = 0
+    except SystemExit as ended:
+        status = int(bool(ended.code))
     except BaseException:
         traceback.print_exc()
     atexit._run_exitfuncs()

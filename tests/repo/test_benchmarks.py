@@ -74,7 +74,7 @@ def test_gaussian_kernels_pass_the_gate() -> None:
     assert [(row["provider"], row["red"]) for row in found] == [(n, "") for n in ("naive", "gram", "library", "auto")]
     x, y = case.features(CPU)
     linear = case.call(forms.by_grams, x, y)
-    assert case.judge(x, y)(linear()).red.startswith("value off by")
+    assert case.gate(x, y)(linear()).red.startswith("value off by")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -83,7 +83,7 @@ def test_hand_written_forms_do_their_best_in_halves(dtype: str) -> None:
     case = Case("bird", 64, 96, 96, dtype, "")
     x, y = case.features(CPU)
     for form in (forms.by_grams, forms.by_features):
-        assert case.judge(x, y)(case.call(form, x, y)()).red is None
+        assert case.gate(x, y)(case.call(form, x, y)()).red is None
 
 
 def gradient_off(x: Tensor, y: Tensor) -> Tensor:

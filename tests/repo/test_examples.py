@@ -30,6 +30,20 @@ def forks() -> Iterator[Forks]:
         yield made
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
+def test_help_helps_and_runs_nothing(script: str, forks: Forks, tmp_path: Path) -> None:
+    """The help is the head of the script, where the commands to start it are, then its options."""
+    source = (ROOT / "examples" / script).read_text(encoding="utf-8")
+    for extra in re.findall(r"^from (accelerate|trl|torchvision) ", source, re.MULTILINE):
+        pytest.importorskip(extra, reason="the example is a run of it")
+    text = forks.run(tmp_path, ROOT / "examples" / script, "--help")
+    assert text.startswith(f"usage: {script} [-h]")
+    assert f"examples/{script}" in text
+    assert "step 1" not in text
+    assert "CKA to the teacher 0" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
 def ckas(launcher: tuple[str, ...], processes: int, script: str, **more: str) -> list[float]:
     """The CKAs that an example prints, first and last step."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | more

@@ -22,7 +22,7 @@ from benchmarks.gpu import bare, read, run, session, sweeps
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.problems import QUESTIONS
 from benchmarks.gpu.run import LOST, Deadline, Place, PreparedRun
-from benchmarks.harness import Contestant, Verdict
+from benchmarks.harness import Contestant, GateResult
 from benchmarks.machine import Machine
 from tests.kernels import on_device
 from tests.kernels.on_device import Check
@@ -295,7 +295,7 @@ def test_a_candidate_that_fails_stops_nobody() -> None:
         Contestant("raises", raises), Contestant("wrong", lambda: wrong), Contestant("refuses", refuses),
         Contestant("deadly", lambda: os.abort()), Contestant("right", lambda: right),
     ]  # fmt: skip
-    rows = list(context.timed(candidates, lambda r: Verdict(None if r is right else "off by 1", 0.5), 0.1))
+    rows = list(context.timed(candidates, lambda r: GateResult(None if r is right else "off by 1", 0.5), 0.1))
     assert [(row["candidate"], row["status"]) for row in rows] == [
         ("raises", "failed"), ("wrong", "red"), ("refuses", "refused"), ("right", "ok"), ("right", "ok"),
     ]  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import harness, rows
 from benchmarks.chunks import measure as chunks
-from benchmarks.harness import Contestant, Entry, Verdict, quantiles
+from benchmarks.harness import Contestant, Entry, GateResult, quantiles
 from benchmarks.kernels import layers, loss, tokens
 from benchmarks.machine import Machine
 from benchmarks.scale import ranks
@@ -26,10 +26,10 @@ CPU = torch.device("cpu")
 def compete(*candidates: Contestant, timers: tuple[str, ...] = ("wall",), **options: Any) -> dict[str, Entry]:
     """Answers are numbers, and 1 is right."""
 
-    def judge(answer: float) -> Verdict:
-        return Verdict(None if answer == 1 else f"off by {abs(answer - 1):g}", abs(answer - 1))
+    def gate(answer: float) -> GateResult:
+        return GateResult(None if answer == 1 else f"off by {abs(answer - 1):g}", abs(answer - 1))
 
-    found = harness.compete(Machine(CPU), candidates, judge, timers, lambda once, takes: 5, **options)
+    found = harness.compete(Machine(CPU), candidates, gate, timers, lambda once, takes: 5, **options)
     return {entry.name: entry for entry in found}
 
 
@@ -85,7 +85,7 @@ def test_a_graph_is_judged_by_its_replay(monkeypatch: pytest.MonkeyPatch) -> Non
     found = harness.compete(
         Machine(CPU),
         [Contestant("a", lambda: 1.0)],
-        lambda answer: seen.append(list(answer)) or Verdict(),  # type: ignore[func-returns-value]
+        lambda answer: seen.append(list(answer)) or GateResult(),  # type: ignore[func-returns-value]
         ("graph", "host"),
         lambda once, takes: 4,
     )

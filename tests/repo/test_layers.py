@@ -33,6 +33,7 @@ HOUSE = {
         {"language"},
         {"compare", "chunks"},
         {"losses"},
+        {"structure", "course"},
         {"taps", "teachers"},
         {"features"},
         {"files"},
@@ -64,7 +65,8 @@ HOUSE = {
     ],
 }
 # The rooms of `bird` that compute alignment, pool tokens or list backends; the front door re-exports the operators.
-CALLS_KERNELS = {"losses", "chunks", "compare", "language", "__init__", "lab.cli", "lab.vision", "lab.language"}
+CALLS_KERNELS = {"losses", "structure", "chunks", "compare", "language", "__init__"}
+CALLS_KERNELS |= {"lab.cli", "lab.vision", "lab.language"}
 # `reference` is the truth to test against: only double backward and backend="reference" may lean on it.
 CALLS_REFERENCE = {"call", "ops"}
 

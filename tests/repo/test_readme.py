@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.repo.documents import PAGES, README, ROOT, fences, name_of
+from tests.repo.documents import FENCE, PAGES, README, ROOT, fences, name_of
 
 PACKAGES = "bird", "bird_kernels", "csrc"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -61,6 +61,15 @@ def test_links_lead_somewhere(tracked: list[Path]) -> None:
             if file and "://" not in file and not (ROOT / document.parent / file).exists():
                 dead.append(f"{document}: {target}")
     assert dead == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_of_code_can_be_read_without_scrolling(page: Path) -> None:
+    """Of at most 100 characters, as the site and GitHub show in a window of 1280 pixels; a diff shows TRL's own."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for language, body in FENCE.findall(text) if language != "diff" for line in body.splitlines()]
+    lines += [line[4:] for line in FENCE.sub("", text).splitlines() if re.match(r" {4}(?![ *-])", line)]
+    assert [line for line in lines if len(line) > 100] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

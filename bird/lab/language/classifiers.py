@@ -215,7 +215,7 @@ def train_classifier(
         save_every=save_every,
         optim="adamw_torch",  # without decay it is Adam
         weight_decay=0.0,
-        max_grad_norm=0.0,
+        max_grad_norm=training.max_grad_norm or 0.0,
         remove_unused_columns=False,
     )
     examples = [{"ids": ids, "target": target} for ids, target in zip(rows, targets.float().cpu(), strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,10 @@ import torch
 
 from ...features import find_layers
 from ..experiment import Experiment
+from ..recipe import settings_of
 from .data import Labelled
-from .models import MODELS, load_network, locate_network
+from .frozen import LowerBlocks, UpperBlocks, require_freezable
+from .models import MODELS, load_description, load_network, locate_network
 from .recipe import Change, LanguageRecipe, Pair, Training
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from .classifiers import Classifier
 
+LATER = ("loss", "schedule", "until", "share", "gradients")  # younger than the names of stages
 PROTOCOL = 1  # part of every stage's name; raised when the same settings give other results than before
 
 
@@ -40,17 +43,20 @@ class LanguageExperiment(Experiment):
         for pair in self.recipe.networks.values():
             locate_network(pair.teacher)
             locate_network(pair.student)
+            if self.recipe.transfer.frozen:
+                require_freezable(load_description(pair.student)[0], self.recipe.transfer.frozen)
             self._check_layers(pair)
 
     def _check_layers(self, pair: Pair) -> None:
-        """Check the layers that the guidance names. A network is loaded only if one is named."""
+        """Check the layers that the guidance names, in any variant. A network is loaded only if one is named."""
         for name, network in (("layer", pair.student), ("teacher_layer", pair.teacher)):
-            layer = getattr(self.recipe.guidance, name)
-            if layer is not None:
+            layers = {self.guiding(change)[name]: None for change in self.recipe.variants.values()}
+            for layer in filter(None, layers):
                 if name == "layer" and self.recipe.kind == "preference":
                     model: Any = fresh_network(network, "causal")[0]
                 else:
-                    model = classifier(network, pair.pooling, 0)[0]
+                    frozen = self.recipe.transfer.frozen if name == "layer" else 0
+                    model = classifier(network, pair.pooling, 0, frozen)[0]
                 try:
                     find_layers(model, [layer])
                 except ValueError as error:
@@ -64,7 +70,7 @@ class LanguageExperiment(Experiment):
         """A variant of the recipe, and how students are trained in it."""
         change = self.recipe.variants[variant]
         training = self.recipe.changed(self.recipe.transfer, change)
-        return change, training if pair.lr is None else replace(training, lr=pair.lr)
+        return change, training if pair.lr is None or change.lr is not None else replace(training, lr=pair.lr)
 
     def limit(self, change: Change) -> int | None:
         """How many rows are trained on: the variant's number if it has one, else the recipe's."""
@@ -72,11 +78,12 @@ class LanguageExperiment(Experiment):
 
     def guiding(self, change: Change) -> dict[str, Any]:
         """Options of `Guidance`: the variant's where it has them, else the recipe's."""
-        return asdict(self.recipe.changed(self.recipe.guidance, change))
+        return settings_of(self.recipe.changed(self.recipe.guidance, change), LATER)
 
     def about(self, seed: int, **more: Any) -> dict[str, Any]:
         """What every stage's results depend on, for its folder's name, and more."""
-        return {"protocol": PROTOCOL, "data": self.recipe.data.source, "seed": seed} | more
+        data = self.recipe.data
+        return {"protocol": PROTOCOL, "data": data.source, "seed": seed} | data.about | more
 
     def about_training(self, seed: int, change: Change, **more: Any) -> dict[str, Any]:
         """The same for a stage that trains on what is not held out, on as many rows as a variant takes."""
@@ -102,11 +109,19 @@ def _kept(network: str, head: str) -> tuple[Any, PreTrainedTokenizerBase]:
     return load_network(network, head)
 
 
-def classifier(network: str, pooling: str, seed: int) -> tuple[Classifier, PreTrainedTokenizerBase]:
-    """A pretrained backbone with a new head for two classes, and its tokenizer."""
+@lru_cache(maxsize=1)
+def _lower_blocks(network: str, blocks: int) -> LowerBlocks:
+    """Shared by all students of a process, so that a text of the test set passes through them once."""
+    return LowerBlocks(fresh_network(network, "encoder")[0], blocks)
+
+
+def classifier(network: str, pooling: str, seed: int, frozen: int = 0) -> tuple[Classifier, PreTrainedTokenizerBase]:
+    """A pretrained backbone with a new head for two classes, and its tokenizer; its ``frozen`` lowest blocks apart."""
     from .classifiers import Classifier
 
     backbone, tokenizer = fresh_network(network, "encoder")
+    if frozen:
+        backbone = UpperBlocks(backbone, _lower_blocks(network, frozen))
     return Classifier(backbone, pooling, seed=seed), tokenizer  # type: ignore[arg-type]
 
 
@@ -132,6 +147,14 @@ def trained_classifier(
 def pooling_of(network: str) -> str:
     """The pooling of a student's tokens: their mean for encoders, the last one for decoders."""
     return "mean" if network in MODELS and MODELS[network].encoder else "last"
+
+
+def controlled(method: str) -> dict[str, Any]:
+    """The options of `Guidance` that the end of a method's name says."""
+    return {
+        "estimator": "unbiased" if method.endswith("unbiased") else "biased",
+        "permuted": method.endswith("permuted"),
+    }
 
 
 def texts_and_labels(rows: Sequence[Labelled]) -> tuple[list[str], list[int]]:

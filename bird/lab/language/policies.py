@@ -64,23 +64,11 @@ def train_policy(
         FloatingPointError: the loss is not finite.
     """
     weights = folder / WEIGHTS
-    data = {name: [getattr(pair, name) for pair in pairs] for name in ("prompt", "chosen", "rejected")}
+    data = _columns(pairs)
     claim(folder, data, guidance, training=asdict(training), seed=seed)
     if (done := finished_run(model, weights, device)) is not None:
         return done
-    args = arguments(
-        DPOConfig,
-        training,
-        folder,
-        seed=seed,
-        device=device,
-        save_every=save_every,
-        beta=training.preference_beta,
-        max_length=training.max_length,
-        precompute_ref_log_probs=True,
-        precompute_ref_batch_size=training.micro_batch or training.batch_size,
-        gradient_checkpointing=False,
-    )
+    args = _arguments(training, folder, seed=seed, device=device, save_every=save_every)
     more: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
     if training.adapters:
         from peft import LoraConfig
@@ -94,3 +82,56 @@ def train_policy(
     whole: Any = trainer.model
     finish_run(whole.merge_and_unload() if training.adapters else whole, weights, history)
     return history
+
+
+def log_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Preference],
+    training: Training,
+    folder: Path,
+    *,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> dict[str, list[float]]:
+    """The log-probabilities of responses given their prompts, summed over tokens, as TRL's DPO counts them.
+
+    Args:
+        model: a causal language model, in eval mode; it is moved to the device and not trained.
+        tokenizer: the model's.
+        pairs: of responses to a prompt.
+        training: of which ``max_length``, ``bf16`` and the size of batches count.
+        folder: for the trainer.
+        device: ``"cpu"`` or a kind of accelerator.
+        progress: show bars.
+
+    Returns:
+        ``chosen`` and ``rejected``, a number for each pair.
+    """
+    args = _arguments(training, folder, seed=0, device=device, save_every=None)
+    with quiet(progress):
+        rows = Dataset.from_dict(_columns(pairs))
+        trainer = DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    found: Any = trainer.train_dataset
+    return {name: [float(value) for value in found[f"ref_{name}_logps"]] for name in ("chosen", "rejected")}
+
+
+def _columns(pairs: Sequence[Preference]) -> dict[str, list[Any]]:
+    return {name: [getattr(pair, name) for pair in pairs] for name in ("prompt", "chosen", "rejected")}
+
+
+def _arguments(training: Training, folder: Path, **more: Any) -> Any:
+    """The arguments of TRL's trainer; the log-probabilities of its start are computed when it is made."""
+    clipping: dict[str, Any] = {} if training.max_grad_norm is None else {"max_grad_norm": training.max_grad_norm}
+    return arguments(
+        DPOConfig,
+        training,
+        folder,
+        beta=training.preference_beta,
+        max_length=training.max_length,
+        precompute_ref_log_probs=True,
+        precompute_ref_batch_size=training.micro_batch or training.batch_size,
+        gradient_checkpointing=False,
+        **clipping,
+        **more,
+    )

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from bird_kernels import cka
-
-from ...language.guidance import Guidance, Guide, Sequences, concatenated
+from ...language.guidance import Guidance, Guide, concatenated
 from ..duration import steps_to_train
 from ..experiment import Cell
 from ..stages import Stage
-from .data import Material, Preference, Text, as_text, distinct_pairs, padded_batch, token_ids
+from .alignment import text_alignment
+from .data import Material, Preference, Text, as_text, distinct_pairs, token_ids
 from .data.files import local_or_hub
 from .data.positivity import HELD_OUT, LEAD, positivity
 from .data.preferences import PKU, pku_material, preference_material
 from .data.snippets import snippets
-from .experiment import LanguageExperiment, classifier, fresh_network, pair_title, texts_and_labels, trained_classifier
+from .experiment import (
+    LanguageExperiment,
+    classifier,
+    controlled,
+    fresh_network,
+    pair_title,
+    texts_and_labels,
+    trained_classifier,
+)
 from .generation import generate, perplexity, require_room
 from .judges import BagOfWords, ClassifierJudge, LanguageModel, Lexicon, require_independent
 from .models import load_description, load_network, locate_network, require_decoder
-from .recipe import Change, Judging, Pair, Training
+from .recipe import Change, Data, Judging, Pair, Training
 from .verdicts import Judge
 
 if TYPE_CHECKING:
@@ -55,6 +63,7 @@ class Preferences(LanguageExperiment):
             require_decoder(pair.student, "a student that is tuned on preferences")
         super().check()
         material = self.material(0)
+        self._pairs(0)
         for pair in self.recipe.networks.values():
             self._check_lengths(pair, material)
         if self.recipe.transfer.adapters:
@@ -70,7 +79,7 @@ class Preferences(LanguageExperiment):
         config, tokenizer = load_description(pair.student)
         try:
             prompts = [token_ids(tokenizer, prompt) for prompt in material.prompts]
-            texts = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in material.texts]  # see _alignment
+            texts = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in material.texts]  # see alignment
             require_room(config, "prompt", prompts, self.recipe.generation.max_new_tokens)
             require_room(config, "held-out text", texts)
         except ValueError as error:
@@ -98,6 +107,10 @@ class Preferences(LanguageExperiment):
         policy = None if method == "none" else self._policy(pair, change, training, method, teacher, seed)
         responses = self._responses(pair, policy, seed)
         scores = {"teacher": teacher, "responses": responses, "alignment": self._aligned(pair, policy, teacher, seed)}
+        if self.recipe.data.ranked:
+            scores["teacher's ranking"] = self._teachers_ranking(pair, teacher, seed)
+            if policy is not None:
+                scores["ranking"] = self._ranking(pair, policy, training, seed)
         for name, judging in self.recipe.judges.items():
             scores[f"judge {name}"] = self._verdicts(pair, judging, responses, teacher, seed)
         return Cell(networks, variant, method, seed, scores, policy)
@@ -108,7 +121,7 @@ class Preferences(LanguageExperiment):
 
     def material(self, seed: int) -> Material:
         """The texts of a seed, no more prompts and held-out texts than the recipe asks for."""
-        return _material(self.recipe.data.source, seed, self.data_root, self.recipe.data.held_out)
+        return _material(self.recipe.data, seed, self.data_root)
 
     def _teacher(self, pair: Pair, seed: int) -> Stage:
         """A classifier that tells good responses from bad ones; result: its accuracy on rows that it has not seen."""
@@ -118,7 +131,7 @@ class Preferences(LanguageExperiment):
             network=pair.teacher,
             student=pair.student,  # whose chat template it reads
             pooling=pair.pooling,
-            training=asdict(self.recipe.teacher),
+            training=self.recipe.teacher.about,
         )
 
         def make(folder: Path) -> dict[str, Any]:
@@ -150,14 +163,15 @@ class Preferences(LanguageExperiment):
         return Guidance(
             model,
             tokenizer,
-            estimator="unbiased" if method.endswith("unbiased") else "biased",
             text=self._reader(pair, tokenizer),
-            **self.guiding(change) | {"teacher_pooling": self.recipe.guidance.teacher_pooling or pair.pooling},
+            **controlled(method)
+            | self.guiding(change)
+            | {"teacher_pooling": self.recipe.guidance.teacher_pooling or pair.pooling},
         )
 
     def _policy(self, pair: Pair, change: Change, training: Training, method: str, teacher: Stage, seed: int) -> Stage:
         """A student tuned on preferences; result: what was logged at each step."""
-        about = self.about_training(seed, change, network=pair.student, training=asdict(training), method=method)
+        about = self.about_training(seed, change, network=pair.student, training=training.about, method=method)
         guided = "bird" in method
         if guided:
             about |= {"guidance": self.guiding(change)}
@@ -167,7 +181,7 @@ class Preferences(LanguageExperiment):
 
             model, tokenizer = fresh_network(pair.student, "causal")
             guidance = self._guidance(pair, change, method, teacher) if guided else None
-            pairs = [pair for pair in self.material(seed).pairs if self._is_short(pair)][: self.limit(change)]
+            pairs = self._pairs(seed)[0][: self.limit(change)]
             steps = steps_to_train(len(pairs), training.batch_size, training.epochs)
             history = train_policy(
                 model, tokenizer, pairs, training, folder / "training", guidance=guidance, seed=seed,
@@ -177,10 +191,75 @@ class Preferences(LanguageExperiment):
 
         return Stage(f"policy-{method}", about, make, (teacher,) if guided else (), pair_title(pair, seed))
 
+    def _pairs(self, seed: int) -> tuple[list[Preference], list[Preference]]:
+        """The pairs to train on, and those to be ranked.
+
+        Raises:
+            ValueError: there are fewer pairs to be ranked than the recipe asks for.
+        """
+        material, count = self.material(seed), self.recipe.data.ranked
+        trained, tested = ([row for row in rows if self._is_short(row)] for rows in (material.pairs, material.tested))
+        if not material.tested:
+            trained, tested = trained[count:], trained[:count]
+        if len(tested) < count:
+            raise ValueError(f"data: ranked asks for {count} pairs, and of seed {seed} there are {len(tested)}")
+        return trained, tested[:count]
+
     def _is_short(self, pair: Preference) -> bool:
         most = self.recipe.data.words
         texts = [text for text in (pair.chosen, pair.rejected) if isinstance(text, str)]
         return most is None or all(len(text.split()) <= most for text in texts)
+
+    def _ranking(self, pair: Pair, policy: Stage | None, training: Training, seed: int) -> Stage:
+        """How a student ranks pairs that nobody was trained on; None for the reference: their log-probabilities.
+
+        Result: ``margins``, of each pair DPO's implicit reward of the chosen response less that of the rejected one,
+        with their mean and the share above 0.
+        """
+        data, how = self.recipe.data, {"max_length": training.max_length, "bf16": training.bf16}
+        about = self.about(seed, network=pair.student, held_out=data.held_out, words=data.words, **how)
+        reference = None if policy is None else self._ranking(pair, None, training, seed)
+
+        def make(folder: Path) -> dict[str, Any]:
+            from .policies import log_probabilities
+
+            model, tokenizer = self._student(pair, policy)
+            _, pairs = self._pairs(seed)
+            found = log_probabilities(model, tokenizer, pairs, training, folder / "ranking", **self.surroundings)
+            if reference is None:
+                return dict(found)
+            before, beta = reference.result(self.root) or {}, training.preference_beta
+            gains = {k: [now - then for now, then in zip(found[k], before[k], strict=True)] for k in found}
+            margins = [beta * (good - bad) for good, bad in zip(gains["chosen"], gains["rejected"], strict=True)]
+            return {"accuracy": fmean(margin > 0 for margin in margins), "margin": fmean(margins), "margins": margins}
+
+        title = pair_title(pair, seed)
+        if policy is None or reference is None:
+            return Stage("reference", about, make, title=title)
+        return Stage("ranking", about, make, (policy, reference), title)
+
+    def _teachers_ranking(self, pair: Pair, teacher: Stage, seed: int) -> Stage:
+        """How the teacher ranks the same pairs; result: the share of them whose chosen response it finds better."""
+        about = self.about(seed, held_out=self.recipe.data.held_out, words=self.recipe.data.words)
+
+        def make(folder: Path) -> dict[str, Any]:
+            from .classifiers import class_probabilities
+
+            model, tokenizer = trained_classifier(pair.teacher, pair.pooling, teacher.folder(self.root), self.device)
+            read, speaker = self._reader(pair, tokenizer), fresh_network(pair.student, "causal")[1]
+            _, pairs = self._pairs(seed)
+            good, bad = (
+                class_probabilities(
+                    model,
+                    tokenizer,
+                    [read(*spoken(speaker, row.prompt, getattr(row, name))) for row in pairs],
+                    max_length=self.recipe.teacher.max_length,
+                )[:, 1]
+                for name in ("chosen", "rejected")
+            )
+            return {"accuracy": (good > bad).double().mean().item()}
+
+        return Stage("teacher-ranking", about, make, (teacher,), pair_title(pair, seed))
 
     def _student(self, pair: Pair, policy: Stage | None) -> tuple[Any, PreTrainedTokenizerBase]:
         model, tokenizer = fresh_network(pair.student, "causal")
@@ -245,12 +324,14 @@ class Preferences(LanguageExperiment):
         """Alignment of a student with the teacher; result: their unbiased CKA on held-out texts."""
         held_out, guiding = self.recipe.data.held_out, self.guiding(Change())
         about = self.about(seed, network=pair.student, held_out=held_out, guidance=guiding)
+        if guiding["completion_only"]:
+            about["without"] = "the first token"
 
         def make(folder: Path) -> dict[str, Any]:
             model, tokenizer = self._student(pair, policy)
-            guidance = replace(self._guidance(pair, Change(), "unbiased", teacher), completion_only=False)
-            guide = Guide(guidance, model, tokenizer)
-            return {"cka": _alignment(guide, model, tokenizer, self.material(seed).texts)}
+            plain = Change(loss="cka", gradients=False)
+            guide = Guide(self._guidance(pair, plain, "unbiased", teacher), model, tokenizer)
+            return {"cka": text_alignment(guide, model, tokenizer, self.material(seed).texts)}
 
         parents = (teacher,) if policy is None else (policy, teacher)
         return Stage("alignment", about, make, parents, pair_title(pair, seed))
@@ -262,24 +343,6 @@ def endpoint(judging: Judging, cache: Path | None) -> Endpoint:
 
     options: dict[str, Any] = {name: getattr(judging, name) for name in ("max_tokens", "key_header", "timeout")}
     return Endpoint(judging.url, judging.model, judging.key_variable, cache=cache, **options)
-
-
-@torch.no_grad()
-def _alignment(guide: Guide, model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> float:
-    """Unbiased CKA of teacher and student over texts, each pooled as in training."""
-    ours, theirs = [], []
-    device = next(model.parameters()).device
-    for start in range(0, len(texts), size):
-        # With the end that TRL's trainer adds, since the last token is the one that is read.
-        rows = [[*token_ids(tokenizer, text), tokenizer.eos_token_id] for text in texts[start : start + size]]
-        batch = padded_batch(rows, device=device)
-        guide.taps.listen()
-        model(**batch)
-        sequences = Sequences(batch["input_ids"], batch["attention_mask"], None)
-        ours.append(guide.student_rows(sequences))
-        theirs.append(guide.teacher_rows(sequences))
-    guide.taps.remove()
-    return cka(torch.cat(ours), torch.cat(theirs), estimator="unbiased").item()
 
 
 def spoken(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> tuple[str, str]:
@@ -303,10 +366,12 @@ def _read(tokenizer: Any, window: int, prompt: str, completion: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _material(source: str, seed: int, root: Path | None, held_out: int | None) -> Material:
-    if source == "positivity":
-        parts = positivity(snippets(root), seed, held_out=HELD_OUT if held_out is None else held_out)
+def _material(data: Data, seed: int, root: Path | None) -> Material:
+    held_out = data.held_out
+    if data.source == "positivity":
+        count = HELD_OUT if held_out is None else held_out
+        parts = positivity(snippets(root), seed, held_out=count, taught=data.taught, judged=data.judged)
         return replace(parts, texts=parts.texts[:held_out])
-    if source == SAFETY:
-        return pku_material(local_or_hub(source, PKU, root), held_out)
-    return preference_material(source, seed, held_out)
+    if data.source == SAFETY:
+        return pku_material(local_or_hub(data.source, PKU, root), held_out)
+    return preference_material(data.source, seed, held_out)

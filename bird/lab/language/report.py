@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from .. import figures
+from ..claims import claims_section, json_rows, judge
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import Interval, bootstrap, paired_bootstrap, paired_p, pgr
-from ..tables import markdown_table, percent, report_origin, write_markdown, write_report
+from ..tables import markdown_table, percent, report_origin, spread, write_markdown, write_report
 from .experiment import LanguageExperiment
 from .recipe import LanguageRecipe
 
 SAMPLES = 12
+RANKING = "pairs ranked rightly", "margin"  # the columns of held-out pairs
 
 
 def write_language_report(experiment: LanguageExperiment, cells: Sequence[Cell], folder: Path) -> str:
@@ -39,16 +41,48 @@ def write_language_report(experiment: LanguageExperiment, cells: Sequence[Cell],
             "standard deviation over seeds, and the 95 % bootstrap interval over what was asked.\n"
         )
         sections[group] = [about, text]
-    text = report_page(recipe, sections, missing)
+    judged, claims = _claims(recipe, groups)
+    text = report_page(recipe, sections, missing, closing=judged)
     # Samples need the data, so they are made before any file is written.
     samples = _samples(experiment, groups) if recipe.kind == "preference" else None
-    write_report(
-        folder, text, {"recipe": asdict(recipe), "origin": report_origin(), "results": numbers, "cells": _kept(groups)}
-    )
+    told: dict[str, Any] = {"recipe": asdict(recipe), "origin": report_origin()}
+    if claims:
+        told["claims"] = claims
+    write_report(folder, text, told | {"results": numbers, "cells": _kept(groups)})
     if samples is not None:
         write_markdown(folder / "samples.md", samples)
     _draw(recipe, groups, folder / "results.png")
     return text
+
+
+def _claims(recipe: LanguageRecipe, groups: Mapping[Group, Results]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The section of a page, and rows of JSON, for every pair of networks."""
+    sections, rows = list[str](), list[dict[str, Any]]()
+    for networks in recipe.networks:
+
+        def measure(method: str, variant: str, name: str, networks: str = networks) -> dict[int, float] | None:
+            methods = groups.get((networks, variant), {})
+            of = methods.get(method)
+            if name == "repeated" and of is not None and "weak" in methods:
+                return dict(zip(of, _heritage(_right(of), _right(methods["weak"]))[0], strict=True))
+            if name == "repeated" or of is None:
+                return None
+            return {seed: _measured(results, name) for seed, results in of.items()}
+
+        judgements = judge(recipe.claims, measure) if recipe.claims else []
+        sections += [f"{networks}:\n"] if judgements and len(recipe.networks) > 1 else []
+        sections += claims_section(recipe.claims, judgements)
+        rows += [{"networks": networks} | row for row in json_rows(judgements)]
+    return sections, rows
+
+
+def _measured(results: Mapping[str, Any], name: str) -> float:
+    """What claims compare, of one cell; the names are those of `LanguageRecipe`."""
+    places = {"ranking": ("ranking", "accuracy"), "margin": ("ranking", "margin"), "accuracy": ("test", "accuracy")}
+    if name in places:
+        stage, key = places[name]
+        return float(results[stage][key])
+    return fmean(verdict or 0 for verdict in _raw(results, name))
 
 
 def _draw(recipe: LanguageRecipe, groups: Mapping[Group, Results], path: Path) -> None:
@@ -71,10 +105,12 @@ def _draw(recipe: LanguageRecipe, groups: Mapping[Group, Results], path: Path) -
 def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tuple[str, dict[str, Any]]:
     """The tables of methods and of their differences as Markdown, and the numbers in them."""
     paper, judges = recipe.networks[group[0]].paper, [*recipe.judges]
-    rows = [
-        ["method", "paper", *(f"good, {judge}" for judge in judges), "perplexity", "distinct pairs of words", "CKA"]
-    ]
+    margins = {m: _margins(of) for m, of in results.items() if all("ranking" in r for r in of.values())}
+    rows = [["method", "paper", *(f"good, {judge}" for judge in judges), *(RANKING if margins else ())]]
+    rows[0] += ["perplexity", "distinct pairs of words", "CKA"]
     good = {m: {j: _verdicts(of, j) for j in judges} for m, of in results.items()}
+    for method, of_pairs in margins.items():
+        good[method][RANKING[0]] = (of_pairs > 0).astype(float)
     for method, of in results.items():
         per_seed = [*of.values()]
         rows.append(
@@ -82,6 +118,7 @@ def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tupl
                 recipe.titles[method],
                 f"{paper[method]:.2f}" if method in paper else "",
                 *(_share(good[method][judge]) for judge in judges),
+                *(_ranked(margins.get(method)) if margins else ()),
                 _mean(r["responses"]["perplexity"] for r in per_seed),
                 percent([r["responses"]["distinct"] for r in per_seed]),
                 f"{fmean(r['alignment']['cka'] for r in per_seed):.2f}",
@@ -92,22 +129,54 @@ def _preferences(recipe: LanguageRecipe, group: Group, results: Results) -> tupl
         markdown_table(rows) + "\n",
         f"The teacher is right on {min(teachers):.1f} to {max(teachers):.1f} % of rows that it has not seen.\n",
     ]
+    if margins:
+        ranks = [100 * r["teacher's ranking"]["accuracy"] for r in next(iter(results.values())).values()]
+        told_of = f"the teacher ranks {min(ranks):.1f} to {max(ranks):.1f} % of them rightly"
+        if "dpo" in margins:
+            leads = [rank - 100 * share for rank, share in zip(ranks, (margins["dpo"] > 0).mean(1), strict=True)]
+            told_of += f", and leads DPO by {min(leads):.1f} to {max(leads):.1f} points"
+        parts.append(f"Ranked are pairs that nobody was trained on, by DPO's implicit reward; {told_of}.\n")
     numbers: dict[str, Any] = {
-        method: {judge: asdict(bootstrap(good[method][judge])) for judge in judges} for method in results
+        method: {of: asdict(bootstrap(values)) for of, values in good[method].items()} for method in results
     }
     told: list[list[str]] = []
+    columns = [*judges, *(RANKING[:1] if margins else ())]
     for method in results:
-        for other in ("none", "dpo"):
-            if other in results and other != method and method != "none":
-                gains = {j: _gain(good[method][j], good[other][j]) for j in judges}
+        for other in ("none", "dpo", "dpo-bird-permuted"):
+            if other in results and other != method and (other == "none" or "bird" in method) and method != "none":
+                gains = {j: _gain(good[method][j], good[other][j]) for j in good[method] if j in good[other]}
+                texts = [gains[column][0] if column in gains else "" for column in columns]
+                if margins:
+                    texts.append(_margins_gain(margins[method], margins[other]) if other in margins else "")
                 title = f"{recipe.titles[method]} minus {recipe.titles[other]}"
-                told.append([title, *(text for text, _ in gains.values())])
+                told.append([title, *texts])
                 numbers[f"{method} minus {other}"] = {j: asdict(interval) for j, (_, interval) in gains.items()}
-    parts += _differences(["difference", *judges], told, "prompts")
+    parts += _differences(["difference", *judges, *(RANKING if margins else ())], told, "prompts")
     unparsable = sum(v is None for of in results.values() for r in of.values() for j in judges for v in _raw(r, j))
     if unparsable:
         parts.append(f"{unparsable} answers of judges could not be parsed; they count as not good.\n")
     return "\n".join(parts), numbers
+
+
+def _margins(of: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
+    """Margins of implicit rewards ``[seeds, pairs]``."""
+    return np.array([results["ranking"]["margins"] for results in of.values()])
+
+
+def _ranked(margins: np.ndarray | None) -> list[str]:
+    """The cells of `RANKING`: the share of pairs ranked rightly, and the mean margin; empty for what ranks nothing."""
+    if margins is None:
+        return [""] * len(RANKING)
+    means = margins.mean(1).tolist()
+    return [
+        _share((margins > 0).astype(float)),
+        f"{fmean(means):.2f}" + (f" ± {spread(means):.2f}" if len(means) > 1 else ""),
+    ]
+
+
+def _margins_gain(ours: np.ndarray, theirs: np.ndarray) -> str:
+    differences = (ours.mean(1) - theirs.mean(1)).tolist()
+    return f"{fmean(differences):+.2f}" + (f" (p {paired_p(differences):.2g})" if len(differences) > 1 else "")
 
 
 def _raw(results: Mapping[str, Any], judge: str) -> list[int | None]:
@@ -189,10 +258,12 @@ def _weak_to_strong(recipe: LanguageRecipe, group: Group, results: Results) -> t
         rows.append(row + [""] * (len(rows[0]) - len(row)))
     parts = [markdown_table(rows) + "\n"]
     told: list[list[str]] = []
-    for method in (m for m in right if m.startswith("bird") and "naive" in right):
-        text, interval = _gain(right[method], right["naive"])
-        told.append([f"{recipe.titles[method]} minus {recipe.titles['naive']}", text])
-        numbers[method]["minus naive"] = asdict(interval)
+    for method in (m for m in right if m.startswith("bird")):
+        for other in ("naive", "bird-permuted"):
+            if other in right and other != method:
+                text, interval = _gain(right[method], right[other])
+                told.append([f"{recipe.titles[method]} minus {recipe.titles[other]}", text])
+                numbers[method][f"minus {other}"] = asdict(interval)
     parts += _differences(["difference in accuracy", "points"], told, "rows")
     return "\n".join(parts), numbers
 
@@ -248,7 +319,7 @@ def _interval_text(interval: Interval) -> str:
 
 def _kept(groups: Mapping[Group, Results]) -> list[dict[str, Any]]:
     """The numbers of every cell; texts and histories are left out and stay in the stages' folders."""
-    left_out = ("responses", "history", "soft", "right", "verdicts")
+    left_out = ("responses", "history", "soft", "right", "verdicts", "margins")
     return [
         {"networks": group[0], "variant": group[1], "method": method, "seed": seed}
         | {name: _plain(score, left_out) for name, score in scores.items()}

@@ -11,7 +11,7 @@ models). Gradients are not clipped.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,15 @@ from ...language.guidance import Guidance
 from ..experiment import Cell
 from ..stages import Stage
 from .data.questions import Questions, questions
-from .experiment import LanguageExperiment, classifier, pair_title, pooling_of, texts_and_labels, trained_classifier
+from .experiment import (
+    LanguageExperiment,
+    classifier,
+    controlled,
+    pair_title,
+    pooling_of,
+    texts_and_labels,
+    trained_classifier,
+)
 from .recipe import Change, Pair, Training
 
 _questions = lru_cache(maxsize=4)(questions)
@@ -44,7 +52,8 @@ class WeakToStrong(LanguageExperiment):
     def _rows(self, seed: int, limit: int | None) -> Questions:
         data = self.recipe.data
         rows = _questions(data.source, seed, self.data_root, words=data.words)
-        return Questions(rows.weak[:limit], rows.strong[:limit], rows.test[: data.held_out])
+        scored = rows.test if data.part == "test" else rows.validation
+        return Questions(rows.weak[:limit], rows.strong[:limit], scored[: data.held_out])
 
     def cell(self, networks: str, variant: str, method: str, seed: int) -> Cell:
         """The stages of an entry."""
@@ -58,7 +67,7 @@ class WeakToStrong(LanguageExperiment):
 
     def _weak(self, pair: Pair, change: Change, seed: int) -> Stage:
         """The weak model, trained on half 1; result: its test score, and its labels of half 2 as ``soft``."""
-        limit, training = self.limit(change), asdict(self.recipe.teacher)
+        limit, training = self.limit(change), self.recipe.teacher.about
         about = self.about_training(seed, change, network=pair.teacher, pooling=pair.pooling, training=training)
 
         def make(folder: Path) -> dict[str, Any]:
@@ -81,7 +90,7 @@ class WeakToStrong(LanguageExperiment):
     def _strong(self, pair: Pair, change: Change, training: Training, method: str, weak: Stage, seed: int) -> Stage:
         """A strong model, trained on half 2; result: its score on the test set."""
         limit, guiding = self.limit(change), self.guiding(change)
-        about = self.about_training(seed, change, network=pair.student, training=asdict(training), method=method)
+        about = self.about_training(seed, change, network=pair.student, training=training.about, method=method)
         guided = method.startswith("bird")
         if guided:
             about |= {"guidance": guiding, "pooling": pair.pooling}
@@ -91,15 +100,22 @@ class WeakToStrong(LanguageExperiment):
 
             rows = self._rows(seed, limit)
             texts, labels = texts_and_labels(rows.strong)
-            model, tokenizer = classifier(pair.student, pooling_of(pair.student), seed)
+            model, tokenizer = classifier(pair.student, pooling_of(pair.student), seed, training.frozen)
             targets, guidance = certain(labels), None
             if method != "ceiling":
                 targets = torch.tensor((weak.result(self.root) or {})["soft"])
             if guided:
-                teacher, theirs = trained_classifier(pair.teacher, pair.pooling, weak.folder(self.root), self.device)
-                options = guiding | {"pooling": pooling_of(pair.student), "teacher_pooling": pair.pooling}
-                estimator = "unbiased" if method.endswith("unbiased") else "biased"
-                guidance = Guidance(teacher, theirs, estimator=estimator, **options)
+                own = pooling_of(pair.student) if guiding["pooling"] == "last" else guiding["pooling"]
+                pooled = {"pooling": own, "teacher_pooling": pair.pooling}
+                if method == "bird-pretrained":
+                    teacher, theirs = classifier(pair.teacher, pair.pooling, seed)
+                elif method == "bird-anchored":
+                    teacher, theirs = classifier(pair.student, own, seed, training.frozen)
+                    pooled["teacher_pooling"] = own
+                else:
+                    weights = weak.folder(self.root)
+                    teacher, theirs = trained_classifier(pair.teacher, pair.pooling, weights, self.device)
+                guidance = Guidance(teacher, theirs, **controlled(method) | guiding | pooled)
             history = train_classifier(
                 model, tokenizer, texts, targets, training, folder / "training", guidance=guidance, seed=seed,
                 **self.surroundings,

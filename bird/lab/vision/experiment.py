@@ -29,7 +29,7 @@ from .datasets import DATASETS, load_splits
 from .evaluation import first, image_accuracy, layer_alignment, robustness
 from .methods import METHODS, Transfer
 from .models import build
-from .recipe import DEMO, Budget, Source, Variant, VisionRecipe, as_plain
+from .recipe import DEMO, Budget, RecipeVariant, Source, VisionRecipe, as_plain
 from .selection import measure_teacher
 from .training import Augment, fit
 
@@ -85,6 +85,8 @@ class VisionExperiment(Experiment):
         super().check()
         recipe = self.recipe
         changes = recipe.variants.values()
+        if self.compile and any(change.gradients or change.share is not None for change in changes):
+            raise ValueError("gradients and share are measured in hooks, which compiled models do not call")
         for source in dict.fromkeys([recipe.student, recipe.teacher, *(v.teacher for v in changes if v.teacher)]):
             DATASETS[source.data].locate(data_root(self.data_root))
         with torch.device("meta"):
@@ -178,7 +180,13 @@ class VisionExperiment(Experiment):
         return Made(network, source, Stage(role, about, make, parents, f"{network} on {source.data}, seed {seed}"))
 
     def _moved(
-        self, teacher: Made, student: Made, pairs: tuple[tuple[str, str], ...], change: Variant, method: str, seed: int
+        self,
+        teacher: Made,
+        student: Made,
+        pairs: tuple[tuple[str, str], ...],
+        change: RecipeVariant,
+        method: str,
+        seed: int,
     ) -> Made:
         """What a method makes of a teacher and a student."""
         recipe, known = self.recipe, METHODS[method]
@@ -199,6 +207,8 @@ class VisionExperiment(Experiment):
         if guided:
             about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
             about |= {"views": True} if change.views else {}
+        if change.guidance and any(guidance == "bird" for _, guidance in known.phases):
+            about |= {"guidance": change.guidance}
         elif known.weighted:
             about |= {"weights": {"alpha": change.alpha}}
 
@@ -219,6 +229,7 @@ class VisionExperiment(Experiment):
                 progress=self.progress,
                 views=PhotometricViews(seed) if change.views else None,
                 weights={name: value for name, value in weights.items() if value is not None},
+                guidance=change.guidance,
             )
             guide, start = (m.model(self.root, self.device) if m.stage in parents else None for m in (teacher, student))
             model, histories, times = transfer.run(method, guide, start, data.train)

@@ -51,7 +51,7 @@ from .models import MODELS, replace_head
 from .profiling import StepTimes, step_times
 from .training import Augment, TransferGuide, fit
 
-Guidance = Literal["bird", "hints", "lwf"]
+GuidanceLoss = Literal["bird", "hints", "lwf"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Method:
 
     title: str
     start: Literal["student", "teacher"] = "student"
-    phases: tuple[tuple[bool, Guidance | None], ...] = ((False, None),)
+    phases: tuple[tuple[bool, GuidanceLoss | None], ...] = ((False, None),)
     options: Mapping[str, Any] = field(default_factory=dict)
     corrupted: bool = False
     weighted: bool = False
@@ -81,7 +81,7 @@ class Method:
 # little effect, and with 0.1 and 90 training fails.
 HINTS = 0.1, 9.0
 ALPHA = 0.1  # of BIRD, as published and as of `BirdLoss`
-_BIRD: tuple[tuple[bool, Guidance | None], ...] = ((False, "bird"),)
+_BIRD: tuple[tuple[bool, GuidanceLoss | None], ...] = ((False, "bird"),)
 METHODS = {
     "none": Method("None", phases=()),
     "continued": Method("Continued"),
@@ -119,7 +119,8 @@ class Transfer:
         pairs: (guiding layer, guided layer), one or more.
         settings: of all phases together.
         classes: the number of classes of the student's task.
-        weights: ``alpha`` and ``beta`` of BIRD, if they are not the published ones.
+        weights: ``alpha`` and ``beta`` of BIRD, if they are not the published ones, and of Hints, if not `HINTS`.
+        guidance: other options of `BirdLoss`; and ``gradients``, of `Taps`, which ``share`` implies.
         views: images for the guidance term of BIRD and Hints; None: those of the task.
         folder: a folder for each phase is created in it; None: nothing is kept.
     """
@@ -129,6 +130,7 @@ class Transfer:
     settings: Settings
     classes: int
     weights: Mapping[str, Any] = field(default_factory=dict)
+    guidance: Mapping[str, Any] = field(default_factory=dict)
     views: Augment | None = None
     augment: Augment | None = None
     validate: Callable[[nn.Module], float] | None = None
@@ -173,7 +175,8 @@ class Transfer:
                 folder=None if self.folder is None else self.folder / f"phase{number + 1}",
                 resume=True,
                 about={"method": method, "phase": number + 1, "pairs": self.pairs, "weights": dict(self.weights)}
-                | ({} if self.views is None else {"views": True}),
+                | ({} if self.views is None else {"views": True})
+                | ({"guidance": dict(self.guidance)} if self.guidance and guidance == "bird" else {}),
                 label=f"{known.title}, seed {self.settings.seed}",
                 progress=self.progress,
             )
@@ -187,7 +190,7 @@ class Transfer:
         return float(self.weights.get("alpha", ALPHA)) if known.weighted else 1.0
 
     def _guide(
-        self, guidance: Guidance, known: Method, teacher: nn.Module | None, model: nn.Module, train: Images
+        self, guidance: GuidanceLoss, known: Method, teacher: nn.Module | None, model: nn.Module, train: Images
     ) -> TransferGuide:
         if teacher is None:
             raise ValueError(f"{known.title} is guided by a teacher: give one")
@@ -197,15 +200,18 @@ class Transfer:
         guiding, guided = ([*dict.fromkeys(side)] for side in zip(*pairs, strict=True))
         loss: BirdLoss | Hints | LwF
         if guidance == "bird":
-            loss = BirdLoss(pairs=pairs, **known.options, **self.weights)
+            options = {name: value for name, value in self.guidance.items() if name != "gradients"}
+            loss = BirdLoss(pairs=pairs, **known.options, **self.weights, **options)
         elif guidance == "hints":
             theirs, ours = _widths(teacher, guiding, train), _widths(model, guided, train)
-            loss = Hints(*HINTS, pairs, teacher_widths=theirs, student_widths=ours)
+            alpha, beta = (self.weights.get(name, own) for name, own in zip(("alpha", "beta"), HINTS, strict=True))
+            loss = Hints(alpha, beta, pairs, teacher_widths=theirs, student_widths=ours)
         else:
             loss = LwF(pairs=pairs)
         views = None if guidance == "lwf" else self.views
+        measured = guidance == "bird" and bool(self.guidance.get("gradients") or self.guidance.get("share"))
         kind = PermutedTeacher if known.permuted else Teacher
-        return TransferGuide(kind(deepcopy(teacher), guiding), Taps(model, guided), loss, views)
+        return TransferGuide(kind(deepcopy(teacher), guiding), Taps(model, guided, gradients=measured), loss, views)
 
 
 class PermutedTeacher(Teacher):

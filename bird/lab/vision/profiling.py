@@ -11,6 +11,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from ...taps import Measured
 from .checkpoints import Settings, TrainingRun
 from .data import Images
 from .steps import Augment, Batches, TransferGuide, placed, take_step
@@ -79,13 +80,13 @@ def step_times(
 
             def guidance() -> None:
                 task = torch.zeros((), device=device)
-                loss(task, theirs, {name: rows.requires_grad_() for name, rows in ours.items()}).backward()
+                loss(task, theirs, Measured({name: x.requires_grad_() for name, x in ours.items()})).backward()
 
             return StepTimes(step, seconds, timed(guidance))
 
 
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def _joined(parts: list[dict[str, Tensor]]) -> Measured:
+    return Measured({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 @contextmanager

@@ -3,15 +3,15 @@
 The package ships one for every table of the paper (`names`); `read_vision` also takes a path of your own. A file says::
 
     title = "CIFAR-10 to CIFAR-100"
-    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]    # keys of `METHODS`
+    methods = ["none", "lp", "ft", "lp-ft", "hints", "lwf", "bird", "ceiling"]  # `METHODS`
     seeds = 3
 
-    [teacher]                                                # a source of images, see `Source`
+    [teacher]                                    # a source of images, see `Source`
     data = "cifar10"
     [student]
     data = "cifar100"
 
-    [pretraining]                                            # of both, see `Budget`
+    [pretraining]                                # of both, see `Budget`
     epochs = 200
     lr = 0.01
     final_lr = 1e-6
@@ -21,23 +21,24 @@ The package ships one for every table of the paper (`names`); `read_vision` also
     epochs = 200
     lr = 0.005
 
-    [scoring]                                                # see `Scoring`
+    [scoring]                                    # see `Scoring`
 
-    [networks.mobilenetv2]                                   # see `Networks`; a name of your own, or a network's
-    paper = { none = 51.31, bird = 54.77 }                   # robust accuracy in %, where published
+    [networks.mobilenetv2]                       # see `Networks`; any name, or a network's
+    paper = { none = 51.31, bird = 54.77 }       # published robust accuracy, in %
 
-    [variants."batch 32"]                                    # what differs from the above, see `Variant`
+    [variants."batch 32"]                        # what differs: see `RecipeVariant`
     batch_size = 32
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
+from ...losses import BirdLoss
 from ..claims import Claim, require_claims
 from ..duration import steps_to_train
 from ..recipe import WHOLE, made, parsed, require_known, require_percents, require_table, require_within, settings_of
@@ -53,7 +54,7 @@ DEMO = "fashion/demo"  # what `bird demo` runs
 
 @dataclass(frozen=True)
 class Source:
-    """Images.
+    """A source of images.
 
     Args:
         data: a key of `bird.lab.vision.datasets.DATASETS`.
@@ -148,7 +149,7 @@ class Networks:
 
 
 @dataclass(frozen=True)
-class Variant:
+class RecipeVariant:
     """What a transfer, or its teacher, does otherwise than the recipe: None for no change.
 
     Args:
@@ -166,6 +167,8 @@ class Variant:
             brightness (`bird.lab.vision.augment.PhotometricViews`), while the task keeps its own.
         teacher_layer: guiding layer, a path in the teacher, or several; the default is the network's own.
         student_layer: guided layer; as many, each guided by the one at its place. CKA is reported of the last ones.
+        loss, schedule, until, share: of BIRD's methods, as of `bird.BirdLoss`.
+        gradients: whether BIRD's methods log the norms of the gradients of task and guidance, as ``share`` does.
     """
 
     teacher: Source | None = None
@@ -180,11 +183,34 @@ class Variant:
     views: bool = False
     teacher_layer: str | tuple[str, ...] | None = None
     student_layer: str | tuple[str, ...] | None = None
+    loss: str | None = None
+    schedule: str | None = None
+    until: float | None = None
+    share: float | None = None
+    gradients: bool | None = None
 
     def __post_init__(self) -> None:
         require_within(self, teacher_steps=1, steps=1, batch_size=MIN_BATCH, alpha=0, beta=0)
         if {(), ""} & {self.teacher_layer, self.student_layer}:
             raise ValueError("teacher_layer and student_layer must not be empty")
+
+    @property
+    def guidance(self) -> dict[str, Any]:
+        """What it says of BIRD's loss beside its weights."""
+        names = ("loss", "schedule", "until", "share", "gradients")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def require_guidance(self, methods: Iterable[str]) -> None:
+        """Raise a ValueError unless BIRD's loss can be as it says in each of the methods."""
+        weights = {name: value for name in ("alpha", "beta") if (value := getattr(self, name)) is not None}
+        options = {name: value for name, value in self.guidance.items() if name != "gradients"}
+        if self.loss == "cka_difference":
+            raise ValueError('loss = "cka_difference" is of preferences, not of images')
+        if self.views and (self.share is not None or self.gradients):
+            raise ValueError("gradients are of task and guidance at one output, and with views the two have their own")
+        for method in methods:
+            if any(guidance == "bird" for _, guidance in METHODS[method].phases):
+                BirdLoss(pairs=[("teacher", "student")], **METHODS[method].options, **weights, **options)
 
     def pairs(self, networks: Networks) -> tuple[tuple[str, str], ...]:
         """The guiding and the guided layer of each pair.
@@ -238,7 +264,7 @@ class VisionRecipe:
     transfer: Budget
     networks: Mapping[str, Networks]
     methods: tuple[str, ...]
-    variants: Mapping[str, Variant] = field(default_factory=lambda: {"": Variant()})
+    variants: Mapping[str, RecipeVariant] = field(default_factory=lambda: {"": RecipeVariant()})
     seeds: int = 3
     teacher_tuning: Budget | None = None
     first_seed: int = 0
@@ -270,6 +296,11 @@ class VisionRecipe:
             require_known("methods", method, METHODS)
         for name in sum(((v.networks or ()) for v in self.variants.values()), ()):
             require_known("networks of a variant", name, self.networks)
+        for name, change in self.variants.items():
+            try:
+                change.require_guidance(change.methods or self.methods)
+            except ValueError as error:
+                raise ValueError(f"variants.{name}: {error}") from error
         changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())
         for name in self.corruptions + self.held_out + changed:
             require_known("corruptions", name, CORRUPTIONS)
@@ -279,7 +310,7 @@ class VisionRecipe:
             theirs, ours = (DATASETS[s.data].channels for s in (source, self.student))
             if theirs != ours:  # teachers see the student's images
                 raise ValueError(f"{source.data} has {theirs} channels, {self.student.data} {ours}: they must agree")
-        require_claims(self, ("robust", "clean", "all", *self.scoring.corruptions))
+        require_claims(self, ("robust", "clean", "net", "all", *self.scoring.corruptions))
         if missing := set(self.held_out) - set(self.scoring.corruptions):
             raise ValueError(f"scoring.corruptions must hold all that are held out; {sorted(missing)} are missing")
         if not {*self.scoring.corruptions} - {*self.held_out}:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Float64Array = NDArray[np.float64]
 
 PREDICTORS = ("probe_accuracy", "complementary_knowledge", "usefulness_min")
 PROPERTY_NAMES = {
@@ -132,7 +132,7 @@ def regress(rows: Sequence[TeacherRow], *, predictors: Sequence[str] = PREDICTOR
     )
 
 
-def _observed(rows: Sequence[TeacherRow], predictors: Sequence[str]) -> tuple[Array, Array]:
+def _observed(rows: Sequence[TeacherRow], predictors: Sequence[str]) -> tuple[Float64Array, Float64Array]:
     """Properties ``[n, p]`` and accuracies ``[n]``, fit to be regressed."""
     if len(rows) < len(predictors) + 2:
         raise ValueError(f"{len(predictors)} predictors need at least {len(predictors) + 2} rows, got {len(rows)}")
@@ -151,7 +151,7 @@ def _observed(rows: Sequence[TeacherRow], predictors: Sequence[str]) -> tuple[Ar
     return x, y
 
 
-def _fit(z: Array, target: Array) -> Fit:
+def _fit(z: Float64Array, target: Float64Array) -> Fit:
     """For centred ``z [n, p]`` and a target of mean 0 and variance 1."""
     n = len(target)
     q = np.linalg.qr(z)[0]
@@ -162,5 +162,5 @@ def _fit(z: Array, target: Array) -> Fit:
     return Fit(float(1 - errors @ errors / n), float(1 - left_out @ left_out / n))
 
 
-def _named(names: Sequence[str], values: Array) -> dict[str, float]:
+def _named(names: Sequence[str], values: Float64Array) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True))

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from ..claims import claims_section, judge, plain
+from ..claims import claims_section, json_rows, judge
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import difference
 from ..tables import markdown_table, percent, report_origin, without_empty_columns, write_csv, write_report
@@ -113,12 +113,14 @@ def _differences(comparison: Comparison) -> str:
 
 
 def measured(comparison: Comparison, title: str, name: str) -> dict[int, float]:
-    """By seed, what claims compare: "robust" (as published, with clean images), "clean", "all" (every corruption that
-    was scored, without clean images), or the mean over the severities of the corruption of that name."""
+    """By seed, what claims compare: "robust" (as published, with clean images), "clean", "net" (robust accuracy plus
+    clean accuracy: of a difference, what is left of a gain when the clean price is taken off), "all" (every corruption
+    that was scored, without clean images), or the mean over the severities of the corruption of that name."""
     found = {}
     for outcome in comparison.of(title):
         every = Robustness(outcome.held_out.clean, outcome.corrupted)
         known = {"robust": outcome.held_out.pooled, "clean": every.clean, "all": every.robust}
+        known["net"] = known["robust"] + known["clean"]
         found[outcome.seed] = known[name] if name in known else fmean(outcome.corrupted[name])
     return found
 
@@ -136,7 +138,7 @@ def _claims(recipe: VisionRecipe, found: Mapping[Group, Comparison]) -> tuple[li
         sections += ([f"{networks}:\n"] if judgements and len(recipe.networks) > 1 else []) + claims_section(
             recipe.claims, judgements
         )
-        rows += [{"networks": networks} | row for row in plain(judgements)]
+        rows += [{"networks": networks} | row for row in json_rows(judgements)]
     return sections, rows
 
 

@@ -25,12 +25,12 @@ from .corruptions import SEVERITIES, TEACHER_CORRUPTIONS, corrupt
 from .data import Images, Splits, to_float
 from .regression import Properties
 
-Array = NDArray[np.float32]
+Float32Array = NDArray[np.float32]
 
 PROBE_C = 1.0  # scikit-learn's default, good enough to compare teachers with
 
 
-class Measured(NamedTuple):
+class MeasuredTeacher(NamedTuple):
     """A teacher's properties, and the accuracy of a probe on the student's own features, a share of 1."""
 
     properties: Properties
@@ -43,10 +43,10 @@ class Views(NamedTuple):
     Features of single versions are not kept, so that memory does not depend on the number of corruptions.
     """
 
-    clean: Array
-    lowest: Array
-    highest: Array
-    mean: Array
+    clean: Float32Array
+    lowest: Float32Array
+    highest: Float32Array
+    mean: Float32Array
 
 
 def measure_teacher(
@@ -58,7 +58,7 @@ def measure_teacher(
     severities: Sequence[int] = SEVERITIES,
     batch_size: int = 500,
     progress: bool | None = None,
-) -> Measured:
+) -> MeasuredTeacher:
     """The properties of a teacher for a student, from one pass over the images for each network.
 
     *Probe accuracy*: of `probe` on the teacher's features. *Complementary knowledge*: the share of validation images
@@ -108,7 +108,7 @@ def measure_teacher(
         usefulness_mean=float(np.nanmean(mean)),
         effective_rank=effective_rank(views.clean),
     )
-    return Measured(properties, float(student_right.mean()))
+    return MeasuredTeacher(properties, float(student_right.mean()))
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def extract(
         raise ValueError(f"features of one layer are compared, but {len(network.names)} are tapped ({tapped})")
     name, hidden = network.names[0], None if progress is None else not progress
     first = next(chain(network.model.parameters(), network.model.buffers()), images.images)
-    parts: list[list[Array]] = []  # by batches, of what a `Views` holds; without versions its first alone
+    parts: list[list[Float32Array]] = []  # by batches, of what a `Views` holds; without versions its first alone
     total = len(images) * (1 + len(versions))
     with tqdm(total=total, desc=label, unit="image", leave=False, disable=hidden) as bar:
 
@@ -254,6 +254,6 @@ def _class_means(values: NDArray[np.float64], labels: NDArray[Any]) -> tuple[NDA
     return sums / counts, (values.sum(axis=0) - sums) / (len(labels) - counts)
 
 
-def _right(train: Array, held_out: Array, data: Splits) -> NDArray[np.bool_]:
+def _right(train: Float32Array, held_out: Float32Array, data: Splits) -> NDArray[np.bool_]:
     """Which validation images a probe on some features gets right, ``[m]``."""
     return probe(train, data.train.labels.cpu().numpy(), held_out) == data.validation.labels.cpu().numpy()

@@ -128,6 +128,9 @@ def take_step(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks, lr:
         group["lr"] = lr
     run.optimizer.zero_grad()
     terms = _backward(run, guide, chunks)
+    if run.scaler.is_enabled():
+        scale = run.scaler.scale(torch.ones((), device=run.device))
+        terms |= {name: terms[name] / scale for name in ("task_grad", "guide_grad") if name in terms}
     run.scaler.step(run.optimizer)
     run.scaler.update()
     return terms

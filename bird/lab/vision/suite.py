@@ -21,7 +21,7 @@ from ..stages import complete
 from .datasets import load_splits
 from .evaluation import Robustness, first, robustness
 from .experiment import Made, VisionExperiment
-from .recipe import Networks, Variant, VisionRecipe, read_vision
+from .recipe import Networks, RecipeVariant, VisionRecipe, read_vision
 
 GAP = 0.10  # that a suite leaves between None and Ceiling in pooled accuracy, at least
 SHARE = 0.25  # of it that one kind of corruption may have, at most
@@ -63,7 +63,7 @@ def suites(recipe: VisionRecipe) -> Iterator[tuple[str, VisionRecipe]]:
         for data, network in BACKGROUNDS:
             sources = {side: replace(getattr(recipe, side), data=data) for side in ("teacher", "student")}
             networks = {network: Networks(network, network)}
-            suite = replace(recipe, strongest=strongest, networks=networks, variants={"": Variant()}, **sources)
+            suite = replace(recipe, strongest=strongest, networks=networks, variants={"": RecipeVariant()}, **sources)
             yield f"severities to {strongest}, {data}, {network}", suite
 
 

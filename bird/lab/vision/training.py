@@ -76,7 +76,8 @@ def fit(
     Raises:
         FileExistsError: the folder has a checkpoint, and ``resume`` is off.
         ValueError: the checkpoint cannot be read, or comes from other settings or data; fewer than `MIN_BATCH`
-            samples; labels that the model has no logits for; an unknown layer in ``trained``, or nothing to train.
+            samples; labels that the model has no logits for; an unknown layer in ``trained``, or nothing to train;
+            ``settings.compile`` where the guide's taps measure gradients.
         FloatingPointError: the loss or the weights are not finite; ``last.pt`` is from before that.
     """
     device = torch.device(device)
@@ -86,6 +87,8 @@ def fit(
     batches = Batches(train, settings, augment, device, None if guide is None else guide.views)
     modules = placed(model, guide, device)
     if settings.compile:
+        if guide is not None and guide.taps.gradients:
+            raise ValueError("gradients are measured in hooks, which compiled models do not call")
         torch.compiler.reset()  # else a network of the same class, compiled before, lends its graph without these taps
         model.compile()
     with train_only(model, trained) as to_train:
@@ -127,6 +130,8 @@ def _loop(
     for step in range(done, settings.steps):
         lr = learning_rate(step, settings)
         terms = take_step(run, guide, batches.at(step), lr)
+        if guide is not None and isinstance(guide.loss, BirdLoss):
+            guide.loss.step(step + 1, settings.steps)
         losses.append(terms.pop("loss"))
         for name, value in terms.items():
             totals[name] = totals[name] + value if name in totals else value

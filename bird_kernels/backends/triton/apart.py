@@ -41,7 +41,7 @@ EPS = tl.constexpr(ROUNDING * 2.0**-23)
 def take_kernel(
     x,  # [n, p]
     y,  # [n, q]
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     strides,  # of x, then of y
     few,  # int64 [FEW]: the rows to take out
     shifts,  # fp32 [qa + pa]
@@ -50,14 +50,14 @@ def take_kernel(
     z,  # in and out, [.., qa + pa + 8]: zero in the rows that are taken out
     beside,  # out, fp32 [FEW + 1, qa + pa]: these rows minus the means of the others, and the means
     totals,  # out, fp64 [qa + pa + 8]: the sums of the others, their number (at least 1), and that of all that count
-    n,
-    p,
-    q,
-    shares,
-    MASKED: tl.constexpr,
-    FEW: tl.constexpr,
+    n,  # rows of x and y
+    p,  # columns of x
+    q,  # columns of y
+    shares,  # the number of shares in ``sums``
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    FEW: tl.constexpr,  # how many rows are taken out
     TAKEN: tl.constexpr,  # FEW or more, a power of two
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,  # columns per program
 ):
     """Grid (blocks of columns of y, then of x)."""
     block = tl.program_id(0)
@@ -157,21 +157,21 @@ def _noise_among(
 def rows_kernel(
     z,  # [.., qa + pa + 8]
     beside,  # fp32 [FEW + 1, qa + pa]
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     few,  # int64 [FEW]: the rows S
     totals,  # fp64 [qa + pa + 8]
     rows,  # out, fp32 [5, n]: kappa, lambda, r_K, r_L, and 1 + the place of a row that was taken out, else 0
     e,  # out, fp32 [2, n, FEW]: e_K and e_L
     row_slots,  # out, fp64 [9 blocks + 4]: for `store_results_apart`
-    n,
-    p,
-    q,
-    MASKED: tl.constexpr,
-    FEW: tl.constexpr,
-    TAKEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    n,  # rows of x and y
+    p,  # columns of x
+    q,  # columns of y
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    FEW: tl.constexpr,  # how many rows were taken out
+    TAKEN: tl.constexpr,  # FEW or more, a power of two: the height of their tiles
+    PRECISION: tl.constexpr,  # of the products: "ieee" or "tf32x3"
+    HEIGHT: tl.constexpr,  # rows per program
+    BLOCK: tl.constexpr,  # columns that are read at a time
 ):
     """Grid (blocks of HEIGHT rows, and two more programs for the noise of x and of y): products with the rows S."""
     block, blocks = tl.program_id(0), tl.num_programs(0) - 2
@@ -291,18 +291,18 @@ def _row_weights(rows, i, inside, n, a, b, SIDE: tl.constexpr):
 def pull_kernel(
     own,  # the side's columns of z, [.., width], rows qa + pa + 8 apart
     beside,  # fp32 [FEW + 1, qa + pa]
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     rows,  # fp32 [5, n]
     coefficients,  # fp64 [COEFFICIENTS]
     grad,  # 0-d
     pulls,  # out, fp32 [grid 1, width]: sum(rho x) of each share of the rows
-    n,
-    p,
-    q,
+    n,  # rows of x and y
+    p,  # columns of x
+    q,  # columns of y
     share,  # rows per program
-    SIDE: tl.constexpr,
-    MASKED: tl.constexpr,
-    FEW: tl.constexpr,
+    SIDE: tl.constexpr,  # 0: of x, for dX; 1: of y, for dY
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    FEW: tl.constexpr,  # how many rows were taken out
     BLOCK: tl.constexpr,  # columns per program, and rows at a time
 ):
     """Grid (blocks of a side's columns, shares of the rows)."""
@@ -325,7 +325,7 @@ def pull_kernel(
 def add_kernel(
     own,  # the side's columns of z, [.., width], rows qa + pa + 8 apart
     beside,  # fp32 [FEW + 1, qa + pa]
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     rows,  # fp32 [5, n]
     e,  # fp32 [2, n, FEW]
     coefficients,  # fp64 [COEFFICIENTS]
@@ -334,16 +334,16 @@ def add_kernel(
     taken_product,  # fp32 [FEW, width]: the same of the rows that were taken out
     pull,  # fp32 [width]: sum(rho x) / (n - 2)
     out,  # out, [n, d]: the gradient
-    n,
-    p,
-    q,
-    SIDE: tl.constexpr,
-    MASKED: tl.constexpr,
-    FEW: tl.constexpr,
-    TAKEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    n,  # rows of x and y
+    p,  # columns of x
+    q,  # columns of y
+    SIDE: tl.constexpr,  # 0: of x, for dX; 1: of y, for dY
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    FEW: tl.constexpr,  # how many rows were taken out
+    TAKEN: tl.constexpr,  # FEW or more, a power of two: the height of their tiles
+    PRECISION: tl.constexpr,  # of the products: "ieee" or "tf32x3"
+    HEIGHT: tl.constexpr,  # rows per program
+    BLOCK: tl.constexpr,  # columns that are processed at a time
 ):
     """Grid (blocks of HEIGHT rows): adds the terms of the rows to the product, and scales the sum."""
     pa, qa = padded_width(p), padded_width(q)

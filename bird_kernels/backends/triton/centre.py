@@ -102,7 +102,7 @@ def median_of_means(sums, numbers, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BL
 @triton.jit
 def store_location(
     x,  # [n, d], dense
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     location,  # out, fp32 [2, d]: high and low part
     columns,  # [BLOCK]
     n,

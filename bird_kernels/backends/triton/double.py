@@ -64,18 +64,18 @@ def moments_kernel(
     grams,  # fp32 [pairs, 2, n, n]: K and L of each pair
     rows,  # fp64 [pairs, 2, PARTS, n]: their row sums, in parts
     shifts,  # out, fp64 [pairs, 2, n]: for the backward
-    mask,  # bytes [n]: the rows that count
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     slots,  # fp64 [pairs, 3, programs]: partial sums of the programs of a pair
     counters,  # int32 [pairs], zero
     values,  # out, fp32 [pairs]
     coefficients,  # fp64 [pairs, COEFFICIENTS]: sizes, totals and rooms are read, the others are written
-    n,
-    PARTS: tl.constexpr,
-    MASKED: tl.constexpr,
-    STATISTIC: tl.constexpr,
+    n,  # rows and columns of K and L
+    PARTS: tl.constexpr,  # the number of parts in ``rows``
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    STATISTIC: tl.constexpr,  # "cka_loss", "sqrt_cka_loss", "cka" or "hsic"
     UNBIASED: tl.constexpr,  # the diagonal is left out
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
+    HEIGHT: tl.constexpr,  # rows per program
+    LENGTH: tl.constexpr,  # columns that are read at a time
 ):
     """Grid (blocks of HEIGHT rows, pairs): <Kc,Lc>, <Kc,Kc>, <Lc,Lc> from upper triangles, value and coefficients.
 

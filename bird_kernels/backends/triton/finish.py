@@ -54,15 +54,15 @@ def cross_finish_kernel(
     counters,  # int32 [1], 0
     value,  # out, fp32, 0-d
     coefficients,  # out, fp64 [COEFFICIENTS]
-    p,
-    q,
-    parts,
-    shares,
-    blocks,  # (UNBIASED) of rows
-    STATISTIC: tl.constexpr,
+    p,  # columns of x
+    q,  # columns of y
+    parts,  # the number of parts of ``products``, which are summed here
+    shares,  # the number of shares in ``sums``, which are summed here
+    blocks,  # (UNBIASED) the number of blocks of rows in ``row_slots``
+    STATISTIC: tl.constexpr,  # "cka_loss", "sqrt_cka_loss", "cka" or "hsic"
     UNBIASED: tl.constexpr,  # z, ``sums`` and the moments are without the rows that were taken out (`apart`)
-    STORE_B: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STORE_B: tl.constexpr,  # whether ``b`` is written, which dY needs
+    BLOCK: tl.constexpr,  # rows and columns of a tile
 ):
     """Grid (tiles of [C; A], then of B): centres the products, and computes the value and the coefficients."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -126,18 +126,18 @@ def cross_mix_kernel(
     factor,  # out (NEAR), fp32, 0-d: by which d must still be multiplied
     taken_product,  # out (UNBIASED), fp32 [FEW, columns of w]: ``beside`` times w before it is rounded
     pull,  # out (UNBIASED), fp32 [columns of w]: the sum of ``pulls`` over n - 2
-    p,
-    q,
-    pull_shares,
+    p,  # columns of x
+    q,  # columns of y
+    pull_shares,  # (UNBIASED) the number of shares in ``pulls``
     SIDE: tl.constexpr,  # 0: of x, [2 d_kl C; 4 d_kk A; bias]; 1: of y, [4 d_ll B; 2 d_kl C^T; bias]
     UNBIASED: tl.constexpr,  # further terms are added to d, and then it is scaled (`apart.add_kernel`)
-    TF32: tl.constexpr,
+    TF32: tl.constexpr,  # whether w is rounded to tf32; else to its dtype
     NEAR: tl.constexpr,  # w is scaled near 1: fp16, UNBIASED
-    FEW: tl.constexpr,
-    TAKEN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FEW: tl.constexpr,  # (UNBIASED) how many rows were taken out
+    TAKEN: tl.constexpr,  # (UNBIASED) FEW or more, a power of two
+    PRECISION: tl.constexpr,  # (UNBIASED) of ``taken_product``: "ieee" or "tf32x3"
+    HEIGHT: tl.constexpr,  # rows of w at a time
+    BLOCK: tl.constexpr,  # columns of w per program
 ):
     """Grid (blocks of columns of w). The bias is minus the means times w, as a sum of two numbers of w's dtype."""
     pa, qa = padded_width(p), padded_width(q)
@@ -199,7 +199,7 @@ def expm1(x):
 def gram_rows_kernel(
     grams,  # fp32 [2, n, n]: K and L; GAUSSIAN: in, squared distances; out, K - c and L - c, UNBIASED with diagonal 0
     bandwidths,  # fp64 [2, 4] (GAUSSIAN): f, t, c of each side
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     zx,  # [n + 1 or more, pa]; out (linear): row n
     zy,  # [n + 1 or more, qa]; out (linear): row n
     sums,  # fp32 [shares, qa + pa + 8]
@@ -209,17 +209,17 @@ def gram_rows_kernel(
     slots,  # fp64 [2, 3, blocks]: partial sums of the programs
     counters,  # int32 [1], 0 before and after
     coefficients,  # out, fp64 [COEFFICIENTS]: sizes, totals and rooms
-    n,
-    p,
-    q,
-    shares,
-    GAUSSIAN: tl.constexpr,
-    MASKED: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    TF32: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    n,  # rows of x and y
+    p,  # columns of x
+    q,  # columns of y
+    shares,  # the number of shares in ``sums``
+    GAUSSIAN: tl.constexpr,  # whether the kernels are Gaussian; else linear
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    UNBIASED: tl.constexpr,  # whether the estimator is the unbiased one; else the biased
+    TF32: tl.constexpr,  # (linear) whether row n of z is rounded to tf32; else to its dtype
+    HEIGHT: tl.constexpr,  # rows of K or L per program
+    LENGTH: tl.constexpr,  # columns of K or L that are read at a time
+    BLOCK: tl.constexpr,  # (linear) columns of z per program
 ):
     """Grid (blocks of rows of K, of L; linear: of columns of z): row sums, and minus the means of z as its row n.
 
@@ -283,20 +283,20 @@ def gram_rows_kernel(
 @triton.jit
 def gram_mix_kernel(
     grams,  # fp32 [2, n, n]
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     shifts,  # fp64 [2, n]: of their rows
     coefficients,  # fp64 [COEFFICIENTS]
     grad,  # 0-d
     m,  # out, [n, n + 1 or more]: column n is the row sum, further columns are zero: d = m z
     factor,  # out (NEAR), fp32, 0-d: by which d must still be multiplied
-    n,
+    n,  # rows and columns of K and L
     SIDE: tl.constexpr,  # 0: for dX; 1: for dY
-    UNBIASED: tl.constexpr,
-    MASKED: tl.constexpr,
-    TF32: tl.constexpr,
+    UNBIASED: tl.constexpr,  # whether the estimator is the unbiased one: then the diagonal of m is zero
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    TF32: tl.constexpr,  # whether m is rounded to tf32; else to its dtype
     NEAR: tl.constexpr,  # fp16: m is scaled near 1
-    HEIGHT: tl.constexpr,
-    LENGTH: tl.constexpr,
+    HEIGHT: tl.constexpr,  # rows per program
+    LENGTH: tl.constexpr,  # columns that are read at a time
 ):
     """Grid (blocks of rows): the matrix m by which z is multiplied for a gradient."""
     pitch = padded_width(n + 1)

@@ -36,13 +36,13 @@ def distances_kernel(
     zy,  # [n, qa]
     norms,  # fp32 [2, n]: of their rows, squared
     grams,  # out, fp32 [2, n, n]: squared distances, diagonal 0
-    n,
-    p,
-    q,
+    n,  # rows of zx and zy
+    p,  # columns of x
+    q,  # columns of y
     SAME: tl.constexpr,  # squared distances up to this many eps of the norms are rounding errors and set to zero
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32" or "tf32x3"
+    BLOCK: tl.constexpr,  # rows and columns of a tile
+    STEP: tl.constexpr,  # columns of z that are multiplied at a time
 ):
     """Grid (upper tiles, sides): a tile of squared distances and its mirror image."""
     tile, side = tl.program_id(0), tl.program_id(1)

@@ -49,7 +49,7 @@ def side_of(block, BEGINS: tl.constexpr, COUNT: tl.constexpr):
 def backward_kernel(
     wanted,  # the sides of which the gradient is wanted: [n, d] each, dense; GAUSSIAN: z [n, d padded], shifted
     gradients,  # out, their gradients [n, d]
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     locations,  # fp32 [2, d] of each side (linear)
     grams,  # fp32 [pairs, 2, n, n]: K and L; GAUSSIAN: K - c and L - c
     shifts,  # fp64 [pairs, 2, n] (unbiased or GAUSSIAN): of their rows
@@ -57,20 +57,20 @@ def backward_kernel(
     tops,  # fp32 [2, blocks] (GAUSSIAN): the largest off-diagonal entries of K
     coefficients,  # fp64 [pairs, COEFFICIENTS]
     grad,  # upstream gradient of the values
-    stride_grad,
-    n,
-    blocks,
-    BEGINS: tl.constexpr,  # of the sides in ``wanted``: their first blocks,
-    WIDTHS: tl.constexpr,  # their widths d,
-    WANTED: tl.constexpr,  # their indices among all sides,
-    STARTS: tl.constexpr,  # the offsets of their locations,
-    COUNT: tl.constexpr,  # and their number
-    GAUSSIAN: tl.constexpr,
-    MASKED: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    stride_grad,  # between the elements of ``grad``, one per pair; 0 if 0-d
+    n,  # rows of the features
+    blocks,  # (GAUSSIAN) the number of blocks in ``tops``, per side
+    BEGINS: tl.constexpr,  # the first block of each side in ``wanted``
+    WIDTHS: tl.constexpr,  # the width d of each side in ``wanted``
+    WANTED: tl.constexpr,  # the index of each side in ``wanted`` among all sides
+    STARTS: tl.constexpr,  # the offset in ``locations`` of each side in ``wanted``
+    COUNT: tl.constexpr,  # the number of sides in ``wanted``
+    GAUSSIAN: tl.constexpr,  # whether the kernels are Gaussian; else linear
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    UNBIASED: tl.constexpr,  # whether the estimator is the unbiased one; else the biased
+    PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32" or "tf32x3"
+    BLOCK: tl.constexpr,  # rows and columns of a tile of a gradient
+    STEP: tl.constexpr,  # terms of the sum that are multiplied at a time
 ):
     """Grid (column tiles of all wanted gradients, row tiles): a tile of dX or dY.
 

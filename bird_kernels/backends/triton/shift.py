@@ -60,20 +60,20 @@ def column_sums(sums, columns, width, shares):
 def locate_kernel(
     x,  # [n, p]
     y,  # [n, q]
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     strides,  # of x, then of y: between rows, between columns
     shifts,  # out, fp32 [qa + pa]: of the columns of y, then of x
     peaks,  # out, fp32 [programs]: the largest sampled |x - s| of each block of columns
     expected,  # out (SCORED), fp32 [programs]: about the norm of an ordinary row of x - s in these columns
     counters,  # out, int32 [1 + shares]: set to zero for later kernels
-    n,
-    p,
-    q,
+    n,  # rows of x and y
+    p,  # columns of x
+    q,  # columns of y
     every,  # one row of this many is sampled
-    shares,
-    MASKED: tl.constexpr,
+    shares,  # the number of shares of the rows in `shift_kernel`
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
     ALWAYS: tl.constexpr,  # whether all columns are shifted
-    SCORED: tl.constexpr,
+    SCORED: tl.constexpr,  # whether rows have scores, for `apart`
     LOCATED: tl.constexpr,  # columns per program
 ):
     """Grid (blocks of columns of y, then of x): location and spread, in two passes over the sample."""
@@ -159,11 +159,11 @@ def zero_for_infinite(x):
 def shift_kernel(
     x,  # [n, p]
     y,  # [n, q]
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     strides,  # of x, then of y
     shifts,  # fp32 [qa + pa]
-    peaks,  # fp32, of `locate_kernel`
-    expected,  # fp32 (SCORED), of `locate_kernel`
+    peaks,  # fp32 [blocks of LOCATED columns], of `locate_kernel`
+    expected,  # fp32 [blocks of LOCATED columns] (SCORED), of `locate_kernel`
     zx,  # out, [rows, pa]
     zy,  # out, [rows, qa]
     ones,  # out (CROSS), [rows, 8]: 1 1 0 0 0 0 0 0 for a row that counts
@@ -172,16 +172,16 @@ def shift_kernel(
     norms,  # out (SCORED), fp32 [grid 0 - 1, length]: each block's share of the scores
     scores,  # out (SCORED), fp32 [length]
     counters,  # int32 [1 + grid 1], 0
-    n,
-    p,
-    q,
+    n,  # rows of x and y
+    p,  # columns of x
+    q,  # columns of y
     length,  # rows of z, n or more
     share,  # rows per program
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
     CROSS: tl.constexpr,  # z is [zy | zx | ones]
-    TF32: tl.constexpr,
-    SCORED: tl.constexpr,
-    LOCATED: tl.constexpr,
+    TF32: tl.constexpr,  # whether z is rounded to tf32; else to its dtype
+    SCORED: tl.constexpr,  # whether rows have scores, for `apart`
+    LOCATED: tl.constexpr,  # columns per program of `locate_kernel`
     SHIFTED: tl.constexpr,  # columns per program, and rows that it processes at a time
     WIDTH: tl.constexpr,  # peaks, or scores, that are read together
 ):

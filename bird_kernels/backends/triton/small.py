@@ -36,22 +36,22 @@ UNROLL = tl.constexpr(8)  # parts that are loaded at once
 @triton.jit
 def partials_kernel(
     sides,  # x and y of the first pair, of the second, ...: [n, d] each, dense
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     locations,  # out, fp32 [2, d] of each side, concatenated
     peaks,  # out, fp32 [splits]: the largest shifted entry of each
     partials,  # out, fp32 [splits, upper tiles, BLOCK, BLOCK], times the square of the split's scale
     counters,  # out, int32 [pairs]: set to zero for the next kernel
-    n,
+    n,  # rows of all sides
     WIDTHS: tl.constexpr,  # d of each side
     STARTS: tl.constexpr,  # the offset of each side's locations
     SPLITS: tl.constexpr,  # the first split of each side, and the number of splits
-    SIDES: tl.constexpr,
+    SIDES: tl.constexpr,  # the number of sides: two per pair
     CHUNK: tl.constexpr,  # columns of a split
-    UNBIASED: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    UNBIASED: tl.constexpr,  # columns are shifted by a robust location; else by their mean
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32" or "tf32x3"
+    BLOCK: tl.constexpr,  # rows and columns of a tile
+    STEP: tl.constexpr,  # columns of a side that are multiplied at a time
 ):
     """Grid (upper tiles, splits of all sides): a split's part of a tile.
 
@@ -104,20 +104,20 @@ def _sum_parts(partials, peaks, scale, begin, end, tile, upper, inner, BLOCK: tl
 def reduce_kernel(
     peaks,  # fp32 [splits]
     partials,  # fp32 [splits, upper tiles, BLOCK, BLOCK]
-    mask,  # bytes [n]
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
     grams,  # out, fp32 [pairs, 2, n, n]: K and L, with diagonal 0 if UNBIASED
     rows,  # out, fp64 [pairs, 2, tiles, n] (unbiased): row sums of each column of tiles
     slots,  # fp64 [pairs, 3 or, unbiased, 6, programs]: partial sums of the programs of a pair
     counters,  # int32 [pairs]
     values,  # out, fp32 [pairs]; unbiased, the next kernel writes them
     coefficients,  # out, fp64 [pairs, COEFFICIENTS]
-    n,
-    SPLITS: tl.constexpr,
-    SIDES: tl.constexpr,
-    MASKED: tl.constexpr,
-    STATISTIC: tl.constexpr,
-    UNBIASED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    n,  # rows and columns of K and L
+    SPLITS: tl.constexpr,  # the first split of each side, and the number of splits
+    SIDES: tl.constexpr,  # the number of sides: two per pair
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    STATISTIC: tl.constexpr,  # "cka_loss", "sqrt_cka_loss", "cka" or "hsic"
+    UNBIASED: tl.constexpr,  # whether the estimator is the unbiased one; else the biased
+    BLOCK: tl.constexpr,  # rows and columns of a tile
     REDUCED: tl.constexpr,  # rows per program
 ):
     """Grid (blocks of REDUCED rows, tiles, pairs): sums the parts of REDUCED rows of a tile of K and of L."""

@@ -69,18 +69,18 @@ def symmetric_kernel(
     left,  # z [rows, columns], or a descriptor of blocks for the left operand
     right,  # the same for the right operand
     out,  # fp32 [parts, size, size]
-    rows,
-    columns,
-    pitch,
+    rows,  # the number of rows of z
+    columns,  # the number of columns of z
+    pitch,  # elements between the beginnings of two rows of z
     size,  # columns (TRANSPOSED) or rows
     length,  # terms of the sums of a part
     TRANSPOSED: tl.constexpr,  # Z^T Z, in parts over the rows; else Z Z^T
-    DESCRIBED: tl.constexpr,
-    TF32: tl.constexpr,
-    GROUP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    DESCRIBED: tl.constexpr,  # whether ``left`` and ``right`` are descriptors
+    TF32: tl.constexpr,  # whether fp32 is multiplied as tf32
+    GROUP: tl.constexpr,  # rows of tiles that are processed together
+    M: tl.constexpr,  # rows of a tile
+    N: tl.constexpr,  # columns of a tile
+    K: tl.constexpr,  # terms of the sum that are multiplied at a time
 ):
     """Grid (tiles, ordered by groups of GROUP rows of tiles; parts). Programs below the diagonal do nothing."""
     program, part, tiles = tl.program_id(0), tl.program_id(1), tl.cdiv(size, N)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias, TypeVar
 
@@ -51,6 +51,7 @@ class Material:
         texts: held out, for perplexity and alignment.
         taught: (prompt, response) and whether it is good, to train the teacher on.
         judged: texts and whether they are good, to train a bag of words on.
+        tested: preferences that are held out; none where there is one set of pairs for all.
     """
 
     pairs: list[Preference]
@@ -58,6 +59,7 @@ class Material:
     texts: list[str]
     taught: list[tuple[Text, Text, int]]
     judged: list[Labelled]
+    tested: list[Preference] = field(default_factory=list)
 
 
 def random_parts(rows: Sequence[T], first: int, seed: int) -> tuple[list[T], list[T]]:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from ...recipe import at_home, data_root
 
 T = TypeVar("T")
-Row: TypeAlias = "dict[str, Any]"
+Record: TypeAlias = "dict[str, Any]"
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 # What publishers call the parts.
@@ -23,7 +23,7 @@ SPLITS = {"validation": ("validation", "valid", "val", "dev")}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def read_rows(source: Path | str, split: str) -> list[Row]:
+def read_rows(source: Path | str, split: str) -> list[Record]:
     """The rows of one split, each a dictionary of the published fields.
 
     Args:
@@ -51,7 +51,7 @@ def read_rows(source: Path | str, split: str) -> list[Row]:
     return _read_hub(str(source), split)
 
 
-def read_each(rows: Sequence[Row], where: str, read: Callable[[Row], T]) -> list[T]:
+def read_each(rows: Sequence[Record], where: str, read: Callable[[Record], T]) -> list[T]:
     """``read(row)`` for each row; if it raises a ValueError, the error says where the row is and what it has."""
     found = []
     for i, row in enumerate(rows):
@@ -62,7 +62,7 @@ def read_each(rows: Sequence[Row], where: str, read: Callable[[Row], T]) -> list
     return found
 
 
-def field_of(row: Row, name: str, kind: type) -> Any:
+def field_of(row: Record, name: str, kind: type) -> Any:
     """A field's value, or a ValueError unless it is of the type, and a string not blank."""
     value = row.get(name)
     if type(value) is not kind or not str(value).strip():
@@ -89,7 +89,7 @@ def _split_of(path: Path) -> str | None:
     return next((s for s in ("train", "validation", "test") if word in SPLITS.get(s, (s,))), None)
 
 
-def _read_file(path: Path) -> list[Row]:
+def _read_file(path: Path) -> list[Record]:
     if path.suffix == ".parquet":
         rows = _read_parquet(path)
     elif path.suffix == ".json":
@@ -114,17 +114,17 @@ def _parse(text: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not JSON: {error}") from error
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[Record]:
     from pyarrow import parquet
 
     try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
+        rows: list[Record] = parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow's own are of many kinds
         raise ValueError(f"{path}: not a parquet file: {error}") from error
     return rows
 
 
-def _read_folder(folder: Path, split: str) -> list[Row]:
+def _read_folder(folder: Path, split: str) -> list[Record]:
     if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
         return _read_saved(folder, split)
     for suffix in SUFFIXES:
@@ -134,7 +134,7 @@ def _read_folder(folder: Path, split: str) -> list[Row]:
     raise FileNotFoundError(f"{folder} holds no {split!r} files; {_expected(split)}")
 
 
-def _read_saved(folder: Path, split: str) -> list[Row]:
+def _read_saved(folder: Path, split: str) -> list[Record]:
     from datasets import load_from_disk
 
     try:
@@ -148,7 +148,7 @@ def _read_saved(folder: Path, split: str) -> list[Row]:
     raise ValueError(f"{folder} holds the splits {sorted(parts)}, not {split!r}")
 
 
-def _read_hub(name: str, split: str) -> list[Row]:
+def _read_hub(name: str, split: str) -> list[Record]:
     from datasets import load_dataset
 
     try:

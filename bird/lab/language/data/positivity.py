@@ -14,11 +14,17 @@ LEAD = "A movie review in one sentence:"
 MARGIN = 0.5  # of 4: below it people do not agree which side a sentence is on
 HELD_OUT = 200
 MOST = 10  # texts of an opening that may be held out: the frequent ones make most of the pairs
+SHARE = 0.18  # of the sentences, for the teacher, and once more for the judge
 REST = 3  # words that must follow an opening
 
 
 def positivity(
-    snippets: Sequence[Snippet], seed: int = 0, *, held_out: int = HELD_OUT, share: float = 0.18
+    snippets: Sequence[Snippet],
+    seed: int = 0,
+    *,
+    held_out: int = HELD_OUT,
+    taught: float = SHARE,
+    judged: float = SHARE,
 ) -> Material:
     """Preference pairs with a common prompt, texts to train a teacher and a judge, and held-out prompts and texts.
 
@@ -32,7 +38,8 @@ def positivity(
         snippets: no text twice. Those whose score is within `MARGIN` of 0 are in no part but ``texts``.
         seed: decides the parts and the pairs.
         held_out: how many prompts.
-        share: of the sentences that are not held out, for the teacher, and once more for the judge.
+        taught: the share of the sentences that are not held out, for the teacher.
+        judged: the same for the judge.
 
     Raises:
         ValueError: too few openings to hold out so many.
@@ -41,13 +48,14 @@ def positivity(
     openings, held, rest = _hold_out(snippets, held_out, draw)
     draw.shuffle(rest)
     clear = [row for row in rest if abs(row.score) > MARGIN]
-    size = round(share * len(clear))
+    parts = [round(share * len(clear)) for share in (taught, judged)]
+    start, end = parts[0], sum(parts)
     return Material(
-        pairs=_pair(clear[2 * size :], draw),
+        pairs=_pair(clear[end:], draw),
         prompts=[f"{LEAD} {opening}" for opening in openings],
         texts=[row.text for row in held],
-        taught=[("", row.text, int(row.score > 0)) for row in clear[:size]],
-        judged=[Labelled(row.text, int(row.score > 0)) for row in clear[size : 2 * size]],
+        taught=[("", row.text, int(row.score > 0)) for row in clear[:start]],
+        judged=[Labelled(row.text, int(row.score > 0)) for row in clear[start:end]],
     )
 
 

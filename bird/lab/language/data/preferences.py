@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import Labelled, Material, Preference, Text, as_text, random_halves
-from .files import Row, field_of, read_each, read_rows
+from .files import Record, field_of, read_each, read_rows
 
 PKU = "PKU-Alignment/PKU-SafeRLHF"
 
@@ -24,7 +24,8 @@ def preference_material(source: Path | str, seed: int, held_out: int | None) -> 
         held_out: at most so many prompts and texts; None for all.
     """
     shown, pairs = random_halves(preferences(source, "train"), seed)
-    held = preferences(source, "test")[:held_out]
+    tested = preferences(source, "test")
+    held = tested[:held_out]
     taught = [(row.prompt, text, label) for row in shown for label, text in enumerate((row.rejected, row.chosen))]
     return Material(
         pairs=pairs,
@@ -32,6 +33,7 @@ def preference_material(source: Path | str, seed: int, held_out: int | None) -> 
         texts=[as_text(row.prompt) + as_text(row.chosen) for row in held],
         taught=taught,
         judged=[Labelled(as_text(text), label) for _, text, label in taught],
+        tested=tested,
     )
 
 
@@ -78,7 +80,7 @@ def pku_material(source: Path | str, held_out: int | None) -> Material:
     train, test = _pku(source, "train"), _pku(source, "test")
     answers = _judged_once(test)
     return Material(
-        pairs=[_pair(row) for row in train if row.answers[0].strip() != row.answers[1].strip()],
+        pairs=_pairs(train),
         prompts=[_say("user", prompt) for prompt in [*dict.fromkeys(prompt for prompt, _ in answers)][:held_out]],
         texts=[response for (_, response), is_safe in answers.items() if is_safe][:held_out],
         taught=[
@@ -86,6 +88,7 @@ def pku_material(source: Path | str, held_out: int | None) -> Material:
             for (prompt, response), is_safe in _judged_once(train).items()
         ],
         judged=[],
+        tested=_pairs(test),
     )
 
 
@@ -99,7 +102,7 @@ class _Pku(NamedTuple):
 
 
 def _pku(source: Path | str, split: str) -> list[_Pku]:
-    def read(row: Row) -> _Pku:
+    def read(row: Record) -> _Pku:
         prompt, first, second = (field_of(row, name, str) for name in ("prompt", "response_0", "response_1"))
         safe, second_safe = (field_of(row, f"is_response_{k}_safe", bool) for k in (0, 1))
         safer = field_of(row, "safer_response_id", int)
@@ -119,16 +122,20 @@ def _judged_once(rows: list[_Pku]) -> dict[tuple[str, str], bool]:
     return {said: safe.pop() for said, safe in verdicts.items() if len(safe) == 1}
 
 
-def _pair(row: _Pku) -> Preference:
-    good, bad = row.answers if row.safer == 0 else row.answers[::-1]
-    return Preference(_say("user", row.prompt), _say("assistant", good), _say("assistant", bad))
+def _pairs(rows: list[_Pku]) -> list[Preference]:
+    pairs = []
+    for row in rows:
+        good, bad = row.answers if row.safer == 0 else row.answers[::-1]
+        if good.strip() != bad.strip():
+            pairs.append(Preference(_say("user", row.prompt), _say("assistant", good), _say("assistant", bad)))
+    return pairs
 
 
 def _say(role: str, content: str) -> Text:
     return [{"role": role, "content": content}]
 
 
-def _extract(row: Row) -> Preference | str:
+def _extract(row: Record) -> Preference | str:
     """The preference in a row, or why the row prefers nothing; a ValueError if it is none."""
     from trl.data_utils import maybe_extract_prompt
 

@@ -1,18 +1,19 @@
 """Binary questions for weak-to-strong learning, constructed as described by Burns et al. (arXiv 2312.09390).
 
 A question and an answer to it are one text, and the label says whether the answer is right; both classes are equally
-frequent. ``"sentiment"`` needs no network: a sentence of a movie review, and whether people found it positive.
+frequent. Two need no network: ``"sentiment"``, a sentence of a movie review, and whether people found it positive, and
+``"wordnet-glosses"``, a definition and a word, and whether it is the word that is defined.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import Labelled, balance, random_halves, random_parts
-from .files import Row, field_of, local_or_hub, read_each, read_rows
+from . import Labelled, balance, glosses, random_halves, random_parts
+from .files import Record, field_of, local_or_hub, read_each, read_rows
 from .snippets import snippets
 
 TEST_SEED = 0  # the test set is the same for every seed
@@ -29,18 +30,20 @@ class Questions:
         weak: with true labels, for the weak teacher.
         strong: for the strong student, which learns the teacher's labels; the true ones give the upper bound.
         test: to evaluate all of them.
+        validation: to choose settings by, as the test set apart from the others; empty where a set has none.
     """
 
     weak: list[Labelled]
     strong: list[Labelled]
     test: list[Labelled]
+    validation: list[Labelled] = field(default_factory=list)
 
 
 def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words: int | None = None) -> Questions:
     """Balanced binary questions: one row for each published question, without the surplus of one class.
 
     Args:
-        name: ``"sciq"``, ``"boolq"``, ``"cosmos_qa"`` or ``"sentiment"``.
+        name: ``"sciq"``, ``"boolq"``, ``"cosmos_qa"``, ``"sentiment"`` or ``"wordnet-glosses"``.
         seed: decides the halves, and which answers the training questions get.
         root: the data folder (None: ``BIRD_DATA``, else ``data``). Its folder of that name, with ``train.jsonl`` and
             ``test.jsonl`` (``validation.jsonl`` for BoolQ and Cosmos QA, whose test labels are not public) of the
@@ -51,6 +54,12 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words
         FileNotFoundError: no such folder, and the hub cannot be reached.
         ValueError: an unknown name, or a row that is not as published (the error says which).
     """
+    if name == "wordnet-glosses":
+        train_senses, *held_out = glosses.parts(root, words)
+        halves = random_halves(train_senses, seed)  # no sense of a half, right or wrong, is in another part
+        weak, strong = (glosses.asked(half, seed) for half in halves)
+        validation, test = (glosses.asked(senses, TEST_SEED) for senses in held_out)
+        return Questions(weak, strong, test, validation)
     if name == "sentiment":
         train, test = _sentiment(root)
     elif name in SETS:
@@ -61,7 +70,9 @@ def questions(name: str, seed: int = 0, root: Path | str | None = None, *, words
             for part, part_seed in (("train", seed), (test_split, TEST_SEED))
         )
     else:
-        raise ValueError(f"there are no questions {name!r}; there are {', '.join([*SETS, 'sentiment'])}")
+        raise ValueError(
+            f"there are no questions {name!r}; there are {', '.join([*SETS, 'sentiment', 'wordnet-glosses'])}"
+        )
     if words is not None:
         train, test = ([row for row in rows if len(row.text.split()) <= words] for rows in (train, test))
     weak, strong = random_halves(balance(train, seed), seed)
@@ -81,7 +92,7 @@ def _sentiment(root: Path | str | None) -> tuple[list[Labelled], list[Labelled]]
 
 
 def _ask_all(
-    ask: Callable[[Row, bool, random.Random], Labelled], rows: list[Row], seed: int, where: str
+    ask: Callable[[Record, bool, random.Random], Labelled], rows: list[Record], seed: int, where: str
 ) -> list[Labelled]:
     """Ask every question once; a random half of them gets its right answer."""
     draw = random.Random(seed)
@@ -91,22 +102,22 @@ def _ask_all(
     return read_each(rows, where, lambda row: ask(row, next(turns), draw))
 
 
-def _text(row: Row, name: str) -> str:
+def _text(row: Record, name: str) -> str:
     return str(field_of(row, name, str)).strip()
 
 
-def _sciq(row: Row, right: bool, draw: random.Random) -> Labelled:
+def _sciq(row: Record, right: bool, draw: random.Random) -> Labelled:
     wrong = draw.choice([_text(row, f"distractor{k}") for k in (1, 2, 3)])
     answer = _text(row, "correct_answer") if right else wrong
     return Labelled(f"Question: {_text(row, 'question')}\nAnswer: {answer}", int(right))
 
 
-def _boolq(row: Row, right: bool, draw: random.Random) -> Labelled:
+def _boolq(row: Record, right: bool, draw: random.Random) -> Labelled:
     passage, question = _text(row, "passage"), _text(row, "question").rstrip("?")
     return Labelled(f"Passage: {passage}\nQuestion: {question}?", int(field_of(row, "answer", bool)))
 
 
-def _cosmos_qa(row: Row, right: bool, draw: random.Random) -> Labelled:
+def _cosmos_qa(row: Record, right: bool, draw: random.Random) -> Labelled:
     answers = [_text(row, f"answer{k}") for k in range(4)]
     label = field_of(row, "label", int)
     if not 0 <= label < 4:
@@ -120,7 +131,7 @@ def _cosmos_qa(row: Row, right: bool, draw: random.Random) -> Labelled:
 
 
 # Hub id, the split with labels that tests, and from a row and whether to answer it rightly to a text.
-SETS: dict[str, tuple[str, str, Callable[[Row, bool, random.Random], Labelled]]] = {
+SETS: dict[str, tuple[str, str, Callable[[Record, bool, random.Random], Labelled]]] = {
     "sciq": ("allenai/sciq", "test", _sciq),
     "boolq": ("google/boolq", "validation", _boolq),
     "cosmos_qa": ("allenai/cosmos_qa", "validation", _cosmos_qa),

@@ -13,9 +13,9 @@ from ...recipe import data_root
 from ..data import Splits, require_classes, split_by_class
 from .catalogue import DATASETS
 from .corrupted import available_corruptions, load_corrupted
-from .layout import Dataset, Layout
+from .layout import Dataset, FileLayout
 
-__all__ = ["DATASETS", "Dataset", "Layout", "available_corruptions", "data_root", "load_corrupted", "load_splits"]
+__all__ = ["DATASETS", "Dataset", "FileLayout", "available_corruptions", "data_root", "load_corrupted", "load_splits"]
 
 
 def load_splits(

@@ -9,7 +9,7 @@ from pathlib import Path
 from .batches import read_binary, read_dicts
 from .folders import read_image_folder, read_tiny_imagenet
 from .grey import read_digits, read_fashion, read_fashion_subset
-from .layout import Dataset, Layout
+from .layout import Dataset, FileLayout
 from .photographs import PHOTOGRAPHS, over_levels, over_photographs
 
 _CIFAR10 = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
@@ -24,10 +24,10 @@ DATASETS: dict[str, Dataset] = {
         channels=3,
         counts=(50_000, 10_000),
         layouts=(
-            Layout(
+            FileLayout(
                 "cifar-10-batches-bin", tuple(f"{file}.bin" for file in _CIFAR10), partial(read_binary, label_bytes=1)
             ),
-            Layout("cifar-10-batches-py", _CIFAR10, read_dicts),
+            FileLayout("cifar-10-batches-py", _CIFAR10, read_dicts),
         ),
         source="Get cifar-10-binary.tar.gz or cifar-10-python.tar.gz from "
         "https://www.cs.toronto.edu/~kriz/cifar.html (no licence is stated; cite Krizhevsky, 2009), "
@@ -39,8 +39,8 @@ DATASETS: dict[str, Dataset] = {
         channels=3,
         counts=(50_000, 10_000),
         layouts=(
-            Layout("cifar-100-binary", ("train.bin", "test.bin"), partial(read_binary, label_bytes=2)),
-            Layout("cifar-100-python", ("train", "test"), partial(read_dicts, key="fine_labels")),
+            FileLayout("cifar-100-binary", ("train.bin", "test.bin"), partial(read_binary, label_bytes=2)),
+            FileLayout("cifar-100-python", ("train", "test"), partial(read_dicts, key="fine_labels")),
         ),
         source="Get cifar-100-binary.tar.gz or cifar-100-python.tar.gz from "
         "https://www.cs.toronto.edu/~kriz/cifar.html (no licence is stated; cite Krizhevsky, 2009), "
@@ -52,7 +52,7 @@ DATASETS: dict[str, Dataset] = {
         channels=3,
         counts=(100_000, 10_000),
         layouts=(
-            Layout(
+            FileLayout(
                 "tiny-imagenet-200",
                 ("wnids.txt", "train", "val/val_annotations.txt", "val/images"),
                 read_tiny_imagenet,
@@ -66,13 +66,13 @@ DATASETS: dict[str, Dataset] = {
         channels=3,
         counts=(1_281_167, 50_000),
         layouts=(
-            Layout("imagenet32", (*_IMAGENET32_TRAIN, "val_data"), _FROM_ONE, ("", ".npz")),
-            Layout(
+            FileLayout("imagenet32", (*_IMAGENET32_TRAIN, "val_data"), _FROM_ONE, ("", ".npz")),
+            FileLayout(
                 ".",  # as the official archives unpack
                 (*(f"Imagenet32_train/{file}" for file in _IMAGENET32_TRAIN), "Imagenet32_val/val_data"),
                 _FROM_ONE,
             ),
-            Layout(
+            FileLayout(
                 ".",
                 (
                     *(f"Imagenet32_train_npz/{file}.npz" for file in _IMAGENET32_TRAIN),
@@ -80,7 +80,7 @@ DATASETS: dict[str, Dataset] = {
                 ),
                 _FROM_ONE,
             ),
-            Layout("imagenet", ("train", "val"), read_image_folder),  # ImageNet itself, a folder per class
+            FileLayout("imagenet", ("train", "val"), read_image_folder),  # ImageNet itself, a folder per class
         ),
         source="Get Imagenet32_train and Imagenet32_val, .zip or _npz.zip, from "
         "https://image-net.org/download-images.php (after a login; ImageNet's terms: research, not commercial).",
@@ -90,7 +90,10 @@ DATASETS: dict[str, Dataset] = {
         classes=None,
         channels=3,
         counts=(0, 0),
-        layouts=(Layout(".", ("train", "test"), read_image_folder), Layout(".", ("train", "val"), read_image_folder)),
+        layouts=(
+            FileLayout(".", ("train", "test"), read_image_folder),
+            FileLayout(".", ("train", "val"), read_image_folder),
+        ),
         source="One folder a class: train/CLASS/*.png and test/CLASS/*.png, or val/ where there is no test/.",
     ),
     "fashion-mnist": Dataset(
@@ -99,8 +102,8 @@ DATASETS: dict[str, Dataset] = {
         channels=1,
         counts=(60_000, 10_000),
         layouts=(
-            Layout("FashionMNIST/raw", _FASHION, read_fashion, ("", ".gz")),
-            Layout("/usr/share/datasets/fashion-mnist", _FASHION, read_fashion, ("", ".gz")),
+            FileLayout("FashionMNIST/raw", _FASHION, read_fashion, ("", ".gz")),
+            FileLayout("/usr/share/datasets/fashion-mnist", _FASHION, read_fashion, ("", ".gz")),
         ),
         source="On Debian and Ubuntu: apt install dataset-fashion-mnist. Elsewhere: "
         "https://github.com/zalandoresearch/fashion-mnist (MIT), or "
@@ -111,7 +114,7 @@ DATASETS: dict[str, Dataset] = {
         classes=10,
         channels=1,
         counts=(12_000, 2_500),
-        layouts=(Layout(str(Path(__file__).parents[1] / "fashion"), ("fashion_mnist.npz",), read_fashion_subset),),
+        layouts=(FileLayout(str(Path(__file__).parents[1] / "fashion"), ("fashion_mnist.npz",), read_fashion_subset),),
         source="It comes with the package: install it again.",
     ),
     "digits": Dataset(
@@ -119,7 +122,7 @@ DATASETS: dict[str, Dataset] = {
         classes=10,
         channels=1,
         counts=(0, 0),  # 1,797 in all, split by `read_digits`
-        layouts=(Layout(".", (), read_digits),),
+        layouts=(FileLayout(".", (), read_digits),),
         source="They come with scikit-learn (UCI's optical recognition of handwritten digits, CC BY 4.0).",
     ),
 }

@@ -18,7 +18,7 @@ from ...tensors import load_array
 from ..data import Images, of_classes, require_classes
 from .catalogue import DATASETS
 from .folders import class_names, read_classes
-from .layout import Counts, Dataset, Layout
+from .layout import Counts, Dataset, FileLayout
 
 SEVERITIES = range(1, 6)
 _FOLDERS = {"cifar10": "CIFAR-10-C", "cifar100": "CIFAR-100-C", "tiny-imagenet": "Tiny-ImageNet-C"}
@@ -63,9 +63,9 @@ def load_corrupted(
     require_classes(kept, number)
 
     if name == "tiny-imagenet":
-        layout = Layout(f"{published}/{corruption}", (str(severity),), _read_folder)
+        layout = FileLayout(f"{published}/{corruption}", (str(severity),), _read_folder)
     else:
-        layout = Layout(published, (f"{corruption}.npy", "labels.npy"), partial(_read_block, severity=severity))
+        layout = FileLayout(published, (f"{corruption}.npy", "labels.npy"), partial(_read_block, severity=severity))
     there = ", ".join(available_corruptions(name, root)) or "none"
     dataset = Dataset(
         title=f"{published}, {corruption}",

@@ -31,7 +31,7 @@ def require_file(path: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """One way in which a data set may be stored on disk.
 
     Args:
@@ -82,7 +82,7 @@ class Dataset:
     classes: int | None
     channels: int
     counts: Counts
-    layouts: tuple[Layout, ...]
+    layouts: tuple[FileLayout, ...]
     source: str
     needs: Dataset | None = None
     finish: Callable[[Splits, Path], Splits] | None = field(default=None, repr=False)
@@ -107,7 +107,7 @@ class Dataset:
             raise ValueError(f"{self.title} is broken: {error}\n{self.describe(root)}") from error
         return sets
 
-    def locate(self, root: Path) -> tuple[Layout, list[Path]]:
+    def locate(self, root: Path) -> tuple[FileLayout, list[Path]]:
         """The first layout that is complete, and the paths of its files.
 
         Raises:

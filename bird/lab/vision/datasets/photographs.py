@@ -16,7 +16,7 @@ from torch import Tensor
 from ..corruptions.random import Noise, hash32, keys
 from ..data import Images, Splits
 from .folders import decoded
-from .layout import Counts, Dataset, Layout
+from .layout import Counts, Dataset, FileLayout
 
 SIDE = 160  # pixels of a photograph's largest square, in which a background of 32 x 32 lies anywhere
 _GNOME = "backgrounds/gnome/{}.webp", "adwaita-l grid-l licorice-l pixels-l truchet-l wood-l"
@@ -66,7 +66,7 @@ PHOTOGRAPHS = Dataset(
     classes=1,
     channels=3,
     counts=tuple(len(mine) for mine in _SETS),
-    layouts=(Layout("photographs", FILES, read_photographs),),
+    layouts=(FileLayout("photographs", FILES, read_photographs),),
     source="In the folder with the data sets, on Debian 12 and without being root: apt-get download gnome-backgrounds "
     "mate-backgrounds plasma-workspace-wallpapers lomiri-wallpapers-16.04 lomiri-wallpapers-20.04; "
     "for file in *.deb; do dpkg -x $file photographs; done "
