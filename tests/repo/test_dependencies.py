@@ -32,6 +32,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "bird/lab/vision": ("vision",),
     "bird/lab/language": ("language",),
     "bird/lab/statistics.py": ("vision", "language", "demo"),
+    "bird/lab/claims.py": ("vision", "language", "demo"),
     "bird/lab/figures.py": ("vision", "language", "demo"),
     "bird/lab": (),  # the command line and the machinery of recipes
     "bird/language": ("language",),
