@@ -1,9 +1,11 @@
 """Claims that a recipe registers before its runs, and what the runs say of them.
 
 A claim compares two methods, seed by seed, by a two-sided paired t-test; the primary claims of a recipe are tested
-together (Holm, 1979). The rule: it *holds* where the corrected p is below 0.05 and the difference is positive (and, if
-asked, most families of corruptions agree); it *does not hold* where the 95 % interval ends below half of the paper's
-difference; the *contrary* holds where the corrected p is below 0.05 and the difference is negative; else it is *open*.
+together (Holm, 1979), those that have not been run yet included. The rule, once all registered seeds are there: it
+*holds* where the corrected p is below 0.05 and the difference is positive (and, if asked, most families of corruptions
+agree); it does not hold *at the paper's size* where the 95 % interval ends below half of the paper's difference, which
+is said of a claim that holds, too; the *contrary* holds where the corrected p is below 0.05 and the difference is
+negative; else it is *open*. Differences without spread have no t-test, and leave a claim open.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .recipe import require_known, require_within
+from .statistics import paired_test
 from .tables import markdown_table, without_empty_columns
 
 LEVEL = 0.05
@@ -93,10 +96,10 @@ class Judgement:
         mean: of the differences.
         low: the lower end of their 95 % interval (Student's t).
         high: its upper end.
-        p: two-sided, of the mean against 0.
-        corrected: the same by Holm, over the primary claims; None of a secondary one.
+        p: two-sided, of the mean against 0. Like the interval NaN where all differences are equal or one is NaN.
+        corrected: the same by Holm, over all registered primary claims; None of a secondary one.
         ahead: by family, the mean difference.
-        verdict: by the rule above; empty of a secondary claim.
+        verdict: by the rule above; "incomplete" until all seeds are there; empty of a secondary claim.
         differences: seed by seed.
     """
 
@@ -126,30 +129,35 @@ def require_claims(recipe: Any, measures: Collection[str]) -> None:
                 require_known(f"what the variant {there!r} runs, for the claim {name!r}", method, runs)
 
 
-def judge(claims: Mapping[str, Claim], measure: Measure) -> list[Judgement]:
-    """Of the claims whose methods have been run, with two seeds or more in common; Holm counts these alone.
+def judge(claims: Mapping[str, Claim], measure: Measure, seeds: int = 2) -> list[Judgement]:
+    """Of the claims whose methods have been run, with two seeds or more in common.
+
+    Holm counts all primary claims: of one that has not been run p counts as 1, so a corrected p can only fall later.
+
+    Args:
+        claims: by name, all that are registered.
+        measure: what was measured.
+        seeds: how many are registered; with fewer a claim is not judged.
 
     Raises:
         ImportError: SciPy is missing.
     """
-    from scipy.stats import ttest_1samp
-
     found = []
     for name, claim in claims.items():
         values = claim.differences(measure)
         if values is None:
             continue
         families = {family: claim.differences(measure, family) for family in claim.families}
-        test = ttest_1samp(values, 0)
-        low, high = test.confidence_interval(1 - LEVEL)
+        low, high, p = paired_test(values, 1 - LEVEL)
         ahead = {family: fmean(of) for family, of in families.items() if of is not None}
-        found.append(
-            Judgement(name, len(values), fmean(values), low, high, float(test.pvalue), None, ahead, "", values)
-        )
+        found.append(Judgement(name, len(values), fmean(values), low, high, p, None, ahead, "", values))
     primary = [judgement for judgement in found if not claims[judgement.claim].secondary]
-    corrected = dict(zip((j.claim for j in primary), holm([j.p for j in primary]), strict=True))
+    unknown = [1.0] * (sum(not claim.secondary for claim in claims.values()) - len(primary))
+    corrected = dict(
+        zip((j.claim for j in primary), holm([*(j.p for j in primary), *unknown]), strict=False)
+    )  # the unknown end it
     return [
-        replace(j, corrected=corrected[j.claim], verdict=_verdict(claims[j.claim], j, corrected[j.claim]))
+        replace(j, corrected=corrected[j.claim], verdict=_verdict(claims[j.claim], j, corrected[j.claim], seeds))
         if j.claim in corrected
         else j
         for j in found
@@ -157,7 +165,11 @@ def judge(claims: Mapping[str, Claim], measure: Measure) -> list[Judgement]:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """The p values corrected for their number, step down (S. Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    """The p values corrected for their number, step down (S. Holm, Scandinavian Journal of Statistics 6, 1979).
+
+    NaN, of a test that cannot be made, counts as 1.
+    """
+    ps = [1.0 if math.isnan(p) else p for p in ps]
     order = sorted(range(len(ps)), key=lambda i: ps[i])
     corrected, largest = [math.nan] * len(ps), 0.0
     for rank, i in enumerate(order):
@@ -166,13 +178,16 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def _verdict(claim: Claim, judgement: Judgement, p: float) -> str:
+def _verdict(claim: Claim, judgement: Judgement, p: float, seeds: int) -> str:
+    if judgement.seeds < seeds:
+        return f"incomplete, {judgement.seeds} of {seeds} seeds"
+    small = claim.paper is not None and 100 * judgement.high < claim.paper / 2
     agree = sum(value > 0 for value in judgement.ahead.values()) >= claim.agreeing
     if p < LEVEL and judgement.mean > 0 and agree:
-        return "holds"
+        return "holds, but not at the paper's size" if small else "holds"
     if p < LEVEL and judgement.mean < 0:
         return "the contrary holds"
-    if claim.paper is not None and 100 * judgement.high < claim.paper / 2:
+    if small:
         return "does not hold at the paper's size"
     return "open"
 
@@ -198,11 +213,19 @@ def claims_section(claims: Mapping[str, Claim], judgements: Sequence[Judgement])
     seeds = sorted({j.seeds for j in judgements})
     said = (
         f"Registered before the runs; two-sided paired t-tests over {' or '.join(map(str, seeds))} seeds, corrected "
-        "by Holm over the primary claims.\n"
+        f"by Holm over the primary claims, {sum(not claim.secondary for claim in claims.values())} in all.\n"
     )
     return ["## Registered claims\n", said, markdown_table(without_empty_columns(rows)) + "\n"]
 
 
 def json_rows(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """For JSON."""
-    return [vars(judgement) | {"ahead": dict(judgement.ahead)} for judgement in judgements]
+    """For JSON, which has no NaN: None in its place."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(of) for key, of in value.items()}
+        if isinstance(value, list):
+            return [*map(plain, value)]
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    return [plain(vars(judgement)) for judgement in judgements]

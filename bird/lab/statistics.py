@@ -13,6 +13,7 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+ROUNDING = 1e-12  # of differences of shares: 0.3 - 0.2 and 0.1 are equal
 _AT_ONCE = 2_000_000  # indices in memory at a time: 16 MB
 
 
@@ -118,6 +119,22 @@ def paired_p(differences: Sequence[float]) -> float:
     Raises:
         ImportError: SciPy is missing.
     """
+    return paired_test(differences)[2]
+
+
+def paired_test(differences: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Both ends of Student's interval of the mean of paired differences, and the two-sided p that it is 0.
+
+    NaN if they have no spread up to rounding (two seeds that differ equally are no proof), or one of them is NaN.
+
+    Raises:
+        ImportError: SciPy is missing.
+    """
     from scipy.stats import ttest_1samp
 
-    return float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else math.nan
+    values = np.asarray(differences, dtype=np.float64)
+    if not np.ptp(values) > ROUNDING:
+        return math.nan, math.nan, math.nan
+    test = ttest_1samp(values, 0)
+    low, high = test.confidence_interval(level)
+    return float(low), float(high), float(test.pvalue)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bird.lab.claims import Claim, claims_section, holm, judge
+from bird.lab.claims import Claim, claims_section, holm, json_rows, judge
 from bird.lab.vision.recipe import parse_vision
 from tests.bird.test_recipes import VISION
 from tests.bird.tiny_recipes import DIGITS, command, experiment_of, written
@@ -67,6 +67,7 @@ def test_holm_is_the_published_procedure() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
+    assert holm([float("nan"), 0.01, 0.02]) == pytest.approx([1.0, 0.03, 0.04])
 
 
 def test_secondary_claims_are_neither_counted_nor_judged() -> None:
@@ -84,7 +85,8 @@ STEADY = [0.01, 0.011, 0.012, 0.009]  # differences whose p is below 0.001
     [
         (STEADY, {}, "holds"),
         ([-d for d in STEADY], {"paper": 3.5}, "the contrary holds"),
-        (STEADY, {"paper": 3.5}, "holds"),
+        (STEADY, {"paper": 2.0}, "holds"),
+        (STEADY, {"paper": 3.5}, "holds, but not at the paper's size"),
         ([0.01, -0.01, 0.005, -0.004], {"paper": 3.5}, "does not hold at the paper's size"),
         ([0.01, -0.01, 0.005, -0.004], {"paper": 2.0}, "open"),
         ([0.01, -0.01, 0.005, -0.004], {}, "open"),
@@ -99,6 +101,31 @@ def test_the_rule(differences: list[float], options: dict[str, Any], verdict: st
     (found,) = judge({"it": Claim("a", "b", **options)}, of(values))
     assert found.verdict == verdict
     assert verdict in claims_section({"it": Claim("a", "b", **options)}, [found])[-1]
+
+
+def test_claims_that_have_not_been_run_count() -> None:
+    """The first of four primary claims cannot be tested as if it were the only one, and a first look decides nothing."""
+    claims = {"one": Claim("a", "b"), "two": Claim("a", "b", secondary=True)}
+    claims |= {f"later {i}": Claim("a", "c") for i in range(3)}
+    one, _ = judge(claims, pair(OURS, THEIRS))
+    assert one.corrected == pytest.approx(4 * one.p)
+    assert one.p < 0.05 < one.corrected
+    assert one.verdict == "open"
+    assert "4 in all" in claims_section(claims, [one])[1]
+    (early,) = judge({"one": claims["one"]}, pair(STEADY, [0.0] * 4), seeds=8)
+    assert early.verdict == "incomplete, 4 of 8 seeds"
+
+
+@pytest.mark.parametrize("odd", [[0.0, 0.0], [0.3 - 0.2, 0.1], [0.01, float("nan")]])
+@pytest.mark.filterwarnings("error")
+def test_differences_without_a_test_leave_their_claim_open_and_others_alone(odd: list[float]) -> None:
+    values = {("a", "", "robust"): odd, ("b", "", "robust"): [0.0] * 4, ("c", "", "robust"): STEADY}
+    first, second = judge({"odd": Claim("a", "b", paper=3.5), "it": Claim("c", "b")}, of(values))
+    assert (first.corrected, first.verdict) == (1.0, "open")
+    assert np.isnan([first.p, first.low, first.high]).all()
+    assert second.corrected == pytest.approx(2 * stats.ttest_1samp(STEADY, 0).pvalue)
+    assert second.verdict == "holds"
+    json.dumps(json_rows([first, second]), allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def _claims(recipe: LanguageRecipe, groups: Mapping[Group, Results]) -> tuple[li
                 return None
             return {seed: _measured(results, name) for seed, results in of.items()}
 
-        judgements = judge(recipe.claims, measure) if recipe.claims else []
+        judgements = judge(recipe.claims, measure, recipe.seeds) if recipe.claims else []
         sections += [f"{networks}:\n"] if judgements and len(recipe.networks) > 1 else []
         sections += claims_section(recipe.claims, judgements)
         rows += [{"networks": networks} | row for row in json_rows(judgements)]

@@ -134,7 +134,7 @@ def _claims(recipe: VisionRecipe, found: Mapping[Group, Comparison]) -> tuple[li
             comparison = found.get((networks, variant))
             return measured(comparison, METHODS[method].title, name) or None if comparison else None
 
-        judgements = judge(recipe.claims, measure) if recipe.claims else []
+        judgements = judge(recipe.claims, measure, recipe.seeds) if recipe.claims else []
         sections += ([f"{networks}:\n"] if judgements and len(recipe.networks) > 1 else []) + claims_section(
             recipe.claims, judgements
         )
