@@ -92,7 +92,9 @@ class BirdLoss(_Guided):
         share: the share that the guidance has of the gradient at the guided layers' outputs, g / (t + g) with the norms
             g of its gradient and t of the task's; `step` chooses beta so, from running means over the last steps of
             both norms, starting from ``beta``. The schedule multiplies the share then. Needs
-            ``bird.Taps(..., gradients=True)``. As the student comes to resemble the teacher, beta grows.
+            ``bird.Taps(..., gradients=True)``. As the student comes to resemble the teacher, beta grows. Guide one
+            layer with it: of two that follow each other, what guides the later one reaches the earlier one with the
+            task's gradient and is measured as the task's, so that beta can grow without bound.
         kernel, estimator, row_dims, group, backend, precision: as in `bird_kernels.cka_loss`; ``row_dims=2`` takes
             the tokens of ``pool="none"``, ``[N, T, D]``, as rows.
 
@@ -104,7 +106,8 @@ class BirdLoss(_Guided):
             ``"task"``, and for each pair ``"cka/<teacher layer>/<student layer>"`` (of another loss its name, and
             1 - loss; of gram_mse the loss). With a schedule or share also ``"guide_beta"``, and with
             ``Taps(gradients=True)``, once the backward pass has run, ``"task_grad"`` and ``"guide_grad"``: the norms of
-            the gradients of both terms, as they are weighted, at the guided layers' outputs.
+            the gradients of both terms, as they are weighted, at the guided layers' outputs (of several layers see
+            `bird.taps.Measured`).
         shapes: all (rows, student's width, teacher's width, dtype) so far; for `bird tune --from-run`.
     """
 

@@ -10,7 +10,8 @@ name               loss
 ``sqrt_cka``       1 - sqrt(CKA) (Dasgupta and Cohn 2025), biased
 ``cosine_cka``     1 - CKA of rows scaled to length 1, so that angles alone count, as in similarity-preserving
                    distillation (Tung and Mori 2019), which scales the rows of Gram matrices; a zero row stays zero
-``gram_mse``       mean squared difference of the Gram matrices, which has features' units: `bird_kernels.gram_mse`
+``gram_mse``       mean squared difference of the centred Gram matrices, in the fourth power of the features' units:
+                   `bird_kernels.gram_mse`
 ``rsa``            1 - r, Pearson's correlation of the n (n - 1) / 2 Euclidean distances between rows: representational
                    similarity analysis (Kriegeskorte, Mur and Bandettini 2008). McClure and Kriegeskorte 2016 trained on
                    such distances. "Distance correlation" means this correlation of distances here, and not the

@@ -20,8 +20,9 @@ class Measured(dict[str, Tensor]):
 
     Attributes:
         norms: [2], the norms of two gradients at the outputs of all tapped layers together: of what the layers' outputs
-            are for in the network itself (the task), and of what their features are for (the guidance). The backward
-            pass fills it in. None: no layer's output requires a gradient.
+            are for in the network itself (the task, and at a layer before another tapped one also the guidance of that
+            one, which comes back through the network), and of what their own features are for (the guidance). The
+            backward pass fills it in. None: no layer's output requires a gradient.
     """
 
     norms: Tensor | None = None

@@ -104,7 +104,7 @@ def test_the_rule(differences: list[float], options: dict[str, Any], verdict: st
 
 
 def test_claims_that_have_not_been_run_count() -> None:
-    """The first of four primary claims cannot be tested as if it were the only one, and a first look decides nothing."""
+    """The first of four primary claims is not tested as if it were the only one, and a first look decides nothing."""
     claims = {"one": Claim("a", "b"), "two": Claim("a", "b", secondary=True)}
     claims |= {f"later {i}": Claim("a", "c") for i in range(3)}
     one, _ = judge(claims, pair(OURS, THEIRS))
