@@ -300,8 +300,8 @@ def test_bad_input_is_refused(data: Splits) -> None:
         measure_teacher(Teacher(teacher, "body"), Teacher(student, ["body.0", "body"]), data)
     with pytest.raises(ValueError, match="unknown corruption 'rain'; known are "):
         measured(teacher, student, data, corruptions=["rain"])
-    with pytest.raises(ValueError, match="severity must be 0 to 5, got 6"):
-        measured(teacher, student, data, severities=[6])
+    with pytest.raises(ValueError, match="severity must be 0 to 7, got 8"):
+        measured(teacher, student, data, severities=[8])
     for part in ("train", "validation"):
         few = getattr(data, part).select((getattr(data, part).labels == 1).nonzero().squeeze(1))
         one_class = Splits(**{**vars(data), part: few})

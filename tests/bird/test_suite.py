@@ -100,7 +100,7 @@ def test_a_seed_halves_the_classes() -> None:
 
 def test_cells_and_teachers_follow_their_seed() -> None:
     taught = RecipeVariant(teacher=Source("fashion-photos", limit_per_class=7))
-    recipe = replace(PHOTOS, variants={"": RecipeVariant(), "few": taught})
+    recipe = replace(PHOTOS, variants={"": RecipeVariant(), "few": taught}, claims={})
     experiment = VisionExperiment(recipe, Path("runs"), torch.device("cpu"))
     for seed in (0, 5):
         own = recipe.at(seed)

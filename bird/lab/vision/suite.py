@@ -63,7 +63,9 @@ def suites(recipe: VisionRecipe) -> Iterator[tuple[str, VisionRecipe]]:
         for data, network in BACKGROUNDS:
             sources = {side: replace(getattr(recipe, side), data=data) for side in ("teacher", "student")}
             networks = {network: Networks(network, network)}
-            suite = replace(recipe, strongest=strongest, networks=networks, variants={"": RecipeVariant()}, **sources)
+            suite = replace(
+                recipe, strongest=strongest, networks=networks, variants={"": RecipeVariant()}, claims={}, **sources
+            )
             yield f"severities to {strongest}, {data}, {network}", suite
 
 

@@ -22,7 +22,7 @@ BUILD = ROOT / "build"
 
 def installed() -> str:
     """The version of the Triton that is installed, whatever PYTHONPATH puts before it from build/."""
-    path = [entry for entry in sys.path if not Path(entry).resolve().is_relative_to(BUILD)]
+    path = [entry for entry in sys.path if not Path(entry).absolute().is_relative_to(BUILD)]  # links, too
     return next(iter(importlib.metadata.distributions(name="triton", path=path))).version
 
 
