@@ -93,7 +93,7 @@ class Judgement:
         mean: of the differences.
         low: the lower end of their 95 % interval (Student's t).
         high: its upper end.
-        p: two-sided, of the mean against 0.
+        p: two-sided, of the mean against 0; NaN where every difference is 0.
         corrected: the same by Holm, over the primary claims; None of a secondary one.
         ahead: by family, the mean difference.
         verdict: by the rule above; empty of a secondary claim.
@@ -157,7 +157,11 @@ def judge(claims: Mapping[str, Claim], measure: Measure) -> list[Judgement]:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """The p values corrected for their number, step down (S. Holm, Scandinavian Journal of Statistics 6, 1979)."""
+    """The p values corrected for their number, step down (S. Holm, Scandinavian Journal of Statistics 6, 1979).
+
+    NaN, of differences that are 0 in every seed, counts as 1.
+    """
+    ps = [1.0 if math.isnan(p) else p for p in ps]
     order = sorted(range(len(ps)), key=lambda i: ps[i])
     corrected, largest = [math.nan] * len(ps), 0.0
     for rank, i in enumerate(order):
@@ -204,5 +208,5 @@ def claims_section(claims: Mapping[str, Claim], judgements: Sequence[Judgement])
 
 
 def json_rows(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:
-    """For JSON."""
-    return [vars(judgement) | {"ahead": dict(judgement.ahead)} for judgement in judgements]
+    """For JSON, which has no NaN: a p that does not exist is None."""
+    return [vars(j) | {"ahead": dict(j.ahead), "p": None if math.isnan(j.p) else j.p} for j in judgements]
