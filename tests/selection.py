@@ -89,7 +89,7 @@ def concerns(test: Path, changed: str) -> bool:
     text = test.read_text(encoding="utf-8")
     if not changed.endswith(".py"):
         return Path(changed).name in text
-    imported = rf"^\s*(import|from) {re.escape(module)}\b|^\s*from {re.escape(parent)} import .*\b{name}\b"
+    imported = rf"^\s*(import|from) {re.escape(module)}\b|^\s*from {re.escape(parent)} import (\([^)]*|.*)\b{name}\b"
     return re.search(imported, text, re.MULTILINE) is not None
 
 

@@ -22,7 +22,7 @@ from bird.lab.language.experiment import texts_and_labels
 from bird.lab.language.judges import BagOfWords
 from bird.lab.language.preference import Preferences
 from bird.lab.language.recipe import parse
-from bird.lab.vision import recipe as recipes
+from bird.lab.recipe import parsed
 
 LEXICON = SentimentIntensityAnalyzer().lexicon
 
@@ -37,7 +37,7 @@ def log_odds(judge: BagOfWords, responses: Sequence[str]) -> tuple[float, float]
 
 
 def main(root: Path, path: Path) -> None:
-    recipe = recipes.parsed("language/positivity-dpo", parse)
+    recipe = parsed("language/positivity-dpo", parse)
     experiment, rows = Preferences(recipe, root, torch.device("cpu")), []
     for cell in experiment.cells(variants=["small"]):
         found = cell.results(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def test_holm_is_the_published_procedure() -> None:
     assert holm([0.5, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
     assert holm([float("nan"), 0.01, 0.02]) == pytest.approx([1.0, 0.03, 0.04])
+
+
+def test_differences_without_spread_take_nothing_from_other_claims() -> None:
+    """Equal accuracies in every seed have no p: the claim counts, as if it were 1, and JSON has null."""
+    values = {("a", "", "robust"): STEADY, ("b", "", "robust"): [0.0] * 4, ("c", "", "robust"): STEADY}
+    nothing, it = judge({"nothing": Claim("a", "c"), "it": Claim("a", "b")}, of(values))
+    assert math.isnan(nothing.p)
+    assert (nothing.corrected, nothing.verdict) == (1.0, "open")
+    assert it.corrected == pytest.approx(2 * it.p)
+    assert it.verdict == "holds"
+    assert [row["p"] for row in json_rows([nothing, it])] == [None, it.p]
 
 
 def test_secondary_claims_are_neither_counted_nor_judged() -> None:

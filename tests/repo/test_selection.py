@@ -119,6 +119,8 @@ class _Item:
         ("bird_kernels/median.py", False),
         ("bird/loss.py", False),
         ("other.csv", False),
+        ("bird/lab/vision/methods.py", True),
+        ("bird/lab/vision/steps.py", False),
     ],
 )
 def test_what_a_file_concerns(changed: str, concerned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +129,7 @@ def test_what_a_file_concerns(changed: str, concerned: bool, tmp_path: Path, mon
     test.parent.mkdir(parents=True)
     text = (
         'import bird.losses\nfrom bird.lab import cli\nfrom bird_kernels.backends import library, median\n"data.csv"\n'
+        "from bird.lab.vision import (\n    augment,\n    methods,\n)\nsteps = 3\n"
     )
     test.write_text(text, encoding="utf-8")
     assert selection.concerns(test, changed) == concerned
