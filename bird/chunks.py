@@ -107,8 +107,8 @@ def chunked_backward(
     task, norms = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=upstream)
 
     total, loss.last = loss.alpha * task, {"task": task} | ({} if norms is None else loss.note(norms))
-    if loss.course is not None:
-        loss.last["guide_beta"] = torch.as_tensor(beta).detach()
+    if isinstance(beta, Tensor) and loss.course is not None:
+        loss.last["guide_beta"] = beta.detach()
     for (t, s), distance, share in zip(loss.pairs, distances, shares, strict=True):
         total = total + share * distance
         loss.last[f"{loss.loss}/{t}/{s}"] = distance if loss.loss in ERRORS else 1 - distance

@@ -42,14 +42,14 @@ class Course(nn.Module):
             raise ValueError(f"share is a share of the gradient, between 0 and 1, not {share!r}")
         self.schedule, self.until, self.share = schedule, until, share
         self.noted: list[Tensor] = []  # norms of the backward passes since the last step
-        self.register_buffer("factor", torch.ones(()))
+        self.register_buffer("factor", torch.ones((), device="cpu"))
         if share is not None:
-            self.register_buffer("norms", torch.zeros(2))
+            self.register_buffer("norms", torch.zeros(2, device="cpu"))
 
     def weight(self, beta: float | Tensor) -> Tensor:
         """What stands for ``beta`` now, 0-d."""
         if self.share is None:
-            return torch.as_tensor(beta * self.factor)
+            return beta * self.factor
         share, (task, guide) = self.share * self.factor, self.norms.unbind()
         balanced = share / (1 - share) * task / torch.where(guide > 0, guide, 1.0)
         return torch.where(guide > 0, balanced, beta * self.factor)

@@ -196,7 +196,12 @@ class BirdLoss(_Guided):
 
         Call it after each step of the optimizer. What it changes is in the ``state_dict`` of this module, with which a
         resumed run goes on exactly. With ``share`` and ``group`` every rank must call it.
+
+        Raises:
+            ValueError: fewer than 0 steps are done, or more than there are.
         """
+        if not 0 <= done <= total or total < 1:
+            raise ValueError(f"step(done, total) counts steps of the optimizer, from 0 to total, not {done} of {total}")
         if self.course is not None:
             self.course.step(done / total, self.beta, self.distance.options["group"])
 

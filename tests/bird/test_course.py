@@ -226,6 +226,9 @@ def test_a_share_needs_the_gradients() -> None:
         guided(loss, model, teacher, x)
     assert not BirdLoss(pairs=PAIRS).state_dict()
     BirdLoss(pairs=PAIRS).step(1, 2)  # has nothing to move
+    for done, total in ((0, 0), (-1, 3), (4, 3)):
+        with pytest.raises(ValueError, match=rf"from 0 to total, not {done} of {total}"):
+            BirdLoss(pairs=PAIRS).step(done, total)
 
 
 def test_packed_sequences_are_not_measured() -> None:
