@@ -21,7 +21,7 @@ from bird.lab.vision.datasets.batches import stack_batches
 from bird.lab.vision.datasets.grey import read_idx
 from tests.bird import official_files as official
 from tests.bird.shipped import fashion
-from tools.make_subset import choose, make_subset
+from tools.make_subset import choose_images, make_subset
 
 DEBIAN = Path(DATASETS["fashion-mnist"].layouts[1].folder)
 
@@ -374,9 +374,9 @@ def test_the_script_makes_the_archive(tmp_path: Path) -> None:
 
 def test_the_choice_is_random_and_refuses_another_file(tmp_path: Path) -> None:
     labels = np.arange(100) % 10
-    chosen = choose(labels, 3, np.random.default_rng(0))
+    chosen = choose_images(labels, 3, np.random.default_rng(0))
     assert np.bincount(labels[chosen]).tolist() == [3] * 10
-    assert not np.array_equal(chosen, choose(labels, 3, np.random.default_rng(1)))
+    assert not np.array_equal(chosen, choose_images(labels, 3, np.random.default_rng(1)))
     (tmp_path / "x.gz").write_bytes(gzip.compress(b"not an IDX file"))
     with pytest.raises(ValueError, match="not an IDX file of unsigned bytes"):
         read_idx(tmp_path / "x.gz")
