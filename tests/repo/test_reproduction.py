@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
@@ -85,3 +86,24 @@ def test_what_language_models_gradients_are_made_of() -> None:
     alone, guided = (norms("weak-to-strong-sentiment", method) for method in ("naive", "bird"))
     shares = [10 * a / g for a, g in zip(alone, guided, strict=True)]
     assert "is {:.0f}, {:.0f} and {:.0f} % (seed by seed)".format(*shares) in PAGE
+
+
+def test_the_suites_of_fashion_photos() -> None:
+    """The gap of each, and the kinds that lose 5 points; of accuracies to 0.1 %, so within that."""
+    suites: dict[tuple[str, str], dict[str, tuple[float, float]]] = defaultdict(dict)
+    with (RESULTS / "fashion-photos/suites.csv").open() as file:
+        for row in csv.DictReader(file):
+            suites[row["strongest"], row["data"]][row["kind"]] = float(row["none"]), float(row["ceiling"])
+    rows = [line.split("|")[1:-1] for line in (RESULTS / "README.md").read_text(encoding="utf-8").splitlines()
+            if re.match(r"\| [567] \|.* points", line)]  # fmt: skip
+    assert [row[0].strip() for row in rows] == ["5", "6", "7"]
+    for row in rows:
+        for cell, data in zip(row[1:], ("fashion-photos", "fashion-levels", "fashion-mnist"), strict=True):
+            found = dict(suites[row[0].strip(), data])
+            none, ceiling = found.pop("clean")
+            losses = [theirs - ours for ours, theirs in found.values()]
+            weight = 1 / (1 + int(row[0]))
+            told = re.match(r" ([\d.]+) points, (\d+) kinds", cell)
+            assert told is not None
+            assert float(told[1]) == pytest.approx((1 - weight) * fmean(losses) + weight * (ceiling - none), abs=0.11)
+            assert sum(loss > 5.1 for loss in losses) <= int(told[2]) <= sum(loss > 4.9 for loss in losses)
