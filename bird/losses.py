@@ -52,10 +52,12 @@ class _Guided(nn.Module):
 
         Raises:
             ValueError: a layer of ``pairs`` is missing, or its features are on different devices; with ``share``, the
-                student's features are not a `bird.taps.Measured`.
+                student's features are not a `bird.taps.Measured` of one layer.
         """
         if self.measures and not hasattr(student, "norms"):
             raise ValueError(_NO_NORMS)
+        if self.measures and len(student) > 1:
+            raise ValueError(_ONE_LAYER.format([*student]))
         found = []
         for t, s in self.pairs:
             theirs, ours = _named("teacher_features", teacher, t), _named("student_features", student, s)
@@ -92,9 +94,9 @@ class BirdLoss(_Guided):
         share: the share that the guidance has of the gradient at the guided layers' outputs, g / (t + g) with the norms
             g of its gradient and t of the task's; `step` chooses beta so, from running means over the last steps of
             both norms, starting from ``beta``. The schedule multiplies the share then. Needs
-            ``bird.Taps(..., gradients=True)``. As the student comes to resemble the teacher, beta grows. Guide one
-            layer with it: of two that follow each other, what guides the later one reaches the earlier one with the
-            task's gradient and is measured as the task's, so that beta can grow without bound.
+            ``bird.Taps(..., gradients=True)`` of one layer: of two that follow each other, what guides the later one
+            reaches the earlier one with the task's gradient, and would be measured as the task's. As the student comes
+            to resemble the teacher, beta grows.
         kernel, estimator, row_dims, group, backend, precision: as in `bird_kernels.cka_loss`; ``row_dims=2`` takes
             the tokens of ``pool="none"``, ``[N, T, D]``, as rows.
 
@@ -142,6 +144,8 @@ class BirdLoss(_Guided):
         self.measures = share is not None
         if self.measures and not (_number(alpha) and _number(beta) and not isinstance(beta, nn.Parameter)):
             raise ValueError("share weighs the task's gradient: alpha and beta must be above 0, and beta no parameter")
+        if self.measures and len(layers := {ours for _, ours in self.pairs}) > 1:
+            raise ValueError(_ONE_LAYER.format(sorted(layers)))
 
     def forward(
         self, task_loss: Tensor, teacher_features: Features, student_features: Features, mask: Tensor | None = None
@@ -217,6 +221,7 @@ class BirdLoss(_Guided):
         return shown + ("" if self.weights is None else f", weights={self.weights}")
 
 
+_ONE_LAYER = "share is measured at one layer of the student, not at {}: tap and guide one, or give beta"
 _NO_NORMS = (
     "share needs the gradients at the student's layers: record them with bird.Taps(..., gradients=True), and give the "
     "loss what pop() returns"

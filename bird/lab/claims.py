@@ -56,7 +56,7 @@ class Claim:
     agreeing: int = 0
 
     def __post_init__(self) -> None:
-        require_within(self, agreeing=(0, len(self.families)), paper=-100)
+        require_within(self, agreeing=(min(1, len(self.families)), len(self.families)), paper=0)
         if len(self.variants) != (len(self.at) or 1):
             raise ValueError(f"variants {[*self.variants]}: one, or as many as there are numbers in at, {[*self.at]}")
         if self.at and (min(self.at) < 1 or len(set(self.at)) < 2):
@@ -153,9 +153,8 @@ def judge(claims: Mapping[str, Claim], measure: Measure, seeds: int = 2) -> list
         found.append(Judgement(name, len(values), fmean(values), low, high, p, None, ahead, "", values))
     primary = [judgement for judgement in found if not claims[judgement.claim].secondary]
     unknown = [1.0] * (sum(not claim.secondary for claim in claims.values()) - len(primary))
-    corrected = dict(
-        zip((j.claim for j in primary), holm([*(j.p for j in primary), *unknown]), strict=False)
-    )  # the unknown end it
+    ps = holm([*(j.p for j in primary), *unknown])  # of the unknown at its end
+    corrected = dict(zip((j.claim for j in primary), ps, strict=False))
     return [
         replace(j, corrected=corrected[j.claim], verdict=_verdict(claims[j.claim], j, corrected[j.claim], seeds))
         if j.claim in corrected

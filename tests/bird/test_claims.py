@@ -148,6 +148,8 @@ def test_differences_without_a_test_leave_their_claim_open_and_others_alone(odd:
         ({"method": "bird", "over": "ft", "measure": "dust"}, "a measure of the claim 'it': there is no 'dust'"),
         ({"method": "bird", "over": "ft", "families": ["dust"], "agreeing": 1}, "there is no 'dust'"),
         ({"method": "bird", "over": "ft", "agreeing": 1}, "agreeing must be 0 to 0"),
+        ({"method": "bird", "over": "ft", "families": ["all"]}, "agreeing must be 1 to 1"),
+        ({"method": "bird", "over": "ft", "paper": -1.0}, "paper must be at least 0"),
         ({"method": "bird", "over": "ft", "at": [1, 2]}, "one, or as many as there are numbers in at"),
         ({"method": "bird", "over": "ft", "variants": ["", ""], "at": [2, 2]}, "two or more different numbers"),
         ({"method": "bird", "over": "ft", "over_variant": "x"}, "there is no 'x'"),

@@ -23,6 +23,7 @@ from tests.groups import run_ranks
 
 LAYERS = ["0", "3"]
 PAIRS = [("0", "0"), ("3", "3")]
+ONE = [("0", "3"), ("3", "3")]  # layer of the student, as share asks for
 
 
 class Net(nn.Sequential):
@@ -142,7 +143,7 @@ def trained(
     """SGD in a loop of one's own; (beta, task's norm, guidance's norm) of each step."""
     model = network() if model is None else model
     teacher, sgd, found = Teacher(network(7, 1), LAYERS), torch.optim.SGD(model.parameters(), lr=0.01), []
-    with Taps(model, LAYERS, gradients=True) as taps:
+    with Taps(model, "3", gradients=True) as taps:
         for done in range(begin, steps):
             x = images().roll(done, 0)[:12]
             sgd.zero_grad()
@@ -156,7 +157,7 @@ def trained(
 @pytest.mark.parametrize("beta", [0.9, 1e-3])
 def test_a_share_is_kept_from_running_means(beta: float) -> None:
     """Wherever beta starts: from the second step on it is what the means of the norms so far say."""
-    loss = BirdLoss(0.5, beta, PAIRS, share=0.3)
+    loss = BirdLoss(0.5, beta, ONE, share=0.3)
     _, found = trained(loss, 20)
     assert found[0][0] == pytest.approx(beta)
     task = guide = 0.0
@@ -164,12 +165,12 @@ def test_a_share_is_kept_from_running_means(beta: float) -> None:
         task, guide = 0.5 * task + 0.5 * t, 0.5 * guide + 0.5 * g / now
         assert later == pytest.approx(0.3 / 0.7 * task / guide, rel=1e-4)
     shares = [g / (t + g) for _, t, g in found]
-    assert abs(shares[0] - 0.3) > 0.1
-    assert all(abs(share - 0.3) < 0.05 for share in shares[5:])
+    assert abs(shares[0] - 0.3) > 0.2
+    assert all(abs(share - 0.3) < 0.1 for share in shares[5:])  # 0.07: norms of batches of 12 vary
 
 
 def test_a_share_falls_along_a_schedule() -> None:
-    loss = BirdLoss(0.5, 0.9, PAIRS, share=0.4, schedule="linear", until=0.5)
+    loss = BirdLoss(0.5, 0.9, ONE, share=0.4, schedule="linear", until=0.5)
     _, found = trained(loss, 24)
     shares = [g / (t + g) for _, t, g in found]
     assert all(abs(share - 0.4 * max(0, 1 - done / 20)) < 0.05 for done, share in enumerate(shares) if done > 4)
@@ -179,11 +180,11 @@ def test_a_share_falls_along_a_schedule() -> None:
 
 
 def test_a_run_goes_on_from_the_state_of_its_loss() -> None:
-    whole, found = trained(BirdLoss(0.5, 0.9, PAIRS, share=0.3, schedule="cosine"), 12)
-    loss = BirdLoss(0.5, 0.9, PAIRS, share=0.3, schedule="cosine")
+    whole, found = trained(BirdLoss(0.5, 0.9, ONE, share=0.3, schedule="cosine"), 12)
+    loss = BirdLoss(0.5, 0.9, ONE, share=0.3, schedule="cosine")
     half, first = trained(loss, 5)
     assert set(loss.state_dict()) == {"course.factor", "course.norms"}
-    again = BirdLoss(0.5, 0.9, PAIRS, share=0.3, schedule="cosine")
+    again = BirdLoss(0.5, 0.9, ONE, share=0.3, schedule="cosine")
     again.load_state_dict(copy.deepcopy(loss.state_dict()))
     model, rest = trained(again, 12, 5, half)
     assert first + rest == found
@@ -192,7 +193,7 @@ def test_a_run_goes_on_from_the_state_of_its_loss() -> None:
 
 def test_a_measurement_that_is_none_changes_nothing() -> None:
     """A scaler's overflow, a guidance without a gradient, a task that is solved."""
-    loss = BirdLoss(pairs=PAIRS, share=0.5)
+    loss = BirdLoss(pairs=ONE, share=0.5)
     assert loss.course is not None
     for bad in ([torch.inf, 1.0], [torch.nan, 1.0], [1.0, 0.0], [0.0, 1.0]):
         loss.note(torch.tensor(bad))
@@ -210,6 +211,7 @@ def test_a_measurement_that_is_none_changes_nothing() -> None:
         ({"schedule": "exponential"}, "schedule must be one of 'constant', 'linear', 'cosine'; got 'exponential'"),
         ({"until": 0.0}, "until is a share of the steps, above 0 and at most 1, not 0.0"),
         ({"until": 1.5}, "until is a share of the steps"),
+        ({"share": 0.5, "pairs": PAIRS}, r"one layer of the student, not at \['0', '3'\]"),
         ({"share": 1.0}, "share is a share of the gradient, between 0 and 1, not 1.0"),
         ({"share": 0.5, "alpha": 0.0}, "alpha and beta must be above 0, and beta no parameter"),
         ({"share": 0.5, "beta": nn.Parameter(torch.ones(()))}, "and beta no parameter"),
@@ -217,13 +219,17 @@ def test_a_measurement_that_is_none_changes_nothing() -> None:
 )
 def test_courses_that_cannot_be(options: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        BirdLoss(pairs=PAIRS, **options)
+        BirdLoss(**{"pairs": ONE} | options)
 
 
 def test_a_share_needs_the_gradients() -> None:
-    model, teacher, x, loss = network(), Teacher(network(7, 1), LAYERS), images(), BirdLoss(pairs=PAIRS, share=0.5)
+    model, teacher, x, loss = network(), Teacher(network(7, 1), LAYERS), images(), BirdLoss(pairs=ONE, share=0.5)
     with pytest.raises(ValueError, match=r"share needs the gradients.*Taps\(\.\.\., gradients=True\)"):
         guided(loss, model, teacher, x)
+    with Taps(model, LAYERS, gradients=True) as taps:
+        model(x)
+        with pytest.raises(ValueError, match=r"at one layer of the student, not at \['0', '3'\]"):
+            loss(torch.ones(()), teacher(x), taps.pop())
     assert not BirdLoss(pairs=PAIRS).state_dict()
     BirdLoss(pairs=PAIRS).step(1, 2)  # has nothing to move
     for done, total in ((0, 0), (-1, 3), (4, 3)):
@@ -258,8 +264,8 @@ def test_chunks_have_the_gradients_of_the_batch(loss: str) -> None:
     results = []
     for cut in (False, True):
         model, teacher, x = network().double(), Teacher(network(7, 1).double(), LAYERS), images(20, torch.float64)
-        guidance = BirdLoss(0.3, 0.7, PAIRS, weights=[0.5, 2.0], loss=loss, share=0.4)
-        with Taps(model, LAYERS, gradients=True) as taps:
+        guidance = BirdLoss(0.3, 0.7, ONE, weights=[0.5, 2.0], loss=loss, share=0.4)
+        with Taps(model, "3", gradients=True) as taps:
 
             def forward(part: Tensor, model: Net = model, taps: Taps = taps) -> tuple[Tensor, dict[str, Tensor]]:
                 return model(part).square().sum() / 100, taps.pop()
@@ -290,8 +296,8 @@ def _in_ranks(rank: int, folder: Path) -> None:
     x, betas = images(24, torch.float64), []
     for part, group in ((x[12 * rank : 12 * rank + 12], dist.group.WORLD), (x, None)):
         model, teacher = network().double(), Teacher(network(7, 1).double(), LAYERS)
-        loss = BirdLoss(0.3, 0.7, PAIRS, share=0.4, loss="cosine_cka", group=group)
-        with Taps(model, LAYERS, gradients=True) as taps:
+        loss = BirdLoss(0.3, 0.7, ONE, share=0.4, loss="cosine_cka", group=group)
+        with Taps(model, "3", gradients=True) as taps:
             loss(model(part).square().mean(), teacher(part), taps.pop()).backward()
         loss.step(1, 10)
         betas.append(float(loss.current_beta()))
