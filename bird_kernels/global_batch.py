@@ -1,8 +1,9 @@
-r"""The statistic of the rows of all ranks of a group, and its gradient; see docs/explain/scale.md.
+r"""The statistics of the rows of all ranks of a group, and their gradients; see docs/explain/scale.md.
 
 Either sums over each rank's rows are sent and merged, or the rows themselves are gathered and every rank computes the
-statistic of all of them (`transport`). The gradient of the value v with respect to a rank's own rows x_r needs nothing
-that the forward has not communicated. It is multiplied by the number of ranks R: where parameters theta are shared,
+statistic of all of them (`transport`); all pairs of a call travel together. The gradient of the value v with respect to
+a rank's own rows x_r needs nothing that the forward has not communicated. It is multiplied by the number of ranks R:
+where parameters theta are shared,
 
 .. math::  \frac{dv}{d\theta} = \sum_r \frac{dv}{dx_r} \frac{dx_r}{d\theta}
            = \frac{1}{R} \sum_r \Big(R \frac{dv}{dx_r}\Big) \frac{dx_r}{d\theta}
@@ -12,6 +13,9 @@ so the *average* over ranks that DDP and FSDP take is the gradient of the whole 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +23,11 @@ from torch import Tensor
 
 from . import backends, distributed, from_sums, inputs, ops, plan, sums, transport
 from .backends.linalg import scalar
+from .distributed import Ride
 from .moments import MIN_ROWS
 from .types import Options, Problem, Transport
+
+Prepared = tuple[Tensor, Tensor, Tensor | None, Problem]  # of this rank's rows, see `inputs.prepare`
 
 
 class Part(NamedTuple):
@@ -32,50 +39,194 @@ class Part(NamedTuple):
     problem: Problem
     rows: list[int]
     transport: Transport
-    group: Any
 
 
-def meet(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, pairs: int = 1) -> Part:
-    """Check this rank's arguments, of one of ``pairs`` pairs, and with all ranks that they fit; return its part.
+class _Agreed(NamedTuple):
+    """What the ranks agreed on: what they call, how each pair travels, and the longest and any mask of those gathered.
+
+    Rows that fit in there may ride without a new agreement.
+    """
+
+    terms: dict[str, object]
+    names: list[str]
+    rooms: list[tuple[int, bool]]
+
+
+def exchange(
+    both: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None, options: Options
+) -> list[tuple[Part, sums.Sums | Tensor]]:
+    """Check this rank's arguments, and with all ranks that they fit; of each pair of ``both`` this rank's part, and what
+    has travelled: the merged sums, or the rows of all ranks [ranks, longest, p + q], with a mask one more.
 
     Raises:
         TypeError, ValueError, RuntimeError: on every rank, if the arguments of any rank are wrong, if they do not fit
             together, or if all ranks together have too few rows.
     """
-    group, estimator, backend = options.group, options.estimator, options.backend
-    assert group is not None
-    error, terms, numbers = None, {}, [0, 0, 0, 0]
+    group: Any = options.group
+    own, terms, error = _checked(both, mask, options)
+    numbers = [p.n << 3 | p.masked << 2 | p.x_grad << 1 | p.y_grad for *_, p in own]
+    ride = distributed.expected(group)
+    while True:
+        if ride is not None:
+            sent, mine = None, []
+            if error is None and _fits(own, terms, ride):
+                try:
+                    sent, mine = _packed(own, ride, group)
+                except Exception as raised:  # of any kind: the other ranks wait for this rank's ride
+                    error = raised
+            found, data = distributed.take(group, ride, numbers, sent)
+            parts = _of_all(own, found, options.backend) if found else []
+            if parts and [part.transport.name for part in parts] == ride.call.names:
+                return list(zip(parts, _received(parts, data, mine, ride, group), strict=True))
+        parts = _of_all(own, distributed.agree(group, error, terms, numbers, declined=True), options.backend)
+        ride = _ride_of(parts, terms, group)
+
+
+def met(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Part:
+    """As `exchange` of one pair, but nothing travels; for `explain`."""
+    own, terms, error = _checked([(x, y)], mask, options)
+    numbers = [p.n << 3 | p.masked << 2 | p.x_grad << 1 | p.y_grad for *_, p in own]
+    found = distributed.agree(options.group, error, terms | {"explain": True}, numbers)
+    return _of_all(own, found, options.backend)[0]
+
+
+def _checked(
+    both: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None, options: Options
+) -> tuple[list[Prepared], dict[str, object], Exception | None]:
+    """This rank's pairs, checked; the terms of the call, which must be equal on all ranks; this rank's error."""
+    own: list[Prepared] = []
     try:
-        x, y, mask, problem = inputs.prepare(x, y, mask, options, part=True)
-        distributed.require_device(x.device, group)
-        backends.choose(problem.dtype, problem.device, True, backend, plan.variant(problem))
-        shared = ("statistic", "kernel", "center", "estimator", "backend", "precision")
-        terms = {name: getattr(options, name) for name in shared}
-        terms |= dict(dtype=problem.dtype, p=problem.p, q=problem.q, pairs=pairs)
-        numbers = [problem.n, problem.masked, problem.x_grad, problem.y_grad]
+        for x, y in both:
+            own.append(inputs.prepare(x, y, mask, options, part=True))
+            problem = own[-1][3]
+            distributed.require_device(problem.device, options.group)
+            if problem.device != own[0][3].device:
+                raise ValueError("the pairs of a call with group= must be on one device")
+            backends.choose(problem.dtype, problem.device, True, options.backend, plan.variant(problem))
     except Exception as raised:  # of any kind: the other ranks wait for this rank's header
-        error = raised
-    rows, masked, x_grad, y_grad = zip(*distributed.agree(group, error, terms, numbers), strict=True)
-    n = sum(rows)
-    if n < MIN_ROWS[estimator]:
-        raise ValueError(
-            f'estimator="{estimator}" needs at least {MIN_ROWS[estimator]} rows, got {n} in all ({rows} by rank)'
+        return [], {}, raised
+    shared = ("statistic", "kernel", "center", "estimator", "backend", "precision")
+    terms: dict[str, object] = {name: getattr(options, name) for name in shared}
+    for name in ("dtype", "p", "q"):
+        each = [getattr(problem, name) for *_, problem in own]
+        terms[name] = each if len(each) > 1 else each[0]
+    return own, terms | dict(device=own[0][3].device.type, pairs=len(own)), distributed.refused()
+
+
+def _of_all(own: list[Prepared], found: list[list[int]], backend: str) -> list[Part]:
+    """The parts of all rows, from the numbers of all ranks.
+
+    Raises:
+        ValueError: too few rows.
+    """
+    parts = []
+    for (x, y, mask, problem), column in zip(own, zip(*found, strict=True), strict=True):
+        rows, flags = [number >> 3 for number in column], reduce(or_, column)
+        n, needed = sum(rows), MIN_ROWS[problem.estimator]
+        if n < needed:
+            raise ValueError(
+                f'estimator="{problem.estimator}" needs at least {needed} rows, got {n} in all ({rows} by rank)'
+            )
+        # All ranks compute what any of them asks for, or their values would differ in the last bit.
+        asked = {name: bool(flags & bit) for name, bit in (("masked", 4), ("x_grad", 2), ("y_grad", 1))}
+        problem = problem._replace(n=n, **asked)
+        parts.append(Part(x, y, mask, problem, rows, transport.cheaper(problem, rows, backend, len(own))))
+    return parts
+
+
+def _ride_of(parts: list[Part], terms: dict[str, object], group: Any) -> Ride:
+    """What the first collective of such a call is: of n and the means of pairs that are merged, else of all rows."""
+    names = [part.transport.name for part in parts]
+    agreed = _Agreed(terms, names, [(max(part.rows), part.problem.masked) for part in parts])
+    problems, gathered = [part.problem for part in parts], "merged" not in names
+    if gathered:
+        size = sum(map(_size, problems, agreed.rooms))
+    else:
+        size = sum(1 + p.p + p.q for p, name in zip(problems, names, strict=True) if name == "merged")
+    return distributed.expect(group, len(parts), size, gathered, parts[0].x.device, agreed)
+
+
+def _fits(own: list[Prepared], terms: dict[str, object], ride: Ride) -> bool:
+    """Whether this rank's call is the expected one, and its rows have room if they are what rides."""
+    agreed: _Agreed = ride.call
+    problems = [problem for *_, problem in own]
+    return (agreed.terms, ride.device) == (terms, problems[0].device) and (
+        not ride.gathered
+        or all(
+            p.n <= longest and p.masked <= masked for p, (longest, masked) in zip(problems, agreed.rooms, strict=True)
         )
-    # All ranks compute what any of them asks for, or their values would differ in the last bit.
-    problem = problem._replace(n=n, masked=any(masked), x_grad=any(x_grad), y_grad=any(y_grad))
-    return Part(x, y, mask, problem, list(rows), transport.cheaper(problem, rows, backend), group)
+    )
 
 
-def of_merged_sums(part: Part) -> Tensor:
+@torch.no_grad()
+def _packed(own: list[Prepared], ride: Ride, group: Any) -> tuple[Tensor, list[sums.Sums]]:
+    """What this rank sends in the ride, and of merged pairs the sums themselves, in the dtype that they are sent in;
+    `transport.merged_size` says why unbiased ones are fp64."""
+    sent, room = distributed.blank(ride, group)
+    if ride.gathered:
+        _write(own, ride.call.rooms, room)
+        return sent, []
+    mine = []
+    for (x, y, mask, problem), name in zip(own, ride.call.names, strict=True):
+        if name == "merged":
+            with ops.without_autocast(x.device):
+                s = sums.sums_of(x, y, mask, problem)
+            mine.append(s.to(torch.float64) if problem.estimator == "unbiased" else s)
+    torch.cat([total for s in mine for total in sums.totals_of(s)], out=room)
+    return sent, mine
+
+
+@torch.no_grad()
+def _received(
+    parts: list[Part], data: Tensor, mine: list[sums.Sums], ride: Ride, group: Any
+) -> list[sums.Sums | Tensor]:
+    """What has travelled of each pair, after the other collectives of the call."""
+    rows = [part for part in parts if part.transport.name == "gathered"]
+    problems, rooms = [part.problem for part in rows], ride.call.rooms
+    merged = [] if ride.gathered else sums.merged(mine, data, group)
+    if rows and not ride.gathered:
+        rooms = [(max(part.rows), part.problem.masked) for part in rows]
+        room = torch.zeros(sum(map(_size, problems, rooms)), dtype=torch.uint8, device=data.device)
+        _write(rows, rooms, room)
+        data = distributed.all_gather(room, group)
+    gathered = _read(problems, rooms, data) if rows else []
+    return [(merged if part.transport.name == "merged" else gathered).pop(0) for part in parts]
+
+
+def _size(problem: Problem, room: tuple[int, bool]) -> int:
+    return transport.block_size(room[0], problem.p, problem.q, problem.dtype.itemsize, room[1])
+
+
+def _write(own: Sequence[Prepared | Part], rooms: Sequence[tuple[int, bool]], into: Tensor) -> None:
+    """Each pair's rows as bytes: x, y and, if any rank has one, the mask side by side."""
+    sizes = [_size(part[3], room) for part, room in zip(own, rooms, strict=True)]
+    for (x, y, mask, *_), (longest, masked), part in zip(own, rooms, into.split(sizes), strict=True):
+        n, p, q = len(x), x.shape[1], y.shape[1]
+        rows = part.view(x.dtype)[: longest * (p + q + masked)].view(longest, -1)
+        rows[:n, :p], rows[:n, p : p + q] = x, y
+        if masked:
+            rows[:n, -1] = 1.0 if mask is None else mask.to(x.dtype)
+
+
+def _read(problems: Sequence[Problem], rooms: Sequence[tuple[int, bool]], data: Tensor) -> list[Tensor]:
+    """The rows of each pair, [ranks, longest, width], from the bytes [ranks, size] of all."""
+    found = []
+    for p, room, part in zip(problems, rooms, data.split([*map(_size, problems, rooms)], 1), strict=True):
+        width = p.p + p.q + room[1]
+        found.append(part.view(p.dtype)[:, : room[0] * width].unflatten(1, (room[0], width)))
+    return found
+
+
+def of_merged_sums(part: Part, total: sums.Sums, group: Any) -> Tensor:
     """The statistic of all ranks' rows from their merged sums; 0-d, fp32 or fp64, differentiable once."""
     with ops.without_autocast(part.x.device):
-        value: Tensor = _Merged.apply(part.x, part.y, part.mask, part.problem, part.group)
+        value: Tensor = _Merged.apply(part.x, part.y, part.mask, part.problem, total, group.size())
     return value
 
 
-def gathered(part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+def gathered(part: Part, everyone: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [sum(rows), p], y [sum(rows), q] and mask of all ranks, in the order of ranks; differentiable once."""
-    x, y, mask = _Gathered.apply(part.x, part.y, part.mask, part.problem.masked, part.rows, part.group)
+    x, y, mask = _Gathered.apply(part.x, part.y, everyone, part.rows, part.problem.masked, group.rank())
     return x, y, mask
 
 
@@ -87,16 +238,17 @@ def _require_first_order(grad: Tensor) -> None:
 
 
 class _Merged(torch.autograd.Function):
-    """The value from all-reduced sums, which are saved, so that the backward does not communicate."""
+    """The value from merged sums, which are saved, so that the backward does not communicate."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, group: Any) -> Tensor:
-        total = sums.all_reduced(_own_sums(x, y, mask, problem), group)  # no name here, so that they can be freed
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, total: sums.Sums, world: int
+    ) -> Tensor:
         value, coefficients, total = from_sums.value_of(total, problem)
         if not ctx.needs_input_grad[1]:
             total = total._replace(yy=total.yy.new_empty(0))
         norms = total.norms or ()
-        ctx.call = problem, group.size(), coefficients
+        ctx.call = problem, world, coefficients
         ctx.save_for_backward(x, y, mask, *total[:-1], *norms)
         return torch.as_tensor(value, dtype=ops.value_dtype(x.dtype), device=x.device)
 
@@ -114,13 +266,7 @@ class _Merged(torch.autograd.Function):
                 dx = from_sums.gradient(x, y, mask, s, coefficients, upstream, problem=problem)
             if ctx.needs_input_grad[1]:
                 dy = from_sums.gradient(y, x, mask, *from_sums.exchanged(s, coefficients), upstream, problem=problem)
-        return dx, dy, None, None, None
-
-
-def _own_sums(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) -> sums.Sums:
-    """This rank's sums in the dtype that they are sent in; `transport.merged_size` says why unbiased ones are fp64."""
-    own = sums.sums_of(x, y, mask, problem)
-    return own.to(torch.float64) if problem.estimator == "unbiased" else own
+        return dx, dy, None, None, None, None
 
 
 class _Gathered(torch.autograd.Function):
@@ -128,18 +274,17 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, mask: Tensor | None, masked: bool, rows: list[int], group: Any
+        ctx: Any, x: Tensor, y: Tensor, everyone: Tensor, rows: list[int], masked: bool, rank: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        columns = [x, y]
-        if masked:
-            columns.append(x.new_ones(len(x), 1) if mask is None else mask[:, None].to(x.dtype))
-        everyone = distributed.all_gather_rows(torch.cat(columns, 1), rows, group)
         p, q = x.shape[1], y.shape[1]
-        all_x, all_y = everyone[:, :p].contiguous(), everyone[:, p : p + q].contiguous()
-        start = sum(rows[: group.rank()])
+        all_x, all_y, *mask = (
+            torch.cat([part[:n, columns] for part, n in zip(everyone, rows, strict=True)])
+            for columns in (slice(p), slice(p, p + q), *[-1] * masked)
+        )
+        start = sum(rows[:rank])
         ctx.own, ctx.world = slice(start, start + len(x)), len(rows)
         ctx.mark_non_differentiable(*(t for t, side in ((all_x, x), (all_y, y)) if not side.requires_grad))
-        return all_x, all_y, everyone[:, -1].bool() if masked else None
+        return all_x, all_y, mask[0].bool() if masked else None
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:

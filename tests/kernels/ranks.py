@@ -88,7 +88,7 @@ def own(rows: Tensor | None, split: list[int], rank: int) -> Any:
 def grouped(x: Tensor, y: Tensor, mask: Tensor | None, case: Case, group: Any) -> Tensor:
     """The call under test, by what travels also on one rank."""
     options = Options(case.statistic, estimator=case.estimator, group=group, backend=case.backend)
-    return across(x, y, mask, options)
+    return across([(x, y)], mask, options)[0]
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def test_merging_takes_the_memory_that_the_model_says(
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with Allocations(x, y) as allocations:
-            value = across(x, y, None, Options("cka_loss", group=dist.group.WORLD))
+            value = across([(x, y)], None, Options("cka_loss", group=dist.group.WORLD))[0]
             (dx,) = torch.autograd.grad(value, x)
     finally:
         dist.destroy_process_group()
