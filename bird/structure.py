@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bird_kernels import CKALoss, cka_loss, distributed, gram_mse, inputs
+from bird_kernels import CKALoss, distributed, gram_mse, inputs
+from bird_kernels.functional import cka_losses
 from bird_kernels.pairs import stack
 
 # The options that each loss takes beside row_dims; others must have their defaults.
@@ -78,23 +79,29 @@ class StructureLoss(CKALoss):
 
     def forward(self, x: Any, y: Any, mask: Tensor | None = None) -> Tensor:
         """The loss of x [n, ...] and y [n, ...], 0-d; fp32, or fp64 if either side has it."""
-        options = self.options | {"row_dims": 1}
-        with distributed.Reported(options["group"]), torch.autocast(x.device.type, enabled=False):
-            x, y, mask = inputs.as_rows(x, y, mask, self.options["row_dims"])
-            if self.loss in ("rsa", "procrustes"):
-                return (_rsa if self.loss == "rsa" else _procrustes)(x, y, mask)
-            if self.loss == "cosine_cka":
-                x, y = _unit(x, mask), _unit(y, mask)
-            elif self.loss == "cka_difference":
-                x, y = differences(x), differences(y)
-                mask = None if mask is None else mask[: len(x)] & mask[len(x) :]
-        if self.loss == "gram_mse":
-            return gram_mse(x, y, mask=mask, **{name: options[name] for name in LOSSES["gram_mse"]})
-        return cka_loss(x, y, mask=mask, **options)
+        return self.each([x], [y], mask)[0]
 
     def each(self, xs: Sequence[Tensor], ys: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """The loss of each pair of two lists, [pairs]."""
-        return stack([self(x, y, mask) for x, y in zip(xs, ys, strict=True)])
+        options = self.options | {"row_dims": 1}
+        with distributed.Reported(options["group"]), torch.autocast(xs[0].device.type, enabled=False):
+            pairs = [self._rows(x, y, mask) for x, y in zip(xs, ys, strict=True)]
+            if self.loss in ("rsa", "procrustes"):
+                return stack([(_rsa if self.loss == "rsa" else _procrustes)(*pair) for pair in pairs])
+        if self.loss == "gram_mse":
+            taken = {name: options[name] for name in LOSSES["gram_mse"]}
+            return stack([gram_mse(x, y, mask=rows, **taken) for x, y, rows in pairs])
+        lefts, rights, (mask, *_) = zip(*pairs, strict=True)
+        return cka_losses(lefts, rights, mask=mask, **options)
+
+    def _rows(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, y, mask = inputs.as_rows(x, y, mask, self.options["row_dims"])
+        if self.loss == "cosine_cka":
+            x, y = _unit(x, mask), _unit(y, mask)
+        elif self.loss == "cka_difference":
+            x, y = differences(x), differences(y)
+            mask = None if mask is None else mask[: len(x)] & mask[len(x) :]
+        return x, y, mask
 
     def extra_repr(self) -> str:
         """The arguments that ``repr`` shows."""

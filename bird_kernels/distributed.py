@@ -315,7 +315,7 @@ def _raise_difference(group: dist.ProcessGroup, shown: dict[str, str]) -> None:
     everyone: list[dict[str, str]] = [{}] * group.size()
     dist.all_gather_object(everyone, shown, group=group)
     parts = []
-    for name in shown:
+    for name in dict.fromkeys(name for theirs in everyone for name in theirs):
         ranks: dict[str, list[str]] = {}
         for rank, theirs in enumerate(everyone):
             ranks.setdefault(theirs.get(name, "missing"), []).append(str(rank))
