@@ -111,7 +111,7 @@ def require_device(device: torch.device, group: dist.ProcessGroup) -> None:
 class Ride(NamedTuple):
     """The first collective of a call that the ranks of a group have agreed on.
 
-    Each rank sends ``slots`` numbers and ``size`` more: fp64 numbers that are summed, or bytes if they are ``gathered``.
+    Each rank sends ``slots`` numbers and ``size`` more: fp64 numbers to be summed, or bytes if they are ``gathered``.
     ``call`` is what the caller keeps with it.
     """
 
@@ -211,7 +211,8 @@ def agree(
             capture of a CUDA graph.
         ValueError: on every rank, if terms differ; with the ranks and their values.
     """
-    error = error or refused()
+    refusal = refused()
+    error = error or refusal
     if not declined and (ride := expected(group)) is not None:
         take(group, ride, (), None)
     with torch._C._DisableFuncTorch():  # what ranks send is no part of a transform, which would wrap it

@@ -41,32 +41,29 @@ class Part(NamedTuple):
     transport: Transport
 
 
-class _Agreed(NamedTuple):
-    """What the ranks agreed on: what they call, how each pair travels, and the longest and any mask of those gathered.
+class _Room(NamedTuple):
+    """So many bytes of a rank take a pair's rows, [longest, p + q]; if ``masked``, the mask is one more column."""
 
-    Rows that fit in there may ride without a new agreement.
-    """
-
-    terms: dict[str, object]
-    names: list[str]
-    rooms: list[tuple[int, bool]]
+    longest: int
+    masked: bool
+    size: int
 
 
 def exchange(
     both: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None, options: Options
 ) -> list[tuple[Part, sums.Sums | Tensor]]:
-    """Check this rank's arguments, and with all ranks that they fit; of each pair of ``both`` this rank's part, and what
-    has travelled: the merged sums, or the rows of all ranks [ranks, longest, p + q], with a mask one more.
+    """Check this rank's arguments, and with all ranks that they fit; return of each pair of ``both`` this rank's part
+    and what has travelled: merged sums, or the rows of all ranks [ranks, longest, p + q], a mask as one more column.
 
     Raises:
         TypeError, ValueError, RuntimeError: on every rank, if the arguments of any rank are wrong, if they do not fit
             together, or if all ranks together have too few rows.
     """
     group: Any = options.group
-    own, terms, error = _checked(both, mask, options)
-    numbers = [p.n << 3 | p.masked << 2 | p.x_grad << 1 | p.y_grad for *_, p in own]
+    own, numbers, terms, error = _checked(both, mask, options)
     ride = distributed.expected(group)
-    while True:
+    mine: list[sums.Sums]
+    for _ in range(3):  # in the call that was expected; in the one agreed on; there again, if that has failed on a rank
         if ride is not None:
             sent, mine = None, []
             if error is None and _fits(own, terms, ride):
@@ -76,41 +73,46 @@ def exchange(
                     error = raised
             found, data = distributed.take(group, ride, numbers, sent)
             parts = _of_all(own, found, options.backend) if found else []
-            if parts and [part.transport.name for part in parts] == ride.call.names:
+            if parts and [part.transport.name for part in parts] == ride.call[1]:
                 return list(zip(parts, _received(parts, data, mine, ride, group), strict=True))
         parts = _of_all(own, distributed.agree(group, error, terms, numbers, declined=True), options.backend)
-        ride = _ride_of(parts, terms, group)
+        ride = _remembered(parts, terms, group)
+    raise RuntimeError("the ranks of the group are out of step")
 
 
 def met(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Part:
     """As `exchange` of one pair, but nothing travels; for `explain`."""
-    own, terms, error = _checked([(x, y)], mask, options)
-    numbers = [p.n << 3 | p.masked << 2 | p.x_grad << 1 | p.y_grad for *_, p in own]
-    found = distributed.agree(options.group, error, terms | {"explain": True}, numbers)
+    own, numbers, terms, error = _checked([(x, y)], mask, options)
+    group: Any = options.group
+    found = distributed.agree(group, error, terms | {"explain": True}, numbers)
     return _of_all(own, found, options.backend)[0]
 
 
 def _checked(
     both: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None, options: Options
-) -> tuple[list[Prepared], dict[str, object], Exception | None]:
-    """This rank's pairs, checked; the terms of the call, which must be equal on all ranks; this rank's error."""
+) -> tuple[list[Prepared], list[int], dict[str, object], Exception | None]:
+    """This rank's pairs, checked, and a number of each for the other ranks; the terms of the call, which must be equal
+    on all ranks; this rank's error."""
     own: list[Prepared] = []
+    group: Any = options.group
+    refused = distributed.refused()
     try:
-        for x, y in both:
-            own.append(inputs.prepare(x, y, mask, options, part=True))
-            problem = own[-1][3]
-            distributed.require_device(problem.device, options.group)
-            if problem.device != own[0][3].device:
+        for pair in both:
+            own.append(inputs.prepare(*pair, mask, options, part=True))
+            p = own[-1][3]
+            distributed.require_device(p.device, group)
+            if p.device != own[0][3].device:
                 raise ValueError("the pairs of a call with group= must be on one device")
-            backends.choose(problem.dtype, problem.device, True, options.backend, plan.variant(problem))
+            backends.choose(p.dtype, p.device, True, options.backend, plan.variant(p))
     except Exception as raised:  # of any kind: the other ranks wait for this rank's header
-        return [], {}, raised
+        return [], [], {}, raised
     shared = ("statistic", "kernel", "center", "estimator", "backend", "precision")
     terms: dict[str, object] = {name: getattr(options, name) for name in shared}
     for name in ("dtype", "p", "q"):
         each = [getattr(problem, name) for *_, problem in own]
         terms[name] = each if len(each) > 1 else each[0]
-    return own, terms | dict(device=own[0][3].device.type, pairs=len(own)), distributed.refused()
+    numbers = [p.n << 3 | p.masked << 2 | p.x_grad << 1 | p.y_grad for *_, p in own]
+    return own, numbers, terms | dict(device=own[0][3].device.type, pairs=len(own)), refused
 
 
 def _of_all(own: list[Prepared], found: list[list[int]], backend: str) -> list[Part]:
@@ -128,34 +130,26 @@ def _of_all(own: list[Prepared], found: list[list[int]], backend: str) -> list[P
                 f'estimator="{problem.estimator}" needs at least {needed} rows, got {n} in all ({rows} by rank)'
             )
         # All ranks compute what any of them asks for, or their values would differ in the last bit.
-        asked = {name: bool(flags & bit) for name, bit in (("masked", 4), ("x_grad", 2), ("y_grad", 1))}
-        problem = problem._replace(n=n, **asked)
+        problem = problem._replace(n=n, masked=flags & 4 > 0, x_grad=flags & 2 > 0, y_grad=flags & 1 > 0)
         parts.append(Part(x, y, mask, problem, rows, transport.cheaper(problem, rows, backend, len(own))))
     return parts
 
 
-def _ride_of(parts: list[Part], terms: dict[str, object], group: Any) -> Ride:
-    """What the first collective of such a call is: of n and the means of pairs that are merged, else of all rows."""
-    names = [part.transport.name for part in parts]
-    agreed = _Agreed(terms, names, [(max(part.rows), part.problem.masked) for part in parts])
-    problems, gathered = [part.problem for part in parts], "merged" not in names
-    if gathered:
-        size = sum(map(_size, problems, agreed.rooms))
-    else:
-        size = sum(1 + p.p + p.q for p, name in zip(problems, names, strict=True) if name == "merged")
-    return distributed.expect(group, len(parts), size, gathered, parts[0].x.device, agreed)
+def _remembered(parts: list[Part], terms: dict[str, object], group: Any) -> Ride:
+    """The ride of such a call, with n and the means of pairs that are merged, if there are any, else with all rows."""
+    names, rooms = [part.transport.name for part in parts], [_room(part) for part in parts]
+    merged = [1 + p.p + p.q for *_, p, _, t in parts if t.name == "merged"]
+    size = sum(merged or (room.size for room in rooms))
+    return distributed.expect(group, len(parts), size, not merged, parts[0].x.device, (terms, names, rooms))
 
 
 def _fits(own: list[Prepared], terms: dict[str, object], ride: Ride) -> bool:
     """Whether this rank's call is the expected one, and its rows have room if they are what rides."""
-    agreed: _Agreed = ride.call
-    problems = [problem for *_, problem in own]
-    return (agreed.terms, ride.device) == (terms, problems[0].device) and (
-        not ride.gathered
-        or all(
-            p.n <= longest and p.masked <= masked for p, (longest, masked) in zip(problems, agreed.rooms, strict=True)
-        )
-    )
+    agreed, _, rooms = ride.call
+    if agreed != terms or ride.device != own[0][3].device:
+        return False
+    roomy = (p.n <= room.longest and p.masked <= room.masked for (*_, p), room in zip(own, rooms, strict=True))
+    return not ride.gathered or all(roomy)
 
 
 @torch.no_grad()
@@ -164,10 +158,10 @@ def _packed(own: list[Prepared], ride: Ride, group: Any) -> tuple[Tensor, list[s
     `transport.merged_size` says why unbiased ones are fp64."""
     sent, room = distributed.blank(ride, group)
     if ride.gathered:
-        _write(own, ride.call.rooms, room)
+        _write(own, ride.call[2], room)
         return sent, []
     mine = []
-    for (x, y, mask, problem), name in zip(own, ride.call.names, strict=True):
+    for (x, y, mask, problem), name in zip(own, ride.call[1], strict=True):
         if name == "merged":
             with ops.without_autocast(x.device):
                 s = sums.sums_of(x, y, mask, problem)
@@ -181,40 +175,36 @@ def _received(
     parts: list[Part], data: Tensor, mine: list[sums.Sums], ride: Ride, group: Any
 ) -> list[sums.Sums | Tensor]:
     """What has travelled of each pair, after the other collectives of the call."""
-    rows = [part for part in parts if part.transport.name == "gathered"]
-    problems, rooms = [part.problem for part in rows], ride.call.rooms
     merged = [] if ride.gathered else sums.merged(mine, data, group)
-    if rows and not ride.gathered:
-        rooms = [(max(part.rows), part.problem.masked) for part in rows]
-        room = torch.zeros(sum(map(_size, problems, rooms)), dtype=torch.uint8, device=data.device)
-        _write(rows, rooms, room)
-        data = distributed.all_gather(room, group)
-    gathered = _read(problems, rooms, data) if rows else []
+    rows, rooms = [part for part in parts if part.transport.name == "gathered"], ride.call[2]
+    if not rows:
+        return [*merged]
+    if not ride.gathered:
+        rooms = [_room(part) for part in rows]
+        data = torch.zeros(sum(room.size for room in rooms), dtype=torch.uint8, device=data.device)
+        _write(rows, rooms, data)
+        data = distributed.all_gather(data, group)
+    gathered = []
+    for part, room, share in zip(rows, rooms, data.split([room.size for room in rooms], 1), strict=True):
+        width = part.problem.p + part.problem.q + room.masked
+        gathered.append(share.view(part.x.dtype)[:, : room.longest * width].unflatten(1, (room.longest, width)))
     return [(merged if part.transport.name == "merged" else gathered).pop(0) for part in parts]
 
 
-def _size(problem: Problem, room: tuple[int, bool]) -> int:
-    return transport.block_size(room[0], problem.p, problem.q, problem.dtype.itemsize, room[1])
+def _room(part: Part) -> _Room:
+    """What the rows of such a pair take, on any rank."""
+    p, longest = part.problem, max(part.rows)
+    return _Room(longest, p.masked, transport.block_size(longest, p.p, p.q, p.dtype.itemsize, p.masked))
 
 
-def _write(own: Sequence[Prepared | Part], rooms: Sequence[tuple[int, bool]], into: Tensor) -> None:
+def _write(own: Sequence[Prepared | Part], rooms: Sequence[_Room], into: Tensor) -> None:
     """Each pair's rows as bytes: x, y and, if any rank has one, the mask side by side."""
-    sizes = [_size(part[3], room) for part, room in zip(own, rooms, strict=True)]
-    for (x, y, mask, *_), (longest, masked), part in zip(own, rooms, into.split(sizes), strict=True):
+    for (x, y, mask, *_), room, part in zip(own, rooms, into.split([room.size for room in rooms]), strict=True):
         n, p, q = len(x), x.shape[1], y.shape[1]
-        rows = part.view(x.dtype)[: longest * (p + q + masked)].view(longest, -1)
+        rows = part.view(x.dtype)[: room.longest * (p + q + room.masked)].view(room.longest, -1)
         rows[:n, :p], rows[:n, p : p + q] = x, y
-        if masked:
+        if room.masked:
             rows[:n, -1] = 1.0 if mask is None else mask.to(x.dtype)
-
-
-def _read(problems: Sequence[Problem], rooms: Sequence[tuple[int, bool]], data: Tensor) -> list[Tensor]:
-    """The rows of each pair, [ranks, longest, width], from the bytes [ranks, size] of all."""
-    found = []
-    for p, room, part in zip(problems, rooms, data.split([*map(_size, problems, rooms)], 1), strict=True):
-        width = p.p + p.q + room[1]
-        found.append(part.view(p.dtype)[:, : room[0] * width].unflatten(1, (room[0], width)))
-    return found
 
 
 def of_merged_sums(part: Part, total: sums.Sums, group: Any) -> Tensor:
@@ -277,14 +267,15 @@ class _Gathered(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, everyone: Tensor, rows: list[int], masked: bool, rank: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         p, q = x.shape[1], y.shape[1]
-        all_x, all_y, *mask = (
-            torch.cat([part[:n, columns] for part, n in zip(everyone, rows, strict=True)])
-            for columns in (slice(p), slice(p, p + q), *[-1] * masked)
-        )
+        if min(rows) == everyone.shape[1]:
+            every = everyone.flatten(0, 1)
+        else:
+            every = torch.cat([part[:n] for part, n in zip(everyone, rows, strict=True)])
+        all_x, all_y, mask = every[:, :p].contiguous(), every[:, p : p + q].contiguous(), every[:, -1].bool()
         start = sum(rows[:rank])
         ctx.own, ctx.world = slice(start, start + len(x)), len(rows)
         ctx.mark_non_differentiable(*(t for t, side in ((all_x, x), (all_y, y)) if not side.requires_grad))
-        return all_x, all_y, mask[0].bool() if masked else None
+        return all_x, all_y, mask if masked else None
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:

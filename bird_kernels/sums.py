@@ -20,7 +20,7 @@ the statistic of the whole; the gradient of a row needs only the merged sums and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -172,25 +172,28 @@ def totals_of(s: Sums) -> tuple[Tensor, Tensor, Tensor]:
 def merged(own: list[Sums], totals: Tensor, group: Any) -> list[Sums]:
     """The sums of the union of the rows of all ranks of a ProcessGroup, bitwise equal on each rank, of one set or more.
 
-    ``totals`` are those of `totals_of` of each set in turn, summed over the ranks; everything else is reduced here about
-    the common means, of all sets together in their widest dtype. So two all-reduces whose sizes do not depend on the
-    number of ranks make a merged set. With a slot per rank for its means one would suffice, but at 4096 ranks of 512 +
+    ``totals`` are those of `totals_of` of each set in turn, summed over the ranks; everything else is reduced here,
+    about the common means, of all sets together in their widest dtype. So two all-reduces merge them, whose size does
+    not depend on the number of ranks. With a slot per rank for its means one would suffice, but at 4096 ranks of 512 +
     512 features the slots take 34 MB and the products 2.4. ``own`` is emptied: besides its products only the
     communicated buffer is in memory, then that buffer and the results.
     """
-    dtypes = [s.xx.dtype for s in own]
-    widths = [(1, len(s.mean_x), len(s.mean_y)) for s in own]
-    layouts = [_layout(p, q, s.norms is not None) for s, (_, p, q) in zip(own, widths, strict=True)]
+    dtypes, common = [s.xx.dtype for s in own], [*_common(own, totals)]
+    layouts = [_layout(len(s.mean_x), len(s.mean_y), s.norms is not None) for s in own]
     flat = totals.new_empty(sum(map(sum, layouts)), dtype=torch.float64 if torch.float64 in dtypes else torch.float32)
-    parts, common = flat.split([*map(sum, layouts)]), []
-    for part, layout, total in zip(parts, layouts, totals.split([*map(sum, widths)]), strict=True):
-        n, sum_x, sum_y = total.split(widths[len(common)])
-        common.append((n[0], sum_x / n.clamp(min=1.0), sum_y / n.clamp(min=1.0)))
-        _write_moved(own.pop(0), *common[-1][1:], part.split(layout))
+    parts = flat.split([*map(sum, layouts)])
+    for part, layout, means in zip(parts, layouts, common, strict=True):
+        _write_moved(own.pop(0), *means[1:], part.split(layout))
     distributed.all_reduce(flat, group)
-    whole = zip(common, parts, layouts, strict=True)
-    sums = [_as_sums(*means, part.split(layout)) for means, part, layout in whole]
-    return [s.to(dtype) for s, dtype in zip(sums, dtypes, strict=True)]
+    whole = zip(common, parts, layouts, dtypes, strict=True)
+    return [_as_sums(*means, part.split(layout)).to(dtype) for means, part, layout, dtype in whole]
+
+
+def _common(own: Sequence[Sums], totals: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """n, 0-d, and the means [p] and [q] of all ranks' rows, of each set."""
+    for s in own:
+        n, sum_x, sum_y, totals = totals.tensor_split([1, 1 + len(s.mean_x), 1 + len(s.mean_x) + len(s.mean_y)])
+        yield n[0], sum_x / n.clamp(min=1.0), sum_y / n.clamp(min=1.0)
 
 
 def _layout(p: int, q: int, norms: bool) -> list[int]:

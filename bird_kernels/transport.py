@@ -8,9 +8,9 @@ There are two transports from each rank's rows, x [n, p] and y [n, q] on R ranks
                 then every rank computes the statistic of all rows
 
 In an all-reduce of B bytes each rank sends 2 B (R-1)/R (reduce-scatter and all-gather, a lower bound that rings reach),
-in an all-gather of B bytes in all B (R-1)/R. Merged bytes do not grow with the number of ranks, gathered bytes do. Small
-messages cost steps, not bytes: an all-reduce 2 log2 R over trees, an all-gather R - 1 over a ring. No backward
-communicates.
+in an all-gather of B bytes in all B (R-1)/R. Merged bytes do not grow with the number of ranks, gathered bytes do. Of
+small messages the latency counts, in steps: an all-reduce takes 2 log2 R of them over trees, an all-gather R - 1 over a
+ring. No backward communicates.
 """
 
 from __future__ import annotations
@@ -64,9 +64,8 @@ def steps(world: int) -> tuple[int, int]:
 def cheaper(problem: Problem, rows: Sequence[int], backend: str, pairs: int = 1) -> Transport:
     """The transport that takes less time; ``rows`` is each rank's number, ``problem`` that of all rows together.
 
-    Steps are shared by the ``pairs`` of a call. Merged sums are library products in plain PyTorch, of linear, centred CKA
-    and HSIC alone. Rows are gathered for all other problems, and for a ``backend`` requested by another name than
-    "library".
+    All ``pairs`` of a call share its steps. Merged sums are library products in plain PyTorch, of linear, centred CKA
+    and HSIC alone. Rows are gathered for all other problems, and for a ``backend`` of another name than "library".
     """
     world, itemsize = len(rows), problem.dtype.itemsize
     others = world - 1  # each rank sends at least 2 B others / world of B bytes that are all-reduced, or half
