@@ -267,15 +267,18 @@ class _Gathered(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, everyone: Tensor, rows: list[int], masked: bool, rank: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         p, q = x.shape[1], y.shape[1]
-        if min(rows) == everyone.shape[1]:
-            every = everyone.flatten(0, 1)
-        else:
-            every = torch.cat([part[:n] for part, n in zip(everyone, rows, strict=True)])
-        all_x, all_y, mask = every[:, :p].contiguous(), every[:, p : p + q].contiguous(), every[:, -1].bool()
+
+        def of_all(columns: slice) -> Tensor:
+            chosen = everyone[..., columns]
+            if min(rows) == everyone.shape[1]:
+                return chosen.flatten(0, 1).contiguous()
+            return torch.cat([part[:n] for part, n in zip(chosen, rows, strict=True)])
+
+        all_x, all_y = of_all(slice(p)), of_all(slice(p, p + q))
         start = sum(rows[:rank])
         ctx.own, ctx.world = slice(start, start + len(x)), len(rows)
         ctx.mark_non_differentiable(*(t for t, side in ((all_x, x), (all_y, y)) if not side.requires_grad))
-        return all_x, all_y, mask if masked else None
+        return all_x, all_y, of_all(slice(-1, None)).bool()[:, 0] if masked else None
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
