@@ -83,24 +83,22 @@ class StructureLoss(CKALoss):
 
     def each(self, xs: Sequence[Tensor], ys: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """The loss of each pair of two lists, [pairs]."""
-        options = self.options | {"row_dims": 1}
-        with distributed.Reported(options["group"]), torch.autocast(xs[0].device.type, enabled=False):
+        with distributed.Reported(self.options["group"]), torch.autocast(xs[0].device.type, enabled=False):
             pairs = [self._rows(x, y, mask) for x, y in zip(xs, ys, strict=True)]
             if self.loss in ("rsa", "procrustes"):
                 return stack([(_rsa if self.loss == "rsa" else _procrustes)(*pair) for pair in pairs])
         if self.loss == "gram_mse":
-            taken = {name: options[name] for name in LOSSES["gram_mse"]}
-            return stack([gram_mse(x, y, mask=rows, **taken) for x, y, rows in pairs])
+            options = {name: self.options[name] for name in LOSSES["gram_mse"]}
+            return stack([gram_mse(x, y, mask=rows, **options) for x, y, rows in pairs])
         lefts, rights, (mask, *_) = zip(*pairs, strict=True)
-        return cka_losses(lefts, rights, mask=mask, **options)
+        return cka_losses(lefts, rights, mask=mask, **self.options | {"row_dims": 1})
 
     def _rows(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         x, y, mask = inputs.as_rows(x, y, mask, self.options["row_dims"])
         if self.loss == "cosine_cka":
             x, y = _unit(x, mask), _unit(y, mask)
         elif self.loss == "cka_difference":
-            x, y = differences(x), differences(y)
-            mask = None if mask is None else mask[: len(x)] & mask[len(x) :]
+            x, y, mask = differences(x), differences(y), None if mask is None else torch.logical_and(*mask.chunk(2))
         return x, y, mask
 
     def extra_repr(self) -> str:

@@ -176,7 +176,7 @@ def take(
         front = buffer[: len(buffer) - ride.size]
         own = front.view(torch.int64) if ride.gathered else front.view(world, -1)[group.rank()]
         for i, number in enumerate(numbers if sent is not None else ()):
-            own[i] = tag << BITS | number  # a launch on a GPU, where a copied list would wait for the device
+            own[i].fill_(tag << BITS | number)  # a launch on a GPU, where a copied list would wait for the device
         if ride.gathered:
             data = all_gather(buffer, group)
             slots = data[:, : len(front)].contiguous().view(torch.int64).tolist()

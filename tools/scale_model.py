@@ -64,8 +64,8 @@ def both(shape: RankShape, world: int) -> tuple[int, int]:
 def ring_and_tree(shape: RankShape, world: int, link: str) -> tuple[float, float]:
     """Seconds of the collectives of an agreed call by what is chosen: two all-reduces, or one all-gather.
 
-    With a(lpha) seconds a message and b(eta) a byte, all-reduces of B bytes take 2 (R-1) a + 2 (R-1)/R B b around a ring,
-    2 ceil(log2 R) a + 2 B b up and down a tree; all-gathers (R-1) a and ceil(log2 R) a, beside (R-1)/R B b.
+    With a(lpha) seconds a message and b(eta) a byte, an all-reduce of B bytes takes 2 (R-1) a + 2 (R-1)/R B b around a
+    ring, 2 ceil(log2 R) a + 2 B b up and down a tree; an all-gather (R-1) a or ceil(log2 R) a, beside (R-1)/R B b.
     """
     rate, latency = LINKS[link]
     chosen, slots = shape.transport(world), transport.SLOT * world
@@ -180,7 +180,7 @@ def draw_picture(path: Path) -> None:
         merged, gathered = zip(*(both(shape, world) for world in worlds), strict=True)
         ax.loglog(worlds, merged, "C0", label="merged sums")
         ax.loglog(worlds, gathered, "C1", label="gathered rows")
-        ax.loglog(worlds, list(map(min, merged, gathered)), "k.", markersize=4, label="chosen")
+        ax.loglog(worlds, [shape.transport(world).bytes for world in worlds], "k.", markersize=4, label="chosen")
         ax.set_title(f"{shape.name}\n{shape.n:,} x ({shape.p:,} + {shape.q:,})", fontsize=9)
         ax.set_xlabel("ranks")
         ax.set_xticks([2, 16, 128, 1024], ["2", "16", "128", "1024"])
