@@ -40,6 +40,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "bird": (),
     "bird_kernels": (),
     "examples/own_loop.py": ("vision",),
+    "examples/large_batch.py": ("vision",),
     "examples/dpo.py": ("language",),
     "examples/trl_sft.py": ("language",),
     "examples": ("language",),  # DDP, which needs nothing, and Accelerate
