@@ -43,6 +43,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "examples/large_batch.py": ("vision",),
     "examples/dpo.py": ("language",),
     "examples/trl_sft.py": ("language",),
+    "examples/hidden_states.py": ("language",),
     "examples": ("language",),  # DDP, which needs nothing, and Accelerate
 }
 # Declared for libraries that look for them.

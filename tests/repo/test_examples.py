@@ -35,7 +35,7 @@ def forks() -> Iterator[Forks]:
 def test_help_helps_and_runs_nothing(script: str, forks: Forks, tmp_path: Path) -> None:
     """The help is the head of the script, where the commands to start it are, then its options."""
     source = (ROOT / "examples" / script).read_text(encoding="utf-8")
-    for extra in re.findall(r"^from (accelerate|trl|torchvision) ", source, re.MULTILINE):
+    for extra in re.findall(r"^from (accelerate|datasets|trl|torchvision) ", source, re.MULTILINE):
         pytest.importorskip(extra, reason="the example is a run of it")
     text = forks.run(tmp_path, ROOT / "examples" / script, "--help")
     assert text.startswith(f"usage: {script} [-h]")
@@ -82,6 +82,18 @@ def test_trainers_of_trl(script: str, steps: int, forks: Forks, tmp_path: Path) 
     assert len(rows) == steps
     for loss, task, cka in (map(float, row) for row in rows):
         assert loss == pytest.approx(0.1 * task + 0.9 * (1 - cka), abs=1e-4)
+
+
+def test_hidden_states_of_padded_and_of_packed_texts(forks: Forks, tmp_path: Path) -> None:
+    """The same numbers: padding does not count, and a packed text does not see the others."""
+    pytest.importorskip("datasets", reason="the example is a run of transformers' trainer")
+    runs = [forks.run(tmp_path, ROOT / "examples/hidden_states.py", *options) for options in ((), ("--packed",))]
+    padded, packed = (re.findall(r"loss (\S+), of the task (\S+), CKA to the teacher (\S+)", text) for text in runs)
+    assert len(padded) == 4
+    for ours, others in zip(padded, packed, strict=True):
+        loss, task, cka = map(float, ours)
+        assert loss == pytest.approx(0.5 * task + 0.5 * (1 - cka), abs=2e-5)
+        assert [loss, task, cka] == pytest.approx([*map(float, others)], abs=2e-5)
 
 
 LOOP = ROOT / "examples/own_loop.py"
