@@ -33,8 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bird_kernels import CKALoss, distributed, gram_mse, inputs
-from bird_kernels.functional import cka_losses
+from bird_kernels import CKALoss, distributed, functional, gram_mse, inputs
 from bird_kernels.pairs import stack
 
 # The options that each loss takes beside row_dims; others must have their defaults.
@@ -83,23 +82,19 @@ class StructureLoss(CKALoss):
 
     def each(self, xs: Sequence[Tensor], ys: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """The loss of each pair of two lists, [pairs]."""
-        with distributed.Reported(self.options["group"]), torch.autocast(xs[0].device.type, enabled=False):
-            pairs = [self._rows(x, y, mask) for x, y in zip(xs, ys, strict=True)]
-            if self.loss in ("rsa", "procrustes"):
-                return stack([(_rsa if self.loss == "rsa" else _procrustes)(*pair) for pair in pairs])
-        if self.loss == "gram_mse":
-            options = {name: self.options[name] for name in LOSSES["gram_mse"]}
-            return stack([gram_mse(x, y, mask=rows, **options) for x, y, rows in pairs])
-        lefts, rights, (mask, *_) = zip(*pairs, strict=True)
-        return cka_losses(lefts, rights, mask=mask, **self.options | {"row_dims": 1})
-
-    def _rows(self, x: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, y, mask = inputs.as_rows(x, y, mask, self.options["row_dims"])
-        if self.loss == "cosine_cka":
-            x, y = _unit(x, mask), _unit(y, mask)
-        elif self.loss == "cka_difference":
-            x, y, mask = differences(x), differences(y), None if mask is None else torch.logical_and(*mask.chunk(2))
-        return x, y, mask
+        options, pairs = {name: value for name, value in self.options.items() if name != "row_dims"}, []
+        taken, each = {name: options[name] for name in LOSSES["gram_mse"]}, zip(xs, ys, strict=True)
+        of_one = {"rsa": _rsa, "procrustes": _procrustes, "gram_mse": lambda x, y, m: gram_mse(x, y, mask=m, **taken)}
+        with distributed.Reported(options["group"]), torch.autocast(xs[0].device.type, enabled=False):
+            for x, y, rows in (inputs.as_rows(*pair, mask, self.options["row_dims"]) for pair in each):
+                if self.loss == "cosine_cka":
+                    x, y = _unit(x, rows), _unit(y, rows)
+                elif self.loss == "cka_difference":
+                    x, y, rows = differences(x), differences(y), rows if rows is None else rows.reshape(2, -1).all(0)
+                pairs.append((x, y, rows))
+            if self.loss in of_one:
+                return stack([of_one[self.loss](*pair) for pair in pairs])
+        return functional.cka_losses(*zip(*(pair[:2] for pair in pairs), strict=True), mask=pairs[0][2], **options)
 
     def extra_repr(self) -> str:
         """The arguments that ``repr`` shows."""

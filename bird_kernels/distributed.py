@@ -8,24 +8,23 @@ is about to do. If a rank has failed, or if the hashes differ, every rank raises
 so a rank that fails earlier (`Reported`) can send its own and match the header that the others are waiting for.
 
 *A ride* (`take`): a call that the ranks have agreed on before is not agreed on again. Its numbers ride in slots, one of
-each rank for each pair, at the front of its first collective. That this is safe rests on four points:
+each rank for each pair, at the front of its first collective. It is safe for four reasons:
 
-1. A rank's history (what was agreed on, and which call came after which) is written only from what all ranks have
-   received alike, so it is the same on each. All expect the same call next, and with it the same first collective,
-   or all expect none and agree.
+1. A rank's history (what was agreed on, and which call came after which) is written only from what all ranks received
+   alike, so it is the same on each. All expect the same call next, and with it the same first collective, or none.
 2. A rank that makes another call than the expected one, or has failed, enters the expected collective nevertheless,
-   and sends zeros. A slot of zero (numbers and zeros add up exactly) shows this to all ranks before anything else is
-   sent, and together they go on to the agreement, which knows what differs or failed.
+   with zeros. A slot of zero (numbers and zeros add up exactly) shows this to all ranks before anything else is sent,
+   and together they go on to the agreement, which knows what differs or failed.
 3. What a call sends depends on the numbers of all ranks (`transport`), which the slots bring. If they lead to something
    else than was agreed on, all ranks see it, and agree anew. So no result depends on the calls before it.
 4. A slot holds 18 bits of a hash of the expected call and of a count of rides. If histories differ in spite of 1, say
-   since a member was replaced in a group that lived on, all ranks forget theirs. Were the sizes different, too, the
-   backend ends in its error or timeout.
+   since a member was replaced in a group that lived on, all ranks forget theirs and agree. (If sizes differ as well,
+   the backend ends in its error or timeout.)
 
 A history belongs to a `ProcessGroup` object, and ends with it. The host reads the slots: on a GPU it waits for the
-device once in each call, until the first collective is done. If it did not, and raised in the next call instead, then a
-rank that failed would already have left the collectives of the backward to the others, which would hang. A rank that
-never calls is left to the group: its timeout or its broken connection is an error on the others.
+device once in each call, until the first collective is done. If it raised in the next call instead, a rank that failed
+would leave the others alone in the collectives of the backward, which would hang. A rank that never calls is left to
+the group: its timeout or its broken connection is an error on the others.
 """
 
 from __future__ import annotations
@@ -152,11 +151,12 @@ def expect(group: dist.ProcessGroup, slots: int, size: int, gathered: bool, devi
     return ride
 
 
-def blank(ride: Ride, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Zeros of the size of what a rank sends in a ride, and the part behind the slots."""
+def blank(ride: Ride, group: dist.ProcessGroup, zero: bool = False) -> tuple[Tensor, Tensor]:
+    """What a rank sends in a ride, and the part behind the slots: zeros, or, of rows, memory that is to be written."""
     front = 8 * ride.slots if ride.gathered else group.size() * ride.slots
+    make = torch.empty if ride.gathered and not zero else torch.zeros
     dtype = torch.uint8 if ride.gathered else torch.float64
-    sent = torch.zeros(front + ride.size, dtype=dtype, device=ride.device)
+    sent = make(front + ride.size, dtype=dtype, device=ride.device)
     return sent, sent[front:]
 
 
@@ -172,7 +172,7 @@ def take(
     history.count += 1
     tag = (int.from_bytes(ride.key, "big") + history.count) % TAGS + 1
     with torch._C._DisableFuncTorch():
-        buffer = blank(ride, group)[0] if sent is None else sent
+        buffer = blank(ride, group, zero=True)[0] if sent is None else sent
         front = buffer[: len(buffer) - ride.size]
         own = front.view(torch.int64) if ride.gathered else front.view(world, -1)[group.rank()]
         for i, number in enumerate(numbers if sent is not None else ()):
@@ -218,20 +218,17 @@ def agree(
     with torch._C._DisableFuncTorch():  # what ranks send is no part of a transform, which would wrap it
         shown = {name: repr(value) for name, value in terms.items()}
         key = hashlib.blake2b(repr(shown).encode(), digest_size=8).digest()
-        few = list(numbers) if len(numbers) <= NUMBERS else []
-        mine = [int(error is not None), int.from_bytes(key, "big", signed=True), *few, *[0] * (NUMBERS - len(few))]
-        headers = _of_all(mine, group)
-        if any(failed for failed, *_ in headers):
+        mine = [int(error is not None), int.from_bytes(key, "big", signed=True), *numbers, *[0] * NUMBERS]
+        headers = _of_all(mine[: 2 + NUMBERS], group)
+        failed, differ = any(header[0] for header in headers), len({header[1] for header in headers}) > 1
+        if failed or differ:
             _HISTORIES.pop(group, None)
-            _raise_failure(group, error)
-        if len({header[1] for header in headers}) > 1:
-            _HISTORIES.pop(group, None)
-            _raise_difference(group, shown)
-        found = [header[2 : 2 + len(numbers)] for header in headers]
-        found = found if len(numbers) <= NUMBERS else _of_all(numbers, group)
+            _raise_failure(group, error) if failed else _raise_difference(group, shown)
+        many = len(numbers) > NUMBERS
+        found = _of_all(numbers, group) if many else [header[2 : 2 + len(numbers)] for header in headers]
+    if len(_history(group).after) >= CALLS:
+        _HISTORIES.pop(group)
     history = _history(group)
-    if len(history.after) >= CALLS:
-        history = _HISTORIES[group] = _History()
     history.after[history.last] = key
     history.last = key
     return found

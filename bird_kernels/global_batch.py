@@ -72,6 +72,7 @@ def exchange(
                 except Exception as raised:  # of any kind: the other ranks wait for this rank's ride
                     error = raised
             found, data = distributed.take(group, ride, numbers, sent)
+            del sent  # so that its memory can be used for what comes next
             parts = _of_all(own, found, options.backend) if found else []
             if parts and [part.transport.name for part in parts] == ride.call[1]:
                 return list(zip(parts, _received(parts, data, mine, ride, group), strict=True))
@@ -181,7 +182,7 @@ def _received(
         return [*merged]
     if not ride.gathered:
         rooms = [_room(part) for part in rows]
-        data = torch.zeros(sum(room.size for room in rooms), dtype=torch.uint8, device=data.device)
+        data = data.new_empty(sum(room.size for room in rooms), dtype=torch.uint8)
         _write(rows, rooms, data)
         data = distributed.all_gather(data, group)
     gathered = []
@@ -200,11 +201,10 @@ def _room(part: Part) -> _Room:
 def _write(own: Sequence[Prepared | Part], rooms: Sequence[_Room], into: Tensor) -> None:
     """Each pair's rows as bytes: x, y and, if any rank has one, the mask side by side."""
     for (x, y, mask, *_), room, part in zip(own, rooms, into.split([room.size for room in rooms]), strict=True):
-        n, p, q = len(x), x.shape[1], y.shape[1]
-        rows = part.view(x.dtype)[: room.longest * (p + q + room.masked)].view(room.longest, -1)
-        rows[:n, :p], rows[:n, p : p + q] = x, y
+        columns, width = [x, y], x.shape[1] + y.shape[1] + room.masked
         if room.masked:
-            rows[:n, -1] = 1.0 if mask is None else mask.to(x.dtype)
+            columns.append(x.new_ones(len(x), 1) if mask is None else mask[:, None].to(x.dtype))
+        torch.cat(columns, 1, out=part.view(x.dtype)[: len(x) * width].view(len(x), width))
 
 
 def of_merged_sums(part: Part, total: sums.Sums, group: Any) -> Tensor:
