@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import bird
 import bird_kernels
 from bird.structure import named_loss
 from bird_kernels import distributed, global_batch, sums
@@ -53,10 +54,18 @@ def lists(dtypes: list[torch.dtype], n: int = 20) -> tuple[list[Tensor], list[Te
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 
+def guided(group: Any) -> Tensor:
+    """BIRD's loss of two pairs of layers."""
+    (a, b), (c, d) = lists([torch.float32] * 2)
+    loss = bird.BirdLoss(pairs=[("t", "s"), ("u", "v")], group=group)
+    return loss(torch.zeros(()), {"t": c, "u": d}, {"s": a, "v": b})
+
+
 CALLS: dict[str, Callable[[Any], Any]] = {
     "biased": lambda group: bird_kernels.cka_loss(*mine(20, dtype=torch.float32), group=group),
     "unbiased": lambda group: bird_kernels.cka_loss(*mine(20), estimator="unbiased", group=group),
     "two pairs": lambda group: cka_losses(*lists([torch.float32] * 2), group=group),
+    "layers": guided,
     "six pairs": lambda group: cka_losses(*lists([torch.float32] * 6), group=group),
     "two dtypes": lambda group: cka_losses(*lists([torch.float32, torch.float64]), group=group),
     "cosines": lambda group: named_loss("cosine_cka", group=group).each(*lists([torch.float32] * 2)),

@@ -18,7 +18,14 @@ from tests.kernels.ranks import WORLDS
 Ask = Callable[..., list[Any]]
 Seen = list[tuple[str, int]]
 pytestmark = pytest.mark.parametrize("world", WORLDS[1:])
-TYPES = {"unbiased": [8], "two pairs": [4, 4], "cosines": [4, 4], "six pairs": [4] * 6, "two dtypes": [4, 8]}
+TYPES = {
+    "unbiased": [8],
+    "two pairs": [4, 4],
+    "layers": [4, 4],
+    "cosines": [4, 4],
+    "six pairs": [4] * 6,
+    "two dtypes": [4, 8],
+}
 
 
 def header(world: int, pairs: int = 1) -> Seen:
