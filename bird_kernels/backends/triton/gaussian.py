@@ -60,6 +60,8 @@ def distances_kernel(
     row_tile, column_tile = upper_tile(tile, tl.cdiv(n, BLOCK))
     rows, others = row_tile * BLOCK + tl.arange(0, BLOCK), column_tile * BLOCK + tl.arange(0, BLOCK)
     z, d = tl.where(side == 0, zx, zy), padded_width(tl.where(side == 0, p, q))
+    begin, end = blocks_of(side, p, q, SHIFTED)
+    of_rows, of_others = _norms_of(norms, rows, n, begin, end), _norms_of(norms, others, n, begin, end)
     product = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in range(0, d, STEP):
         columns = start + tl.arange(0, STEP)
@@ -68,8 +70,7 @@ def distances_kernel(
         left = tl.load(left + columns[None, :], mask=(rows < n)[:, None] & there, other=0.0)
         right = tl.load(right + columns[None, :], mask=(others < n)[:, None] & there, other=0.0)
         product = tl.dot(left, tl.trans(right), product, input_precision=PRECISION)
-    begin, end = blocks_of(side, p, q, SHIFTED)
-    pairs = _norms_of(norms, rows, n, begin, end)[:, None] + _norms_of(norms, others, n, begin, end)[None, :]
+    pairs = of_rows[:, None] + of_others[None, :]
     squares = pairs - 2.0 * product
     none = (squares <= pairs * (SAME * EPS)) | (rows[:, None] == others[None, :])  # NaN stays
     squares = tl.where(none, 0.0, squares)
