@@ -29,8 +29,8 @@ KEPT = 1 << 28
 # number for CUDA is not measured yet.
 STRIP = {"cpu": 256, "cuda": 1024}
 
-# The multiprocessors of a large GPU (132 on an H100), and how many programs of a launch-bound problem each is given,
-# since they wait more than they compute. Neither is measured yet.
+# The multiprocessors of a large GPU (132 on an H100), and how many programs of a launch-bound problem or a median each
+# is given, since they wait more than they compute. Neither is measured yet.
 PROGRAMS, CROWD = 132, 4
 
 MOST_PAIRS = 64  # that share launches: their addresses are arguments of a kernel, which takes 4 KB of them

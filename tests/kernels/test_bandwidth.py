@@ -169,6 +169,7 @@ def test_more_tiles_than_programs_and_bits(monkeypatch: pytest.MonkeyPatch, devi
     results = []
     for programs in (1, 4, 4, 132):
         monkeypatch.setattr(plan, "PROGRAMS", programs)
+        monkeypatch.setattr(plan, "CROWD", 2)
         value, stash = gaussian.Gaussian((problem,), "ieee").forward((x, y), None)
         results.append(torch.cat([value.double().view(1), *(part.double().flatten() for part in (stash.xx, stash.xy))]))
     assert all(torch.equal(result, results[0]) for result in results)

@@ -21,9 +21,11 @@ from .finish import shifted_sizes
 from .reduce import arrive, sum_slots, upper_tile
 from .shift import padded_width
 
-# `tl.histogram` counts the bins of a warp 32 at a time: three digits of 11 bits would take six times the instructions.
+# With Triton 3.6 `tl.histogram` counts a warp's bins 32 at a time: 16 distances of a thread take 128 population counts,
+# for digits of 11 bits 1,024.
 BITS, BINS = tl.constexpr(8), tl.constexpr(256)
-PLACES = range(24, -1, -BITS.value)  # of a digit's lowest bit, in the pattern without its sign
+PLACES = (24, 16, 8, 0)  # of the digits' lowest bits in a pattern
+TOP = tl.constexpr(PLACES[0])
 TOGETHER = tl.constexpr(16)  # rows of slots that are loaded at a time
 STEEP, FAR = tl.constexpr(STEEPEST[torch.float32]), tl.constexpr(LIMIT[torch.float32])
 
@@ -37,7 +39,7 @@ def blocks_of(side, p, q, SHIFTED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["place", "rule_x", "rule_y"])
 def select_kernel(
-    grams,  # fp32 [2, n, n]: squared distances, of which the upper halves are read once
+    grams,  # fp32 [2, n, n]: squared distances; their upper halves are read, once
     mask,  # bytes [n] (MASKED): 0 for rows that do not count
     norms,  # (FIXED) fp32 [blocks of SHIFTED columns of y, then of x, n]: squares of rows
     sums,  # fp32 [shares, qa + pa + 8]
@@ -45,7 +47,7 @@ def select_kernel(
     histograms,  # int32 [2, programs, BINS]
     found,  # int32 [2, 2]: of each side the median's digits so far, and its rank among the distances that have them
     counters,  # int32 [2], 0 before and after
-    bandwidths,  # out (place 0), fp64 [2, 4]: f, t, c and the features' scale of each side
+    bandwidths,  # out, fp64 [2, 4]: f, t, c and the features' scale of each side, from the digits so far
     n,  # rows and columns of the distances; at most 2^15
     p,  # columns of x
     q,  # columns of y
@@ -69,7 +71,7 @@ def select_kernel(
     histograms += side * programs * BINS
     found += 2 * side
     if not FIXED:
-        digits = tl.load(found, mask=place < 32 - BITS, other=0)
+        digits = tl.load(found, mask=place < TOP, other=0)
         grams += side.to(tl.int64) * n * n
         count = tl.zeros([BINS], tl.int32)
         tiles = tl.cdiv(n, BLOCK)
@@ -94,44 +96,37 @@ def select_kernel(
         if FIXED:
             begin, end = blocks_of(side, p, q, SHIFTED)
             typical = 2.0 * sum_slots(norms + begin * n, 0, (end - begin) * n) / tl.maximum(rows, 1.0)  # their mean
-            store_bandwidth(bandwidths + 4 * side, scale * rule, 1.0, typical, scale)
+            square = scale * rule * (scale * rule)
         else:
             count = tl.zeros([BINS], tl.int32)
             for first in range(0, programs, TOGETHER):
                 slot = first + tl.arange(0, TOGETHER)[:, None]
                 # .cg bypasses L1, which is not coherent: other programs wrote these slots in this launch.
-                slots = tl.load(
-                    histograms + slot * BINS + bins[None, :], mask=slot < programs, other=0, cache_modifier=".cg"
-                )
-                count += tl.sum(slots, 0)
-            rank = tl.load(found + 1, mask=place < 32 - BITS, other=0)
-            if place == 32 - BITS:
+                slots = histograms + slot * BINS + bins[None, :]
+                count += tl.sum(tl.load(slots, mask=slot < programs, other=0, cache_modifier=".cg"), 0)
+            rank = tl.load(found + 1, mask=place < TOP, other=0)
+            if place == TOP:
                 if NONZERO:
                     rank = (tl.sum(count, 0) - 1) >> 1
                 else:
                     whole = rows.to(tl.int32)
                     rank = (((whole * whole - 1) >> 1) - whole) >> 1
             digit = tl.sum((tl.cumsum(count, 0) <= rank).to(tl.int32), 0)  # 0 for rank -1, that of no distances
-            tl.store(found, digits * BINS + digit)
+            digits = digits * BINS + digit
+            tl.store(found, digits)
             tl.store(found + 1, rank - tl.sum(tl.where(bins < digit, count, 0), 0))
-            if place == 0:
-                median = (digits * BINS + digit).to(tl.float32, bitcast=True).to(tl.float64)
-                store_bandwidth(bandwidths + 4 * side, rule, median, median, scale)
-
-
-@triton.jit
-def store_bandwidth(bandwidth, rule, unit, typical, scale):
-    """Stores f = 1 / (2 sigma^2) for sigma^2 = ``rule``^2 ``unit``, t = f ``typical``, c = exp(-t), ``scale``; fp64."""
-    square = unit * (rule * rule)
-    none = square == 0.0
-    factor = tl.where(none, 0.0, 0.5 / tl.where(none, 1.0, square))
-    factor = tl.where(factor > STEEP, STEEP, factor)  # NaN stays
-    typical *= factor
-    typical = tl.where(typical > FAR, FAR, typical).to(tl.float32).to(tl.float64)  # rounded as in the kernel matrices
-    tl.store(bandwidth, factor)
-    tl.store(bandwidth + 1, typical)
-    tl.store(bandwidth + 2, tl.exp(-typical))
-    tl.store(bandwidth + 3, scale)
+            typical = digits.to(tl.float32, bitcast=True).to(tl.float64)  # the median once all digits are there
+            square = typical * (rule * rule)
+        none = square == 0.0
+        factor = tl.where(none, 0.0, 0.5 / tl.where(none, 1.0, square))
+        factor = tl.where(factor > STEEP, STEEP, factor)  # NaN stays
+        typical *= factor
+        typical = tl.where(typical > FAR, FAR, typical).to(tl.float32).to(tl.float64)  # rounded as K's distances are
+        bandwidths += 4 * side
+        tl.store(bandwidths, factor)
+        tl.store(bandwidths + 1, typical)
+        tl.store(bandwidths + 2, tl.exp(-typical))
+        tl.store(bandwidths + 3, scale)
 
 
 def rules(kernel: RBF) -> dict[str, int]:

@@ -108,7 +108,7 @@ class Gaussian(Pairs):
         n, p, q, kernel = self.problem.n, self.problem.p, self.problem.q, self.problem.kernel
         assert kernel is not None
         tiles, fixed = plan.upper(ceil_div(n, t.block)), kernel.sigmas is not None
-        programs = 1 if fixed else min(tiles, plan.PROGRAMS)
+        programs = 1 if fixed else min(tiles, plan.PROGRAMS * plan.CROWD // 2)
         self.shifted = Shift(self.problem, n, precision, always=True, cross=False)  # distances need small norms
         decided = self.decided | rules(kernel) | dict(
             p=p, q=q, SAME=SAME, TF32=precision == "tf32", shares=self.shifted.shares, SHIFTED=SHIFTED, FIXED=fixed,
