@@ -37,7 +37,7 @@ def blocks_of(side, p, q, SHIFTED: tl.constexpr):
     return tl.where(side == 0, blocks_y, 0), blocks_y + tl.where(side == 0, tl.cdiv(p, SHIFTED), 0)
 
 
-@triton.jit(do_not_specialize=["place", "rule_x", "rule_y"])
+@triton.jit(do_not_specialize=["place", "rule_x", "rule_y"])  # one binary for all of them
 def select_kernel(
     grams,  # fp32 [2, n, n]: squared distances; their upper halves are read, once
     mask,  # bytes [n] (MASKED): 0 for rows that do not count
