@@ -100,7 +100,7 @@ INF, NAN = float("inf"), float("nan")
 @pytest.mark.parametrize("kernel", MEDIANS[:2], ids=str)
 @pytest.mark.parametrize(
     "values",
-    [[0.0], [NAN], [INF], [1.0, NAN], [1.0, 1.0, NAN], [0.0, 0.0, 2.0], [1.0, INF, INF], [-NAN, -NAN, 3.0], [1e-45], [3e38]],
+    [[0.0], [NAN], [INF], [1.0, 1.0, NAN], [-NAN, -NAN, 3.0], [0.0, 0.0, 2.0], [1.0, INF, INF], [1e-45], [3e38]],
     ids=str,
 )
 def test_what_is_no_distance_is_taken_as_the_library_takes_it(values: list[float], kernel: RBF) -> None:
@@ -118,7 +118,7 @@ def test_what_is_no_distance_is_taken_as_the_library_takes_it(values: list[float
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-@pytest.mark.parametrize("sigma", [(3, 0.1), (1e10, 1e-10), (1e200, 1e-20), (1e-200, 1e-310), (1e-320, 5e-324)], ids=str)
+@pytest.mark.parametrize("sigma", [(3, 0.1), (1e10, 1e-10), (1e200, 1e-20), (1e-320, 5e-324)], ids=str)
 def test_a_given_sigma_is_exact(sigma: tuple[float, float], device: torch.device) -> None:
     """To fp64, though Triton takes no such argument, and beyond fp32's range; t is near the mean distance's."""
     n = 70

@@ -110,21 +110,16 @@ class Gaussian(Pairs):
         tiles, fixed = plan.upper(ceil_div(n, t.block)), kernel.sigmas is not None
         programs = 1 if fixed else min(tiles, plan.PROGRAMS * plan.CROWD // 2)
         self.shifted = Shift(self.problem, n, precision, always=True, cross=False)  # distances need small norms
-        decided = self.decided | rules(kernel) | dict(
-            p=p, q=q, SAME=SAME, TF32=precision == "tf32", shares=self.shifted.shares, SHIFTED=SHIFTED, FIXED=fixed,
-            NONZERO=kernel.threshold is None,
-        )  # fmt: skip
-        self.sizes = dict(
-            values=((), torch.float32), slots=((6 * self.blocks,), torch.float64), rows=((2, n), torch.float64),
-            histograms=((2, programs, BINS.value), torch.int32), found=((2, 2), torch.int32),
-        )  # fmt: skip
-        self.launches = (
-            Launch(distances_kernel, (tiles, 2), decided, **many_steps(self.problem, precision)),
-            *(Launch(select_kernel, (programs, 2), decided | dict(place=place), num_warps=8)
-              for place in PLACES[-1 if fixed else 0 :]),
-            Launch(gram_rows_kernel, (2 * self.blocks,), decided),
-            self.moments,
-        )  # fmt: skip
+        decided = self.decided | rules(kernel) | dict(p=p, q=q, SAME=SAME, TF32=precision == "tf32", SHIFTED=SHIFTED)
+        decided |= dict(shares=self.shifted.shares, FIXED=fixed, NONZERO=kernel.threshold is None)
+        self.sizes = dict(values=((), torch.float32), slots=((6 * self.blocks,), torch.float64))
+        self.sizes |= dict(rows=((2, n), torch.float64), found=((2, 2), torch.int32))
+        self.sizes |= dict(histograms=((2, programs, BINS.value), torch.int32))
+        distances = Launch(distances_kernel, (tiles, 2), decided, **many_steps(self.problem, precision))
+        places = (decided | dict(place=place) for place in PLACES[-1 if fixed else 0 :])
+        selects = (Launch(select_kernel, (programs, 2), digit, num_warps=8) for digit in places)
+        kernels = Launch(gram_rows_kernel, (2 * self.blocks,), decided)
+        self.launches = distances, *selects, kernels, self.moments
 
     def forward(self, tensors: Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Stash]:
         """Value (0-d, fp32) and stash."""
