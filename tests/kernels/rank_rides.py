@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -232,11 +234,77 @@ def explained_beside() -> tuple[str, str]:
     return raised(lambda: function(*mine(20), group=dist.group.WORLD))
 
 
+class Drawn(NamedTuple):
+    """A call that all ranks draw alike: each rank's rows, whether it leaves out its second, and which rank fails."""
+
+    pairs: int
+    estimator: str
+    transport: str
+    statistics: bool
+    rows: list[int]
+    masked: list[bool]
+    failing: int | None
+
+    def parts(self, rank: int) -> tuple[list[list[Tensor]], Tensor]:
+        """Both sides of a rank's pairs, and its mask."""
+        seeds = [features(self.rows[rank], *WIDTHS[i], torch.float64, seed=4 * i + rank) for i in range(self.pairs)]
+        mask = (torch.arange(self.rows[rank]) != 1) | (not self.masked[rank])
+        return [[pair[side] for pair in seeds] for side in (0, 1)], mask
+
+    def grouped(self, rank: int) -> list[float]:
+        """This rank's call."""
+        (xs, ys), mask = self.parts(rank)
+        xs = [*xs[:-1], xs[-1].long()] if rank == self.failing else xs
+        if self.statistics:
+            found = bird_kernels.Statistics()
+            found.update(xs[-1], ys[-1])
+            found.all_reduce()
+            return [1 - found.cka(self.estimator).item()]
+        options = dict[str, Any](estimator=self.estimator, group=dist.group.WORLD)
+        with forced(self.transport):
+            return cka_losses(xs, ys, mask=mask if self.masked[rank] else None, **options).tolist()
+
+    def true(self, world: int) -> list[float]:
+        """The losses of all rows, in this process."""
+        sides, masks = zip(*map(self.parts, range(world)), strict=True)
+        found = []
+        for i in range(self.pairs)[-1:] if self.statistics else range(self.pairs):
+            x, y = (torch.cat([own[side][i] for own in sides]) for side in (0, 1))
+            mask = None if self.statistics else torch.cat(masks)
+            found.append(bird_kernels.cka_loss(x, y, mask=mask, estimator=self.estimator).item())
+        return found
+
+
+def drawn(draw: random.Random, world: int) -> Drawn:
+    statistics, fails = draw.random() < 0.1, draw.random() < 0.1
+    return Drawn(
+        draw.choice([1, 1, 2, 6]), draw.choice(["biased", "unbiased"]), draw.choice(["merged", "gathered"]), statistics,
+        [*(draw.choice([0, 3, 8, 8, 20]) for _ in range(world - 1)), 8], [draw.random() < 0.2 for _ in range(world)],
+        draw.randrange(world) if fails and not statistics else None,
+    )  # fmt: skip
+
+
+def random_calls() -> list[str]:
+    """Known and new calls in any order, in a tenth of which a rank fails: what was wrong, of values and errors."""
+    distributed._HISTORIES.clear()
+    rank, world, draw, wrong = dist.get_rank(), dist.get_world_size(), random.Random(0), list[str]()
+    for step in range(60):
+        call = drawn(draw, world)
+        for _ in range(draw.choice([1, 1, 2, 5])):
+            if call.failing is not None:
+                kind, text = raised(lambda call=call: call.grouped(rank))  # type: ignore[misc]
+                if kind != ("TypeError" if call.failing == rank else "RuntimeError") or "must be float64" not in text:
+                    wrong.append(f"{step}: {kind}: {text}")
+            elif call.grouped(rank) != pytest.approx(call.true(world), rel=0, abs=1e-9):
+                wrong.append(f"{step}: {call}")
+    return wrong
+
+
 def cases() -> dict[str, Callable[[], Any]]:
     return {
         function.__name__: function
         for function in (
             traffic, mixed, values_of_lists, alternating, last_batches, changing, failures, another_history, nan_rides,
-            new_groups, explained_beside,
+            new_groups, explained_beside, random_calls,
         )
     }  # fmt: skip

@@ -151,3 +151,7 @@ def test_explaining_is_no_call_to_travel_with(world: int, ask: Ask) -> None:
     for kind, message in ask(world, "explained_beside"):
         assert kind == "ValueError"
         assert "explain is " in message
+
+
+def test_any_order_of_calls_and_errors(world: int, ask: Ask) -> None:
+    assert ask(world, "random_calls") == [[]] * world
