@@ -278,9 +278,9 @@ class Drawn(NamedTuple):
 def drawn(draw: random.Random, world: int) -> Drawn:
     statistics, fails = draw.random() < 0.1, draw.random() < 0.1
     return Drawn(
-        draw.choice([1, 1, 2, 6]), draw.choice(["biased", "unbiased"]), draw.choice(["merged", "gathered"]), statistics,
-        [*(draw.choice([0, 3, 8, 8, 20]) for _ in range(world - 1)), 8], [draw.random() < 0.2 for _ in range(world)],
-        draw.randrange(world) if fails and not statistics else None,
+        draw.choice([1, 1, 1, 1, 6]), draw.choice(["biased"] * 5 + ["unbiased"]),
+        draw.choice(["merged", "gathered"]), statistics, [*(draw.choice([0, 3, 8, 8, 20]) for _ in range(world - 1)), 8],
+        [draw.random() < 0.2 for _ in range(world)], draw.randrange(world) if fails and not statistics else None,
     )  # fmt: skip
 
 
@@ -288,9 +288,9 @@ def random_calls() -> list[str]:
     """Known and new calls in any order, in a tenth of which a rank fails: what was wrong, of values and errors."""
     distributed._HISTORIES.clear()
     rank, world, draw, wrong = dist.get_rank(), dist.get_world_size(), random.Random(0), list[str]()
-    for step in range(60):
+    for step in range(100):
         call = drawn(draw, world)
-        for _ in range(draw.choice([1, 1, 2, 5])):
+        for _ in range(draw.choice([1, 1, 3])):
             if call.failing is not None:
                 kind, text = raised(lambda call=call: call.grouped(rank))  # type: ignore[misc]
                 if kind != ("TypeError" if call.failing == rank else "RuntimeError") or "must be float64" not in text:
