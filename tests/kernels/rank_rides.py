@@ -279,7 +279,7 @@ def drawn(draw: random.Random, world: int) -> Drawn:
     statistics, fails = draw.random() < 0.1, draw.random() < 0.1
     return Drawn(
         draw.choice([1, 1, 1, 1, 6]), draw.choice(["biased"] * 5 + ["unbiased"]),
-        draw.choice(["merged", "gathered"]), statistics, [*(draw.choice([0, 3, 8, 8, 20]) for _ in range(world - 1)), 8],
+        draw.choice(["merged", "gathered"]), statistics, [*(draw.choice([0, 3, 8, 20]) for _ in range(world - 1)), 8],
         [draw.random() < 0.2 for _ in range(world)], draw.randrange(world) if fails and not statistics else None,
     )  # fmt: skip
 
