@@ -27,6 +27,8 @@ from .distributed import Ride
 from .moments import MIN_ROWS
 from .types import Options, Problem, Transport
 
+# Bytes of unused room that rides go on with. To agree anew costs two more all-gathers, which is as much.
+SPARE = 2 * transport.STEP
 Prepared = tuple[Tensor, Tensor, Tensor | None, Problem]  # of this rank's rows, see `inputs.prepare`
 
 
@@ -75,7 +77,10 @@ def exchange(
             del sent  # so that its memory can be used for what comes next
             parts = _of_all(own, found, options.backend) if found else []
             if parts and [part.transport.name for part in parts] == ride.call[1]:
-                return list(zip(parts, _received(parts, data, mine, ride, group), strict=True))
+                received = _received(parts, data, mine, ride, group)
+                if ride.gathered and ride.size > sum(_room(part).size for part in parts) + SPARE:
+                    _remembered(parts, terms, group)  # with less room
+                return list(zip(parts, received, strict=True))
         parts = _of_all(own, distributed.agree(group, error, terms, numbers, declined=True), options.backend)
         ride = _remembered(parts, terms, group)
     raise RuntimeError("the ranks of the group are out of step")

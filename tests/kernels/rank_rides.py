@@ -135,6 +135,7 @@ GATHERED = [
     (20, True),
     (20, False),
 ]
+ROOMS = [8000, 20, 20, 30, 8000, 8000]
 CHANGING = [40000, 40000, 39000, 50, 50, 40000]  # from merged sums to gathered rows and back
 
 
@@ -160,6 +161,19 @@ def changing() -> list[tuple[Seen, float]]:
         with counted() as seen:
             value = bird_kernels.cka_loss(x, y, group=dist.group.WORLD)
         found.append((seen, value.item()))
+    return found
+
+
+def less_room() -> list[tuple[Seen, float]]:
+    """Many rows, then few, then many: what travels, and the loss."""
+    distributed._HISTORIES.clear()
+    found = []
+    with forced("gathered"):
+        for n in ROOMS:
+            x, y = mine(n)
+            with counted() as seen:
+                value = bird_kernels.cka_loss(x, y, group=dist.group.WORLD)
+            found.append((seen, value.item()))
     return found
 
 
@@ -304,7 +318,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     return {
         function.__name__: function
         for function in (
-            traffic, mixed, values_of_lists, alternating, last_batches, changing, failures, another_history, nan_rides,
+            traffic, mixed, values_of_lists, alternating, last_batches, changing, less_room, failures, another_history, nan_rides,
             new_groups, explained_beside, random_calls,
         )
     }  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.kernels import rank_rides as rides
-from tests.kernels.rank_rides import CHANGING, GATHERED, WIDTHS, whole
+from tests.kernels.rank_rides import CHANGING, GATHERED, ROOMS, WIDTHS, whole
 from tests.kernels.ranks import WORLDS
 
 Ask = Callable[..., list[Any]]
@@ -113,6 +113,18 @@ def test_what_travels_follows_the_rows(world: int, ask: Ask) -> None:
         assert [value for _, value in theirs] == pytest.approx(
             [whole([n] * world, 2, 1) for n in CHANGING], rel=1e-11
         )  # fmt: skip
+
+
+def test_room_that_is_not_used_is_given_back(world: int, ask: Ask) -> None:
+    """8,000 rows take 768,000 bytes of a rank, 20 take 1,920."""
+    name = "all_gather_into_tensor"
+    for theirs in ask(world, "less_room"):
+        many, few, more = ((name, world * (8 + 96 * n)) for n in (8000, 20, 30))
+        anew = header(world)
+        assert [seen for seen, _ in theirs] == [
+            [*anew, many], [many], [few], [few, *anew, more], [more, *anew, many], [many]
+        ]  # fmt: skip
+        assert [value for _, value in theirs] == pytest.approx([whole([n] * world) for n in ROOMS], rel=1e-11)
 
 
 @pytest.mark.parametrize("before", ["after 0", "after 2"])
