@@ -42,7 +42,7 @@ from torch.autograd import forward_ad
 
 NUMBERS = 4  # as many of a rank fit into its header; more take an all-gather of their own
 BITS, TAGS = 35, (1 << 18) - 1  # of a number, at most; of a slot 53 bits are exact in fp64
-CALLS = 64  # a longer history is forgotten
+CALLS, DEPTH = 64, 4  # a longer history is forgotten; what comes next is known from so many calls at most
 # PyTorch renamed it, and warns of the old name, which is the only one of 2.10.
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 Result = TypeVar("Result")
@@ -125,11 +125,13 @@ class Ride(NamedTuple):
 
 
 class _History:
-    """What the ranks of a group have agreed on, equal on each: the rides by call, and which call came ``after`` one."""
+    """What the ranks of a group have agreed on, equal on each: the rides by call, the ``key`` of the last one, the last
+    calls, the latest at the end, and which call came ``after`` so many as that, or fewer."""
 
     def __init__(self) -> None:
-        self.last, self.count = b"", 0
-        self.after: dict[bytes, bytes] = {}
+        self.key, self.count = b"", 0
+        self.last: tuple[bytes, ...] = ()
+        self.after: dict[tuple[bytes, ...], bytes] = {}
         self.rides: dict[bytes, Ride] = {}
 
 
@@ -141,16 +143,28 @@ def _history(group: dist.ProcessGroup) -> _History:
 
 
 def expected(group: dist.ProcessGroup) -> Ride | None:
-    """The call that follows the last one: what followed it before, or the same again; None if it must be agreed on."""
+    """The call that follows the last ones: what followed as many of them as possible before, or the last one again;
+    None if it must be agreed on."""
     history = _history(group)
-    return history.rides.get(history.after.get(history.last, history.last))
+    before = (history.after.get(history.last[i:]) for i in range(len(history.last)))
+    return history.rides.get(next(filter(None, before), history.key))
 
 
 def expect(group: dist.ProcessGroup, slots: int, size: int, gathered: bool, device: torch.device, call: Any) -> Ride:
     """Remember the `Ride` of the call that the ranks have just agreed on."""
     history = _history(group)
-    ride = history.rides[history.last] = Ride(history.last, slots, size, gathered, device, call)
+    ride = history.rides[history.key] = Ride(history.key, slots, size, gathered, device, call)
     return ride
+
+
+def follow(group: dist.ProcessGroup) -> None:
+    """Remember that the call which was agreed on or taken last was the next one."""
+    history = _history(group)
+    if len(history.after) >= CALLS * DEPTH:
+        del _HISTORIES[group]
+        return
+    history.after |= {history.last[i:]: history.key for i in range(len(history.last))}
+    history.last = (*history.last, history.key)[-DEPTH:]
 
 
 def blank(ride: Ride, group: dist.ProcessGroup, zero: bool = False) -> tuple[Tensor, Tensor]:
@@ -190,7 +204,7 @@ def take(
         _HISTORIES.pop(group)
     if tags != {tag}:
         return [], data
-    history.last = ride.key
+    history.key = ride.key
     return [[int(slot) % (1 << BITS) for slot in numbers] for numbers in slots], data
 
 
@@ -228,11 +242,9 @@ def agree(
             _raise_failure(group, error) if failed else _raise_difference(group, shown)
         many = len(numbers) > NUMBERS
         found = _of_all(numbers, group) if many else [header[2 : 2 + len(numbers)] for header in headers]
-    if len(_history(group).after) >= CALLS:
-        _HISTORIES.pop(group)
-    history = _history(group)
-    history.after[history.last] = key
-    history.last = key
+    _history(group).key = key
+    if not declined:
+        follow(group)
     return found
 
 

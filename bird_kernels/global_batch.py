@@ -77,10 +77,10 @@ def exchange(
             del sent  # so that its memory can be used for what comes next
             parts = _of_all(own, found, options.backend) if found else []
             if parts and [part.transport.name for part in parts] == ride.call[1]:
-                received = _received(parts, data, mine, ride, group)
                 if ride.gathered and ride.size > sum(_room(part).size for part in parts) + SPARE:
                     _remembered(parts, terms, group)  # with less room
-                return list(zip(parts, received, strict=True))
+                distributed.follow(group)
+                return list(zip(parts, _received(parts, data, mine, ride, group), strict=True))
         parts = _of_all(own, distributed.agree(group, error, terms, numbers, declined=True), options.backend)
         ride = _remembered(parts, terms, group)
     raise RuntimeError("the ranks of the group are out of step")

@@ -123,6 +123,24 @@ def alternating() -> list[tuple[Seen, float]]:
     return found
 
 
+def twice_and_another() -> list[int]:
+    """A loss twice and another one, in turns: collectives of each call."""
+    distributed._HISTORIES.clear()
+    return [len(sent(lambda p=p: bird_kernels.cka_loss(*mine(20, p), group=dist.group.WORLD))) for p in (7, 7, 3) * 4]
+
+
+def many_calls() -> list[tuple[int, float, int]]:
+    """Losses of other widths, each twice: collectives and value of the second, and how long the history is then."""
+    distributed._HISTORIES.clear()
+    group, found = dist.group.WORLD, []
+    for p in range(5, 75):
+        bird_kernels.cka_loss(*mine(8, p), group=group)
+        with counted() as seen:
+            value = bird_kernels.cka_loss(*mine(8, p), group=group).item()
+        found.append((len(seen), value, len(distributed._HISTORIES[group].after)))
+    return found
+
+
 # Rows of the last rank (the others have 20 or as many) and whether it has a mask, call by call.
 GATHERED = [
     (20, False),
@@ -318,7 +336,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     return {
         function.__name__: function
         for function in (
-            traffic, mixed, values_of_lists, alternating, last_batches, changing, less_room, failures, another_history, nan_rides,
-            new_groups, explained_beside, random_calls,
+            traffic, mixed, values_of_lists, alternating, twice_and_another, many_calls, last_batches, changing,
+            less_room, failures, another_history, nan_rides, new_groups, explained_beside, random_calls,
         )
     }  # fmt: skip

@@ -87,6 +87,18 @@ def test_two_losses_in_turns_ride_once_the_turns_are_known(world: int, ask: Ask)
         assert [value for _, value in steps] == pytest.approx(true * 4, rel=1e-12)
 
 
+def test_two_equal_losses_and_another_ride_once_the_turns_are_known(world: int, ask: Ask) -> None:
+    assert ask(world, "twice_and_another") == [[2, 1, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1]] * world
+
+
+def test_a_long_history_is_forgotten(world: int, ask: Ask) -> None:
+    for theirs in ask(world, "many_calls"):
+        assert sorted(count for count, *_ in theirs) == [*[1] * 69, 2]
+        for p, (_, value, length) in enumerate(theirs, 5):
+            assert value == pytest.approx(whole([8] * world, p), rel=1e-11)
+            assert length <= 64 * 4 + 3
+
+
 def test_rows_that_fit_ride_with_what_was_agreed(world: int, ask: Ask) -> None:
     found = ask(world, "last_batches")
     assert [len(seen) for seen, *_ in found[0]] == [2, 1, 1, 1, 3, 1, 3, 1, 1]
