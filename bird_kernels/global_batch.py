@@ -27,7 +27,8 @@ from .distributed import Ride
 from .moments import MIN_ROWS
 from .types import Options, Problem, Transport
 
-# Bytes of unused room that rides go on with. To agree anew costs two more all-gathers, which is as much.
+# Bytes of unused room that rides go on with, besides as many as are used. Another call after a smaller one costs an
+# all-gather of that one's room and a header, which is as much.
 SPARE = 2 * transport.STEP
 Prepared = tuple[Tensor, Tensor, Tensor | None, Problem]  # of this rank's rows, see `inputs.prepare`
 
@@ -77,7 +78,7 @@ def exchange(
             del sent  # so that its memory can be used for what comes next
             parts = _of_all(own, found, options.backend) if found else []
             if parts and [part.transport.name for part in parts] == ride.call[1]:
-                if ride.gathered and ride.size > sum(_room(part).size for part in parts) + SPARE:
+                if ride.gathered and ride.size > 2 * sum(_room(part).size for part in parts) + SPARE:
                     _remembered(parts, terms, group)  # with less room
                 distributed.follow(group)
                 return list(zip(parts, _received(parts, data, mine, ride, group), strict=True))

@@ -153,7 +153,7 @@ GATHERED = [
     (20, True),
     (20, False),
 ]
-ROOMS = [8000, 20, 20, 30, 8000, 8000]
+ROOMS = [8000, 20, 20, 30, 24000, 24000, 11000, 24000]
 CHANGING = [40000, 40000, 39000, 50, 50, 40000]  # from merged sums to gathered rows and back
 
 
