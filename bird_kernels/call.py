@@ -13,7 +13,12 @@ from torch.autograd import forward_ad
 
 from . import backends, distributed, global_batch, inputs, ops, pairs, plan, reference
 from .backends.linalg import require_fp64
-from .types import RBF, Choice, Options, Plan, Problem
+from .moments import MIN_ROWS
+from .types import PLAIN, RBF, Choice, Options, Plan, Problem
+
+# The options with which a call of plain matrices on a CPU takes the short way of `_alone`.
+USUAL = tuple(Options(name, estimator=estimator) for name in ("cka_loss", "cka", "hsic") for estimator in MIN_ROWS)  # type: ignore[arg-type]
+
 
 
 def loss(
@@ -74,7 +79,35 @@ def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: 
         done = ops.at_once(x, y, mask, options)
         if done is not None:
             return done
+    if mask is None and options in USUAL and not ops.watched(x, y):
+        done = _alone(x, y, options)
+        if done is not None:
+            return done
     return _whole(*inputs.prepare(x, y, mask, options), options.backend)
+
+
+def _alone(x: Tensor, y: Tensor, options: Options) -> Tensor | None:
+    """The statistic of plain fp32 matrices on a CPU, of which no gradient is wanted; None for all else.
+
+    Of the steps of other calls it has only those in which such a call can fail.
+    """
+    for a in (x, y):
+        if a.dtype is not torch.float32 or a.dim() != 2 or not a.is_cpu or a.layout is not torch.strided or a.is_nested:
+            return None
+        if a.requires_grad and torch.is_grad_enabled():
+            return None
+    (n, p), (rows, q) = x.shape, y.shape
+    if rows != n or n < MIN_ROWS[options.estimator] or p * q == 0:
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+        return None
+    library, route = backends.module_of("library"), plan.route_of_value(n, p, q)
+    if options.estimator == "biased":
+        found: Tensor | None = library.alone(x, y, options.statistic, route)
+        if found is not None:
+            return found
+    problem = Problem(n, p, q, x.dtype, x.device, options.statistic, options.estimator, x_grad=False)  # type: ignore[arg-type]
+    return library.forward(x, y, None, problem, route)[0]
 
 
 def _in_forward_mode(options: Options) -> Options:

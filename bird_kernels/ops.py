@@ -94,13 +94,10 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return contextlib.nullcontext()
 
 
-def _run(function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Any:
-    with without_autocast(x.device):
-        return function(x, *args, **options)
-
-
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
     value, stash, _ = run_forward(x, y, mask, _call(x, y, mask, given))
+    if stash is None or not any(_wanted(given)):
+        return value, *(x.new_empty(0) for _ in Stash._fields)
     # An operator must not return its inputs, but the stash of uncentred features is the features themselves; and it has
     # the strides of its fake kernel, also where features that lie column by column were centred as they lie.
     copies = (kept.clone() if kept is x or kept is y else kept for kept in stash)
@@ -110,7 +107,8 @@ def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[
 def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     stash, given = _split(rest)
     problem, route, backend, *_ = _call(x, y, mask, given)
-    dx, dy = _run(backends.of(problem, backend).backward, grad, x, y, mask, stash, problem, route=route)
+    with without_autocast(x.device):
+        dx, dy = backends.of(problem, backend).backward(grad, x, y, mask, stash, problem, route=route)
     return dx.contiguous(), dy.contiguous()
 
 
@@ -122,8 +120,10 @@ torch.library.impl("bird::alignment_backward", "CompositeExplicitAutograd", _ali
 @torch.library.register_fake("bird::alignment")
 def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
     problem, route, backend, *_ = _call(x, y, mask, given)
-    shapes = backends.of(problem, backend).stash_shapes(problem, route)
     value = x.new_empty((), dtype=value_dtype(x.dtype))
+    if not any(_wanted(given)):
+        return value, *(x.new_empty(0) for _ in Stash._fields)
+    shapes = backends.of(problem, backend).stash_shapes(problem, route)
     # The one fp64 tensor of a stash stays on the host where a device has no fp64.
     places = {"coefficients": x.device if has_fp64(x.device) else torch.device("cpu")}
     stash = ((*shapes[name], places.get(name, x.device)) for name in Stash._fields)
@@ -147,11 +147,11 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
     """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable."""
     problem = call.problem
     wanted = problem.x_grad or problem.y_grad
-    if torch.compiler.is_compiling() and not wanted:
-        # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
-        value: Tensor = torch.ops.bird.alignment(x, y, mask, *flattened(call))[0]
-        return value
     if watched(x, y):
+        if torch.compiler.is_compiling() and not wanted:
+            # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
+            value: Tensor = torch.ops.bird.alignment(x, y, mask, *flattened(call))[0]
+            return value
         value = _TransformableAlignment.apply(x, y, mask, *flattened(call))[0]
         return value
     if call.backend == "native":
@@ -165,13 +165,14 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
     return value
 
 
-def run_forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash, Call]:
+def run_forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash | None, Call]:
     """Value, stash, and the call that made them; under ``auto`` by another backend if the first one's kernels fail."""
     while True:
         problem, route, backend, auto, _ = call
         module = backends.of(problem, backend)
         try:
-            value, stash = _run(module.forward, x, y, mask, problem, route)
+            with without_autocast(x.device):
+                value, stash = module.forward(x, y, mask, problem, route)
             return value, stash, Call(problem, route, backend, auto, module)
         except Exception as error:
             call = _instead(call, error)
@@ -187,7 +188,8 @@ def run_backward(
         return _visible_backward(grad, x, y, mask, flattened(call), stash)
     while True:
         try:
-            dx, dy = _run(call.module.backward, grad, x, y, mask, stash, problem, route=call.route)
+            with without_autocast(x.device):
+                dx, dy = call.module.backward(grad, x, y, mask, stash, problem, route=call.route)
             return (dx if problem.x_grad else None), (dy if problem.y_grad else None)
         except Exception as error:
             _, stash, call = run_forward(x, y, mask, _instead(call, error))

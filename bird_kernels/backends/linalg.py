@@ -187,10 +187,10 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     rows of 8 features X^T X has an error of 4.5e-4 in one product, in parts 8.5e-7, in less time.
     """
     times = torch.mm if a.dim() == 2 else torch.bmm
-    if a.is_cpu and a.shape[-1] > PART and a.dtype != torch.float64:
+    if a.shape[-1] > PART and a.is_cpu and a.dtype != torch.float64:
         first, *others = (mm(left, right) for left, right in zip(a.split(PART, -1), b.split(PART, -2), strict=True))
         return sum(others, first)
-    if a.dtype not in (torch.float16, torch.bfloat16):
+    if a.dtype.itemsize > 2:
         return times(a, b)
     return times(a, b, out_dtype=torch.float32) if a.is_cuda else times(a.float(), b.float())
 
@@ -249,11 +249,10 @@ def _blocks(a: Tensor) -> list[tuple[int, int]]:
     return list(zip(starts, (*starts[1:], m), strict=True))
 
 
-def self_product(a: Tensor) -> Tensor:
-    """a @ a.T for a [m, k]: [m, m], at least fp32; upper blocks are computed and mirrored."""
-    blocks = _blocks(a)
-    if len(blocks) < 2:
-        return mm(a, a.T)
+def self_product(a: Tensor, turned: Tensor | None = None) -> Tensor:
+    """a @ a.T for a [m, k]: [m, m], at least fp32; upper blocks are computed and mirrored. ``turned``: a.T, if known."""
+    if a.shape[0] < 2 * SMALLEST_BLOCK_OF_LONG_ROWS or len(blocks := _blocks(a)) < 2:
+        return mm(a, a.T if turned is None else turned)
     out = torch.empty(a.shape[0], a.shape[0], dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
     for i, j in blocks:
         out[i:j, i:] = mm(a[i:j], a[i:].T)
@@ -263,8 +262,12 @@ def self_product(a: Tensor) -> Tensor:
 
 def self_product_norm(a: Tensor) -> Scalar:
     """|a @ a.T|^2 (Frobenius) with one row of upper blocks in memory at a time."""
+    blocks = _blocks(a)
+    if len(blocks) < 2:
+        product = mm(a, a.T)
+        return inner(product, product)
     total: Scalar = 0.0
-    for i, j in _blocks(a):
+    for i, j in blocks:
         strip = mm(a[i:j], a[i:].T)
         diagonal = strip[:, : j - i]
         total = total + 2.0 * inner(strip, strip) - inner(diagonal, diagonal)
@@ -273,9 +276,10 @@ def self_product_norm(a: Tensor) -> Scalar:
 
 def inner(a: Tensor, b: Tensor) -> Scalar:
     """sum(a * b). Long sums are per row in the dtype of ``a`` (pairwise), then over rows in fp64: no fp64 copy."""
-    if a.is_cpu and a.numel() < ONE_THREAD_SUM:
-        if a.numel() <= ONE_THREAD_DOT and a.is_contiguous() and b.is_contiguous():
-            return torch.dot(a.view(-1), b.view(-1)).item()
+    if a.is_cpu and (size := a.numel()) < ONE_THREAD_SUM:
+        if (size <= ONE_THREAD_DOT or torch.get_num_threads() == 1) and a.is_contiguous() and b.is_contiguous():
+            flat = a.view(-1)
+            return torch.dot(flat, flat if a is b else b.view(-1)).item()
         return (a * b).sum().item()
     if a is b and a.is_cuda:  # reads a once
         return torch.linalg.vector_norm(a, dtype=torch.float64).square()
@@ -285,9 +289,6 @@ def inner(a: Tensor, b: Tensor) -> Scalar:
 
 def inner_products(a: Tensor, b: Tensor) -> tuple[Scalar, Scalar, Scalar]:
     """<a,b>, <a,a> and <b,b>"""
-    if a.is_cpu and a.numel() <= ONE_THREAD_DOT:
-        a, b = a.view(-1), b.view(-1)
-        return torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()
     return inner(a, b), inner(a, a), inner(b, b)
 
 
