@@ -24,6 +24,9 @@ again by each pass, without any n x n memory.
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +41,7 @@ __all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
 
 # The largest t: with larger ones, squares of K underflow in the products' dtype.
 LIMIT = {torch.float32: 44.0, torch.float64: 350.0}
+NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 # What the backward needs besides tensors: derivatives by <K,L>, <K,K> and <L,L>, and the `Bandwidth` of each side.
@@ -64,8 +68,9 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     )
 
 
-def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
-    """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
+def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash | None]:
+    """Value (0-d, fp32 or fp64) and stash (None if no gradient is wanted) for x [n, p], y [n, q] of one dtype and mask
+    [n] or None."""
     linalg.require_fp64("a Gaussian kernel", x.device)
     wide, _ = linalg.dtypes(problem)
     shapes = stash_shapes(problem, route)
@@ -82,12 +87,15 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     if problem.center:
         kk, ll = _without_noise(kk, ours, count, wide), _without_noise(ll, theirs, count, wide)
     result = combine(Moments(kl, kk, ll), count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
+    value = linalg.write(result.value, wide, x.device)
+    if not (problem.x_grad or problem.y_grad):
+        return value, None
     coefficients = result.d_kl, result.d_kk, result.d_ll, *ours, *theirs
     stash = Stash(
         linalg.pack(coefficients, x.device), xs, ys if shapes["ys"][0] != (0,) else ys.new_empty(0), xx, yy,
         x.new_empty(0, dtype=wide), torch.stack([x_shift, y_shift]),
     )  # fmt: skip
-    return linalg.write(result.value, wide, x.device), stash
+    return value, stash
 
 
 def backward(
@@ -130,44 +138,50 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
     """
     kernel = strips.problem.kernel
     assert kernel is not None
-    n = linalg.as_tensor(count, strips.norms.device)
-    first = second = torch.zeros((), dtype=torch.int64, device=n.device)
-    typical = 2.0 * strips.norms.sum(dtype=torch.float64) / n.clamp(min=1.0)  # the mean of all distances
+    first = second = 0.0
     if kernel.sigmas is not None:
-        square = linalg.as_tensor(scale, strips.norms.device).mul(kernel.sigmas[side]).square()
+        total = linalg.scalar(strips.norms.sum(dtype=torch.float64))
+        typical = 2.0 * total / linalg.at_least(1.0, count)  # the mean of all distances
+        sigma = scale * kernel.sigmas[side]
+        square = sigma * sigma
     else:
-        median = median_of(strips, n, kernel)
+        median = median_of(strips, linalg.as_tensor(count, strips.norms.device), kernel)
         if kernel.flow:
-            first, second = pair_at(strips, median)
-        typical = median.double()
+            first, second = map(linalg.scalar, pair_at(strips, median))
+        typical = linalg.scalar(median)
         square = typical * (kernel.threshold or 1.0) ** 2
-    factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=torch.finfo(strips.wide).max / 16)
-    typical = (factor * typical).clamp(max=LIMIT[strips.wide]).to(strips.wide).double()  # rounded as in the strips
-    level = (-typical).exp() if strips.problem.center else 0.0 * typical
-    scalar = linalg.scalar
-    return Bandwidth(scalar(factor), scalar(typical), scalar(level), scale, scalar(first), scalar(second))
+    largest, limit = torch.finfo(strips.wide).max / 16, LIMIT[strips.wide]
+    if isinstance(square, Tensor):
+        factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=largest)
+        typical = (factor * typical).clamp(max=limit).to(strips.wide).double()  # rounded as in the strips
+        level = (-typical).exp()
+    else:
+        factor = min(0.5 / square, largest) if square else 0.0
+        typical = np.array(min(factor * typical, limit), NUMPY[strips.wide]).item()
+        level = math.exp(-typical)
+    return Bandwidth(factor, typical, level if strips.problem.center else 0.0 * typical, scale, first, second)
 
 
 def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[Bandwidth, Tensor]:
     """Turn strips of distances into strips of the kernel; return its bandwidth and its row shifts [n], fp64."""
     bandwidth = bandwidth_of(strips, scale, count, side)
     strips.become_kernel(bandwidth)
-    n = linalg.as_tensor(count, strips.norms.device)
-    sums = strips.norms.new_zeros(strips.problem.n)
+    size = strips.problem.n
+    sums = strips.norms.new_zeros(size)
     if not strips.problem.center:
         return bandwidth, sums.double()
     for i, j, strip in strips:
         sums[i:j] += strip.sum(1)
-        sums[j:] += strip[:, j - i :].sum(0)
+        if j < size:
+            sums[j:] += strip[:, j - i :].sum(0)
     sums = sums.double()
     if strips.problem.estimator == "biased":
-        sums = sums + _diagonal(strips, bandwidth)
-        share, rest = 1.0 / n, sums.sum() / (n * n)
+        sums, n = sums + _diagonal(strips, bandwidth), linalg.at_least(1.0, count)
+        share, pairs = 1.0 / n, n * n
     else:
-        total = sums.sum()
-        n = torch.where(n >= MIN_ROWS["unbiased"], n, 4.0)
-        share, rest = 1.0 / (n - 2.0), total / ((n - 1.0) * (n - 2.0))
-    return bandwidth, sums * share - 0.5 * rest
+        n = linalg.at_least(MIN_ROWS["unbiased"], count)
+        share, pairs = 1.0 / (n - 2.0), (n - 1.0) * (n - 2.0)
+    return bandwidth, sums * share - 0.5 * sums.sum() / pairs
 
 
 def _diagonal(strips: Strips, bandwidth: Bandwidth) -> Tensor:
@@ -176,7 +190,8 @@ def _diagonal(strips: Strips, bandwidth: Bandwidth) -> Tensor:
     ones = ones if strips.keep is None else strips.keep.to(ones, copy=True)
     if not strips.problem.center:
         return ones
-    return ones.mul_(-(-linalg.as_tensor(bandwidth.typical, ones.device)).expm1())  # 1 - c itself cancels if t is small
+    t = bandwidth.typical  # 1 - c itself cancels if t is small
+    return ones.mul_(-(-t).expm1() if isinstance(t, Tensor) else -math.expm1(-t))
 
 
 def _products(
@@ -209,7 +224,8 @@ def _products(
 
 def _twice(a: Tensor, b: Tensor, rows: int) -> Scalar:
     """The share of an upper strip in <A, B>: entries right of its diagonal block count twice, for the lower half."""
-    return 2.0 * linalg.inner(a, b) - linalg.inner(a[:, :rows], b[:, :rows])
+    whole = linalg.inner(a, b)
+    return whole if rows == a.shape[1] else 2.0 * whole - linalg.inner(a[:, :rows], b[:, :rows])
 
 
 def _without_noise(kk: Scalar, bandwidth: Bandwidth, count: Scalar, wide: torch.dtype) -> Scalar:
