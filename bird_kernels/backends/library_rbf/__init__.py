@@ -75,10 +75,9 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     wide, _ = linalg.dtypes(problem)
     shapes = stash_shapes(problem, route)
     count = linalg.row_count(x, mask)
-    features = problem._replace(center=True)  # even if the kernel matrices are not centred
     with linalg.fp32_products(problem):
-        xs, scale_x, _ = linalg.centre(x, mask, count, features)
-        ys, scale_y, _ = linalg.centre(y, mask, count, features)
+        xs, scale_x = _near_zero(x, mask, count, problem)
+        ys, scale_y = _near_zero(y, mask, count, problem)
         xx, yy = (x.new_empty(shapes[name][0], dtype=wide) for name in ("xx", "yy"))
         k, l = (Strips(a, mask, problem, flat) for a, flat in ((xs, xx), (ys, yy)))
         ours, x_shift = _prepare(k, scale_x, count, 0)
@@ -131,6 +130,18 @@ def backward(
         )
 
 
+def _near_zero(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
+    """Features minus their means, times a power of two, and that. Rounding of a mean moves all rows alike, which changes
+    no distance, so one subtraction is enough."""
+    wide, operand = linalg.dtypes(problem)
+    keep = None if mask is None else mask.to(wide)
+    x, _ = linalg.subtract_mean(linalg.kept(linalg.to(x, wide), mask), linalg.at_least(1.0, count), keep)
+    scale = linalg.power_of_two(x)
+    if isinstance(scale, float) and 1e-5 < scale < 1e5:  # squares of norms fit into fp32 unscaled
+        return x, 1.0
+    return linalg.to(x.mul_(scale), operand), scale
+
+
 def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Bandwidth:
     """The `Bandwidth` by the rule of the problem's `RBF`, from strips of squared distances; no synchronisation on CUDA.
 
@@ -171,9 +182,9 @@ def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[B
     if not strips.problem.center:
         return bandwidth, sums.double()
     for i, j, strip in strips:
-        sums[i:j] += strip.sum(1)
+        sums[i:j].add_(strip.sum(1))
         if j < size:
-            sums[j:] += strip[:, j - i :].sum(0)
+            sums[j:].add_(strip[:, j - i :].sum(0))
     sums = sums.double()
     if strips.problem.estimator == "biased":
         sums, n = sums + _diagonal(strips, bandwidth), linalg.at_least(1.0, count)
@@ -181,7 +192,7 @@ def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[B
     else:
         n = linalg.at_least(MIN_ROWS["unbiased"], count)
         share, pairs = 1.0 / (n - 2.0), (n - 1.0) * (n - 2.0)
-    return bandwidth, sums * share - 0.5 * sums.sum() / pairs
+    return bandwidth, sums.mul(share).sub_(0.5 * linalg.scalar(sums.sum()) / pairs)
 
 
 def _diagonal(strips: Strips, bandwidth: Bandwidth) -> Tensor:
@@ -204,7 +215,7 @@ def _products(
     ll: Scalar = 0.0
     if problem.estimator == "biased":
         ours, theirs = (
-            _diagonal(strips, bandwidth) - 2.0 * shift * (1.0 if strips.keep is None else strips.keep)
+            _diagonal(strips, bandwidth).sub_(shift if strips.keep is None else shift * strips.keep, alpha=2.0)
             for strips, bandwidth, shift in zip((k, l), bandwidths, shifts, strict=True)
         )
         if problem.statistic == "gram_mse":
