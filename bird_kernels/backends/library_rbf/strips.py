@@ -52,7 +52,8 @@ class Strips:
                 rest.zero_()
             self.kept = [part.view(j - i, n - i) for part, (i, j) in zip(parts, self.blocks, strict=True)]
         if not (filled and self.kept):
-            self.norms = torch.linalg.vector_norm(features, dim=1, dtype=self.wide).square_()
+            wide = linalg.to(features, self.wide)
+            self.norms = torch.linalg.vecdot(wide, wide)
         if self.kept and not filled:
             for strip, (i, j) in zip(self.kept, self.blocks, strict=True):
                 self._distances(i, j, strip)
