@@ -37,6 +37,7 @@ from .linalg import (
     fp32_products,
     inner,
     inner_products,
+    is_harmless,
     kept,
     lesser,
     mm,
@@ -260,7 +261,7 @@ def _near_one(
     units = power_of_two(x), power_of_two(y)
     if problem.statistic == "gram_mse":  # K - L needs a common scale
         units = (lesser(*units),) * 2
-    if all(isinstance(u, float) and 1e-5 < u < 1e5 for u in units):  # fourth powers fit into fp32 unscaled
+    if all(map(is_harmless, units)):
         return (x, 1.0), (y, 1.0)
     return (x * units[0], units[0]), (y * units[1], units[1])
 

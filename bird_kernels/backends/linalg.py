@@ -92,6 +92,8 @@ def centre(
         second = x.sum(0) / rows
         x.addr_(keep, second, alpha=-1.0)
     scale = power_of_two(x)
+    if is_harmless(scale):
+        return to(x, operand), 1.0, (first, second)
     # If no mean was subtracted, x may be the caller's tensor and must not be changed.
     return to(x.mul_(scale) if problem.center else x * scale, operand), scale, (first, second)
 
@@ -105,6 +107,11 @@ def power_of_two(x: Tensor) -> Scalar:
     low, high = torch.aminmax(x)
     host = is_host(x.device)
     return unit_of(max(-low.item(), high.item()) if host else torch.maximum(low.abs(), high.abs()), LIMIT[x.dtype])
+
+
+def is_harmless(scale: Scalar) -> bool:
+    """Whether fourth powers of what ``scale`` would bring near 1 fit into fp32 unscaled; False for a tensor, unread."""
+    return isinstance(scale, float) and 1e-5 < scale < 1e5
 
 
 def unit_of(peak: Scalar, limit: int) -> Scalar:

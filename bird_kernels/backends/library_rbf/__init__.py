@@ -137,7 +137,7 @@ def _near_zero(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) 
     keep = None if mask is None else mask.to(wide)
     x, _ = linalg.subtract_mean(linalg.kept(linalg.to(x, wide), mask), linalg.at_least(1.0, count), keep)
     scale = linalg.power_of_two(x)
-    if isinstance(scale, float) and 1e-5 < scale < 1e5:  # squares of norms fit into fp32 unscaled
+    if linalg.is_harmless(scale):
         return x, 1.0
     return linalg.to(x.mul_(scale), operand), scale
 
