@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bird_kernels import CKALoss, Statistics, distributed, inputs
+from bird_kernels.ops import without_autocast
 from bird_kernels.plan import choose_route
 
 from .losses import BirdLoss, Features
@@ -34,6 +35,9 @@ Chunk = TypeVar("Chunk")
 
 # If a pair's teacher rows take more bytes (65,536 x 1,024 in fp32), they are not kept: the teacher runs again.
 TEACHER_BYTES = 1 << 28
+# Features of a pair of layers that take no more bytes in the whole batch (4,096 x (512 + 512) in fp32) are kept: one
+# loss of them takes less time than statistics of every chunk.
+FEW_BYTES = 1 << 24
 
 
 def chunked_backward(
@@ -79,8 +83,8 @@ def chunked_backward(
         chunks: items that the functions accept. Each is indexed once per pass, under the same random state, so a
             sequence may load and augment lazily.
         loss: its weights, pairs and options are used, and ``loss.last`` is set. CKA with the "linear" kernel keeps
-            statistics if the batch has more samples than both layers together have features, and always in a group;
-            otherwise all features ``[n, P + Q]`` are kept.
+            statistics if the batch has more samples than both layers together have features and these take more than
+            `FEW_BYTES`, and always in a group; otherwise all features ``[n, P + Q]`` are kept.
         model: the student, bare or in DDP.
         gradient: multiplies all gradients, as in `torch.Tensor.backward`: ``scaler.scale(torch.ones(()))`` with a
             GradScaler, ``1 / k`` where k batches make a step.
@@ -208,6 +212,8 @@ def _differ(before: Tensor, after: Tensor) -> Tensor:
     """Whether two samples differ by more than rounding, 0-d bool: kernels may round differently with a graph."""
     if len(before) != len(after):
         return torch.ones((), dtype=torch.bool, device=before.device)
+    if before.is_cpu and torch.equal(before, after):  # a tenth of the time of what follows; a GPU would have to wait
+        return torch.zeros((), dtype=torch.bool)
     return (after - before).norm() > 0.05 * (before - before.mean()).norm() + 0.01 * before.norm()
 
 
@@ -216,7 +222,7 @@ def _backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
     chosen = [root.requires_grad for root in roots]
     if not any(chosen):
         raise RuntimeError("neither the task nor the features of a chunk have a graph: no parameter requires grad")
-    with torch.autocast(roots[0].device.type, enabled=False):
+    with without_autocast(roots[0].device):
         torch.autograd.backward([*compress(roots, chosen)], [*compress(gradients, chosen)])
 
 
@@ -239,7 +245,8 @@ def _pair(loss: BirdLoss, x: Tensor, y: Tensor, chunks: int) -> _Kept | _Merged:
     row_dims = options["row_dims"]
     n = math.prod(x.shape[:row_dims]) * chunks
     p, q = (math.prod(side.shape[row_dims:]) for side in (x, y))
-    if loss.loss != "cka" or keeps_features(n, p, q, options["kernel"], options["backend"], options["group"]):
+    few = options["group"] is None and n * (p * x.element_size() + q * y.element_size()) <= FEW_BYTES
+    if loss.loss != "cka" or few or keeps_features(n, p, q, options["kernel"], options["backend"], options["group"]):
         return _Kept(loss)
     return _Merged(options, n * q * y.element_size() > TEACHER_BYTES)
 

@@ -20,7 +20,6 @@ from .types import PLAIN, RBF, Choice, Options, Plan, Problem
 USUAL = tuple(Options(name, estimator=estimator) for name in ("cka_loss", "cka", "hsic") for estimator in MIN_ROWS)  # type: ignore[arg-type]
 
 
-
 def loss(
     x: Tensor | Sequence[Tensor],
     y: Tensor | Sequence[Tensor],

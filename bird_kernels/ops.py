@@ -96,8 +96,6 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
     value, stash, _ = run_forward(x, y, mask, _call(x, y, mask, given))
-    if stash is None or not any(_wanted(given)):
-        return value, *(x.new_empty(0) for _ in Stash._fields)
     # An operator must not return its inputs, but the stash of uncentred features is the features themselves; and it has
     # the strides of its fake kernel, also where features that lie column by column were centred as they lie.
     copies = (kept.clone() if kept is x or kept is y else kept for kept in stash)
@@ -120,10 +118,8 @@ torch.library.impl("bird::alignment_backward", "CompositeExplicitAutograd", _ali
 @torch.library.register_fake("bird::alignment")
 def _alignment_fake(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
     problem, route, backend, *_ = _call(x, y, mask, given)
-    value = x.new_empty((), dtype=value_dtype(x.dtype))
-    if not any(_wanted(given)):
-        return value, *(x.new_empty(0) for _ in Stash._fields)
     shapes = backends.of(problem, backend).stash_shapes(problem, route)
+    value = x.new_empty((), dtype=value_dtype(x.dtype))
     # The one fp64 tensor of a stash stays on the host where a device has no fp64.
     places = {"coefficients": x.device if has_fp64(x.device) else torch.device("cpu")}
     stash = ((*shapes[name], places.get(name, x.device)) for name in Stash._fields)
@@ -165,7 +161,7 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
     return value
 
 
-def run_forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash | None, Call]:
+def run_forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[Tensor, Stash, Call]:
     """Value, stash, and the call that made them; under ``auto`` by another backend if the first one's kernels fail."""
     while True:
         problem, route, backend, auto, _ = call

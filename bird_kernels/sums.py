@@ -156,6 +156,7 @@ def include(total: Sums, part: Sums) -> Sums:
 
     A set without rows changes nothing, and equal means are kept exactly: a constant side stays constant.
     """
+    part = part if part.xx.dtype == total.xx.dtype else part.to(total.xx.dtype)  # once, as norms need it too
     ours, theirs = scalar(total.n), scalar(part.n)
     rows = at_least(1.0, ours + theirs)
     dx, dy = part.mean_x - total.mean_x, part.mean_y - total.mean_y

@@ -49,6 +49,7 @@ from .linalg import (
     scalar,
     scaled_mm,
     self_product,
+    self_product_norm,
     subtract_mean,
     to,
     two_factors,
@@ -94,9 +95,8 @@ def _shifts(problem: Problem, route: Route) -> bool:
     return route == "cross" and problem.estimator == "unbiased" and wanted(problem)
 
 
-def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash | None]:
-    """Value (0-d, fp32 or fp64) and stash (None if no gradient is wanted) for x [n, p], y [n, q] of one dtype and mask
-    [n] or None."""
+def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
+    """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     wide, _ = dtypes(problem)
     count = row_count(x, mask)
     shifts = _shifts(problem, route)
@@ -118,8 +118,6 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     value, d_kl, d_kk, d_ll = result
     if problem.statistic in ("hsic", "gram_mse"):  # they are not invariant to the scales
         value, d_kl, d_kk, d_ll = (unscaled(a, sides.scale_x, sides.scale_y) for a in result)
-    if not (problem.x_grad or problem.y_grad):
-        return write(value, wide, x.device), None
     coefficients = Coefficients(
         d_kl, d_kk, d_ll, sides.kl, sides.kk, sides.ll, sides.sum_k, sides.sum_l, sides.scale_x, sides.scale_y,
         at_least(MIN_ROWS[problem.estimator], count),  # with fewer the derivatives are NaN already
@@ -138,13 +136,9 @@ def alone(x: Tensor, y: Tensor, statistic: Statistic, route: Route) -> Tensor | 
     if route == "gram":
         kl, kk, ll = inner_products(self_product(x), self_product(y))
     else:
-        of_x, of_y = x.T, y.T
-        product = mm(of_y, x)
-        kl = inner(product, product)
-        product = self_product(of_x, x)
-        kk = inner(product, product)
-        product = self_product(of_y, y)
-        ll = inner(product, product)
+        columns = y.T
+        product = mm(columns, x)
+        kl, kk, ll = inner(product, product), self_product_norm(x.T, x), self_product_norm(columns, y)
     if not (_sound(kk, x_sum, n) and _sound(ll, y_sum, n)):
         return None
     return torch.scalar_tensor(combine(Moments(kl, kk, ll), n, statistic, "biased", EPS)[0], dtype=torch.float32)

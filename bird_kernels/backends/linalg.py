@@ -256,10 +256,11 @@ def _blocks(a: Tensor) -> list[tuple[int, int]]:
     return list(zip(starts, (*starts[1:], m), strict=True))
 
 
-def self_product(a: Tensor, turned: Tensor | None = None) -> Tensor:
-    """a @ a.T for a [m, k]: [m, m], at least fp32; upper blocks are computed and mirrored. ``turned``: a.T, if known."""
-    if a.shape[0] < 2 * SMALLEST_BLOCK_OF_LONG_ROWS or len(blocks := _blocks(a)) < 2:
-        return mm(a, a.T if turned is None else turned)
+def self_product(a: Tensor) -> Tensor:
+    """a @ a.T for a [m, k]: [m, m], at least fp32; upper blocks are computed and mirrored."""
+    blocks = _blocks(a)
+    if len(blocks) < 2:
+        return mm(a, a.T)
     out = torch.empty(a.shape[0], a.shape[0], dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
     for i, j in blocks:
         out[i:j, i:] = mm(a[i:j], a[i:].T)
@@ -267,15 +268,15 @@ def self_product(a: Tensor, turned: Tensor | None = None) -> Tensor:
     return out
 
 
-def self_product_norm(a: Tensor) -> Scalar:
-    """|a @ a.T|^2 (Frobenius) with one row of upper blocks in memory at a time."""
-    blocks = _blocks(a)
-    if len(blocks) < 2:
-        product = mm(a, a.T)
+def self_product_norm(a: Tensor, turned: Tensor | None = None) -> Scalar:
+    """|a @ a.T|^2 (Frobenius) with one row of upper blocks in memory at a time; ``turned`` is a.T, if that is known."""
+    turned = a.T if turned is None else turned
+    if a.shape[0] < 2 * SMALLEST_BLOCK_OF_LONG_ROWS or len(blocks := _blocks(a)) < 2:
+        product = mm(a, turned)
         return inner(product, product)
     total: Scalar = 0.0
     for i, j in blocks:
-        strip = mm(a[i:j], a[i:].T)
+        strip = mm(a[i:j], turned[:, i:])
         diagonal = strip[:, : j - i]
         total = total + 2.0 * inner(strip, strip) - inner(diagonal, diagonal)
     return total

@@ -66,6 +66,6 @@ def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor
     columns_y = ys.T
     xx, xy = self_product(xs.T), mm(columns_y, xs)
     if not problem.y_grad:
-        return xx, xy, xx.new_empty(0), inner(xy, xy), inner(xx, xx), self_product_norm(columns_y)
+        return xx, xy, xx.new_empty(0), inner(xy, xy), inner(xx, xx), self_product_norm(columns_y, ys)
     yy = self_product(columns_y)
     return xx, xy, yy, inner(xy, xy), inner(xx, xx), inner(yy, yy)

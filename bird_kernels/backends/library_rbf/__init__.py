@@ -68,9 +68,8 @@ def stash_shapes(problem: Problem, route: Route) -> Shapes:
     )
 
 
-def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash | None]:
-    """Value (0-d, fp32 or fp64) and stash (None if no gradient is wanted) for x [n, p], y [n, q] of one dtype and mask
-    [n] or None."""
+def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
+    """Value (0-d, fp32 or fp64) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
     linalg.require_fp64("a Gaussian kernel", x.device)
     wide, _ = linalg.dtypes(problem)
     shapes = stash_shapes(problem, route)
@@ -86,15 +85,12 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     if problem.center:
         kk, ll = _without_noise(kk, ours, count, wide), _without_noise(ll, theirs, count, wide)
     result = combine(Moments(kl, kk, ll), count, problem.statistic, problem.estimator, torch.finfo(wide).eps)
-    value = linalg.write(result.value, wide, x.device)
-    if not (problem.x_grad or problem.y_grad):
-        return value, None
     coefficients = result.d_kl, result.d_kk, result.d_ll, *ours, *theirs
     stash = Stash(
         linalg.pack(coefficients, x.device), xs, ys if shapes["ys"][0] != (0,) else ys.new_empty(0), xx, yy,
         x.new_empty(0, dtype=wide), torch.stack([x_shift, y_shift]),
     )  # fmt: skip
-    return value, stash
+    return linalg.write(result.value, wide, x.device), stash
 
 
 def backward(
