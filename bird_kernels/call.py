@@ -78,8 +78,9 @@ def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: 
         done = ops.at_once(x, y, mask, options)
         if done is not None:
             return done
-    if mask is None and options in USUAL and not ops.watched(x, y):
-        done = _alone(x, y, options)
+    if mask is None and options in USUAL and type(x) in PLAIN and type(y) in PLAIN:
+        recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+        done = None if recorded or ops.watched(x, y) else _alone(x, y, options)
         if done is not None:
             return done
     return _whole(*inputs.prepare(x, y, mask, options), options.backend)
@@ -93,14 +94,12 @@ def _alone(x: Tensor, y: Tensor, options: Options) -> Tensor | None:
     for a in (x, y):
         if a.dtype is not torch.float32 or a.dim() != 2 or not a.is_cpu or a.layout is not torch.strided or a.is_nested:
             return None
-        if a.requires_grad and torch.is_grad_enabled():
-            return None
     (n, p), (rows, q) = x.shape, y.shape
     if rows != n or n < MIN_ROWS[options.estimator] or p * q == 0:
         return None
     if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return None
-    library, route = backends.module_of("library"), plan.route_of_value(n, p, q)
+    library, route = backends.module_of("library"), plan.route_on_cpu(n, p, q)
     if options.estimator == "biased":
         found: Tensor | None = library.alone(x, y, options.statistic, route)
         if found is not None:

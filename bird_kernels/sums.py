@@ -41,7 +41,7 @@ from .backends.linalg import (
     scalar,
     self_product,
     to,
-)
+)  # fmt: skip
 from .moments import Scalar
 from .transport import upper_blocks, upper_size
 from .types import Problem

@@ -62,9 +62,6 @@ from .sides import Shifted, Side, Sides, by_columns
 from .unbiased import add_rows, amid, plain, plain_gradient
 
 
-EPS = torch.finfo(torch.float32).eps
-
-
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
     """None: the library backend runs everywhere."""
     return None
@@ -141,7 +138,8 @@ def alone(x: Tensor, y: Tensor, statistic: Statistic, route: Route) -> Tensor | 
         kl, kk, ll = inner(product, product), self_product_norm(x.T, x), self_product_norm(columns, y)
     if not (_sound(kk, x_sum, n) and _sound(ll, y_sum, n)):
         return None
-    return torch.scalar_tensor(combine(Moments(kl, kk, ll), n, statistic, "biased", EPS)[0], dtype=torch.float32)
+    value = combine(Moments(kl, kk, ll), n, statistic, "biased", torch.finfo(x.dtype).eps)[0]
+    return torch.scalar_tensor(value, dtype=x.dtype)
 
 
 def backward(

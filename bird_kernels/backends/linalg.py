@@ -270,8 +270,8 @@ def self_product(a: Tensor) -> Tensor:
 
 def self_product_norm(a: Tensor, turned: Tensor | None = None) -> Scalar:
     """|a @ a.T|^2 (Frobenius) with one row of upper blocks in memory at a time; ``turned`` is a.T, if that is known."""
-    turned = a.T if turned is None else turned
-    if a.shape[0] < 2 * SMALLEST_BLOCK_OF_LONG_ROWS or len(blocks := _blocks(a)) < 2:
+    turned, blocks = a.T if turned is None else turned, _blocks(a)
+    if len(blocks) < 2:
         product = mm(a, turned)
         return inner(product, product)
     total: Scalar = 0.0

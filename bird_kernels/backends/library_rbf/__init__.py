@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +40,6 @@ __all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
 
 # The largest t: with larger ones, squares of K underflow in the products' dtype.
 LIMIT = {torch.float32: 44.0, torch.float64: 350.0}
-NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 # What the backward needs besides tensors: derivatives by <K,L>, <K,K> and <L,L>, and the `Bandwidth` of each side.
@@ -127,8 +125,8 @@ def backward(
 
 
 def _near_zero(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
-    """Features minus their means, times a power of two, and that. Rounding of a mean moves all rows alike, which changes
-    no distance, so one subtraction is enough."""
+    """Features minus their means, times a power of two, and that. Rounding of a mean moves all rows alike: no distance
+    changes, so one subtraction is enough."""
     wide, operand = linalg.dtypes(problem)
     keep = None if mask is None else mask.to(wide)
     x, _ = linalg.subtract_mean(linalg.kept(linalg.to(x, wide), mask), linalg.at_least(1.0, count), keep)
@@ -164,7 +162,7 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
         level = (-typical).exp()
     else:
         factor = min(0.5 / square, largest) if square else 0.0
-        typical = np.array(min(factor * typical, limit), NUMPY[strips.wide]).item()
+        typical = torch.scalar_tensor(min(factor * typical, limit), dtype=strips.wide).item()
         level = math.exp(-typical)
     return Bandwidth(factor, typical, level if strips.problem.center else 0.0 * typical, scale, first, second)
 

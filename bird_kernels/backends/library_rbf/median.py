@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -75,9 +74,9 @@ def _selected(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
     mask = None if strips.mask is None else strips.mask.numpy()
     parts = []
     for i, j, distances in strips:
-        counted = _above(*distances.shape)
+        counted = ~np.tri(*distances.shape, dtype=bool)
         if mask is not None:
-            counted = counted & mask[i:j, None] & mask[i:]
+            counted &= mask[i:j, None] & mask[i:]
         parts.append(distances.numpy()[counted])
     entries = np.concatenate(parts)
     number, zeros = len(entries), 0
@@ -91,12 +90,6 @@ def _selected(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
     if ranks:
         entries.partition(ranks)
     return torch.scalar_tensor(sum(float(entries[rank]) / len(wanted) for rank in ranks), dtype=strips.wide)
-
-
-@lru_cache(maxsize=8)
-def _above(rows: int, columns: int) -> Any:
-    """Which entries of a matrix are above the diagonal."""
-    return ~np.tri(rows, columns, dtype=bool)
 
 
 def _rank_among_all(n: Any, upper: bool = False) -> Any:
