@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SIZES = {"gram": (40, 64, 48), "cross": (96, 24, 20)}
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each call that took the short way, whether it found a value there."""
     calls: list[bool] = []
     alone = library.alone
@@ -28,7 +28,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
         return found
 
     monkeypatch.setattr(library, "alone", seen)
-    yield calls
+    return calls
 
 
 @pytest.mark.parametrize("name", STATISTICS)
