@@ -36,10 +36,11 @@ from .. import linalg
 from .median import median_of, pair_at
 from .strips import Bandwidth, Strips
 
-__all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
+__all__ = ["backward", "forward", "stash_shapes"]
 
-# The largest t: with larger ones, squares of K underflow in the products' dtype.
+# The largest t: with larger ones, squares of K underflow in the products' dtype. The largest f.
 LIMIT = {torch.float32: 44.0, torch.float64: 350.0}
+STEEPEST = {dtype: torch.finfo(dtype).max / 16 for dtype in LIMIT}
 
 
 # What the backward needs besides tensors: derivatives by <K,L>, <K,K> and <L,L>, and the `Bandwidth` of each side.
@@ -136,7 +137,7 @@ def _near_zero(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) 
     return linalg.to(x.mul_(scale), operand), scale
 
 
-def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Bandwidth:
+def _bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Bandwidth:
     """The `Bandwidth` by the rule of the problem's `RBF`, from strips of squared distances; no synchronisation on CUDA.
 
     ``scale`` is that of the features, ``count`` the number of rows that count, ``side`` 0 for x and 1 for y.
@@ -155,7 +156,7 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
             first, second = map(linalg.scalar, pair_at(strips, median))
         typical = linalg.scalar(median)
         square = typical * (kernel.threshold or 1.0) ** 2
-    largest, limit = torch.finfo(strips.wide).max / 16, LIMIT[strips.wide]
+    largest, limit = STEEPEST[strips.wide], LIMIT[strips.wide]
     if isinstance(square, Tensor):
         factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=largest)
         typical = (factor * typical).clamp(max=limit).to(strips.wide).double()  # rounded as in the strips
@@ -169,7 +170,7 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
 
 def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[Bandwidth, Tensor]:
     """Turn strips of distances into strips of the kernel; return its bandwidth and its row shifts [n], fp64."""
-    bandwidth = bandwidth_of(strips, scale, count, side)
+    bandwidth = _bandwidth_of(strips, scale, count, side)
     strips.become_kernel(bandwidth)
     size = strips.problem.n
     sums = strips.norms.new_zeros(size)
