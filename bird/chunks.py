@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from bird_kernels import CKALoss, Statistics, distributed, inputs
-from bird_kernels.ops import without_autocast
 from bird_kernels.plan import choose_route
 
 from .losses import BirdLoss, Features
@@ -227,7 +226,8 @@ def _backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
     chosen = [root.requires_grad for root in roots]
     if not any(chosen):
         raise RuntimeError("neither the task nor the features of a chunk have a graph: no parameter requires grad")
-    with without_autocast(roots[0].device):
+    kind = roots[0].device.type
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
         torch.autograd.backward([*compress(roots, chosen)], [*compress(gradients, chosen)])
 
 
