@@ -35,9 +35,7 @@ Chunk = TypeVar("Chunk")
 
 # If a pair's teacher rows take more bytes (65,536 x 1,024 in fp32), they are not kept: the teacher runs again.
 TEACHER_BYTES = 1 << 28
-# Features of a pair of layers that take no more bytes in the whole batch (4,096 x (512 + 512) in fp32) are kept: one
-# loss of them takes less time than statistics of every chunk.
-FEW_BYTES = 1 << 24
+FEW_BYTES = 1 << 24  # features of a pair that take no more are kept: one loss is faster than statistics of chunks
 RANGE = "bird.cka"  # the name under which torch.profiler shows the time of CKA and its gradient
 
 
@@ -68,8 +66,7 @@ def chunked_backward(
     generators (Python's, NumPy's, PyTorch's of the CPU and of the model's devices) and the model's buffers are reset to
     their state before its first run, so dropout repeats its masks; in the end both have advanced by one pass only.
     Random numbers from other generators, or from a worker, do not repeat; a comparison of sampled features detects it
-    where features differ by more than some 5 %.
-    Autocast works both around the call and inside the functions.
+    where features differ by more than some 5 %. Autocast works both around the call and inside the functions.
 
     Under `DistributedDataParallel` gradients are communicated in the last chunk's backward only. If ``loss`` has a
     ``group``, CKA compares the samples of all its ranks, and the gradient is scaled for DDP's average over ranks
@@ -214,10 +211,8 @@ def _samples(rows: Sequence[tuple[Tensor, Tensor | None]], pairs: Sequence[_Kept
 
 def _differ(before: Tensor, after: Tensor) -> Tensor:
     """Whether two samples differ by more than rounding, 0-d bool: kernels may round differently with a graph."""
-    if len(before) != len(after):
-        return torch.ones((), dtype=torch.bool, device=before.device)
-    if before.is_cpu and torch.equal(before, after):  # a tenth of the time of what follows; a GPU would have to wait
-        return torch.zeros((), dtype=torch.bool)
+    if (other := len(before) != len(after)) or (before.is_cpu and torch.equal(before, after)):  # a GPU would wait
+        return torch.full((), other, dtype=torch.bool, device=before.device)
     return (after - before).norm() > 0.05 * (before - before.mean()).norm() + 0.01 * before.norm()
 
 
@@ -226,8 +221,7 @@ def _backward(roots: list[Tensor], gradients: list[Tensor]) -> None:
     chosen = [root.requires_grad for root in roots]
     if not any(chosen):
         raise RuntimeError("neither the task nor the features of a chunk have a graph: no parameter requires grad")
-    kind = roots[0].device.type
-    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext():
+    with torch.autocast(roots[0].device.type, enabled=False):
         torch.autograd.backward([*compress(roots, chosen)], [*compress(gradients, chosen)])
 
 
@@ -246,8 +240,7 @@ def keeps_features(
 
 def _pair(loss: BirdLoss, x: Tensor, y: Tensor, chunks: int) -> _Kept | _Merged:
     """What to keep of a pair of layers between the passes, decided by the sizes of its first chunk."""
-    options = loss.distance.options
-    row_dims = options["row_dims"]
+    options, row_dims = loss.distance.options, loss.distance.options["row_dims"]
     n = math.prod(x.shape[:row_dims]) * chunks
     p, q = (math.prod(side.shape[row_dims:]) for side in (x, y))
     few = options["group"] is None and n * (p * x.element_size() + q * y.element_size()) <= FEW_BYTES
