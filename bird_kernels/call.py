@@ -101,7 +101,7 @@ def _alone(x: Tensor, y: Tensor, options: Options) -> Tensor | None:
         return None
     library, route = backends.module_of("library"), plan.route_on_cpu(n, p, q)
     if options.estimator == "biased":
-        found: Tensor | None = library.alone(x, y, options.statistic, route)
+        found: Tensor | None = library.forward_alone(x, y, options.statistic, route)
         if found is not None:
             return found
     problem = Problem(n, p, q, x.dtype, x.device, options.statistic, options.estimator, x_grad=False)  # type: ignore[arg-type]

@@ -231,7 +231,7 @@ WIDTHS = ((128, 64), (128, 128), (128, 256), *PAPER, (128, 128, 768), (128, 1024
 CASES = tuple(
     dict.fromkeys(
         _cases("bird", PAPER, FP32, modes=FORWARD)
-        + _cases("narrow", ((128, 64), (512, 64), (2048, 64)), FP32, modes=FORWARD)
+        + _cases("batch", ((128, 64), (512, 64), (2048, 64)), FP32, modes=FORWARD)
         + _cases("bird", WIDTHS, FP32)
         + _cases("bird", PAPER[:1], FP32, estimators=("unbiased",), modes=BOTH)
         + _cases("conv", ((128, 25_088),), FP32, modes=BOTH)

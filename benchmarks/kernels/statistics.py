@@ -21,7 +21,7 @@ from benchmarks.rows import version_of
 from benchmarks.run import CPU, Benchmark, Contest
 
 TOLERANCE = 2e-2  # between two estimators
-Batches = list[tuple[Tensor, Tensor]]
+RowBatches = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class StatisticsQuestion:
         return Contest(candidates, gate_of(truth, TOLERANCE, TOLERANCE), lambda name: {"version": VERSIONS.get(name)})
 
 
-def statistics(batches: Batches) -> Tensor:
+def statistics(batches: RowBatches) -> Tensor:
     found = bird_kernels.Statistics()
     for x, y in batches:
         found.update(x, y)
     return found.cka("unbiased")
 
 
-def minibatches(batches: Batches) -> Tensor:
+def minibatches(batches: RowBatches) -> Tensor:
     from cka.hsic import hsic  # loads matplotlib, and is not everywhere: late
 
     total = sum(torch.stack([h.flatten()[0] for h in hsic((x @ x.T)[None], (y @ y.T)[None])]) for x, y in batches)
@@ -56,7 +56,7 @@ def minibatches(batches: Batches) -> Tensor:
     return kl / (kk * ll).sqrt()
 
 
-LOOPS: dict[str, Callable[[Batches], Tensor]] = {"Statistics": statistics, "pytorch-cka": minibatches}
+LOOPS: dict[str, Callable[[RowBatches], Tensor]] = {"Statistics": statistics, "pytorch-cka": minibatches}
 VERSIONS = {"pytorch-cka": version_of("pytorch-cka")}
 SIZES = ((128, 64), (512, 64), (1024, 256), (512, 512))
 BENCHMARK = Benchmark(

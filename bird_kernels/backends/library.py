@@ -124,7 +124,7 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     return write(value, wide, x.device), stash
 
 
-def alone(x: Tensor, y: Tensor, statistic: Statistic, route: Route) -> Tensor | None:
+def forward_alone(x: Tensor, y: Tensor, statistic: Statistic, route: Route) -> Tensor | None:
     """The value (0-d, fp32) of fp32 matrices on a CPU without mask or gradients, biased and centred, as `_looked` finds
     it, but in fewer steps; None where that is too inaccurate."""
     n = float(x.shape[0])

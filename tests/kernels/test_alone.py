@@ -21,13 +21,13 @@ SIZES = {"gram": (40, 64, 48), "cross": (96, 24, 20)}
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each call that took the short way, whether it found a value there."""
     calls: list[bool] = []
-    alone = library.alone
+    alone = library.forward_alone
 
     def seen(*given: object) -> Tensor | None:
         calls.append((found := alone(*given)) is not None)
         return found
 
-    monkeypatch.setattr(library, "alone", seen)
+    monkeypatch.setattr(library, "forward_alone", seen)
     return calls
 
 

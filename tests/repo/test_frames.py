@@ -52,7 +52,7 @@ def calls() -> dict[str, Callable[[], Any]]:
 def test_a_forward_alone_enters_fewer(n: int, width: int) -> None:
     x, y = torch.randn(n, width), torch.randn(n, width)
     found = entered(lambda: bird_kernels.cka_loss(x, y))
-    assert found["library.py:alone"] == 1
+    assert found["library.py:forward_alone"] == 1
     assert not found["library.py:forward"] + found["inputs.py:prepare"]
     assert found.total() <= 28, found
 
