@@ -139,7 +139,7 @@ def forward_alone(x: Tensor, y: Tensor, statistic: Statistic, route: Route) -> T
     if not (_sound(kk, x_sum, n) and _sound(ll, y_sum, n)):
         return None
     value = combine(Moments(kl, kk, ll), n, statistic, "biased", torch.finfo(x.dtype).eps)[0]
-    return torch.scalar_tensor(value, dtype=x.dtype)
+    return torch.scalar_tensor(value, dtype=x.dtype, device=x.device)
 
 
 def backward(

@@ -163,7 +163,7 @@ def _bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ba
         level = (-typical).exp()
     else:
         factor = min(0.5 / square, largest) if square else 0.0
-        typical = torch.scalar_tensor(min(factor * typical, limit), dtype=strips.wide).item()
+        typical = torch.full((), min(factor * typical, limit), dtype=strips.wide, device="cpu").item()
         level = math.exp(-typical)
     return Bandwidth(factor, typical, level if strips.problem.center else 0.0 * typical, scale, first, second)
 

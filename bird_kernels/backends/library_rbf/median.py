@@ -89,7 +89,8 @@ def _selected(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
     ranks = [rank for rank in wanted if zeros <= rank < number]  # the others are of zeros
     if ranks:
         entries.partition(ranks)
-    return torch.scalar_tensor(sum(float(entries[rank]) / len(wanted) for rank in ranks), dtype=strips.wide)
+    found = sum(float(entries[rank]) / len(wanted) for rank in ranks)
+    return torch.scalar_tensor(found, dtype=strips.wide, device=strips.features.device)
 
 
 def _rank_among_all(n: Any, upper: bool = False) -> Any:
