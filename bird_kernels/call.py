@@ -17,7 +17,7 @@ from .moments import MIN_ROWS
 from .types import PLAIN, RBF, Choice, Options, Plan, Problem
 
 # The options with which a call of plain matrices on a CPU takes the short way of `_alone`.
-USUAL = tuple(Options(name, estimator=estimator) for name in ("cka_loss", "cka", "hsic") for estimator in MIN_ROWS)  # type: ignore[arg-type]
+USUAL = tuple(Options(name, estimator=estimator) for name in ("cka_loss", "cka", "hsic") for estimator in MIN_ROWS)
 
 
 def loss(

@@ -158,9 +158,9 @@ def _bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ba
         square = typical * (kernel.threshold or 1.0) ** 2
     largest, limit = STEEPEST[strips.wide], LIMIT[strips.wide]
     if isinstance(square, Tensor):
-        factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=largest)
+        factor: Scalar = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=largest)
         typical = (factor * typical).clamp(max=limit).to(strips.wide).double()  # rounded as in the strips
-        level = (-typical).exp()
+        level: Scalar = (-typical).exp()
     else:
         factor = min(0.5 / square, largest) if square else 0.0
         typical = torch.full((), min(factor * typical, limit), dtype=strips.wide, device="cpu").item()

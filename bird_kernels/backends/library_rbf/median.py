@@ -74,14 +74,14 @@ def _selected(strips: Strips, n: Tensor, kernel: RBF) -> Tensor:
     mask = None if strips.mask is None else strips.mask.numpy()
     parts = []
     for i, j, distances in strips:
-        counted = ~np.tri(*distances.shape, dtype=bool)
+        counted = ~np.tri(*distances.shape, dtype=np.bool_)
         if mask is not None:
             counted &= mask[i:j, None] & mask[i:]
         parts.append(distances.numpy()[counted])
     entries = np.concatenate(parts)
     number, zeros = len(entries), 0
     if kernel.threshold is None:
-        zeros = number - np.count_nonzero(entries)
+        zeros = number - int(np.count_nonzero(entries))
         ranks = [zeros + (number - zeros - 1) // 2, zeros + (number - zeros) // 2]
     else:
         ranks = [_rank_among_all(int(n), upper=upper) for upper in (False, True)]
