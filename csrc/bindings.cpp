@@ -80,8 +80,8 @@ const bool* mask_data(const Tensor& mask) { return mask.defined() ? mask.const_d
 
 Tensor dense(const std::optional<Tensor>& mask) { return mask.has_value() ? mask->contiguous() : Tensor(); }
 
-// What the forward of some pairs leaves: values [pairs] (0-d for one), coefficients [pairs, 11], the locations of all features, which are for
-// the backward alone, and the Gram matrices [pairs, 2, n, n].
+// What the forward of some pairs leaves: values [pairs] (0-d for one), coefficients [pairs, 11], the locations of all features,
+// which are for the backward alone, and the Gram matrices [pairs, 2, n, n].
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // `sides` are x [n, p] and y [n, q] of the first pair, of the second, ...
@@ -101,7 +101,8 @@ Results forward(at::TensorList sides, const Tensor& mask, const Options& options
   const int64_t partials = static_cast<int64_t>(call.splits) * call.shape.pairs * call.shape.tile * call.shape.tile;
   const int64_t slots = pairs * 2 * MAX_REDUCE_BLOCKS * MOMENTS;
   const Tensor workspace = at::empty({partials}, fp32), sums = at::empty({slots + pairs}, fp64);  // and the counters
-  const Tensor values = pairs == 1 ? at::empty({}, fp32) : at::empty({pairs}, fp32), coefficients = at::empty({pairs, COEFFICIENTS}, fp64);
+  const Tensor values = pairs == 1 ? at::empty({}, fp32) : at::empty({pairs}, fp32);
+  const Tensor coefficients = at::empty({pairs, COEFFICIENTS}, fp64);
   const Tensor locations = at::empty({(last.chunk + chunks_of(last)) * 2 * CHUNK}, fp32), grams = at::empty({pairs, 2, n, n}, fp32);
   call.mask = mask_data(mask);
   call.statistic = options.statistic;

@@ -133,8 +133,8 @@ def backward_together(
 def stash_of(coefficients: Tensor, locations: Tensor, grams: Tensor) -> Stash:
     """The stash made of what the extension returns: coefficients fp64 [pairs, 11], what was subtracted from features,
     in the order of the kernels, and K and L, fp32 [pairs, 2, n, n]."""
-    none = grams.new_empty(0)
-    return Stash(coefficients, locations, none, grams, none, none, none)
+    ys, yy, xy, rows = (grams.new_empty(0) for _ in range(4))
+    return Stash(coefficients, locations, ys, grams, yy, xy, rows)
 
 
 def _native() -> ModuleType:
