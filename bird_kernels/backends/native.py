@@ -1,8 +1,9 @@
 """The native backend: C++ and CUDA in csrc/, if built (``BIRD_BUILD_EXT=1 pip install --no-build-isolation .``).
 
 It takes at most 512 rows, where launches and host code cost more than arithmetic: two launches forward (unbiased
-three), one backward, autograd in C++, always the gram route. The unbiased estimator follows `dominating`: its origin is
-a location that a few rows far larger than the others do not move, and diagonals are left out of all sums.
+three), one backward, for a list of pairs as for one; autograd of one pair in C++, always the gram route. The unbiased
+estimator follows `dominating`: its origin is a location that a few rows far larger than the others do not move, and
+diagonals are left out of all sums.
 Half-precision features are multiplied as tf32, which has fp16's mantissa and fp32's range.
 
 For tests, the same kernels run on CPU tensors, emulated thread by thread, if ``BIRD_EMULATE=1`` is set.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..moments import Coefficients
-from ..plan import FEW_ROWS, ceil_div
+from ..plan import FEW_ROWS, MOST_PAIRS, ceil_div
 from ..types import Problem, Route, Shapes, Stash, Statistic
 
 _STATISTICS = get_args(Statistic)  # the enum in csrc/kernels.h has the first three of them, in this order
@@ -38,7 +39,7 @@ except ImportError as error:
         else f"was built for another PyTorch or CUDA: {error}"
     )
 else:
-    assert _module.MAX_ROWS == FEW_ROWS
+    assert (FEW_ROWS, MOST_PAIRS["native"]) == (_module.MAX_ROWS, _module.MAX_PAIRS)
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:

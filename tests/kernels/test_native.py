@@ -98,6 +98,27 @@ def test_launches(shape: tuple[int, int, int], masked: bool, estimator: str) -> 
             assert native.emulated_launches() - before == forward + 1
 
 
+@emulated
+def test_launches_of_many_pairs(estimator: str) -> None:
+    """As many as of one; each pair comes out as by itself but for rounding, since its columns are split otherwise."""
+    pairs = [features(N, p, q, seed=p) for p, q in ((P, Q), (40, 9), (1, 70), (33, 2)) * 8]
+    leaves = [x.clone().requires_grad_() for x, _ in pairs]
+    before = native.emulated_launches()
+    value = cka_loss(leaves, [y for _, y in pairs], estimator=estimator, backend="native")
+    found = torch.autograd.grad(value, leaves)
+    assert native.emulated_launches() - before == (4 if estimator == "unbiased" else 3)
+    alone = [evaluate(operator("gram", "native", estimator), x, y, "x") for x, y in pairs]
+    torch.testing.assert_close(value, torch.stack([one.value for one in alone]).sum(), rtol=1e-6, atol=1e-6)
+    for gradient, one in zip(found, alone, strict=True):
+        torch.testing.assert_close(gradient, one.dx, rtol=0, atol=1e-6 * one.dx.abs().max().item())
+
+
+def test_more_pairs_are_refused_not_computed(device: torch.device) -> None:
+    x = torch.zeros(4, 2, device=device)
+    with pytest.raises(ValueError, match="at most 32 pairs, got 33"):
+        native.forward([x] * 66, None, 0, False, True)
+
+
 @pytest.mark.parametrize(
     ("n", "widths", "grid"),
     [
