@@ -18,52 +18,33 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The number that the emulation on a CPU pretends to have, so that tests split the products of narrow features, too.
-constexpr int EMULATED_MULTIPROCESSORS = 4;
-
-struct Options {
-  Statistic statistic;
-  bool unbiased, exact;
-};
-
-struct Device {
-  int multiprocessors = EMULATED_MULTIPROCESSORS;
-  void* stream = nullptr;
-
-  explicit Device(const Tensor& x) {
 #ifdef BIRD_CUDA
-    if (x.is_cuda()) {
-      multiprocessors = cuda::multiprocessors(x.get_device());
-      stream = c10::cuda::getCurrentCUDAStream().stream();
-    }
-#endif
-  }
-};
-
-#ifdef BIRD_CUDA
-using Guard = c10::cuda::OptionalCUDAGuard;
-Guard guard(const Tensor& x) { return x.is_cuda() ? Guard(x.device()) : Guard(); }
+namespace device = cuda;
 #else
-int guard(const Tensor&) { return 0; }
+namespace device = emulation;
 #endif
 
-template <class... Arguments>
-void launch_forward(bool cuda, Arguments&&... arguments) {
-#ifdef BIRD_CUDA
-  if (cuda) return cuda::forward(arguments...);
-#endif
-  TORCH_CHECK(!cuda, "bird_kernels: the native part was built without CUDA");
-  emulation::forward(arguments...);
-}
+// The device of a tensor, current while this exists.
+struct Device {
+  int multiprocessors = 4;  // of the emulation on a CPU, so that tests split the products of narrow features, too
+  void* stream = nullptr;
+  bool emulated;
 
-template <class... Arguments>
-void launch_backward(bool cuda, Arguments&&... arguments) {
+  explicit Device(const Tensor& x) : emulated(!x.is_cuda()) {
 #ifdef BIRD_CUDA
-  if (cuda) return cuda::backward(arguments...);
+    if (emulated) return;
+    guard_.set_device(x.device());
+    multiprocessors = cuda::multiprocessors(x.get_device());
+    stream = c10::cuda::getCurrentCUDAStream().stream();
+  }
+
+ private:
+  c10::cuda::OptionalCUDAGuard guard_;
+#else
+    TORCH_CHECK(emulated, "bird_kernels: the native part was built without CUDA");
+  }
 #endif
-  TORCH_CHECK(!cuda, "bird_kernels: the native part was built without CUDA");
-  emulation::backward(arguments...);
-}
+};
 
 Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -78,25 +59,26 @@ Features features(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.
 
 const bool* mask_data(const Tensor& mask) { return mask.defined() ? mask.const_data_ptr<bool>() : nullptr; }
 
-Tensor dense(const std::optional<Tensor>& mask) { return mask.has_value() ? mask->contiguous() : Tensor(); }
+Tensor dense(const std::optional<Tensor>& mask) { return mask && mask->defined() ? mask->contiguous() : Tensor(); }
 
 // What the forward of some pairs leaves: values [pairs] (0-d for one), coefficients [pairs, 11], the locations of all features,
 // which are for the backward alone, and the Gram matrices [pairs, 2, n, n].
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // `sides` are x [n, p] and y [n, q] of the first pair, of the second, ...
-Results forward(at::TensorList sides, const Tensor& mask, const Options& options) {
+Results forward(
+    const std::vector<Tensor>& sides, const std::optional<Tensor>& given_mask, int64_t statistic, bool unbiased, bool exact) {
   const Tensor& x = sides[0];
   const int64_t n = x.size(0), pairs = static_cast<int64_t>(sides.size()) / 2;
   TORCH_CHECK_VALUE(n <= MAX_ROWS, "bird_kernels: the native part takes at most ", MAX_ROWS, " rows, got ", n);
   TORCH_CHECK_VALUE(pairs <= MAX_PAIRS, "bird_kernels: the native part takes at most ", MAX_PAIRS, " pairs, got ", pairs);
-  const auto current = guard(x);
-  const Device device(x);
+  const Device here(x);
+  const Tensor mask = dense(given_mask);
   const auto fp32 = x.options().dtype(at::kFloat).requires_grad(false), fp64 = fp32.dtype(at::kDouble);
   Forward call{};
   for (const Tensor& side : sides) call.sides[call.count++] = features(side);
   call.n = static_cast<int>(n);
-  plan_forward(call, device.multiprocessors);
+  plan_forward(call, here.multiprocessors);
   const Features& last = call.sides[call.count - 1];
   const int64_t partials = static_cast<int64_t>(call.splits) * call.shape.pairs * call.shape.tile * call.shape.tile;
   const int64_t slots = pairs * 2 * MAX_REDUCE_BLOCKS * MOMENTS;
@@ -105,8 +87,8 @@ Results forward(at::TensorList sides, const Tensor& mask, const Options& options
   const Tensor coefficients = at::empty({pairs, COEFFICIENTS}, fp64);
   const Tensor locations = at::empty({(last.chunk + chunks_of(last)) * 2 * CHUNK}, fp32), grams = at::empty({pairs, 2, n, n}, fp32);
   call.mask = mask_data(mask);
-  call.statistic = options.statistic;
-  call.unbiased = options.unbiased;
+  call.statistic = static_cast<Statistic>(statistic);
+  call.unbiased = unbiased;
   call.partials = workspace.mutable_data_ptr<float>();
   call.slots = sums.mutable_data_ptr<double>();
   call.counters = reinterpret_cast<int*>(call.slots + slots);
@@ -114,17 +96,17 @@ Results forward(at::TensorList sides, const Tensor& mask, const Options& options
   call.grams = grams.mutable_data_ptr<float>();
   call.coefficients = coefficients.mutable_data_ptr<double>();
   call.values = values.mutable_data_ptr<float>();
-  launch_forward(x.is_cuda(), type_of(x), options.exact, call, device.stream);
+  (here.emulated ? emulation::forward : device::forward)(type_of(x), exact, call, here.stream);
   return {values, coefficients, locations, grams};
 }
 
 // The gradients of the wanted sides, in the dtype of the features, times the upstream `grads` [pairs]; others are undefined.
 std::vector<Tensor> backward(
-    const Tensor& grads, at::TensorList sides, const Tensor& mask, const Tensor& coefficients, const Tensor& locations,
-    const Tensor& grams, const Options& options, const std::vector<bool>& wanted) {
+    const Tensor& grads, const std::vector<Tensor>& sides, const std::optional<Tensor>& given_mask, const Tensor& coefficients,
+    const Tensor& locations, const Tensor& grams, bool unbiased, bool exact, const std::vector<bool>& wanted) {
   const Tensor& x = sides[0];
-  const auto current = guard(x);
-  const Device device(x);
+  const Device here(x);
+  const Tensor mask = dense(given_mask);
   std::vector<Tensor> gradients(sides.size());
   Backward call{};
   int64_t chunks = 0;
@@ -139,13 +121,13 @@ std::vector<Tensor> backward(
   if (call.count == 0) return gradients;
   call.mask = mask_data(mask);
   call.n = static_cast<int>(x.size(0));
-  call.unbiased = options.unbiased;
+  call.unbiased = unbiased;
   call.coefficients = coefficients.const_data_ptr<double>();
   call.locations = locations.const_data_ptr<float>();
   call.grams = grams.const_data_ptr<float>();
   const Tensor upstream = (grads.scalar_type() == at::kFloat ? grads : grads.to(at::kFloat)).contiguous();
   call.grads = upstream.const_data_ptr<float>();
-  launch_backward(x.is_cuda(), type_of(x), options.exact, call, device.multiprocessors, device.stream);
+  (here.emulated ? emulation::backward : device::backward)(type_of(x), exact, call, here.multiprocessors, here.stream);
   return gradients;
 }
 
@@ -160,12 +142,10 @@ py::object& differentiable_backward() {
 class Alignment : public torch::autograd::Function<Alignment> {
  public:
   static Tensor forward(
-      AutogradContext* context, const Tensor& x, const Tensor& y, const std::optional<Tensor>& given_mask, int64_t statistic,
-      bool unbiased, bool exact) {
-    const Tensor mask = dense(given_mask);
-    auto [values, coefficients, locations, grams] =
-        bird::forward({x, y}, mask, {static_cast<Statistic>(statistic), unbiased, exact});
-    context->save_for_backward({x, y, mask, coefficients, locations, grams});
+      AutogradContext* context, const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask, int64_t statistic, bool unbiased,
+      bool exact) {
+    auto [values, coefficients, locations, grams] = bird::forward({x, y}, mask, statistic, unbiased, exact);
+    context->save_for_backward({x, y, mask.value_or(Tensor()), coefficients, locations, grams});
     context->saved_data["statistic"] = statistic;
     context->saved_data["unbiased"] = unbiased;
     context->saved_data["exact"] = exact;
@@ -181,15 +161,13 @@ class Alignment : public torch::autograd::Function<Alignment> {
     const bool batched = grads[0].key_set().has(c10::DispatchKey::Batched);  // torch.autograd.grad(is_grads_batched=True)
     if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || grads[0].is_neg() || batched) {
       const py::gil_scoped_acquire python;
-      const py::object mask_object = mask.defined() ? py::cast(mask) : py::none();
       const py::object result = differentiable_backward()(
-          grads[0], x, y, mask_object, coefficients, locations, grams, statistic, unbiased, exact, x_grad, y_grad);
+          grads[0], x, y, mask, coefficients, locations, grams, statistic, unbiased, exact, x_grad, y_grad);
       const auto [dx, dy] = result.cast<std::pair<std::optional<Tensor>, std::optional<Tensor>>>();
       return {dx.value_or(Tensor()), dy.value_or(Tensor()), Tensor(), Tensor(), Tensor(), Tensor()};
     }
-    const Options options{static_cast<Statistic>(statistic), unbiased, exact};
     variable_list gradients =
-        bird::backward(grads[0], {x, y}, mask, coefficients, locations, grams, options, {x_grad, y_grad});
+        bird::backward(grads[0], {x, y}, mask, coefficients, locations, grams, unbiased, exact, {x_grad, y_grad});
     gradients.resize(6);
     return gradients;
   }
@@ -199,8 +177,6 @@ class Alignment : public torch::autograd::Function<Alignment> {
 }  // namespace bird
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  using bird::dense;
-  using bird::Statistic;
   using MaybeTensor = std::optional<at::Tensor>;
   m.attr("MAX_ROWS") = bird::MAX_ROWS;
   m.attr("MAX_PAIRS") = bird::MAX_PAIRS;
@@ -223,26 +199,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           const auto call = checked(x, y, mask, options);
           if (!call) return std::nullopt;
           const py::gil_scoped_release others_may_run;
-          return bird::Alignment::apply(call->x, call->y, call->mask, static_cast<int64_t>(call->statistic), call->unbiased, call->exact);
+          return bird::Alignment::apply(call->x, call->y, call->mask, call->statistic, call->unbiased, call->exact);
         });
   });
-  m.def(
-      "forward",
-      [](const std::vector<at::Tensor>& sides, const MaybeTensor& mask, int64_t statistic, bool unbiased, bool exact) {
-        return bird::forward(sides, dense(mask), {static_cast<Statistic>(statistic), unbiased, exact});
-      },
-      py::call_guard<py::gil_scoped_release>());
-  m.def(
-      "backward",
-      [](const at::Tensor& grads, const std::vector<at::Tensor>& sides, const MaybeTensor& mask, const at::Tensor& coefficients,
-         const at::Tensor& locations, const at::Tensor& grams, bool unbiased, bool exact, const std::vector<bool>& wanted) {
-        const bird::Options options{Statistic::cka, unbiased, exact};
-        std::vector<MaybeTensor> gradients;
-        for (at::Tensor& t : bird::backward(grads, sides, dense(mask), coefficients, locations, grams, options, wanted))
-          gradients.push_back(t.defined() ? MaybeTensor(std::move(t)) : std::nullopt);
-        return gradients;
-      },
-      py::call_guard<py::gil_scoped_release>());
+  m.def("forward", &bird::forward, py::call_guard<py::gil_scoped_release>());
+  m.def("backward", &bird::backward, py::call_guard<py::gil_scoped_release>());  // None for an undefined tensor
   // The blocks of the backward of pairs that share launches, for tests: of n rows and wanted sides of these widths.
   m.def("backward_grid", [](int n, const std::vector<int64_t>& widths, int multiprocessors) {
     bird::Backward call{};

@@ -35,10 +35,10 @@ struct Shape {
   int padded;  // rows, rounded up to whole tiles
 };
 
-// Pairs of one number of rows, one mask and one estimator. Sides are x and y of the first pair, of the second, ...
+// Pairs of one number of rows, one mask and one estimator.
 struct Forward {
-  Features sides[2 * MAX_PAIRS];
-  int count;             // of the sides
+  Features sides[2 * MAX_PAIRS];  // x and y of each pair
+  int count;             // the number of these sides
   int splits;            // of all sides: the blocks over which their columns are divided
   int n;                 // rows
   Statistic statistic;   // what the values are
@@ -87,9 +87,9 @@ struct Backward {
   int n;                       // rows
   bool unbiased;               // the estimator
   const bool* mask;            // [n], or null: all rows count
-  const float* locations;      // of the forward, as are grams and coefficients
-  const float* grams;
-  const double* coefficients;
+  const float* locations;      // of the forward
+  const float* grams;          // of the forward
+  const double* coefficients;  // of the forward
   const float* grads;          // upstream, [pairs]
 };
 static_assert(sizeof(Forward) <= 4096 && sizeof(Backward) <= 4096, "arguments of a kernel");
