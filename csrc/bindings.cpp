@@ -20,8 +20,10 @@ using torch::autograd::variable_list;
 
 #ifdef BIRD_CUDA
 namespace device = cuda;
+constexpr bool BUILT_WITH_CUDA = true;
 #else
 namespace device = emulation;
+constexpr bool BUILT_WITH_CUDA = false;
 #endif
 
 // The device of a tensor, current while this exists.
@@ -180,11 +182,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using MaybeTensor = std::optional<at::Tensor>;
   m.attr("MAX_ROWS") = bird::MAX_ROWS;
   m.attr("MAX_PAIRS") = bird::MAX_PAIRS;
-#ifdef BIRD_CUDA
-  m.attr("CUDA") = true;
-#else
-  m.attr("CUDA") = false;
-#endif
+  m.attr("CUDA") = bird::BUILT_WITH_CUDA;
   m.def(
       "alignment",
       [](const at::Tensor& x, const at::Tensor& y, const MaybeTensor& mask, int64_t statistic, bool unbiased, bool exact) {
@@ -209,8 +207,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     bird::Backward call{};
     for (int64_t width : widths) call.sides[call.count++].own.width = width;
     call.n = n;
-    const bird::Grid grid = bird::plan_backward(call, multiprocessors);
-    return std::make_tuple(grid.x, grid.y, grid.z);
+    return bird::plan_backward(call, multiprocessors);
   });
   m.def("emulated_launches", &bird::emulation::launches);
   m.def("set_differentiable_backward", [](py::object function) { bird::differentiable_backward() = std::move(function); });

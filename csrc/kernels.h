@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
 namespace bird {
 
@@ -94,13 +95,9 @@ struct Backward {
 };
 static_assert(sizeof(Forward) <= 4096 && sizeof(Backward) <= 4096, "arguments of a kernel");
 
-struct Grid {
-  unsigned x, y, z;
-};
-
-// The blocks of the backward: one for each chunk of features, tile of rows and side, or for several chunks where there are more
+// The blocks of the backward, (x, y, z): one for each chunk of features, tile of rows and side, or for several chunks where there are more
 // of them than the device runs at a time, because a block forms its rows of M once.
-inline Grid plan_backward(const Backward& call, int multiprocessors) {
+inline std::tuple<int64_t, int64_t, int64_t> plan_backward(const Backward& call, int multiprocessors) {
   int64_t chunks = 0, most = 0;
   for (int side = 0; side < call.count; ++side) {
     const int64_t own = chunks_of(call.sides[side].own);
@@ -109,7 +106,7 @@ inline Grid plan_backward(const Backward& call, int multiprocessors) {
   }
   const int64_t tiles = (call.n + OUT_ROWS - 1) / OUT_ROWS, slots = 2 * multiprocessors;
   const int64_t each = (chunks * tiles + slots - 1) / slots;
-  return {static_cast<unsigned>((most + each - 1) / each), static_cast<unsigned>(tiles), static_cast<unsigned>(call.count)};
+  return {(most + each - 1) / each, tiles, call.count};
 }
 
 // `exact`: fp32 products without matrix units; otherwise tf32 on the matrix units. tf32 has the mantissa of fp16, which is longer

@@ -87,16 +87,11 @@ def at_once_where(most: Callable[[str, torch.dtype, torch.device], int]) -> Call
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash."""
-    n, unused = problem.n, ((0,), torch.float32)
     chunks = ceil_div(problem.p, _CHUNK) + ceil_div(problem.q, _CHUNK)
-    return dict(
+    return dict.fromkeys(Stash._fields, ((0,), torch.float32)) | dict(
         coefficients=((1, len(Coefficients._fields)), torch.float64),
         xs=((2 * _CHUNK * chunks,), torch.float32),
-        ys=unused,
-        xx=((1, 2, n, n), torch.float32),
-        yy=unused,
-        xy=unused,
-        rows=unused,
+        xx=((1, 2, problem.n, problem.n), torch.float32),
     )
 
 

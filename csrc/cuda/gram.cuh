@@ -348,32 +348,29 @@ __global__ void __launch_bounds__(THREADS, 2) gradient(const Backward call) {
 
 // ------------------------------------------------------------------------------------------------ launches
 
-template <class T, int TILE, bool EXACT>
+template <class T, bool EXACT>
 void launch_forward(const Forward& call, void* stream) {
+  const bool small = call.shape.tile == 64;
   const unsigned pairs = call.count / 2;
+  const dim3 tiles(call.shape.pairs, call.splits), sums(reducing_blocks(call.shape), pairs);
   const size_t shared = call.shape.padded * PITCH * sizeof(float);
-  launch(partial_grams<T, TILE, EXACT>, dim3(call.shape.pairs, call.splits), shared, stream, call);
-  launch(reduce_grams<TILE>, dim3(reducing_blocks(call.shape), pairs), 0, stream, call);
+  launch(small ? partial_grams<T, 64, EXACT> : partial_grams<T, 128, EXACT>, tiles, shared, stream, call);
+  launch(small ? reduce_grams<64> : reduce_grams<128>, sums, 0, stream, call);
   if (call.unbiased) launch(sum_rows, dim3((call.n + WARPS - 1) / WARPS, pairs), 0, stream, call);
 }
 
 template <class T, bool EXACT>
 void launch_backward(const Backward& call, int multiprocessors, void* stream) {
-  const Grid grid = plan_backward(call, multiprocessors);
+  const auto [x, y, z] = plan_backward(call, multiprocessors);
   const int floats = OUT_ROWS * inner_pitch(call.n) + WARPS * OUT_ROWS * PITCH;
-  launch(gradient<T, EXACT>, dim3(grid.x, grid.y, grid.z), floats * sizeof(float), stream, call);
-}
-
-template <class T, bool EXACT>
-void forward_of(const Forward& call, void* stream) {
-  (call.shape.tile == 64 ? launch_forward<T, 64, EXACT> : launch_forward<T, 128, EXACT>)(call, stream);
+  launch(gradient<T, EXACT>, dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)), floats * sizeof(float), stream, call);
 }
 
 // Half-precision features are always multiplied as tf32 (kernels.h).
 void forward(Type type, bool exact, const Forward& call, void* stream) {
-  if (type == Type::f16) return forward_of<c10::Half, false>(call, stream);
-  if (type == Type::bf16) return forward_of<c10::BFloat16, false>(call, stream);
-  (exact ? forward_of<float, true> : forward_of<float, false>)(call, stream);
+  if (type == Type::f16) return launch_forward<c10::Half, false>(call, stream);
+  if (type == Type::bf16) return launch_forward<c10::BFloat16, false>(call, stream);
+  (exact ? launch_forward<float, true> : launch_forward<float, false>)(call, stream);
 }
 
 void backward(Type type, bool exact, const Backward& call, int multiprocessors, void* stream) {

@@ -195,12 +195,8 @@ class Product<TILE, true> {
       for (int j = 0; j < N; ++j) {
         const float4 v = *reinterpret_cast<const float4*>(b + (tx + 16 * j) * PITCH + k);
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          tile_[i][j] = fmaf(rows[i].x, v.x, tile_[i][j]);
-          tile_[i][j] = fmaf(rows[i].y, v.y, tile_[i][j]);
-          tile_[i][j] = fmaf(rows[i].z, v.z, tile_[i][j]);
-          tile_[i][j] = fmaf(rows[i].w, v.w, tile_[i][j]);
-        }
+        for (int i = 0; i < N; ++i)
+          tile_[i][j] = fmaf(rows[i].w, v.w, fmaf(rows[i].z, v.z, fmaf(rows[i].y, v.y, fmaf(rows[i].x, v.x, tile_[i][j]))));
       }
     }
   }

@@ -75,8 +75,8 @@ def test_few_positional_parameters() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-# The functions that every backend's module has, the one that asks them (`backends.why_not`), and those of backends whose
-# launches pairs share.
+# The functions that every backend's module has, the one that asks them (`backends.why_not`), and those of backends in
+# which pairs share launches.
 OF_BACKENDS = {"why_not", "stash_shapes", "forward", "backward", "forward_together", "backward_together"}
 
 
