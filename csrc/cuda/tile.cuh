@@ -303,15 +303,24 @@ class Gradient<true> {
     }
   }
 
+  // Of the four lanes of a feature, each keeps half of its sums and gives the other half away, twice.
   __device__ void store(float* out) const {
-    const int lane = threadIdx.x % WARP;
+    const int lane = threadIdx.x % WARP, upper = lane / 2 % 2, odd = lane % 2;
+    float halves[8][4];
 #pragma unroll
-    for (int i = 0; i < OUT_ROWS; ++i)
+    for (int i = 0; i < 8; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float v = sum_over(1 | 2, tile_[i][j]);
-        if (lane % 4 == i % 4) out[i * PITCH + lane / 4 * 4 + j] = v;
-      }
+      for (int j = 0; j < 4; ++j) halves[i][j] = exchange(upper, 2, tile_[i][j], tile_[i + 8][j]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        out[(8 * upper + 4 * odd + i) * PITCH + lane / 4 * 4 + j] = exchange(odd, 1, halves[i][j], halves[i + 4][j]);
+  }
+
+ private:
+  __device__ static float exchange(bool second, int bit, float a, float b) {
+    return (second ? b : a) + __shfl_xor_sync(0xffffffffu, second ? a : b, bit);
   }
 };
 
