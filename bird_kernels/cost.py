@@ -67,8 +67,8 @@ class Constants(NamedTuple):
     centring: int = 75
     issue: float = 0.55
     # Estimates from machine code: clocks of a native block for 32 features of 128 rows: loads and means (proportional
-    # to the rows); the product; the whole backward (to their square). They are those of kernels that took longer, with
-    # tiles of 64 rows backward and halved matrix instructions, until a GPU has measured the present ones.
+    # to the rows); the product; the whole backward (to their square). They are of slower kernels than the present ones,
+    # with tiles of 64 rows backward and WMMA, until a GPU has measured these.
     native_load: int = 3400
     native_product: int = 2400
     native_backward: int = 16_000
@@ -157,14 +157,6 @@ def _widths(problems: Sequence[Problem]) -> tuple[list[int], list[int]]:
     """The widths of all sides, and of those whose gradients are wanted."""
     sides = [side for p in problems for side in ((p.p, p.x_grad), (p.q, p.y_grad))]
     return [d for d, _ in sides], [d for d, wants in sides if wants]
-
-
-def shared(problems: Sequence[Problem], sheet: Sheet) -> dict[str, float]:
-    """Microseconds of pairs of one n in the shared launches of each backend that has them; empty for fp64. Native ones
-    count for `MARGIN` times as long: they were not measured, and Triton's came first."""
-    if problems[0].dtype.itemsize == 8:
-        return {}
-    return {"native": MARGIN * native(problems, sheet).us, "triton": fused(problems, sheet).us}
 
 
 def one_by_one(costs: Iterable[tuple[str, Cost]]) -> float:

@@ -317,14 +317,14 @@ def sharing(problems: Sequence[Problem], requested: str) -> str | None:
 @lru_cache(maxsize=1024)
 def _shares(problems: tuple[Problem, ...]) -> str | None:
     kind = problems[0].dtype, problems[0].device
-    us = cost.shared(problems, cost.sheet_of(tuning.key_of(kind[1]).device))
-    for other in MOST_PAIRS:
-        failed = trust.known_failure(other, "pairs", *kind) or _why_not_auto(other, *kind, True, "linear")
-        if failed or not together(problems, other):
-            us.pop(other, None)
-    if not us:
+    names = [name for name in MOST_PAIRS if together(problems, name)]
+    names = [name for name in names if _why_not_auto(name, *kind, True, "linear") is None]
+    names = [name for name in names if trust.known_failure(name, "pairs", *kind) is None]
+    if not names:
         return None
-    name = min(us, key=us.__getitem__)
+    sheet = cost.sheet_of(tuning.key_of(kind[1]).device)
+    us = {"native": cost.MARGIN * cost.native(problems, sheet).us, "triton": cost.fused(problems, sheet).us}
+    name = min(names, key=us.__getitem__)
     choices = [decide(problem, "auto") for problem in problems]
     if any(choice.backend not in choice.predicted for choice in choices):
         return name
