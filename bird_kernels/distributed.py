@@ -43,6 +43,8 @@ from torch.autograd import forward_ad
 NUMBERS = 4  # as many of a rank fit into its header; more take an all-gather of their own
 BITS, TAGS = 35, (1 << 18) - 1  # of a number, at most; of a slot 53 bits are exact in fp64
 CALLS = 64  # a longer history is forgotten
+# PyTorch renamed it, and warns of the old name, which is the only one of 2.10.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 Result = TypeVar("Result")
 
 
@@ -273,7 +275,7 @@ def all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 def all_gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ``own`` [size] of all ranks, [ranks, size]."""
     everyone = own.new_empty(group.size() * len(own))
-    dist.all_gather_into_tensor(everyone, own, group=group)
+    getattr(dist, GATHER)(everyone, own, group=group)
     return everyone.view(group.size(), -1)
 
 

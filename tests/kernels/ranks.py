@@ -111,16 +111,16 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     """The collectives that run meanwhile, and the bytes of their results."""
     seen: list[tuple[str, int]] = []
 
-    def spy(name: str, index: int) -> Any:
+    def spy(name: str, known_as: str) -> Any:
         original = getattr(dist, name)
 
         def collective(*args: Any, **kwargs: Any) -> Any:
-            seen.append((name, args[index].nbytes))
+            seen.append((known_as, args[0].nbytes))
             return original(*args, **kwargs)
 
         return mock.patch.object(dist, name, collective)
 
-    with spy("all_reduce", 0), spy("all_gather_into_tensor", 0):
+    with spy("all_reduce", "all_reduce"), spy(distributed.GATHER, "all_gather_into_tensor"):
         yield seen
 
 

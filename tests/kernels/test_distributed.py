@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bird_kernels import cka_loss, transport
+from bird_kernels import cka_loss, distributed, transport
 from bird_kernels.types import Problem
 from tests.accuracy import features, truth
 
@@ -318,3 +318,8 @@ def test_one_rank_of_nccl(travels: str, estimator: str, device: torch.device) ->
             assert (got - want).norm() <= 1e-5 * want.norm()
     finally:
         dist.destroy_process_group()
+
+
+def test_no_collective_is_one_that_pytorch_warns_of() -> None:
+    for name in (distributed.GATHER, "all_reduce", "all_gather_object"):
+        assert not hasattr(getattr(dist, name), "__deprecated__")
