@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import cost, tuning
-from ..plan import FEW_ROWS, are_few, route_of, variant
+from ..plan import FEW_ROWS, MOST_PAIRS, are_few, route_of, variant
 from ..types import RBF, Choice, Cost, Estimator, Precision, Problem, Sheet, Variant
 from . import rows, trust
 
@@ -318,6 +318,15 @@ def _shares(problems: tuple[Problem, ...]) -> bool:
     sheet = cost.sheet_of(tuning.key_of(first.device).device)
     single = cost.one_by_one((choice.backend, choice.predicted[choice.backend]) for choice in choices)
     return cost.fused(problems, sheet).us <= single
+
+
+def multiplies_layers(problem: Problem, layers: int) -> bool:
+    """Whether Triton's `layer_products` computes so many layers with the options of ``problem``, here and correctly."""
+    of = problem.dtype, problem.device
+    able = problem.device.type == "cuda" and torch.cuda.is_available() and layers <= 2 * MOST_PAIRS
+    if not able or why_not("triton", *of) is not None or trust.known_failure("triton", "layers", *of) is not None:
+        return False
+    return works("triton", precise(problem), "layers")
 
 
 def largest_fused(name: str, dtype: torch.dtype, device: torch.device) -> int:

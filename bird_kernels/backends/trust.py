@@ -11,12 +11,14 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..moments import combine_all
 from ..types import RBF, Problem, Route
 
 # Sizes of the small problem: multiples of 16, since Triton specialises on them; the cross route has MANY_ROWS.
@@ -26,8 +28,8 @@ ROWS, MANY_ROWS, WIDTHS = 48, 208, (64, 32)
 class Use(NamedTuple):
     """Kernels that are used or left out together: those of one kind of a backend for a dtype on a device.
 
-    ``kind`` is "linear", "rbf", "pairs" (several in shared launches) or, of the library, "shifted", in tests with the
-    route: "shifted gram", "shifted cross".
+    ``kind`` is "linear", "rbf", "pairs" (several in shared launches), "layers" (of a `matrix`) or, of the library,
+    "shifted", in tests with the route: "shifted gram", "shifted cross".
     """
 
     backend: str
@@ -108,7 +110,8 @@ def _try(backend: ModuleType, library: ModuleType, problem: Problem, kind: str) 
     true = _evaluate(library, x.double(), y.double(), mask, wide, route)
     device = small.device
     here = x.to(device), y.to(device), None if mask is None else mask.to(device)
-    found = _evaluate_pairs(backend, *here, small) if kind == "pairs" else _evaluate(backend, *here, small, route)
+    evaluate = {"pairs": _evaluate_pairs, "layers": _evaluate_layers}.get(kind, partial(_evaluate, route=route))
+    found = evaluate(backend, *here, small)
     exact = small.dtype == torch.float32 and small.precision in ("ieee", "tf32x3")
     bound = 1e-3 if exact else 3e-2  # working kernels are far below, wrong ones above
     for name, one, other in zip(("value", "dx", "dy"), found, true, strict=True):
@@ -148,6 +151,15 @@ def _evaluate_pairs(
     *_, dx, dy = backend.backward_together(torch.ones_like(values), [x, y, x, y], mask, stash, problems)
     empty = x.new_empty(0)
     return values[1], empty if dx is None else dx, empty if dy is None else dy
+
+
+def _evaluate_layers(
+    backend: ModuleType, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    inner, sums, _ = backend.layer_products([x, y], mask, problem)
+    count = float(problem.n) if mask is None else mask.sum(dtype=torch.float64)
+    value, roots, _ = combine_all(inner, sums, count, problem.estimator, torch.finfo(torch.float32).eps)
+    return value[0, 1] * roots[0] * roots[1], x.new_empty(0), x.new_empty(0)
 
 
 @contextlib.contextmanager
