@@ -167,13 +167,11 @@ def _products(
         gram = n * n * (p + q + first * (len(layers) - first))
         cross = 2 * n * p * q + n * sum(width**2 for width in widths)
     by_strips = gram <= cross
-    if (by_strips or n <= FEW) and backends.multiplies_layers(problem, len(layers)):
-        operands = [linalg.to(layer, problem.dtype) for layer in layers]
-        rows = _strip_rows(n, len(layers))
-        found: tuple[Tensor, Tensor | None, Tensor] = backends.module_of("triton").layer_products(
-            operands, mask, problem, rows * n * len(layers)
-        )
-        return found
+    if by_strips or n <= FEW:
+        room = _strip_rows(n, len(layers)) * n * len(layers)
+        found = backends.layer_products([linalg.to(layer, problem.dtype) for layer in layers], mask, problem, room)
+        if found is not None:
+            return found
     ways: tuple[Way, ...] = ("plain", "apart") if device.type == "cpu" else ("apart",)
     for way in ("biased",) if problem.estimator == "biased" else ways:
         centred, scales = zip(*(_centred(layer, mask, count, problem, way) for layer in layers), strict=True)

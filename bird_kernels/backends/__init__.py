@@ -265,7 +265,7 @@ def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> st
     forget()
     backend = decide(problem, "auto").backend
     if is_new:
-        trust.warn(use, "plain PyTorch" if name == "library" else backend)
+        trust.warn(use, "plain PyTorch" if name == "library" or kind == "layers" else backend)
     return backend
 
 
@@ -320,13 +320,22 @@ def _shares(problems: tuple[Problem, ...]) -> bool:
     return cost.fused(problems, sheet).us <= single
 
 
-def multiplies_layers(problem: Problem, layers: int) -> bool:
-    """Whether Triton's `layer_products` computes so many layers with the options of ``problem``, here and correctly."""
+def layer_products(
+    layers: Sequence[Tensor], mask: Tensor | None, problem: Problem, room: int
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Triton's `layer_products` of layers [n, width] with the dtype and options of ``problem``; None where its kernels
+    cannot run, fail, or would take too many addresses."""
     of = problem.dtype, problem.device
-    able = problem.device.type == "cuda" and torch.cuda.is_available() and layers <= 2 * MOST_PAIRS
-    if not able or why_not("triton", *of) is not None or trust.known_failure("triton", "layers", *of) is not None:
-        return False
-    return works("triton", precise(problem), "layers")
+    if not compares(problem.device) or len(layers) > 2 * MOST_PAIRS or why_not("triton", *of) is not None:
+        return None
+    if trust.known_failure("triton", "layers", *of) is not None or not works("triton", problem, "layers"):
+        return None
+    try:
+        found: tuple[Tensor, Tensor | None, Tensor] = module_of("triton").layer_products(layers, mask, problem, room)
+    except Exception as error:
+        replace("triton", problem, error, "layers")
+        return None
+    return found
 
 
 def largest_fused(name: str, dtype: torch.dtype, device: torch.device) -> int:

@@ -119,7 +119,7 @@ class Layers:
             MASKED=problem.masked, PRECISION=precision, BLOCK=BLOCK, STEP=step, PART=PART,
         )  # fmt: skip
         self.locate = Launch(locate_layers_kernel, (self.blocks,), decided)
-        steps = many_steps(problem, precision)
+        steps = many_steps(problem, precision) | dict(num_warps=4)  # 8 would spill on sm_80
         self.tiles = [
             (end - first, Launch(layer_tiles_kernel, (end - first, self.count), decided | dict(first=first), **steps))
             for first in range(0, upper, self.at_once)
