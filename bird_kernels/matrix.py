@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial, reduce
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ from .types import Estimator, Problem
 # Zen 5 CPU in fp32, the Gram matrices of 18 layers of 1000 rows take 82 ms with strips of 64 rows, 77 with 128, 80 with
 # 256, and 141 without strips; with 512 rows 22, 23, 26 and 32.
 ROWS, LARGEST_STRIPS = 128, 1 << 24
+# Bytes that are allocated at a time for centred layers: smaller pieces, and those of 32 MB or more, malloc returns to
+# the system, which clears their pages at the next call: 5 of 60 ms for 2 x 18 layers of 512 rows.
+PIECE = 31 << 20
 # Up to so many rows Triton's tiles are preferred to the cross route, which launches three kernels a pair: an estimated
 # 4 ms for 18 x 18 layers, in which a GPU multiplies 9,000 rows of 32 features each, and 50 us for 2 x 2.
 FEW = 2048
@@ -159,7 +163,7 @@ def _products(
     layers: list[Tensor], first: int, mask: Tensor | None, count: Scalar, problem: Problem
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """`Products` of layers [n, width], of which the ``first`` ones are those of xs; and their scales [layers]."""
-    n, widths, device = problem.n, [layer.shape[1] for layer in layers], problem.device
+    n, widths = problem.n, [layer.shape[1] for layer in layers]
     p, q = sum(widths[:first]), sum(widths[first:])
     if not q:
         gram, cross = n * n * (p + first**2), n * p * p
@@ -169,29 +173,52 @@ def _products(
     by_strips = gram <= cross
     if by_strips or n <= FEW:
         room = _strip_rows(n, len(layers)) * n * len(layers)
-        found = backends.layer_products([linalg.to(layer, problem.dtype) for layer in layers], mask, problem, room)
+        found = backends.layers_by_triton([linalg.to(layer, problem.dtype) for layer in layers], mask, problem, room)
         if found is not None:
             return found
-    ways: tuple[Way, ...] = ("plain", "apart") if device.type == "cpu" else ("apart",)
+    ways: tuple[Way, ...] = ("plain", "apart") if layers[0].is_cpu else ("apart",)
     for way in ("biased",) if problem.estimator == "biased" else ways:
-        centred, scales = zip(*(_centred(layer, mask, count, problem, way) for layer in layers), strict=True)
-        inner, sums = (_by_strips if by_strips else _by_features)(list(centred), first, way)
+        stacks, scales = _centred(layers, mask, count, problem, way)
+        inner, sums = (_by_strips if by_strips else _by_features)(stacks, first, way)
         if way != "plain" or _is_even(sums, count):
             break
-    return inner, sums, linalg.pack(scales, device)
+    return inner, sums, scales
 
 
-def _centred(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem, way: Way) -> tuple[Tensor, Scalar]:
-    """The layer centred and scaled to entries near 1, and the scale."""
-    if way != "apart":
-        return linalg.centre(x, mask, count, problem)[:2]
+def _centred(
+    layers: list[Tensor], mask: Tensor | None, count: Scalar, problem: Problem, way: Way
+) -> tuple[list[Tensor], Tensor]:
+    """As `linalg.centre`, for neighbours of equal width at once: stacks [layers, n, width]; scales [layers], fp64."""
     wide, operand = linalg.dtypes(problem)
-    x = linalg.kept(linalg.to(x, wide), mask)
-    unit = linalg.power_of_two(x)  # `bulk_mean` squares rows before they are centred
-    x = x * unit
-    x = linalg.kept(x - bulk_mean(x, mask), mask)
-    scale = linalg.power_of_two(x)
-    return linalg.to(x * scale, operand), scale * unit
+    left_out = None if mask is None else ~mask[:, None]
+    left, room = sum(layer.numel() for layer in layers), layers[0].new_empty(0, dtype=wide)
+    stacks, scales = [], []
+    for _, group in groupby(layers, lambda layer: layer.shape):
+        alike = [linalg.to(layer, wide) for layer in group]
+        size = len(alike) * alike[0].numel()
+        if size > len(room):
+            room = room.new_empty(max(size, min(left, PIECE // room.itemsize)))
+        (own, room), left = room.tensor_split([size]), left - size
+        x = torch.stack(alike, out=own.view(len(alike), *alike[0].shape))
+        if left_out is not None:
+            x.masked_fill_(left_out, 0.0)
+        unit = _bring_to_one_(x) if way == "apart" else 1.0  # `bulk_mean` squares rows before they are centred
+        for _ in range(1 if way == "apart" else 2):  # the second mean is the rounding error of the first
+            x -= bulk_mean(x, mask) if way == "apart" else x.sum(1, keepdim=True) / linalg.at_least(1.0, count)
+            if left_out is not None:
+                x.masked_fill_(left_out, 0.0)
+        scales.append(_bring_to_one_(x) * unit)
+        stacks.append(linalg.to(x, operand))
+    return stacks, torch.cat(scales)
+
+
+def _bring_to_one_(x: Tensor) -> Tensor:
+    """Multiply each layer of x [layers, n, width] in place by the power of two that brings its largest magnitude into
+    [0.5, 1) (`linalg.unit_of`); return these powers, [layers], fp64."""
+    peaks = torch.maximum(x.amax((1, 2)), -x.amin((1, 2)))  # norm(inf), aminmax: 20 times as long
+    scale: Tensor = linalg.unit_of(peaks, linalg.LIMIT[x.dtype])
+    x.mul_(scale.to(x.dtype)[:, None, None])
+    return scale
 
 
 def _is_even(sums: Tensor | None, count: Scalar) -> bool:
@@ -205,9 +232,10 @@ def _strip_rows(n: int, layers: int) -> int:
     return max(min(ROWS, LARGEST_STRIPS // (layers * n)), 1)
 
 
-def _by_strips(layers: list[Tensor], first: int, way: Way) -> Products:
+def _by_strips(stacks: list[Tensor], first: int, way: Way) -> Products:
     """By the gram route, strip by strip."""
-    like, count, n = layers[0], len(layers), len(layers[0])
+    like, n, sizes = stacks[0], stacks[0].shape[1], [len(stack) for stack in stacks]
+    count = sum(sizes)
     wide, rows = ops.value_dtype(like.dtype), _strip_rows(n, count)
     room = like.new_empty(count * rows * n, dtype=wide)
     zeros = partial(torch.zeros, dtype=torch.float64, device=like.device)
@@ -215,11 +243,11 @@ def _by_strips(layers: list[Tensor], first: int, way: Way) -> Products:
     for begin in range(0, n, rows):
         end = min(begin + rows, n)
         strips = room[: count * (end - begin) * (n - begin)].view(count, end - begin, n - begin)
-        for x, strip in zip(layers, strips, strict=True):
+        for x, own in zip(stacks, strips.split(sizes), strict=True):
             if x.dtype == wide:
-                torch.mm(x[begin:end], x[begin:].T, out=strip)
+                torch.bmm(x[:, begin:end], x[:, begin:].mT, out=own)
             else:  # half-precision operands on CUDA
-                torch.mm(x[begin:end], x[begin:].T, out_dtype=torch.float32, out=strip)
+                torch.bmm(x[:, begin:end], x[:, begin:].mT, out_dtype=torch.float32, out=own)
         diagonal = strips.diagonal(dim1=1, dim2=2)
         if way == "plain":
             sums[:, begin:end] = -diagonal
@@ -240,8 +268,9 @@ def _by_strips(layers: list[Tensor], first: int, way: Way) -> Products:
     return inner, None if way == "biased" else sums
 
 
-def _by_features(layers: list[Tensor], first: int, way: Way) -> Products:
+def _by_features(stacks: list[Tensor], first: int, way: Way) -> Products:
     """By the cross route, a pair of layers at a time."""
+    layers = [layer for stack in stacks for layer in stack]
     device, count = layers[0].device, len(layers)
     extra, sums = None, None
     if way == "apart":

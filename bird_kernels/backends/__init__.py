@@ -320,7 +320,7 @@ def _shares(problems: tuple[Problem, ...]) -> bool:
     return cost.fused(problems, sheet).us <= single
 
 
-def layer_products(
+def layers_by_triton(
     layers: Sequence[Tensor], mask: Tensor | None, problem: Problem, room: int
 ) -> tuple[Tensor, Tensor | None, Tensor] | None:
     """Triton's `layer_products` of layers [n, width] with the dtype and options of ``problem``; None where its kernels

@@ -15,7 +15,7 @@ from triton import knobs
 from ...types import Problem, Route, Shapes, Stash
 from . import gaussian, small
 from .launch import capability, device_of, precision_of
-from .layers import Layers
+from .layers import LayerTiles
 
 __all__ = [
     "backward",
@@ -78,12 +78,12 @@ def backward_together(
 def layer_products(
     layers: Sequence[Tensor], mask: Tensor | None, problem: Problem, room: int = 1 << 20
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What `layers.Layers` computes of layers [n, width] of one dtype, with ``room`` for so many numbers in tiles."""
+    """What `layers.LayerTiles` computes of layers [n, width] of one dtype; ``room``: the most numbers in tiles."""
     with device_of(layers[0]):
         return _layers_of(problem, tuple(layer.shape[1] for layer in layers), room, precision_of(problem))(layers, mask)
 
 
-_layers_of = lru_cache(maxsize=64)(Layers)
+_layers_of = lru_cache(maxsize=64)(LayerTiles)
 
 
 @lru_cache(maxsize=1024)

@@ -2,7 +2,7 @@ r"""The inner products ``<K_i, K_j>`` of the Gram matrices of many layers on the
 
 One launch finds the locations of the columns of all layers (`centre`), whatever their widths. Then one launch computes
 the same upper tiles of all Gram matrices, and one batched product of the library, a batch for each tile, adds them to
-the inner products; as many tiles at a time as `Layers` is given room for. No n x n matrix is stored.
+the inner products; as many tiles at a time as `LayerTiles` is given room for. No n x n matrix is stored.
 
 Biased, the columns are centred by their means, so the matrices are centred. Unbiased, they are shifted by a location
 that dominating rows do not move, the diagonals are zero, and the tiles' row sums are stored.
@@ -99,7 +99,7 @@ def layer_tiles_kernel(
     tl.store(tiles + (tl.program_id(0) * COUNT + layer).to(tl.int64) * (BLOCK * BLOCK) + inner, tile)
 
 
-class Layers:
+class LayerTiles:
     """The launches for layers of these ``widths``, with the dtype, rows, mask and estimator of ``problem``.
 
     ``room``: the most numbers in tiles at a time.
