@@ -18,6 +18,7 @@ from functools import partial, reduce
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +32,6 @@ from .types import Estimator, Problem
 # Zen 5 CPU in fp32, the Gram matrices of 18 layers of 1000 rows take 82 ms with strips of 64 rows, 77 with 128, 80 with
 # 256, and 141 without strips; with 512 rows 22, 23, 26 and 32.
 ROWS, LARGEST_STRIPS = 128, 1 << 24
-# Bytes that are allocated at a time for centred layers: smaller pieces, and those of 32 MB or more, malloc returns to
-# the system, which clears their pages at the next call: 5 of 60 ms for 2 x 18 layers of 512 rows.
-PIECE = 31 << 20
 # Up to so many rows Triton's tiles are preferred to the cross route, which launches three kernels a pair: an estimated
 # 4 ms for 18 x 18 layers, in which a GPU multiplies 9,000 rows of 32 features each, and 50 us for 2 x 2.
 FEW = 2048
@@ -191,14 +189,12 @@ def _centred(
     """As `linalg.centre`, for neighbours of equal width at once: stacks [layers, n, width]; scales [layers], fp64."""
     wide, operand = linalg.dtypes(problem)
     left_out = None if mask is None else ~mask[:, None]
-    left, room = sum(layer.numel() for layer in layers), layers[0].new_empty(0, dtype=wide)
+    room = _memory(sum(layer.numel() for layer in layers), wide, layers[0].device)
     stacks, scales = [], []
     for _, group in groupby(layers, lambda layer: layer.shape):
         alike = [linalg.to(layer, wide) for layer in group]
         size = len(alike) * alike[0].numel()
-        if size > len(room):
-            room = room.new_empty(max(size, min(left, PIECE // room.itemsize)))
-        (own, room), left = room.tensor_split([size]), left - size
+        own, room = room.tensor_split([size])
         x = torch.stack(alike, out=own.view(len(alike), *alike[0].shape))
         if left_out is not None:
             x.masked_fill_(left_out, 0.0)
@@ -210,6 +206,13 @@ def _centred(
         scales.append(_bring_to_one_(x) * unit)
         stacks.append(linalg.to(x, operand))
     return stacks, torch.cat(scales)
+
+
+def _memory(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for so many numbers; a CPU's by NumPy, which asks for large pages, where the system offers them."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(count, dtype=np.float64 if dtype == torch.float64 else np.float32))
+    return torch.empty(count, dtype=dtype, device=device)
 
 
 def _bring_to_one_(x: Tensor) -> Tensor:
@@ -237,7 +240,7 @@ def _by_strips(stacks: list[Tensor], first: int, way: Way) -> Products:
     like, n, sizes = stacks[0], stacks[0].shape[1], [len(stack) for stack in stacks]
     count = sum(sizes)
     wide, rows = ops.value_dtype(like.dtype), _strip_rows(n, count)
-    room = like.new_empty(count * rows * n, dtype=wide)
+    room = _memory(count * rows * n, wide, like.device)
     zeros = partial(torch.zeros, dtype=torch.float64, device=like.device)
     inner, sums = zeros(count, count), zeros(count, n)
     for begin in range(0, n, rows):
