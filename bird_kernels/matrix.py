@@ -137,7 +137,7 @@ def _measure(
         mask = mask.reshape(n)
     known: Estimator = "biased" if estimator == "biased" else "unbiased"
     dtype = reduce(torch.promote_types, (layer.dtype for layer in layers))
-    problem = Problem(n, 1, 1, dtype, device, "cka", known, masked=mask is not None, x_grad=False)
+    problem = Problem(n, 1, 1, dtype, device, "hsic", known, masked=mask is not None, x_grad=False)
     layers = [layer.reshape(n, -1) for layer in layers]
     count, first, wide = linalg.row_count(layers[0], mask), len(xs), ops.value_dtype(dtype)
     with ops.without_autocast(device):

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..moments import combine_all
+from ..moments import combine_all, norm_of
 from ..types import RBF, Problem, Route
+from .linalg import row_count, unscaled
 
 # Sizes of the small problem: multiples of 16, since Triton specialises on them; the cross route has MANY_ROWS.
 ROWS, MANY_ROWS, WIDTHS = 48, 208, (64, 32)
@@ -108,6 +109,8 @@ def _try(backend: ModuleType, library: ModuleType, problem: Problem, kind: str) 
     mask = torch.arange(n, device=cpu) % 5 != 1 if small.masked else None
     wide = small._replace(dtype=torch.float64, device=cpu, precision=None)
     true = _evaluate(library, x.double(), y.double(), mask, wide, route)
+    if kind == "layers":  # HSIC of x with y, with itself, and of y with itself
+        true = true[0], *(_evaluate(library, a.double(), a.double(), mask, wide, route)[0] for a in (x, y))
     device = small.device
     here = x.to(device), y.to(device), None if mask is None else mask.to(device)
     evaluate = {"pairs": _evaluate_pairs, "layers": _evaluate_layers}.get(kind, partial(_evaluate, route=route))
@@ -156,10 +159,11 @@ def _evaluate_pairs(
 def _evaluate_layers(
     backend: ModuleType, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor]:
-    inner, sums, _ = backend.layer_products([x, y], mask, problem)
-    count = float(problem.n) if mask is None else mask.sum(dtype=torch.float64)
-    value, roots, _ = combine_all(inner, sums, count, problem.estimator, torch.finfo(torch.float32).eps)
-    return value[0, 1] * roots[0] * roots[1], x.new_empty(0), x.new_empty(0)
+    inner, sums, scales = backend.layer_products([x, y], mask, problem)
+    count = row_count(x, mask)
+    value, _, n = combine_all(inner, sums, count, problem.estimator, torch.finfo(torch.float32).eps)
+    hsic = unscaled(value / norm_of(n, problem.estimator), scales[:, None], scales)
+    return hsic[0, 1], hsic[0, 0], hsic[1, 1]
 
 
 @contextlib.contextmanager
