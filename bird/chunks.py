@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from bird_kernels import CKALoss, Statistics, distributed, inputs
 from bird_kernels.plan import choose_route
@@ -34,6 +35,7 @@ Chunk = TypeVar("Chunk")
 
 # If a pair's teacher rows take more bytes (65,536 x 1,024 in fp32), they are not kept: the teacher runs again.
 TEACHER_BYTES = 1 << 28
+RANGE = "bird.cka"  # the name under which torch.profiler shows the time of CKA and its gradient
 
 
 def chunked_backward(
@@ -103,7 +105,8 @@ def chunked_backward(
     shares = [beta * weight for weight in ([1.0] * len(pairs) if loss.weights is None else loss.weights)]
     with torch.no_grad():  # learned weights get their own gradient at the end, from total.backward
         upstream, *upstreams = (share * gradient for share in (loss.alpha, *shares))
-    distances = [pair.settle(factor) for pair, factor in zip(pairs, upstreams, strict=True)]
+    with record_function(RANGE):
+        distances = [pair.settle(factor) for pair, factor in zip(pairs, upstreams, strict=True)]
     task, norms = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=upstream)
 
     total, loss.last = loss.alpha * task, {"task": task} | ({} if norms is None else loss.note(norms))
@@ -146,8 +149,9 @@ def _first_pass(
         _, ours = student(chunk)
         rows = [(x, y) for _, y, x in loss.matched(teacher(chunk), ours)]
         pairs = pairs or [_pair(loss, x, y, len(chunks)) for x, y in rows]
-        for pair, (x, y) in zip(pairs, rows, strict=True):
-            pair.add(x, y)
+        with record_function(RANGE):
+            for pair, (x, y) in zip(pairs, rows, strict=True):
+                pair.add(x, y)
         replay.samples.append(_samples(rows, pairs))
     return pairs
 
@@ -179,7 +183,8 @@ def _second_pass(
             for (t, s), pair in zip(loss.pairs, pairs, strict=True):
                 roots.append(ours[s])
                 rows.append((ours[s].detach(), theirs.get(t)))
-                gradients.append(pair.gradient(i, *rows[-1]))
+                with record_function(RANGE):
+                    gradients.append(pair.gradient(i, *rows[-1]))
             _backward(roots, gradients)
         if (measured := getattr(ours, "norms", None)) is not None:
             norms.append(measured)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from . import plan
 from .plan import FEW_ROWS, ceil_div, choose_route, variant
 from .types import Cost, Problem, Sheet
 
@@ -70,13 +71,16 @@ class Constants(NamedTuple):
     native_load: int = 3400
     native_product: int = 2400
     native_backward: int = 16_000
-    # Counted with fake tensors: launches of the RBF backends, a constant and a number per strip of 1024 rows (triton
-    # 163 with 1 strip, 569 with 8; library 391 and 1413); bytes of these for each pair of rows (27.6 GB at 8192).
-    # Estimate: clocks for each pair of rows that the atomics of the median's histograms wait.
-    triton_rbf: tuple[int, int] = (105, 58)
-    library_rbf: tuple[int, int] = (245, 146)
-    rbf_bytes: int = 411
-    rbf_clocks: float = 0.5
+    # Gaussian kernels, by library operations: launches, a constant and a number per strip of 1024 rows, and bytes for
+    # each pair of rows, counted with fake tensors (401 launches with 1 strip, 1409 with 8; 21.5 GB at 8192); estimate:
+    # clocks for each pair of rows that the atomics of the median's histograms wait. By Triton: bytes of distances,
+    # kernels, moments and gradient, and of each digit of the median; from machine code, instructions of a scheduler's
+    # two warps that count a tile's digits (Triton 3.6.0; 662 with 3.8.0).
+    library_rbf: tuple[int, int] = (257, 144)
+    library_rbf_bytes: int = 320
+    library_rbf_clocks: float = 0.5
+    rbf_bytes: tuple[int, int] = (36, 4)
+    digit_loop: int = 2192
 
 
 C = Constants()
@@ -202,15 +206,20 @@ def _library(problem: Problem, sheet: Sheet, symmetric: Mapping[int, float]) -> 
 
 
 def _rbf(problem: Problem, sheet: Sheet, backend: str) -> Cost:
-    """The cost of Gaussian kernels that are kept in memory; library operations find the bandwidth in both backends."""
+    """The cost of Gaussian kernels that are kept in memory."""
     n, wanted = problem.n, problem.x_grad * problem.p + problem.y_grad * problem.q
-    base, strip = C.triton_rbf if backend == "triton" else C.library_rbf
-    launches = base + strip * ceil_div(n, 1024)
-    factor = 1.0 if backend == "triton" else 1.5  # estimate: distances and kernels are separate operators
-    device = n * n * C.rbf_clocks / sheet.clock * 1e-3 + factor * _warm(C.rbf_bytes * n * n, 8 * n * n, sheet)
-    device += factor * (2 * n * n * (problem.p + problem.q) + 2 * n * n * wanted) / _rate(problem, sheet) * 1e-6
-    per = C.triton_launch if backend == "triton" else C.library_launch
-    return Cost(C.python_call + launches * per, launches * C.launch + device, launches)
+    work = 2 * n * n * (problem.p + problem.q + wanted) / _rate(problem, sheet) * 1e-6
+    if backend == "triton":
+        forward, backward = plan.launches(problem)
+        count, per, digits = forward + backward, C.triton_launch, forward - 5  # one counts as much if sigma is given
+        clocks = _issue(2 * digits * plan.upper(ceil_div(n, 64)), C.digit_loop, sheet)
+        moved = (C.rbf_bytes[0] + digits * C.rbf_bytes[1]) * n * n
+    else:
+        count, per = C.library_rbf[0] + C.library_rbf[1] * ceil_div(n, 1024), C.library_launch
+        clocks, moved = n * n * C.library_rbf_clocks, C.library_rbf_bytes * n * n
+        work *= 1.5  # estimate: distances and kernels are separate operators
+    device = clocks / sheet.clock * 1e-3 + _warm(moved, 8 * n * n, sheet) + work
+    return Cost(C.python_call + count * per, count * C.launch + device, count)
 
 
 def matrix(n: int, widths: Sequence[int], problem: Problem, sheet: Sheet) -> Cost:

@@ -29,8 +29,8 @@ KEPT = 1 << 28
 # number for CUDA is not measured yet.
 STRIP = {"cpu": 256, "cuda": 1024}
 
-# The multiprocessors of a large GPU (132 on an H100), and how many programs of a launch-bound problem each is given,
-# since they wait more than they compute. Neither is measured yet.
+# The multiprocessors of a large GPU (132 on an H100), and how many programs of a launch-bound problem or a median each
+# is given, since they wait more than they compute. Neither is measured yet.
 PROGRAMS, CROWD = 132, 4
 
 MOST_PAIRS = 64  # that share launches: their addresses are arguments of a kernel, which takes 4 KB of them
@@ -59,7 +59,7 @@ def small_tiling(problems: Sequence[Problem]) -> Tiling:
     first = problems[0]
     block, step = 64, 64 if first.dtype.itemsize == 2 else 32
     widths = [d for problem in problems for d in (problem.p, problem.q)]
-    programs = max(CROWD * PROGRAMS // _upper(ceil_div(first.n, block)), len(widths))
+    programs = max(CROWD * PROGRAMS // upper(ceil_div(first.n, block)), len(widths))
     chunk = ceil_div(sum(ceil_div(d, step) for d in widths), programs) * step
     return Tiling(block, step, tuple(ceil_div(d, chunk) for d in widths), chunk)
 
@@ -72,17 +72,15 @@ def together(problems: Sequence[Problem]) -> bool:
 
 
 def launches(problem: Problem) -> tuple[int, int]:
-    """The numbers of kernels that the Triton backend launches in a forward and in its backward.
-
-    An RBF kernel has launches of library operations besides, which find its bandwidth.
-    """
+    """The numbers of kernels that the Triton backend launches in a forward and in its backward."""
     backward = min(problem.x_grad + problem.y_grad, 1)
-    if problem.kernel is not None:  # locations, shift, distances, kernels, moments
-        return 5 + problem.masked, backward
+    if problem.kernel is not None:  # locations, shift, distances, four digits of the median, kernels, moments
+        return 9 if problem.kernel.sigma is None else 6, backward
     return 2 + (problem.estimator == "unbiased"), backward
 
 
-def _upper(tiles: int) -> int:
+def upper(tiles: int) -> int:
+    """The tiles on and above the diagonal of tiles x tiles."""
     return tiles * (tiles + 1) // 2
 
 
@@ -239,11 +237,10 @@ def _tile(problem: Problem, route: Route, backend: str) -> str:
         strips = f" in strips of {strip_rows(problem)} rows, {'kept' if keeps_kernels(problem) else 'streamed'}"
         return "library products" + (strips if problem.kernel else "")
     t = RBF_TILING if problem.kernel else small_tiling([problem])
-    count = 2 * _upper(ceil_div(problem.n, t.block)) if problem.kernel else _upper(ceil_div(problem.n, t.block))
+    count = 2 * upper(ceil_div(problem.n, t.block)) if problem.kernel else upper(ceil_div(problem.n, t.block))
     split = f", split {' + '.join(map(str, t.splits))} ways" if t.splits else ""
     launched = sum(launches(problem))
-    library = " and the library's for the bandwidth" if problem.kernel else ""
-    return f"{count} tiles of {t.block} x {t.block}, inner step {t.step}{split}, {launched} launches{library}"
+    return f"{count} tiles of {t.block} x {t.block}, inner step {t.step}{split}, {launched} launches"
 
 
 def _floor(problem: Problem, flops: int, traffic: int, sheet: Sheet | None) -> str:

@@ -40,8 +40,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     "bird": (),
     "bird_kernels": (),
     "examples/own_loop.py": ("vision",),
+    "examples/large_batch.py": ("vision",),
     "examples/dpo.py": ("language",),
     "examples/trl_sft.py": ("language",),
+    "examples/hidden_states.py": ("language",),
     "examples": ("language",),  # DDP, which needs nothing, and Accelerate
 }
 # Declared for libraries that look for them.

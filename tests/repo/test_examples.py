@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from tests.repo.documents import PAGES, ROOT, fences, name_of
 from tests.repo.forks import Forks
@@ -34,7 +35,7 @@ def forks() -> Iterator[Forks]:
 def test_help_helps_and_runs_nothing(script: str, forks: Forks, tmp_path: Path) -> None:
     """The help is the head of the script, where the commands to start it are, then its options."""
     source = (ROOT / "examples" / script).read_text(encoding="utf-8")
-    for extra in re.findall(r"^from (accelerate|trl|torchvision) ", source, re.MULTILINE):
+    for extra in re.findall(r"^from (accelerate|datasets|trl|torchvision) ", source, re.MULTILINE):
         pytest.importorskip(extra, reason="the example is a run of it")
     text = forks.run(tmp_path, ROOT / "examples" / script, "--help")
     assert text.startswith(f"usage: {script} [-h]")
@@ -83,6 +84,18 @@ def test_trainers_of_trl(script: str, steps: int, forks: Forks, tmp_path: Path) 
         assert loss == pytest.approx(0.1 * task + 0.9 * (1 - cka), abs=1e-4)
 
 
+def test_hidden_states_of_padded_and_of_packed_texts(forks: Forks, tmp_path: Path) -> None:
+    """The same numbers: padding does not count, and a packed text does not see the others."""
+    pytest.importorskip("datasets", reason="the example is a run of transformers' trainer")
+    runs = [forks.run(tmp_path, ROOT / "examples/hidden_states.py", *options) for options in ((), ("--packed",))]
+    padded, packed = (re.findall(r"loss (\S+), of the task (\S+), CKA to the teacher (\S+)", text) for text in runs)
+    assert len(padded) == 4
+    for ours, others in zip(padded, packed, strict=True):
+        loss, task, cka = map(float, ours)
+        assert loss == pytest.approx(0.5 * task + 0.5 * (1 - cka), abs=2e-5)
+        assert [loss, task, cka] == pytest.approx([*map(float, others)], abs=2e-5)
+
+
 LOOP = ROOT / "examples/own_loop.py"
 
 
@@ -104,6 +117,32 @@ def test_a_loop_over_a_folder_of_images(forks: Forks, tmp_path: Path) -> None:
     text = forks.run(tmp_path, LOOP, "--images", "images", "--steps", "1")
     ((loss, cka),) = re.findall(r"step 1: loss (\S+), CKA (\S+)", text)
     assert 0 < float(loss) - 0.9 * (1 - float(cka)) < 0.1 * 2 * math.log(3)  # of three classes, by chance
+
+
+LARGE = ROOT / "examples/large_batch.py"
+SIZES = "--batch", "16", "--chunk", "4"
+
+
+@needs_gloo
+def test_a_large_batch_on_two_processes_is_that_of_one(forks: Forks, tmp_path: Path) -> None:
+    """Values, and all weights and momenta after a step; and a run goes on from its checkpoint on fewer processes."""
+    pytest.importorskip("torchvision", reason="the example's networks")
+    one = forks.run(tmp_path, LARGE, *SIZES, "--steps", "2", "--checkpoint", "one")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *TORCHRUN, "2", str(LARGE), *SIZES, "--steps", "1", "--checkpoint", "two"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    resumed = forks.run(tmp_path, LARGE, *SIZES, "--steps", "2", "--checkpoint", "two")
+    assert resumed.startswith("1 steps are done: two\n")
+    first, second = re.findall(r"CKA (\S+) of 16 images on 1 processes", one)
+    (apart,) = re.findall(r"CKA (\S+) of 16 images on 2 processes", run.stdout)
+    (after,) = re.findall(r"CKA (\S+) of 16 images on 1 processes", resumed)
+    assert [float(apart), float(after)] == pytest.approx([float(first), float(second)], abs=2e-6)
+    assert 0 < float(re.findall(r"(\S+) % of the last step is CKA", one)[0]) < 100
+    for name, tensor in load_file(tmp_path / "one").items():
+        if "running_" not in name and "num_batches" not in name:  # of each process's own chunks, as in DDP
+            difference = load_file(tmp_path / "two")[name] - tensor
+            assert difference.float().norm() <= 1e-3 * tensor.float().norm(), name
 
 
 # The first line of a block that cannot run here says why, where readers see it.

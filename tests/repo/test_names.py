@@ -59,7 +59,7 @@ def test_private_names_stay_in_their_file() -> None:
 
 
 def is_kernel(function: ast.FunctionDef) -> bool:
-    return any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
 
 
 def test_few_positional_parameters() -> None:

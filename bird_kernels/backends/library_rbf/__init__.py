@@ -34,10 +34,11 @@ from .. import linalg
 from .median import median_of, pair_at
 from .strips import Bandwidth, Strips
 
-__all__ = ["backward", "bandwidth_of", "forward", "stash_shapes"]
+__all__ = ["backward", "forward", "stash_shapes"]
 
-# The largest t: with larger ones, squares of K underflow in the products' dtype.
+# The largest t: with larger ones, squares of K underflow in the products' dtype. The largest f.
 LIMIT = {torch.float32: 44.0, torch.float64: 350.0}
+STEEPEST = {dtype: torch.finfo(dtype).max / 16 for dtype in LIMIT}
 
 
 # What the backward needs besides tensors: derivatives by <K,L>, <K,K> and <L,L>, and the `Bandwidth` of each side.
@@ -123,7 +124,7 @@ def backward(
         )
 
 
-def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Bandwidth:
+def _bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Bandwidth:
     """The `Bandwidth` by the rule of the problem's `RBF`, from strips of squared distances; no synchronisation on CUDA.
 
     ``scale`` is that of the features, ``count`` the number of rows that count, ``side`` 0 for x and 1 for y.
@@ -141,7 +142,7 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
             first, second = pair_at(strips, median)
         typical = median.double()
         square = typical * (kernel.threshold or 1.0) ** 2
-    factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=torch.finfo(strips.wide).max / 16)
+    factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=STEEPEST[strips.wide])
     typical = (factor * typical).clamp(max=LIMIT[strips.wide]).to(strips.wide).double()  # rounded as in the strips
     level = (-typical).exp() if strips.problem.center else 0.0 * typical
     scalar = linalg.scalar
@@ -150,7 +151,7 @@ def bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ban
 
 def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[Bandwidth, Tensor]:
     """Turn strips of distances into strips of the kernel; return its bandwidth and its row shifts [n], fp64."""
-    bandwidth = bandwidth_of(strips, scale, count, side)
+    bandwidth = _bandwidth_of(strips, scale, count, side)
     strips.become_kernel(bandwidth)
     n = linalg.as_tensor(count, strips.norms.device)
     sums = strips.norms.new_zeros(strips.problem.n)

@@ -17,7 +17,7 @@ from .shift import column_sums, padded_width, rounded
 
 
 @triton.jit
-def _sizes(sums, scales, width, shares):
+def shifted_sizes(sums, scales, width, shares):
     """Scales of x and y, and the number of rows that count (the sum of a column of ones), fp64."""
     n = tl.sum(column_sums(sums, width - 8 + tl.arange(0, 1), width, shares), 0)
     return tl.load(scales).to(tl.float64), tl.load(scales + 1).to(tl.float64), n
@@ -70,7 +70,7 @@ def cross_finish_kernel(
     width = qa + pa + 8
     tiles_x, tiles_y = tl.cdiv(pa, BLOCK), tl.cdiv(qa, BLOCK)
     tiles = tl.cdiv(qa + pa, BLOCK) * tiles_x
-    sizes = _sizes(sums, scales, width, shares)
+    sizes = shifted_sizes(sums, scales, width, shares)
     n = sizes[2]
     own = tl.arange(0, BLOCK)
     kl, kk, ll, trace_x, trace_y = 0.0 * n, 0.0 * n, 0.0 * n, 0.0 * n, 0.0 * n
@@ -266,14 +266,15 @@ def gram_rows_kernel(
             tl.store(tops + side * blocks + block, tl.max(top, 0))
     elif not GAUSSIAN:
         columns = (program - 2 * blocks) * BLOCK + tl.arange(0, BLOCK)
-        mean = column_sums(sums, columns, qa + pa + 8, shares) / _sizes(sums, scales, qa + pa + 8, shares)[2]
+        mean = column_sums(sums, columns, qa + pa + 8, shares)
+        mean = mean / shifted_sizes(sums, scales, qa + pa + 8, shares)[2]
         mean = rounded(-mean.to(tl.float32), zx, TF32)
         row = tl.cast(n, tl.int64)
         tl.store(zy + row * qa + columns, mean, mask=columns < qa)
         tl.store(zx + row * pa + columns - qa, mean, mask=(columns >= qa) & (columns < qa + pa))
     if arrive(counters, tl.num_programs(0)):
         tl.store(counters, 0)
-        scale_x, scale_y, count = _sizes(sums, scales, qa + pa + 8, shares)
+        scale_x, scale_y, count = shifted_sizes(sums, scales, qa + pa + 8, shares)
         if GAUSSIAN:  # its kernels do not depend on the features' scales
             scale_x, scale_y = 1.0, 1.0
         store_sizes(coefficients, (scale_x, scale_y, count))

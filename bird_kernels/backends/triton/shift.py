@@ -169,7 +169,7 @@ def shift_kernel(
     ones,  # out (CROSS), [rows, 8]: 1 1 0 0 0 0 0 0 for a row that counts
     sums,  # out, [grid 1, qa + pa + 8]: column sums of zy, zx and (cross and gram) ones, by shares; fp32, SCORED fp64
     scales,  # out, fp32 [2]: of x and of y
-    norms,  # out (SCORED), fp32 [grid 0 - 1, length]: each block's share of the scores
+    norms,  # out, fp32 [grid 0 - 1, length]: each block's share of the scores (SCORED), of |z|^2 of the rows (NORMED)
     scores,  # out (SCORED), fp32 [length]
     counters,  # int32 [1 + grid 1], 0
     n,  # rows of x and y
@@ -181,6 +181,7 @@ def shift_kernel(
     CROSS: tl.constexpr,  # z is [zy | zx | ones]
     TF32: tl.constexpr,  # whether z is rounded to tf32; else to its dtype
     SCORED: tl.constexpr,  # whether rows have scores, for `apart`
+    NORMED: tl.constexpr,  # whether the rows of z have squared norms, for distances
     LOCATED: tl.constexpr,  # columns per program of `locate_kernel`
     SHIFTED: tl.constexpr,  # columns per program, and rows that it processes at a time
     WIDTH: tl.constexpr,  # peaks, or scores, that are read together
@@ -213,6 +214,9 @@ def shift_kernel(
             if SCORED:
                 tl.store(norms + block.to(tl.int64) * length + rows, tl.sum(tile * tile, 1) / unit, mask=rows < last)
             tile = rounded(tile, zx, TF32)
+            if NORMED:
+                wide = tile.to(tl.float32)
+                tl.store(norms + block.to(tl.int64) * length + rows, tl.sum(wide * wide, 1), mask=rows < last)
             there = (rows < last)[:, None] & (columns < width)[None, :]
             tl.store(z + rows.to(tl.int64)[:, None] * pitch + columns[None, :], tile, mask=there)
             if SCORED:  # rows beyond fp16's range may be taken out of z, and out of its sums
@@ -255,16 +259,16 @@ class Shift:
         share = SHIFTED * ceil_div(length, SHIFTED * SHARES)
         self.shares = ceil_div(length, share)
         self.width = 8 * (ceil_div(p, 8) + ceil_div(q, 8))
-        single, double = torch.float32, torch.float64
+        single, double, normed = torch.float32, torch.float64, problem.kernel is not None
         self.sizes = dict(
             shifts=(self.width, single), peaks=(located, single), scales=(2, single),
             sums=(self.shares * (self.width + 8), double if scored else single),
             counters=(1 + self.shares, torch.int32), expected=(located if scored else 0, single),
-            norms=(columns * length if scored else 0, single), scores=(length if scored else 0, single),
+            norms=(columns * length if scored or normed else 0, single), scores=(length if scored else 0, single),
         )  # fmt: skip
         decided = dict(
             n=n, p=p, q=q, every=ceil_div(n, SAMPLE), shares=self.shares, length=length, share=share,
-            MASKED=problem.masked, ALWAYS=always, CROSS=cross, TF32=precision == "tf32", SCORED=scored,
+            MASKED=problem.masked, ALWAYS=always, CROSS=cross, TF32=precision == "tf32", SCORED=scored, NORMED=normed,
             LOCATED=LOCATED, SHIFTED=SHIFTED, WIDTH=WIDTH.value,
         )  # fmt: skip
         self.locate = Launch(locate_kernel, (located,), decided, num_warps=4 if scored else 8)  # 8 would spill

@@ -84,8 +84,9 @@ def few_rows(case: Case) -> None:
 
 
 def rbf(case: Case) -> None:
-    """RBF kernels. Their bandwidth is given: the median of memory that nobody wrote is nothing."""
-    problem = problem_of(case, 128, 512, 1280)._replace(kernel=RBF(sigma=1.0))
+    """RBF kernels: sigma is given where the statistic is HSIC, and found by each rule elsewhere."""
+    kernel = RBF(sigma=1.0) if case.statistic == "hsic" else RBF(threshold=1.0 if case.masked else None)
+    problem = problem_of(case, 128, 512, 1280)._replace(kernel=kernel)
     x, y, mask = features(case, 128, 512), features(case, 128, 1280), mask_of(case, 128)
     value, stash = backend.forward(x, y, mask, problem, "gram")
     backend.backward(value, x, y, mask, stash, problem, route="gram")
