@@ -223,8 +223,8 @@ def _rbf(problem: Problem, sheet: Sheet, backend: str) -> Cost:
 
 
 def matrix(n: int, widths: Sequence[int], problem: Problem, sheet: Sheet) -> Cost:
-    """The cost of `cka_matrix`, unbiased, of n rows and two networks with layers of these ``widths``, by Triton's tiles;
-    as if they took the time of the library's whole products, of which they are the upper halves."""
+    """The cost of `cka_matrix`, unbiased, of n rows and two networks with layers of these ``widths``, by Triton,
+    as if its tiles took the time of the library's whole products."""
     layers = 2 * len(widths)
     device = sum(2 * _product(n, n, d, 4, problem, sheet) + _cold(8 * n * d, sheet) for d in widths)
     device += _warm(4 * layers * n * n, 2 * layers * n * n, sheet)

@@ -110,7 +110,8 @@ def _try(backend: ModuleType, library: ModuleType, problem: Problem, kind: str) 
     wide = small._replace(dtype=torch.float64, device=cpu, precision=None)
     true = _evaluate(library, x.double(), y.double(), mask, wide, route)
     if kind == "layers":  # HSIC of x with y, with itself, and of y with itself
-        true = true[0], *(_evaluate(library, a.double(), a.double(), mask, wide, route)[0] for a in (x, y))
+        xx, yy = (_evaluate(library, a.double(), a.double(), mask, wide, route)[0] for a in (x, y))
+        true = true[0], xx, yy
     device = small.device
     here = x.to(device), y.to(device), None if mask is None else mask.to(device)
     evaluate = {"pairs": _evaluate_pairs, "layers": _evaluate_layers}.get(kind, partial(_evaluate, route=route))

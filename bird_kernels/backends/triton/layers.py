@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -135,18 +136,18 @@ class LayerTiles:
         dense = tuple(layer.contiguous() for layer in layers)
         bytes_ = dense[0] if mask is None else as_bytes(mask)
         new = dense[0].new_empty
-        sizes = dict(
-            locations=self.located, peaks=self.blocks, scales=count, tiles=(self.at_once, count, BLOCK * BLOCK),
+        sizes: dict[str, tuple[int, ...]] = dict(
+            locations=(self.located,), peaks=(self.blocks,), scales=(count,), tiles=(self.at_once, count, BLOCK**2),
             sums=(count, self.along * self.unbiased, n),
         )  # fmt: skip
-        memory = {name: new(size, dtype=torch.float32) for name, size in sizes.items()}
+        memory: dict[str, Any] = {name: new(size, dtype=torch.float32) for name, size in sizes.items()}
         tiles, sums = memory["tiles"], memory["sums"]
         inner = torch.zeros((self.at_once, count, count), dtype=torch.float32, device=tiles.device)
         known = "dense" if aligned(*dense, bytes_) else None
-        memory_ = memory | dict(layers=dense, mask=bytes_)
-        self.locate(known, memory_)
+        memory |= dict(layers=dense, mask=bytes_)
+        self.locate(known, memory)
         for number, launch in self.tiles:
-            launch(known, memory_)
+            launch(known, memory)
             own, total = tiles[:number], inner[:number]
             torch.baddbmm(total, own, own.mT, out=total)
         rows = sums.sum(1, dtype=torch.float64) if self.unbiased else None
