@@ -3,7 +3,7 @@
     loss      `cka_loss` beside what its users could write instead (the default; 8 minutes)
     layers    many layers at once: `cka_matrix`, and `cka_loss` of a list of pairs
     tokens    `token_cka_loss` beside what users could write with a mask
-    ranks     ``group=`` on two processes beside a differentiable all-gather
+    ranks     ``group=`` on two and four processes beside a differentiable all-gather
 
 Every candidate passes the gate first: its value and gradient against a float64 truth of the same features. Where it is
 red no time is taken: of a rival the page says why, and where ours is wrong the run fails. The rows of a question are

@@ -35,7 +35,7 @@ Chunk = TypeVar("Chunk")
 
 # If a pair's teacher rows take more bytes (65,536 x 1,024 in fp32), they are not kept: the teacher runs again.
 TEACHER_BYTES = 1 << 28
-RANGE = "bird.cka"  # the name under which torch.profiler shows the time of CKA and its gradient
+RANGE = "bird: CKA"  # the name under which torch.profiler shows the time of CKA and its gradient
 
 
 def chunked_backward(

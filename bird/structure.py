@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bird_kernels import CKALoss, cka_loss, distributed, gram_mse, inputs
+from bird_kernels import CKALoss, distributed, functional, gram_mse, inputs
 from bird_kernels.pairs import stack
 
 # The options that each loss takes beside row_dims; others must have their defaults.
@@ -78,23 +78,23 @@ class StructureLoss(CKALoss):
 
     def forward(self, x: Any, y: Any, mask: Tensor | None = None) -> Tensor:
         """The loss of x [n, ...] and y [n, ...], 0-d; fp32, or fp64 if either side has it."""
-        options = self.options | {"row_dims": 1}
-        with distributed.Reported(options["group"]), torch.autocast(x.device.type, enabled=False):
-            x, y, mask = inputs.as_rows(x, y, mask, self.options["row_dims"])
-            if self.loss in ("rsa", "procrustes"):
-                return (_rsa if self.loss == "rsa" else _procrustes)(x, y, mask)
-            if self.loss == "cosine_cka":
-                x, y = _unit(x, mask), _unit(y, mask)
-            elif self.loss == "cka_difference":
-                x, y = differences(x), differences(y)
-                mask = None if mask is None else mask[: len(x)] & mask[len(x) :]
-        if self.loss == "gram_mse":
-            return gram_mse(x, y, mask=mask, **{name: options[name] for name in LOSSES["gram_mse"]})
-        return cka_loss(x, y, mask=mask, **options)
+        return self.each([x], [y], mask)[0]
 
     def each(self, xs: Sequence[Tensor], ys: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """The loss of each pair of two lists, [pairs]."""
-        return stack([self(x, y, mask) for x, y in zip(xs, ys, strict=True)])
+        options, pairs = {name: value for name, value in self.options.items() if name != "row_dims"}, []
+        taken, each = {name: options[name] for name in LOSSES["gram_mse"]}, zip(xs, ys, strict=True)
+        of_one = {"rsa": _rsa, "procrustes": _procrustes, "gram_mse": lambda x, y, m: gram_mse(x, y, mask=m, **taken)}
+        with distributed.Reported(options["group"]), torch.autocast(xs[0].device.type, enabled=False):
+            for x, y, rows in (inputs.as_rows(*pair, mask, self.options["row_dims"]) for pair in each):
+                if self.loss == "cosine_cka":
+                    x, y = _unit(x, rows), _unit(y, rows)
+                elif self.loss == "cka_difference":
+                    x, y, rows = differences(x), differences(y), rows if rows is None else rows.reshape(2, -1).all(0)
+                pairs.append((x, y, rows))
+            if self.loss in of_one:
+                return stack([of_one[self.loss](*pair) for pair in pairs])
+        return functional.cka_losses(*zip(*(pair[:2] for pair in pairs), strict=True), mask=pairs[0][2], **options)
 
     def extra_repr(self) -> str:
         """The arguments that ``repr`` shows."""

@@ -41,7 +41,8 @@ def loss(
 def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tensor:
     """The statistic of each pair of two lists, [pairs], fp32 (fp64 if any pair has it).
 
-    They are computed together if the options allow it, else and under torch.compile and torch.func one by one.
+    They are computed together if the options allow it, else and under torch.compile and torch.func one by one. Those of
+    a group travel together.
 
     Raises:
         TypeError, ValueError: not two lists of one length, no pairs, a pair whose rows differ; also as `evaluate`.
@@ -53,21 +54,23 @@ def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tenso
         raise
     if len(both) == 1:
         return evaluate(*both[0], mask, options).reshape(1)
-    common = options.group is None and options.center and (options.statistic, options.kernel) == ("cka_loss", "linear")
+    if options.group is not None:
+        return pairs.stack(_in_group(both, mask, options))
+    common = options.center and (options.statistic, options.kernel) == ("cka_loss", "linear")
     common = common and forward_ad._current_level < 0 and options.backend != "reference"
     if not common or any(ops.watched(*pair) for pair in both):
-        return pairs.stack([evaluate(*pair, mask, options, len(both)) for pair in both])
+        return pairs.stack([evaluate(*pair, mask, options) for pair in both])
     return pairs.in_one_node([inputs.prepare(*pair, mask, options) for pair in both], options.backend)
 
 
-def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: int = 1) -> Tensor:
-    """The statistic of one of ``many`` pairs, 0-d, fp32 (fp64 if either side is).
+def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Tensor:
+    """The statistic of one pair, 0-d, fp32 (fp64 if either side is).
 
     Raises:
         TypeError, ValueError, RuntimeError: as `bird_kernels.cka_loss`.
     """
     if options.group is not None:
-        return _in_group(x, y, mask, options, many)
+        return _in_group([(x, y)], mask, options)[0]
     if forward_ad._current_level >= 0:
         options = _in_forward_mode(options)
     if ops.at_once is not None and not torch.compiler.is_compiling():
@@ -88,18 +91,22 @@ def _in_forward_mode(options: Options) -> Options:
 
 
 @distributed.uncompiled
-def _in_group(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: int) -> Tensor:
+def _in_group(both: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None, options: Options) -> list[Tensor]:
     if distributed.world_size(options.group) == 1:
-        return _whole(*inputs.prepare(x, y, mask, options), options.backend)
-    return across(x, y, mask, options, many)
+        return [_whole(*inputs.prepare(*pair, mask, options), options.backend) for pair in both]
+    return across(both, mask, options)
 
 
-def across(x: Tensor, y: Tensor, mask: Tensor | None, options: Options, many: int = 1) -> Tensor:
-    """`evaluate` by communication between the ranks of a group, even if it has only one."""
-    part = global_batch.meet(x, y, mask, options, many)
-    if part.transport.name == "merged":
-        return global_batch.of_merged_sums(part)
-    return _whole(*global_batch.gathered(part), part.problem, options.backend)
+def across(both: Sequence[tuple[Tensor, Tensor]], mask: Tensor | None, options: Options) -> list[Tensor]:
+    """The statistic of each pair by communication between the ranks of a group, even if it has only one."""
+    values = []
+    for part, received in global_batch.exchange(both, mask, options):
+        if isinstance(received, Tensor):
+            everyone = global_batch.gathered(part, received, options.group)
+            values.append(_whole(*everyone, part.problem, options.backend))
+        else:
+            values.append(global_batch.of_merged_sums(part, received, options.group))
+    return values
 
 
 def _whole(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, backend: str) -> Tensor:
@@ -118,7 +125,7 @@ def plan_of(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Plan
     if options.group is None or distributed.world_size(options.group) == 1:
         *_, problem = inputs.prepare(x, y, mask, options)
     else:
-        part = global_batch.meet(x, y, mask, options)
+        part = global_batch.met(x, y, mask, options)
         problem, transport = part.problem, part.transport
         if transport.name == "merged":
             merged = Choice("library", "sums of rows travel, which the library's products are")

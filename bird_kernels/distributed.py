@@ -1,10 +1,30 @@
 """Collectives between the ranks of a process group, and the check before them that all ranks make the same call.
 
 A collective that only some ranks enter, or that they enter with different shapes, never returns or returns garbage. So
-every rank first sends a header of a few numbers (`agree`): whether it has failed already, and a hash of what it is
-about to do. If a rank has failed, or if the hashes differ, every rank raises. The header always has the same size, so
-a rank that fails earlier (`Reported`) can send its own and match the header that the others are waiting for. A rank
-that never calls is left to the group: its timeout or its broken connection is an error on the others.
+ranks first make sure of each other, in one of two ways.
+
+*Agreement* (`agree`): every rank sends a header of a few numbers, whether it has failed already and a hash of what it
+is about to do. If a rank has failed, or if the hashes differ, every rank raises. The header always has the same size,
+so a rank that fails earlier (`Reported`) can send its own and match the header that the others are waiting for.
+
+*A ride* (`take`): a call that the ranks have agreed on before is not agreed on again. Its numbers ride in slots, one of
+each rank for each pair, at the front of its first collective. It is safe for four reasons:
+
+1. A rank's history (what was agreed on, and which call came after which) is written only from what all ranks received
+   alike, so it is the same on each. All expect the same call next, and with it the same first collective, or none.
+2. A rank that makes another call than the expected one, or has failed, enters the expected collective nevertheless,
+   with zeros. A slot of zero (numbers and zeros add up exactly) shows this to all ranks before anything else is sent,
+   and together they go on to the agreement, which knows what differs or failed.
+3. What a call sends depends on the numbers of all ranks (`transport`), which the slots bring. If they lead to something
+   else than was agreed on, all ranks see it, and agree anew. So no result depends on the calls before it.
+4. A slot holds 18 bits of a hash of the expected call and of a count of rides. If histories differ in spite of 1, say
+   since a member was replaced in a group that lived on, all ranks forget theirs and agree. (If sizes differ as well,
+   the backend ends in its error or timeout.)
+
+A history belongs to a `ProcessGroup` object, and ends with it. The host reads the slots: on a GPU it waits for the
+device once in each call, until the first collective is done. If it raised in the next call instead, a rank that failed
+would leave the others alone in the collectives of the backward, which would hang. A rank that never calls is left to
+the group: its timeout or its broken connection is an error on the others.
 """
 
 from __future__ import annotations
@@ -12,14 +32,19 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-NUMBERS = 4  # the most that a rank can add to its header
+NUMBERS = 4  # as many of a rank fit into its header; more take an all-gather of their own
+BITS, TAGS = 35, (1 << 18) - 1  # of a number, at most; of a slot 53 bits are exact in fp64
+CALLS = 64  # a longer history is forgotten
+# PyTorch renamed it, and warns of the old name, which is the only one of 2.10.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 Result = TypeVar("Result")
 
 
@@ -84,13 +109,103 @@ def require_device(device: torch.device, group: dist.ProcessGroup) -> None:
         )
 
 
+class Ride(NamedTuple):
+    """The first collective of a call that the ranks of a group have agreed on.
+
+    Each rank sends ``slots`` numbers and ``size`` more: fp64 numbers to be summed, or bytes if they are ``gathered``.
+    ``call`` is what the caller keeps with it.
+    """
+
+    key: bytes
+    slots: int
+    size: int
+    gathered: bool
+    device: torch.device
+    call: Any
+
+
+class _History:
+    """What the ranks of a group have agreed on, equal on each: the rides by call, and which call came ``after`` one."""
+
+    def __init__(self) -> None:
+        self.last, self.count = b"", 0
+        self.after: dict[bytes, bytes] = {}
+        self.rides: dict[bytes, Ride] = {}
+
+
+_HISTORIES: WeakKeyDictionary[dist.ProcessGroup, _History] = WeakKeyDictionary()
+
+
+def _history(group: dist.ProcessGroup) -> _History:
+    return _HISTORIES.setdefault(group, _History())
+
+
+def expected(group: dist.ProcessGroup) -> Ride | None:
+    """The call that follows the last one: what followed it before, or the same again; None if it must be agreed on."""
+    history = _history(group)
+    return history.rides.get(history.after.get(history.last, history.last))
+
+
+def expect(group: dist.ProcessGroup, slots: int, size: int, gathered: bool, device: torch.device, call: Any) -> Ride:
+    """Remember the `Ride` of the call that the ranks have just agreed on."""
+    history = _history(group)
+    ride = history.rides[history.last] = Ride(history.last, slots, size, gathered, device, call)
+    return ride
+
+
+def blank(ride: Ride, group: dist.ProcessGroup, zero: bool = False) -> tuple[Tensor, Tensor]:
+    """What a rank sends in a ride, and the part behind the slots: zeros, or, of rows, memory that is to be written."""
+    front = 8 * ride.slots if ride.gathered else group.size() * ride.slots
+    make = torch.empty if ride.gathered and not zero else torch.zeros
+    dtype = torch.uint8 if ride.gathered else torch.float64
+    sent = make(front + ride.size, dtype=dtype, device=ride.device)
+    return sent, sent[front:]
+
+
+def take(
+    group: dist.ProcessGroup, ride: Ride, numbers: Sequence[int], sent: Tensor | None
+) -> tuple[list[list[int]], Tensor]:
+    """The ``numbers`` (one for each slot, of `BITS` bits) of every rank, and what lies behind the slots: the sums
+    [size], or the bytes [ranks, size]. ``sent`` is a filled `blank`; None on a rank that makes another call.
+
+    The list is empty if any rank makes another call.
+    """
+    history, world = _history(group), group.size()
+    history.count += 1
+    tag = (int.from_bytes(ride.key, "big") + history.count) % TAGS + 1
+    with torch._C._DisableFuncTorch():
+        buffer = blank(ride, group, zero=True)[0] if sent is None else sent
+        front = buffer[: len(buffer) - ride.size]
+        own = front.view(torch.int64) if ride.gathered else front.view(world, -1)[group.rank()]
+        for i, number in enumerate(numbers if sent is not None else ()):
+            own[i].fill_(tag << BITS | number)  # a launch on a GPU, where a copied list would wait for the device
+        if ride.gathered:
+            data = all_gather(buffer, group)
+            slots = data[:, : len(front)].contiguous().view(torch.int64).tolist()
+            data = data[:, len(front) :]
+        else:
+            slots, data = all_reduce(buffer, group)[: len(front)].view(world, -1).tolist(), buffer[len(front) :]
+    tags = {slot // (1 << BITS) for numbers in slots for slot in numbers}
+    if tags - {0, tag}:
+        _HISTORIES.pop(group)
+    if tags != {tag}:
+        return [], data
+    history.last = ride.key
+    return [[int(slot) % (1 << BITS) for slot in numbers] for numbers in slots], data
+
+
 def agree(
-    group: dist.ProcessGroup, error: Exception | None, terms: Mapping[str, object], numbers: Sequence[int]
+    group: dist.ProcessGroup,
+    error: Exception | None,
+    terms: Mapping[str, object],
+    numbers: Sequence[int],
+    declined: bool = False,
 ) -> list[list[int]]:
-    """The ``numbers`` (up to `NUMBERS`) of every rank, if no rank passes an ``error`` and all pass equal ``terms``.
+    """The ``numbers`` of every rank, if no rank passes an ``error`` and all pass equal ``terms``.
 
     Of terms a 64-bit hash of their ``repr`` is compared. The headers are one all-gather of six 64-bit integers per
-    rank, over the CPU if the group has a backend for it (gloo); with NCCL alone it waits for the GPU.
+    rank, over the CPU if the group has a backend for it (gloo); with NCCL alone it waits for the GPU. Before them goes
+    the ride that the other ranks may be in, unless this call has ``declined`` it.
 
     Raises:
         Exception: ``error``, on the rank that passed it.
@@ -98,22 +213,27 @@ def agree(
             capture of a CUDA graph.
         ValueError: on every rank, if terms differ; with the ranks and their values.
     """
-    _require_no_capture()
-    error = error or _refused()
+    refusal = refused()
+    error = error or refusal
+    if not declined and (ride := expected(group)) is not None:
+        take(group, ride, (), None)
     with torch._C._DisableFuncTorch():  # what ranks send is no part of a transform, which would wrap it
         shown = {name: repr(value) for name, value in terms.items()}
-        digest = hashlib.blake2b(repr(shown).encode(), digest_size=8).digest()
-        unused = [0] * (NUMBERS - len(numbers))
-        mine = [int(error is not None), int.from_bytes(digest, "big", signed=True), *numbers, *unused]
-        header = torch.tensor(mine, dtype=torch.int64, device=devices(group)[0])
-        everyone = header.new_empty(group.size() * len(mine))
-        dist.all_gather_into_tensor(everyone, header, group=group)
-        headers = everyone.view(-1, len(mine)).tolist()
-        if any(failed for failed, *_ in headers):
-            _raise_failure(group, error)
-        if len({header[1] for header in headers}) > 1:
-            _raise_difference(group, shown)
-    return [header[2 : 2 + len(numbers)] for header in headers]
+        key = hashlib.blake2b(repr(shown).encode(), digest_size=8).digest()
+        mine = [int(error is not None), int.from_bytes(key, "big", signed=True), *numbers, *[0] * NUMBERS]
+        headers = _of_all(mine[: 2 + NUMBERS], group)
+        failed, differ = any(header[0] for header in headers), len({header[1] for header in headers}) > 1
+        if failed or differ:
+            _HISTORIES.pop(group, None)
+            _raise_failure(group, error) if failed else _raise_difference(group, shown)
+        many = len(numbers) > NUMBERS
+        found = _of_all(numbers, group) if many else [header[2 : 2 + len(numbers)] for header in headers]
+    if len(_history(group).after) >= CALLS:
+        _HISTORIES.pop(group)
+    history = _history(group)
+    history.after[history.last] = key
+    history.last = key
+    return found
 
 
 class Reported:
@@ -152,33 +272,33 @@ def all_reduce(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return values
 
 
-def all_gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """The rows [n_r, d] of all ranks in the order of ranks, [sum(counts), d]; ``counts`` are the n_r of all ranks."""
-    longest = max(counts)
-    if len(rows) < longest:
-        rows = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
-    everyone = rows.new_empty(len(counts) * longest, rows.shape[1])
-    dist.all_gather_into_tensor(everyone, rows.contiguous(), group=group)
-    if min(counts) == longest:
-        return everyone
-    return torch.cat([part[:count] for part, count in zip(everyone.split(longest), counts, strict=True)])
+def all_gather(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ``own`` [size] of all ranks, [ranks, size]."""
+    everyone = own.new_empty(group.size() * len(own))
+    getattr(dist, GATHER)(everyone, own, group=group)
+    return everyone.view(group.size(), -1)
 
 
-def _refused() -> RuntimeError | None:
-    """An error for the other ranks to hear of, where gradients are asked for that merged sums do not have."""
+def _of_all(numbers: Sequence[int], group: dist.ProcessGroup) -> list[list[int]]:
+    found: list[list[int]] = all_gather(torch.tensor(numbers, device=devices(group)[0]), group).tolist()
+    return found
+
+
+def refused() -> RuntimeError | None:
+    """An error for the other ranks to hear of, where gradients are asked for that merged sums do not have.
+
+    Raises:
+        RuntimeError: in the capture of a CUDA graph, where nothing can be sent that the host could read.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "group= does not work in the capture of a CUDA graph, the ranks agree on the host: leave it out"
+        )
     if torch._C._are_functorch_transforms_active():
         return RuntimeError("group= does not work inside torch.func transforms: use autograd")
     if forward_ad._current_level >= 0:
         return RuntimeError("group= has no forward-mode derivative: use reverse mode")
     return None
-
-
-def _require_no_capture() -> None:
-    """Raise a RuntimeError in the capture of a CUDA graph: the host could not read what ranks send."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "group= does not work in the capture of a CUDA graph, the ranks agree on the host: leave it out"
-        )
 
 
 def _raise_failure(group: dist.ProcessGroup, error: Exception | None) -> None:
@@ -195,7 +315,7 @@ def _raise_difference(group: dist.ProcessGroup, shown: dict[str, str]) -> None:
     everyone: list[dict[str, str]] = [{}] * group.size()
     dist.all_gather_object(everyone, shown, group=group)
     parts = []
-    for name in shown:
+    for name in dict.fromkeys(name for theirs in everyone for name in theirs):
         ranks: dict[str, list[str]] = {}
         for rank, theirs in enumerate(everyone):
             ranks.setdefault(theirs.get(name, "missing"), []).append(str(rank))

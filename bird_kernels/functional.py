@@ -85,11 +85,11 @@ def cka_loss(
     With ``group`` the gradient is that of the whole batch with respect to this rank's rows, *times the number of
     ranks*: averaged over the ranks, as DDP and FSDP do, it is the gradient of the whole batch. If gradients are summed
     instead, divide the loss by the number of ranks. Either merged sums or the rows themselves are communicated,
-    whichever are fewer bytes (`explain`, docs/explain/scale.md); the backward communicates nothing. Before that the
-    ranks exchange their shapes and options: wrong or different arguments on one rank raise on every rank; a missing
-    rank ends in the group's timeout. So the host waits for the other hosts, and for the GPU, too, if the group has NCCL
-    only (init_process_group() adds gloo by default). A CUDA graph cannot capture that, torch.compile
-    breaks its graph there; torch.func and double backward are refused.
+    whichever take less time (`explain`, docs/explain/scale.md), of all pairs together; the backward communicates
+    nothing. A call that is not like one before it is agreed on first. Wrong or different arguments on one rank raise on
+    every rank; a missing rank ends in the group's timeout. The host waits for the other hosts, on a GPU until the first
+    collective is done. A CUDA graph cannot capture that, torch.compile breaks its graph there; torch.func and double
+    backward are refused.
 
     Derivatives of any order and `torch.func` transforms work. In forward mode (`torch.func.jvp`, dual tensors) "auto"
     uses the literal formula (fp64, n x n matrices), and other backends are refused. `torch.jit.trace` is refused,

@@ -237,13 +237,13 @@ def _native() -> Any:
     def backward(
         grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad = rest
+        *kept, statistic, unbiased, exact, x_grad, y_grad = rest
         problem = Problem(
             x.shape[0], x.shape[1], y.shape[1], x.dtype, x.device, get_args(Statistic)[statistic],
             "unbiased" if unbiased else "biased", "ieee" if exact else "tf32", mask is not None, x_grad, y_grad,
         )  # fmt: skip
         given = flattened(Call(problem, "gram", "native"))
-        return _visible_backward(grad, x, y, mask, given, native.stash_of(coefficients, k, l))
+        return _visible_backward(grad, x, y, mask, given, native.stash_of(*kept))
 
     native.differentiate_backward_with(backward)
     at_once = native.at_once_where(backends.most_at_once)

@@ -33,7 +33,8 @@ STRIP = {"cpu": 256, "cuda": 1024}
 # is given, since they wait more than they compute. Neither is measured yet.
 PROGRAMS, CROWD = 132, 4
 
-MOST_PAIRS = 64  # that share launches: their addresses are arguments of a kernel, which takes 4 KB of them
+# The most pairs that share launches: kernels take 4 KB of arguments, addresses and, the native ones, strides.
+MOST_PAIRS = {"native": 32, "triton": 64}
 
 
 class Tiling(NamedTuple):
@@ -64,11 +65,11 @@ def small_tiling(problems: Sequence[Problem]) -> Tiling:
     return Tiling(block, step, tuple(ceil_div(d, chunk) for d in widths), chunk)
 
 
-def together(problems: Sequence[Problem]) -> bool:
-    """Whether pairs can share the Triton backend's launches: 2 to `MOST_PAIRS`, of one dtype and one n, few rows."""
+def together(problems: Sequence[Problem], backend: str) -> bool:
+    """Whether pairs can share a backend's launches: 2 to `MOST_PAIRS`, of one dtype and one n, few rows."""
     first = problems[0]
     alike = all((p.n, p.dtype) == (first.n, first.dtype) for p in problems)
-    return 2 <= len(problems) <= MOST_PAIRS and alike and first.n <= FEW_ROWS
+    return 2 <= len(problems) <= MOST_PAIRS[backend] and alike and first.n <= FEW_ROWS
 
 
 def launches(problem: Problem) -> tuple[int, int]:

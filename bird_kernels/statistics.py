@@ -117,7 +117,7 @@ class Statistics:
         p, q, _, kind = updated[0]
         own = self._sums if self._sums is not None else sums.no_rows(p, q, torch.device(kinds[kind]))
         with torch.inference_mode(False):
-            self._sums = sums.all_reduced(own, group)
+            (self._sums,) = sums.merged([own], distributed.all_reduce(torch.cat(sums.totals_of(own)), group), group)
         self._products = torch.float32 if min(itemsize for _, _, itemsize, _ in updated) == 4 else torch.float64
         self._derivatives = {}
 

@@ -8,8 +8,9 @@ There are two transports from each rank's rows, x [n, p] and y [n, q] on R ranks
                 then every rank computes the statistic of all rows
 
 In an all-reduce of B bytes each rank sends 2 B (R-1)/R (reduce-scatter and all-gather, a lower bound that rings reach),
-in an all-gather of B bytes in all B (R-1)/R. Before either, each rank sends `HEADER` bytes about itself and its call.
-Merged bytes do not grow with the number of ranks, gathered bytes do. No backward communicates.
+in an all-gather of B bytes in all B (R-1)/R. Merged bytes do not grow with the number of ranks, gathered bytes do. Of
+small messages the latency counts, in steps: an all-reduce takes 2 log2 R of them over trees, an all-gather R - 1 over a
+ring. No backward communicates.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from collections.abc import Sequence
 from .types import Problem, Transport
 
 HEADER = 48  # six 64-bit integers (`distributed.agree`)
+SLOT = 8  # of each rank for each pair, in the first collective (`distributed.take`)
+# How many bytes a link carries in the time of a step. Assumed: 5 us at 50 GB/s (InfiniBand), 100 us at 2.6 GB/s (gloo).
+STEP = 1 << 18
 
 # Symmetric products are sent as upper blocks of rows, at most BLOCKS of them: 56 % of the bytes, and so few copies that
 # packing costs no more than it saves. A matrix of up to SMALLEST_BLOCK rows is one block, sent whole.
@@ -47,22 +51,29 @@ def merged_size(p: int, q: int, itemsize: int, unbiased: bool) -> int:
     return products * (8 if unbiased else max(itemsize, 4)) + 8 * (means + unbiased * norms)
 
 
-def gathered_size(longest: int, p: int, q: int, itemsize: int, world: int, masked: bool) -> int:
-    """Bytes of the rows of all ranks, each rank padded to ``longest`` rows; a mask is sent as one more feature."""
-    return world * longest * (p + q + masked) * itemsize
+def block_size(longest: int, p: int, q: int, itemsize: int, masked: bool) -> int:
+    """Bytes of the rows of a rank, padded to ``longest`` rows and to 8 bytes; a mask is sent as one more feature."""
+    return -(-longest * (p + q + masked) * itemsize // 8) * 8
 
 
-def cheaper(problem: Problem, rows: Sequence[int], backend: str) -> Transport:
-    """The transport that sends fewer bytes; ``rows`` is each rank's number, ``problem`` that of all rows together.
+def steps(world: int) -> tuple[int, int]:
+    """The messages that follow each other in an all-reduce over trees, and in an all-gather over a ring."""
+    return 2 * (world - 1).bit_length(), world - 1
 
-    Merged sums are library products in plain PyTorch, of linear, centred CKA and HSIC alone. Rows are gathered for all
-    other problems, and for a ``backend`` requested by another name than "library".
+
+def cheaper(problem: Problem, rows: Sequence[int], backend: str, pairs: int = 1) -> Transport:
+    """The transport that takes less time; ``rows`` is each rank's number, ``problem`` that of all rows together.
+
+    All ``pairs`` of a call share its steps. Merged sums are library products in plain PyTorch, of linear, centred CKA
+    and HSIC alone. Rows are gathered for all other problems, and for a ``backend`` of another name than "library".
     """
     world, itemsize = len(rows), problem.dtype.itemsize
     others = world - 1  # each rank sends at least 2 B others / world of B bytes that are all-reduced, or half
     merged = 2 * merged_size(problem.p, problem.q, itemsize, problem.estimator == "unbiased") * others // world
-    gathered = gathered_size(max(rows), problem.p, problem.q, itemsize, world, problem.masked) * others // world
+    gathered = block_size(max(rows), problem.p, problem.q, itemsize, problem.masked) * others
+    reduce, gather = steps(world)
+    slower = (2 * reduce - gather) * STEP // pairs
     linear = problem.kernel is None and problem.center and problem.statistic in ("cka_loss", "cka", "hsic")
-    if linear and backend in ("auto", "library") and merged <= gathered:
+    if linear and backend in ("auto", "library") and merged + slower <= gathered:
         return Transport("merged", world, sum(rows), merged, gathered)
     return Transport("gathered", world, sum(rows), gathered, merged)

@@ -113,7 +113,7 @@ def train(options: argparse.Namespace, device: torch.device, rank: int, world: i
         if seen is not None and rank == 0:
             clock = f"{'device' if device.type == 'cuda' else 'cpu'}_time_total"
             spent = {event.key: getattr(event, clock) for event in seen.key_averages()}
-            print(f"{100 * spent['bird.cka'] / spent['step']:.1f} % of the last step is CKA and its gradient")
+            print(f"{100 * spent['bird: CKA'] / spent['step']:.1f} % of the last step is CKA and its gradient")
 
 
 def save(network: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, path: Path) -> None:

@@ -23,7 +23,8 @@ from tests import accuracy
 DOCS = Path(__file__).resolve().parents[1] / "docs/explain"
 PAGE, PICTURE = DOCS / "scale.md", DOCS / "scale.png"
 WORLDS = (8, 64, 512, 4096)
-LINKS = {"NVLink": 450e9, "InfiniBand": 50e9, "Ethernet": 12.5e9}  # bytes/s that a rank can send: assumed
+# Bytes/s that a rank can send, and seconds until a message's first byte is there: assumed.
+LINKS = {"NVLink": (450e9, 3e-6), "InfiniBand": (50e9, 5e-6), "Ethernet": (12.5e9, 20e-6)}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,22 @@ def both(shape: RankShape, world: int) -> tuple[int, int]:
     return sizes if chosen.name == "merged" else (sizes[1], sizes[0])
 
 
+def ring_and_tree(shape: RankShape, world: int, link: str) -> tuple[float, float]:
+    """Seconds of the collectives of an agreed call by what is chosen: two all-reduces, or one all-gather.
+
+    With a(lpha) seconds a message and b(eta) a byte, an all-reduce of B bytes takes 2 (R-1) a + 2 (R-1)/R B b around a
+    ring, 2 ceil(log2 R) a + 2 B b up and down a tree; an all-gather (R-1) a or ceil(log2 R) a, beside (R-1)/R B b.
+    """
+    rate, latency = LINKS[link]
+    chosen, slots = shape.transport(world), transport.SLOT * world
+    deep, around = (world - 1).bit_length(), world - 1
+    if chosen.name == "gathered":
+        data = (chosen.bytes + transport.SLOT * around) / rate
+        return around * latency + data, deep * latency + data
+    total = slots + transport.merged_size(shape.p, shape.q, shape.dtype.itemsize, False)
+    return 4 * around * latency + 2 * total * around / world / rate, 4 * deep * latency + 2 * total / rate
+
+
 def memory_of_rank(shape: RankShape, world: int) -> int:
     """Bytes on each rank beyond its inputs and gradient, biased, gradient of the student.
 
@@ -68,7 +85,7 @@ def memory_of_rank(shape: RankShape, world: int) -> int:
     rows, size = shape.n * world, shape.dtype.itemsize
     if shape.transport(world).name == "merged":
         return merged_memory(shape)
-    travelling = transport.gathered_size(shape.n, shape.p, shape.q, size, world, False)
+    travelling = world * transport.block_size(shape.n, shape.p, shape.q, size, False)
     return plan.workspace(shape.problem(rows), plan.choose_route(rows, shape.p, shape.q), "library") + 2 * travelling
 
 
@@ -91,7 +108,7 @@ def flops_of_rank(shape: RankShape, world: int, name: str) -> int:
 
 
 def crossover(shape: RankShape) -> int:
-    """The fewest ranks from which on sums are fewer bytes than rows."""
+    """The fewest ranks from which on sums are chosen."""
     return next(world for world in range(2, 1 << 20) if shape.transport(world).name == "merged")
 
 
@@ -103,7 +120,7 @@ def costs() -> str:
             chosen = shape.transport(world)
             sent = dict(zip(("merged", "gathered"), map(size_of, both(shape, world)), strict=True))
             sent[chosen.name] = f"**{sent[chosen.name]}**"
-            times = [duration(chosen.bytes / rate) for rate in LINKS.values()]
+            times = [" / ".join(map(duration, ring_and_tree(shape, world, link))) for link in LINKS]
             counts = f"{world:,}", f"{shape.n * world:,}"
             cells.append([label(shape), *counts, *sent.values(), *times, size_of(memory_of_rank(shape, world))])
     return table_text(cells)
@@ -111,7 +128,7 @@ def costs() -> str:
 
 def turning_points() -> str:
     """Where sums begin to win, and what rows would cost in arithmetic there."""
-    cells = [["each rank's rows", "sums are fewer bytes from", "work of each rank, merged", "gathered, there"]]
+    cells = [["each rank's rows", "sums are chosen from", "work of each rank, merged", "gathered, there"]]
     for shape in SHAPES:
         world = crossover(shape)
         amounts = [
@@ -163,7 +180,7 @@ def draw_picture(path: Path) -> None:
         merged, gathered = zip(*(both(shape, world) for world in worlds), strict=True)
         ax.loglog(worlds, merged, "C0", label="merged sums")
         ax.loglog(worlds, gathered, "C1", label="gathered rows")
-        ax.loglog(worlds, list(map(min, merged, gathered)), "k.", markersize=4, label="chosen")
+        ax.loglog(worlds, [shape.transport(world).bytes for world in worlds], "k.", markersize=4, label="chosen")
         ax.set_title(f"{shape.name}\n{shape.n:,} x ({shape.p:,} + {shape.q:,})", fontsize=9)
         ax.set_xlabel("ranks")
         ax.set_xticks([2, 16, 128, 1024], ["2", "16", "128", "1024"])

@@ -50,7 +50,7 @@ def value_and_gradient(spectrum: str, rows: slice, estimator: str) -> tuple[floa
     return value.item(), gradient.flatten()
 
 
-def measured(spectrum: str, estimator: str, n: int) -> Row:
+def of_batches(spectrum: str, estimator: str, n: int) -> Row:
     """One row of the table."""
     whole, truth = value_and_gradient(spectrum, slice(ALL), "unbiased")
     starts = range(0, n * min(BATCHES, ALL // n), n)
@@ -91,7 +91,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     origin = origin_of(torch.device("cpu"))
-    rows = [measured(*cell) for cell in product(SPECTRA, ESTIMATORS, ROWS)]
+    rows = [of_batches(*cell) for cell in product(SPECTRA, ESTIMATORS, ROWS)]
     write_rows(RESULTS, [row | {"torch": origin["torch"], "date": origin["date"]} for row in rows])
     draw(rows, RESULTS.with_suffix(".png"))
 

@@ -18,7 +18,9 @@ import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -31,12 +33,13 @@ from benchmarks.kernels.forms import Loss
 from benchmarks.machine import Machine
 from benchmarks.rows import Row, message, size_of
 from benchmarks.run import CPU, Benchmark, Contest, Line, any_row
-from bird_kernels import cka_loss, transport
+from bird_kernels import cka_loss, distributed, transport
 from bird_kernels.clocks import Run, Take
 from bird_kernels.types import Problem
 from tests import accuracy
 
 SHAPES = (32, 512), (128, 512), (512, 512), (4096, 512), (128, 64), (4096, 64)  # each rank's rows, both widths
+FOUR = [(n, d) for n, d in SHAPES if n * d < 1 << 20]
 GATE = 1e-4  # relative error of value and gradient, fp32
 
 
@@ -46,11 +49,14 @@ def by_hand(x: Tensor, y: Tensor) -> Tensor:
 
 
 def forced(name: str) -> Loss:
-    """group= with this transport."""
+    """group= with this transport, and with a history of its own, as if no other contestant used the group."""
+    choose, histories = transport.cheaper, WeakKeyDictionary[Any, Any]()
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        choose = transport.cheaper
-        with mock.patch.object(transport, "cheaper", lambda *args: choose(*args)._replace(name=name)):
+        with (
+            mock.patch.object(transport, "cheaper", lambda *args: choose(*args)._replace(name=name)),
+            mock.patch.object(distributed, "_HISTORIES", histories),
+        ):
             return cka_loss(x, y, group=dist.group.WORLD)
 
     return loss
@@ -174,7 +180,7 @@ def _cka(value: float | None) -> str:
 
 BENCHMARK = RanksBenchmark(
     "Global batches over gloo", "ranks", Path(__file__).parent / "results",
-    [RanksQuestion(2, n, d, d) for n, d in SHAPES],
+    [RanksQuestion(2, n, d, d) for n, d in SHAPES] + [RanksQuestion(4, n, d, d) for n, d in FOUR],
     """\
 Forward and backward of the loss and the student's gradient, fp32, biased, each rank with n rows; median over rounds of
 the slowest rank. In brackets: times what `group=` chooses. *merged* and *gathered*: `cka_loss(..., group=...)`;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -67,3 +67,26 @@ def rule(request: pytest.FixtureRequest) -> RBF:
 def memory(request: pytest.FixtureRequest) -> Iterator[str]:
     with MEMORIES[request.param]():
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """ask(world, case): what each rank returned."""
+    from tests.groups import start
+    from tests.kernels import ranks
+
+    folder = tmp_path_factory.mktemp("ranks")
+    results: dict[int, list[dict[str, Any]]] = {}
+
+    def asked(world: int, case: object) -> list[Any]:
+        if world not in results:
+            start(ranks.work, (world, str(folder)), world)
+            results[world] = [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+        found = []
+        for rank, theirs in enumerate(results[world]):
+            assert str(case) in theirs, f"rank {rank} stopped at: {list(theirs.items())[-1]}"
+            found.append(theirs[str(case)])
+            assert not (isinstance(found[-1], str) and "Traceback" in found[-1]), f"rank {rank}: {found[-1]}"
+        return found
+
+    return asked

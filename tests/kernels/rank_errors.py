@@ -14,7 +14,9 @@ from torch.autograd import forward_ad
 
 import bird
 import bird_kernels
+from bird_kernels import distributed
 from tests.accuracy import features
+from tests.kernels.ranks import forced, raised
 
 
 def sides(pairs: int = 2) -> tuple[list[Tensor], list[Tensor]]:
@@ -204,11 +206,14 @@ COMPLAINTS: dict[str, tuple[Callable[[bool], None], str, str]] = {
 }  # fmt: skip
 
 
-def complaint(what: str) -> tuple[str, str]:
-    """Type and message of this rank's error."""
+def complaint(what: str) -> list[tuple[str, str]]:
+    """Type and message of this rank's error: where nothing was agreed on, and where the others are in a known call."""
     call, *_ = COMPLAINTS[what]
-    try:
-        call(dist.get_rank() == dist.get_world_size() - 1)
-    except Exception as error:
-        return type(error).__name__, str(error)
-    return "none", ""
+    found = []
+    for before in ("", "merged", "gathered"):
+        distributed._HISTORIES.clear()
+        with forced(before or "gathered"):
+            for _ in range(2 if before else 0):
+                single(False)
+            found.append(raised(lambda: call(dist.get_rank() == dist.get_world_size() - 1)))
+    return found

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bird_kernels
-from bird_kernels import transport
+from bird_kernels import distributed, transport
 from bird_kernels.call import across
 from bird_kernels.types import Options
 from tests.accuracy import features
@@ -88,7 +88,7 @@ def own(rows: Tensor | None, split: list[int], rank: int) -> Any:
 def grouped(x: Tensor, y: Tensor, mask: Tensor | None, case: Case, group: Any) -> Tensor:
     """The call under test, by what travels also on one rank."""
     options = Options(case.statistic, estimator=case.estimator, group=group, backend=case.backend)
-    return across(x, y, mask, options)
+    return across([(x, y)], mask, options)[0]
 
 
 @contextlib.contextmanager
@@ -111,33 +111,38 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     """The collectives that run meanwhile, and the bytes of their results."""
     seen: list[tuple[str, int]] = []
 
-    def spy(name: str, index: int) -> Any:
+    def spy(name: str, known_as: str) -> Any:
         original = getattr(dist, name)
 
         def collective(*args: Any, **kwargs: Any) -> Any:
-            seen.append((name, args[index].nbytes))
+            seen.append((known_as, args[0].nbytes))
             return original(*args, **kwargs)
 
         return mock.patch.object(dist, name, collective)
 
-    with spy("all_reduce", 0), spy("all_gather_into_tensor", 0):
+    with spy("all_reduce", "all_reduce"), spy(distributed.GATHER, "all_gather_into_tensor"):
         yield seen
 
 
 def statistic(case: Case) -> dict[str, Any]:
-    """Value and gradients of this rank's rows, and what travelled in forward and backward."""
+    """Value and gradients of this rank's rows, what travelled in forward and backward, and in the same call again."""
     rank, split = dist.get_rank(), SPLITS[case.split][dist.get_world_size()]
     x, y, mask = (own(rows, split, rank) for rows in batch(case))
     if mask is not None and mask.all():
         mask = None
     x.requires_grad_()
     y.requires_grad_()
+    distributed._HISTORIES.clear()
     with forced(case.transport):
         with counted() as forward:
             value = grouped(x, y, mask, case, dist.group.WORLD)
+        with counted() as again:
+            repeated = grouped(x, y, mask, case, dist.group.WORLD)
         with counted() as backward:
             dx, dy = torch.autograd.grad(value, (x, y), torch.full_like(value, 3.0))
-    return dict(value=value.detach(), dx=dx, dy=dy, forward=forward, backward=backward)
+            same = torch.autograd.grad(repeated, (x, y), torch.full_like(value, 3.0))
+    equal = all(map(torch.equal, (value, dx, dy), (repeated, *same)))
+    return dict(value=value.detach(), dx=dx, dy=dy, forward=forward, again=again, backward=backward, equal=equal)
 
 
 # ---------------------------------------------------------------------------------------------- errors and the rest
@@ -170,7 +175,7 @@ def one_rank() -> dict[str, Any]:
 def explained() -> Any:
     rank, world = dist.get_rank(), dist.get_world_size()
     found = []
-    for rows, d in ((200, 8), (4, 64)):
+    for rows, d in ((20000, 8), (4, 64)):
         x, y = torch.zeros(rows + rank, d), torch.zeros(rows + rank, d + 1)
         plan = bird_kernels.explain(x, y, group=dist.group.WORLD)
         assert plan.transport is not None
@@ -281,6 +286,7 @@ def cases(world: int) -> dict[str, Callable[[], Any]]:
     """Every case of a world size, in order."""
     from tests.kernels import rank_calls as calls
     from tests.kernels import rank_errors as errors
+    from tests.kernels import rank_rides as rides
     from tests.kernels import rank_training as training
 
     found: dict[str, Callable[[], Any]] = {str(case): lambda case=case: statistic(case) for case in CASES}
@@ -302,6 +308,7 @@ def cases(world: int) -> dict[str, Callable[[], Any]]:
             "lists": calls.lists, "tokens": calls.tokens, "reduced": calls.reduced, "chunks": training.chunked,
             "chunks rbf": lambda: training.chunked("rbf"),
         }  # fmt: skip
+        found |= rides.cases()
     if world > 2:
         found |= {"subgroup": calls.subgroup}
     if world == 2:

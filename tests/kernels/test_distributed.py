@@ -12,40 +12,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bird_kernels import cka_loss, transport
+from bird_kernels import cka_loss, distributed, transport
 from bird_kernels.types import Problem
 from tests.accuracy import features, truth
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-from tests.groups import start
 from tests.kernels import rank_calls, rank_errors, ranks
 from tests.kernels.ranks import CASES, ROWS, SPLITS, WORLDS, Case
 from tests.selection import short
 
 Ask = Callable[..., list[Any]]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 4e-3}  # of gradients; bf16 keeps eight bits
-
-
-@pytest.fixture(scope="session")
-def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
-    """ask(world, case): what each rank returned."""
-    folder = tmp_path_factory.mktemp("ranks")
-    results: dict[int, list[dict[str, Any]]] = {}
-
-    def asked(world: int, case: object) -> list[Any]:
-        if world not in results:
-            start(ranks.work, (world, str(folder)), world)
-            results[world] = [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
-        found = []
-        for rank, theirs in enumerate(results[world]):
-            assert str(case) in theirs, f"rank {rank} stopped at: {list(theirs.items())[-1]}"
-            found.append(theirs[str(case)])
-            assert not (isinstance(found[-1], str) and "Traceback" in found[-1]), f"rank {rank}: {found[-1]}"
-        return found
-
-    return asked
 
 
 few = short(
@@ -62,6 +41,7 @@ def test_value_and_gradients_are_those_of_the_whole_batch(case: Case, world: int
     x, y, mask = ranks.batch(case)
     true = truth(x, y, case.estimator, case.statistic, mask, upstream=3.0)
     assert all(torch.equal(theirs["value"], found[0]["value"]) for theirs in found)
+    assert all(theirs["equal"] for theirs in found), "a call that was agreed on before gives other bits"
     bound = BOUNDS[case.dtype]
     assert abs(found[0]["value"].double() - true.value) <= min(bound, 5e-6) * max(abs(true.value), 1.0)
     for name in ("dx", "dy"):
@@ -112,7 +92,7 @@ def test_a_group_is_its_own_ranks(world: int, ask: Ask) -> None:
 @pytest.mark.parametrize("world", WORLDS[1:])
 @pytest.mark.parametrize("name", rank_calls.PAIRS)
 def test_lists_of_pairs(name: str, world: int, ask: Ask) -> None:
-    """The weighted sum of each pair's loss of all rows; each agrees and travels by itself, with nothing beside."""
+    """The weighted sum of each pair's loss of all rows; all pairs travel at once."""
     found = [theirs[name] for theirs in ask(world, "lists")]
     mask = ranks.batch(Case("", masked=True))[2]
     options = dict(rank_calls.PAIRS[name])
@@ -124,8 +104,7 @@ def test_lists_of_pairs(name: str, world: int, ask: Ask) -> None:
     wanted = torch.autograd.grad(value, leaves[::2] + leaves[1::2])
     for theirs in found:
         assert abs(theirs[0] - value) < 1e-12
-        assert theirs[2] == theirs[3]
-        assert len(theirs[2]) >= 2 * len(pairs)
+        assert [name for name, _ in theirs[2]] == ["all_gather_into_tensor"]
     for i, want in enumerate(wanted):
         got = torch.cat([theirs[1][i] for theirs in found]) / world
         assert (got - want).norm() < 1e-10 * want.norm()
@@ -164,7 +143,7 @@ def test_statistics_of_all_ranks(split: str, world: int, ask: Ask) -> None:
         values, n, collectives = theirs[split]
         assert [value.item() for value in values] == pytest.approx(true, rel=1e-12)
         assert n == mask.sum()
-        assert collectives == ["all_gather_into_tensor", "all_reduce", "all_reduce", "all_reduce"]
+        assert collectives == ["all_gather_into_tensor", "all_reduce", "all_reduce"]
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
@@ -184,14 +163,14 @@ def test_bytes_are_those_of_the_plan(case: Case, world: int, ask: Ask) -> None:
     for theirs in ask(world, case):
         (name, header), *data = theirs["forward"]
         assert (name, header) == ("all_gather_into_tensor", transport.HEADER * world)
-        assert theirs["backward"] == []
-        moved = sum(size for _, size in data)
+        assert (theirs["again"], theirs["backward"]) == (data, [])
+        moved = sum(size for _, size in data) - transport.SLOT * world
         if case.transport == "merged":
-            assert {name for name, _ in data} == {"all_reduce"}
+            assert [name for name, _ in data] == ["all_reduce"] * 2
             assert moved == transport.merged_size(*sizes, case.estimator == "unbiased")
         else:
             assert [name for name, _ in data] == ["all_gather_into_tensor"]
-            assert moved == transport.gathered_size(max(rows), *sizes, world, case.masked)
+            assert moved == transport.block_size(max(rows), *sizes, case.masked) * world
         chosen = transport.cheaper(problem, rows, "auto")
         said = chosen.bytes if chosen.name == case.transport else chosen.other_bytes
         sent = {"all_reduce": 2, "all_gather_into_tensor": 1}[data[0][0]] * moved * (world - 1) / world
@@ -219,14 +198,16 @@ def test_one_rank_is_a_call_without_a_group(world: int, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("before", ["nothing", "merged", "gathered"])
 @pytest.mark.parametrize("what", rank_errors.COMPLAINTS)
-def test_an_error_of_one_rank_is_an_error_on_every_rank(what: str, world: int, ask: Ask) -> None:
+def test_an_error_of_one_rank_is_an_error_on_every_rank(what: str, before: str, world: int, ask: Ask) -> None:
     """Of one call, of lists, tokens, layers and chunks: an error of one rank is one on every rank, and names it; ranks
-    that differ are named on all."""
+    that differ are named on all. Also where ``before`` it the ranks were in a call that they knew."""
     _, kind, shown = rank_errors.COMPLAINTS[what]
     between = "".join(f"4 and 3 on cpu (rank {rank}), " for rank in range(1, world - 1))
     shown = shown.format(others=" ".join(map(str, range(world - 1))), last=world - 1, between=between)
-    *others, own = ask(world, f"complaint {what}")
+    found = ask(world, f"complaint {what}")
+    *others, own = (theirs[["nothing", "merged", "gathered"].index(before)] for theirs in found)
     assert shown in own[1]
     if kind == "differ":
         assert own[0] == "ValueError"
@@ -267,7 +248,7 @@ def test_a_rank_that_dies_is_an_error(ask: Ask) -> None:
 @pytest.mark.parametrize("world", WORLDS[1:])
 def test_explain_says_what_travels(world: int, ask: Ask) -> None:
     for (merged, merged_route, merged_line), (gathered, _, gathered_line) in ask(world, "explained"):
-        assert (merged.name, merged_route, merged.rows) == ("merged", "cross", 200 * world + world * (world - 1) // 2)
+        assert (merged.name, merged_route, merged.rows) == ("merged", "cross", 20000 * world + world * (world - 1) // 2)
         assert (gathered.name, gathered.rows) == ("gathered", 4 * world + world * (world - 1) // 2)
         for t, line in ((merged, merged_line), (gathered, gathered_line)):
             assert t.bytes < t.other_bytes
@@ -337,3 +318,8 @@ def test_one_rank_of_nccl(travels: str, estimator: str, device: torch.device) ->
             assert (got - want).norm() <= 1e-5 * want.norm()
     finally:
         dist.destroy_process_group()
+
+
+def test_no_collective_is_one_that_pytorch_warns_of() -> None:
+    for name in (distributed.GATHER, "all_reduce", "all_gather_object"):
+        assert not hasattr(getattr(dist, name), "__deprecated__")

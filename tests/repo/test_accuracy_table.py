@@ -44,7 +44,7 @@ TABLE = {(row["spectrum"], row["estimator"], row["n"]): row for row in load_rows
 
 @pytest.mark.parametrize("cell", [("white", "biased", 128), ("power law", "unbiased", 64)])
 def test_a_batch_comes_out_again(cell: tuple[str, str, int]) -> None:
-    found = batches.measured(*cell)
+    found = batches.of_batches(*cell)
     for name in ("all", "value", "deviation"):
         assert TABLE[cell][name] == pytest.approx(found[name], abs=1.1e-3)
     assert TABLE[cell]["cosine"] == pytest.approx(found["cosine"], abs=0.011)

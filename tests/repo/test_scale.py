@@ -29,11 +29,25 @@ def test_the_page_is_what_the_formulas_give() -> None:
 
 
 def test_crossover_by_hand() -> None:
-    """fp32, 512 + 512 features, 128 rows a rank: upper blocks 163,840, all but the wire's common (R-1)/R."""
+    """fp32, 512 + 512 features, 128 rows a rank: upper blocks 163,840. Of 12 ranks two all-reduces take 16 steps, an
+    all-gather 11, of 11 ranks 16 and 10; a step is worth 2^18 bytes."""
     merged = 2 * (4 * (2 * 163_840 + 512 * 512) + 8 * 1025)
-    assert 9 * 128 * 1024 * 4 < merged <= 10 * 128 * 1024 * 4
-    assert scale_model.crossover(scale_model.SHAPES[0]) == 10
-    assert scale_model.both(scale_model.SHAPES[0], 8) == (merged * 7 // 8, 7 * 128 * 1024 * 4)
+    rows = 128 * 1024 * 4
+    assert merged * 10 // 11 + (16 - 10) * 2**18 > 10 * rows
+    assert merged * 11 // 12 + (16 - 11) * 2**18 <= 11 * rows
+    assert scale_model.crossover(scale_model.SHAPES[0]) == 12
+    assert scale_model.both(scale_model.SHAPES[0], 8) == (merged * 7 // 8, 7 * rows)
+
+
+def test_latency_by_hand() -> None:
+    """Of 512 ranks a ring has 511 steps, a tree 9 levels; 5 us and 1/50 ns a byte of InfiniBand."""
+    narrow, few = scale_model.SHAPES[0], scale_model.SHAPES[1]
+    total = 8 * 512 + 8 * 1025 + 4 * (2 * 163_840 + 512 * 512)
+    assert scale_model.ring_and_tree(narrow, 512, "InfiniBand") == pytest.approx(
+        (4 * 511 * 5e-6 + 2 * total * 511 / 512 / 50e9, 4 * 9 * 5e-6 + 2 * total / 50e9)
+    )
+    rows = 7 * (64 * 4096 * 2 + 8) / 50e9
+    assert scale_model.ring_and_tree(few, 8, "InfiniBand") == pytest.approx((7 * 5e-6 + rows, 3 * 5e-6 + rows))
 
 
 class Allocations(TorchDispatchMode):
@@ -86,7 +100,7 @@ def test_merging_takes_the_memory_that_the_model_says(
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with Allocations(x, y) as allocations:
-            value = across(x, y, None, Options("cka_loss", group=dist.group.WORLD))
+            value = across([(x, y)], None, Options("cka_loss", group=dist.group.WORLD))[0]
             (dx,) = torch.autograd.grad(value, x)
     finally:
         dist.destroy_process_group()
