@@ -338,7 +338,7 @@ def layers_by_triton(
     """Triton's `layer_products` of layers [n, width] with the dtype and options of ``problem``; None where its kernels
     cannot run, fail, or would take too many addresses."""
     of = problem.dtype, problem.device
-    if not compares(problem.device) or len(layers) > 2 * MOST_PAIRS or why_not("triton", *of) is not None:
+    if not compares(problem.device) or len(layers) > 2 * MOST_PAIRS["triton"] or why_not("triton", *of) is not None:
         return None
     if trust.known_failure("triton", "layers", *of) is not None or not works("triton", problem, "layers"):
         return None
