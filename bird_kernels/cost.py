@@ -231,11 +231,12 @@ def _rbf(problem: Problem, sheet: Sheet, backend: str) -> Cost:
 
 
 def matrix(n: int, widths: Sequence[int], problem: Problem, sheet: Sheet) -> Cost:
-    """The cost of `cka_matrix` of n rows and two networks with layers of these ``widths``, by its gram route."""
+    """The cost of `cka_matrix`, unbiased, of n rows and two networks with layers of these ``widths``, by Triton,
+    as if its tiles took the time of the library's whole products."""
     layers = 2 * len(widths)
     device = sum(2 * _product(n, n, d, 4, problem, sheet) + _cold(8 * n * d, sheet) for d in widths)
-    device += _warm(3 * 4 * layers * n * n, 4 * layers * n * n, sheet)
-    launches = 8 * layers
+    device += _warm(4 * layers * n * n, 2 * layers * n * n, sheet)
+    launches = 21 + 2 * ceil_div(plan.upper(ceil_div(n, 64)), max(n // 32, 1))
     return Cost(C.python_call + launches * C.library_launch, launches * C.launch + device, launches)
 
 

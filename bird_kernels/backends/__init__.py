@@ -265,7 +265,7 @@ def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> st
     forget()
     backend = decide(problem, "auto").backend
     if is_new:
-        trust.warn(use, "plain PyTorch" if name == "library" else backend)
+        trust.warn(use, "plain PyTorch" if name == "library" or kind == "layers" else backend)
     return backend
 
 
@@ -330,6 +330,24 @@ def _shares(problems: tuple[Problem, ...]) -> str | None:
         return name
     single = cost.one_by_one((choice.backend, choice.predicted[choice.backend]) for choice in choices)
     return name if us[name] <= single else None
+
+
+def layers_by_triton(
+    layers: Sequence[Tensor], mask: Tensor | None, problem: Problem, room: int
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Triton's `layer_products` of layers [n, width] with the dtype and options of ``problem``; None where its kernels
+    cannot run, fail, or would take too many addresses."""
+    of = problem.dtype, problem.device
+    if not compares(problem.device) or len(layers) > 2 * MOST_PAIRS["triton"] or why_not("triton", *of) is not None:
+        return None
+    if trust.known_failure("triton", "layers", *of) is not None or not works("triton", problem, "layers"):
+        return None
+    try:
+        found: tuple[Tensor, Tensor | None, Tensor] = module_of("triton").layer_products(layers, mask, problem, room)
+    except Exception as error:
+        replace("triton", problem, error, "layers")
+        return None
+    return found
 
 
 def largest_fused(name: str, dtype: torch.dtype, device: torch.device) -> int:

@@ -46,6 +46,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(backends, "_shifts", lambda dtype, device: False)  # Triton launches nothing on fake tensors
     monkeypatch.setattr(backends, "resolve", lambda problem, requested: "library")
     monkeypatch.setattr(backends, "sharing", lambda problems, requested: None)
+    monkeypatch.setattr(backends, "layers_by_triton", lambda *call: None)
     with FakeTensorMode():
         yield
 
