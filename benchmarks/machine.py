@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+import tracemalloc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -74,7 +75,8 @@ class Machine:
     def watched(self, run: Callable[[], T]) -> tuple[T, int]:
         """The result of a call, and the bytes it held at its worst moment beyond its inputs, result included.
 
-        Counted by PyTorch's allocators: what a matrix library takes for itself is not seen.
+        Counted by PyTorch's allocators and, from a MiB on and unless it is kept, as modules are that a first call
+        imports, by Python's, in which NumPy's arrays lie: what a matrix library takes for itself is not seen.
         """
         if self.is_cuda:
             torch.cuda.synchronize()
@@ -83,14 +85,17 @@ class Machine:
             result = run()
             torch.cuda.synchronize()
             return result, torch.cuda.max_memory_allocated() - before
+        tracemalloc.start()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             result = run()
+        kept, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
         events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
         held = peak = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             held += event.nbytes()
             peak = max(peak, held)
-        return result, peak
+        return result, peak + (most - kept if most - kept >= 1 << 20 else 0)
 
     def release(self) -> None:
         """Give back the memory that earlier calls left behind."""

@@ -2,6 +2,7 @@
 
     loss      `cka_loss` beside what its users could write instead (the default; 8 minutes)
     layers    many layers at once: `cka_matrix`, and `cka_loss` of a list of pairs
+    statistics  `Statistics` of batches beside pytorch-cka's loop
     tokens    `token_cka_loss` beside what users could write with a mask
     ranks     ``group=`` on two and four processes beside a differentiable all-gather
 
@@ -45,7 +46,8 @@ from benchmarks.rows import (
 )  # fmt: skip
 
 CPU = torch.device("cpu")
-HOMES = {"loss": "kernels.loss", "layers": "kernels.layers", "tokens": "kernels.tokens", "ranks": "scale.ranks"}
+KERNELS = ("loss", "layers", "statistics", "tokens")
+HOMES = {name: f"kernels.{name}" for name in KERNELS} | {"ranks": "scale.ranks"}
 MINUTES = 8.0
 THRESHOLD = 1.1  # a ratio up to it is no regression
 Line = dict[str, Row]  # the rows of one question, by provider

@@ -35,6 +35,7 @@ Chunk = TypeVar("Chunk")
 
 # If a pair's teacher rows take more bytes (65,536 x 1,024 in fp32), they are not kept: the teacher runs again.
 TEACHER_BYTES = 1 << 28
+FEW_BYTES = 1 << 24  # features of a pair that take no more are kept: one loss is faster than statistics of chunks
 RANGE = "bird: CKA"  # the name under which torch.profiler shows the time of CKA and its gradient
 
 
@@ -65,8 +66,7 @@ def chunked_backward(
     generators (Python's, NumPy's, PyTorch's of the CPU and of the model's devices) and the model's buffers are reset to
     their state before its first run, so dropout repeats its masks; in the end both have advanced by one pass only.
     Random numbers from other generators, or from a worker, do not repeat; a comparison of sampled features detects it
-    where features differ by more than some 5 %.
-    Autocast works both around the call and inside the functions.
+    where features differ by more than some 5 %. Autocast works both around the call and inside the functions.
 
     Under `DistributedDataParallel` gradients are communicated in the last chunk's backward only. If ``loss`` has a
     ``group``, CKA compares the samples of all its ranks, and the gradient is scaled for DDP's average over ranks
@@ -81,8 +81,8 @@ def chunked_backward(
         chunks: items that the functions accept. Each is indexed once per pass, under the same random state, so a
             sequence may load and augment lazily.
         loss: its weights, pairs and options are used, and ``loss.last`` is set. CKA with the "linear" kernel keeps
-            statistics if the batch has more samples than both layers together have features, and always in a group;
-            otherwise all features ``[n, P + Q]`` are kept.
+            statistics if the batch has more samples than both layers together have features and these take more than
+            `FEW_BYTES`, and always in a group; otherwise all features ``[n, P + Q]`` are kept.
         model: the student, bare or in DDP.
         gradient: multiplies all gradients, as in `torch.Tensor.backward`: ``scaler.scale(torch.ones(()))`` with a
             GradScaler, ``1 / k`` where k batches make a step.
@@ -211,8 +211,8 @@ def _samples(rows: Sequence[tuple[Tensor, Tensor | None]], pairs: Sequence[_Kept
 
 def _differ(before: Tensor, after: Tensor) -> Tensor:
     """Whether two samples differ by more than rounding, 0-d bool: kernels may round differently with a graph."""
-    if len(before) != len(after):
-        return torch.ones((), dtype=torch.bool, device=before.device)
+    if (other := len(before) != len(after)) or (before.is_cpu and torch.equal(before, after)):  # a GPU would wait
+        return torch.full((), other, dtype=torch.bool, device=before.device)
     return (after - before).norm() > 0.05 * (before - before.mean()).norm() + 0.01 * before.norm()
 
 
@@ -240,11 +240,11 @@ def keeps_features(
 
 def _pair(loss: BirdLoss, x: Tensor, y: Tensor, chunks: int) -> _Kept | _Merged:
     """What to keep of a pair of layers between the passes, decided by the sizes of its first chunk."""
-    options = loss.distance.options
-    row_dims = options["row_dims"]
+    options, row_dims = loss.distance.options, loss.distance.options["row_dims"]
     n = math.prod(x.shape[:row_dims]) * chunks
     p, q = (math.prod(side.shape[row_dims:]) for side in (x, y))
-    if loss.loss != "cka" or keeps_features(n, p, q, options["kernel"], options["backend"], options["group"]):
+    few = options["group"] is None and n * (p * x.element_size() + q * y.element_size()) <= FEW_BYTES
+    if loss.loss != "cka" or few or keeps_features(n, p, q, options["kernel"], options["backend"], options["group"]):
         return _Kept(loss)
     return _Merged(options, n * q * y.element_size() > TEACHER_BYTES)
 

@@ -13,7 +13,11 @@ from torch.autograd import forward_ad
 
 from . import backends, distributed, global_batch, inputs, ops, pairs, plan, reference
 from .backends.linalg import require_fp64
-from .types import RBF, Choice, Options, Plan, Problem
+from .moments import MIN_ROWS
+from .types import PLAIN, RBF, Choice, Options, Plan, Problem
+
+# The options with which a call of plain matrices on a CPU takes the short way of `_alone`.
+USUAL = tuple(Options(name, estimator=estimator) for name in ("cka_loss", "cka", "hsic") for estimator in MIN_ROWS)
 
 
 def loss(
@@ -77,7 +81,34 @@ def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Ten
         done = ops.at_once(x, y, mask, options)
         if done is not None:
             return done
+    if mask is None and options in USUAL and type(x) in PLAIN and type(y) in PLAIN:
+        recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+        done = None if recorded or ops.watched(x, y) else _alone(x, y, options)
+        if done is not None:
+            return done
     return _whole(*inputs.prepare(x, y, mask, options), options.backend)
+
+
+def _alone(x: Tensor, y: Tensor, options: Options) -> Tensor | None:
+    """The statistic of plain fp32 matrices on a CPU, of which no gradient is wanted; None for all else.
+
+    Of the steps of other calls it has only those in which such a call can fail.
+    """
+    for a in (x, y):
+        if a.dtype is not torch.float32 or a.dim() != 2 or not a.is_cpu or a.layout is not torch.strided or a.is_nested:
+            return None
+    (n, p), (rows, q) = x.shape, y.shape
+    if rows != n or n < MIN_ROWS[options.estimator] or p * q == 0:
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+        return None
+    library, route = backends.module_of("library"), plan.route_on_cpu(n, p, q)
+    if options.estimator == "biased":
+        found: Tensor | None = library.forward_alone(x, y, options.statistic, route)
+        if found is not None:
+            return found
+    problem = Problem(n, p, q, x.dtype, x.device, options.statistic, options.estimator, x_grad=False)  # type: ignore[arg-type]
+    return library.forward(x, y, None, problem, route)[0]
 
 
 def _in_forward_mode(options: Options) -> Options:

@@ -67,7 +67,8 @@ class Constants(NamedTuple):
     centring: int = 75
     issue: float = 0.55
     # Estimates from machine code: clocks of a native block for 32 features of 128 rows: loads and means (proportional
-    # to the rows); the product; the whole backward (to their square).
+    # to the rows); the product; the whole backward (to their square). They are of slower kernels than the present ones,
+    # with tiles of 64 rows backward and WMMA, until a GPU has measured these.
     native_load: int = 3400
     native_product: int = 2400
     native_backward: int = 16_000
@@ -84,6 +85,7 @@ class Constants(NamedTuple):
 
 
 C = Constants()
+MARGIN = 1.3  # by which kernels that were never measured must be predicted to win over those that came first
 # Public, Hopper, the lowest figures: the speed of a symmetric product kernel over the library's, by the side of its
 # result. Others report 1.56 to 1.9 from 4096 on (flash-muon's README: H800, A100, RTX 4090), and losses at 1024.
 SYMMETRIC = {4096: 1.26, 8192: 1.46}
@@ -113,7 +115,7 @@ def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:
     found = {}
     if problem.n <= FEW_ROWS:
         if kind == "linear":
-            found["native"] = _native(problem, sheet)
+            found["native"] = native([problem], sheet)
         found["triton"] = fused([problem], sheet)
     found["library"] = _library(problem, sheet, {})
     if side(problem) >= min(SYMMETRIC):
@@ -140,8 +142,7 @@ def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
     loop = C.half_loop if half else C.tf32_loop if first.precision == "tf32" else C.fp32_loop
     step, tiles = 64 if half else 32, ceil_div(first.n, 64)
     upper, inner = tiles * (tiles + 1) // 2, ceil_div(first.n, step)
-    widths = [d for problem in problems for d in (problem.p, problem.q)]
-    wanted = [d for p in problems for d, wants in ((p.p, p.x_grad), (p.q, p.y_grad)) if wants]
+    widths, wanted = _widths(problems)
     steps = upper * sum(ceil_div(d, step) for d in widths)
     clocks = _issue(steps, loop[0] + C.centring * tiles, sheet)
     blocks = tiles * sum(ceil_div(d, 64) for d in wanted)
@@ -152,6 +153,12 @@ def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
     return Cost(C.python_call + launches * C.triton_launch, launches * C.launch + device, launches)
 
 
+def _widths(problems: Sequence[Problem]) -> tuple[list[int], list[int]]:
+    """The widths of all sides, and of those whose gradients are wanted."""
+    sides = [side for p in problems for side in ((p.p, p.x_grad), (p.q, p.y_grad))]
+    return [d for d, _ in sides], [d for d, wants in sides if wants]
+
+
 def one_by_one(costs: Iterable[tuple[str, Cost]]) -> float:
     """Microseconds of several pairs, each with launches of its own, in one autograd node: (backend, cost) of each."""
     per = {"native": C.native_launch, "triton": C.triton_launch, "library": C.library_launch}
@@ -160,20 +167,21 @@ def one_by_one(costs: Iterable[tuple[str, Cost]]) -> float:
     return max(host, sum(cost.device for _, cost in chosen))
 
 
-def _native(problem: Problem, sheet: Sheet) -> Cost:
-    """The cost of the native backend, whose blocks hold all rows of 32 features (csrc/cuda/gram.cuh)."""
-    wanted = problem.x_grad * problem.p + problem.y_grad * problem.q
-    slots, tiles, rows = 2 * sheet.multiprocessors, ceil_div(problem.n, 128), problem.n / 128
-    chunks = (ceil_div(problem.p, 32) + ceil_div(problem.q, 32)) * tiles * (tiles + 1) // 2
+def native(problems: Sequence[Problem], sheet: Sheet) -> Cost:
+    """As `fused`, by the native kernels, whose blocks hold all rows of 32 features (csrc/cuda/gram.cuh)."""
+    first, (widths, wanted) = problems[0], _widths(problems)
+    slots, tiles, rows = 2 * sheet.multiprocessors, ceil_div(first.n, 128), first.n / 128
+    chunks = sum(ceil_div(d, 32) for d in widths) * tiles * (tiles + 1) // 2
     clocks = ceil_div(chunks, slots) * (C.native_product + C.native_load * rows)
     if wanted:
-        outputs = ceil_div(wanted, 32)
-        blocks = outputs * (ceil_div(problem.n, 64) if outputs < slots else 1)
+        outputs = sum(ceil_div(d, 32) for d in wanted)
+        blocks = outputs * (ceil_div(first.n, 64) if outputs < slots else 1)
         clocks += outputs * C.native_backward * rows**2 / min(blocks, slots)
-    launches = 2 + (problem.estimator == "unbiased") + bool(wanted)
-    moved = problem.n * (problem.p + problem.q + 2 * wanted) * problem.dtype.itemsize
+    launches = 2 + (first.estimator == "unbiased") + bool(wanted)
+    moved = first.n * (sum(widths) + 2 * sum(wanted)) * first.dtype.itemsize
     device = max(clocks / sheet.clock * 1e-3, _cold(moved, sheet))
-    return Cost(C.native_call + launches * C.native_launch, launches * C.launch + device, launches)
+    call = C.native_call if len(problems) == 1 else C.python_call
+    return Cost(call + launches * C.native_launch, launches * C.launch + device, launches)
 
 
 def _library(problem: Problem, sheet: Sheet, symmetric: Mapping[int, float]) -> Cost:
@@ -223,11 +231,12 @@ def _rbf(problem: Problem, sheet: Sheet, backend: str) -> Cost:
 
 
 def matrix(n: int, widths: Sequence[int], problem: Problem, sheet: Sheet) -> Cost:
-    """The cost of `cka_matrix` of n rows and two networks with layers of these ``widths``, by its gram route."""
+    """The cost of `cka_matrix`, unbiased, of n rows and two networks with layers of these ``widths``, by Triton,
+    as if its tiles took the time of the library's whole products."""
     layers = 2 * len(widths)
     device = sum(2 * _product(n, n, d, 4, problem, sheet) + _cold(8 * n * d, sheet) for d in widths)
-    device += _warm(3 * 4 * layers * n * n, 4 * layers * n * n, sheet)
-    launches = 8 * layers
+    device += _warm(4 * layers * n * n, 2 * layers * n * n, sheet)
+    launches = 21 + 2 * ceil_div(plan.upper(ceil_div(n, 64)), max(n // 32, 1))
     return Cost(C.python_call + launches * C.library_launch, launches * C.launch + device, launches)
 
 

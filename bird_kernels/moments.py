@@ -26,6 +26,7 @@ tensor operations cost more than the Gram matrices at n = 128; on a GPU they sta
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -105,7 +106,7 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
         return Combined(each * (m.kk - 2.0 * m.kl + m.ll), -2.0 * each, each, each)
     kl = m.kl + alpha * m.r_kl + beta * m.t_k * m.t_l
     if statistic == "hsic":
-        norm = n * (n - 3.0) if estimator == "unbiased" else (n - 1.0) * (n - 1.0)
+        norm = norm_of(n, estimator)
         return Combined(valid * kl / norm, valid / norm, 0.0 * kl, 0.0 * kl)
 
     kk, k_dead = _self_hsic(m.kk, m.r_kk, m.t_k, alpha, beta, eps)
@@ -124,6 +125,33 @@ def combine(m: Moments, n: Scalar, statistic: Statistic, estimator: Estimator, e
         slope = _where(none, 0.0, -0.5) / root
         return Combined(1.0 - _where(none, 0.0, root), slope * d_kl, slope * d_kk, slope * d_ll)
     return Combined(1.0 - cka, -d_kl, -d_kk, -d_ll)
+
+
+def norm_of(n: Scalar, estimator: Estimator) -> Scalar:
+    """By what HSIC is divided for ``n`` rows."""
+    return n * (n - 3.0) if estimator == "unbiased" else (n - 1.0) * (n - 1.0)
+
+
+def combine_all(
+    inner: torch.Tensor, sums: torch.Tensor | None, n: Scalar, estimator: Estimator, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, Scalar]:
+    """`combine` for all pairs of k Gram matrices: HSIC times its norm [k, k]; one over the root of that of each with
+    itself [k], 0 without variance; and the norm's number of rows, NaN for too few.
+
+    ``inner`` [k, k] are inner products, ``sums`` [k, n] row sums, None if they are zero; fp64. Pairs of which
+    ``inner`` holds no product have no meaning; of each matrix with itself it must.
+    """
+    least = MIN_ROWS[estimator]
+    n = n.masked_fill(n < least, torch.nan) if isinstance(n, torch.Tensor) else n if n >= least else math.nan
+    if sums is None:
+        value = terms = inner + 0.0 * n
+    else:
+        left, totals, products = n - 2.0, sums.sum(1), sums @ sums.T
+        both = torch.outer(totals, totals) / ((n - 1.0) * left)
+        value, terms = inner - products * (2.0 / left) + both, inner + products + both
+    own = value.diagonal()
+    dead = own <= ROUNDING * eps * terms.diagonal()  # False for NaN
+    return value, own.masked_fill(dead, torch.inf).rsqrt(), n
 
 
 def _self_hsic(kk: Scalar, r_kk: Scalar, t_k: Scalar, alpha: Scalar, beta: Scalar, eps: float) -> tuple[Scalar, Scalar]:

@@ -94,11 +94,6 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return contextlib.nullcontext()
 
 
-def _run(function: Callable[..., Any], x: Tensor, *args: Any, **options: Any) -> Any:
-    with without_autocast(x.device):
-        return function(x, *args, **options)
-
-
 def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[Tensor, ...]:
     value, stash, _ = run_forward(x, y, mask, _call(x, y, mask, given))
     # An operator must not return its inputs, but the stash of uncentred features is the features themselves; and it has
@@ -110,7 +105,8 @@ def _alignment(x: Tensor, y: Tensor, mask: Tensor | None, *given: Any) -> tuple[
 def _alignment_backward(grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     stash, given = _split(rest)
     problem, route, backend, *_ = _call(x, y, mask, given)
-    dx, dy = _run(backends.of(problem, backend).backward, grad, x, y, mask, stash, problem, route=route)
+    with without_autocast(x.device):
+        dx, dy = backends.of(problem, backend).backward(grad, x, y, mask, stash, problem, route=route)
     return dx.contiguous(), dy.contiguous()
 
 
@@ -147,11 +143,11 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
     """The statistic of x [n, p], y [n, q] (one dtype, one device), mask bool [n] or None; 0-d, differentiable."""
     problem = call.problem
     wanted = problem.x_grad or problem.y_grad
-    if torch.compiler.is_compiling() and not wanted:
-        # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
-        value: Tensor = torch.ops.bird.alignment(x, y, mask, *flattened(call))[0]
-        return value
     if watched(x, y):
+        if torch.compiler.is_compiling() and not wanted:
+            # Without gradients torch.compile of 2.11 fails on any torch.autograd.Function with a setup_context.
+            value: Tensor = torch.ops.bird.alignment(x, y, mask, *flattened(call))[0]
+            return value
         value = _TransformableAlignment.apply(x, y, mask, *flattened(call))[0]
         return value
     if call.backend == "native":
@@ -171,7 +167,8 @@ def run_forward(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> tuple[
         problem, route, backend, auto, _ = call
         module = backends.of(problem, backend)
         try:
-            value, stash = _run(module.forward, x, y, mask, problem, route)
+            with without_autocast(x.device):
+                value, stash = module.forward(x, y, mask, problem, route)
             return value, stash, Call(problem, route, backend, auto, module)
         except Exception as error:
             call = _instead(call, error)
@@ -187,7 +184,8 @@ def run_backward(
         return _visible_backward(grad, x, y, mask, flattened(call), stash)
     while True:
         try:
-            dx, dy = _run(call.module.backward, grad, x, y, mask, stash, problem, route=call.route)
+            with without_autocast(x.device):
+                dx, dy = call.module.backward(grad, x, y, mask, stash, problem, route=call.route)
             return (dx if problem.x_grad else None), (dy if problem.y_grad else None)
         except Exception as error:
             _, stash, call = run_forward(x, y, mask, _instead(call, error))
@@ -237,13 +235,13 @@ def _native() -> Any:
     def backward(
         grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, *rest: Any
     ) -> tuple[Tensor | None, Tensor | None]:
-        coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad = rest
+        *kept, statistic, unbiased, exact, x_grad, y_grad = rest
         problem = Problem(
             x.shape[0], x.shape[1], y.shape[1], x.dtype, x.device, get_args(Statistic)[statistic],
             "unbiased" if unbiased else "biased", "ieee" if exact else "tf32", mask is not None, x_grad, y_grad,
         )  # fmt: skip
         given = flattened(Call(problem, "gram", "native"))
-        return _visible_backward(grad, x, y, mask, given, native.stash_of(coefficients, k, l))
+        return _visible_backward(grad, x, y, mask, given, native.stash_of(*kept))
 
     native.differentiate_backward_with(backward)
     at_once = native.at_once_where(backends.most_at_once)

@@ -15,7 +15,7 @@ from .types import Problem, Stash
 
 
 class _Calls(NamedTuple):
-    """How pairs are computed: one by one, or all ``together`` in common launches of the Triton backend."""
+    """How pairs are computed: one by one, or all ``together`` in common launches of their backend."""
 
     each: list[Call]
     together: bool
@@ -89,12 +89,10 @@ def in_one_node(pairs: list[tuple[Tensor, Tensor, Tensor | None, Problem]], requ
 
 
 def _calls(problems: list[Problem], requested: str) -> _Calls:
-    """Together in three launches of the Triton backend if it can, instead of three per pair; else one by one."""
-    auto, first = requested == "auto", problems[0]
-    asked = requested == "triton" or (auto and backends.compares(first.device))
-    asked = asked and plan.together(problems)
-    if asked and (backends.shares_launches(problems) if auto else backends.resolve(first, requested)):
-        return _Calls([Call(problem, "gram", "triton", auto) for problem in problems], True)
+    """Together in three launches of a fused backend if one can, instead of three per pair; else one by one."""
+    auto, shared = requested == "auto", backends.sharing(problems, requested)
+    if shared is not None:
+        return _Calls([Call(problem, "gram", shared, auto) for problem in problems], True)
     names = [backends.resolve(problem, requested) for problem in problems]
     return _Calls([Call(p, plan.route_of(p, name), name, auto) for p, name in zip(problems, names, strict=True)], False)
 
@@ -104,7 +102,7 @@ def _forward(calls: _Calls, mask: Tensor | None, tensors: Sequence[Tensor]) -> t
     if calls.together:
         problems = tuple(call.problem for call in calls.each)
         try:
-            value, common = backends.module_of("triton").forward_together(tensors, mask, problems)
+            value, common = backends.module_of(calls.each[0].backend).forward_together(tensors, mask, problems)
             return value, list(common), calls
         except Exception as error:
             calls = _apart(calls, error)
@@ -124,7 +122,7 @@ def _apart(calls: _Calls, error: Exception) -> _Calls:
     problems = [call.problem for call in calls.each]
     if not calls.each[0].auto:
         raise error
-    backends.replace("triton", problems[0], error, "pairs")
+    backends.replace(calls.each[0].backend, problems[0], error, "pairs")
     return _calls(problems, "auto")
 
 
@@ -145,8 +143,8 @@ class _Pairs(torch.autograd.Function):
         if calls.together and not ops.is_visible(grad, tensors[0]):
             problems = tuple(call.problem for call in calls.each)
             try:
-                triton = backends.module_of("triton")
-                return None, None, *triton.backward_together(grad, tensors, mask, Stash(*saved), problems)
+                module = backends.module_of(calls.each[0].backend)
+                return None, None, *module.backward_together(grad, tensors, mask, Stash(*saved), problems)
             except Exception as error:
                 _, saved, calls = _forward(_apart(calls, error), mask, tensors)
         elif calls.together:  # a differentiable backward runs pair by pair, so each pair's stash is computed again

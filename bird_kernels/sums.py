@@ -30,7 +30,19 @@ from torch import Tensor
 from . import backends, distributed
 from .backends import rows
 from .backends.dominating import squared_norms, uneven
-from .backends.linalg import as_tensor, centre, dtypes, fp32_products, mm, row_count, self_product, to
+from .backends.linalg import (
+    as_tensor,
+    at_least,
+    centre,
+    dtypes,
+    fp32_products,
+    mm,
+    read,
+    row_count,
+    scalar,
+    self_product,
+    to,
+)  # fmt: skip
 from .moments import Scalar
 from .transport import upper_blocks, upper_size
 from .types import Problem
@@ -145,23 +157,24 @@ def include(total: Sums, part: Sums) -> Sums:
 
     A set without rows changes nothing, and equal means are kept exactly: a constant side stays constant.
     """
-    n = total.n + part.n
-    rows = n.clamp(min=1.0)
+    part = part if part.xx.dtype == total.xx.dtype else part.to(total.xx.dtype)  # once, as norms need it too
+    ours, theirs = scalar(total.n), scalar(part.n)
+    rows = at_least(1.0, ours + theirs)
     dx, dy = part.mean_x - total.mean_x, part.mean_y - total.mean_y
-    share, rest = part.n / rows, total.n / rows
+    share, rest = theirs / rows, ours / rows
     norms = None
     if total.norms is not None and part.norms is not None:
-        theirs = moved_norms(total, -share * dx, -share * dy), moved_norms(part, rest * dx, rest * dy)
-        norms = Norms(*(i + j for i, j in zip(*theirs, strict=True)))
-    between = part.n * rest
+        both = moved_norms(total, dx * -share, dy * -share), moved_norms(part, dx * rest, dy * rest)
+        norms = Norms(*(i + j for i, j in zip(*both, strict=True)))
+    far_x, far_y = dx * (theirs * rest), dy * (theirs * rest)
     for product, other, left, right in (
-        (total.xx, part.xx, dx, dx),
-        (total.xy, part.xy, dy, dx),
-        (total.yy, part.yy, dy, dy),
+        (total.xx, part.xx, far_x, dx),
+        (total.xy, part.xy, far_y, dx),
+        (total.yy, part.yy, far_y, dy),
     ):
-        product += other
-        product.addr_(to(left * between, product.dtype), to(right, product.dtype))
-    return Sums(n, total.mean_x + share * dx, total.mean_y + share * dy, total.xx, total.xy, total.yy, norms)
+        product.add_(other).addr_(to(left, product.dtype), to(right, product.dtype))
+    means = total.mean_x + dx * share, total.mean_y + dy * share
+    return Sums(total.n + part.n, *means, total.xx, total.xy, total.yy, norms)
 
 
 def totals_of(s: Sums) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,18 +244,20 @@ def moved_norms(s: Sums, u: Tensor, v: Tensor) -> Norms:
     """The `Norms` of the rows x + u and y + v; u [p], v [q], fp64."""
     assert s.norms is not None
     kx, ky, lx, ly, kk, kl, ll, off_x, off_y = s.norms
-    n, kappa, lam = s.n, trace(s.xx), trace(s.yy)
+    n, kappa, lam = scalar(s.n), scalar(trace(s.xx)), scalar(trace(s.yy))
     xx_u, xy_u = times(s.xx, u), times(s.xy, u)
     yx_v, yy_v = times(s.xy.T, v), times(s.yy, v)
-    uu, vv = u @ u, v @ v
+    uu, xxu_u, kx_u, lx_u = read(torch.stack([u, xx_u, kx, lx]) @ u)
+    vv, yyv_v, xyu_v, ky_v, ly_v = read(torch.stack([v, yy_v, xy_u, ky, ly]) @ v)
+    of_k, of_l = kappa + n * uu, lam + n * vv
     return Norms(
-        kx + 2.0 * xx_u + u * (kappa + n * uu),
-        ky + 2.0 * xy_u + v * (kappa + n * uu),
-        lx + 2.0 * yx_v + u * (lam + n * vv),
-        ly + 2.0 * yy_v + v * (lam + n * vv),
-        kk + 4.0 * (u @ xx_u) + 4.0 * (kx @ u) + 2.0 * uu * kappa + n * uu * uu,
-        kl + 4.0 * (v @ xy_u) + 2.0 * (ky @ v) + 2.0 * (lx @ u) + vv * kappa + uu * lam + n * uu * vv,
-        ll + 4.0 * (v @ yy_v) + 4.0 * (ly @ v) + 2.0 * vv * lam + n * vv * vv,
+        kx + 2.0 * xx_u + u * of_k,
+        ky + 2.0 * xy_u + v * of_k,
+        lx + 2.0 * yx_v + u * of_l,
+        ly + 2.0 * yy_v + v * of_l,
+        kk + (4.0 * (xxu_u + kx_u) + uu * (kappa + of_k)),
+        kl + (4.0 * xyu_v + 2.0 * (ky_v + lx_u) + vv * kappa + uu * of_l),
+        ll + (4.0 * (yyv_v + ly_v) + vv * (lam + of_l)),
         off_x,
         off_y,
     )
@@ -274,8 +289,8 @@ def no_rows(p: int, q: int, device: torch.device, wide: torch.dtype = torch.floa
 
 def _norms(xs: Tensor, ys: Tensor, look: bool = False) -> Norms | None:
     """The `Norms` of centred rows; with ``look`` (it synchronises) None if some rows dominate."""
-    kappa, lam = squared_norms(xs), squared_norms(ys)
-    powers = torch.stack([kappa, lam, torch.ones_like(kappa)]).double()
+    norms = torch.stack([squared_norms(xs), squared_norms(ys)])
+    powers = torch.cat([norms, torch.ones_like(norms[:1])]).double()
     powers = torch.mm(powers, powers.T)
     if look:
         (squares_k, _, sum_k), (_, squares_l, sum_l), _ = powers.tolist()
@@ -283,12 +298,14 @@ def _norms(xs: Tensor, ys: Tensor, look: bool = False) -> Norms | None:
             return None
     kk, kl, k, _, ll, l, *_ = powers.view(-1).unbind()
     eps = torch.finfo(xs.dtype).eps
-    kx, ky, lx, ly = ((weights @ rows).double() for weights in (kappa, lam) for rows in (xs, ys))
+    (kx, lx), (ky, ly) = (mm(norms, rows).double().unbind() for rows in (xs, ys))
     return Norms(kx, ky, lx, ly, kk, kl, ll, eps * k, eps * l)
 
 
 def scaled(s: Sums, a: Scalar, b: Scalar) -> Sums:
     """The sums of a x and b y, except the means, which stay those of x and y; products are scaled in place."""
+    if isinstance(a, float) and a == b == 1.0:
+        return s
     norms = s.norms
     if norms is not None:
         powers = (a**3, a * a * b, a * b * b, b**3, a**4, (a * b) ** 2, b**4, a**2, b**2)
@@ -303,4 +320,6 @@ def trace(product: Tensor) -> Tensor:
 
 def times(matrix: Tensor, vector: Tensor) -> Tensor:
     """matrix @ vector in fp64, since features of 1e12 enter cubed; 1,024 rows at a time, to avoid an fp64 copy."""
+    if len(matrix) <= 1024 or matrix.dtype == torch.float64:
+        return torch.mv(to(matrix, torch.float64), vector)
     return torch.cat([rows.double() @ vector for rows in matrix.split(1024)])

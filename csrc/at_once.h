@@ -20,7 +20,7 @@ namespace {
 struct Call {
   at::Tensor x, y;
   std::optional<at::Tensor> mask;
-  Statistic statistic;
+  int64_t statistic;  // a Statistic
   bool unbiased, exact;
 };
 
@@ -103,7 +103,7 @@ class AtOnce {
     }
     if (x.numel() + y.numel() > most(automatic, backend, x_object, x)) return {};
     const Statistic wanted = loss ? Statistic::cka_loss : cka ? Statistic::cka : Statistic::hsic;
-    return Call{x, y, std::move(mask), wanted, unbiased, type == at::kFloat && !tf32};
+    return Call{x, y, std::move(mask), static_cast<int64_t>(wanted), unbiased, type == at::kFloat && !tf32};
   }
 
  private:

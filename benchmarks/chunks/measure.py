@@ -10,6 +10,7 @@ step in chunks is held to that of the same chunks under one autograd graph.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import subprocess
@@ -26,13 +27,15 @@ from torch import Tensor
 
 from benchmarks import harness, rows
 from benchmarks.harness import Contestant, Evaluated, gate_of
+from benchmarks.kernels import forms
 from benchmarks.machine import Machine
 from bird import BirdLoss, Taps, Teacher, chunked_backward
 from bird.lab.vision.models import PlainNet, ResNet
 
 CHUNK = 512
 PEAKS = {"chunked": (1024, 4096, 16384, 65536), "whole": (1024, 4096)}  # a batch at once: 1.5 GB at 4,096
-WAYS, TIMED = ("chunked", "passes", "whole"), 4096
+PEER = importlib.util.find_spec("grad_cache") is not None  # of github.com/luyug/GradCache; PyPI's cannot be imported
+WAYS, TIMED = ("chunked", "passes", "whole", *(("gradcache",) * PEER)), 4096
 RESULTS = Path(__file__).with_name("results.csv")
 TOLERANCE = 1e-3  # of the gradient, relative to its norm
 
@@ -93,12 +96,36 @@ class Step:
             task, rows = self.forward(chunk)
             torch.autograd.backward([task, rows["layer3"]], [torch.ones_like(task), torch.ones_like(rows["layer3"])])
 
+    def gradcache(self, n: int) -> None:
+        """The same gradient by GradCache, whose loss of representations is handed both parts of ours."""
+        from grad_cache import GradCache
+
+        images, labels = zip(*ChunkedBatch(n), strict=True)
+        with torch.no_grad():
+            guide = torch.cat([self.teacher(part)["block3"] for part in images]).flatten(1)
+
+        class Student(torch.nn.Module):
+            def __init__(self, step: Step) -> None:
+                super().__init__()
+                self.network, self.taps = step.model, step.taps
+
+            def forward(self, chunk: Tensor) -> Tensor:
+                scores = self.network(chunk)
+                return torch.cat([scores, self.taps.pop()["layer3"].flatten(1)], 1)
+
+        def loss(both: Tensor) -> Tensor:
+            scores, rows = both[:, :5], both[:, 5:]
+            task = F.cross_entropy(scores, torch.cat(labels), reduction="sum")
+            return self.loss.alpha * task + self.loss.beta * forms.by_features(rows, guide)
+
+        GradCache([Student(self)], CHUNK, loss, split_input_fn=lambda chunks, size: chunks)(images)
+
     def gradient(self, way: str, batch: Any) -> Evaluated:
         """The student's gradient after such a step, where it is one to compare."""
         self.model.zero_grad()
         getattr(self, way)(batch)
         # Of the other ways it is another gradient: a whole batch is normalised as one, and passes have no CKA.
-        compared = way in ("chunked", "joined")
+        compared = way in ("chunked", "joined", "gradcache")
         return Evaluated(torch.zeros(()), [torch.cat([p.grad.flatten() for p in self.model.parameters()])] * compared)
 
 
@@ -152,7 +179,7 @@ def main() -> None:
         print(peak_here(options.memory[0], int(options.memory[1])))
         return
     torch.set_num_threads(1)
-    about = rows.origin_of(torch.device("cpu"))
+    about = rows.origin_of(torch.device("cpu")) | {"gradcache": rows.version_of("gradcache")}
     figures = [("peak memory, MB", way, n, peak_beyond(way, n)) for way, sizes in PEAKS.items() for n in sizes]
     for name, value in times_of_ways(TIMED, options.repeats).items():
         figures.append(("chunked, in units" if name.startswith("of") else "seconds a step", name, TIMED, value))

@@ -77,6 +77,12 @@ def by_features(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
     return 1 - cross / (own * other).sqrt()
 
 
+def anatome(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
+    """The five lines of anatome (on PyPI ultimate-anatome): the feature form with norms; biased."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    return 1 - (y.T @ x).norm().square() / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
 def fp64(x: Tensor, y: Tensor, estimator: str = "biased") -> Tensor:
     """The feature form on a float64 copy: what losses in public code do for accuracy."""
     return by_features(x.double(), y.double(), estimator).to(torch.float32)
@@ -113,7 +119,7 @@ def flops(form: Callable[..., Tensor], n: int, p: int, q: int, backward: bool) -
         "naive": (24 * n**3 + 6 * n * n * (p + q), 12 * n**3 + 12 * n * n * p),
         "by_grams": (2 * n * n * (p + q), 4 * n * n * p),
         "by_features": (2 * n * (p * p + q * q + p * q), 2 * n * (p * q + 2 * p * p)),
-    }[{"fp64": "by_features", "pytorch_cka": "by_grams"}.get(form.__name__, form.__name__)]
+    }[{"fp64": "by_features", "anatome": "by_features", "pytorch_cka": "by_grams"}.get(form.__name__, form.__name__)]
     return once + again * backward
 
 

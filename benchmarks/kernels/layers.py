@@ -127,7 +127,7 @@ QUESTIONS = [
 BENCHMARK = Benchmark(
     "Layers", "layers", Path(__file__).parent / "results", QUESTIONS, """\
 Median of a call, and in brackets how many times the first provider's; fp32, unbiased (pairs: biased, forward and
-backward). The mean is in units of the spread. Memory is beyond the inputs, result included.
+backward). The mean is in units of the spread. Memory is beyond the inputs, result included. `pytorch-cka` is 1.1.3.
 """,
     ours={"cka_matrix", "cka_loss of lists"},
     sections=("what",),

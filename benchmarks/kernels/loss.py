@@ -20,7 +20,7 @@ from benchmarks.harness import Contestant, Evaluated, Gate, calling, gate_of
 from benchmarks.kernels import forms, limits, plots
 from benchmarks.kernels.forms import Loss
 from benchmarks.kernels.limits import fp32_switched
-from benchmarks.rows import Row, beside, duration
+from benchmarks.rows import Row, beside, duration, version_of
 from benchmarks.run import CPU, Benchmark, Contest, Line, any_row
 from bird_kernels import backends, plan, types
 
@@ -141,7 +141,8 @@ class Case:
             slow = seconds > patience and not one.ours and one.form is not self.better_form
             why = f"too slow (at least {seconds:.0f} s a call)" * slow
             candidates.append(Contestant(one.name, self.call(one.build(self), x, y), True, one.compiles, why))
-        return Contest(candidates, self.gate(x, y), lambda name: floor, fp32_switched(self.precision))
+        more = {name: floor | {"version": version_of(package)} for name, package in PEERS.items()}
+        return Contest(candidates, self.gate(x, y), lambda name: more.get(name, floor), fp32_switched(self.precision))
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,13 @@ class Provider:
                 return "Triton kernels are timed by ./dev gpu"
             asked, few = plan.variant(case.spec(device)), plan.are_few(case.n)
             return (self.name != "auto" and backends.why_not(self.name, case.torch_dtype, device, few, asked)) or None
-        only = {"naive": "biased", "pytorch-cka": "unbiased"}.get(self.name, case.estimator)
+        only = {"naive": "biased", "anatome": "biased", "pytorch-cka": "unbiased"}.get(self.name, case.estimator)
         if case.problem == "rbf" and self.name not in ("naive", "gram"):
             return "it computes the linear kernel only"
         if case.estimator != only:
             return f"it computes the {only} estimator only"
+        if self.name == "anatome" and case.backward:
+            return "it is called to compare, not to train"
         if self.name == "pytorch-cka" and importlib.util.find_spec("cka") is None:
             return "not installed (pip install pytorch-cka)"
         return "compiled for some of the cases only: it takes long" if self.compiles and not case.compiled else None
@@ -194,9 +197,11 @@ PROVIDERS = (
     Provider("gram", forms.by_grams),
     Provider("feature", forms.by_features),
     Provider("compiled", compiles=True),
+    Provider("anatome", forms.anatome),
     Provider("pytorch-cka", forms.pytorch_cka),
     *map(Provider, ("library", "triton", "native", "auto")),
 )
+PEERS = {"pytorch-cka": "pytorch-cka"}  # providers that are packages; anatome's form is written out
 OURS = {provider.name for provider in PROVIDERS if provider.ours}
 HAND_WRITTEN = ("gram", "feature")  # the faster of the two is what a careful user would have
 
@@ -226,6 +231,7 @@ WIDTHS = ((128, 64), (128, 128), (128, 256), *PAPER, (128, 128, 768), (128, 1024
 CASES = tuple(
     dict.fromkeys(
         _cases("bird", PAPER, FP32, modes=FORWARD)
+        + _cases("batch", ((128, 64), (512, 64), (2048, 64)), FP32, modes=FORWARD)
         + _cases("bird", WIDTHS, FP32)
         + _cases("bird", PAPER[:1], FP32, estimators=("unbiased",), modes=BOTH)
         + _cases("conv", ((128, 25_088),), FP32, modes=BOTH)
@@ -235,7 +241,8 @@ CASES = tuple(
         + _cases("bird", PAPER[:1], BF16)
         + _cases("llm", ((1024, 1024),), BF16)
         + _cases("conv", ((128, 100_352),), FP32)
-        + _cases("rbf", ((128, 512), (512, 512), (1024, 512)), FP32)
+        + _cases("rbf", ((128, 512),), FP32, modes=BOTH)
+        + _cases("rbf", ((512, 512), (1024, 512)), FP32)
     )
 )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import cost, tuning
-from ..plan import FEW_ROWS, are_few, route_of, variant
+from ..plan import FEW_ROWS, MOST_PAIRS, are_few, route_of, together, variant
 from ..types import RBF, Choice, Cost, Estimator, Precision, Problem, Sheet, Variant
 from . import rows, trust
 
@@ -265,7 +265,7 @@ def replace(name: str, problem: Problem, error: Exception, kind: str = "") -> st
     forget()
     backend = decide(problem, "auto").backend
     if is_new:
-        trust.warn(use, "plain PyTorch" if name == "library" else backend)
+        trust.warn(use, "plain PyTorch" if name == "library" or kind == "layers" else backend)
     return backend
 
 
@@ -299,25 +299,55 @@ def runs(name: str, problem: Problem) -> bool:
     return why_not(name, problem.dtype, problem.device, are_few(problem.n), variant(problem)) is None
 
 
-def shares_launches(problems: Sequence[Problem]) -> bool:
-    """Whether ``auto`` runs several pairs, of which `plan.together` holds, by Triton's shared launches."""
+def sharing(problems: Sequence[Problem], requested: str) -> str | None:
+    """The backend by whose shared launches several pairs run; None if they run one by one.
+
+    Raises:
+        ValueError: as `choose`.
+    """
     first = problems[0]
-    if _why_not_auto("triton", first.dtype, first.device, True, "linear") is not None:
-        return False
-    return _shares(tuple(map(precise, problems))) and works("triton", first, "pairs")
+    if requested in MOST_PAIRS:
+        return resolve(first, requested) if together(problems, requested) else None
+    if requested != "auto" or not compares(first.device):
+        return None
+    name = _shares(tuple(map(precise, problems)))
+    return name if name is not None and works(name, first, "pairs") else None
 
 
 @lru_cache(maxsize=1024)
-def _shares(problems: tuple[Problem, ...]) -> bool:
-    first = problems[0]
-    if trust.known_failure("triton", "pairs", first.dtype, first.device) is not None:
-        return False
+def _shares(problems: tuple[Problem, ...]) -> str | None:
+    kind = problems[0].dtype, problems[0].device
+    names = [name for name in MOST_PAIRS if together(problems, name)]
+    names = [name for name in names if _why_not_auto(name, *kind, True, "linear") is None]
+    names = [name for name in names if trust.known_failure(name, "pairs", *kind) is None]
+    if not names:
+        return None
+    sheet = cost.sheet_of(tuning.key_of(kind[1]).device)
+    us = {"native": cost.MARGIN * cost.native(problems, sheet).us, "triton": cost.fused(problems, sheet).us}
+    name = min(names, key=us.__getitem__)
     choices = [decide(problem, "auto") for problem in problems]
     if any(choice.backend not in choice.predicted for choice in choices):
-        return True
-    sheet = cost.sheet_of(tuning.key_of(first.device).device)
+        return name
     single = cost.one_by_one((choice.backend, choice.predicted[choice.backend]) for choice in choices)
-    return cost.fused(problems, sheet).us <= single
+    return name if us[name] <= single else None
+
+
+def layers_by_triton(
+    layers: Sequence[Tensor], mask: Tensor | None, problem: Problem, room: int
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Triton's `layer_products` of layers [n, width] with the dtype and options of ``problem``; None where its kernels
+    cannot run, fail, or would take too many addresses."""
+    of = problem.dtype, problem.device
+    if not compares(problem.device) or len(layers) > 2 * MOST_PAIRS["triton"] or why_not("triton", *of) is not None:
+        return None
+    if trust.known_failure("triton", "layers", *of) is not None or not works("triton", problem, "layers"):
+        return None
+    try:
+        found: tuple[Tensor, Tensor | None, Tensor] = module_of("triton").layer_products(layers, mask, problem, room)
+    except Exception as error:
+        replace("triton", problem, error, "layers")
+        return None
+    return found
 
 
 def largest_fused(name: str, dtype: torch.dtype, device: torch.device) -> int:

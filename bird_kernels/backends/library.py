@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..moments import MIN_ROWS, Coefficients, Moments, Scalar, combine
-from ..types import Problem, Route, Shapes, Stash
+from ..types import Problem, Route, Shapes, Stash, Statistic
 from .dominating import how_many, marked
 from .linalg import (
     add_scaled_mm,
@@ -37,8 +37,10 @@ from .linalg import (
     fp32_products,
     inner,
     inner_products,
+    is_harmless,
     kept,
     lesser,
+    mm,
     pack,
     padded,
     power_of_two,
@@ -47,6 +49,7 @@ from .linalg import (
     scalar,
     scaled_mm,
     self_product,
+    self_product_norm,
     subtract_mean,
     to,
     two_factors,
@@ -119,6 +122,24 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     ys = sides.ys if problem.y_grad or route == "cross" else sides.ys.new_empty(0)
     stash = Stash(pack(coefficients, x.device), sides.xs, ys, sides.xx, sides.yy, sides.xy, sides.rows)
     return write(value, wide, x.device), stash
+
+
+def forward_alone(x: Tensor, y: Tensor, statistic: Statistic, route: Route) -> Tensor | None:
+    """The value (0-d, fp32) of fp32 matrices on a CPU without mask or gradients, biased and centred, as `_looked` finds
+    it, but in fewer steps; None where that is too inaccurate."""
+    n = float(x.shape[0])
+    x, x_sum = subtract_mean(x, n, None)
+    y, y_sum = subtract_mean(y, n, None)
+    if route == "gram":
+        kl, kk, ll = inner_products(self_product(x), self_product(y))
+    else:
+        columns = y.T
+        product = mm(columns, x)
+        kl, kk, ll = inner(product, product), self_product_norm(x.T, x), self_product_norm(columns, y)
+    if not (_sound(kk, x_sum, n) and _sound(ll, y_sum, n)):
+        return None
+    value = combine(Moments(kl, kk, ll), n, statistic, "biased", torch.finfo(x.dtype).eps)[0]
+    return torch.scalar_tensor(value, dtype=x.dtype, device=x.device)
 
 
 def backward(
@@ -232,7 +253,7 @@ def _near_one(
     units = power_of_two(x), power_of_two(y)
     if problem.statistic == "gram_mse":  # K - L needs a common scale
         units = (lesser(*units),) * 2
-    if all(isinstance(u, float) and 1e-5 < u < 1e5 for u in units):  # fourth powers fit into fp32 unscaled
+    if all(map(is_harmless, units)):
         return (x, 1.0), (y, 1.0)
     return (x * units[0], units[0]), (y * units[1], units[1])
 

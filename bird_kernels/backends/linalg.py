@@ -92,6 +92,8 @@ def centre(
         second = x.sum(0) / rows
         x.addr_(keep, second, alpha=-1.0)
     scale = power_of_two(x)
+    if is_harmless(scale):
+        return to(x, operand), 1.0, (first, second)
     # If no mean was subtracted, x may be the caller's tensor and must not be changed.
     return to(x.mul_(scale) if problem.center else x * scale, operand), scale, (first, second)
 
@@ -105,6 +107,11 @@ def power_of_two(x: Tensor) -> Scalar:
     low, high = torch.aminmax(x)
     host = is_host(x.device)
     return unit_of(max(-low.item(), high.item()) if host else torch.maximum(low.abs(), high.abs()), LIMIT[x.dtype])
+
+
+def is_harmless(scale: Scalar) -> bool:
+    """Whether fourth powers of what ``scale`` would bring near 1 fit into fp32 unscaled; False for a tensor, unread."""
+    return isinstance(scale, float) and 1e-5 < scale < 1e5
 
 
 def unit_of(peak: Scalar, limit: int) -> Scalar:
@@ -187,10 +194,10 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     rows of 8 features X^T X has an error of 4.5e-4 in one product, in parts 8.5e-7, in less time.
     """
     times = torch.mm if a.dim() == 2 else torch.bmm
-    if a.is_cpu and a.shape[-1] > PART and a.dtype != torch.float64:
+    if a.shape[-1] > PART and a.is_cpu and a.dtype != torch.float64:
         first, *others = (mm(left, right) for left, right in zip(a.split(PART, -1), b.split(PART, -2), strict=True))
         return sum(others, first)
-    if a.dtype not in (torch.float16, torch.bfloat16):
+    if a.dtype.itemsize > 2:
         return times(a, b)
     return times(a, b, out_dtype=torch.float32) if a.is_cuda else times(a.float(), b.float())
 
@@ -261,11 +268,15 @@ def self_product(a: Tensor) -> Tensor:
     return out
 
 
-def self_product_norm(a: Tensor) -> Scalar:
-    """|a @ a.T|^2 (Frobenius) with one row of upper blocks in memory at a time."""
+def self_product_norm(a: Tensor, turned: Tensor | None = None) -> Scalar:
+    """|a @ a.T|^2 (Frobenius) with one row of upper blocks in memory at a time; ``turned`` is a.T, if that is known."""
+    turned, blocks = a.T if turned is None else turned, _blocks(a)
+    if len(blocks) < 2:
+        product = mm(a, turned)
+        return inner(product, product)
     total: Scalar = 0.0
-    for i, j in _blocks(a):
-        strip = mm(a[i:j], a[i:].T)
+    for i, j in blocks:
+        strip = mm(a[i:j], turned[:, i:])
         diagonal = strip[:, : j - i]
         total = total + 2.0 * inner(strip, strip) - inner(diagonal, diagonal)
     return total
@@ -273,9 +284,10 @@ def self_product_norm(a: Tensor) -> Scalar:
 
 def inner(a: Tensor, b: Tensor) -> Scalar:
     """sum(a * b). Long sums are per row in the dtype of ``a`` (pairwise), then over rows in fp64: no fp64 copy."""
-    if a.is_cpu and a.numel() < ONE_THREAD_SUM:
-        if a.numel() <= ONE_THREAD_DOT and a.is_contiguous() and b.is_contiguous():
-            return torch.dot(a.view(-1), b.view(-1)).item()
+    if a.is_cpu and (size := a.numel()) < ONE_THREAD_SUM:
+        if (size <= ONE_THREAD_DOT or torch.get_num_threads() == 1) and a.is_contiguous() and b.is_contiguous():
+            flat = a.view(-1)
+            return torch.dot(flat, flat if a is b else b.view(-1)).item()
         return (a * b).sum().item()
     if a is b and a.is_cuda:  # reads a once
         return torch.linalg.vector_norm(a, dtype=torch.float64).square()
@@ -285,9 +297,6 @@ def inner(a: Tensor, b: Tensor) -> Scalar:
 
 def inner_products(a: Tensor, b: Tensor) -> tuple[Scalar, Scalar, Scalar]:
     """<a,b>, <a,a> and <b,b>"""
-    if a.is_cpu and a.numel() <= ONE_THREAD_DOT:
-        a, b = a.view(-1), b.view(-1)
-        return torch.dot(a, b).item(), torch.dot(a, a).item(), torch.dot(b, b).item()
     return inner(a, b), inner(a, a), inner(b, b)
 
 

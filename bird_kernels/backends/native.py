@@ -1,8 +1,9 @@
 """The native backend: C++ and CUDA in csrc/, if built (``BIRD_BUILD_EXT=1 pip install --no-build-isolation .``).
 
 It takes at most 512 rows, where launches and host code cost more than arithmetic: two launches forward (unbiased
-three), one backward, autograd in C++, always the gram route. The unbiased estimator follows `dominating`: its origin is
-a location that a few rows far larger than the others do not move, and diagonals are left out of all sums.
+three), one backward, for a list of pairs as for one; autograd of one pair in C++, always the gram route. The unbiased
+estimator follows `dominating`: its origin is a location that a few rows far larger than the others do not move, and
+diagonals are left out of all sums.
 Half-precision features are multiplied as tf32, which has fp16's mantissa and fp32's range.
 
 For tests, the same kernels run on CPU tensors, emulated thread by thread, if ``BIRD_EMULATE=1`` is set.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, get_args
 
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 
 from ..moments import Coefficients
-from ..plan import FEW_ROWS
+from ..plan import FEW_ROWS, MOST_PAIRS, ceil_div
 from ..types import Problem, Route, Shapes, Stash, Statistic
 
 _STATISTICS = get_args(Statistic)  # the enum in csrc/kernels.h has the first three of them, in this order
+
+_CHUNK = 32  # features that a block of the kernels holds at a time
 
 _module: ModuleType | None
 try:
@@ -36,7 +39,7 @@ except ImportError as error:
         else f"was built for another PyTorch or CUDA: {error}"
     )
 else:
-    assert _module.MAX_ROWS == FEW_ROWS
+    assert (FEW_ROWS, MOST_PAIRS["native"]) == (_module.MAX_ROWS, _module.MAX_PAIRS)
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -66,8 +69,8 @@ def statistic_of(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem) ->
 def differentiate_backward_with(function: Callable[..., Any]) -> None:
     """Set the function that computes a backward under ``create_graph`` or a dispatch mode, or for a lazy negative.
 
-    ``function(grad, x, y, mask, coefficients, k, l, statistic, unbiased, exact, x_grad, y_grad)`` returns dx and dy,
-    None if not wanted.
+    ``function(grad, x, y, mask, coefficients, locations, grams, statistic, unbiased, exact, x_grad, y_grad)`` returns
+    dx and dy, None if not wanted.
     """
     _native().set_differentiable_backward(function)
 
@@ -84,33 +87,50 @@ def at_once_where(most: Callable[[str, torch.dtype, torch.device], int]) -> Call
 
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash."""
-    n = problem.n
-    unused = (0,), torch.float32
-    gram = (n, n), torch.float32
-    coefficients = (len(Coefficients._fields),), torch.float64
-    return dict(coefficients=coefficients, xs=unused, ys=unused, xx=gram, yy=gram, xy=unused, rows=unused)
+    chunks = ceil_div(problem.p, _CHUNK) + ceil_div(problem.q, _CHUNK)
+    return dict.fromkeys(Stash._fields, ((0,), torch.float32)) | dict(
+        coefficients=((1, len(Coefficients._fields)), torch.float64),
+        xs=((2 * _CHUNK * chunks,), torch.float32),
+        xx=((1, 2, problem.n, problem.n), torch.float32),
+    )
 
 
 def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: Route) -> tuple[Tensor, Stash]:
     """Value (0-d, fp32) and stash for x [n, p], y [n, q] of one dtype and mask [n] or None."""
-    value, coefficients, k, l = _native().forward(x, y, mask, *_options(problem))
-    return value, stash_of(coefficients, k, l)
+    return forward_together((x, y), mask, (problem,))
 
 
 def backward(
     grad: Tensor, x: Tensor, y: Tensor, mask: Tensor | None, stash: Stash, problem: Problem, *, route: Route
 ) -> tuple[Tensor, Tensor]:
     """dX [n, p] and dY [n, q] in the inputs' dtype times the upstream ``grad`` (0-d); an unwanted one is empty."""
-    _, unbiased, exact = _options(problem)
-    dx, dy = _native().backward(
-        grad, x, y, mask, stash.coefficients, stash.xx, stash.yy, unbiased, exact, problem.x_grad, problem.y_grad
-    )
+    dx, dy = backward_together(grad, (x, y), mask, stash, (problem,))
     return x.new_empty(0) if dx is None else dx, y.new_empty(0) if dy is None else dy
 
 
-def stash_of(coefficients: Tensor, k: Tensor, l: Tensor) -> Stash:
-    """The stash made of what the extension returns: coefficients fp64 [11], K and L fp32 [n, n]."""
-    return Stash(coefficients, k.new_empty(0), k.new_empty(0), k, l, k.new_empty(0), k.new_empty(0))
+def forward_together(
+    tensors: Sequence[Tensor], mask: Tensor | None, problems: tuple[Problem, ...]
+) -> tuple[Tensor, Stash]:
+    """Values [pairs] (0-d for one), fp32, and stash; ``tensors`` are x and y of each pair (see `plan.together`)."""
+    values, *kept = _native().forward(tensors, mask, *_options(problems[0]))
+    return values, stash_of(*kept)
+
+
+def backward_together(
+    grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: Stash, problems: tuple[Problem, ...]
+) -> list[Tensor | None]:
+    """The gradients of the tensors times the upstream ``grad`` [pairs], by one launch; None where not wanted."""
+    wanted = [side for problem in problems for side in (problem.x_grad, problem.y_grad)]
+    kept = stash.coefficients, stash.xs, stash.xx
+    found: list[Tensor | None] = _native().backward(grad, tensors, mask, *kept, *_options(problems[0])[1:], wanted)
+    return found
+
+
+def stash_of(coefficients: Tensor, locations: Tensor, grams: Tensor) -> Stash:
+    """The stash made of what the extension returns: coefficients fp64 [pairs, 11], what was subtracted from features,
+    in the order of the kernels, and K and L, fp32 [pairs, 2, n, n]."""
+    ys, yy, xy, rows = (grams.new_empty(0) for _ in range(4))
+    return Stash(coefficients, locations, ys, grams, yy, xy, rows)
 
 
 def _native() -> ModuleType:

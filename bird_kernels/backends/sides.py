@@ -63,7 +63,9 @@ class Side(NamedTuple):
 
 def by_columns(xs: Tensor, ys: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Scalar, Scalar, Scalar]:
     """A = X^T X, C = Y^T X, B = Y^T Y (empty if no gradient of y is wanted); |C|^2, |A|^2, |B|^2."""
-    xx, xy = self_product(xs.T), mm(ys.T, xs)
-    yy = self_product(ys.T) if problem.y_grad else xx.new_empty(0)
-    ll = inner(yy, yy) if problem.y_grad else self_product_norm(ys.T)
-    return xx, xy, yy, inner(xy, xy), inner(xx, xx), ll
+    columns_y = ys.T
+    xx, xy = self_product(xs.T), mm(columns_y, xs)
+    if not problem.y_grad:
+        return xx, xy, xx.new_empty(0), inner(xy, xy), inner(xx, xx), self_product_norm(columns_y, ys)
+    yy = self_product(columns_y)
+    return xx, xy, yy, inner(xy, xy), inner(xx, xx), inner(yy, yy)

@@ -11,13 +11,16 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..moments import combine_all, norm_of
 from ..types import RBF, Problem, Route
+from .linalg import row_count, unscaled
 
 # Sizes of the small problem: multiples of 16, since Triton specialises on them; the cross route has MANY_ROWS.
 ROWS, MANY_ROWS, WIDTHS = 48, 208, (64, 32)
@@ -26,8 +29,8 @@ ROWS, MANY_ROWS, WIDTHS = 48, 208, (64, 32)
 class Use(NamedTuple):
     """Kernels that are used or left out together: those of one kind of a backend for a dtype on a device.
 
-    ``kind`` is "linear", "rbf", "pairs" (several in shared launches) or, of the library, "shifted", in tests with the
-    route: "shifted gram", "shifted cross".
+    ``kind`` is "linear", "rbf", "pairs" (several in shared launches), "layers" (of a `matrix`) or, of the library,
+    "shifted", in tests with the route: "shifted gram", "shifted cross".
     """
 
     backend: str
@@ -106,9 +109,13 @@ def _try(backend: ModuleType, library: ModuleType, problem: Problem, kind: str) 
     mask = torch.arange(n, device=cpu) % 5 != 1 if small.masked else None
     wide = small._replace(dtype=torch.float64, device=cpu, precision=None)
     true = _evaluate(library, x.double(), y.double(), mask, wide, route)
+    if kind == "layers":  # HSIC of x with y, with itself, and of y with itself
+        xx, yy = (_evaluate(library, a.double(), a.double(), mask, wide, route)[0] for a in (x, y))
+        true = true[0], xx, yy
     device = small.device
     here = x.to(device), y.to(device), None if mask is None else mask.to(device)
-    found = _evaluate_pairs(backend, *here, small) if kind == "pairs" else _evaluate(backend, *here, small, route)
+    evaluate = {"pairs": _evaluate_pairs, "layers": _evaluate_layers}.get(kind, partial(_evaluate, route=route))
+    found = evaluate(backend, *here, small)
     exact = small.dtype == torch.float32 and small.precision in ("ieee", "tf32x3")
     bound = 1e-3 if exact else 3e-2  # working kernels are far below, wrong ones above
     for name, one, other in zip(("value", "dx", "dy"), found, true, strict=True):
@@ -148,6 +155,16 @@ def _evaluate_pairs(
     *_, dx, dy = backend.backward_together(torch.ones_like(values), [x, y, x, y], mask, stash, problems)
     empty = x.new_empty(0)
     return values[1], empty if dx is None else dx, empty if dy is None else dy
+
+
+def _evaluate_layers(
+    backend: ModuleType, x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem
+) -> tuple[Tensor, Tensor, Tensor]:
+    inner, sums, scales = backend.layer_products([x, y], mask, problem)
+    count = row_count(x, mask)
+    value, _, n = combine_all(inner, sums, count, problem.estimator, torch.finfo(torch.float32).eps)
+    hsic = unscaled(value / norm_of(n, problem.estimator), scales[:, None], scales)
+    return hsic[0, 1], hsic[0, 0], hsic[1, 1]
 
 
 @contextlib.contextmanager

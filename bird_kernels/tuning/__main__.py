@@ -52,7 +52,7 @@ def _predicted(
     options: Any = dict(precision=precision or None, kernel=kernel)
     problem = Problem(n, d or 1000, d or 1000, getattr(torch, dtype), torch.device("cuda"), **options)
     if not d:
-        return {"library": cost.matrix(n, RESNET18, problem, sheet)}, "library"
+        return {"triton": cost.matrix(n, RESNET18, problem, sheet)}, "triton"
     costs = cost.predict(problem, sheet)
     choice = cost.best(costs, problem)
     if choice == "native":  # which may not be built

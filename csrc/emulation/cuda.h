@@ -9,6 +9,8 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -25,15 +27,20 @@
 #define __global__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define BIRD_DYNAMIC_SHARED(name) float* const name = ::emulated::dynamic_shared
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 inline dim3 threadIdx, blockIdx, gridDim;
@@ -77,9 +84,9 @@ class Block {
   }
 
  public:
-  std::vector<double> exchange;  // each thread's value in a vote or shuffle
+  std::vector<const void*> offered;  // by each thread, for its warp: a value on its stack
 
-  explicit Block(unsigned threads) : fibres_(threads), exchange(threads) {}
+  explicit Block(unsigned threads) : fibres_(threads), offered(threads) {}
 
   static Block& running() { return *running_; }
 
@@ -111,29 +118,35 @@ class Block {
   }
 };
 
+// What `use` returns for the values that the threads of this thread's warp offer: it is given a function from lane to value. This is
+// a barrier, so all threads of a block must call it, not a single warp.
+template <class V, class Use>
+auto with_warp(const V& own, Use use) {
+  Block& block = Block::running();
+  const unsigned first = threadIdx.x / 32 * 32;
+  block.offered[threadIdx.x] = &own;
+  block.barrier();
+  const auto result = use([&](unsigned lane) -> const V& { return *static_cast<const V*>(block.offered[first + lane]); });
+  block.barrier();
+  return result;
+}
+
 }  // namespace emulated
 
 inline void __syncthreads() { emulated::Block::running().barrier(); }
 
-// Here these are barriers, so all threads of a block must call them, not a single warp.
 inline unsigned __ballot_sync(unsigned, bool vote) {
-  emulated::Block& block = emulated::Block::running();
-  block.exchange[threadIdx.x] = vote;
-  block.barrier();
-  unsigned votes = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) votes |= (block.exchange[threadIdx.x / 32 * 32 + lane] != 0.0 ? 1u : 0u) << lane;
-  block.barrier();
-  return votes;
+  return emulated::with_warp(vote, [](auto of) {
+    unsigned votes = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) votes |= (of(lane) ? 1u : 0u) << lane;
+    return votes;
+  });
 }
 
-inline double __shfl_down_sync(unsigned, double v, int distance) {
-  emulated::Block& block = emulated::Block::running();
-  const unsigned self = threadIdx.x;
-  block.exchange[self] = v;
-  block.barrier();
-  const double other = self % 32 + distance < 32 ? block.exchange[self + distance] : v;
-  block.barrier();
-  return other;
+template <class V>
+V __shfl_xor_sync(unsigned, V v, int bits) {
+  const unsigned other = threadIdx.x % 32 ^ bits;
+  return emulated::with_warp(v, [&](auto of) { return of(other); });
 }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
@@ -141,20 +154,11 @@ inline void __threadfence() {}
 inline int atomicAdd(int* address, int v) { return (*address += v) - v; }
 inline double __ldcg(const double* address) { return *address; }
 
-// The matrix units: lane 0 holds the whole fragment, which the hardware spreads over a warp.
-namespace nvcuda::wmma {
+// The matrix units. Every lane holds its own part of a fragment, as the PTX ISA says for mma.m16n8k8 with .tf32 and for ldmatrix, so
+// a kernel that takes another layout computes other values here, too.
+namespace bird::emulation {
 
-struct row_major;
-struct col_major;
-struct matrix_a;
-struct matrix_b;
-struct accumulator;
-namespace precision {
-struct tf32;
-}
-enum layout_t { mem_row_major, mem_col_major };
-
-inline float __float_to_tf32(float v) {
+inline float to_tf32(float v) {
   if (!std::isfinite(v)) return v;
   uint32_t bits;
   std::memcpy(&bits, &v, sizeof v);
@@ -163,54 +167,30 @@ inline float __float_to_tf32(float v) {
   return v;
 }
 
-template <class Use, int M, int N, int K, class T, class Layout = void>
-struct fragment {
-  float x[16][16];
-};
-
-inline bool leads() { return threadIdx.x % 32 == 0; }
-
-template <class F>
-void fill_fragment(F& f, float v) {
-  for (auto& row : f.x)
-    for (float& x : row) x = v;
+inline void load_matrices(float (&to)[4], const float* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) throw std::logic_error("ldmatrix needs rows that are aligned to 16 bytes");
+  const unsigned lane = threadIdx.x % 32;
+  const auto loaded = emulated::with_warp(row, [&](auto of) {
+    std::array<float, 4> found;
+    for (unsigned matrix = 0; matrix < 4; ++matrix) found[matrix] = of(8 * matrix + lane / 4)[lane % 4];
+    return found;
+  });
+  std::copy(loaded.begin(), loaded.end(), to);
 }
 
-inline float operand(float v) {
-  if (std::isfinite(v) && v != __float_to_tf32(v)) throw std::logic_error("an operand of the matrix units is not rounded to tf32");
-  return v;
+inline void multiply(float (&c)[4], const float (&a)[4], const float* b) {
+  const std::array<float, 6> own = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  for (float v : own)
+    if (std::isfinite(v) && v != to_tf32(v)) throw std::logic_error("an operand of the matrix units is not rounded to tf32");
+  const unsigned group = threadIdx.x % 32 / 4, member = threadIdx.x % 4;
+  const auto sums = emulated::with_warp(own, [&](auto of) {
+    std::array<float, 4> found = {c[0], c[1], c[2], c[3]};
+    for (unsigned i = 0; i < 4; ++i)  // row group, or group + 8, and column 2 member, or the next, of C
+      for (unsigned k = 0; k < 8; ++k)
+        found[i] += of(4 * group + k % 4)[k / 4 * 2 + i / 2] * of(4 * (2 * member + i % 2) + k % 4)[4 + k / 4];
+    return found;
+  });
+  std::copy(sums.begin(), sums.end(), c);
 }
 
-template <int M, int N, int K, class T, class Layout>
-void load_matrix_sync(fragment<matrix_a, M, N, K, T, Layout>& f, const float* data, int pitch) {
-  if (reinterpret_cast<uintptr_t>(data) % 32) throw std::logic_error("load_matrix_sync needs 32-byte alignment");
-  for (int i = 0; leads() && i < M; ++i)
-    for (int k = 0; k < K; ++k) f.x[i][k] = operand(std::is_same_v<Layout, row_major> ? data[i * pitch + k] : data[k * pitch + i]);
-}
-
-template <int M, int N, int K, class T, class Layout>
-void load_matrix_sync(fragment<matrix_b, M, N, K, T, Layout>& f, const float* data, int pitch) {
-  if (reinterpret_cast<uintptr_t>(data) % 32) throw std::logic_error("load_matrix_sync needs 32-byte alignment");
-  for (int k = 0; leads() && k < K; ++k)
-    for (int j = 0; j < N; ++j) f.x[k][j] = operand(std::is_same_v<Layout, row_major> ? data[k * pitch + j] : data[j * pitch + k]);
-}
-
-template <int M, int N, int K, class A, class LayoutA, class LayoutB>
-void mma_sync(fragment<accumulator, M, N, K, float>& d, const fragment<matrix_a, M, N, K, A, LayoutA>& a,
-              const fragment<matrix_b, M, N, K, A, LayoutB>& b, const fragment<accumulator, M, N, K, float>& c) {
-  for (int i = 0; leads() && i < M; ++i)
-    for (int j = 0; j < N; ++j) {
-      float sum = c.x[i][j];
-      for (int k = 0; k < K; ++k) sum += a.x[i][k] * b.x[k][j];
-      d.x[i][j] = sum;
-    }
-}
-
-template <int M, int N, int K>
-void store_matrix_sync(float* data, const fragment<accumulator, M, N, K, float>& f, int pitch, layout_t) {
-  if (reinterpret_cast<uintptr_t>(data) % 32) throw std::logic_error("store_matrix_sync needs 32-byte alignment");
-  for (int i = 0; leads() && i < M; ++i)
-    for (int j = 0; j < N; ++j) data[i * pitch + j] = f.x[i][j];
-}
-
-}  // namespace nvcuda::wmma
+}  // namespace bird::emulation

@@ -13,6 +13,14 @@ from torch import Tensor
 from tests.bird.tapped import WIDTHS, Net, features
 
 
+@pytest.fixture(autouse=True, scope="module")
+def statistics_of_few_rows() -> Iterator[None]:
+    """Chunks keep statistics also where their features would take few bytes, as they do in all of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bird.chunks.FEW_BYTES", 0)
+        yield
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """What a test compiled is forgotten."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bird import BirdLoss, Teacher, chunked_backward
 from bird.chunks import random_state, set_random_state
+from bird_kernels import Statistics
 
 PAIRS = [("0", "0"), ("0", "2")]
 OWN = np.random.default_rng(0)
@@ -84,6 +85,23 @@ def test_global_generators_repeat(draw: str, width: int, limit: int, monkeypatch
     monkeypatch.setattr("bird.chunks.TEACHER_BYTES", limit)
     loss = BirdLoss(pairs=PAIRS)
     compared(*networks(width), Augmented(draw), loss, loss, 1.0)
+
+
+@pytest.mark.parametrize(("limit", "pairs"), [(1535, 2), (1536, 1), (1727, 1), (1728, 0)])
+def test_features_that_take_few_bytes_are_kept(limit: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """48 rows of 4 + 5 and of 3 + 5 features take 1,728 and 1,536 bytes: for how many pairs there are statistics."""
+    made: list[Statistics] = []
+
+    class Counted(Statistics):
+        def __init__(self, **options: str | None) -> None:
+            super().__init__(**options)
+            made.append(self)
+
+    monkeypatch.setattr("bird.chunks.Statistics", Counted)
+    monkeypatch.setattr("bird.chunks.FEW_BYTES", limit)
+    loss = BirdLoss(pairs=PAIRS)
+    compared(*networks(4), Augmented("torch"), loss, loss, 1.0)
+    assert len(made) == pairs
 
 
 @pytest.mark.parametrize("width", [4, 60])

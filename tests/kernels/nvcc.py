@@ -13,8 +13,14 @@ import triton
 ROOT = Path(__file__).resolve().parents[2]
 # Triton's package carries the binary tools of the toolkit.
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-# Dynamic shared memory at the most rows: 512 of 36 floats forward, 64 more backward (csrc/cuda/gram.cuh).
-DYNAMIC = {"partial_grams": 512 * 36 * 4, "reduce_grams": 0, "sum_rows": 0, "gradient": (512 + 64) * 36 * 4}
+# Dynamic shared memory at the most rows: 512 of 36 floats forward; backward 16 of M, and of the 8 warps' parts
+# (csrc/cuda/gram.cuh).
+DYNAMIC = {
+    "partial_grams": 512 * 36 * 4,
+    "reduce_grams": 0,
+    "sum_rows": 0,
+    "gradient": 16 * (512 + 16) * 4 + 8 * 16 * 36 * 4,
+}
 ANY = ("reduce_grams", "sum_rows")  # kernels that see no features
 
 
@@ -48,7 +54,9 @@ def report(capability: int, folder: Path) -> list[dict[str, Any]]:
                 "registers": int(registers),
                 "spilled": int(stack) + int(local),
                 "shared": int(shared) + DYNAMIC[kernel],
-                "matrix": assembly[name].count("HMMA"),
+                "matrix": assembly[name].count("HMMA.1688"),
+                "halved": assembly[name].count("HMMA.1684"),  # instructions of 4 inner indices, not 8
+                "wide": len(re.findall(r"LDG\.E\.128(?:\.\w+)*", assembly[name])),
             }
         )
     return rows

@@ -2,7 +2,7 @@
 
 A variant takes 0.7 s of a core, and differs in few lines from the next: what they have in common fails in all of them.
 So half of them (`launches.FEW_CASES`) are compiled for one GPU, sm_90 or what a slice of the tests chooses, and of each
-kernel and dtype one (of `launches.FEWEST_CASES`) for the others: 114 + 4 x 21 with each Triton. --all compiles all.
+kernel and dtype one (of `launches.FEWEST_CASES`) for the others: 133 + 4 x 26 with each Triton. --all compiles all.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import bird_kernels
-from bird_kernels import backends
+from bird_kernels import backends, tuning
 from bird_kernels.backends import native
+from bird_kernels.types import Problem
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -144,3 +145,36 @@ def test_names_are_those_of_the_public_option() -> None:
     assert set(status) == {"native", "triton", "library", "reference"}
     assert status["library"] is None
     assert status["reference"] is None
+
+
+@pytest.mark.parametrize(
+    ("size", "missing", "expected"),
+    [
+        ((128, 512, 4), "", "native"),  # launches decide: 41 us of the host, 1.3 times that below Triton's 56
+        ((128, 512, 33), "", "triton"),  # more pairs than the native kernels take
+        ((512, 512, 12), "", "triton"),  # each feature is centred ten times by the native kernels
+        ((128, 512, 4), "triton", "native"),
+        ((512, 512, 12), "triton", "native"),  # still less than 12 pairs by launches of their own
+        ((128, 512, 4), "native", "triton"),
+        ((128, 512, 4), "native triton", None),
+        ((128, 512, 65), "", None),
+    ],
+)
+def test_whose_launches_pairs_share(
+    size: tuple[int, int, int], missing: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Predicted for an H200; asked for by name, a backend shares its own up to its limit."""
+    n, d, pairs = size
+    monkeypatch.setattr(backends, "_why_not_auto", lambda name, *kind: "gone" if name in missing.split() else None)
+    monkeypatch.setattr(backends, "why_not", lambda name, *kind: None)
+    monkeypatch.setattr(backends, "works", lambda *use: True)
+    monkeypatch.setattr(tuning, "key_of", lambda device: tuning.Key("NVIDIA H200", "", "", ""))
+    problems = [Problem(n, d, d, torch.float32, torch.device("cuda:61"), precision="tf32")] * pairs
+    backends.forget()
+    assert backends.sharing(problems, "auto") == expected
+    backends.forget()
+    assert backends.sharing(problems, "native") == ("native" if pairs <= 32 else None)
+    assert backends.sharing(problems, "triton") == ("triton" if pairs <= 64 else None)
+    assert backends.sharing(problems, "library") is None
+    on_the_cpu = [problem._replace(device=CPU) for problem in problems]
+    assert backends.sharing(on_the_cpu, "auto") is None

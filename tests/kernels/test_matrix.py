@@ -143,17 +143,19 @@ def test_has_no_gradient(device: torch.device) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The elements of the largest tensor that any operation returned."""
+    """The elements of the largest tensor that any operation returned, and of the largest batch of products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements = 0
+        self.elements = self.products = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())
+                if function is torch.ops.aten.bmm.out:
+                    self.products = max(self.products, tensor.numel())
         return out
 
 
@@ -165,7 +167,8 @@ def test_strips_are_the_largest_tensors(device: torch.device, monkeypatch: pytes
         monkeypatch.setattr(matrix, "LARGEST_STRIPS", room)
         with Largest() as seen:
             found = bird_kernels.cka_matrix(xs)
-        assert seen.elements == max(6 * 300 * rows, 300 * 65)  # or the features
+        assert seen.elements == max(6 * 300 * rows, 300 * 375)  # or the features
+        assert seen.products == 300 * rows
         torch.testing.assert_close(found, wanted, rtol=0, atol=3e-6)
 
 

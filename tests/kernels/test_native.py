@@ -64,10 +64,11 @@ def test_closed_form_is_python_s(kind: str, statistic: str, estimator: str, devi
     elif kind != "plain":
         (x if kind == "constant student" else y).fill_(3.7)
     number = ["cka_loss", "cka", "hsic"].index(statistic)
-    value, coefficients, k, l = native.forward(x, y, mask, number, estimator == "unbiased", True)
+    values, coefficients, _, grams = native.forward([x, y], mask, number, estimator == "unbiased", True)
+    k, l = grams[0]
     keep = torch.ones(N, dtype=torch.bool, device=device) if mask is None else mask
     expected = by_hand(k, l, keep, statistic, estimator)
-    found = [value.item(), *coefficients.tolist()]
+    found = [values.item(), *coefficients[0].tolist()]
     names = ["value", *Coefficients._fields]
     for name, ours, theirs in zip(names, found, expected, strict=True):
         # The value is rounded to fp32, and sums in another order differ in the last places of fp64.
@@ -95,6 +96,43 @@ def test_launches(shape: tuple[int, int, int], masked: bool, estimator: str) -> 
         if sides:
             value.backward()
             assert native.emulated_launches() - before == forward + 1
+
+
+@emulated
+def test_launches_of_many_pairs(estimator: str) -> None:
+    """As many as of one; each pair comes out as by itself but for rounding, since its columns are split otherwise."""
+    pairs = [features(N, p, q, seed=p) for p, q in ((P, Q), (40, 9), (1, 70), (33, 2)) * 8]
+    leaves = [x.clone().requires_grad_() for x, _ in pairs]
+    before = native.emulated_launches()
+    value = cka_loss(leaves, [y for _, y in pairs], estimator=estimator, backend="native")
+    found = torch.autograd.grad(value, leaves)
+    assert native.emulated_launches() - before == (4 if estimator == "unbiased" else 3)
+    alone = [evaluate(operator("gram", "native", estimator), x, y, "x") for x, y in pairs]
+    torch.testing.assert_close(value, torch.stack([one.value for one in alone]).sum(), rtol=1e-6, atol=1e-6)
+    for gradient, one in zip(found, alone, strict=True):
+        torch.testing.assert_close(gradient, one.dx, rtol=0, atol=1e-6 * one.dx.abs().max().item())
+
+
+def test_more_pairs_are_refused_not_computed(device: torch.device) -> None:
+    x = torch.zeros(4, 2, device=device)
+    with pytest.raises(ValueError, match="at most 32 pairs, got 33"):
+        native.forward([x] * 66, None, 0, False, True)
+
+
+@pytest.mark.parametrize(
+    ("n", "widths", "grid"),
+    [
+        (128, [512], (16, 8, 1)),  # 128 blocks, for 132 multiprocessors
+        (128, [512, 300], (16, 8, 2)),
+        (17, [33], (2, 2, 1)),
+        (512, [512], (8, 32, 1)),  # two chunks each: 512 blocks would form M twice as often
+        (128, [25_088], (33, 8, 1)),
+        (128, [512, 512, 1280, 64], (14, 8, 4)),  # 74 chunks of 8 tiles for 264 places: three each, of at most 40
+    ],
+)
+def test_blocks_of_the_backward(n: int, widths: list[int], grid: tuple[int, int, int]) -> None:
+    """(Chunks of 32 features, tiles of 16 rows, sides), two blocks on each of an H100's 132 multiprocessors."""
+    assert native.backward_grid(n, widths, 132) == grid
 
 
 @emulated
@@ -136,7 +174,7 @@ def test_more_rows_are_refused_not_computed(device: torch.device) -> None:
 def test_other_dtypes_are_refused(device: torch.device) -> None:
     x = torch.zeros(8, 2, dtype=torch.float64, device=device)
     with pytest.raises(TypeError, match="no kernels for Double"):
-        native.forward(x, x, None, 0, False, True)
+        native.forward([x, x], None, 0, False, True)
 
 
 def test_graph_outlives_its_inputs(device: torch.device) -> None:

@@ -45,7 +45,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ops, "watched", lambda *tensors: False)
     monkeypatch.setattr(backends, "_shifts", lambda dtype, device: False)  # Triton launches nothing on fake tensors
     monkeypatch.setattr(backends, "resolve", lambda problem, requested: "library")
-    monkeypatch.setattr(backends, "shares_launches", lambda problems: False)
+    monkeypatch.setattr(backends, "sharing", lambda problems, requested: None)
+    monkeypatch.setattr(backends, "layers_by_triton", lambda *call: None)
     with FakeTensorMode():
         yield
 

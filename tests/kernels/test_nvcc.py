@@ -64,6 +64,10 @@ def test_compiled_kernels(capability: int, tmp_path: Path) -> None:
     assert [row for row in rows if row["registers"] > 128] == []  # two blocks on a multiprocessor
     for row in rows:
         assert (row["matrix"] > 0) == (row["precision"] == "tf32"), row
+        assert row["halved"] == 0, row
+        # A thread has four loads of features under way, of 16 bytes if they are fp32; backward, four of K and L, too.
+        least = 4 * (row["dtype"] == "float32") + 4 * (row["kernel"] == "gradient")
+        assert row["wide"] >= least, row
 
 
 @needs_nvcc

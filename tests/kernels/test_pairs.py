@@ -269,7 +269,7 @@ def test_pairs_that_do_not_share_launches(
     elif case == "other rows":
         xs[1], ys[1] = xs[1][:8], ys[1][:8]
     elif case == "too many pairs":
-        monkeypatch.setattr(plan, "MOST_PAIRS", 1)
+        monkeypatch.setitem(plan.MOST_PAIRS, "triton", 1)
     value = bird_kernels.cka_loss(xs, ys, backend="library" if case == "library" else "triton")
     assert abs(value.double() - sum(literal(xs, ys, "biased"))) < 1e-3
     assert launched == ([] if case == "library" else COMMON[:2] * len(xs))
@@ -286,8 +286,10 @@ def test_the_plan_of_pairs() -> None:
     many = plan.small_tiling(problems(128, *[(2048, 2048)] * 18))
     assert many.splits == (-(-64 // (many.chunk // many.step)),) * 36
     assert sum(many.splits) * 3 <= plan.CROWD * plan.PROGRAMS * 2
-    assert plan.together(problems(512, (64, 64), (64, 1 << 20)))
-    assert not plan.together(problems(128, (64, 64)))
-    assert not plan.together(problems(513, (64, 64), (64, 64)))
-    assert not plan.together([*problems(128, (64, 64)), *problems(128, (64, 64), dtype=torch.float16)])
-    assert not plan.together(problems(128, *[(64, 64)] * 65))
+    for backend, most in (("native", 32), ("triton", 64)):
+        assert plan.together(problems(512, (64, 64), (64, 1 << 20)), backend)
+        assert not plan.together(problems(128, (64, 64)), backend)
+        assert not plan.together(problems(513, (64, 64), (64, 64)), backend)
+        assert not plan.together([*problems(128, (64, 64)), *problems(128, (64, 64), dtype=torch.float16)], backend)
+        assert plan.together(problems(128, *[(64, 64)] * most), backend)
+        assert not plan.together(problems(128, *[(64, 64)] * (most + 1)), backend)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bird_kernels import backends, cka_loss, explain, tuning
+from bird_kernels import backends, cka_loss, cka_matrix, explain, tuning
 from bird_kernels.backends import native, trust
 from tests.accuracy import evaluate, features
 
@@ -168,6 +168,26 @@ def test_pairs_that_are_wrong(triton: ModuleType, monkeypatch: pytest.MonkeyPatc
     with pytest.warns(RuntimeWarning, match=r"pairs kernels .* value is off by 0\.5"):
         found = of_pairs()
     assert_right(found, of_pairs(backend="library"))
+
+
+@pytest.mark.parametrize("change", [fails, wrong])
+@pytest.mark.parametrize("when", LATE)
+def test_a_matrix_of_layers(
+    when: str, change: Callable[..., Any], estimator: str, triton: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, mask = [*features(N, P, Q)], torch.arange(N) % 3 > 0
+    expected = cka_matrix([layer.double() for layer in layers], estimator=estimator, mask=mask).float()
+    if LATE[when]:
+        assert_right((cka_matrix(layers, estimator=estimator, mask=mask),), (expected,))
+        if change is wrong:
+            return  # what worked is not tried again
+    monkeypatch.setattr(triton, "layer_products", change(triton.layer_products))
+    with pytest.warns(RuntimeWarning, match="triton backend's layers kernels .*, plain PyTorch runs instead") as seen:
+        assert_right((cka_matrix(layers, estimator=estimator, mask=mask),), (expected,))
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_right((cka_matrix(layers, estimator=estimator, mask=mask),), (expected,))
 
 
 def test_each_use_by_itself(triton: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

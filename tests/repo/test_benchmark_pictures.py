@@ -43,9 +43,9 @@ def linear_times(path: Path) -> dict[tuple[int, int], dict[str, float]]:
     found: dict[tuple[int, int], dict[str, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            wanted = row["estimator"], row["mode"], row["dtype"], row["precision"], row["timer"]
+            wanted = row["estimator"], row["mode"], row["dtype"], row["precision"]
             equal = row["p"] == row["q"] and row["problem"] != "rbf"
-            if equal and wanted == ("biased", "forward+backward", "float32", "ieee", "wall") and row["p50"]:
+            if equal and wanted == ("biased", "forward+backward", "float32", "ieee") and row["p50"]:
                 found.setdefault((int(row["n"]), int(row["p"])), {})[row["provider"]] = float(row["p50"])
     return found
 

@@ -48,6 +48,15 @@ def calls() -> dict[str, Callable[[], Any]]:
     }
 
 
+@pytest.mark.parametrize(("n", "width"), [(128, 64), (128, 512)])  # by products of columns, and of rows
+def test_a_forward_alone_enters_fewer(n: int, width: int) -> None:
+    x, y = torch.randn(n, width), torch.randn(n, width)
+    found = entered(lambda: bird_kernels.cka_loss(x, y))
+    assert found["library.py:forward_alone"] == 1
+    assert not found["library.py:forward"] + found["inputs.py:prepare"]
+    assert found.total() <= 28, found
+
+
 @pytest.mark.parametrize(("name", "most"), [("cka_loss", 50), ("BirdLoss", 60)])
 def test_a_call_enters_few_functions(name: str, most: int, calls: dict[str, Callable[[], Any]]) -> None:
     found = entered(calls[name])

@@ -15,7 +15,7 @@ import torch
 from benchmarks import harness, rows
 from benchmarks.chunks import measure as chunks
 from benchmarks.harness import Contestant, Entry, GateResult, quantiles
-from benchmarks.kernels import layers, loss, tokens
+from benchmarks.kernels import layers, loss, statistics, tokens
 from benchmarks.machine import Machine
 from benchmarks.scale import ranks
 from bird_kernels import clocks
@@ -272,7 +272,9 @@ def page_of(path: Path) -> Callable[[list[rows.Row]], str] | None:
         return None
     if path.parent.parent.name == "corruptions":
         return pytest.importorskip("benchmarks.corruptions.throughput").corruptions_page
-    several = {"layers": layers, "tokens": tokens, "ranks": ranks}.get(path.stem.rpartition("-")[2], loss)
+    several = {"layers": layers, "statistics": statistics, "tokens": tokens, "ranks": ranks}.get(
+        path.stem.rpartition("-")[2], loss
+    )
     return several.BENCHMARK.page
 
 

@@ -75,8 +75,9 @@ def test_few_positional_parameters() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-# The functions that every backend's module has, and the one that asks them (`backends.why_not`).
-OF_BACKENDS = {"why_not", "stash_shapes", "forward", "backward"}
+# The functions that every backend's module has, the one that asks them (`backends.why_not`), and those of backends in
+# which pairs share launches.
+OF_BACKENDS = {"why_not", "stash_shapes", "forward", "backward", "forward_together", "backward_together"}
 
 
 def public(tree: ast.Module) -> Iterator[str]:

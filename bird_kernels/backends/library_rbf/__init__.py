@@ -24,6 +24,8 @@ again by each pass, without any n x n memory.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -71,10 +73,9 @@ def forward(x: Tensor, y: Tensor, mask: Tensor | None, problem: Problem, route: 
     wide, _ = linalg.dtypes(problem)
     shapes = stash_shapes(problem, route)
     count = linalg.row_count(x, mask)
-    features = problem._replace(center=True)  # even if the kernel matrices are not centred
     with linalg.fp32_products(problem):
-        xs, scale_x, _ = linalg.centre(x, mask, count, features)
-        ys, scale_y, _ = linalg.centre(y, mask, count, features)
+        xs, scale_x = _near_zero(x, mask, count, problem)
+        ys, scale_y = _near_zero(y, mask, count, problem)
         xx, yy = (x.new_empty(shapes[name][0], dtype=wide) for name in ("xx", "yy"))
         k, l = (Strips(a, mask, problem, flat) for a, flat in ((xs, xx), (ys, yy)))
         ours, x_shift = _prepare(k, scale_x, count, 0)
@@ -124,6 +125,18 @@ def backward(
         )
 
 
+def _near_zero(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
+    """Features minus their means, times a power of two, and that. Rounding of a mean moves all rows alike: no distance
+    changes, so one subtraction is enough."""
+    wide, operand = linalg.dtypes(problem)
+    keep = None if mask is None else mask.to(wide)
+    x, _ = linalg.subtract_mean(linalg.kept(linalg.to(x, wide), mask), linalg.at_least(1.0, count), keep)
+    scale = linalg.power_of_two(x)
+    if linalg.is_harmless(scale):
+        return x, 1.0
+    return linalg.to(x.mul_(scale), operand), scale
+
+
 def _bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Bandwidth:
     """The `Bandwidth` by the rule of the problem's `RBF`, from strips of squared distances; no synchronisation on CUDA.
 
@@ -131,44 +144,50 @@ def _bandwidth_of(strips: Strips, scale: Scalar, count: Scalar, side: int) -> Ba
     """
     kernel = strips.problem.kernel
     assert kernel is not None
-    n = linalg.as_tensor(count, strips.norms.device)
-    first = second = torch.zeros((), dtype=torch.int64, device=n.device)
-    typical = 2.0 * strips.norms.sum(dtype=torch.float64) / n.clamp(min=1.0)  # the mean of all distances
+    first = second = 0.0
     if kernel.sigmas is not None:
-        square = linalg.as_tensor(scale, strips.norms.device).mul(kernel.sigmas[side]).square()
+        total = linalg.scalar(strips.norms.sum(dtype=torch.float64))
+        typical = 2.0 * total / linalg.at_least(1.0, count)  # the mean of all distances
+        sigma = scale * kernel.sigmas[side]
+        square = sigma * sigma
     else:
-        median = median_of(strips, n, kernel)
+        median = median_of(strips, linalg.as_tensor(count, strips.norms.device), kernel)
         if kernel.flow:
-            first, second = pair_at(strips, median)
-        typical = median.double()
+            first, second = map(linalg.scalar, pair_at(strips, median))
+        typical = linalg.scalar(median)
         square = typical * (kernel.threshold or 1.0) ** 2
-    factor = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=STEEPEST[strips.wide])
-    typical = (factor * typical).clamp(max=LIMIT[strips.wide]).to(strips.wide).double()  # rounded as in the strips
-    level = (-typical).exp() if strips.problem.center else 0.0 * typical
-    scalar = linalg.scalar
-    return Bandwidth(scalar(factor), scalar(typical), scalar(level), scale, scalar(first), scalar(second))
+    largest, limit = STEEPEST[strips.wide], LIMIT[strips.wide]
+    if isinstance(square, Tensor):
+        factor: Scalar = torch.where(square == 0, 0.0, 0.5 / square).clamp(max=largest)
+        typical = (factor * typical).clamp(max=limit).to(strips.wide).double()  # rounded as in the strips
+        level: Scalar = (-typical).exp()
+    else:
+        factor = min(0.5 / square, largest) if square else 0.0
+        typical = torch.full((), min(factor * typical, limit), dtype=strips.wide, device="cpu").item()
+        level = math.exp(-typical)
+    return Bandwidth(factor, typical, level if strips.problem.center else 0.0 * typical, scale, first, second)
 
 
 def _prepare(strips: Strips, scale: Scalar, count: Scalar, side: int) -> tuple[Bandwidth, Tensor]:
     """Turn strips of distances into strips of the kernel; return its bandwidth and its row shifts [n], fp64."""
     bandwidth = _bandwidth_of(strips, scale, count, side)
     strips.become_kernel(bandwidth)
-    n = linalg.as_tensor(count, strips.norms.device)
-    sums = strips.norms.new_zeros(strips.problem.n)
+    size = strips.problem.n
+    sums = strips.norms.new_zeros(size)
     if not strips.problem.center:
         return bandwidth, sums.double()
     for i, j, strip in strips:
-        sums[i:j] += strip.sum(1)
-        sums[j:] += strip[:, j - i :].sum(0)
+        sums[i:j].add_(strip.sum(1))
+        if j < size:
+            sums[j:].add_(strip[:, j - i :].sum(0))
     sums = sums.double()
     if strips.problem.estimator == "biased":
-        sums = sums + _diagonal(strips, bandwidth)
-        share, rest = 1.0 / n, sums.sum() / (n * n)
+        sums, n = sums + _diagonal(strips, bandwidth), linalg.at_least(1.0, count)
+        share, pairs = 1.0 / n, n * n
     else:
-        total = sums.sum()
-        n = torch.where(n >= MIN_ROWS["unbiased"], n, 4.0)
-        share, rest = 1.0 / (n - 2.0), total / ((n - 1.0) * (n - 2.0))
-    return bandwidth, sums * share - 0.5 * rest
+        n = linalg.at_least(MIN_ROWS["unbiased"], count)
+        share, pairs = 1.0 / (n - 2.0), (n - 1.0) * (n - 2.0)
+    return bandwidth, sums.mul(share).sub_(0.5 * linalg.scalar(sums.sum()) / pairs)
 
 
 def _diagonal(strips: Strips, bandwidth: Bandwidth) -> Tensor:
@@ -177,7 +196,8 @@ def _diagonal(strips: Strips, bandwidth: Bandwidth) -> Tensor:
     ones = ones if strips.keep is None else strips.keep.to(ones, copy=True)
     if not strips.problem.center:
         return ones
-    return ones.mul_(-(-linalg.as_tensor(bandwidth.typical, ones.device)).expm1())  # 1 - c itself cancels if t is small
+    t = bandwidth.typical  # 1 - c itself cancels if t is small
+    return ones.mul_(-(-t).expm1() if isinstance(t, Tensor) else -math.expm1(-t))
 
 
 def _products(
@@ -190,7 +210,7 @@ def _products(
     ll: Scalar = 0.0
     if problem.estimator == "biased":
         ours, theirs = (
-            _diagonal(strips, bandwidth) - 2.0 * shift * (1.0 if strips.keep is None else strips.keep)
+            _diagonal(strips, bandwidth).sub_(shift if strips.keep is None else shift * strips.keep, alpha=2.0)
             for strips, bandwidth, shift in zip((k, l), bandwidths, shifts, strict=True)
         )
         if problem.statistic == "gram_mse":
@@ -210,7 +230,8 @@ def _products(
 
 def _twice(a: Tensor, b: Tensor, rows: int) -> Scalar:
     """The share of an upper strip in <A, B>: entries right of its diagonal block count twice, for the lower half."""
-    return 2.0 * linalg.inner(a, b) - linalg.inner(a[:, :rows], b[:, :rows])
+    whole = linalg.inner(a, b)
+    return whole if rows == a.shape[1] else 2.0 * whole - linalg.inner(a[:, :rows], b[:, :rows])
 
 
 def _without_noise(kk: Scalar, bandwidth: Bandwidth, count: Scalar, wide: torch.dtype) -> Scalar:

@@ -47,12 +47,12 @@ class Strips:
         self.keep = None if mask is None else mask.to(self.wide)
         if flat.numel():
             sizes = [(j - i) * (n - i) for i, j in self.blocks]
-            parts = flat[: sum(sizes)].split(sizes)
-            if not filled:
-                flat[sum(sizes) :].zero_()
+            *parts, rest = flat.split([*sizes, len(flat) - sum(sizes)])
+            if len(rest) and not filled:
+                rest.zero_()
             self.kept = [part.view(j - i, n - i) for part, (i, j) in zip(parts, self.blocks, strict=True)]
         if not (filled and self.kept):
-            wide = features.to(self.wide)
+            wide = linalg.to(features, self.wide)
             self.norms = torch.linalg.vecdot(wide, wide)
         if self.kept and not filled:
             for strip, (i, j) in zip(self.kept, self.blocks, strict=True):
@@ -94,7 +94,8 @@ class Strips:
     def _distances(self, i: int, j: int, out: Tensor) -> None:
         pairs = self.norms[i:j, None] + self.norms[i:]
         torch.sub(pairs, linalg.mm(self.features[i:j], self.features[i:].T), alpha=2, out=out)
-        out.masked_fill_(out <= pairs.mul_(SAME * torch.finfo(self.wide).eps), 0.0)  # NaN stays
+        # By a factor of 0 or 1, and NaN stays: `masked_fill_` takes eight times as long on a CPU.
+        out.mul_(pairs.mul_(SAME * torch.finfo(self.wide).eps).lt_(out))
         out[:, : j - i].diagonal().zero_()
 
     def _kernel(self, strip: Tensor, i: int, j: int, bandwidth: Bandwidth) -> None:

@@ -15,8 +15,17 @@ from triton import knobs
 from ...types import Problem, Route, Shapes, Stash
 from . import gaussian, small
 from .launch import capability, device_of, precision_of
+from .layers import LayerTiles
 
-__all__ = ["backward", "backward_together", "forward", "forward_together", "stash_shapes", "why_not"]
+__all__ = [
+    "backward",
+    "backward_together",
+    "forward",
+    "forward_together",
+    "layer_products",
+    "stash_shapes",
+    "why_not",
+]
 
 
 def why_not(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -64,6 +73,17 @@ def backward_together(
     """The gradients of the tensors times the upstream ``grad`` [pairs], by one launch; None where not wanted."""
     with device_of(tensors[0]):
         return _launches_of(problems, precision_of(problems[0])).backward(grad, tensors, mask, stash)
+
+
+def layer_products(
+    layers: Sequence[Tensor], mask: Tensor | None, problem: Problem, room: int = 1 << 20
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What `layers.LayerTiles` computes of layers [n, width] of one dtype; ``room``: the most numbers in tiles."""
+    with device_of(layers[0]):
+        return _layers_of(problem, tuple(layer.shape[1] for layer in layers), room, precision_of(problem))(layers, mask)
+
+
+_layers_of = lru_cache(maxsize=64)(LayerTiles)
 
 
 @lru_cache(maxsize=1024)

@@ -34,6 +34,26 @@ UNROLL = tl.constexpr(8)  # parts that are loaded at once
 
 
 @triton.jit
+def part_of_tile(
+    side, tile, begin, end, n, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
+):
+    """What columns [begin, end) of a side, (x, d, location, scale, mask), add to a tile, (row, column), of its Gram
+    matrix: fp32 [BLOCK, BLOCK]."""
+    x, d, location, scale, mask = side
+    row_tile, column_tile = tile
+    rows, others = row_tile * BLOCK + tl.arange(0, BLOCK), column_tile * BLOCK + tl.arange(0, BLOCK)
+    counted_rows, counted_others = counts(mask, rows, n, MASKED), counts(mask, others, n, MASKED)
+    dtype = x.dtype.element_ty
+    part = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(begin, end, STEP):
+        columns = start + tl.arange(0, STEP)
+        left = shifted_tile(x, location, scale, counted_rows, rows, columns, d).to(dtype)
+        right = shifted_tile(x, location, scale, counted_others, others, columns, d).to(dtype)
+        part = tl.dot(left, tl.trans(right), part, input_precision=PRECISION)
+    return part
+
+
+@triton.jit
 def partials_kernel(
     sides,  # x and y of the first pair, of the second, ...: [n, d] each, dense
     mask,  # bytes [n] (MASKED): 0 for rows that do not count
@@ -74,15 +94,8 @@ def partials_kernel(
     scale = scale_of(peak)
 
     row_tile, column_tile = upper_tile(tile, tl.cdiv(n, BLOCK))
-    rows, others = row_tile * BLOCK + tl.arange(0, BLOCK), column_tile * BLOCK + tl.arange(0, BLOCK)
-    counted_rows, counted_others = counts(mask, rows, n, MASKED), counts(mask, others, n, MASKED)
-    dtype = x.dtype.element_ty
-    part = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for start in range(begin, end, STEP):
-        columns = start + tl.arange(0, STEP)
-        left = shifted_tile(x, location, scale, counted_rows, rows, columns, d).to(dtype)
-        right = shifted_tile(x, location, scale, counted_others, others, columns, d).to(dtype)
-        part = tl.dot(left, tl.trans(right), part, input_precision=PRECISION)
+    own = x, d, location, scale, mask
+    part = part_of_tile(own, (row_tile, column_tile), begin, end, n, MASKED, PRECISION, BLOCK, STEP)
     inner = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     tl.store(partials + (split * tl.num_programs(0) + tile).to(tl.int64) * (BLOCK * BLOCK) + inner, part)
 

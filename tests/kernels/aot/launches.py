@@ -106,7 +106,13 @@ def symmetric_products(case: Case) -> None:
         symmetric.multiply(z, transposed, 2 if transposed else 1, configuration, case.precision == "tf32")
 
 
-DRIVERS: tuple[Callable[[Case], None], ...] = (library, few_rows, rbf, symmetric_products)
+def layers(case: Case) -> None:
+    """The inner products of many layers' Gram matrices, all of their tiles at once."""
+    operands = [features(case, 256, width) for width in (512, 64, 320)]
+    backend.layer_products(operands, mask_of(case, 256), problem_of(case, 256, 1, 1), 1 << 20)
+
+
+DRIVERS: tuple[Callable[[Case], None], ...] = (library, few_rows, rbf, layers, symmetric_products)
 
 
 def problem_of(case: Case, n: int, p: int, q: int) -> Problem:
