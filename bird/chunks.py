@@ -203,10 +203,13 @@ _NOT_REPEATED = (
 
 
 def _samples(rows: Sequence[tuple[Tensor, Tensor | None]], pairs: Sequence[_Kept | _Merged]) -> list[Tensor]:
-    """Up to 8,191 numbers (fp32) of each tensor that both passes compute; an odd step samples columns at all places."""
+    """Up to 8,191 numbers (fp32) of each tensor that both passes compute; an odd step samples columns at all places.
+
+    They are copies: a view would keep all features in memory, and follow a buffer that the next chunk reuses.
+    """
     both = 1 + any(pair.forgets for pair in pairs)
     sides = [side for row in rows for side in row[:both] if side is not None]
-    return [side.reshape(-1)[:: side.numel() // 4096 | 1].float() for side in sides]
+    return [side.reshape(-1)[:: side.numel() // 4096 | 1].to(torch.float32, copy=True) for side in sides]
 
 
 def _differ(before: Tensor, after: Tensor) -> Tensor:
