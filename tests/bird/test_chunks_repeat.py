@@ -192,3 +192,25 @@ def test_statistics_leave_no_features_in_memory(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("bird.chunks._second_pass", count_and_run)
     chunked_backward(student, lambda chunk: watched(teacher(chunk[0])), chunks, BirdLoss(pairs=PAIRS), model=model)
     assert between == [4 * 3]
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 24])  # by statistics, by features
+def test_kept_features_are_copies(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of memory that both networks reuse where no graph is recorded: value and gradients are those of new tensors."""
+    monkeypatch.setattr("bird.chunks.FEW_BYTES", limit)
+    (model, teacher), chunks = networks(4), Augmented("torch")
+    runs, ours, theirs, found = forward(model), torch.empty(12, 4), torch.empty(12, 5), []
+
+    def student(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        task, features = runs(chunk)
+        return task, features if torch.is_grad_enabled() else {"0": ours.copy_(features["0"])}
+
+    for run, guide in (
+        (runs, lambda chunk: teacher(chunk[0])),
+        (student, lambda chunk: {"0": theirs.copy_(teacher(chunk[0])["0"])}),
+    ):
+        torch.manual_seed(2)
+        model.zero_grad()
+        value = chunked_backward(run, guide, chunks, BirdLoss(pairs=PAIRS[:1]), model=model)
+        found.append([value, *(parameter.grad.clone() for parameter in model.parameters())])
+    torch.testing.assert_close(*found)
