@@ -203,10 +203,13 @@ _NOT_REPEATED = (
 
 
 def _samples(rows: Sequence[tuple[Tensor, Tensor | None]], pairs: Sequence[_Kept | _Merged]) -> list[Tensor]:
-    """Up to 8,191 numbers (fp32) of each tensor that both passes compute; an odd step samples columns at all places."""
+    """Up to 8,191 numbers (fp32) of each tensor that both passes compute; an odd step samples columns at all places.
+
+    They are copies: a view would keep all features in memory, and follow a buffer that the next chunk reuses.
+    """
     both = 1 + any(pair.forgets for pair in pairs)
     sides = [side for row in rows for side in row[:both] if side is not None]
-    return [side.reshape(-1)[:: side.numel() // 4096 | 1].float() for side in sides]
+    return [side.reshape(-1)[:: side.numel() // 4096 | 1].to(torch.float32, copy=True) for side in sides]
 
 
 def _differ(before: Tensor, after: Tensor) -> Tensor:
@@ -249,6 +252,11 @@ def _pair(loss: BirdLoss, x: Tensor, y: Tensor, chunks: int) -> _Kept | _Merged:
     return _Merged(options, n * q * y.element_size() > TEACHER_BYTES)
 
 
+def _own(x: Tensor) -> Tensor:
+    """A copy: x may be a view that keeps far more in memory (one token of all), or its memory may be used again."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 class _Kept:
     """A pair of layers of which all features are kept between the passes."""
 
@@ -263,8 +271,8 @@ class _Kept:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         x, y, _ = inputs.as_rows(x, y, None, self.options["row_dims"])
-        self.x.append(x)
-        self.y.append(y)
+        self.x.append(_own(x))
+        self.y.append(_own(y))
 
     def settle(self, upstream: Tensor | float) -> Tensor:
         """Return the distance 1 - CKA, 0-d, and compute the gradients, multiplied by ``upstream``."""
@@ -293,7 +301,7 @@ class _Merged:
         self.statistics.update(x, y, row_dims=self.options["row_dims"])
         self.dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         if not self.forgets:
-            self.y.append(y)
+            self.y.append(_own(y))
 
     def settle(self, upstream: Tensor | float) -> Tensor:
         """As `_Kept.settle`."""

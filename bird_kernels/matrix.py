@@ -263,9 +263,9 @@ def _by_strips(stacks: list[Tensor], first: int, way: Way) -> Products:
         strips[:, :, : end - begin] *= 0.5**0.5
         flat = strips.flatten(1)
         if first == count:
-            inner += 2.0 * (flat @ flat.T).double()
+            inner += 2.0 * linalg.mm(flat, flat.T).double()
         else:
-            inner[:first, first:] += 2.0 * (flat[:first] @ flat[first:].T).double()
+            inner[:first, first:] += 2.0 * linalg.mm(flat[:first], flat[first:].T).double()
             # A product with itself would compute all pairs.
             inner.diagonal().add_(torch.linalg.vector_norm(strips, dim=2).double().square().sum(1), alpha=2.0)
     return inner, None if way == "biased" else sums

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bird.chunks
 from bird import BirdLoss, Teacher, chunked_backward
 from bird.chunks import random_state, set_random_state
 from bird_kernels import Statistics
@@ -149,3 +152,65 @@ def test_states_of_all_global_generators() -> None:
     first = random.random(), np.random.rand(), torch.rand(())  # noqa: NPY002
     set_random_state(state)
     assert (random.random(), np.random.rand(), torch.rand(())) == first  # noqa: NPY002
+
+
+def test_memory_that_a_teacher_reuses_does_not_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first pass saw is compared, not what the memory holds by then."""
+    monkeypatch.setattr("bird.chunks.TEACHER_BYTES", 0)
+    (model, teacher), chunks, memory = networks(4), Augmented("torch"), torch.empty(12, 5)
+
+    def moody(chunk: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        return {"0": memory.copy_(teacher(chunk[0])["0"]).add_(torch.tensor(OWN.standard_normal((12, 5))))}
+
+    with pytest.raises(RuntimeError, match="gave other features in the second pass"):
+        chunked_backward(forward(model), moody, chunks, BirdLoss(pairs=PAIRS[:1]), model=model)
+
+
+def test_statistics_leave_no_features_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by themselves nor by what is compared; of the student, and of a teacher that runs again."""
+    monkeypatch.setattr("bird.chunks.TEACHER_BYTES", 0)
+    (model, teacher), chunks, freed = networks(4), Augmented("torch", rows=2000), []
+    runs = forward(model)
+
+    def watched(features: dict[str, Tensor]) -> dict[str, Tensor]:
+        for x in features.values():
+            storage = x.untyped_storage()
+            weakref.finalize(storage, freed.append, storage.nbytes())
+        return features
+
+    def student(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        task, features = runs(chunk)
+        return task, watched(features)
+
+    between: list[int] = []
+    second = bird.chunks._second_pass
+
+    def count_and_run(*args: Any, **options: Any) -> Any:
+        between.append(len(freed))
+        return second(*args, **options)
+
+    monkeypatch.setattr("bird.chunks._second_pass", count_and_run)
+    chunked_backward(student, lambda chunk: watched(teacher(chunk[0])), chunks, BirdLoss(pairs=PAIRS), model=model)
+    assert between == [4 * 3]
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 24])  # by statistics, by features
+def test_kept_features_are_copies(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of memory that both networks reuse where no graph is recorded: value and gradients are those of new tensors."""
+    monkeypatch.setattr("bird.chunks.FEW_BYTES", limit)
+    (model, teacher), chunks = networks(4), Augmented("torch")
+    runs, ours, theirs, found = forward(model), torch.empty(12, 4), torch.empty(12, 5), []
+
+    def student(chunk: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        task, features = runs(chunk)
+        return task, features if torch.is_grad_enabled() else {"0": ours.copy_(features["0"])}
+
+    for run, guide in (
+        (runs, lambda chunk: teacher(chunk[0])),
+        (student, lambda chunk: {"0": theirs.copy_(teacher(chunk[0])["0"])}),
+    ):
+        torch.manual_seed(2)
+        model.zero_grad()
+        value = chunked_backward(run, guide, chunks, BirdLoss(pairs=PAIRS[:1]), model=model)
+        found.append([value, *(parameter.grad.clone() for parameter in model.parameters())])
+    torch.testing.assert_close(*found)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels as bk
+from bird_kernels import matrix
 from bird_kernels.backends import rows
 
 ROWS, MEAN, UPSTREAM = 1_000_000, 1000.0, 1e6  # the gradient of one of so many rows is brought near 1
@@ -74,3 +75,16 @@ def test_a_million_shifted_rows() -> None:
     xx, xy, yy = rows.products(rows.shifted(true.x, true.y, None))
     value = 1.0 - xy.norm().square() / (xx.norm() * yy.norm())
     assert abs(value.item() - true.value) <= VALUE
+
+
+def test_a_matrix_of_wide_layers(estimator: str) -> None:
+    """Each of its numbers is a sum over strips of 128,000 squares; as one product each was off by up to 2e-6."""
+    random = torch.Generator().manual_seed(0)
+    common = torch.randn(1000, 8, generator=random)
+    layers = [
+        0.2 * torch.randn(1000, 700, generator=random) + common @ torch.randn(8, 700, generator=random)
+        for _ in range(9)
+    ]
+    true = [bk.hsic(x.double(), x.double(), estimator=estimator).item() for x in layers]
+    found = matrix.hsic_matrix(layers, estimator=estimator).xx
+    assert found.tolist() == pytest.approx(true, rel=4e-7)
