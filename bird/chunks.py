@@ -68,9 +68,8 @@ def chunked_backward(
     Random numbers from other generators, or from a worker, do not repeat; a comparison of sampled features detects it
     where features differ by more than some 5 %. Autocast works both around the call and inside the functions.
 
-    Under `DistributedDataParallel` gradients are communicated in the last chunk's backward only. If ``loss`` has a
-    ``group``, CKA compares the samples of all its ranks, and the gradient is scaled for DDP's average over ranks
-    (`bird_kernels.cka_loss`); each rank needs at least one chunk.
+    Under `DistributedDataParallel` gradients are communicated in the last chunk's backward only. With a ``group``, CKA
+    compares the samples of all its ranks, each of which needs a chunk, and the gradient is scaled for DDP's average.
 
     Args:
         student: runs ``model`` on a chunk; returns the chunk's part of the task loss (0-d; the parts are summed) and
@@ -203,10 +202,8 @@ _NOT_REPEATED = (
 
 
 def _samples(rows: Sequence[tuple[Tensor, Tensor | None]], pairs: Sequence[_Kept | _Merged]) -> list[Tensor]:
-    """Up to 8,191 numbers (fp32) of each tensor that both passes compute; an odd step samples columns at all places.
-
-    They are copies: a view would keep all features in memory, and follow a buffer that the next chunk reuses.
-    """
+    """Copies (fp32) of up to 8,191 numbers of each tensor that both passes compute, in columns at all places (an odd
+    step). A view would keep all features in memory, and follow a buffer that the next chunk reuses."""
     both = 1 + any(pair.forgets for pair in pairs)
     sides = [side for row in rows for side in row[:both] if side is not None]
     return [side.reshape(-1)[:: side.numel() // 4096 | 1].to(torch.float32, copy=True) for side in sides]
@@ -252,11 +249,6 @@ def _pair(loss: BirdLoss, x: Tensor, y: Tensor, chunks: int) -> _Kept | _Merged:
     return _Merged(options, n * q * y.element_size() > TEACHER_BYTES)
 
 
-def _own(x: Tensor) -> Tensor:
-    """A copy: x may be a view that keeps far more in memory (one token of all), or its memory may be used again."""
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 class _Kept:
     """A pair of layers of which all features are kept between the passes."""
 
@@ -271,8 +263,8 @@ class _Kept:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         x, y, _ = inputs.as_rows(x, y, None, self.options["row_dims"])
-        self.x.append(_own(x))
-        self.y.append(_own(y))
+        self.x.append(x.clone())  # a view may keep far more in memory (one token of all), or the memory be used again
+        self.y.append(y.clone())
 
     def settle(self, upstream: Tensor | float) -> Tensor:
         """Return the distance 1 - CKA, 0-d, and compute the gradients, multiplied by ``upstream``."""
@@ -301,7 +293,7 @@ class _Merged:
         self.statistics.update(x, y, row_dims=self.options["row_dims"])
         self.dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         if not self.forgets:
-            self.y.append(_own(y))
+            self.y.append(y.clone())
 
     def settle(self, upstream: Tensor | float) -> Tensor:
         """As `_Kept.settle`."""
