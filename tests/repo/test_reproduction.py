@@ -107,3 +107,15 @@ def test_the_suites_of_fashion_photos() -> None:
             assert told is not None
             assert float(told[1]) == pytest.approx((1 - weight) * fmean(losses) + weight * (ceiling - none), abs=0.11)
             assert sum(loss > 5.1 for loss in losses) <= int(told[2]) <= sum(loss > 4.9 for loss in losses)
+
+
+def test_the_regime_of_scarce_preferences() -> None:
+    margins = json.loads((RESULTS / "scarce-dpo/regime.json").read_text(encoding="utf-8"))["margins by pairs"]
+    rows = re.findall(
+        r"^\| (40|80) \| (\S+) % \| (\S+) \|$", (RESULTS / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [pairs for pairs, *_ in rows] == list(margins)
+    for pairs, right, margin in rows:
+        assert len(margins[pairs]) == 300
+        assert f"{100 * fmean(m > 0 for m in margins[pairs]):.1f}" == right
+        assert f"{fmean(margins[pairs]):.2f}" == margin
