@@ -73,11 +73,11 @@ class Constants(NamedTuple):
     native_product: int = 2400
     native_backward: int = 16_000
     # Gaussian kernels, by library operations: launches, a constant and a number per strip of 1024 rows, and bytes for
-    # each pair of rows, counted with fake tensors (401 launches with 1 strip, 1409 with 8; 21.5 GB at 8192); estimate:
+    # each pair of rows, counted with fake tensors (350 launches with 1 strip, 1330 with 8; 21.5 GB at 8192); estimate:
     # clocks for each pair of rows that the atomics of the median's histograms wait. By Triton: bytes of distances,
     # kernels, moments and gradient, and of each digit of the median; from machine code, instructions of a scheduler's
     # two warps that count a tile's digits (Triton 3.6.0; 662 with 3.8.0).
-    library_rbf: tuple[int, int] = (257, 144)
+    library_rbf: tuple[int, int] = (210, 140)
     library_rbf_bytes: int = 320
     library_rbf_clocks: float = 0.5
     rbf_bytes: tuple[int, int] = (36, 4)

@@ -126,8 +126,11 @@ def backward(
 
 
 def _near_zero(x: Tensor, mask: Tensor | None, count: Scalar, problem: Problem) -> tuple[Tensor, Scalar]:
-    """Features minus their means, times a power of two, and that. Rounding of a mean moves all rows alike: no distance
-    changes, so one subtraction is enough."""
+    """Features minus their means, times a power of two, and that. Rounding of a mean moves all rows alike, and changes
+    no distance, so one subtraction is enough; but where sigma is given, the norms stand for the mean distance."""
+    if problem.kernel is not None and problem.kernel.sigmas is not None:
+        x, scale, _ = linalg.centre(x, mask, count, problem._replace(center=True))
+        return x, scale
     wide, operand = linalg.dtypes(problem)
     keep = None if mask is None else mask.to(wide)
     x, _ = linalg.subtract_mean(linalg.kept(linalg.to(x, wide), mask), linalg.at_least(1.0, count), keep)
