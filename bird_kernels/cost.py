@@ -66,6 +66,10 @@ class Constants(NamedTuple):
     fp32_loop: tuple[int, int] = (1396, 1396)
     centring: int = 75
     issue: float = 0.55
+    # The same of features that are read once (128 rows, the instructions of all warps of a scheduler): a step of 128
+    # columns of halves and of 64 of tf32, centred and multiplied; half as many columns of a gradient.
+    once: tuple[int, int] = (2336, 1916)
+    held: tuple[int, int] = (1024, 544)
     # Estimates from machine code: clocks of a native block for 32 features of 128 rows: loads and means (proportional
     # to the rows); the product; the whole backward (to their square). They are of slower kernels than the present ones,
     # with tiles of 64 rows backward and WMMA, until a GPU has measured these.
@@ -125,9 +129,12 @@ def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:
 
 def best(costs: Mapping[str, Cost], problem: Problem) -> str:
     """The candidate to take. "symmetric" only if the whole call gains as much as its products alone promise: a smaller
-    gain is within the model's error, and for a measurement to decide."""
+    gain is within the model's error, and for a measurement to decide. Features are read once only by `MARGIN`."""
     names = [name for name in costs if name != "symmetric"]
-    winner = min(names, key=lambda name: costs[name].us)
+    us = {name: costs[name].us for name in names}
+    if "triton" in us and problem.kernel is None and plan.small_tiling([problem]).block == plan.ROWS_AT_ONCE:
+        us["triton"] *= MARGIN
+    winner = min(names, key=us.__getitem__)
     if winner == "library" and "symmetric" in costs:
         promised = _speedup(side(problem), SYMMETRIC)
         if costs["library"].us >= promised * costs["symmetric"].us:
@@ -137,20 +144,23 @@ def best(costs: Mapping[str, Cost], problem: Problem) -> str:
 
 def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
     """The cost of pairs of one n and dtype by Triton's fused kernels, which share two to four launches."""
-    first = problems[0]
+    first, units = problems[0], sheet.multiprocessors
+    t, g = plan.small_tiling(problems, units), plan.gradient_tiling(problems, units)
     half = first.dtype.itemsize == 2
     loop = C.half_loop if half else C.tf32_loop if first.precision == "tf32" else C.fp32_loop
-    step, tiles = 64 if half else 32, ceil_div(first.n, 64)
-    upper, inner = tiles * (tiles + 1) // 2, ceil_div(first.n, step)
-    widths, wanted = _widths(problems)
-    steps = upper * sum(ceil_div(d, step) for d in widths)
-    clocks = _issue(steps, loop[0] + C.centring * tiles, sheet)
-    blocks = tiles * sum(ceil_div(d, 64) for d in wanted)
-    clocks += _issue(blocks, inner * loop[1], sheet)
+    tiles, (widths, wanted) = ceil_div(first.n, t.block), _widths(problems)
+    once = t.block == plan.ROWS_AT_ONCE
+    step = C.once[not half] if once else loop[0] + C.centring * tiles
+    clocks = _issue(plan.upper(tiles) * sum(ceil_div(d, t.step) for d in widths), step, sheet)
+    blocks = ceil_div(first.n, g.tall) * sum(ceil_div(d, g.wide) for d in wanted)
+    inner = ceil_div(first.n, g.terms) * loop[1] * g.tall * g.wide // 4096
+    clocks += _issue(blocks, C.held[not half] * g.tall // 128 if g.share else inner, sheet)
     size = first.n * first.dtype.itemsize
     launches = 2 + (first.estimator == "unbiased") + bool(wanted)
     device = max(clocks / sheet.clock * 1e-3, _cold(size * (sum(widths) + 2 * sum(wanted)), sheet))
-    return Cost(C.python_call + launches * C.triton_launch, launches * C.launch + device, launches)
+    parts = sum(t.splits) * plan.upper(tiles) * 4 * t.block**2
+    device += launches * C.launch + _warm(2 * parts, parts, sheet)
+    return Cost(C.python_call + launches * C.triton_launch, device, launches)
 
 
 def _widths(problems: Sequence[Problem]) -> tuple[list[int], list[int]]:

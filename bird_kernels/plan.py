@@ -29,9 +29,12 @@ KEPT = 1 << 28
 # number for CUDA is not measured yet.
 STRIP = {"cpu": 256, "cuda": 1024}
 
-# The multiprocessors of a large GPU (132 on an H100), and how many programs of a launch-bound problem or a median each
-# is given, since they wait more than they compute. Neither is measured yet.
+# The multiprocessors of a large GPU (132 on an H100), where a device is not asked, and how many programs of a
+# launch-bound problem or a median each is given, since they wait more than they compute (not measured yet).
 PROGRAMS, CROWD = 132, 4
+
+# The most rows that a program of the Triton backend holds at once: features are read once, M stays on the chip.
+ROWS_AT_ONCE = 128
 
 # The most pairs that share launches: kernels take 4 KB of arguments, addresses and, the native ones, strides.
 MOST_PAIRS = {"native": 32, "triton": 64}
@@ -41,28 +44,76 @@ class Tiling(NamedTuple):
     """How the Triton kernels divide a product: sides of square output tiles, inner steps, and splits of the inner sum.
 
     ``splits`` counts the programs that share a tile of K, then of L (of the first pair, of the second, ...), ``chunk``
-    the feature columns that each sums over. Both are empty where one program computes a whole tile.
+    the feature columns that each sums over. Both are empty where one program computes a whole tile. ``whole``: the tile
+    has all rows.
     """
 
     block: int
     step: int
     splits: tuple[int, ...] = ()
     chunk: int = 0
+    whole: bool = False
 
 
-# Of RBF distances and gradients. The inner sum is not split: the kernel needs the whole distance. With inner steps of
-# 64 the half-precision gradient spills 56 to 232 bytes on sm_80, sm_90 and sm_100.
+class GradientTiling(NamedTuple):
+    """How the backward of the Triton kernels is divided: rows and columns of a tile of a gradient, terms of its sum
+    that are multiplied at a time, and, where these are all, how many tiles of the same rows a program computes."""
+
+    tall: int
+    wide: int
+    terms: int
+    share: int = 0
+
+
+# Of RBF distances. The inner sum is not split: the kernel needs the whole distance. With inner steps of 64 the
+# half-precision gradient would spill 56 to 232 bytes on sm_80, sm_90 and sm_100.
 RBF_TILING = Tiling(64, 32)
 
 
-def small_tiling(problems: Sequence[Problem]) -> Tiling:
-    """The tiling of K and L of launch-bound pairs: columns are split until there are programs enough for a GPU."""
-    first = problems[0]
+def small_tiling(problems: Sequence[Problem], multiprocessors: int | None = None) -> Tiling:
+    """The tiling of K and L of pairs of few rows: columns are split until there are programs enough for a GPU.
+
+    Features that are so wide that reading them takes longest are read once, up to `ROWS_AT_ONCE` rows, by one program
+    for each multiprocessor. Exact products take longer than that.
+    """
+    first, units = problems[0], PROGRAMS if multiprocessors is None else multiprocessors
     block, step = 64, 64 if first.dtype.itemsize == 2 else 32
     widths = [d for problem in problems for d in (problem.p, problem.q)]
-    programs = max(CROWD * PROGRAMS // upper(ceil_div(first.n, block)), len(widths))
-    chunk = ceil_div(sum(ceil_div(d, step) for d in widths), programs) * step
-    return Tiling(block, step, tuple(ceil_div(d, chunk) for d in widths), chunk)
+    steps = sum(ceil_div(d, step) for d in widths)
+    tiles = ceil_div(first.n, block)
+    programs = CROWD * units // upper(tiles)
+    if 1 < tiles <= ROWS_AT_ONCE // block and _rounds(first) and steps >= CROWD * units:
+        block, step, tiles, programs = ROWS_AT_ONCE, 2 * step, 1, units + 1 - len(widths)
+        steps = sum(ceil_div(d, step) for d in widths)
+    chunk = ceil_div(steps, max(programs, len(widths))) * step
+    return Tiling(block, step, tuple(ceil_div(d, chunk) for d in widths), chunk, tiles == 1)
+
+
+def gradient_tiling(problems: Sequence[Problem], multiprocessors: int | None = None) -> GradientTiling:
+    """The tiling of gradients, in tiles so small that there are programs enough; M stays on the chip where it can."""
+    first, units = problems[0], PROGRAMS if multiprocessors is None else multiprocessors
+    tall, wide = 64, 64
+    terms, held = 64 if first.dtype.itemsize == 2 and first.kernel is None else 32, False
+    if first.kernel is None and first.n <= ROWS_AT_ONCE and _rounds(first):
+        terms, held = max(16, 1 << (first.n - 1).bit_length()), True
+        tall, wide = terms, 64 if first.dtype.itemsize == 2 else 32
+    sides = [(p.p, p.x_grad) for p in problems] + [(p.q, p.y_grad) for p in problems]
+    wanted = [d for d, wants in sides if wants]
+
+    def tiles() -> int:
+        return ceil_div(first.n, tall) * sum(ceil_div(d, wide) for d in wanted)
+
+    while tiles() < units and tall > 16:
+        tall //= 2
+    if tiles() < units:
+        wide = 32
+    share = ceil_div(tiles(), max(units + 1 - len(wanted), 1)) if tiles() > CROWD * units else 1
+    return GradientTiling(tall, wide, terms, share if held else 0)
+
+
+def _rounds(problem: Problem) -> bool:
+    """Whether the operands of its products have one part only: halves, and tf32."""
+    return problem.dtype.itemsize == 2 or problem.precision == "tf32"
 
 
 def together(problems: Sequence[Problem], backend: str) -> bool:
@@ -203,7 +254,7 @@ def describe(
         problem=problem,
         route=route,
         backend=backend,
-        tile=_tile(problem, route, backend),
+        tile=_tile(problem, route, backend, sheet),
         flops=flops,
         bytes=traffic,
         workspace=workspace(problem, route, backend),
@@ -241,7 +292,7 @@ def _wide(problem: Problem) -> int:
     return 8 if problem.dtype.itemsize == 8 else 4
 
 
-def _tile(problem: Problem, route: Route, backend: str) -> str:
+def _tile(problem: Problem, route: Route, backend: str, sheet: Sheet | None) -> str:
     if backend == "native":
         return f"all rows of 32 features in shared memory at a time, {2 + (problem.x_grad or problem.y_grad)} launches"
     if backend == "reference":
@@ -249,7 +300,7 @@ def _tile(problem: Problem, route: Route, backend: str) -> str:
     if backend != "triton":
         strips = f" in strips of {strip_rows(problem)} rows, {'kept' if keeps_kernels(problem) else 'streamed'}"
         return "library products" + (strips if problem.kernel else "")
-    t = RBF_TILING if problem.kernel else small_tiling([problem])
+    t = RBF_TILING if problem.kernel else small_tiling([problem], sheet and sheet.multiprocessors)
     count = 2 * upper(ceil_div(problem.n, t.block)) if problem.kernel else upper(ceil_div(problem.n, t.block))
     split = f", split {' + '.join(map(str, t.splits))} ways" if t.splits else ""
     launched = sum(launches(problem))

@@ -241,7 +241,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return names
 
 
-COMMON = ["partials_kernel", "reduce_kernel", "backward_kernel"]
+COMMON = ["whole_kernel", "reduce_kernel", "backward_kernel"]
 
 
 @pytest.mark.parametrize("dense", [True, False])

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,8 @@ def test_least_traffic() -> None:
         (256, 2048, torch.float32, (22, 22)),  # 52 programs for a tile's 128 steps: 3 each
         (512, 512, torch.float32, (6, 6)),  # 14 for 32: 3 each
         (128, 25_088, torch.float32, (88, 88)),  # 176 programs for 1568 steps: 9 each
-        (128, 802_816, torch.bfloat16, (88, 88)),
+        (128, 802_816, torch.bfloat16, (66, 66)),  # read once: a program for each multiprocessor
+        (128, 16_384, torch.bfloat16, (86, 86)),  # not wide enough for that
         (1, 1, torch.float32, (1, 1)),
     ],
 )
@@ -130,6 +132,29 @@ def test_columns_are_split_until_the_gpu_is_full(n: int, d: int, dtype: torch.dt
     assert t.splits == splits
     assert t.chunk % t.step == 0
     assert t.splits == (math.ceil(d / t.chunk),) * 2
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "dtype", "precision", "tiling", "programs"),
+    [
+        (128, 512, torch.float32, "ieee", (16, 32, 32, 0), 128),
+        (128, 512, torch.float32, "tf32", (16, 32, 128, 1), 128),
+        (128, 512, torch.bfloat16, None, (16, 32, 128, 1), 128),
+        (48, 4096, torch.bfloat16, None, (16, 64, 64, 1), 192),
+        (512, 2048, torch.bfloat16, None, (64, 64, 64, 0), 256),
+        (128, 25_088, torch.float16, None, (128, 64, 128, 1), 392),
+        (128, 802_816, torch.bfloat16, None, (128, 64, 128, 96), 131),
+        (128, 802_816, torch.float32, "tf32", (128, 32, 128, 191), 132),
+    ],
+)
+def test_gradients_are_divided_until_the_gpu_is_full(
+    n: int, d: int, dtype: torch.dtype, precision: Any, tiling: tuple[int, ...], programs: int
+) -> None:
+    """By hand; of x alone."""
+    problem = Problem(n, d, 7, dtype, GPU, precision=precision, x_grad=True, y_grad=False)
+    t = plan.gradient_tiling([problem])
+    assert t == tiling
+    assert math.ceil(n / t.tall) * math.ceil(d / (t.wide * max(t.share, 1))) == programs
 
 
 @pytest.mark.parametrize("sides", SIDES)

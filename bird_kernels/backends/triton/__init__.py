@@ -1,4 +1,4 @@
-"""The Triton backend: fused kernels where launch overhead matters: few rows (`small`), Gaussian kernels (`gaussian`).
+"""The Triton backend: fused kernels where launches or reads take longest, few rows (`small`), and Gaussian kernels.
 
 Same interface as `bird_kernels.backends.library`; linear kernels take the Gram route and at most `plan.FEW_ROWS` rows.
 """
@@ -88,4 +88,5 @@ _layers_of = lru_cache(maxsize=64)(LayerTiles)
 
 @lru_cache(maxsize=1024)
 def _launches_of(problems: tuple[Problem, ...], precision: str) -> gaussian.Gaussian | small.Small:
-    return (gaussian.Gaussian if problems[0].kernel else small.Small)(problems, precision)
+    exact = tuple(problem._replace(precision=precision) for problem in problems)
+    return (gaussian.Gaussian if problems[0].kernel else small.Small)(exact, precision)

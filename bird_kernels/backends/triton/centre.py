@@ -82,13 +82,23 @@ def dealt(mask, start, before, every, samples, n, MASKED: tl.constexpr, SLOTS: t
 
 
 @triton.jit
+def quotient(a, b):
+    """a / b, both of one shape and dtype, rounded to nearest: in fp32 "/" may be off by two units in the last place."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
 def median_of_means(sums, numbers, GROUPS: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
     """By column, the median over groups of sums [SLOTS, BLOCK] / numbers [SLOTS]; slot s is in group s mod GROUPS.
 
     Of an even number it is the mean of the middle two; groups without rows are left out; without any group it is 0.
     """
     number = tl.sum(tl.reshape(numbers, [SLOTS // GROUPS, GROUPS]), 0)
-    mean = tl.sum(tl.reshape(sums, [SLOTS // GROUPS, GROUPS, BLOCK]), 0) / tl.maximum(number, 1.0)[:, None]
+    total = tl.sum(tl.reshape(sums, [SLOTS // GROUPS, GROUPS, BLOCK]), 0)
+    mean = quotient(total, tl.broadcast_to(tl.maximum(number, 1.0)[:, None], [GROUPS, BLOCK]))
     there = number > 0.0
     order = tl.arange(0, GROUPS)
     ties = (order[:, None] < order[None, :])[:, :, None] & (mean[:, None, :] == mean[None, :, :])

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...plan import Tiling, ceil_div
+from ...plan import Tiling, ceil_div, gradient_tiling
 from ...types import Problem, Shapes, Stash
 from . import double
 from .centre import counts, largest_of, shifted_tile
-from .launch import Launch, aligned, as_bytes, many_steps
+from .launch import Launch, aligned, as_bytes, many_steps, multiprocessors
 from .reduce import COEFFICIENTS, KK, ROWS, SCALE_X, WIDTH, weights_of
 from .shift import padded_width
 
@@ -46,6 +46,40 @@ def side_of(block, BEGINS: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _weights(
+    grams,  # fp32 [n, n] each: the side's own matrix and the other
+    i,  # rows of the tile
+    j,  # columns
+    counted_i,  # which of the rows count
+    counted_j,  # which of the columns count
+    shifts,  # fp64 [2, n]
+    side,
+    a,
+    b,
+    n,
+    levels,  # (GAUSSIAN) c, and the number by which K is multiplied
+    GAUSSIAN: tl.constexpr,
+    UNBIASED: tl.constexpr,
+):
+    """A tile of M = a Lc + b Kc, with Gaussian kernels of W; fp32."""
+    inside = counted_i[:, None] & counted_j[None, :]
+    if GAUSSIAN:
+        inside = inside & (i[:, None] != j[None, :])
+    offsets = i[:, None] * n + j[None, :]
+    k = tl.load(grams[0] + offsets, mask=inside, other=0.0)
+    m = tl.load(grams[1] + offsets, mask=inside, other=0.0) * a + k * b
+    if GAUSSIAN or UNBIASED:
+        shifts_i = double.mixed_shifts(shifts, i, side, a, b, n)
+        m -= shifts_i[:, None] + double.mixed_shifts(shifts, j, side, a, b, n)[None, :]
+    if GAUSSIAN:
+        return tl.where(inside, m * ((k + levels[0]) * levels[1]), 0.0)
+    elif UNBIASED:
+        return tl.where(i[:, None] == j[None, :], 0.0, m)
+    else:
+        return m
+
+
+@triton.jit
 def backward_kernel(
     wanted,  # the sides of which the gradient is wanted: [n, d] each, dense; GAUSSIAN: z [n, d padded], shifted
     gradients,  # out, their gradients [n, d]
@@ -60,7 +94,7 @@ def backward_kernel(
     stride_grad,  # between the elements of ``grad``, one per pair; 0 if 0-d
     n,  # rows of the features
     blocks,  # (GAUSSIAN) the number of blocks in ``tops``, per side
-    BEGINS: tl.constexpr,  # the first block of each side in ``wanted``
+    BEGINS: tl.constexpr,  # the first share of each side in ``wanted``
     WIDTHS: tl.constexpr,  # the width d of each side in ``wanted``
     WANTED: tl.constexpr,  # the index of each side in ``wanted`` among all sides
     STARTS: tl.constexpr,  # the offset in ``locations`` of each side in ``wanted``
@@ -69,68 +103,72 @@ def backward_kernel(
     MASKED: tl.constexpr,  # whether there is a mask; else all rows count
     UNBIASED: tl.constexpr,  # whether the estimator is the unbiased one; else the biased
     PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32" or "tf32x3"
-    BLOCK: tl.constexpr,  # rows and columns of a tile of a gradient
-    STEP: tl.constexpr,  # terms of the sum that are multiplied at a time
+    TALL: tl.constexpr,  # rows of a tile of a gradient
+    WIDE: tl.constexpr,  # columns of a tile of a gradient
+    TERMS: tl.constexpr,  # terms of the sum that are multiplied at a time; ALL: at least n
+    ALL: tl.constexpr,  # (linear) M stays on the chip for all tiles of a share
+    SHARE: tl.constexpr,  # (ALL) column tiles of a side per program; else 1
 ):
-    """Grid (column tiles of all wanted gradients, row tiles): a tile of dX or dY.
+    """Grid (shares of the columns of all wanted gradients, row tiles): tiles of dX or dY.
 
     The row sums of W are those of the rounded entries, so that equal rows contribute exactly zero.
     """
-    block = tl.program_id(0)
-    index = side_of(block, BEGINS, COUNT)
+    share = tl.program_id(0)
+    index = side_of(share, BEGINS, COUNT)
     x, dx, d = entry(wanted, index, COUNT), entry(gradients, index, COUNT), entry(WIDTHS, index, COUNT)
     number, location = entry(WANTED, index, COUNT), locations + entry(STARTS, index, COUNT)
     pair, side = number // 2, number % 2
-    own = grams + (2 * pair + side).to(tl.int64) * n * n
-    other = grams + (2 * pair + 1 - side).to(tl.int64) * n * n
+    both = grams + (2 * pair + side).to(tl.int64) * n * n, grams + (2 * pair + 1 - side).to(tl.int64) * n * n
     shifts += 2 * pair * n
     coefficients += pair * COEFFICIENTS
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    columns = (block - entry(BEGINS, index, COUNT)) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(1) * TALL + tl.arange(0, TALL)
+    first = (share - entry(BEGINS, index, COUNT)) * SHARE * WIDE
     dtype = dx.dtype.element_ty
     size = tl.sqrt(tl.load(coefficients + KK + 1 - side)) / tl.load(coefficients + ROWS)
     outer, a, b = weights_of(coefficients, side, size, grad + pair * stride_grad)
+    levels = 0.0, 0.0
     if GAUSSIAN:
         top = tl.maximum(largest_of(tops, side * blocks, (side + 1) * blocks, WIDTH), 1e-37)
-        inverse, level = 1.0 / top, tl.load(bandwidths + 4 * side + 2).to(tl.float32)
+        levels = tl.load(bandwidths + 4 * side + 2).to(tl.float32), 1.0 / top
         outer *= 2.0 * top * tl.load(bandwidths + 4 * side) * tl.load(bandwidths + 4 * side + 3)
-        width = padded_width(d)
-        there = (columns < width)[None, :]
     else:
         scale = tl.load(coefficients + SCALE_X + side).to(tl.float32)
     counted_i = counts(mask, i, n, MASKED)
-    if GAUSSIAN or UNBIASED:
-        shifts_i = double.mixed_shifts(shifts, i, side, a, b, n)[:, None]
-
-    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, n, STEP):
-        j = start + tl.arange(0, STEP)
-        counted = counts(mask, j, n, MASKED)
-        inside = counted_i[:, None] & counted[None, :]
-        if GAUSSIAN:
-            inside = inside & (i[:, None] != j[None, :])
-        offsets = i[:, None] * n + j[None, :]
-        k = tl.load(own + offsets, mask=inside, other=0.0)
-        m = tl.load(other + offsets, mask=inside, other=0.0) * a + k * b
-        if GAUSSIAN or UNBIASED:
-            m -= shifts_i + double.mixed_shifts(shifts, j, side, a, b, n)[None, :]
-        if GAUSSIAN:
-            w = tl.where(inside, m * ((k + level) * inverse), 0.0).to(dtype)
-            sums += tl.sum(w.to(tl.float32), 1)
-            places = j.to(tl.int64)[:, None] * width + columns[None, :]
-            tile = tl.load(x + places, mask=(j < n)[:, None] & there, other=0.0)
-        else:
-            w = (tl.where(i[:, None] == j[None, :], 0.0, m) if UNBIASED else m).to(dtype)
-            tile = shifted_tile(x, location, scale, counted, j, columns, d).to(dtype)
-        acc = tl.dot(w, tile, acc, input_precision=PRECISION)
-
     rows = i.to(tl.int64)[:, None]
-    if GAUSSIAN:
-        z = tl.load(x + rows * width + columns[None, :], mask=(i < n)[:, None] & there, other=0.0)
-        acc -= sums[:, None] * z.to(tl.float32)
-    acc = tl.where(counted_i[:, None], acc * outer.to(tl.float32), 0.0)
-    tl.store(dx + rows * d + columns[None, :], acc.to(dtype), mask=(i < n)[:, None] & (columns < d)[None, :])
+
+    if ALL:
+        j = tl.arange(0, TERMS)
+        counted = counts(mask, j, n, MASKED)
+        m = _weights(both, i, j, counted_i, counted, shifts, side, a, b, n, levels, False, UNBIASED).to(dtype)
+        for start in range(first, first + SHARE * WIDE, WIDE):
+            columns = start + tl.arange(0, WIDE)
+            tile = shifted_tile(x, location, scale, counted, j, columns, d).to(dtype)
+            acc = tl.dot(m, tile, input_precision=PRECISION)
+            acc = tl.where(counted_i[:, None], acc * outer.to(tl.float32), 0.0)
+            tl.store(dx + rows * d + columns[None, :], acc.to(dtype), mask=(i < n)[:, None] & (columns < d)[None, :])
+    else:
+        columns = first + tl.arange(0, WIDE)
+        acc = tl.zeros([TALL, WIDE], tl.float32)
+        if GAUSSIAN:
+            sums = tl.zeros([TALL], tl.float32)
+            width = padded_width(d)
+            there = (columns < width)[None, :]
+        for start in range(0, n, TERMS):
+            j = start + tl.arange(0, TERMS)
+            counted = counts(mask, j, n, MASKED)
+            w = _weights(both, i, j, counted_i, counted, shifts, side, a, b, n, levels, GAUSSIAN, UNBIASED).to(dtype)
+            if GAUSSIAN:
+                sums += tl.sum(w.to(tl.float32), 1)
+                places = j.to(tl.int64)[:, None] * width + columns[None, :]
+                tile = tl.load(x + places, mask=(j < n)[:, None] & there, other=0.0)
+            else:
+                tile = shifted_tile(x, location, scale, counted, j, columns, d).to(dtype)
+            acc = tl.dot(w, tile, acc, input_precision=PRECISION)
+        if GAUSSIAN:
+            z = tl.load(x + rows * width + columns[None, :], mask=(i < n)[:, None] & there, other=0.0)
+            acc -= sums[:, None] * z.to(tl.float32)
+        acc = tl.where(counted_i[:, None], acc * outer.to(tl.float32), 0.0)
+        tl.store(dx + rows * d + columns[None, :], acc.to(dtype), mask=(i < n)[:, None] & (columns < d)[None, :])
 
 
 class Pairs:
@@ -152,16 +190,21 @@ class Pairs:
             LENGTH=double.LENGTH, blocks=self.blocks, PARTS=1 if first.kernel else ceil_div(n, block),
         )  # fmt: skip
         self.moments = Launch(double.moments_kernel, (self.blocks, pairs), self.decided)
-        *begins, columns = accumulate((ceil_div(self.widths[side], block) for side in self.wanted), initial=0)
+        t = gradient_tiling(problems, multiprocessors(first.device))
+        columns = t.wide * max(t.share, 1)
+        *begins, shares = accumulate((ceil_div(self.widths[side], columns) for side in self.wanted), initial=0)
         of_wanted = dict(
             BEGINS=tuple(begins),
             WIDTHS=tuple(self.widths[side] for side in self.wanted),
             WANTED=self.wanted,
             STARTS=tuple(self.starts[side] for side in self.wanted),
-            COUNT=len(self.wanted),
-        )
-        grid = columns, ceil_div(n, block)
-        self.gradients = Launch(backward_kernel, grid, self.decided | of_wanted, **many_steps(first, precision))
+            COUNT=len(self.wanted), TALL=t.tall, WIDE=t.wide, TERMS=t.terms, ALL=t.share > 0, SHARE=max(t.share, 1),
+        )  # fmt: skip
+        grid = shares, ceil_div(n, t.tall)
+        options = many_steps(first, precision)
+        if t.share:  # more stages of tf32 would not fit into 99 KB of shared memory
+            options = dict(num_warps=8 if t.tall > 64 else 4, num_stages=3 if first.dtype.itemsize == 2 else 2)
+        self.gradients = Launch(backward_kernel, grid, self.decided | of_wanted, **options)
 
     def backward(
         self, grad: Tensor, tensors: Sequence[Tensor], mask: Tensor | None, stash: Stash

@@ -93,6 +93,11 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def multiprocessors(device: torch.device) -> int | None:
+    """How many a GPU has; None in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else None
+
+
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """A context in which x's device is the current one, on which Triton launches."""
     return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()

@@ -1,7 +1,7 @@
-r"""Launch-bound problems: up to `plan.FEW_ROWS` rows, K = X X^T and L = Y Y^T, for any number of pairs at once.
+r"""Up to `plan.FEW_ROWS` rows: K = X X^T and L = Y Y^T, for any number of pairs at once.
 
 Forward: `partials_kernel` shifts a range (split) of a side's columns and multiplies it to a part of a tile of the Gram
-matrix; `reduce_kernel` adds the parts in order. Biased, the columns are centred by their means, so the matrices are
+matrix (of up to 64 rows, or of wide features, `whole.whole_kernel`); `reduce_kernel` adds the parts in order. Biased, the columns are centred by their means, so the matrices are
 centred and the last program combines their moments. Unbiased, the columns are shifted by a location that dominating
 rows do not move (a mean would add such a row to all others), the diagonals are zeroed, and `double.moments_kernel`
 centres the matrices. Backward: one launch (`gradient`).
@@ -25,12 +25,11 @@ from ...types import Problem, Shapes, Stash
 from .centre import counts, largest_of, scale_of, shifted_tile, store_location
 from .double import store_totals
 from .gradient import Pairs, entry, memory_of, side_of
-from .launch import Launch, aligned, as_bytes, few_steps
+from .launch import Launch, aligned, as_bytes, capability, few_steps, multiprocessors
 from .reduce import COEFFICIENTS, WIDTH, arrive, finish, store_no_totals, store_sizes, upper_tile
+from .whole import whole_kernel
 
-REDUCED = 8  # rows of a tile per program of `reduce_kernel`: 16 bytes of a part for each thread
 MOST = tl.constexpr(FEW_ROWS)  # rows, a power of two
-UNROLL = tl.constexpr(8)  # parts that are loaded at once
 
 
 @triton.jit
@@ -101,7 +100,19 @@ def partials_kernel(
 
 
 @triton.jit
-def _sum_parts(partials, peaks, scale, begin, end, tile, upper, inner, BLOCK: tl.constexpr, HEIGHT: tl.constexpr):
+def _sum_parts(
+    partials,
+    peaks,
+    scale,
+    begin,
+    end,
+    tile,
+    upper,
+    inner,
+    BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
     """The sum of parts[begin:end] of a strip of a tile, in order and in a common scale."""
     total = tl.zeros([HEIGHT, BLOCK], tl.float32)
     exponent = scale.to(tl.int32, bitcast=True) >> 23
@@ -132,6 +143,7 @@ def reduce_kernel(
     UNBIASED: tl.constexpr,  # whether the estimator is the unbiased one; else the biased
     BLOCK: tl.constexpr,  # rows and columns of a tile
     REDUCED: tl.constexpr,  # rows per program
+    UNROLL: tl.constexpr,  # parts that are loaded at once
 ):
     """Grid (blocks of REDUCED rows, tiles, pairs): sums the parts of REDUCED rows of a tile of K and of L."""
     strip, column_tile, pair = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -148,8 +160,8 @@ def reduce_kernel(
     inner = tl.where(row_tile <= column_tile, own * BLOCK + other, other * BLOCK + own)  # below: transposed
     scale_x = scale_of(largest_of(peaks, first, middle, WIDTH))
     scale_y = scale_of(largest_of(peaks, middle, last, WIDTH))
-    k_tile = _sum_parts(partials, peaks, scale_x, first, middle, tile, upper, inner, BLOCK, REDUCED)
-    l_tile = _sum_parts(partials, peaks, scale_y, middle, last, tile, upper, inner, BLOCK, REDUCED)
+    k_tile = _sum_parts(partials, peaks, scale_x, first, middle, tile, upper, inner, BLOCK, REDUCED, UNROLL)
+    l_tile = _sum_parts(partials, peaks, scale_y, middle, last, tile, upper, inner, BLOCK, REDUCED, UNROLL)
 
     k = grams + (2 * pair).to(tl.int64) * n * n
     slots += (6 if UNBIASED else 3) * pair * programs
@@ -210,16 +222,23 @@ class Small(Pairs):
     """The launches of some pairs: two forward (unbiased: three), one backward."""
 
     def __init__(self, problems: tuple[Problem, ...], precision: str) -> None:
-        t = small_tiling(problems)
+        t = small_tiling(problems, multiprocessors(problems[0].device))
         super().__init__(problems, precision, t, small_shapes(problems))
         n, pairs, sides = problems[0].n, len(problems), len(self.widths)
-        tiles, strips, splits = ceil_div(n, t.block), ceil_div(n, REDUCED), sum(t.splits)
-        upper = tiles * (tiles + 1) // 2
+        tiles, splits = ceil_div(n, t.block), sum(t.splits)
+        # A part gives each thread 16 bytes, of tiles of all rows 8, of which there are more.
+        reduced = 8 if t.block == 64 else 2
+        strips, upper = ceil_div(n, reduced), tiles * (tiles + 1) // 2
         decided = self.decided | dict(
-            WIDTHS=self.widths, STARTS=self.starts, SIDES=sides, CHUNK=t.chunk, REDUCED=REDUCED,
+            WIDTHS=self.widths, STARTS=self.starts, SIDES=sides, CHUNK=t.chunk, REDUCED=reduced, UNROLL=64 // reduced,
             SPLITS=tuple(accumulate(t.splits, initial=0)),
         )  # fmt: skip
-        self.partials = Launch(partials_kernel, (upper, splits), decided, **few_steps(problems[0]))
+        options, step = few_steps(problems[0]), t.step
+        if t.block > 64:  # 16 warps, which have 128 registers each, would spill up to 112 bytes on 8.x and 12.x
+            large = capability(problems[0].device)[0] in (9, 10)
+            options, step = dict(num_warps=16 if large else 8, num_stages=2), t.step if large else t.step // 2
+        grid = (splits,) if t.whole else (upper, splits)
+        self.partials = Launch(whole_kernel if t.whole else partials_kernel, grid, decided | dict(STEP=step), **options)
         self.reduce = Launch(reduce_kernel, (strips, tiles, pairs), decided)
         self.workspace: Shapes = dict(
             peaks=((splits,), torch.float32),

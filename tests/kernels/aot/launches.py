@@ -83,6 +83,15 @@ def few_rows(case: Case) -> None:
     backend.backward_together(values, tensors, mask, stash, problems)
 
 
+def rows_at_once(case: Case) -> None:
+    """The same of few rows, and of features so wide that a program holds all rows of some of their columns."""
+    for n, p, q in ((40, 320, 64), (128, 20480, 17000)):
+        problem, mask = problem_of(case, n, p, q), mask_of(case, n)
+        x, y = features(case, n, p), features(case, n, q)
+        value, stash = backend.forward(x, y, mask, problem, "gram")
+        backend.backward(value, x, y, mask, stash, problem, route="gram")
+
+
 def rbf(case: Case) -> None:
     """RBF kernels: sigma is given where the statistic is HSIC, and found by each rule elsewhere."""
     kernel = RBF(sigma=1.0) if case.statistic == "hsic" else RBF(threshold=1.0 if case.masked else None)
@@ -112,7 +121,7 @@ def layers(case: Case) -> None:
     backend.layer_products(operands, mask_of(case, 256), problem_of(case, 256, 1, 1), 1 << 20)
 
 
-DRIVERS: tuple[Callable[[Case], None], ...] = (library, few_rows, rbf, layers, symmetric_products)
+DRIVERS: tuple[Callable[[Case], None], ...] = (library, few_rows, rows_at_once, rbf, layers, symmetric_products)
 
 
 def problem_of(case: Case, n: int, p: int, q: int) -> Problem:

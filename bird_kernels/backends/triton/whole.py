@@ -1,0 +1,105 @@
+r"""The parts of Gram matrices of sides whose columns are read once: a program holds all rows of its columns.
+
+For up to 64 rows, and for up to `plan.ROWS_AT_ONCE` where features are wide: there a call takes as long as reading
+them. Columns are centred in registers, and the result is both operands of the product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .centre import GROUPS, counts, median_of_means, quotient, scale_of
+from .gradient import entry, side_of
+
+
+@triton.jit
+def _middle(
+    tile, counted, groups, n, ROBUST: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
+):
+    """By column, the mean of tile [BLOCK, STEP], or, ROBUST, the median of the means of its groups; fp32.
+
+    Rows that are not ``counted`` are zero. ``n`` is the number of the others.
+    """
+    if not ROBUST:
+        found = quotient(tl.sum(tile, 0), tl.zeros([STEP], tl.float32) + tl.maximum(n, 1.0))
+    elif MASKED:
+        order = tl.arange(0, GROUPS)
+        sums, numbers = tl.zeros([GROUPS, STEP], tl.float32), tl.zeros([GROUPS], tl.float32)
+        for group in tl.static_range(GROUPS):
+            own = counted & (groups == group)
+            total = tl.sum(tl.where(own[:, None], tile, 0.0), 0)
+            sums = tl.where((order == group)[:, None], total[None, :], sums)
+            numbers = tl.where(order == group, tl.sum(own.to(tl.float32), 0), numbers)
+        found = median_of_means(sums, numbers, GROUPS, GROUPS, STEP)
+    else:
+        found = median_of_means(tile, counted.to(tl.float32), GROUPS, BLOCK, STEP)
+    return found
+
+
+@triton.jit
+def whole_kernel(
+    sides,  # x and y of the first pair, of the second, ...: [n, d] each, dense
+    mask,  # bytes [n] (MASKED): 0 for rows that do not count
+    locations,  # out, fp32 [2, d] of each side, concatenated
+    peaks,  # out, fp32 [splits]: the largest shifted entry of each
+    partials,  # out, fp32 [splits, BLOCK, BLOCK], times the square of the split's scale
+    counters,  # out, int32 [pairs]: set to zero for the next kernel
+    n,  # rows of all sides
+    WIDTHS: tl.constexpr,  # d of each side
+    STARTS: tl.constexpr,  # the offset of each side's locations
+    SPLITS: tl.constexpr,  # the first split of each side, and the number of splits
+    SIDES: tl.constexpr,  # the number of sides: two per pair
+    CHUNK: tl.constexpr,  # columns of a split
+    UNBIASED: tl.constexpr,  # columns are shifted by a robust location; else by their mean
+    MASKED: tl.constexpr,  # whether there is a mask; else all rows count
+    PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32" or "tf32x3"
+    BLOCK: tl.constexpr,  # n or more, a power of two
+    STEP: tl.constexpr,  # columns of a side that are multiplied at a time
+):
+    """Grid (splits of all sides): a split's part of the Gram matrix.
+
+    The location of fp32 columns is found twice: the second one, of what the first has left, is its rounding error. So
+    constant columns become zero; sums of up to 256 equal halves are exact. The scale of a split follows the largest
+    entry so far, and the part is scaled with it.
+    """
+    split = tl.program_id(0)
+    side = side_of(split, SPLITS, SIDES)
+    x, d, first = entry(sides, side, SIDES), entry(WIDTHS, side, SIDES), entry(SPLITS, side, SIDES)
+    location = locations + entry(STARTS, side, SIDES)
+    if split == first:
+        tl.store(counters + side // 2, 0)  # either side of a pair
+    begin = (split - first) * CHUNK
+    rows = tl.arange(0, BLOCK)
+    counted = counts(mask, rows, n, MASKED)
+    ones = counted.to(tl.int32)
+    groups = (tl.cumsum(ones, 0) - ones) % GROUPS
+    number = tl.sum(ones, 0).to(tl.float32)
+    dtype = x.dtype.element_ty
+    places = rows.to(tl.int64)[:, None] * d
+
+    peak = 0.0
+    part = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(begin, tl.minimum(begin + CHUNK, d), STEP):
+        columns = start + tl.arange(0, STEP)
+        there = columns < d
+        tile = tl.load(x + places + columns[None, :], mask=counted[:, None] & there[None, :], other=0.0).to(tl.float32)
+        high = _middle(tile, counted, groups, number, UNBIASED, MASKED, BLOCK, STEP)
+        tile = tl.where(counted[:, None], tile - high[None, :], 0.0)
+        low = tl.zeros([STEP], tl.float32)
+        if dtype == tl.float32:
+            low = _middle(tile, counted, groups, number, UNBIASED, MASKED, BLOCK, STEP)
+            tile = tl.where(counted[:, None], tile - low[None, :], 0.0)
+        tl.store(location + columns, high, mask=there)
+        tl.store(location + d + columns, low, mask=there)
+        largest = tl.maximum(peak, tl.max(tl.abs(tile)))
+        scale = scale_of(largest)
+        if scale < scale_of(peak):
+            shrunk = scale / scale_of(peak)
+            part *= shrunk * shrunk
+        peak = largest
+        z = (tile * scale).to(dtype)
+        part = tl.dot(z, tl.trans(z), part, input_precision=PRECISION)
+    tl.store(peaks + split, peak)
+    inner = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(partials + split.to(tl.int64) * (BLOCK * BLOCK) + inner, part)
