@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from ...types import Problem, Route, Shapes, Stash
+from ...types import Precision, Problem, Route, Shapes, Stash
 from . import gaussian, small
 from .launch import capability, device_of, precision_of
 from .layers import LayerTiles
@@ -87,6 +87,6 @@ _layers_of = lru_cache(maxsize=64)(LayerTiles)
 
 
 @lru_cache(maxsize=1024)
-def _launches_of(problems: tuple[Problem, ...], precision: str) -> gaussian.Gaussian | small.Small:
+def _launches_of(problems: tuple[Problem, ...], precision: Precision) -> gaussian.Gaussian | small.Small:
     exact = tuple(problem._replace(precision=precision) for problem in problems)
     return (gaussian.Gaussian if problems[0].kernel else small.Small)(exact, precision)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ...types import Problem
+from ...types import Precision, Problem
 
 Known: TypeAlias = Hashable  # None: nothing is known
 
@@ -62,7 +62,7 @@ def aligned(*tensors: Tensor) -> bool:
     return addresses % 16 == 0
 
 
-def precision_of(problem: Problem) -> str:
+def precision_of(problem: Problem) -> Precision:
     """The precision of fp32 products: the call's, else PyTorch's setting; "ieee" for half-precision features."""
     if problem.dtype.itemsize == 2:
         return "ieee"

@@ -1,10 +1,10 @@
 r"""Up to `plan.FEW_ROWS` rows: K = X X^T and L = Y Y^T, for any number of pairs at once.
 
 Forward: `partials_kernel` shifts a range (split) of a side's columns and multiplies it to a part of a tile of the Gram
-matrix (of up to 64 rows, or of wide features, `whole.whole_kernel`); `reduce_kernel` adds the parts in order. Biased, the columns are centred by their means, so the matrices are
-centred and the last program combines their moments. Unbiased, the columns are shifted by a location that dominating
-rows do not move (a mean would add such a row to all others), the diagonals are zeroed, and `double.moments_kernel`
-centres the matrices. Backward: one launch (`gradient`).
+matrix (of up to 64 rows, or of wide features, `whole.whole_kernel`); `reduce_kernel` adds the parts in order. Biased,
+the columns are centred by their means, so the matrices are centred and the last program combines their moments.
+Unbiased, the columns are shifted by a location that dominating rows do not move (a mean would add such a row to all
+others), the diagonals are zeroed, and `double.moments_kernel` centres the matrices. Backward: one launch (`gradient`).
 
 One pair is a list of one. All pairs have the same rows, dtype, mask and estimator.
 """
