@@ -85,7 +85,7 @@ def forward(
 def _measured(problem: Problem) -> Configuration | None:
     if not (problem.device.type == "cuda" and torch.cuda.is_available()):
         return None
-    known = tuning.product_kernel(problem._replace(precision=precision_of(problem)))  # type: ignore[arg-type]
+    known = tuning.product_kernel(problem._replace(precision=precision_of(problem)))
     return None if known is None else Configuration(*known)
 
 
