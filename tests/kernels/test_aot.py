@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from bird_kernels import cost
 from tests.kernels.aot import environments
 from tests.kernels.aot.__main__ import ARCHS
 
@@ -26,6 +27,7 @@ Row = dict[str, Any]
 
 # Shared memory that a block may use, KB: 99 on the consumer cards of the sm_80 family (163 on an A100) and on sm_120,
 # 227 on sm_90 and sm_100.
+DEVICES = {80: "A100", 86: "RTX 3090", 90: "H100", 100: "B200", 120: "RTX 5090"}  # of each architecture one
 SHARED = {80: 99, 86: 99, 90: 227, 100: 227, 120: 99}
 
 # Bytes that a thread spills, at the most: one pair of registers without a name, since the compilers shuffle those from
@@ -122,6 +124,23 @@ def test_descriptors_are_read_by_the_copy_unit(rows: list[Row]) -> None:
     described = [row for row in rows if row["constants"].get("DESCRIBED")]
     assert {row["arch"] for row in described} == {90, 100, 120}
     assert [row for row in rows if (row["copies"] > 0) != (row in described)] == []
+
+
+def test_loops_of_products_leave_the_matrix_units_busy(rows: list[Row]) -> None:
+    """The schedulers have issued a step's instructions before the matrix units have multiplied: units can be filled.
+
+    A scheduler issues an instruction of a warp a clock; there are four. Loops of specialised warps are short anyway.
+    """
+    sheets = {arch: cost.SHEETS[name] for arch, name in DEVICES.items()}
+    found = {}
+    for row in rows:
+        c, sheet = row["constants"], sheets[row["arch"]]
+        if row["kernel"] == "symmetric.symmetric" and not c["SPECIALISED"]:
+            rate = (sheet.tf32 if c["TF32"] else sheet.half) * 1e3 / (sheet.multiprocessors * sheet.clock)
+            multiplying = 2 * c["M"] * c["N"] * c["K"] / rate
+            found[row["arch"], row["dtype"], c["M"], c["N"]] = multiplying / (row["loop"] * c["num_warps"] / 4)
+    assert {key[0] for key in found} == set(ARCHS)
+    assert {key: share for key, share in found.items() if share < (0.6 if key[2] == 128 else 0.5)} == {}
 
 
 PROGRAM = """

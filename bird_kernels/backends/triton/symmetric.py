@@ -22,13 +22,15 @@ GROUP = 8  # rows of tiles that are processed together, for reuse in L2
 
 
 class Configuration(NamedTuple):
-    """A tile of ``rows`` x ``columns``, the bytes per row or column that a ``step`` reads, warps, pipeline stages."""
+    """A tile of ``rows`` x ``columns``, the bytes per row or column that a ``step`` reads, warps, pipeline stages, and
+    whether copies, products and stores are the work of different warps."""
 
     rows: int
     columns: int
     step: int
     warps: int
     stages: int
+    specialised: bool = False
 
 
 CONFIGURATIONS = (
@@ -37,6 +39,7 @@ CONFIGURATIONS = (
     Configuration(128, 128, 128, 8, 3),
     Configuration(128, 128, 128, 8, 4),
     Configuration(128, 256, 128, 8, 3),
+    Configuration(128, 128, 128, 8, 3, True),
 )
 SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # shared memory per block, KB; else 99
 
@@ -45,11 +48,14 @@ def fitting(device: tuple[int, int]) -> tuple[Configuration, ...]:
     """The configurations whose operands fit into the shared memory of a device of this compute capability.
 
     A tile of 128 x 256 spills except on 9.x: up to 80 bytes a thread on 8.x, whose matrix units read registers, and 8
-    on 10.x."""
+    on 10.x. Warps are specialised on 10.x: on 9.x Triton 3.6 to 3.8 compile the same code with and without."""
     room = SHARED.get(device, 99) * 1024
     widest = 256 if device[0] == 9 else 128
     return tuple(
-        c for c in CONFIGURATIONS if c.columns <= widest and c.stages * c.step * (c.rows + c.columns) + 1024 <= room
+        c
+        for c in CONFIGURATIONS
+        if c.columns <= widest and c.stages * c.step * (c.rows + c.columns) + 1024 <= room
+        if device[0] == 10 or not c.specialised
     )
 
 
@@ -77,6 +83,7 @@ def symmetric_kernel(
     TRANSPOSED: tl.constexpr,  # Z^T Z, in parts over the rows; else Z Z^T
     DESCRIBED: tl.constexpr,  # whether ``left`` and ``right`` are descriptors
     TF32: tl.constexpr,  # whether fp32 is multiplied as tf32
+    SPECIALISED: tl.constexpr,  # whether warps have different work
     GROUP: tl.constexpr,  # rows of tiles that are processed together
     M: tl.constexpr,  # rows of a tile
     N: tl.constexpr,  # columns of a tile
@@ -89,7 +96,7 @@ def symmetric_kernel(
     if (row < size) & (column + N > row):
         tile = tl.zeros([M, N], tl.float32)
         precision: tl.constexpr = "tf32" if TF32 else "ieee"
-        for start in range(part * length, (part + 1) * length, K):
+        for start in tl.range(part * length, (part + 1) * length, K, warp_specialize=SPECIALISED):
             if TRANSPOSED:
                 a = tl.trans(_block(left, start, row, rows, columns, pitch, DESCRIBED, K, M))
                 b = _block(right, start, column, rows, columns, pitch, DESCRIBED, K, N)
@@ -110,7 +117,7 @@ def _launch(size: int, parts: int, c: Configuration, **decided: Any) -> Launch:
     return Launch(
         symmetric_kernel,
         grid,
-        decided | dict(size=size, GROUP=GROUP, M=c.rows, N=c.columns),
+        decided | dict(size=size, GROUP=GROUP, M=c.rows, N=c.columns, SPECIALISED=c.specialised),
         num_warps=c.warps,
         num_stages=c.stages,
     )

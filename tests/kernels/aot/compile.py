@@ -116,7 +116,8 @@ def pretend(arch: int) -> None:
 
 def inspect(variant: Variant) -> dict[str, Any]:
     """Compiles, and says what came of it: ``error``, or the precision of products of fp32, how many products it
-    names, registers and spilled bytes of a thread, shared bytes of a block, matrix instructions, copies by descriptor.
+    names, registers and spilled bytes of a thread, shared bytes of a block, matrix instructions, copies by descriptor,
+    and, of products of a matrix with itself, the length of their `shortest_loop`.
     """
     row = {
         "arch": variant.arch, "kernel": variant.kernel, "function": f"{variant.module}:{variant.name}",
@@ -136,7 +137,31 @@ def inspect(variant: Variant) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "matrix": len(MATRIX.findall(compiled.asm["ptx"])),
         "copies": len(COPIES.findall(compiled.asm["ptx"])),
+        "loop": shortest_loop(compiled.asm["cubin"]) if variant.name == "symmetric_kernel" else 0,
     }  # fmt: skip
+
+
+def shortest_loop(binary: bytes) -> int:
+    """The instructions of the shortest loop with matrix instructions, by the disassembler; 0 if there is none."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(binary)
+        cubin.flush()
+        command = [TOOLS / "nvdisasm", "-c", cubin.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\w+):", line.strip()):
+            labels[label[1]] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction[1])
+    loops = []
+    for end, instruction in enumerate(code):
+        target = re.search(r"BRA.*`\((\.L_x_\w+)\)", instruction)
+        if target and (begin := labels.get(target[1], end + 1)) <= end:
+            if any(re.search(r"HMMA|GMMA|UTC\w*MMA", each) for each in code[begin : end + 1]):
+                loops.append(end + 1 - begin)
+    return min(loops, default=0)
 
 
 def usage(binary: bytes) -> dict[str, int]:
