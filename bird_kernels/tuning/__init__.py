@@ -70,7 +70,7 @@ class Measurement(NamedTuple):
         if not (min(self.n, self.p, self.q) > 0 and min(self.host, self.device) > 0 and self.us < math.inf):
             raise ValueError(f"a time or size is not positive: {self}")
         name, *numbers = self.candidate.split()
-        count = 5 if name == "symmetric" else 0  # rows, columns, step, warps, stages
+        count = 6 if name == "symmetric" else 0  # rows, columns, step, warps, stages, specialised
         if len(numbers) != count or not all(map(str.isdigit, numbers)):
             raise ValueError(f"{self.candidate!r} is no candidate")
 

@@ -101,7 +101,7 @@ def test_each_configuration_of_the_symmetric_kernel_is_a_candidate(
     rows, _ = of_problem(Problem(160, 64, 64, torch.bfloat16, CPU))
     names = [row.candidate for row in rows]
     assert names[:2] == ["triton", "library"]
-    assert "symmetric 64 64 128 4 3" in names
+    assert "symmetric 64 64 128 4 3 0" in names
     assert len(names) > 3
 
 

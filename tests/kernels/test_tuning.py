@@ -34,7 +34,7 @@ ROWS = tuple(
         ("float32", "ieee", 4096, 1024, 1024, {"triton": 900, "library": 700}),
         ("float32", "tf32", 4096, 1024, 1024, {"library": 400}),
         ("float16", "", 16, 16, 16, {"native": 20, "triton": 10, "library": 30}),
-        ("bfloat16", "", 8192, 8192, 8192, {"library": 50, "symmetric 128 128 64 8 3": 40}),
+        ("bfloat16", "", 8192, 8192, 8192, {"library": 50, "symmetric 128 128 64 8 3 0": 40}),
     )
     for candidate, us in times.items()
 )
@@ -136,7 +136,7 @@ def test_a_damaged_table_is_ignored_with_one_warning(text: str) -> None:
 def test_bytes_that_are_no_text_and_a_row_that_makes_no_sense(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     senseless = {"zero.json": ("library", 0.0), "endless.json": ("library", float("nan"))}
-    candidates = ["", None, 7, "symmetric", "symmetric 1 2", "symmetric a b c d e", "library 3"]
+    candidates = ["", None, 7, "symmetric", "symmetric 1 2", "symmetric a b c d e f", "symmetric 128 128 64 8 3", "library 3"]
     senseless |= {f"{number}.json": (candidate, 1.0) for number, candidate in enumerate(candidates)}
     for name, (candidate, us) in senseless.items():
         tuning.write_table(tmp_path / name, Table(KEY, "", (row("float32", "ieee", 1, 1, 1, candidate, us),)))  # type: ignore[arg-type]
@@ -231,8 +231,8 @@ def test_the_symmetric_kernel_is_taken_where_it_was_measured() -> None:
     problem = Problem(8192, 8192, 8192, torch.bfloat16, DEVICE)
     chosen = backends.decide(problem, "auto")
     assert chosen.backend == "library"
-    assert chosen.reason.endswith("with the product kernel: symmetric 128 128 64 8 3")
-    assert tuning.product_kernel(problem) == (128, 128, 64, 8, 3)
+    assert chosen.reason.endswith("with the product kernel: symmetric 128 128 64 8 3 0")
+    assert tuning.product_kernel(problem) == (128, 128, 64, 8, 3, 0)
     assert tuning.product_kernel(problem._replace(n=1 << 20)) is None
 
 

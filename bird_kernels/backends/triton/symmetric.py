@@ -23,14 +23,14 @@ GROUP = 8  # rows of tiles that are processed together, for reuse in L2
 
 class Configuration(NamedTuple):
     """A tile of ``rows`` x ``columns``, the bytes per row or column that a ``step`` reads, warps, pipeline stages, and
-    whether copies, products and stores are the work of different warps."""
+    1 if copies, products and stores are the work of different warps, else 0."""
 
     rows: int
     columns: int
     step: int
     warps: int
     stages: int
-    specialised: bool = False
+    specialised: int = 0
 
 
 CONFIGURATIONS = (
@@ -39,7 +39,7 @@ CONFIGURATIONS = (
     Configuration(128, 128, 128, 8, 3),
     Configuration(128, 128, 128, 8, 4),
     Configuration(128, 256, 128, 8, 3),
-    Configuration(128, 128, 128, 8, 3, True),
+    Configuration(128, 128, 128, 8, 3, 1),
 )
 SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}  # shared memory per block, KB; else 99
 
@@ -117,7 +117,7 @@ def _launch(size: int, parts: int, c: Configuration, **decided: Any) -> Launch:
     return Launch(
         symmetric_kernel,
         grid,
-        decided | dict(size=size, GROUP=GROUP, M=c.rows, N=c.columns, SPECIALISED=c.specialised),
+        decided | dict(size=size, GROUP=GROUP, M=c.rows, N=c.columns, SPECIALISED=c.specialised > 0),
         num_warps=c.warps,
         num_stages=c.stages,
     )

@@ -158,9 +158,9 @@ def shortest_loop(binary: bytes) -> int:
     loops = []
     for end, instruction in enumerate(code):
         target = re.search(r"BRA.*`\((\.L_x_\w+)\)", instruction)
-        if target and (begin := labels.get(target[1], end + 1)) <= end:
-            if any(re.search(r"HMMA|GMMA|UTC\w*MMA", each) for each in code[begin : end + 1]):
-                loops.append(end + 1 - begin)
+        body = code[labels.get(target[1], end + 1) : end + 1] if target else []
+        if any(re.search(r"HMMA|GMMA|UTC\w*MMA", each) for each in body):
+            loops.append(len(body))
     return min(loops, default=0)
 
 
