@@ -35,10 +35,7 @@ SHARED = {80: 99, 86: 99, 90: 227, 100: 227, 120: 99}
 PAIR = 8
 SPILLS = {
     # Three products for each of fp32's: three parts of both operands wait in registers, 255 a thread.
-    ("3.8.0", 86, "gradient.backward", "fp32", "tf32x3"): 40,
-    ("3.8.0", 120, "gradient.backward", "fp32", "tf32x3"): 80,
     ("3.8.0", 120, "gaussian.distances", "fp32", "tf32x3"): 40,
-    ("3.6.0", 120, "gradient.backward", "fp32", "tf32x3"): 16,
 }
 
 

@@ -234,8 +234,8 @@ class Small(Pairs):
             SPLITS=tuple(accumulate(t.splits, initial=0)),
         )  # fmt: skip
         options, step = few_steps(problems[0]), t.step
-        if t.block > 64:  # 16 warps, which have 128 registers each, would spill up to 112 bytes on 8.x and 12.x
-            large = capability(problems[0].device)[0] in (9, 10)
+        if t.block > 64:  # 16 warps, of 128 registers a thread, would spill up to 112 bytes elsewhere
+            large = capability(problems[0].device)[0] in (9, 10) and not self.unbiased
             options, step = dict(num_warps=16 if large else 8, num_stages=2), t.step if large else t.step // 2
         grid = (splits,) if t.whole else (upper, splits)
         self.partials = Launch(whole_kernel if t.whole else partials_kernel, grid, decided | dict(STEP=step), **options)
