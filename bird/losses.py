@@ -6,6 +6,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -61,7 +62,7 @@ class _Guided(nn.Module):
         found = []
         for t, s in self.pairs:
             theirs, ours = _named("teacher_features", teacher, t), _named("student_features", student, s)
-            if torch.is_grad_enabled() and not ours.requires_grad and not torch.compiler.is_compiling():
+            if not ours.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 warnings.warn(_NO_GRADIENT.format(t, s), RuntimeWarning, stacklevel=4)
             if theirs.device != ours.device:
                 raise ValueError(
@@ -173,16 +174,18 @@ class BirdLoss(_Guided):
             raise
         misaligned = self.distance.each(students, teachers, mask)
         if not torch.compiler.is_compiling():
-            self.shapes.update(map(self._shape, students, teachers))
+            dims = self.distance.options["row_dims"]
+            for x, y in zip(students, teachers, strict=True):
+                self.shapes.add(_shape(x.shape, y.shape, x.dtype, y.dtype, dims))
         beta = self.beta
         if self.course is not None:
             beta = self.course.weight(beta)
             last["guide_beta"] = beta.detach()
         total = total + beta * weighted_loss(misaligned, self.weights)
-        shown = misaligned.detach() if self.loss in ERRORS else 1 - misaligned.detach()
+        shown = misaligned.detach() if self.loss in ERRORS else torch.rsub(misaligned.detach(), 1)
         for name, value in zip(names, shown.unbind(), strict=True):
             last[f"{self.loss}/{name}"] = value
-        self.last = last
+        self.__dict__["last"] = last  # a module's own setattr looks for parameters, for 4 us
         return total
 
     def current_beta(self) -> Weight:
@@ -209,16 +212,17 @@ class BirdLoss(_Guided):
         if self.course is not None:
             self.course.step(done / total, self.beta, self.distance.options["group"])
 
-    def _shape(self, student: Tensor, teacher: Tensor) -> tuple[int, int, int, str]:
-        dims = self.distance.options["row_dims"]
-        p, q, prod = student.shape, teacher.shape, math.prod
-        dtype = str(torch.promote_types(student.dtype, teacher.dtype)).removeprefix("torch.")
-        return prod(p[:dims]), prod(p[dims:]), prod(q[dims:]), dtype
-
     def extra_repr(self) -> str:
         """The arguments that ``repr`` shows."""
         shown = super().extra_repr() + ("" if self.loss == "cka" else f", loss={self.loss!r}")
         return shown + ("" if self.weights is None else f", weights={self.weights}")
+
+
+@lru_cache(maxsize=1024)
+def _shape(p: torch.Size, q: torch.Size, own: torch.dtype, other: torch.dtype, dims: int) -> tuple[int, int, int, str]:
+    """(rows, student's width, teacher's width, dtype) of features; cached, since no step has new ones."""
+    prod, dtype = math.prod, str(torch.promote_types(own, other)).removeprefix("torch.")
+    return prod(p[:dims]), prod(p[dims:]), prod(q[dims:]), dtype
 
 
 _ONE_LAYER = "share is measured at one layer of the student, not at {}: tap and guide one, or give beta"
@@ -378,7 +382,7 @@ def _one_for_each(weights: Sequence[Weight] | Tensor, pairs: Sequence[tuple[str,
 
 
 def _named(what: str, mapping: Mapping[str, T], layer: str) -> T:
-    if not isinstance(mapping, Mapping):
+    if type(mapping) is not dict and not isinstance(mapping, Mapping):
         raise TypeError(f"{what} must be a dict of layers, got {type(mapping).__name__}")
     if layer not in mapping:
         raise ValueError(f"{what} has no layer {layer!r}, which pairs names; it has {list(mapping)}")

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import backends, inputs, reference
 from .backends.linalg import has_fp64
 from .plan import route_of
-from .types import PLAIN, RBF, Problem, Route, Stash, Statistic
+from .types import PLAIN, RBF, Options, Problem, Route, Stash, Statistic
 
 
 class Call(NamedTuple):
@@ -222,7 +222,8 @@ def watched(x: Tensor, y: Tensor) -> bool:
     )
 
 
-# Runs a whole public call in C++, or returns None if that call needs Python. Unset until the native backend is loaded.
+# Runs a whole public call in C++, of tensors or of lists, or returns None if that call needs Python. Unset until the
+# native backend is loaded.
 at_once: Callable[..., Tensor | None] | None = None
 
 
@@ -243,8 +244,12 @@ def _native() -> Any:
         given = flattened(Call(problem, "gram", "native"))
         return _visible_backward(grad, x, y, mask, given, native.stash_of(*kept))
 
+    def shares(x: list[Tensor], y: list[Tensor], mask: Tensor | None, options: Options) -> bool:
+        problems = [inputs.prepare(*pair, mask, options)[3] for pair in zip(x, y, strict=True)]
+        return backends.sharing(problems, options.backend) == "native"
+
     native.differentiate_backward_with(backward)
-    at_once = native.at_once_where(backends.most_at_once)
+    at_once = native.at_once_where(backends.most_at_once, shares)
     return native
 
 

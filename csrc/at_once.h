@@ -6,19 +6,21 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <string_view>
-#include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
 namespace bird {
 namespace {
 
-// A call whose arguments have been checked.
+// A call whose arguments have been checked: x and y of the first pair, of the second, ...
 struct Call {
-  at::Tensor x, y;
+  std::vector<at::Tensor> sides;
+  bool listed;  // the result is a vector, of one pair too
   std::optional<at::Tensor> mask;
   int64_t statistic;  // a Statistic
   bool unbiased, exact;
@@ -59,13 +61,19 @@ bool is_watched() {
   return included.has_any(transforms) || c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
+// The length of a list or tuple; 0 for anything else, subclasses too.
+size_t length(py::handle object) {
+  const bool is_sequence = PyList_CheckExact(object.ptr()) || PyTuple_CheckExact(object.ptr());
+  return is_sequence ? static_cast<size_t>(PySequence_Fast_GET_SIZE(object.ptr())) : 0;
+}
+
 class AtOnce {
  public:
-  // `most` is backends.most_at_once, (backend, dtype, device) -> int: up to how many numbers in x and y together a call with that
-  // backend argument and few rows is made here.
-  explicit AtOnce(py::function most) : most_(std::move(most)) {}
+  // `most` is backends.most_at_once, (backend, dtype, device) -> int: up to how many numbers in x and y together a call of one pair
+  // with that backend argument and few rows is made here. `shares`, (x, y, mask, options) -> bool: whether a call of two lists is.
+  AtOnce(py::function most, py::function shares) : most_(std::move(most)), shares_(std::move(shares)) {}
 
-  // The checked call of x, y, a mask or None and a types.Options; nullopt if it is left to Python.
+  // The checked call of x, y, two tensors or two lists of them, a mask or None and a types.Options; nullopt if it is left to Python.
   std::optional<Call> operator()(py::handle x_object, py::handle y_object, py::handle mask_object, const py::tuple& options) {
     if (options.size() != FIELDS) return {};
     const auto option = [&](Field field) { return py::handle(PyTuple_GET_ITEM(options.ptr(), field)); };
@@ -79,14 +87,27 @@ class AtOnce {
     if (text(option(KERNEL)) != "linear" || (!unbiased && kind != "biased")) return {};
     int overflow = 0;
     if (!PyLong_CheckExact(row_dims.ptr()) || PyLong_AsLongAndOverflow(row_dims.ptr(), &overflow) != 1) return {};
-    if (!is_plain(x_object, 2) || !is_plain(y_object, 2) || (masked && !is_plain(mask_object, 1)) || is_watched()) return {};
 
-    const at::Tensor &x = THPVariable_Unpack(x_object.ptr()), &y = THPVariable_Unpack(y_object.ptr());
+    const size_t pairs = length(x_object);
+    if (pairs != length(y_object) || pairs > MAX_PAIRS || (pairs > 0 && !loss)) return {};
+    std::vector<at::Tensor> sides;
+    sides.reserve(2 * std::max<size_t>(pairs, 1));
+    for (size_t i = 0; i < std::max<size_t>(pairs, 1); ++i) {
+      for (const py::handle side : {x_object, y_object}) {
+        const py::handle object = pairs ? py::handle(PySequence_Fast_GET_ITEM(side.ptr(), i)) : side;
+        if (!is_plain(object, 2)) return {};
+        sides.push_back(THPVariable_Unpack(object.ptr()));
+      }
+    }
+    if ((masked && !is_plain(mask_object, 1)) || is_watched()) return {};
+    const at::Tensor& x = sides[0];
     const int64_t n = x.size(0);
-    if (n != y.size(0) || n > MAX_ROWS || n < (unbiased ? 4 : 2) || x.size(1) == 0 || y.size(1) == 0) return {};
     const at::ScalarType type = x.scalar_type();
+    if (n > MAX_ROWS || n < (unbiased ? 4 : 2)) return {};
     if (type != at::kFloat && type != at::kHalf && type != at::kBFloat16) return {};
-    if (y.scalar_type() != type || y.device() != x.device()) return {};
+    for (const at::Tensor& side : sides) {
+      if (side.size(0) != n || side.size(1) == 0 || side.scalar_type() != type || side.device() != x.device()) return {};
+    }
     std::optional<at::Tensor> mask;
     if (masked) {
       mask = THPVariable_Unpack(mask_object.ptr());
@@ -101,20 +122,42 @@ class AtOnce {
       tf32 = name == "tf32";
       if (!tf32 && name != "ieee" && name != "tf32x3") return {};
     }
-    if (x.numel() + y.numel() > most(automatic, backend, x_object, x)) return {};
+    const bool exact = type == at::kFloat && !tf32;
+    const std::vector<int64_t> device{automatic, static_cast<int64_t>(x.device().type()), x.device().index(), static_cast<int64_t>(type)};
+    if (pairs > 1) {
+      std::vector<int64_t> key(device);
+      key.insert(key.end(), {unbiased, masked, exact, text(precision) == "tf32x3", n});
+      for (const at::Tensor& side : sides) key.push_back(2 * side.size(1) + (at::GradMode::is_enabled() && side.requires_grad()));
+      if (!known(std::move(key), [&] { return shares_(x_object, y_object, mask_object, options).cast<bool>(); })) return {};
+    } else {
+      const int64_t most = known(std::vector<int64_t>(device), [&] {
+        const py::object any = py::reinterpret_steal<py::object>(THPVariable_Wrap(x));
+        return most_(backend, any.attr("dtype"), any.attr("device")).template cast<int64_t>();
+      });
+      if (x.numel() + sides[1].numel() > most) return {};
+    }
     const Statistic wanted = loss ? Statistic::cka_loss : cka ? Statistic::cka : Statistic::hsic;
-    return Call{x, y, std::move(mask), static_cast<int64_t>(wanted), unbiased, type == at::kFloat && !tf32};
+    return Call{std::move(sides), pairs > 0, std::move(mask), static_cast<int64_t>(wanted), unbiased, exact};
   }
 
  private:
-  int64_t most(bool automatic, py::handle backend, py::handle object, const at::Tensor& x) {
-    const auto [answer, is_new] = answers_.try_emplace({automatic, x.device().type(), x.device().index(), x.scalar_type()}, 0);
-    if (is_new) answer->second = most_(backend, object.attr("dtype"), object.attr("device")).cast<int64_t>();
+  // The answer that was given for a key, or what `ask` returns.
+  template <class Ask>
+  int64_t known(std::vector<int64_t> key, Ask ask) {
+    const auto [answer, is_new] = answers_.try_emplace(std::move(key), 0);
+    if (is_new) {
+      try {
+        answer->second = ask();
+      } catch (...) {
+        answers_.erase(answer);
+        throw;
+      }
+    }
     return answer->second;
   }
 
-  py::function most_;
-  std::map<std::tuple<bool, at::Device::Type, at::DeviceIndex, at::ScalarType>, int64_t> answers_;  // of most_, by its arguments
+  py::function most_, shares_;
+  std::map<std::vector<int64_t>, int64_t> answers_;  // of both functions, whose keys differ in length
 };
 
 }  // namespace

@@ -134,43 +134,56 @@ std::vector<Tensor> backward(
 }
 
 // The Python function (grad, x, y, mask, coefficients, locations, grams, statistic, unbiased, exact, x_grad, y_grad) -> (dx, dy)
-// that computes a backward which is differentiated itself, runs under a dispatch mode, or whose upstream gradient is a lazy
-// negative or batched. It is never destroyed, because the interpreter may be finalised before static objects are.
+// that computes the backward of a pair which is differentiated itself, runs under a dispatch mode, or whose upstream gradient is a
+// lazy negative or batched. It is never destroyed, because the interpreter may be finalised before static objects are.
 py::object& differentiable_backward() {
   static py::object* const function = new py::object();
   return *function;
 }
 
+// Of one pair or many; `sides` as above. If they were `listed`, the value of one pair is a vector, too.
 class Alignment : public torch::autograd::Function<Alignment> {
  public:
   static Tensor forward(
-      AutogradContext* context, const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask, int64_t statistic, bool unbiased,
-      bool exact) {
-    auto [values, coefficients, locations, grams] = bird::forward({x, y}, mask, statistic, unbiased, exact);
-    context->save_for_backward({x, y, mask.value_or(Tensor()), coefficients, locations, grams});
+      AutogradContext* context, at::TensorList sides, const std::optional<Tensor>& mask, int64_t statistic, bool unbiased, bool exact,
+      bool listed) {
+    auto [values, coefficients, locations, grams] = bird::forward(sides.vec(), mask, statistic, unbiased, exact);
+    variable_list saved = sides.vec();
+    saved.insert(saved.end(), {mask.value_or(Tensor()), coefficients, locations, grams});
+    context->save_for_backward(std::move(saved));
     context->saved_data["statistic"] = statistic;
     context->saved_data["unbiased"] = unbiased;
     context->saved_data["exact"] = exact;
-    return values;
+    return listed ? values.view(-1) : values;
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
-    const variable_list saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &y = saved[1], &mask = saved[2], &coefficients = saved[3], &locations = saved[4], &grams = saved[5];
+    variable_list sides = context->get_saved_variables();
+    const size_t count = sides.size() - 4;
+    const Tensor mask = sides[count], coefficients = sides[count + 1], locations = sides[count + 2], grams = sides[count + 3];
+    sides.resize(count);
     const auto statistic = context->saved_data["statistic"].toInt();
     const bool unbiased = context->saved_data["unbiased"].toBool(), exact = context->saved_data["exact"].toBool();
-    const bool x_grad = context->needs_input_grad(0), y_grad = context->needs_input_grad(1);
+    std::vector<bool> wanted;
+    for (size_t i = 0; i < count; ++i) wanted.push_back(context->needs_input_grad(i));
     const bool batched = grads[0].key_set().has(c10::DispatchKey::Batched);  // torch.autograd.grad(is_grads_batched=True)
+    variable_list gradients;
     if (at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() || grads[0].is_neg() || batched) {
       const py::gil_scoped_acquire python;
-      const py::object result = differentiable_backward()(
-          grads[0], x, y, mask, coefficients, locations, grams, statistic, unbiased, exact, x_grad, y_grad);
-      const auto [dx, dy] = result.cast<std::pair<std::optional<Tensor>, std::optional<Tensor>>>();
-      return {dx.value_or(Tensor()), dy.value_or(Tensor()), Tensor(), Tensor(), Tensor(), Tensor()};
+      int64_t begin = 0;
+      for (size_t i = 0; i < count; i += 2) {
+        const int64_t own = (chunks_of(features(sides[i])) + chunks_of(features(sides[i + 1]))) * 2 * CHUNK;
+        const auto pair = static_cast<int64_t>(i / 2);
+        const py::object result = differentiable_backward()(
+            grads[0].dim() ? grads[0].select(-1, pair) : grads[0], sides[i], sides[i + 1], mask, coefficients.narrow(0, pair, 1),
+            locations.narrow(0, begin, own), grams.narrow(0, pair, 1), statistic, unbiased, exact, bool(wanted[i]), bool(wanted[i + 1]));
+        for (const auto& gradient : result.cast<std::vector<std::optional<Tensor>>>()) gradients.push_back(gradient.value_or(Tensor()));
+        begin += own;
+      }
+    } else {
+      gradients = bird::backward(grads[0], sides, mask, coefficients, locations, grams, unbiased, exact, wanted);
     }
-    variable_list gradients =
-        bird::backward(grads[0], {x, y}, mask, coefficients, locations, grams, unbiased, exact, {x_grad, y_grad});
-    gradients.resize(6);
+    gradients.resize(count + 5);
     return gradients;
   }
 };
@@ -186,18 +199,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "alignment",
       [](const at::Tensor& x, const at::Tensor& y, const MaybeTensor& mask, int64_t statistic, bool unbiased, bool exact) {
-        return bird::Alignment::apply(x, y, mask, statistic, unbiased, exact);
+        return bird::Alignment::apply(at::TensorList({x, y}), mask, statistic, unbiased, exact, false);
       },
       py::call_guard<py::gil_scoped_release>());
   // A function of x, y, mask and types.Options that makes a whole public call, or returns None to leave it to Python.
-  m.def("at_once_where", [](py::function most) {
+  m.def("at_once_where", [](py::function most, py::function shares) {
     return py::cpp_function(
-        [checked = bird::AtOnce(std::move(most))](
+        [checked = bird::AtOnce(std::move(most), std::move(shares))](
             py::handle x, py::handle y, py::handle mask, const py::tuple& options) mutable -> MaybeTensor {
           const auto call = checked(x, y, mask, options);
           if (!call) return std::nullopt;
           const py::gil_scoped_release others_may_run;
-          return bird::Alignment::apply(call->x, call->y, call->mask, call->statistic, call->unbiased, call->exact);
+          return bird::Alignment::apply(at::TensorList(call->sides), call->mask, call->statistic, call->unbiased, call->exact, call->listed);
         });
   });
   m.def("forward", &bird::forward, py::call_guard<py::gil_scoped_release>());

@@ -75,13 +75,16 @@ def differentiate_backward_with(function: Callable[..., Any]) -> None:
     _native().set_differentiable_backward(function)
 
 
-def at_once_where(most: Callable[[str, torch.dtype, torch.device], int]) -> Callable[..., Tensor | None]:
+def at_once_where(
+    most: Callable[[str, torch.dtype, torch.device], int], shares: Callable[..., bool]
+) -> Callable[..., Tensor | None]:
     """A function of x, y, a mask or None, and `Options` that makes a whole public call in C++, checks included.
 
     It returns None if Python must make the call (csrc/at_once.h): no plain matrices, too many rows, unusual options, a
-    wrong argument, or more numbers in x and y together than ``most(backend, dtype, device)``, which is cached.
+    wrong argument, more numbers in x and y together than ``most(backend, dtype, device)``, or two lists that do not
+    share native launches by ``shares(x, y, mask, options)``. Both answers are cached.
     """
-    at_once: Callable[..., Tensor | None] = _native().at_once_where(most)
+    at_once: Callable[..., Tensor | None] = _native().at_once_where(most, shares)
     return at_once
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from bird_kernels import ops, reference
+from bird_kernels import functional, ops, reference
 from bird_kernels.plan import FEW_ROWS
 from bird_kernels.types import Options
 from tests.accuracy import evaluate, features
@@ -112,10 +112,22 @@ ORDINARY = {
     "most rows": ((torch.ones(FEW_ROWS, 1), torch.ones(FEW_ROWS, 1)), {}),
     "fewest rows": ((X[:2], Y[:2]), {}),
     "fewest rows, unbiased": ((X[:4], Y[:4]), {"estimator": "unbiased"}),
+    "lists of one": (([X], [Y]), {}),
+    "two lists": (([X, Y], [Y, Y[:, :2]]), {"mask": ROWS}),
+    "two tuples": (((X, X), (Y, X)), {"estimator": "unbiased", "backend": "auto"}),
+    "as many pairs as fit": (([X] * native.MAX_PAIRS, [Y] * native.MAX_PAIRS), {}),
 }
 # Right or wrong, but not for C++: it must leave them alone.
 OTHERS = {
     "another backend": ((X, Y), {"backend": "library"}),
+    "empty lists": (([], []), {}),
+    "too many pairs": (([X] * (native.MAX_PAIRS + 1), [Y] * (native.MAX_PAIRS + 1)), {}),
+    "lists of two lengths": (([X, X], [Y]), {}),
+    "a list and a tensor": (([X, X], Y), {}),
+    "a list of no tensors": (([X, None], [Y, Y]), {}),
+    "lists of other rows": (([X, X[:-1]], [Y, Y[:-1]]), {}),
+    "lists of other types": (([X, X.half()], [Y, Y.half()]), {}),
+    "lists of another statistic": (([X, X], [Y, Y]), {"statistic": "cka"}),
     "another statistic": ((X, Y), {"statistic": "gram_mse"}),
     "a group": ((X, Y), {"group": object()}),
     "not centred": ((X, Y), {"center": False}),
@@ -163,19 +175,27 @@ def call(case: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device) -> 
     """The arguments as `call.evaluate` has them, tensors on the CPU moved to the device."""
     (x, y), options = case
     mask, asked = options.get("mask"), {"statistic": "cka_loss", "backend": "native"} | options
-    tensors = (a.to(device) if isinstance(a, Tensor) and a.device.type == "cpu" else a for a in (x, y, mask))
-    return *tensors, Options(**{name: value for name, value in asked.items() if name != "mask"})
+
+    def moved(a: Any) -> Any:
+        if isinstance(a, (list, tuple)):
+            return type(a)(map(moved, a)) if a and isinstance(a[0], Tensor) else a
+        return a.to(device) if isinstance(a, Tensor) and a.device.type == "cpu" else a
+
+    return *map(moved, (x, y, mask)), Options(**{name: value for name, value in asked.items() if name != "mask"})
 
 
 @pytest.mark.parametrize("case", ORDINARY)
 def test_ordinary(case: str, device: torch.device) -> None:
-    at_once = native.at_once_where(lambda *_: MANY)
-    assert isinstance(at_once(*call(ORDINARY[case], device)), Tensor)
+    at_once = native.at_once_where(lambda *_: MANY, lambda *_: True)
+    x, *others = call(ORDINARY[case], device)
+    found = at_once(x, *others)
+    assert isinstance(found, Tensor)
+    assert found.shape == (() if isinstance(x, Tensor) else (len(x),))
 
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_not_ordinary(case: str, device: torch.device) -> None:
-    at_once = native.at_once_where(lambda *_: MANY)
+    at_once = native.at_once_where(lambda *_: MANY, lambda *_: True)
     assert at_once(*call(OTHERS[case], device)) is None
 
 
@@ -188,7 +208,7 @@ def test_python_is_asked_once(device: torch.device) -> None:
         asked.append(question)
         return limits[question[:2]]
 
-    at_once = native.at_once_where(most)
+    at_once = native.at_once_where(most, lambda *_: True)
     x, wider = X.to(device), Y.to(device)
     half = x.half()
     calls = [
@@ -205,7 +225,70 @@ def test_python_is_asked_once(device: torch.device) -> None:
         raise RuntimeError("no driver")
 
     with pytest.raises(RuntimeError, match="no driver"):
-        native.at_once_where(broken)(*call(ORDINARY["plain"], device))
+        native.at_once_where(broken, broken)(*call(ORDINARY["plain"], device))
+
+
+def test_python_is_asked_once_of_lists(device: torch.device) -> None:
+    """By sizes, wanted gradients, estimator, mask and precision; what it does not share is left to it."""
+    asked: list[Any] = []
+
+    def shares(x: Any, y: Any, mask: Any, options: Options) -> bool:
+        asked.append((len(x), mask is not None, options))
+        return options.precision != "tf32x3"
+
+    at_once = native.at_once_where(lambda *_: 0, shares)
+    x, y, mask = X.to(device), Y.to(device), ROWS.to(device)
+    usual = Options("cka_loss", backend="native")
+    learned = x.clone().requires_grad_()
+    calls: list[tuple[Any, ...]] = [
+        ([x, x], [y, y], None, usual), ([x, x], [y, y], mask, usual), ([x, y], [y, y], None, usual),
+        ([x, learned], [y, y], None, usual), ([x, x], [y, y], None, usual._replace(estimator="unbiased")),
+        ([x, x], [y, y], None, usual._replace(precision="tf32x3")), ([x] * 3, [y] * 3, None, usual),
+    ]  # fmt: skip
+    for _ in range(2):
+        for number, arguments in enumerate(calls):
+            found = at_once(*arguments)
+            assert (found is None) == (number == 5)
+            assert found is None or found.shape == (len(arguments[0]),)
+    assert asked == [(len(xs), given is not None, options) for xs, _, given, options in calls]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_lists_have_the_bits_of_python(
+    masked: bool, count: int, estimator: str, spy: Spy, device: torch.device
+) -> None:
+    """Values and gradients, of both sides of some pairs and of no side of others; a second backward, too."""
+    pairs = [features(N, p, q, device=device, mean=1.0, seed=p) for p, q in ((P, Q), (40, 3), (2, 70))]
+    pairs = pairs[:count]
+    xs = [x.requires_grad_(k != 1) for k, (x, _) in enumerate(pairs)]
+    ys = [y.requires_grad_(k == 2) for k, (_, y) in enumerate(pairs)]
+    mask = torch.arange(N, device=device) % 4 != 1 if masked else None
+    wanted = [t for t in (*xs, *ys) if t.requires_grad]
+
+    def run() -> Any:
+        value = bird_kernels.cka_loss(
+            xs, ys, weights=[0.5, 2.0, -1.0][:count], mask=mask, estimator=estimator, backend="native"
+        )
+        return value.detach(), torch.autograd.grad(value, wanted)
+
+    run()  # the native part is loaded
+    spy.taken.clear()
+    torch.testing.assert_close(run(), by_python(run), rtol=0, atol=0)
+    assert spy.taken == [True]
+
+    def twice() -> Any:
+        value = bird_kernels.cka_loss(xs, ys, mask=mask, estimator=estimator, backend="native")
+        first = torch.autograd.grad(value, wanted, create_graph=True)
+        return first, torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+    torch.testing.assert_close(twice(), by_python(twice), rtol=1e-5, atol=1e-7)
+    batched = functional.cka_losses(xs, ys, mask=mask, estimator=estimator, backend="native")
+    upstream = torch.eye(count, device=device)
+    found = torch.autograd.grad(batched, wanted, upstream, is_grads_batched=True, retain_graph=True)
+    for row in range(count):
+        one_by_one = torch.autograd.grad(batched, wanted, upstream[row], retain_graph=True)
+        torch.testing.assert_close([g[row] for g in found], list(one_by_one), rtol=1e-5, atol=1e-7)
 
 
 def test_transforms_see_operators(spy: Spy, device: torch.device) -> None:

@@ -136,7 +136,16 @@ def test_a_damaged_table_is_ignored_with_one_warning(text: str) -> None:
 def test_bytes_that_are_no_text_and_a_row_that_makes_no_sense(tmp_path: Path) -> None:
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     senseless = {"zero.json": ("library", 0.0), "endless.json": ("library", float("nan"))}
-    candidates = ["", None, 7, "symmetric", "symmetric 1 2", "symmetric a b c d e f", "symmetric 128 128 64 8 3", "library 3"]
+    candidates = [
+        "",
+        None,
+        7,
+        "symmetric",
+        "symmetric 1 2",
+        "symmetric a b c d e f",
+        "symmetric 128 128 64 8 3",
+        "library 3",
+    ]
     senseless |= {f"{number}.json": (candidate, 1.0) for number, candidate in enumerate(candidates)}
     for name, (candidate, us) in senseless.items():
         tuning.write_table(tmp_path / name, Table(KEY, "", (row("float32", "ieee", 1, 1, 1, candidate, us),)))  # type: ignore[arg-type]
