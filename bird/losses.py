@@ -140,8 +140,7 @@ class BirdLoss(_Guided):
             loss, kernel=kernel, estimator=estimator, row_dims=row_dims, group=group, backend=backend,
             precision=precision,
         )  # fmt: skip
-        moves = (schedule, until, share) != ("constant", 1.0, None)
-        self.course = Course(schedule, until, share) if moves else None
+        self.course = None if (schedule, until, share) == ("constant", 1.0, None) else Course(schedule, until, share)
         self.measures = share is not None
         if self.measures and not (_number(alpha) and _number(beta) and not isinstance(beta, nn.Parameter)):
             raise ValueError("share weighs the task's gradient: alpha and beta must be above 0, and beta no parameter")
@@ -174,17 +173,14 @@ class BirdLoss(_Guided):
             raise
         misaligned = self.distance.each(students, teachers, mask)
         if not torch.compiler.is_compiling():
-            dims = self.distance.options["row_dims"]
-            for x, y in zip(students, teachers, strict=True):
-                self.shapes.add(_shape(x.shape, y.shape, x.dtype, y.dtype, dims))
-        beta = self.beta
-        if self.course is not None:
-            beta = self.course.weight(beta)
+            dims, both = self.distance.options["row_dims"], zip(students, teachers, strict=True)
+            self.shapes.update(_shape(x.shape, y.shape, x.dtype, y.dtype, dims) for x, y in both)
+        beta = self.current_beta()
+        if self.course is not None and isinstance(beta, Tensor):
             last["guide_beta"] = beta.detach()
         total = total + beta * weighted_loss(misaligned, self.weights)
         shown = misaligned.detach() if self.loss in ERRORS else torch.rsub(misaligned.detach(), 1)
-        for name, value in zip(names, shown.unbind(), strict=True):
-            last[f"{self.loss}/{name}"] = value
+        last |= {f"{self.loss}/{name}": value for name, value in zip(names, shown.unbind(), strict=True)}
         self.__dict__["last"] = last  # a module's own setattr looks for parameters, for 4 us
         return total
 
