@@ -21,7 +21,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     backend = backends.module_of("triton", "rbf")
     monkeypatch.setattr(backend, "device_of", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(launch, "capability", lambda device: (9, 0))
-    for module in (shift, importlib.import_module("bird_kernels.backends.triton.gradient")):
+    gradient = importlib.import_module("bird_kernels.backends.triton.gradient")
+    monkeypatch.setattr(gradient, "multiprocessors", lambda device: 132)
+    for module in (shift, gradient):
         monkeypatch.setattr(module, "aligned", lambda *tensors: True)
     with FakeTensorMode():
         yield
