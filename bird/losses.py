@@ -65,10 +65,8 @@ class _Guided(nn.Module):
             if not ours.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 warnings.warn(_NO_GRADIENT.format(t, s), RuntimeWarning, stacklevel=4)
             if theirs.device != ours.device:
-                raise ValueError(
-                    f"{t}/{s}: the teacher's features are on {theirs.device}, the student's on {ours.device}: move one "
-                    "of the two networks, and give both the same images"
-                )
+                where = f"{t}/{s}: the teacher's features are on {theirs.device}, the student's on {ours.device}"
+                raise ValueError(f"{where}: move one of the two networks, and give both the same images")
             found.append((f"{t}/{s}", theirs, ours))
         return found
 
@@ -173,14 +171,15 @@ class BirdLoss(_Guided):
             raise
         misaligned = self.distance.each(students, teachers, mask)
         if not torch.compiler.is_compiling():
-            dims, both = self.distance.options["row_dims"], zip(students, teachers, strict=True)
-            self.shapes.update(_shape(x.shape, y.shape, x.dtype, y.dtype, dims) for x, y in both)
+            for x, y in zip(students, teachers, strict=True):
+                self.shapes.add(_shape(x.shape, y.shape, x.dtype, y.dtype, self.distance.options["row_dims"]))
         beta = self.current_beta()
         if self.course is not None and isinstance(beta, Tensor):
             last["guide_beta"] = beta.detach()
         total = total + beta * weighted_loss(misaligned, self.weights)
         shown = misaligned.detach() if self.loss in ERRORS else torch.rsub(misaligned.detach(), 1)
-        last |= {f"{self.loss}/{name}": value for name, value in zip(names, shown.unbind(), strict=True)}
+        for name, value in zip(names, shown.unbind(), strict=True):
+            last[f"{self.loss}/{name}"] = value
         self.__dict__["last"] = last  # a module's own setattr looks for parameters, for 4 us
         return total
 

@@ -51,9 +51,10 @@ def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tenso
     Raises:
         TypeError, ValueError: not two lists of one length, no pairs, a pair whose rows differ; also as `evaluate`.
     """
-    done = _at_once(x, y, mask, options) if forward_ad._current_level < 0 else None
-    if done is not None:
-        return done
+    if ops.at_once is not None and forward_ad._current_level < 0 and not torch.compiler.is_compiling():
+        done = ops.at_once(x, y, mask, options)
+        if done is not None:
+            return done
     try:
         both = inputs.require_lists(x, y, options.row_dims)
     except Exception as error:
@@ -80,20 +81,16 @@ def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Ten
         return _in_group([(x, y)], mask, options)[0]
     if forward_ad._current_level >= 0:
         options = _in_forward_mode(options)
-    done = _at_once(x, y, mask, options)
-    if done is not None:
-        return done
+    if ops.at_once is not None and not torch.compiler.is_compiling():
+        done = ops.at_once(x, y, mask, options)
+        if done is not None:
+            return done
     if mask is None and options in USUAL and type(x) in PLAIN and type(y) in PLAIN:
         recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
         done = None if recorded or ops.watched(x, y) else _alone(x, y, options)
         if done is not None:
             return done
     return _whole(*inputs.prepare(x, y, mask, options), options.backend)
-
-
-def _at_once(x: object, y: object, mask: Tensor | None, options: Options) -> Tensor | None:
-    """The result of `losses` or `evaluate` if the native part makes the whole call, else None."""
-    return None if ops.at_once is None or torch.compiler.is_compiling() else ops.at_once(x, y, mask, options)
 
 
 def _alone(x: Tensor, y: Tensor, options: Options) -> Tensor | None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from . import backends, inputs, reference
+from . import backends, reference
 from .backends.linalg import has_fp64
 from .plan import route_of
 from .types import PLAIN, RBF, Options, Problem, Route, Stash, Statistic
@@ -152,7 +152,7 @@ def alignment(x: Tensor, y: Tensor, mask: Tensor | None, call: Call) -> Tensor:
         return value
     if call.backend == "native":
         try:
-            return _native().statistic_of(x, y, mask, problem)
+            return native_backend().statistic_of(x, y, mask, problem)
         except Exception as error:
             call = _instead(call, error)
     if not wanted:
@@ -228,7 +228,7 @@ at_once: Callable[..., Tensor | None] | None = None
 
 
 @lru_cache
-def _native() -> Any:
+def native_backend() -> Any:
     """The native backend, which has its own autograd in C++, except for backwards that are differentiated or traced."""
     global at_once
     from .backends import native
@@ -244,8 +244,12 @@ def _native() -> Any:
         given = flattened(Call(problem, "gram", "native"))
         return _visible_backward(grad, x, y, mask, given, native.stash_of(*kept))
 
-    def shares(x: list[Tensor], y: list[Tensor], mask: Tensor | None, options: Options) -> bool:
-        problems = [inputs.prepare(*pair, mask, options)[3] for pair in zip(x, y, strict=True)]
+    def shares(xs: list[Tensor], ys: list[Tensor], mask: Tensor | None, options: Options) -> bool:
+        named = dict(statistic=options.statistic, estimator=options.estimator, precision=options.precision)
+        problems, wants = [], torch.is_grad_enabled()
+        for x, y in zip(xs, ys, strict=True):
+            own = Problem(len(x), x.shape[1], y.shape[1], x.dtype, x.device, masked=mask is not None, **named)  # type: ignore[arg-type]
+            problems.append(own._replace(x_grad=wants and x.requires_grad, y_grad=wants and y.requires_grad))
         return backends.sharing(problems, options.backend) == "native"
 
     native.differentiate_backward_with(backward)

@@ -92,7 +92,7 @@ def _calls(problems: list[Problem], requested: str) -> _Calls:
     """Together in three launches of a fused backend if one can, instead of three per pair; else one by one."""
     auto, shared = requested == "auto", backends.sharing(problems, requested)
     if shared == "native":
-        ops._native()  # the next call of this kind is made at once
+        ops.native_backend()  # the next call of this kind is made at once
     if shared is not None:
         return _Calls([Call(problem, "gram", shared, auto) for problem in problems], True)
     names = [backends.resolve(problem, requested) for problem in problems]

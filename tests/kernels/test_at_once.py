@@ -37,7 +37,7 @@ class Spy:
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    ops._native()  # as the first native call does
+    ops.native_backend()  # as the first native call does
     assert ops.at_once is not None
     spy = Spy(ops.at_once)
     monkeypatch.setattr(ops, "at_once", spy)

@@ -14,7 +14,7 @@ from torch import Tensor
 from bird_kernels import backends, plan
 from bird_kernels.moments import MIN_ROWS, Moments, combine
 from bird_kernels.types import RBF, Problem
-from tests.accuracy import errors, evaluate, features, operator, truth
+from tests.accuracy import errors, evaluate, features, operator, poison, truth
 
 triton = pytest.importorskip("triton", reason="Triton does not exist for this system")
 tl = pytest.importorskip("triton.language", reason="Triton does not exist for this system")
@@ -119,10 +119,11 @@ def test_launches_are_as_planned(
 
 @pytest.fixture
 def few_programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As many as there are sides: each reads all of its side, in many steps."""
+    """As many as there are sides: each reads all of its side, in many steps. New memory is NaN."""
     monkeypatch.setattr(plan, "PROGRAMS", 0)
     backends.module_of("triton")._launches_of.cache_clear()
-    yield
+    with poison():
+        yield
     backends.module_of("triton")._launches_of.cache_clear()
 
 
@@ -142,22 +143,23 @@ def test_wide_features(masked: bool, estimator: str, device: torch.device) -> No
 def test_features_that_are_read_once(precision: str, masked: bool, estimator: str, device: torch.device) -> None:
     """In many steps, by programs that hold all rows; M stays on the chip for several tiles of a gradient."""
     dtype = {"tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    x, y = features(101, 150, 300, dtype, device, mean=3.0)
+    x, y = features(71, 130, 200, dtype, device, mean=3.0)
     asked: Any = precision if precision == "tf32" else None
-    problem = Problem(101, 150, 300, dtype, device, precision=asked)
+    problem = Problem(71, 130, 200, dtype, device, precision=asked)
     assert plan.small_tiling([problem]).whole
-    assert plan.gradient_tiling([problem._replace(y_grad=True)])[2:] == (128, 15 if precision == "tf32" else 8)
-    mask = torch.arange(101, device=device) % 5 != 3 if masked else None
+    assert plan.gradient_tiling([problem._replace(y_grad=True)])[2:] == (128, 12 if precision == "tf32" else 7)
+    mask = torch.arange(71, device=device) % 5 != 3 if masked else None
     call = operator("gram", "triton", estimator, mask=mask, precision=asked)
     found = evaluate(call, x, y)
     # The rounding of centred features and of M; in the interpreter tf32 is not rounded.
     allowed = {"tf32": 3e-6 if device.type == "cpu" else 2e-3, "bf16": 7e-3, "fp16": 8e-4}[precision]
     assert max(errors(found, truth(x, y, estimator, mask=mask)).values()) < allowed
-    for again, first in zip(evaluate(call, x, y), found, strict=True):
-        assert torch.equal(again, first)
+    if masked:
+        for again, first in zip(evaluate(call, x, y), found, strict=True):
+            assert torch.equal(again, first)
 
 
-@pytest.mark.parametrize("n", [37, 101])
+@pytest.mark.parametrize("n", [37, 71])
 @pytest.mark.usefixtures("few_programs")
 def test_columns_of_equal_rows_have_no_variance(n: int, estimator: str, device: torch.device) -> None:
     """Exactly, whatever the number: the loss is 1, without a gradient."""
@@ -168,7 +170,7 @@ def test_columns_of_equal_rows_have_no_variance(n: int, estimator: str, device: 
         assert [float(part.double().abs().max()) for part in found] == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("n", [37, 101])
+@pytest.mark.parametrize("n", [37, 71])
 @pytest.mark.parametrize("exponents", [(-30, 0, 30), (20, -25, -20)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_shares_of_features_differ_in_scale(
@@ -195,7 +197,7 @@ def test_steps_of_a_program_differ_in_scale(growing: bool, estimator: str, devic
     """What was added up is scaled again when larger entries come."""
     powers = [2.0 ** (8 * k) for k in range(5)][:: 1 if growing else -1]
     scales = torch.tensor(powers, device=device).repeat_interleave(64)
-    x, y = (side * scales for side in features(101, 320, 320, device=device, mean=1.0))
+    x, y = (side * scales[: side.shape[1]] for side in features(71, 320, 256, device=device, mean=1.0))
     call = operator("gram", "triton", estimator, precision="tf32")
     if device.type == "cpu":
         assert max(errors(evaluate(call, x, y), truth(x, y, estimator)).values()) < 3e-6

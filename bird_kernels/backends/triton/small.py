@@ -237,8 +237,11 @@ class Small(Pairs):
         if t.block > 64:  # 16 warps, of 128 registers a thread, would spill up to 112 bytes elsewhere
             large = capability(problems[0].device)[0] in (9, 10) and not self.unbiased
             options, step = dict(num_warps=16 if large else 8, num_stages=2), t.step if large else t.step // 2
-        grid = (splits,) if t.whole else (upper, splits)
-        self.partials = Launch(whole_kernel if t.whole else partials_kernel, grid, decided | dict(STEP=step), **options)
+        decided |= dict(STEP=step)
+        if t.whole:
+            self.partials = Launch(whole_kernel, (splits,), decided, **options)
+        else:
+            self.partials = Launch(partials_kernel, (upper, splits), decided, **options)
         self.reduce = Launch(reduce_kernel, (strips, tiles, pairs), decided)
         self.workspace: Shapes = dict(
             peaks=((splits,), torch.float32),
