@@ -51,8 +51,14 @@ def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tenso
     Raises:
         TypeError, ValueError: not two lists of one length, no pairs, a pair whose rows differ; also as `evaluate`.
     """
-    if ops.at_once is not None and forward_ad._current_level < 0 and not torch.compiler.is_compiling():
-        done = ops.at_once(x, y, mask, options)
+    listed = isinstance(x, (list, tuple)) and forward_ad._current_level < 0
+    if listed and ops.at_once is not None and not torch.compiler.is_compiling():
+        try:
+            done = ops.at_once(x, y, mask, options)
+        except Exception:
+            if options.backend != "auto":
+                raise
+            done = None  # what follows takes another backend, with a warning
         if done is not None:
             return done
     try:
@@ -165,6 +171,7 @@ def plan_of(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Plan
         if transport.name == "merged":
             merged = Choice("library", "sums of rows travel, which the library's products are")
             return plan.describe(problem._replace(n=len(part.x)), "cross", merged, transport=transport)
+    problem = backends.precise(problem)
     choice = backends.decide(problem, options.backend)
     return plan.describe(problem, plan.route_of(problem, choice.backend), choice, backends.device_sheet(x), transport)
 

@@ -68,7 +68,7 @@ class Constants(NamedTuple):
     issue: float = 0.55
     # The same of features that are read once (128 rows, the instructions of all warps of a scheduler): a step of 128
     # columns of halves and of 64 of tf32, centred and multiplied; half as many columns of a gradient.
-    once: tuple[int, int] = (2336, 1916)
+    once: tuple[int, int] = (2360, 1752)
     held: tuple[int, int] = (1024, 544)
     # Estimates from machine code: clocks of a native block for 32 features of 128 rows: loads and means (proportional
     # to the rows); the product; the whole backward (to their square). They are of slower kernels than the present ones,
@@ -127,12 +127,12 @@ def predict(problem: Problem, sheet: Sheet) -> dict[str, Cost]:
     return found
 
 
-def best(costs: Mapping[str, Cost], problem: Problem) -> str:
+def best(costs: Mapping[str, Cost], problem: Problem, sheet: Sheet) -> str:
     """The candidate to take. "symmetric" only if the whole call gains as much as its products alone promise: a smaller
     gain is within the model's error, and for a measurement to decide. Features are read once only by `MARGIN`."""
     names = [name for name in costs if name != "symmetric"]
     us = {name: costs[name].us for name in names}
-    if "triton" in us and problem.kernel is None and plan.small_tiling([problem]).block == plan.ROWS_AT_ONCE:
+    if "triton" in us and read_once([problem], sheet):
         us["triton"] *= MARGIN
     winner = min(names, key=us.__getitem__)
     if winner == "library" and "symmetric" in costs:
@@ -140,6 +140,19 @@ def best(costs: Mapping[str, Cost], problem: Problem) -> str:
         if costs["library"].us >= promised * costs["symmetric"].us:
             return "symmetric"
     return winner
+
+
+def shared(problems: Sequence[Problem], sheet: Sheet) -> dict[str, float]:
+    """Microseconds of the common launches of pairs by each backend that has them, where they must win by `MARGIN`
+    times that."""
+    margin = MARGIN if read_once(problems, sheet) else 1.0
+    return {"native": MARGIN * native(problems, sheet).us, "triton": margin * fused(problems, sheet).us}
+
+
+def read_once(problems: Sequence[Problem], sheet: Sheet) -> bool:
+    """Whether Triton's kernels read the wide features of these pairs once, which they were never measured to do."""
+    linear = problems[0].kernel is None and problems[0].n <= FEW_ROWS
+    return linear and plan.small_tiling(problems, sheet.multiprocessors).block == plan.ROWS_AT_ONCE
 
 
 def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:

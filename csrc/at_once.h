@@ -7,6 +7,7 @@
 #include <torch/extension.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <optional>
 #include <string_view>
@@ -69,6 +70,8 @@ size_t length(py::handle object) {
 
 class AtOnce {
  public:
+  static inline std::atomic<int64_t> generation{0};  // answers of an earlier one are asked for again
+
   // `most` is backends.most_at_once, (backend, dtype, device) -> int: up to how many numbers in x and y together a call of one pair
   // with that backend argument and few rows is made here. `shares`, (x, y, mask, options) -> bool: whether a call of two lists is.
   AtOnce(py::function most, py::function shares) : most_(std::move(most)), shares_(std::move(shares)) {}
@@ -144,6 +147,10 @@ class AtOnce {
   // The answer that was given for a key, or what `ask` returns.
   template <class Ask>
   int64_t known(std::vector<int64_t> key, Ask ask) {
+    if (generation_ != generation || answers_.size() > 4096) {
+      generation_ = generation;
+      answers_.clear();
+    }
     const auto [answer, is_new] = answers_.try_emplace(std::move(key), 0);
     if (is_new) {
       try {
@@ -157,6 +164,7 @@ class AtOnce {
   }
 
   py::function most_, shares_;
+  int64_t generation_ = 0;
   std::map<std::vector<int64_t>, int64_t> answers_;  // of both functions, whose keys differ in length
 };
 

@@ -67,9 +67,9 @@ Tensor dense(const std::optional<Tensor>& mask) { return mask && mask->defined()
 // which are for the backward alone, and the Gram matrices [pairs, 2, n, n].
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// `sides` are x [n, p] and y [n, q] of the first pair, of the second, ...
+// `sides` are x [n, p] and y [n, q] of the first pair, of the second, ... If they were `listed`, the value of one pair is a vector, too.
 Results forward(
-    const std::vector<Tensor>& sides, const std::optional<Tensor>& given_mask, int64_t statistic, bool unbiased, bool exact) {
+    const std::vector<Tensor>& sides, const std::optional<Tensor>& given_mask, int64_t statistic, bool unbiased, bool exact, bool listed) {
   const Tensor& x = sides[0];
   const int64_t n = x.size(0), pairs = static_cast<int64_t>(sides.size()) / 2;
   TORCH_CHECK_VALUE(n <= MAX_ROWS, "bird_kernels: the native part takes at most ", MAX_ROWS, " rows, got ", n);
@@ -85,7 +85,7 @@ Results forward(
   const int64_t partials = static_cast<int64_t>(call.splits) * call.shape.pairs * call.shape.tile * call.shape.tile;
   const int64_t slots = pairs * 2 * MAX_REDUCE_BLOCKS * MOMENTS;
   const Tensor workspace = at::empty({partials}, fp32), sums = at::empty({slots + pairs}, fp64);  // and the counters
-  const Tensor values = pairs == 1 ? at::empty({}, fp32) : at::empty({pairs}, fp32);
+  const Tensor values = pairs == 1 && !listed ? at::empty({}, fp32) : at::empty({pairs}, fp32);
   const Tensor coefficients = at::empty({pairs, COEFFICIENTS}, fp64);
   const Tensor locations = at::empty({(last.chunk + chunks_of(last)) * 2 * CHUNK}, fp32), grams = at::empty({pairs, 2, n, n}, fp32);
   call.mask = mask_data(mask);
@@ -141,20 +141,20 @@ py::object& differentiable_backward() {
   return *function;
 }
 
-// Of one pair or many; `sides` as above. If they were `listed`, the value of one pair is a vector, too.
+// Of one pair or many; arguments as of `forward`.
 class Alignment : public torch::autograd::Function<Alignment> {
  public:
   static Tensor forward(
       AutogradContext* context, at::TensorList sides, const std::optional<Tensor>& mask, int64_t statistic, bool unbiased, bool exact,
       bool listed) {
-    auto [values, coefficients, locations, grams] = bird::forward(sides.vec(), mask, statistic, unbiased, exact);
+    auto [values, coefficients, locations, grams] = bird::forward(sides.vec(), mask, statistic, unbiased, exact, listed);
     variable_list saved = sides.vec();
     saved.insert(saved.end(), {mask.value_or(Tensor()), coefficients, locations, grams});
     context->save_for_backward(std::move(saved));
     context->saved_data["statistic"] = statistic;
     context->saved_data["unbiased"] = unbiased;
     context->saved_data["exact"] = exact;
-    return listed ? values.view(-1) : values;
+    return values;
   }
 
   static variable_list backward(AutogradContext* context, variable_list grads) {
@@ -222,6 +222,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     call.n = n;
     return bird::plan_backward(call, multiprocessors);
   });
+  m.def("forget", [] { ++bird::AtOnce::generation; });  // the answers that calls at once were given
   m.def("emulated_launches", &bird::emulation::launches);
   m.def("set_differentiable_backward", [](py::object function) { bird::differentiable_backward() = std::move(function); });
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -219,7 +220,7 @@ def _decide(problem: Problem, requested: str) -> Choice:
     if finding is not None and all(other in us for other in costs if other != "symmetric"):
         name, why = min(us, key=us.__getitem__), f"measured fastest at {' x '.join(map(str, finding.shape))}"
     elif costs:
-        name, why = cost.best(costs, problem), f"predicted fastest, by the data sheet of: {sheet.name}"
+        name, why = cost.best(costs, problem, sheet), f"predicted fastest, by the data sheet of: {sheet.name}"
     else:
         name, why = "library", "the only one that has it"
     if name.startswith("symmetric"):
@@ -292,6 +293,8 @@ def forget() -> None:
     """Clear the caches of decisions, after something was measured or failed."""
     for answers in (_decide, _choose, _largest, _shares, _shifts):
         answers.cache_clear()
+    if (native := sys.modules.get(f"{__name__}.native")) is not None:
+        native.ask_again()
 
 
 def runs(name: str, problem: Problem) -> bool:
@@ -323,7 +326,7 @@ def _shares(problems: tuple[Problem, ...]) -> str | None:
     if not names:
         return None
     sheet = cost.sheet_of(tuning.key_of(kind[1]).device)
-    us = {"native": cost.MARGIN * cost.native(problems, sheet).us, "triton": cost.fused(problems, sheet).us}
+    us = cost.shared(problems, sheet)
     name = min(names, key=us.__getitem__)
     choices = [decide(problem, "auto") for problem in problems]
     if any(choice.backend not in choice.predicted for choice in choices):
@@ -371,7 +374,7 @@ def _largest(name: str, dtype: torch.dtype, device: torch.device) -> int:
 
     def wins(size: int) -> bool:
         problems = _probes(name, usable, dtype, device, size, sheet)
-        return all(cost.best(costs, problem) == name for problem, costs in problems)
+        return all(cost.best(costs, problem, sheet) == name for problem, costs in problems)
 
     return max(itertools.takewhile(wins, (1 << bits for bits in range(10, 40))), default=0)
 

@@ -1,7 +1,7 @@
 """The native backend: C++ and CUDA in csrc/, if built (``BIRD_BUILD_EXT=1 pip install --no-build-isolation .``).
 
 It takes at most 512 rows, where launches and host code cost more than arithmetic: two launches forward (unbiased
-three), one backward, for a list of pairs as for one; autograd of one pair in C++, always the gram route. The unbiased
+three), one backward, for a list of pairs as for one; autograd in C++, always the gram route. The unbiased
 estimator follows `dominating`: its origin is a location that a few rows far larger than the others do not move, and
 diagonals are left out of all sums.
 Half-precision features are multiplied as tf32, which has fp16's mantissa and fp32's range.
@@ -88,6 +88,12 @@ def at_once_where(
     return at_once
 
 
+def ask_again() -> None:
+    """Ask again what calls that C++ makes on its own were told: something was measured, or failed."""
+    if _module is not None:
+        _module.forget()
+
+
 def stash_shapes(problem: Problem, route: Route) -> Shapes:
     """Shape and dtype of every tensor of the stash."""
     chunks = ceil_div(problem.p, _CHUNK) + ceil_div(problem.q, _CHUNK)
@@ -115,7 +121,7 @@ def forward_together(
     tensors: Sequence[Tensor], mask: Tensor | None, problems: tuple[Problem, ...]
 ) -> tuple[Tensor, Stash]:
     """Values [pairs] (0-d for one), fp32, and stash; ``tensors`` are x and y of each pair (see `plan.together`)."""
-    values, *kept = _native().forward(tensors, mask, *_options(problems[0]))
+    values, *kept = _native().forward(tensors, mask, *_options(problems[0]), False)
     return values, stash_of(*kept)
 
 

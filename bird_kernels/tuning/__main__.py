@@ -54,9 +54,9 @@ def _predicted(
     if not d:
         return {"triton": cost.matrix(n, RESNET18, problem, sheet)}, "triton"
     costs = cost.predict(problem, sheet)
-    choice = cost.best(costs, problem)
+    choice = cost.best(costs, problem, sheet)
     if choice == "native":  # which may not be built
-        choice += ", else " + cost.best({name: c for name, c in costs.items() if name != "native"}, problem)
+        choice += ", else " + cost.best({name: c for name, c in costs.items() if name != "native"}, problem, sheet)
     return costs, choice
 
 

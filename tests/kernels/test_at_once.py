@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bird_kernels
-from bird_kernels import functional, ops, reference
+from bird_kernels import backends, functional, ops, reference
 from bird_kernels.plan import FEW_ROWS
 from bird_kernels.types import Options
 from tests.accuracy import evaluate, features
@@ -289,6 +289,49 @@ def test_lists_have_the_bits_of_python(
     for row in range(count):
         one_by_one = torch.autograd.grad(batched, wanted, upstream[row], retain_graph=True)
         torch.testing.assert_close([g[row] for g in found], list(one_by_one), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_losses_of_a_list_may_be_changed_in_place(count: int, spy: Spy, device: torch.device) -> None:
+    x, y = X.to(device).requires_grad_(), Y.to(device)
+    losses = functional.cka_losses([x] * count, [y] * count, backend="native")
+    assert spy.taken == [True]
+    losses[0] *= 3.0
+    (found,) = torch.autograd.grad(losses.sum(), x)
+    (one,) = torch.autograd.grad(bird_kernels.cka_loss(x, y, backend="native"), x)
+    torch.testing.assert_close(found, one * (count + 2))
+
+
+def test_two_tensors_are_no_lists(spy: Spy, device: torch.device) -> None:
+    with pytest.raises(TypeError, match="because x is no list"):
+        functional.cka_losses(X.to(device), Y.to(device), backend="native")
+    assert spy.taken == []
+
+
+def test_answers_are_asked_for_again_after_a_failure(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """`backends.forget` reaches them; and lists under ``auto`` that fail there go on in Python."""
+    asked: list[int] = []
+
+    def shares(*_: Any) -> bool:
+        asked.append(1)
+        return True
+
+    at_once = native.at_once_where(lambda *_: MANY, shares)
+    x, y = [X.to(device)] * 2, [Y.to(device)] * 2
+    for again in (False, True):
+        for _ in range(2):
+            assert at_once(x, y, None, Options("cka_loss", backend="native")) is not None
+        assert len(asked) == 1 + again
+        backends.forget()
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(ops, "at_once", broken)
+    found = bird_kernels.cka_loss(x, y)
+    assert math.isclose(found.item(), 2 * reference.cka_loss(X, Y).item(), rel_tol=1e-5)
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        bird_kernels.cka_loss(x, y, backend="native")
 
 
 def test_transforms_see_operators(spy: Spy, device: torch.device) -> None:

@@ -26,7 +26,7 @@ def choice(asked: Problem, device: str, built: bool = True) -> str:
     costs = cost.predict(asked, cost.sheet_of(device))
     if not built:
         costs.pop("native", None)
-    return cost.best(costs, asked)
+    return cost.best(costs, asked, cost.sheet_of(device))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_symmetric_kernel_is_offered_where_its_result_is_large() -> None:
 def test_the_symmetric_kernel_must_win_by_what_it_promises(side: int, promised: float) -> None:
     asked = problem(side, side, side, torch.bfloat16)
     for gain, taken in ((promised + 0.001, "symmetric"), (promised - 0.001, "library")):
-        assert cost.best({"library": Cost(1, 1000 * gain, 8), "symmetric": Cost(1, 1000, 9)}, asked) == taken
+        assert cost.best({"library": Cost(1, 1000 * gain, 8), "symmetric": Cost(1, 1000, 9)}, asked, H200) == taken
 
 
 def test_who_has_no_kernels_is_not_predicted() -> None:

@@ -17,24 +17,23 @@ from .gradient import entry, side_of
 def _middle(
     tile, counted, groups, n, ROBUST: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr
 ):
-    """By column, the mean of tile [BLOCK, STEP], or, ROBUST, the median of the means of its groups; fp32.
+    """By column, the mean of tile [BLOCK, STEP], or, ROBUST, the median of the means of its groups; in tile's dtype.
 
     Rows that are not ``counted`` are zero. ``n`` is the number of the others.
     """
     if not ROBUST:
-        found = quotient(tl.sum(tile, 0), tl.zeros([STEP], tl.float32) + tl.maximum(n, 1.0))
+        return quotient(tl.sum(tile, 0), tl.zeros([STEP], tile.dtype) + tl.maximum(n, 1).to(tile.dtype))
     elif MASKED:
         order = tl.arange(0, GROUPS)
-        sums, numbers = tl.zeros([GROUPS, STEP], tl.float32), tl.zeros([GROUPS], tl.float32)
+        sums, numbers = tl.zeros([GROUPS, STEP], tile.dtype), tl.zeros([GROUPS], tile.dtype)
         for group in tl.static_range(GROUPS):
             own = counted & (groups == group)
             total = tl.sum(tl.where(own[:, None], tile, 0.0), 0)
             sums = tl.where((order == group)[:, None], total[None, :], sums)
-            numbers = tl.where(order == group, tl.sum(own.to(tl.float32), 0), numbers)
-        found = median_of_means(sums, numbers, GROUPS, GROUPS, STEP)
+            numbers = tl.where(order == group, tl.sum(own.to(tile.dtype), 0), numbers)
+        return median_of_means(sums, numbers, GROUPS, GROUPS, STEP)
     else:
-        found = median_of_means(tile, counted.to(tl.float32), GROUPS, BLOCK, STEP)
-    return found
+        return median_of_means(tile, counted.to(tile.dtype), GROUPS, BLOCK, STEP)
 
 
 @triton.jit
@@ -59,8 +58,8 @@ def whole_kernel(
 ):
     """Grid (splits of all sides): a split's part of the Gram matrix.
 
-    The location of fp32 columns is found twice: the second one, of what the first has left, is its rounding error. So
-    constant columns become zero; sums of up to 256 equal halves are exact. The scale of a split follows the largest
+    Sums of fp32 columns are fp64; halves are divided by BLOCK before they are added in fp32, so that bf16's do not
+    overflow. Of equal entries both are exact, so constant columns become zero. The scale of a split follows the largest
     entry so far, and the part is scaled with it.
     """
     split = tl.program_id(0)
@@ -74,7 +73,7 @@ def whole_kernel(
     counted = counts(mask, rows, n, MASKED)
     ones = counted.to(tl.int32)
     groups = (tl.cumsum(ones, 0) - ones) % GROUPS
-    number = tl.sum(ones, 0).to(tl.float32)
+    number = tl.sum(ones, 0)
     dtype = x.dtype.element_ty
     places = rows.to(tl.int64)[:, None] * d
 
@@ -84,12 +83,15 @@ def whole_kernel(
         columns = start + tl.arange(0, STEP)
         there = columns < d
         tile = tl.load(x + places + columns[None, :], mask=counted[:, None] & there[None, :], other=0.0).to(tl.float32)
-        high = _middle(tile, counted, groups, number, UNBIASED, MASKED, BLOCK, STEP)
-        tile = tl.where(counted[:, None], tile - high[None, :], 0.0)
-        low = tl.zeros([STEP], tl.float32)
         if dtype == tl.float32:
-            low = _middle(tile, counted, groups, number, UNBIASED, MASKED, BLOCK, STEP)
-            tile = tl.where(counted[:, None], tile - low[None, :], 0.0)
+            middle = _middle(tile.to(tl.float64), counted, groups, number, UNBIASED, MASKED, BLOCK, STEP)
+            high = middle.to(tl.float32)
+            low = (middle - high.to(tl.float64)).to(tl.float32)
+            tile = tl.where(counted[:, None], (tile - high[None, :]) - low[None, :], 0.0)
+        else:
+            high = _middle(tile * (1.0 / BLOCK), counted, groups, number, UNBIASED, MASKED, BLOCK, STEP) * BLOCK
+            low = tl.zeros([STEP], tl.float32)
+            tile = tl.where(counted[:, None], tile - high[None, :], 0.0)
         tl.store(location + columns, high, mask=there)
         tl.store(location + d + columns, low, mask=there)
         largest = tl.maximum(peak, tl.max(tl.abs(tile)))
