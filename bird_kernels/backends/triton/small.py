@@ -235,7 +235,7 @@ class Small(Pairs):
         )  # fmt: skip
         options, step = few_steps(problems[0]), t.step
         if t.block > 64:  # 16 warps, of 128 registers a thread, would spill up to 112 bytes elsewhere
-            large = capability(problems[0].device)[0] in (9, 10) and not self.unbiased
+            large = capability(problems[0].device)[0] == 9 and not self.unbiased
             options, step = dict(num_warps=16 if large else 8, num_stages=2), t.step if large else t.step // 2
         decided |= dict(STEP=step)
         if t.whole:
