@@ -213,7 +213,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           return bird::Alignment::apply(at::TensorList(call->sides), call->mask, call->statistic, call->unbiased, call->exact, call->listed);
         });
   });
-  m.def("forward", &bird::forward, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "forward",
+      [](const std::vector<at::Tensor>& sides, const MaybeTensor& mask, int64_t statistic, bool unbiased, bool exact) {
+        return bird::forward(sides, mask, statistic, unbiased, exact, false);
+      },
+      py::call_guard<py::gil_scoped_release>());
   m.def("backward", &bird::backward, py::call_guard<py::gil_scoped_release>());  // None for an undefined tensor
   // The blocks of the backward of pairs that share launches, for tests: of n rows and wanted sides of these widths.
   m.def("backward_grid", [](int n, const std::vector<int64_t>& widths, int multiprocessors) {

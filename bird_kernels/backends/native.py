@@ -121,7 +121,7 @@ def forward_together(
     tensors: Sequence[Tensor], mask: Tensor | None, problems: tuple[Problem, ...]
 ) -> tuple[Tensor, Stash]:
     """Values [pairs] (0-d for one), fp32, and stash; ``tensors`` are x and y of each pair (see `plan.together`)."""
-    values, *kept = _native().forward(tensors, mask, *_options(problems[0]), False)
+    values, *kept = _native().forward(tensors, mask, *_options(problems[0]))
     return values, stash_of(*kept)
 
 
