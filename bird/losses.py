@@ -173,7 +173,7 @@ class BirdLoss(_Guided):
         if not torch.compiler.is_compiling():
             for x, y in zip(students, teachers, strict=True):
                 self.shapes.add(_shape(x.shape, y.shape, x.dtype, y.dtype, self.distance.options["row_dims"]))
-        beta = self.current_beta()
+        beta = self.beta if self.course is None else self.course.weight(self.beta)
         if self.course is not None and isinstance(beta, Tensor):
             last["guide_beta"] = beta.detach()
         total = total + beta * weighted_loss(misaligned, self.weights)

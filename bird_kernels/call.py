@@ -53,12 +53,7 @@ def losses(x: object, y: object, mask: Tensor | None, options: Options) -> Tenso
     """
     listed = isinstance(x, (list, tuple)) and forward_ad._current_level < 0
     if listed and ops.at_once is not None and not torch.compiler.is_compiling():
-        try:
-            done = ops.at_once(x, y, mask, options)
-        except Exception:
-            if options.backend != "auto":
-                raise
-            done = None  # what follows takes another backend, with a warning
+        done = _at_once(x, y, mask, options)
         if done is not None:
             return done
     try:
@@ -88,7 +83,7 @@ def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Ten
     if forward_ad._current_level >= 0:
         options = _in_forward_mode(options)
     if ops.at_once is not None and not torch.compiler.is_compiling():
-        done = ops.at_once(x, y, mask, options)
+        done = _at_once(x, y, mask, options)
         if done is not None:
             return done
     if mask is None and options in USUAL and type(x) in PLAIN and type(y) in PLAIN:
@@ -97,6 +92,17 @@ def evaluate(x: Tensor, y: Tensor, mask: Tensor | None, options: Options) -> Ten
         if done is not None:
             return done
     return _whole(*inputs.prepare(x, y, mask, options), options.backend)
+
+
+def _at_once(x: object, y: object, mask: Tensor | None, options: Options) -> Tensor | None:
+    """What `ops.at_once` returns; None if it fails under "auto", whose next step takes another backend and warns."""
+    assert ops.at_once is not None
+    try:
+        return ops.at_once(x, y, mask, options)
+    except Exception:
+        if options.backend != "auto":
+            raise
+        return None
 
 
 def _alone(x: Tensor, y: Tensor, options: Options) -> Tensor | None:

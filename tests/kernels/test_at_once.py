@@ -309,7 +309,7 @@ def test_two_tensors_are_no_lists(spy: Spy, device: torch.device) -> None:
 
 
 def test_answers_are_asked_for_again_after_a_failure(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """`backends.forget` reaches them; and lists under ``auto`` that fail there go on in Python."""
+    """`backends.forget` reaches them; and calls under ``auto`` that fail there go on in Python."""
     asked: list[int] = []
 
     def shares(*_: Any) -> bool:
@@ -330,6 +330,7 @@ def test_answers_are_asked_for_again_after_a_failure(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ops, "at_once", broken)
     found = bird_kernels.cka_loss(x, y)
     assert math.isclose(found.item(), 2 * reference.cka_loss(X, Y).item(), rel_tol=1e-5)
+    assert math.isclose(bird_kernels.cka_loss(x[0], y[0]).item(), found.item() / 2, rel_tol=1e-5)
     with pytest.raises(RuntimeError, match="no such instruction"):
         bird_kernels.cka_loss(x, y, backend="native")
 
