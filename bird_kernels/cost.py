@@ -152,7 +152,7 @@ def shared(problems: Sequence[Problem], sheet: Sheet) -> dict[str, float]:
 def read_once(problems: Sequence[Problem], sheet: Sheet) -> bool:
     """Whether Triton's kernels read the wide features of these pairs once, which they were never measured to do."""
     linear = problems[0].kernel is None and problems[0].n <= FEW_ROWS
-    return linear and plan.small_tiling(problems, sheet.multiprocessors).block == plan.ROWS_AT_ONCE
+    return linear and plan.small_tiling(problems, sheet.multiprocessors).rows == plan.ROWS_AT_ONCE
 
 
 def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
@@ -162,9 +162,9 @@ def fused(problems: Sequence[Problem], sheet: Sheet) -> Cost:
     half = first.dtype.itemsize == 2
     loop = C.half_loop if half else C.tf32_loop if first.precision == "tf32" else C.fp32_loop
     tiles, (widths, wanted) = ceil_div(first.n, t.block), _widths(problems)
-    once = t.block == plan.ROWS_AT_ONCE
+    once = t.rows == plan.ROWS_AT_ONCE
     step = C.once[not half] if once else loop[0] + C.centring * tiles
-    clocks = _issue(plan.upper(tiles) * sum(ceil_div(d, t.step) for d in widths), step, sheet)
+    clocks = _issue((1 if once else plan.upper(tiles)) * sum(ceil_div(d, t.step) for d in widths), step, sheet)
     blocks = ceil_div(first.n, g.tall) * sum(ceil_div(d, g.wide) for d in wanted)
     inner = ceil_div(first.n, g.terms) * loop[1] * g.tall * g.wide // 4096
     clocks += _issue(blocks, C.held[not half] * g.tall // 128 if g.share else inner, sheet)

@@ -30,6 +30,7 @@ from .reduce import COEFFICIENTS, WIDTH, arrive, finish, store_no_totals, store_
 from .whole import whole_kernel
 
 MOST = tl.constexpr(FEW_ROWS)  # rows, a power of two
+REDUCED = 8  # rows of a tile that a program of `reduce_kernel` sums
 
 
 @triton.jit
@@ -226,19 +227,18 @@ class Small(Pairs):
         super().__init__(problems, precision, t, small_shapes(problems))
         n, pairs, sides = problems[0].n, len(problems), len(self.widths)
         tiles, splits = ceil_div(n, t.block), sum(t.splits)
-        # A part gives each thread 16 bytes, of tiles of all rows 8, of which there are more.
-        reduced = 8 if t.block == 64 else 2
-        strips, upper = ceil_div(n, reduced), tiles * (tiles + 1) // 2
+        strips, upper = ceil_div(n, REDUCED), tiles * (tiles + 1) // 2
         decided = self.decided | dict(
-            WIDTHS=self.widths, STARTS=self.starts, SIDES=sides, CHUNK=t.chunk, REDUCED=reduced, UNROLL=64 // reduced,
-            SPLITS=tuple(accumulate(t.splits, initial=0)),
+            WIDTHS=self.widths, STARTS=self.starts, SIDES=sides, CHUNK=t.chunk, REDUCED=REDUCED,
+            UNROLL=8 if t.block == 64 else 32,  # of tiles of 32 rows a thread has 8 bytes of each part, else 16
+            SPLITS=tuple(accumulate(t.splits, initial=0)), HELD=t.rows,
         )  # fmt: skip
         options, step = few_steps(problems[0]), t.step
-        if t.block > 64:  # 16 warps, of 128 registers a thread, would spill up to 112 bytes elsewhere
+        if t.rows > 64:  # 16 warps, of 128 registers a thread, would spill up to 112 bytes elsewhere
             large = capability(problems[0].device)[0] == 9 and not self.unbiased
             options, step = dict(num_warps=16 if large else 8, num_stages=2), t.step if large else t.step // 2
         decided |= dict(STEP=step)
-        if t.whole:
+        if t.rows:
             self.partials = Launch(whole_kernel, (splits,), decided, **options)
         else:
             self.partials = Launch(partials_kernel, (upper, splits), decided, **options)

@@ -42,7 +42,7 @@ def whole_kernel(
     mask,  # bytes [n] (MASKED): 0 for rows that do not count
     locations,  # out, fp32 [2, d] of each side, concatenated
     peaks,  # out, fp32 [splits]: the largest shifted entry of each
-    partials,  # out, fp32 [splits, BLOCK, BLOCK], times the square of the split's scale
+    partials,  # out, fp32 [splits, upper tiles, BLOCK, BLOCK], times the square of the split's scale
     counters,  # out, int32 [pairs]: set to zero for the next kernel
     n,  # rows of all sides
     WIDTHS: tl.constexpr,  # d of each side
@@ -53,12 +53,13 @@ def whole_kernel(
     UNBIASED: tl.constexpr,  # columns are shifted by a robust location; else by their mean
     MASKED: tl.constexpr,  # whether there is a mask; else all rows count
     PRECISION: tl.constexpr,  # of fp32 products: "ieee", "tf32" or "tf32x3"
-    BLOCK: tl.constexpr,  # n or more, a power of two
+    HELD: tl.constexpr,  # rows that a program holds: n or more, a power of two
+    BLOCK: tl.constexpr,  # rows and columns of a tile of ``partials``
     STEP: tl.constexpr,  # columns of a side that are multiplied at a time
 ):
     """Grid (splits of all sides): a split's part of the Gram matrix.
 
-    Sums of fp32 columns are fp64; halves are divided by BLOCK before they are added in fp32, so that bf16's do not
+    Sums of fp32 columns are fp64; halves are divided by HELD before they are added in fp32, so that bf16's do not
     overflow. Of equal entries both are exact, so constant columns become zero. The scale of a split follows the largest
     entry so far, and the part is scaled with it.
     """
@@ -69,7 +70,7 @@ def whole_kernel(
     if split == first:
         tl.store(counters + side // 2, 0)  # either side of a pair
     begin = (split - first) * CHUNK
-    rows = tl.arange(0, BLOCK)
+    rows = tl.arange(0, HELD)
     counted = counts(mask, rows, n, MASKED)
     ones = counted.to(tl.int32)
     groups = (tl.cumsum(ones, 0) - ones) % GROUPS
@@ -78,18 +79,18 @@ def whole_kernel(
     places = rows.to(tl.int64)[:, None] * d
 
     peak = 0.0
-    part = tl.zeros([BLOCK, BLOCK], tl.float32)
+    part = tl.zeros([HELD, HELD], tl.float32)
     for start in range(begin, tl.minimum(begin + CHUNK, d), STEP):
         columns = start + tl.arange(0, STEP)
         there = columns < d
         tile = tl.load(x + places + columns[None, :], mask=counted[:, None] & there[None, :], other=0.0).to(tl.float32)
         if dtype == tl.float32:
-            middle = _middle(tile.to(tl.float64), counted, groups, number, UNBIASED, MASKED, BLOCK, STEP)
+            middle = _middle(tile.to(tl.float64), counted, groups, number, UNBIASED, MASKED, HELD, STEP)
             high = middle.to(tl.float32)
             low = (middle - high.to(tl.float64)).to(tl.float32)
             tile = tl.where(counted[:, None], (tile - high[None, :]) - low[None, :], 0.0)
         else:
-            high = _middle(tile * (1.0 / BLOCK), counted, groups, number, UNBIASED, MASKED, BLOCK, STEP) * BLOCK
+            high = _middle(tile * (1.0 / HELD), counted, groups, number, UNBIASED, MASKED, HELD, STEP) * HELD
             low = tl.zeros([STEP], tl.float32)
             tile = tl.where(counted[:, None], tile - high[None, :], 0.0)
         tl.store(location + columns, high, mask=there)
@@ -103,5 +104,9 @@ def whole_kernel(
         z = (tile * scale).to(dtype)
         part = tl.dot(z, tl.trans(z), part, input_precision=PRECISION)
     tl.store(peaks + split, peak)
-    inner = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(partials + split.to(tl.int64) * (BLOCK * BLOCK) + inner, part)
+    tiles, row_tile, column_tile = tl.cdiv(n, BLOCK), rows[:, None] // BLOCK, rows[None, :] // BLOCK
+    place = row_tile * tiles - row_tile * (row_tile + 1) // 2 + column_tile
+    inner = place * (BLOCK * BLOCK) + rows[:, None] % BLOCK * BLOCK + rows[None, :] % BLOCK
+    size = tiles * (tiles + 1) // 2 * (BLOCK * BLOCK)
+    upper = (row_tile <= column_tile) & (column_tile < tiles)
+    tl.store(partials + split.to(tl.int64) * size + inner, part, mask=upper)
