@@ -69,7 +69,9 @@ arguments = DPOConfig(
     logging_steps=1,
     report_to="none",
 )
-guidance = Guidance(teacher, its_tokenizer, teacher_pooling="mean", truncation="left")  # 3: whom to follow, and how
+guidance = Guidance(  # 3: whom to follow, and how
+    teacher, its_tokenizer, alpha=1, beta=1, teacher_pooling="mean", truncation="left"
+)
 trainer = BirdDPOTrainer(  # 4: the same trainer
     student,
     args=arguments,

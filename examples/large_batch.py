@@ -3,10 +3,10 @@
     python examples/large_batch.py                         # made-up images and a batch of 64: a minute on a CPU
     torchrun --nproc-per-node 8 examples/large_batch.py --images FOLDER --size 224 --student resnet50 --layer layer4 \\
         --teacher convnext_base --teacher-weights FILE --teacher-layer features.7 --batch 32768 --chunk 512 \\
-        --steps 2000 --lr 3 --workers 12 --compile
+        --steps 2000 --lr 3 --workers 12 --compile --checkpoint mine.safetensors
 
 CKA compares all images of the batch; the graph of one chunk at a time is in memory. FOLDER has a folder for each class.
-Started again with more steps, the run goes on from its checkpoint, on any number of processes.
+Started again with more steps, the run goes on from its checkpoint, on any number of processes. One for each network.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """A training loop of your own with BIRD: a student learns its labels, and the geometry of a frozen teacher's layer.
 
     python examples/own_loop.py                                # made-up images: seconds on a CPU
-    python examples/own_loop.py --images FOLDER --steps 5000   # a folder for each class, as torchvision reads it
+    python examples/own_loop.py --images FOLDER --steps 5000 --checkpoint mine.safetensors   # a folder for each class
 
-Started again with more steps, it goes on from its checkpoint.
+Started again with more steps, it goes on from its checkpoint; other images need another one.
 """
 
 import argparse

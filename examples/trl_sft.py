@@ -38,7 +38,9 @@ options = parser.parse_args()
 
 student, tokenizer = loaded(AutoModelForCausalLM, options.student, "llama")
 teacher, its_tokenizer = loaded(AutoModel, options.teacher, "bert")
-guidance = Guidance(teacher, its_tokenizer, teacher_pooling="mean", truncation="left")  # 2: whom to follow, and how
+guidance = Guidance(  # 2: whom to follow, and how
+    teacher, its_tokenizer, alpha=1, beta=1, teacher_pooling="mean", truncation="left"
+)
 lines = [{"text": f"Film {i} is {('good', 'poor', 'a joy')[i % 3]}."} for i in range(12)]
 trainer = BirdSFTTrainer(  # 3: the same trainer
     student,

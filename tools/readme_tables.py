@@ -48,7 +48,7 @@ def speed_table() -> str:
     """Medians of five cases, and how many times that of `cka_loss` they are."""
     rows = [row for row in load_rows(SPEED) if row["estimator"] == "biased"]
     lines = [
-        "| rows × width | authors' formula | formula in fp64 | best by hand | `cka_loss` | measured |",
+        "| rows × width | authors' formula | features in fp64 | best by hand | `cka_loss` | measured |",
         "|" + "---|" * 6,
     ]
     for title, (problem, n, width, *numbers) in CASES.items():

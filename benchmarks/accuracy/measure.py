@@ -32,7 +32,7 @@ LOSSES: dict[str, tuple[Loss, str]] = {
     "cka_loss": (cka_loss, "biased"),
     "cka_loss, unbiased": (partial(cka_loss, estimator="unbiased"), "unbiased"),
     "authors' formula": (forms.naive, "biased"),
-    "formula in fp64": (forms.fp64, "biased"),
+    "features in fp64": (forms.fp64, "biased"),
     "pytorch-cka": (forms.pytorch_cka, "unbiased"),
 }
 
