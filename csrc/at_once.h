@@ -151,16 +151,10 @@ class AtOnce {
       generation_ = generation;
       answers_.clear();
     }
-    const auto [answer, is_new] = answers_.try_emplace(std::move(key), 0);
-    if (is_new) {
-      try {
-        answer->second = ask();
-      } catch (...) {
-        answers_.erase(answer);
-        throw;
-      }
-    }
-    return answer->second;
+    if (const auto found = answers_.find(key); found != answers_.end()) return found->second;
+    const int64_t asked = generation_, answer = ask();  // Python may run another thread meanwhile, which may clear the answers
+    if (asked == generation) answers_[std::move(key)] = answer;
+    return answer;
   }
 
   py::function most_, shares_;

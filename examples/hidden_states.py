@@ -6,10 +6,12 @@
         --texts trl-lib/tldr --column completion --student-layer 20 --teacher-layer 22 --batch 16 --steps 1000
 
 Both read the same token ids, so their tokenizers must agree; their embeddings may be padded to different sizes. With
-different tokenizers, `bird.language` compares a row for each text. CKA is of the tokens of a batch on one device.
+different tokenizers, `bird.language` compares a row for each text. CKA is of the tokens of a batch on one device;
+several GPUs need torchrun.
 """
 
 import argparse
+import os
 import tempfile
 from typing import Any
 
@@ -94,6 +96,8 @@ for flag, default, words in (
     parser.add_argument(f"--{flag}", default=default, type=type(default), help=f"{words} (default: %(default)s)")
 parser.add_argument("--packed", action="store_true", help="texts in one row, none of which sees another")
 options = parser.parse_args()
+if torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:  # the trainer would split batches among threads
+    parser.error("there are several GPUs: start it by torchrun, or choose one with CUDA_VISIBLE_DEVICES=0")
 
 torch.manual_seed(0)
 student, tokenizer = loaded(options.student, width=16, padded=257)

@@ -6,7 +6,7 @@
         --steps 2000 --lr 3 --workers 12 --compile --checkpoint mine.safetensors
 
 CKA compares all images of the batch; the graph of one chunk at a time is in memory. FOLDER has a folder for each class.
-Started again with more steps, the run goes on from its checkpoint, on any number of processes. One for each network.
+Started again with more steps, the run goes on from its checkpoint, on any number of processes that see the file.
 """
 
 import argparse
@@ -89,9 +89,9 @@ def train(options: argparse.Namespace, device: torch.device, rank: int, world: i
         return task * world / options.batch, taps.pop()  # DDP averages over processes, hence their number
 
     torch.manual_seed(0)  # and the same batches
-    order = torch.randint(len(images.data), (options.steps * options.batch,))
-    keys = [(index, seed) for seed, index in enumerate(order.tolist())]
-    own = [keys[i : i + options.chunk] for i in range(done * options.batch, len(keys), options.chunk)][rank::world]
+    order, chunk = torch.randint(len(images.data), (options.steps * options.batch,), dtype=torch.int32), options.chunk
+    starts = range(done * options.batch + rank * chunk, len(order), world * chunk)
+    own = (list(zip(order[i : i + chunk].tolist(), range(i, i + chunk), strict=True)) for i in starts)
     loader = iter(DataLoader(images, batch_sampler=own, num_workers=options.workers, pin_memory=device.type == "cuda"))
     for step in range(done + 1, options.steps + 1):
         batch = [next(loader) for _ in range(options.batch // options.chunk // world)]
@@ -112,7 +112,7 @@ def train(options: argparse.Namespace, device: torch.device, rank: int, world: i
                 save(network, optimizer, step, options.checkpoint)
         if seen is not None and rank == 0:
             clock = f"{'device' if device.type == 'cuda' else 'cpu'}_time_total"
-            spent = {event.key: getattr(event, clock) for event in seen.key_averages()}
+            spent = {e.key: getattr(e, clock) for e in seen.key_averages() if e.device_type.name.lower() == device.type}
             print(f"{100 * spent['bird: CKA'] / spent['step']:.1f} % of the last step is CKA and its gradient")
 
 

@@ -281,11 +281,11 @@ def most_at_once(requested: str, dtype: torch.dtype, device: torch.device) -> in
         return 1 << 62
     if requested != "auto" or not compares(device):
         return 0
-    probes = [
-        Problem(4, 1, 1, dtype, device, estimator=estimator, masked=masked, y_grad=True)
-        for estimator in get_args(Estimator)
-        for masked in (False, True)
-    ]
+    precisions: tuple[Precision | None, ...] = ("ieee", "tf32") if dtype == torch.float32 else (None,)
+    probes = (
+        Problem(4, 1, 1, dtype, device, "cka_loss", estimator, precision, masked, y_grad=True)
+        for estimator, precision, masked in itertools.product(get_args(Estimator), precisions, (False, True))
+    )
     return largest_fused("native", dtype, device) if all(resolve(probe, "auto") == "native" for probe in probes) else 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bird_kernels import cost
+from bird_kernels import cost, plan
 from tests.kernels.aot import environments
 from tests.kernels.aot.__main__ import ARCHS
 
@@ -121,6 +121,23 @@ def test_descriptors_are_read_by_the_copy_unit(rows: list[Row]) -> None:
     described = [row for row in rows if row["constants"].get("DESCRIBED")]
     assert {row["arch"] for row in described} == {90, 100, 120}
     assert [row for row in rows if (row["copies"] > 0) != (row in described)] == []
+
+
+def test_features_that_are_read_once_are_loaded_asynchronously(rows: list[Row]) -> None:
+    """All of them: a thread's share of a tile, 16 bytes at a time, once for each stage."""
+    found = set()
+    for row in rows:
+        c = row["constants"]
+        if row["kernel"] == "whole.whole" and c["HELD"] == plan.ROWS_AT_ONCE:
+            numbers = c["HELD"] * c["STEP"]
+        elif row["kernel"] == "gradient.backward" and c["ALL"]:
+            numbers = c["TERMS"] * c["WIDE"]
+        else:
+            continue
+        size = 4 if row["dtype"] == "fp32" else 2
+        assert row["loads"] == c["num_stages"] * numbers * size // (16 * 32 * c["num_warps"]), row
+        found.add(row["kernel"])
+    assert found == {"whole.whole", "gradient.backward"}
 
 
 def test_loops_of_products_leave_the_matrix_units_busy(rows: list[Row]) -> None:

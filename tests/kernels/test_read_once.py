@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import bird_kernels
 from bird_kernels import backends, plan
-from bird_kernels.types import Problem
+from bird_kernels.types import Estimator, Problem
 from tests.accuracy import errors, evaluate, features, operator, poison, truth
 
 pytest.importorskip("triton", reason="Triton does not exist for this system")
@@ -148,6 +149,22 @@ def test_steps_of_a_program_differ_in_scale(growing: bool, estimator: str, devic
         assert max(errors(evaluate(call, x, y), truth(x, y, estimator)).values()) < 3e-6
     else:
         assert abs(evaluate(call, x, y).value - truth(x, y, estimator).value) < 2e-3
+
+
+@pytest.mark.parametrize("n", [97, 128])
+@pytest.mark.usefixtures("few_programs")
+def test_pairs_that_are_read_once(n: int, estimator: Estimator, device: torch.device) -> None:
+    """Sides of different widths in one launch, each in shares of its own; the gradients of all of them."""
+    pairs = [features(n, p, q, device=device, mean=2.0) for p, q in ((40, 130), (70, 1))]
+    xs, ys = ([side.clone().requires_grad_() for side in sides] for sides in zip(*pairs, strict=True))
+    assert plan.small_tiling([Problem(n, 40, 130, torch.float32, device, precision="tf32")] * 2).rows == 128
+    value = bird_kernels.cka_loss(xs, ys, estimator=estimator, precision="tf32", backend="triton")
+    found = torch.autograd.grad(value, [*xs, *ys])
+    true = [truth(x, y, estimator) for x, y in pairs]
+    allowed = 3e-6 if device.type == "cpu" else 2e-3
+    assert abs(value.item() - sum(float(of.value) for of in true)) < 2 * allowed
+    for gradient, exact in zip(found, [*(of.dx for of in true), *(of.dy for of in true)], strict=True):
+        assert (gradient.double() - exact).norm() <= allowed * exact.norm()
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import warnings
@@ -266,6 +267,20 @@ def test_calls_go_past_python_where_native_lost_nowhere(
         assert backends.decide(problem, "auto").backend == "native"
     monkeypatch.setattr(backends, "why_not", lambda *call: "no")
     assert backends.most_at_once("native", dtype, DEVICE) == 0
+
+
+def test_calls_go_past_python_once_all_their_kernels_were_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = set()
+
+    def resolve(problem: Problem, requested: str) -> str:
+        asked.add((problem.estimator, problem.precision, problem.masked))
+        return "native"
+
+    for name, answer in (("why_not", None), ("compares", True), ("largest_fused", 7)):
+        monkeypatch.setattr(backends, name, lambda *call, answer=answer: answer)
+    monkeypatch.setattr(backends, "resolve", resolve)
+    assert backends.most_at_once("auto", torch.float32, DEVICE) == 7
+    assert asked == set(itertools.product(("biased", "unbiased"), ("ieee", "tf32"), (False, True)))
 
 
 def test_explain_shows_predicted_and_measured(planted: None, monkeypatch: pytest.MonkeyPatch) -> None:

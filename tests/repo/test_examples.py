@@ -81,7 +81,7 @@ def test_trainers_of_trl(script: str, steps: int, forks: Forks, tmp_path: Path) 
     rows = re.findall(r"loss (\S+?),?  ?(?:DPO|of the task) (\S+?),?  ?CKA to the teacher (\S+)", text)
     assert len(rows) == steps
     for loss, task, cka in (map(float, row) for row in rows):
-        assert loss == pytest.approx(task + 1 - cka, abs=1e-4)
+        assert loss == pytest.approx(task + 1 - cka, abs=2e-4)  # each has four decimals
 
 
 def test_hidden_states_of_padded_and_of_packed_texts(forks: Forks, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
 PRODUCT = re.compile(r"\btt\.dot [^:]*?(?:inputPrecision = (\w+) )?: tensor<[\dx]+(\w+)>")
 COPIES = re.compile(r"\bcp\.async\.bulk\.tensor")
+LOADS = re.compile(r"\bcp\.async\.c[ag]\.shared\.global \[[^;]*, 0x10,")  # asynchronous ones, of 16 bytes
 FORK = multiprocessing.get_context("fork")  # the kernels are imported once
 
 
@@ -116,8 +117,8 @@ def pretend(arch: int) -> None:
 
 def inspect(variant: Variant) -> dict[str, Any]:
     """Compiles, and says what came of it: ``error``, or the precision of products of fp32, how many products it
-    names, registers and spilled bytes of a thread, shared bytes of a block, matrix instructions, copies by descriptor,
-    and, of products of a matrix with itself, the length of their `shortest_loop`.
+    names, registers and spilled bytes of a thread, shared bytes of a block, matrix instructions, asynchronous loads
+    of 16 bytes, copies by descriptor, and, of products of a matrix with itself, the length of their `shortest_loop`.
     """
     row = {
         "arch": variant.arch, "kernel": variant.kernel, "function": f"{variant.module}:{variant.name}",
@@ -136,6 +137,7 @@ def inspect(variant: Variant) -> dict[str, Any]:
         "products": len(products),
         "shared": compiled.metadata.shared,
         "matrix": len(MATRIX.findall(compiled.asm["ptx"])),
+        "loads": len(LOADS.findall(compiled.asm["ptx"])),
         "copies": len(COPIES.findall(compiled.asm["ptx"])),
         "loop": shortest_loop(compiled.asm["cubin"]) if variant.name == "symmetric_kernel" else 0,
     }  # fmt: skip
