@@ -124,7 +124,7 @@ def test_descriptors_are_read_by_the_copy_unit(rows: list[Row]) -> None:
 
 
 def test_features_that_are_read_once_are_loaded_asynchronously(rows: list[Row]) -> None:
-    """All of them: a thread's share of a tile, 16 bytes at a time, once for each stage."""
+    """All of them: a thread's share of a tile, 16 bytes at a time, once for each stage (and, by 3.6.0, locations)."""
     found = set()
     for row in rows:
         c = row["constants"]
@@ -135,7 +135,7 @@ def test_features_that_are_read_once_are_loaded_asynchronously(rows: list[Row]) 
         else:
             continue
         size = 4 if row["dtype"] == "fp32" else 2
-        assert row["loads"] == c["num_stages"] * numbers * size // (16 * 32 * c["num_warps"]), row
+        assert row["loads"] >= c["num_stages"] * numbers * size // (16 * 32 * c["num_warps"]), row
         found.add(row["kernel"])
     assert found == {"whole.whole", "gradient.backward"}
 
