@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
-from statistics import correlation, fmean
+from statistics import correlation, fmean, linear_regression, stdev
 from typing import Any
 
 import pytest
@@ -41,6 +42,59 @@ def test_the_share_of_the_gap_under_what_lifts_black(folder: str, share: str) ->
     gap = {name: mean(of, "ceiling", name) - mean(of, "none", name) for name in kinds}
     assert f"{100 * sum(gap[name] for name in LIFTS) / sum(gap.values()):.1f} %" == share
     assert f"{share} {'of the gap between' if folder == 'fashion-classes' else 'in fashion-digits'}" in PAGE
+
+
+def test_the_budget() -> None:
+    """The registered claims, anew from the accuracies, with SciPy's test; and where the gain is."""
+    stats = pytest.importorskip("scipy.stats", reason="the t-test")
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with (RESULTS / "fashion-budget/accuracies.csv").open() as file:
+        for row in csv.DictReader(file):
+            found[row["variant"], row["method"], row["corruption"]][row["seed"]].append(100 * float(row["accuracy"]))
+    of = {key: {seed: fmean(values) for seed, values in seeds.items()} for key, seeds in found.items()}
+    seeds, steps = [str(seed) for seed in range(100, 108)], (1000, 4000, 16000)
+
+    def robust(method: str, count: int, seed: str) -> float:
+        kinds = [
+            of[f"{count:,} steps", method, kind][seed] for kind in ("spatter", "fog", "speckle_noise", "gaussian_blur")
+        ]
+        return (of[f"{count:,} steps", method, "none"][seed] + 5 * fmean(kinds)) / 6
+
+    def gains(count: int) -> list[float]:
+        return [robust("bird", count, seed) - robust("continued-alpha", count, seed) for seed in seeds]
+
+    slopes = [
+        linear_regression([math.log2(s) for s in steps], of_seed).slope
+        for of_seed in zip(*map(gains, steps), strict=True)
+    ]
+    claims = ("grows with the steps | |", " points", slopes), ("after 16,000 steps | +3.5 |", " points", gains(16000))
+    for words, unit, values in claims:
+        low, high = stats.t.interval(0.95, 7, fmean(values), stats.sem(values))
+        assert f"BIRD above *Continued* at alpha {words} {fmean(values):+.2f}{unit} [{low:+.2f}, {high:+.2f}]" in PAGE
+    assert f"| {2 * stats.ttest_1samp(gains(16000), 0).pvalue:.1e} | holds |" in PAGE
+    for count in steps:
+        cells = [[robust(method, count, seed) for seed in seeds] for method in ("continued", "continued-alpha", "bird")]
+        told = " | ".join(f"{fmean(values):.1f} ± {stdev(values):.1f}" for values in cells)
+        assert f"| {count:,} | {told} | {fmean(of[f'{count:,} steps', 'bird', 'none'].values()):.1f} |" in PAGE
+    kinds = {kind for _, _, kind in of} - {"none", "saturate"}
+    won = {
+        kind: fmean(of["16,000 steps", "bird", kind][s] - of["16,000 steps", "continued-alpha", kind][s] for s in seeds)
+        for kind in kinds
+    }
+    lifted, others = (fmean(won[kind] for kind in some) for some in (LIFTS, kinds - set(LIFTS)))
+    assert f"gains {won['fog']:.1f} points in fog and {won['spatter']:.1f} in spatter" in PAGE
+    assert f"it gains {fmean(won.values()):.1f} points [" in PAGE
+    gap = {
+        kind: fmean(of["4,000 steps", "ceiling", kind][s] - of["4,000 steps", "none", kind][s] for s in seeds)
+        for kind in kinds
+    }
+    share = sum(gap[kind] for kind in LIFTS) / sum(gap.values())
+    assert f"{lifted:.1f} in the mean of the five that lift black, which hold {100 * share:.0f} % of the gap" in PAGE
+    none, bird, ceiling = (
+        fmean(robust(*call, seed) for seed in seeds) for call in (("none", 4000), ("bird", 16000), ("ceiling", 4000))
+    )
+    assert f"BIRD recovers {100 * (bird - none) / (ceiling - none):.0f} % of the gap after 16,000 steps" in PAGE
+    assert f"{won['gaussian_noise']:.1f} in Gaussian noise, and {others:.1f} in the mean of the thirteen" in PAGE
 
 
 def test_the_five_move_together_and_little_is_left_without_fog() -> None:
