@@ -51,7 +51,7 @@ def test_stages_of_results_in_the_repository_keep_their_names(name: str, kind: A
 @pytest.mark.parametrize(
     "name", ["safety-dpo", "weak-to-strong-sciq", "weak-to-strong-cosmos-qa", "weak-to-strong-boolq"]
 )
-def test_the_papers_language_recipes_balance_the_gradients(name: str) -> None:
+def test_the_papers_language_recipes_weigh_both_terms_equally(name: str) -> None:
     """And each has a layer in the upper half that all of its students have, beside the last token's final state."""
     blocks = {"SmolLM2-135M-Instruct": 30, "smollm2-360m": 32, "gpt2-medium": 24, "gpt2-large": 36}
     recipe = parsed(f"language/{name}", language.parse)
