@@ -26,10 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from bird_kernels import CKALoss, Statistics, distributed, inputs
+from bird_kernels.pairs import stack
 from bird_kernels.plan import choose_route
 
 from .losses import BirdLoss, Features
-from .structure import ERRORS, named_loss
+from .structure import named_loss
 
 Chunk = TypeVar("Chunk")
 
@@ -108,12 +109,7 @@ def chunked_backward(
         distances = [pair.settle(factor) for pair, factor in zip(pairs, upstreams, strict=True)]
     task, norms = _second_pass(student, teacher, chunks, loss, replay, pairs, upstream=upstream)
 
-    total, loss.last = loss.alpha * task, {"task": task} | ({} if norms is None else loss.note(norms))
-    if isinstance(beta, Tensor) and loss.course is not None:
-        loss.last["guide_beta"] = beta.detach()
-    for (t, s), distance, share in zip(loss.pairs, distances, shares, strict=True):
-        total = total + share * distance
-        loss.last[f"{loss.loss}/{t}/{s}"] = distance if loss.loss in ERRORS else 1 - distance
+    total = loss.weighed(task, stack(distances), norms)
     if total.requires_grad:
         total.backward(torch.ones_like(total).mul_(gradient))
     return total.detach()
@@ -170,9 +166,7 @@ def _second_pass(
 
     ``upstream`` is the gradient with respect to the task loss.
     """
-    tasks: list[Tensor] = []
-    norms: list[Tensor] = []
-    others: list[Tensor] = []
+    tasks, norms, others = [], [], []
     for i in replay.rewound():
         with replay.silence() if i + 1 < len(chunks) else contextlib.nullcontext():
             chunk = chunks[i]
@@ -355,9 +349,8 @@ class _Replay:
         return contextlib.nullcontext() if self.parallel is None else self.parallel.no_sync()
 
 
-_GLOBAL: dict[
-    object, tuple[Callable[[], Any], Callable[[Any], None]]
-] = {  # how the state of each global generator is read and set
+# How the state of each global generator is read and set.
+_GLOBAL: dict[object, tuple[Callable[[], Any], Callable[[Any], None]]] = {
     "torch": (torch.get_rng_state, torch.set_rng_state),
     "numpy": (np.random.get_state, np.random.set_state),
     "python": (random.getstate, random.setstate),

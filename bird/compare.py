@@ -100,9 +100,7 @@ class Similarity:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["layer", *self.layers_b])
             writer.writerows([name, *row] for name, row in zip(self.layers_a, self.matrix.tolist(), strict=True))
-        about = {
-            name: getattr(self, name) for name in ("estimator", "batches", "samples", "layers_a", "layers_b", "names")
-        }
+        about = {name: value for name, value in vars(self).items() if name != "matrix"}
         about["cka"] = [[None if math.isnan(value) else value for value in row] for row in self.matrix.tolist()]
         write_json(about, folder / "cka.json")
         self.picture(folder / "cka.png", title=title)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ SCHEDULES = {
     "cosine": lambda passed: (1 + math.cos(math.pi * passed)) / 2,
 }
 KEPT = 0.5  # of the running means, in each step: they follow within a few steps, and smooth what a batch adds
+MANY = 1000  # backward passes in a step: of more the last count, with a warning, since `step` was forgotten most likely
 
 
 class Course(nn.Module):
@@ -41,7 +43,7 @@ class Course(nn.Module):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"share is a share of the gradient, between 0 and 1, not {share!r}")
         self.schedule, self.until, self.share = schedule, until, share
-        self.noted: list[Tensor] = []  # norms of the backward passes since the last step
+        self.noted: deque[Tensor] = deque(maxlen=MANY)  # norms of the backward passes since the last step
         self.register_buffer("factor", torch.ones((), device="cpu"))
         if share is not None:
             self.register_buffer("norms", torch.zeros(2, device="cpu"))
@@ -58,15 +60,14 @@ class Course(nn.Module):
     def step(self, part: float, beta: float | Tensor, group: ProcessGroup | None = None) -> None:
         """Go to where a ``part`` of all steps is done, with the norms [2] that were `noted` on the ranks of a group."""
         if self.share is not None and self.noted:
-            measured = torch.stack(self.noted).norm(dim=0)
+            measured = torch.stack([*self.noted]).norm(dim=0)
             if group is not None:
                 torch.distributed.all_reduce(measured.square_(), group=group)
                 measured = measured.sqrt()
-            self.factor, old = self.factor.to(measured.device), self.norms.to(measured.device)
-            self.norms = old
-            new = torch.stack([measured[0], measured[1] / self.weight(beta)]).to(old.dtype)  # a checkpoint's
+            self.to(measured.device)
+            new = torch.stack([measured[0], measured[1] / self.weight(beta)]).to(self.norms.dtype)  # a checkpoint's
             usable = new.isfinite().all() & (new > 0).all()
-            self.norms = torch.where(usable, KEPT * old + (1 - KEPT) * new, old)
+            self.norms = torch.where(usable, KEPT * self.norms + (1 - KEPT) * new, self.norms)
         self.noted.clear()
         passed = part / self.until
         self.factor.fill_(SCHEDULES[self.schedule](passed) if passed < 1 else 0.0)

@@ -249,9 +249,8 @@ def masks_of(model: nn.Module, names: Sequence[str], call: Mapping[str, Any]) ->
     has_both = getattr(config, "is_encoder_decoder", theirs is not None)
     if theirs is None and isinstance(labels := call.get("labels"), Tensor):
         theirs = labels != -100
-    masks = {
-        name: theirs if has_both and "decoder" in name.split(".") else call.get("attention_mask") for name in names
-    }
+    ours = call.get("attention_mask")
+    masks = {name: theirs if has_both and "decoder" in name.split(".") else ours for name in names}
     return {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}
 
 
@@ -276,11 +275,9 @@ def _is_time_first(module: nn.Module) -> bool:
 def _sizes(module: nn.Module) -> tuple[list[int], list[int], list[int]]:
     """The first two sizes of a module's weights: of convolutions, of matrices, of all."""
     shapes = [parameter.shape for parameter in module.parameters() if not is_lazy(parameter)]
-    convolutions, matrices = ([s for s in shapes if len(s) > 2], [s for s in shapes if len(s) == 2])
-    first, second, everything = (
-        sorted({size for shape in some for size in shape[:2]} - {1}) for some in (convolutions, matrices, shapes)
-    )
-    return first, second, everything
+    kinds = [s for s in shapes if len(s) > 2], [s for s in shapes if len(s) == 2], shapes
+    convolutions, matrices, everything = (sorted({size for s in kind for size in s[:2]} - {1}) for kind in kinds)
+    return convolutions, matrices, everything
 
 
 def _among(size: int, sizes: list[int]) -> bool:

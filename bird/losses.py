@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bird_kernels import RBF, distributed
 from bird_kernels.pairs import weighted_loss
 
-from .course import Course
+from .course import MANY, Course
 from .structure import ERRORS, named_loss
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class BirdLoss(_Guided):
             both norms, starting from ``beta``. The schedule multiplies the share then. Needs
             ``bird.Taps(..., gradients=True)`` of one layer: of two that follow each other, what guides the later one
             reaches the earlier one with the task's gradient, and would be measured as the task's. As the student comes
-            to resemble the teacher, beta grows.
+            to resemble the teacher, beta grows. In several processes without ``group`` each has the beta of its own
+            rows, which rank 0's checkpoint does not hold: give `step` the group then.
         kernel, estimator, row_dims, group, backend, precision: as in `bird_kernels.cka_loss`; ``row_dims=2`` takes
             the tokens of ``pool="none"``, ``[N, T, D]``, as rows.
 
@@ -161,11 +162,8 @@ class BirdLoss(_Guided):
                 whatever `bird_kernels.cka_loss` raises. With ``group``, on every rank.
         """
         try:
-            total, last = self.alpha * _scalar(task_loss), {"task": task_loss.detach()}
-            names, teachers, students = zip(*self.matched(teacher_features, student_features), strict=True)
-            norms = None if torch.compiler.is_compiling() else getattr(student_features, "norms", None)
-            if norms is not None:
-                last |= self.note(norms)
+            task_loss = _scalar(task_loss)
+            _, teachers, students = zip(*self.matched(teacher_features, student_features), strict=True)
         except Exception as error:
             distributed.report(self.distance.options["group"], error)
             raise
@@ -173,15 +171,21 @@ class BirdLoss(_Guided):
         if not torch.compiler.is_compiling():
             for x, y in zip(students, teachers, strict=True):
                 self.shapes.add(_shape(x.shape, y.shape, x.dtype, y.dtype, self.distance.options["row_dims"]))
-        beta = self.beta if self.course is None else self.course.weight(self.beta)
+        norms = None if torch.compiler.is_compiling() else getattr(student_features, "norms", None)
+        return self.weighed(task_loss, misaligned, norms)
+
+    def weighed(self, task_loss: Tensor, misaligned: Tensor, norms: Tensor | None) -> Tensor:
+        """The weighted sum with the distance of each pair [pairs], 0-d; sets `last`. ``norms`` are as of `note`."""
+        last, beta = {"task": task_loss.detach()}, self.current_beta()
+        if norms is not None:
+            last |= self.note(norms)
         if self.course is not None and isinstance(beta, Tensor):
             last["guide_beta"] = beta.detach()
-        total = total + beta * weighted_loss(misaligned, self.weights)
         shown = misaligned.detach() if self.loss in ERRORS else torch.rsub(misaligned.detach(), 1)
-        for name, value in zip(names, shown.unbind(), strict=True):
-            last[f"{self.loss}/{name}"] = value
+        for (teacher, student), value in zip(self.pairs, shown.unbind(), strict=True):
+            last[f"{self.loss}/{teacher}/{student}"] = value
         self.__dict__["last"] = last  # a module's own setattr looks for parameters, for 4 us
-        return total
+        return self.alpha * task_loss + beta * weighted_loss(misaligned, self.weights)
 
     def current_beta(self) -> Weight:
         """beta as schedule and share have it now; where they move it a 0-d tensor."""
@@ -191,13 +195,16 @@ class BirdLoss(_Guided):
         """What is logged of norms [2] of a `bird.taps.Measured`; the next `step` takes them into account."""
         if self.course is not None and self.measures:
             self.course.noted.append(norms)
+            if len(self.course.noted) == MANY:
+                warnings.warn(_NO_STEP, RuntimeWarning, stacklevel=6)
         return {"task_grad": norms[0], "guide_grad": norms[1]}
 
-    def step(self, done: int, total: int) -> None:
+    def step(self, done: int, total: int, group: ProcessGroup | None = None) -> None:
         """Take beta to where schedule and share have it when ``done`` of ``total`` steps are done.
 
         Call it after each step of the optimizer. What it changes is in the ``state_dict`` of this module, with which a
-        resumed run goes on exactly. With ``share`` and ``group`` every rank must call it.
+        resumed run goes on exactly. With ``share`` beta follows from the norms of all ranks of ``group``, each of which
+        must call it; None: of the loss's own group, and without one of this process alone.
 
         Raises:
             ValueError: fewer than 0 steps are done, or more than there are.
@@ -205,7 +212,7 @@ class BirdLoss(_Guided):
         if not 0 <= done <= total or total < 1:
             raise ValueError(f"step(done, total) counts steps of the optimizer, from 0 to total, not {done} of {total}")
         if self.course is not None:
-            self.course.step(done / total, self.beta, self.distance.options["group"])
+            self.course.step(done / total, self.beta, group or self.distance.options["group"])
 
     def extra_repr(self) -> str:
         """The arguments that ``repr`` shows."""
@@ -220,6 +227,7 @@ def _shape(p: torch.Size, q: torch.Size, own: torch.dtype, other: torch.dtype, d
     return prod(p[:dims]), prod(p[dims:]), prod(q[dims:]), dtype
 
 
+_NO_STEP = f"{MANY} backward passes, no step(), so beta stays: call loss.step(done, total) after the optimizer's step"
 _ONE_LAYER = "share is measured at one layer of the student, not at {}: tap and guide one, or give beta"
 _NO_NORMS = (
     "share needs the gradients at the student's layers: record them with bird.Taps(..., gradients=True), and give the "
@@ -355,12 +363,10 @@ _NO_GRADIENT = (
 
 
 def _number(weight: Weight) -> float:
-    real = (
-        weight.ndim == 0 and not weight.is_complex() if isinstance(weight, Tensor) else isinstance(weight, numbers.Real)
-    )
-    if not real:
+    number: object = weight.item() if isinstance(weight, Tensor) and weight.ndim == 0 else weight
+    if not isinstance(number, numbers.Real):
         raise TypeError(f"a weight must be a real number or a 0-d tensor of one, got {weight!r}")
-    return float(weight.detach() if isinstance(weight, Tensor) else weight)
+    return float(number)
 
 
 def _one_for_each(weights: Sequence[Weight] | Tensor, pairs: Sequence[tuple[str, str]]) -> list[float] | Tensor:

@@ -36,15 +36,15 @@ from torch import Tensor
 from bird_kernels import CKALoss, distributed, functional, gram_mse, inputs
 from bird_kernels.pairs import stack
 
-# The options that each loss takes beside row_dims; others must have their defaults.
+# The options that each loss takes; others must have their defaults.
 LOSSES: dict[str, set[str]] = {
-    "cka": (everything := {"kernel", "estimator", "group", "backend", "precision"}),
+    "cka": (everything := {"kernel", "estimator", "row_dims", "group", "backend", "precision"}),
     "sqrt_cka": everything - {"estimator"},
     "cosine_cka": everything,
-    "gram_mse": {"kernel", "backend", "precision"},
-    "rsa": set(),
-    "procrustes": set(),
-    "cka_difference": everything,
+    "gram_mse": everything - {"estimator", "group"},
+    "rsa": {"row_dims"},
+    "procrustes": {"row_dims"},
+    "cka_difference": everything - {"row_dims"},
 }
 ERRORS = ("gram_mse",)  # of all others 1 - loss is a similarity, which logs show
 ROUNDING = 16  # times its rounding error, squared: a side of less variance has none
@@ -58,11 +58,10 @@ def named_loss(loss: str, **options: Any) -> CKALoss:
         ValueError: no such loss (those known are listed), or an option that it does not take.
     """
     inputs.require_choice({"loss": tuple(LOSSES)}, loss=loss)
-    taken = {name: known if name == "cka_difference" else known | {"row_dims"} for name, known in LOSSES.items()}
-    if refused := {name for name, value in options.items() if value != _DEFAULTS[name]} - taken[loss]:
+    if refused := {name for name, value in options.items() if value != _DEFAULTS[name]} - LOSSES[loss]:
         given = ", ".join(f"{name}={options[name]!r}" for name in sorted(refused))
         raise ValueError(
-            f'loss="{loss}" takes no {given}; {", ".join(name for name in LOSSES if refused <= taken[name])} can'
+            f'loss="{loss}" takes no {given}; {", ".join(name for name in LOSSES if refused <= LOSSES[name])} can'
         )
     if loss in ("cka", "sqrt_cka"):
         return CKALoss(**options | ({"sqrt": True} if loss == "sqrt_cka" else {}))
@@ -83,7 +82,7 @@ class StructureLoss(CKALoss):
     def each(self, xs: Sequence[Tensor], ys: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
         """The loss of each pair of two lists, [pairs]."""
         options, pairs = {name: value for name, value in self.options.items() if name != "row_dims"}, []
-        taken, each = {name: options[name] for name in LOSSES["gram_mse"]}, zip(xs, ys, strict=True)
+        taken, each = {name: options[name] for name in LOSSES["gram_mse"] - {"row_dims"}}, zip(xs, ys, strict=True)
         of_one = {"rsa": _rsa, "procrustes": _procrustes, "gram_mse": lambda x, y, m: gram_mse(x, y, mask=m, **taken)}
         with distributed.Reported(options["group"]), torch.autocast(xs[0].device.type, enabled=False):
             for x, y, rows in (inputs.as_rows(*pair, mask, self.options["row_dims"]) for pair in each):
@@ -148,7 +147,20 @@ def _procrustes(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         u, values, vt = torch.linalg.svd(product, full_matrices=False)
         kept = values > torch.finfo(x.dtype).eps * max(ROUNDING, *product.shape) * values[0]
         left, right = left @ (u * kept), right @ vt.mT
+    for side in (x, y):
+        if side.requires_grad and not torch.compiler.is_compiling():  # compiled code has no second derivative anyway
+            side.register_hook(_only_once)
     return _one_less(((x @ left) * (y @ right)).sum(), x, y, dead_x | dead_y, count)
+
+
+def _only_once(gradient: Tensor | None) -> None:
+    """A hook of a gradient, of which a derivative raises: the singular vectors would be constant in it, too."""
+
+    def refuse(_: Tensor) -> None:
+        raise RuntimeError('loss="procrustes" has first derivatives only; all other losses have second ones, too')
+
+    if gradient is not None and gradient.requires_grad:
+        gradient.register_hook(refuse)
 
 
 def _narrowed(x: Tensor) -> tuple[Tensor, Tensor]:

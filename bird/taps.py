@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import traceback
 from collections.abc import Sequence
-from types import CodeType, FrameType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -74,10 +75,8 @@ class Taps:
         self._rows = poolers_of(model, layers, pool)
         self._passes, self._called = Passes(), False
         root = unwrap(model)
-        self._handles = [
-            root.register_forward_pre_hook(self._begin, with_kwargs=True),
-            root.register_forward_hook(self._end),
-        ]
+        self._handles = [root.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._handles.append(root.register_forward_hook(self._end))
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_hook(functools.partial(self._record, name), with_kwargs=True))
 
@@ -89,8 +88,7 @@ class Taps:
         """
         features, self._passes.now.features, self._passes.now.builds_graph = self._passes.now.features, {}, False
         norms, self._passes.now.norms = self._passes.now.norms, None
-        missing = [name for name in self.names if name not in features]
-        if missing:
+        if missing := [name for name in self.names if name not in features]:
             raise RuntimeError(
                 f"no features from {missing}: these layers have not run since the last pop(). Call the model "
                 "once before each pop(), with the taps in place. A model that was compiled and called before "
@@ -224,9 +222,4 @@ def _in_backward() -> bool:
 
 def _called_from(code: CodeType) -> bool:
     """Whether a function with this code is on the call stack."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is code:
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_code is code for frame, _ in traceback.walk_stack(sys._getframe()))

@@ -87,8 +87,7 @@ class Teacher(nn.Module):
             pass
         finally:
             self._passes.now.features, self._passes.now.masks, self._passes.now.running = {}, {}, False
-        missing = [name for name in self.names if name not in features]
-        if missing:
+        if missing := [name for name in self.names if name not in features]:
             raise RuntimeError(f"the teacher's forward did not run {missing}: tap layers that its input reaches")
         return {name: features[name] for name in self.names}
 

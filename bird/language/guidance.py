@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bird_kernels.inputs import require_choice
 from bird_kernels.moments import MIN_ROWS
 
 from ..features import find_layers, unwrap
@@ -82,7 +83,7 @@ class Guidance:
         whole_batch: whether CKA compares all rows of an optimizer step, those of all processes and of all accumulated
             batches (for which the student runs forward once more). False: each batch of each process by itself.
         permuted: a control that asks whether it is the teacher at all: its rows of each batch are permuted at random,
-            so they keep their geometry, but belong to other sequences than the student's.
+            none staying in its place, so they keep their geometry, but belong to other sequences than the student's.
 
     Raises:
         ValueError: an unknown choice, a combination that is excluded, or weights that are negative or not finite.
@@ -114,10 +115,8 @@ class Guidance:
         self.bird_loss([("teacher", "student")])  # validates its options
         require_pooling("pooling", self.pooling)
         require_pooling("teacher_pooling", self.teacher_pooling or self.pooling)
-        sides = ("left", "right", None)
-        for name, choices in (("rows", get_args(Rows)), ("estimator", tuple(MIN_ROWS)), ("truncation", sides)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {getattr(self, name)!r}")
+        known = {"rows": get_args(Rows), "estimator": tuple(MIN_ROWS), "truncation": ("left", "right", None)}
+        require_choice(known, rows=self.rows, estimator=self.estimator, truncation=self.truncation)
         if "all" in (self.pooling, self.teacher_pooling) and (
             self.truncation is not None or self.teacher_pooling not in (None, self.pooling)
         ):
@@ -176,10 +175,11 @@ class Guide:
         self.processes = 1 if group is None else group.size()
         self.watch(student)
         self.network = guide = unwrap(guidance.teacher)
-        if guidance.teacher_layer is None and not _has_backbone(guide):
-            guide = _Whole(guide)
-        self.teacher_layer = guidance.teacher_layer or backbone(guide)
-        _require_encoder(self.network, find_layers(guide, self.teacher_layer))
+        layer = guidance.teacher_layer or _backbone(guide)
+        if layer is None:
+            guide, layer = _Whole(guide), "backbone"
+        self.teacher_layer = layer
+        _require_encoder(self.network, find_layers(guide, layer))
         self.teacher = Teacher(guide, [self.teacher_layer], pool="none")
         self.differs = guidance.loss == "cka_difference"  # taken in each batch: batches of a step are put together
         like = dataclasses.replace(guidance, loss="cka") if self.differs else guidance
@@ -201,8 +201,11 @@ class Guide:
         core = without_adapters(student)
         if {*student.parameters()} & {*self.guidance.teacher.parameters()}:
             raise ValueError("the teacher has the student's own parameters, and is frozen: give it a copy.deepcopy")
-        self.layer = self.guidance.layer or backbone(core)
-        _require_encoder(core, find_layers(core, self.layer))
+        layer = self.guidance.layer or _backbone(core)
+        if layer is None:
+            raise ValueError(f"{type(core).__name__} does not say which of its layers is the backbone: name the layer")
+        self.layer = layer
+        _require_encoder(core, find_layers(core, layer))
         prompt_learning = getattr(unwrap(student), "active_peft_config", None)
         self.virtual: int = getattr(prompt_learning, "num_virtual_tokens", None) or 0
         measured = self.guidance.gradients or self.guidance.share is not None
@@ -316,8 +319,6 @@ class Guide:
 class _Whole(nn.Module):
     """Wraps a bare backbone, so that its output has a path that can be tapped."""
 
-    base_model_prefix = "backbone"
-
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
@@ -333,19 +334,11 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return inner() if callable(inner) else model
 
 
-def backbone(model: nn.Module) -> str:
-    """The path of a network's backbone, that is all but the head; its output is the final hidden state.
-
-    Raises:
-        ValueError: ``base_model_prefix`` names no child of it.
-    """
-    if not _has_backbone(model):
-        raise ValueError(f"{type(model).__name__} does not say which of its layers is the backbone: name the layer")
-    return model.base_model_prefix  # type: ignore[return-value]
-
-
-def _has_backbone(model: nn.Module) -> bool:
-    return getattr(model, "base_model_prefix", "") in dict(model.named_children())
+def _backbone(model: nn.Module) -> str | None:
+    """The path of a network's backbone, that is all but the head, whose output is the final hidden state; None if
+    ``base_model_prefix`` names no child."""
+    name: Any = getattr(model, "base_model_prefix", "")
+    return name if name in dict(model.named_children()) else None
 
 
 def _require_encoder(network: Any, layers: dict[str, nn.Module]) -> None:
@@ -384,8 +377,15 @@ def window_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _order(sequences: Sequences, count: int) -> Tensor:
-    """A random order of a batch's rows. The batch is its seed: a resumed run draws it again, and no generator moves."""
-    return torch.randperm(count, generator=torch.Generator("cpu").manual_seed(int(sequences.ids.sum())), device="cpu")
+    """A random cycle of a batch's rows, none in its own place. The batch is its seed: a resumed run draws it again, and
+    no generator moves."""
+    if count < 2:
+        raise ValueError(
+            "permuted: one row in a batch would keep its place: give each device more (per_device_train_batch_size, "
+            'rows="both"), or leave out a small last batch (dataloader_drop_last=True)'
+        )
+    order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(int(sequences.ids.sum())), device="cpu")
+    return order.roll(1)[order.argsort()]  # each row's place is taken by the row before it in the random order
 
 
 def _unpadded(table: Tensor, mask: Tensor) -> list[list[int]]:

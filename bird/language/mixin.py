@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..chunks import random_state, set_random_state
-from ..structure import ERRORS
+from ..structure import ERRORS, LOSSES
 from .guidance import Guidance, Guide, Sequences, without_adapters
 
 
@@ -63,6 +63,11 @@ class BirdMixin:
         if guidance.rows != "both" and type(self).bird_sequences is BirdMixin.bird_sequences:
             raise ValueError(f"rows={guidance.rows!r} is of preference batches; {type(self).__name__} has one kind")
         several = guidance.whole_batch and trainer.args.world_size > 1
+        if several and "group" not in LOSSES[guidance.loss]:
+            raise ValueError(
+                f'loss="{guidance.loss}" compares the rows of one process: give whole_batch=False, then each compares '
+                f"its own, or a loss that compares those of all: {[name for name in LOSSES if 'group' in LOSSES[name]]}"
+            )
         group = torch.distributed.group.WORLD if several else None
         self.bird_guide = Guide(guidance, trainer.model, trainer.processing_class, group)
         self.bird_guide.teacher.to(trainer.args.device)
@@ -125,7 +130,7 @@ class BirdMixin:
             self._bird_measured.append(squares.sqrt() / (trainer.args.world_size * scale))
         if loss.course is not None:
             self._bird_beta = float(loss.current_beta())
-            loss.course.noted = self._bird_measured[-1:] if norms else []
+            loss.course.noted.extend(self._bird_measured[-1:] if norms else [])
             loss.course.step((trainer.state.global_step + 1) / trainer.state.max_steps, loss.beta)
             if loss.measures:
                 trainer.state.stateful_callbacks["bird_norms"] = loss.course.norms.tolist()  # in trainer_state.json
@@ -153,7 +158,7 @@ class BirdMixin:
         sequences = self.bird_sequences(inputs)
         step = self._bird_step if model.training else None
         if step is not None:
-            if step.gradients is None:
+            if not step.gradients:
                 step.settle(*self._bird_first_passes(model, step), guide)
             set_random_state(step.states[step.number])
         guide.taps.listen()
@@ -271,7 +276,7 @@ class _Accumulated:
     def __init__(self, batches: list[Mapping[str, Any]]) -> None:
         self.batches = batches
         self.states: list[Mapping[torch.device | None, Tensor]] = []
-        self.gradients: list[Tensor] | None = None
+        self.gradients: list[Tensor] = []
         self.distance: Tensor | None = None
         self.number = 0
 
@@ -287,10 +292,8 @@ class _Accumulated:
 
     def next(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
         """For the rows of the next batch: the distance, and a zero whose gradient at these rows is the distance's."""
-        assert self.gradients is not None
-        gradient = self.gradients[self.number]
+        pull = (rows * self.gradients[self.number]).sum()
         self.number += 1
-        pull = (rows * gradient).sum()
         return self.distance, pull - pull.detach()
 
 
@@ -301,8 +304,7 @@ def _require_plain_parallelism(trainer: Any) -> None:
             "torchrun), or show one GPU (CUDA_VISIBLE_DEVICES)"
         )
     config: Any = getattr(trainer.accelerator, "parallelism_config", None)
-    names: Iterable[str] = ("tp_size", "cp_size", "sp_size")
-    if split := [name for name in names if config is not None and (getattr(config, name, 1) or 1) > 1]:
+    if split := [name for name in ("tp_size", "cp_size", "sp_size") if (getattr(config, name, 1) or 1) > 1]:
         raise ValueError(f"{', '.join(split)}: BIRD compares whole sequences, so processes may split the data alone")
 
 

@@ -31,8 +31,7 @@ def pool_tokens(features: Tensor, mask: Tensor, pooling: Pooling = "last", *, vi
             "tap a layer whose output keeps the tokens, such as a decoder block or the whole backbone"
         )
     features, mask = features[:, virtual:], mask.to(features.device) != 0
-    empty = (~mask.any(1)).nonzero().flatten().tolist()
-    if empty:
+    if empty := (~mask.any(1)).nonzero().flatten().tolist():
         raise ValueError(
             f"sequences {empty} of the batch have no token to pool: an empty text or response, or one that was cut"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bird import BirdLoss, Taps, Teacher, chunked_backward, cka_loss
+from bird.course import MANY
 from bird.lab.vision.steps import TransferGuide
 from bird.taps import Measured
 from tests.bird.loops import Cut, cut_after, same, train
@@ -205,6 +207,24 @@ def test_a_measurement_that_is_none_changes_nothing() -> None:
     assert float(loss.current_beta()) == pytest.approx(5.0 / (1.5 / 0.9))
 
 
+def test_a_step_that_nobody_calls_is_told() -> None:
+    """Only after more backward passes than are accumulated in a step; then the last of them count, and no more wait."""
+    loss = BirdLoss(pairs=ONE, share=0.5)
+    assert loss.course is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(MANY - 1):
+            loss.note(torch.tensor([3.0, 0.9]))
+    with pytest.warns(RuntimeWarning, match=rf"{MANY} backward passes, no step.* call loss\.step\(done, total\) after"):
+        loss.note(torch.tensor([3.0, 0.9]))
+    with pytest.warns(RuntimeWarning, match="beta stays"):
+        loss.note(torch.tensor([3.0, 0.9]))
+    assert len(loss.course.noted) == MANY
+    loss.step(1, 10)
+    assert not loss.course.noted
+    assert float(loss.current_beta()) == pytest.approx(3.0, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -302,6 +322,23 @@ def _in_ranks(rank: int, folder: Path) -> None:
         loss.step(1, 10)
         betas.append(float(loss.current_beta()))
     assert betas[0] == pytest.approx(betas[1], rel=1e-6)
+    _each_by_itself(rank, x)
+
+
+def _each_by_itself(rank: int, x: Tensor) -> None:
+    """A loss without a group: each rank has its own beta, unless `step` is told whose norms count; then rank 0's
+    checkpoint is every rank's."""
+    part = x[12 * rank : 12 * rank + 12]
+    for group in (None, dist.group.WORLD):
+        model, teacher = network().double(), Teacher(network(7, 1).double(), LAYERS)
+        loss = BirdLoss(0.3, 0.7, ONE, share=0.4, loss="procrustes")
+        with Taps(model, "3", gradients=True) as taps:
+            loss(model(part).square().mean(), teacher(part), taps.pop()).backward()
+        loss.step(1, 10, group=group)
+        mine = torch.stack([*loss.state_dict()["course.norms"], loss.current_beta()])
+        theirs = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(theirs, mine)
+        assert theirs[0].equal(theirs[1]) == (group is not None)
 
 
 def test_ranks_of_a_group_have_one_beta(tmp_path: Path) -> None:

@@ -135,8 +135,9 @@ def _ranks(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
     trainer = ran(BirdDPOTrainer, folder / "out", guidance(loss="cka_difference", share=0.4), **parts)
-    with pytest.raises(ValueError, match='loss="rsa" takes no group='):
+    with pytest.raises(ValueError, match=r'loss="rsa" .* whole_batch=False.*own, or .*cka_difference'):
         made(BirdDPOTrainer, folder / "out", guidance(loss="rsa"), **parts)
+    made(BirdDPOTrainer, folder / "out", guidance(loss="rsa", whole_batch=False), **parts)
     torch.save({name: logged(trainer, name) for name in NAMES} | weights(trainer), folder / f"{rank}.pt")
 
 

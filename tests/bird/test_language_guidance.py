@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import BertModel, LlamaModel, LongformerConfig, LongformerMode
 
 import bird.language
 from bird.language import Guidance, pool_tokens
-from bird.language.guidance import Guide, Sequences
+from bird.language.guidance import Guide, Sequences, _order
 from bird.language.mixin import _require_plain_parallelism
 from bird.taps import FirstPass
 from tests.bird.tiny import bytes_tokenizer, gpt2, guidance, letters_tokenizer, student, teacher
@@ -116,11 +117,29 @@ def test_the_rows_of_a_permuted_teacher() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     places = torch.cdist(rows.double(), plain.double()).argmin(1)
     assert sorted(places.tolist()) == list(range(16))
-    assert (places == torch.arange(16)).sum() < 6
+    assert (places != torch.arange(16)).all()
     torch.testing.assert_close(rows, plain[places])
     torch.testing.assert_close(permuted.teacher_rows(sequences(texts)), rows)
     other = permuted.teacher_rows(sequences([text.replace("film", "play") for text in texts]))
     assert not torch.equal(torch.cdist(other.double(), plain.double()).argmin(1), places)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 16])
+def test_no_row_of_a_permuted_teacher_stays_in_its_place(count: int) -> None:
+    """In none of 500 batches; each row is used once, and every cycle of a few rows is drawn."""
+    mask = torch.ones(1, 2)
+    drawn = [_order(Sequences(torch.tensor([[seed, 7]]), mask, None), count).tolist() for seed in range(500)]
+    assert all(sorted(order) == list(range(count)) for order in drawn)
+    assert not any(row == place for order in drawn for place, row in enumerate(order))
+    assert len({*map(tuple, drawn)}) == (500 if count == 16 else math.factorial(count - 1))
+
+
+def test_one_row_cannot_be_permuted() -> None:
+    """It would be in its own place, and the control would be the treatment."""
+    guide = guide_of(permuted=True)
+    with pytest.raises(ValueError, match=r'one row.*per_device_train_batch_size.*rows="both".*drop_last=True'):
+        guide.teacher_rows(sequences(TEXTS[:1]))
+    assert len(guide.teacher_rows(sequences(TEXTS[:2]))) == 2
 
 
 def test_all_tokens_as_rows() -> None:
@@ -197,7 +216,7 @@ def test_the_first_pass_counts() -> None:
         ({"rows": "loser"}, "rows must be one of"),
         ({"pooling": "all"}, "must share it, and read all of a text"),
         ({"pooling": "all", "truncation": "left"}, "read all of a text"),
-        ({"truncation": "end"}, "truncation must be one of 'left', 'right', None, not 'end'"),
+        ({"truncation": "end"}, "truncation must be one of 'left', 'right', None; got 'end'"),
         ({"rows": "prompt", "completion_only": True}, "leaves no completion"),
         ({"estimator": "best"}, "estimator must be one of 'biased', 'unbiased'"),
         ({"layer": "model.layer.0"}, r"no layer is called.*'model\.layers\.0'"),

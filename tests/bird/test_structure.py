@@ -80,6 +80,22 @@ def test_gradients_of_both_sides_are_those_of_the_value(loss: str, n: int, p: in
     assert torch.autograd.gradcheck(lambda a, b: named_loss(loss)(a, b, mask), (x, y))
 
 
+@pytest.mark.parametrize("loss", OTHERS)
+def test_a_second_derivative_is_right_or_an_error(loss: str) -> None:
+    x, y = (z.requires_grad_() for z in rows(8, 3, 5, torch.float64))
+    if loss != "procrustes":
+        assert torch.autograd.gradgradcheck(named_loss(loss), (x, y))
+        return
+    weight = torch.eye(3, dtype=torch.float64, requires_grad=True)  # of a network
+    for inputs, other in (((x, y), y), ((x, y.detach()), x), ((x.detach() @ weight, y), weight)):
+        first = torch.autograd.grad(named_loss(loss)(*inputs), other, create_graph=True)
+        assert torch.autograd.grad(named_loss(loss)(*inputs), other)[0].equal(first[0])
+        with pytest.raises(RuntimeError, match='loss="procrustes" has first derivatives only'):
+            torch.autograd.grad(first[0].square().sum(), other)
+    (there,) = torch.autograd.grad(named_loss(loss)(x, y), x)
+    assert torch.func.grad(lambda a: named_loss(loss)(a, y.detach()))(x.detach()).equal(there)
+
+
 @pytest.mark.parametrize("loss", ["rsa", "procrustes"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_student_of_low_rank_has_the_smallest_gradient(loss: str, dtype: torch.dtype) -> None:
