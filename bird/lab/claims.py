@@ -62,6 +62,10 @@ class Claim:
         if self.at and (min(self.at) < 1 or len(set(self.at)) < 2):
             raise ValueError(f"a slope needs two or more different numbers from 1 on, not at = {[*self.at]}")
 
+    def other(self, variant: str) -> str:
+        """The variant that ``over`` is taken in, where ``method`` is taken in this one."""
+        return variant if self.over_variant is None else self.over_variant
+
     def differences(self, measure: Measure, name: str | None = None) -> list[float] | None:
         """Seed by seed; of a trend, the slopes per doubling. None where something has not been run.
 
@@ -71,9 +75,8 @@ class Claim:
         """
         found = []
         for variant in self.variants:
-            other = variant if self.over_variant is None else self.over_variant
             ours = measure(self.method, variant, name or self.measure)
-            theirs = measure(self.over, other, name or self.measure)
+            theirs = measure(self.over, self.other(variant), name or self.measure)
             if ours is None or theirs is None:
                 return None
             found.append({seed: ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()})
@@ -124,7 +127,7 @@ def require_claims(recipe: Any, measures: Collection[str]) -> None:
         for measure in (claim.measure, *claim.families):
             require_known(f"a measure of the claim {name!r}", measure, measures)
         for variant in claim.variants:
-            for method, there in ((claim.method, variant), (claim.over, claim.over_variant or variant)):
+            for method, there in ((claim.method, variant), (claim.over, claim.other(variant))):
                 runs = recipe.variants[there].methods or recipe.methods
                 require_known(f"what the variant {there!r} runs, for the claim {name!r}", method, runs)
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
+from ..features import find_layers
 from .recipe import grid
 from .stages import Stage
 
@@ -104,6 +106,12 @@ class Experiment(ABC):
         """Raises an ImportError, with what to do, where it is not installed."""
         if importlib.util.find_spec(library) is None:
             raise ImportError(f"{library} is not installed: pip install 'bird-kernels[{self.extra}]'")
+
+
+def require_layer(network: nn.Module, layer: str) -> None:
+    """Raises a ValueError unless the network has the layer, by its path: a glob may match many, and is none's name."""
+    if layer not in find_layers(network, layer):
+        raise ValueError(f"{layer!r} is a glob: name one layer, by its path")
 
 
 def collect(experiment: Experiment, cells: Sequence[Cell]) -> tuple[dict[Group, Results], list[Cell]]:

@@ -51,6 +51,16 @@ def percent(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * spread(values):.1f}" if len(values) > 1 else mean
 
 
+def second_half(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the later half of a training's reports, of what the first of these has beside its step.
+
+    A report may lack some of it: a small last batch of texts trains on the task alone, and logs no CKA.
+    """
+    late = reports[len(reports) // 2 :]
+    names = [name for name in (late[0] if late else ()) if name != "step"]
+    return {name: fmean(report[name] for report in late if name in report) for name in names}
+
+
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table from rows of cells, the header first; the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

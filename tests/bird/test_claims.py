@@ -161,6 +161,19 @@ def test_a_claim_of_what_is_not_run(claim: dict[str, Any], said: str) -> None:
         parse_vision("x", VISION | {"methods": ["bird", "ft"], "claims": {"it": claim}})
 
 
+def test_a_claim_over_the_recipe_as_it_is() -> None:
+    """Its name is empty, and is a name all the same."""
+    variants = {"": {"methods": ["none"]}, "c": {"methods": ["bird"]}}
+    claim = {"method": "bird", "over": "none", "variants": ["c"]}
+    table = VISION | {"variants": variants, "methods": ["bird", "none"]}
+    recipe = parse_vision("x", table | {"claims": {"it": claim | {"over_variant": ""}}})
+    values = {("bird", "c", "robust"): OURS, ("none", "", "robust"): THEIRS}
+    (found,) = judge(recipe.claims, of(values))
+    assert found.mean == pytest.approx(0.0275)
+    with pytest.raises(ValueError, match="what the variant 'c' runs, for the claim 'it': there is no 'none'"):
+        parse_vision("x", table | {"claims": {"it": claim}})
+
+
 def test_a_recipe_with_claims_from_its_first_seed_on(tmp_path: Path) -> None:
     """Steps of a variant, seeds that do not begin at 0, and the page; numbers from the accuracies it reports."""
     more = """

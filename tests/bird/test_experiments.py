@@ -199,6 +199,7 @@ def test_a_wrong_choice(path: Path, arguments: list[str], complaint: str, capsys
     [
         ('student_layer = "layer2"', 'student_layer = "layr2"', "layr2.*layer2"),
         ('student_layer = "layer2"', 'teacher_layer = "blok3"', "blok3.*block3"),
+        ('student_layer = "layer2"', 'student_layer = "layer*"', r"'layer\*' is a glob: name one layer"),
         ('"digits", classes = [0, 1, 2]', '"cifar100", classes = [0, 1, 2]', "3 channels, digits 1"),
         ("seeds = 1", "seeds = 1\nx = 1", "there is no 'x'"),
     ],

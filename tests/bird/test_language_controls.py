@@ -252,6 +252,48 @@ def test_how_a_weak_model_guides(pooling: str, permuted: bool, data: Path, monke
     assert "bird-permuted" not in parse(WEAK).methods, "a control is asked for by name"
 
 
+@pytest.mark.parametrize("guiding", [{}, {"teacher_layer": "backbone.encoder.layer.0"}])
+def test_an_anchor_is_tapped_where_its_student_is(guiding: dict[str, str], data: Path) -> None:  # noqa: F811
+    """At its start a student is what the anchor stays, at an inner block, too; the weak model's layer is another."""
+    recipe = parse(
+        WEAK,
+        seeds=1,
+        methods=["bird-anchored", "bird"],
+        guidance=guiding,
+        variants={"": {"layer": "backbone.layers.0"}},
+    )
+    experiment = WeakToStrong(recipe, data.parent / "out", CPU, data, progress=False)
+    experiment.check()
+    alike = {}
+    for cell in experiment.cells():
+        complete(cell.wanted, experiment.root)
+        alike[cell.method] = (cell.wanted[0].result(experiment.root) or {})["history"]["train"][0]["cka"]
+    assert alike["bird-anchored"] == pytest.approx(1, abs=1e-5)
+    assert alike["bird"] < 0.99
+
+
+def test_the_weak_models_layer_names_no_anchored_stage(tmp_path: Path) -> None:
+    """But the student's own does, as it always did."""
+    named = {"backbone.layers.0", "backbone.encoder.layer.0", None}
+    keys = {}
+    for layer, theirs in ((a, b) for a in named for b in named):
+        guiding = {name: of for name, of in (("layer", layer), ("teacher_layer", theirs)) if of}
+        recipe = parse(WEAK, methods=["bird-anchored", "bird"], guidance=guiding)
+        for cell in WeakToStrong(recipe, tmp_path, CPU).cells(seeds=1):
+            keys[cell.method, layer, theirs] = cell.wanted[0].key
+    assert len({key for (method, *_), key in keys.items() if method == "bird"}) == 9
+    anchored = {layer: {keys["bird-anchored", layer, theirs] for theirs in named} for layer in named}
+    assert len({*map(tuple, anchored.values())}) == 3
+    assert all(len(of) == 1 for of in anchored.values())
+
+
+def test_a_guided_layer_is_one(tmp_path: Path) -> None:
+    """A glob would match several, and the run would look for one of that name."""
+    recipe = parse(WEAK, guidance={"layer": "backbone.layers.*"})
+    with pytest.raises(ValueError, match=r"guidance\.layer of .*'backbone\.layers\.\*' is a glob: name one layer"):
+        WeakToStrong(recipe, tmp_path, CPU, tmp_path).check()
+
+
 def test_alignment_of_completions_leaves_out_the_first_token() -> None:
     texts, model, encoder = [f"{a} film {b}s" for a in "abc" for b in "de"], student(), teacher()
     chosen = {"layer": "model.layers.0", "pooling": "mean", "completion_only": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -21,12 +22,19 @@ from bird.lab.vision.models import build
 from bird.lab.vision.training import TransferGuide, fit
 from tests.bird.loops import same
 from tests.bird.test_recipes import LANGUAGE, VISION, WEAK, changed, parse
+from tests.bird.tiny_recipes import TINY, command, experiment_of, written
 
 SAID: dict[str, Any] = {"loss": "rsa", "schedule": "cosine", "until": 0.5, "share": 0.3, "gradients": True}
+TWO: dict[str, Any] = {"teacher_layer": ["block2", "block3"], "student_layer": ["block2", "block3"]}
 
 
 def varied(table: Any, change: dict[str, Any]) -> dict[str, Any]:
     return changed(table, "variants", {"": change})
+
+
+def unguided(change: dict[str, Any]) -> dict[str, Any]:
+    """Of methods that BIRD's loss does not guide."""
+    return varied(VISION, change | {"methods": ["hints", "continued"]})
 
 
 @pytest.mark.parametrize("method", ["bird", "bird-unbiased", "hints", "continued"])
@@ -72,6 +80,34 @@ def test_a_transfer_is_guided_as_it_is_said(tmp_path: Path) -> None:
         plain.run("bird", teacher, student, train)
 
 
+def test_what_is_measured_of_the_guidance_is_in_the_results(tmp_path: Path) -> None:
+    """Means over the later half of the reports, of the runs that measure; of others nothing."""
+    more = """
+variants.plain = { methods = ["continued", "bird"] }
+variants.linear = { methods = ["bird"], schedule = "linear" }
+variants.norms = { methods = ["bird"], gradients = true }
+variants.share = { methods = ["continued", "bird"], share = 0.3 }
+"""
+    path = written(tmp_path, TINY + more, ("transfer = { steps = 1,", "transfer = { steps = 60,"))
+    assert command("run", path) == 0
+    cells = json.loads((tmp_path / "runs/reports/try/results.json").read_text())["cells"]
+    found = {(cell["variant"], cell["method"]): cell.get("second_half") for cell in cells}
+    measured = {
+        ("linear", "BIRD"): {"guide_beta"},
+        ("norms", "BIRD"): {"task_grad", "guide_grad"},
+        ("share", "BIRD"): {"task_grad", "guide_grad", "guide_beta"},
+    }
+    assert {key: {*of} for key, of in found.items() if of is not None} == measured
+    assert len(found) == 6
+    for cell in experiment_of(path).cells(methods=["bird"]):
+        assert cell.training is not None
+        (history,) = (cell.training.result(tmp_path / "runs") or {})["histories"]
+        assert [row["step"] for row in history["train"]] == [20, 40, 60]
+        _, second, third = history["train"]
+        for name, mean in (found[cell.variant, "BIRD"] or {}).items():
+            assert mean == pytest.approx((second[name] + third[name]) / 2)
+
+
 def test_options_of_language_recipes_are_those_of_the_guidance() -> None:
     pytest.importorskip("trl", reason="the experiments are run by its trainers")
     from bird.lab.language.experiment import LATER
@@ -100,6 +136,13 @@ def test_options_of_language_recipes_are_those_of_the_guidance() -> None:
         (varied(VISION, {"until": 2.0}), "until is a share of the steps"),
         (varied(VISION, {"share": 0.5, "alpha": 0.0}), "alpha and beta must be above 0"),
         (varied(VISION, {"share": 0.5, "views": True}), "with views the two have their own"),
+        (varied(VISION, TWO | {"share": 0.5}), r"one layer of the student, not at \['block2', 'block3'\]"),
+        (varied(VISION, {"teacher_layer": ["block2", "block3"]}), r"variants\.: 2 layers cannot guide 1"),
+        (unguided({"loss": "nonsense"}), r"variants\.: loss must be one of 'cka'"),
+        (unguided({"schedule": "linaer"}), r"variants\.: schedule must be one of"),
+        (unguided({"until": 0.0}), "until is a share of the steps"),
+        (unguided({"share": 7.0}), "share is a share of the gradient"),
+        (unguided(TWO | {"share": 0.5}), "one layer of the student"),
         (changed(LANGUAGE, "guidance/schedule", "steps"), "guidance: schedule must be one of"),
         (varied(LANGUAGE, {"loss": "rsa"}), r"variants\.: loss=\"rsa\" takes no estimator='unbiased'"),
         (varied(LANGUAGE, {"loss": "cka_difference", "rows": "chosen"}), 'responses: rows = "both"'),

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...features import find_layers
-from ..experiment import Experiment
+from ..experiment import Experiment, require_layer
 from ..recipe import settings_of
 from .data import Labelled
 from .frozen import LowerBlocks, UpperBlocks, require_freezable
@@ -58,7 +57,7 @@ class LanguageExperiment(Experiment):
                     frozen = self.recipe.transfer.frozen if name == "layer" else 0
                     model = classifier(network, pair.pooling, 0, frozen)[0]
                 try:
-                    find_layers(model, [layer])
+                    require_layer(model, layer)
                 except ValueError as error:
                     raise ValueError(f"guidance.{name} of {network}: {error}") from error
 

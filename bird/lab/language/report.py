@@ -15,7 +15,7 @@ from .. import figures
 from ..claims import claims_section, json_rows, judge
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import Interval, bootstrap, paired_bootstrap, paired_p, pgr
-from ..tables import markdown_table, percent, report_origin, spread, write_markdown, write_report
+from ..tables import markdown_table, percent, report_origin, second_half, spread, write_markdown, write_report
 from .experiment import LanguageExperiment
 from .recipe import LanguageRecipe
 
@@ -335,8 +335,5 @@ def _plain(score: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
         own["good"] = fmean(verdict or 0 for verdict in score["verdicts"])
         own["unparsable"] = sum(verdict is None for verdict in score["verdicts"])
     if "history" in score and score["history"].get("train"):
-        steps = score["history"]["train"]
-        late = steps[len(steps) // 2 :]
-        # A small last batch trains on the task alone, and logs no CKA.
-        own["second_half"] = {key: fmean(r[key] for r in late if key in r) for key in late[0] if key != "step"}
+        own["second_half"] = second_half(score["history"]["train"])
     return own

@@ -92,6 +92,8 @@ class WeakToStrong(LanguageExperiment):
         limit, guiding = self.limit(change), self.guiding(change)
         about = self.about_training(seed, change, network=pair.student, training=training.about, method=method)
         guided = method.startswith("bird")
+        if method == "bird-anchored":
+            guiding["teacher_layer"] = guiding["layer"]  # the anchor is the student's network, not the weak model's
         if guided:
             about |= {"guidance": guiding, "pooling": pair.pooling}
 

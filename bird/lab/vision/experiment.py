@@ -16,9 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...features import find_layers
 from ...teachers import Teacher
-from ..experiment import Cell, Experiment
+from ..experiment import Cell, Experiment, require_layer
 from ..recipe import data_root, grid, seeds_of
 from ..stages import Stage
 from ..tensors import load_tensors, save_tensors
@@ -94,8 +93,8 @@ class VisionExperiment(Experiment):
                 teacher, student = _build(pair.teacher, recipe.teacher), _build(pair.student, recipe.student)
                 own = (change for change in changes if name in (change.networks or recipe.networks))
                 for guiding, guided in (layers for change in own for layers in change.pairs(pair)):
-                    find_layers(teacher, guiding)
-                    find_layers(student, guided)
+                    require_layer(teacher, guiding)
+                    require_layer(student, guided)
 
     def candidates(self, *, seeds: int | None = None, **choice: Any) -> list[Cell]:
         """A cell for the teacher and the student of every pair of networks, variant and seed, or of some.

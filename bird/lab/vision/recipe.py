@@ -200,17 +200,21 @@ class RecipeVariant:
         names = ("loss", "schedule", "until", "share", "gradients")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def require_guidance(self, methods: Iterable[str]) -> None:
-        """Raise a ValueError unless BIRD's loss can be as it says in each of the methods."""
+    def require_guidance(self, methods: Iterable[str], networks: Iterable[Networks]) -> None:
+        """Raise a ValueError unless BIRD's loss can be as it says in each of the methods, between the networks' layers.
+
+        What it says must be known and in range though none of the methods is BIRD's.
+        """
         weights = {name: value for name in ("alpha", "beta") if (value := getattr(self, name)) is not None}
         options = {name: value for name, value in self.guidance.items() if name != "gradients"}
         if self.loss == "cka_difference":
             raise ValueError('loss = "cka_difference" is of preferences, not of images')
         if self.views and (self.share is not None or self.gradients):
             raise ValueError("gradients are of task and guidance at one output, and with views the two have their own")
-        for method in methods:
-            if any(guidance == "bird" for _, guidance in METHODS[method].phases):
-                BirdLoss(pairs=[("teacher", "student")], **METHODS[method].options, **weights, **options)
+        known = [METHODS[m].options for m in methods if any(guidance == "bird" for _, guidance in METHODS[m].phases)]
+        for pairs in map(self.pairs, networks):
+            for own in known or [{}]:
+                BirdLoss(pairs=pairs, **own, **weights, **options)
 
     def pairs(self, networks: Networks) -> tuple[tuple[str, str], ...]:
         """The guiding and the guided layer of each pair.
@@ -298,7 +302,8 @@ class VisionRecipe:
             require_known("networks of a variant", name, self.networks)
         for name, change in self.variants.items():
             try:
-                change.require_guidance(change.methods or self.methods)
+                own = [self.networks[pair] for pair in change.networks or self.networks]
+                change.require_guidance(change.methods or self.methods, own)
             except ValueError as error:
                 raise ValueError(f"variants.{name}: {error}") from error
         changed = sum(((v.teacher_corruptions or ()) for v in self.variants.values()), ())

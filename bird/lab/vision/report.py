@@ -14,7 +14,7 @@ from typing import Any
 from ..claims import claims_section, json_rows, judge
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
 from ..statistics import difference
-from ..tables import markdown_table, percent, report_origin, without_empty_columns, write_csv, write_report
+from ..tables import markdown_table, percent, report_origin, second_half, without_empty_columns, write_csv, write_report
 from . import figures
 from .checkpoints import History
 from .comparison import BASELINE, Comparison, Outcome
@@ -22,6 +22,8 @@ from .evaluation import Robustness
 from .experiment import VisionExperiment
 from .methods import METHODS
 from .recipe import Networks, VisionRecipe, as_plain
+
+MEASURED = "task_grad", "guide_grad", "guide_beta"  # of the guidance in training, see `bird.BirdLoss`
 
 
 def comparisons(experiment: VisionExperiment, groups: Mapping[Group, Results]) -> dict[Group, Comparison]:
@@ -244,4 +246,9 @@ def _numbers(comparisons: Mapping[Group, Comparison]) -> Iterator[dict[str, Any]
                     "seen": outcome.seen.robust,
                     "gap_recovered": None if math.isnan(recovered) else recovered,
                     "cka": outcome.cka,
-                }
+                } | ({"second_half": late} if (late := _guidance(outcome)) else {})
+
+
+def _guidance(outcome: Outcome) -> dict[str, float]:
+    """What was measured of the guidance in the second half of training; nothing where nothing was."""
+    return {name: mean for name, mean in second_half(outcome.history.train).items() if name in MEASURED}
