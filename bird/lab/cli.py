@@ -62,16 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "demo",
         help="watch robustness move from a teacher into a student, on real images",
-        description="Train a teacher and a student on Fashion-MNIST, make the student robust with BIRD and "
-        "with other methods, and compare them. The images come with the package.",
+        description="Train a teacher and a student on Fashion-MNIST, make the student robust with BIRD, and compare "
+        "it with training on alone. The images come with the package.",
     )
     whole = {"arch": None, "variant": None, "data": None, "compile": False, "jobs": None}
     command.set_defaults(run=_run, command="demo", recipe=DEMO, method=None, **whole)
     command.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder for the results (default: %(default)s)"
     )
-    command.add_argument("--seeds", type=int, help="how many repetitions (default: 3; quick: 1)")
-    command.add_argument("--steps", type=int, help=f"training steps of every stage (default: 1000; quick: {QUICK})")
+    command.add_argument("--seeds", type=int, help="how many repetitions (default: 1)")
+    command.add_argument("--steps", type=int, help=f"training steps of every stage (default: 4000; quick: {QUICK})")
     command.add_argument("--batch", type=int, help="images per step (default: 64)")
     command.add_argument("--chunk", type=int, help="images in memory at a time, if a batch is too large for it")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: an accelerator if there is one)")

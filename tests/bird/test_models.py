@@ -104,8 +104,8 @@ def test_sizes_are_the_published_ones_but_for_stem_and_head(name: str) -> None:
     assert count(model) == SIZES[name]()
 
 
-def test_the_demos_networks_are_those_of_the_table() -> None:
-    assert count(ResNet(5)) == 47_050 - 5 * 49  # as the demo was published, for 5 classes instead of 10
+def test_the_small_networks_are_those_of_the_table() -> None:
+    assert count(ResNet(5)) == 47_050 - 5 * 49  # for 5 classes instead of 10
     assert count(PlainNet(5)) == 79_866 - 5 * 97
     assert {name for name, _ in ResNet(5).named_parameters()} == {
         n for n, _ in network("resnet-tiny").named_parameters()

@@ -27,8 +27,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Names on PyPI that are not the name of what they bring.
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn"}
 # Each part, the longest folder first, and the extras that it may import from, beside what is always installed.
-# What both wings of the laboratory share is in the extras of either; the demo's report needs nothing else.
+# What both wings of the laboratory share is in the extras of either; the demo needs its report and a network.
 PARTS: dict[str, tuple[str, ...]] = {
+    "bird/lab/vision/models": ("vision", "demo"),
     "bird/lab/vision": ("vision",),
     "bird/lab/language": ("language",),
     "bird/lab/statistics.py": ("vision", "language", "demo"),
