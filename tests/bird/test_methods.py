@@ -88,7 +88,7 @@ def test_a_permuted_teacher_gives_no_image_its_own_features(
 def test_views_are_seen_by_both_networks_and_not_by_the_task(
     networks: tuple[nn.Module, nn.Module], train: Images
 ) -> None:
-    """The loop written out: the task on its images, CKA on the views of the same, one step of SGD on the sum."""
+    """The loop written out: the task and its statistics on its images, CKA on views of them, one step on the sum."""
     by_hand, teacher, views = deepcopy(networks[1]).train(), deepcopy(networks[0]), PhotometricViews(5)
     sgd = torch.optim.SGD(by_hand.parameters(), lr=SETTINGS.lr, momentum=0.9, weight_decay=5e-4)
     taps, guide = Taps(by_hand, "layer3"), Teacher(teacher, "block3")
@@ -99,7 +99,10 @@ def test_views_are_seen_by_both_networks_and_not_by_the_task(
         task = F.cross_entropy(by_hand(x), train.labels[index])
         taps.pop()
         seen = views(x, index, epoch)
+        buffers = {name: buffer.clone() for name, buffer in by_hand.named_buffers()}
         by_hand(seen)
+        for name, buffer in by_hand.named_buffers():
+            buffer.data.copy_(buffers[name])  # the statistics of batch normalisation are the task's
         loss = 0.1 * task + 0.9 * cka_loss(taps.pop()["layer3"], guide(seen)["block3"])
         sgd.param_groups[0]["lr"] = learning_rate(step, SETTINGS)
         sgd.zero_grad()

@@ -29,9 +29,9 @@ Accuracies = dict[tuple[str, str], BySeed]  # by method and corruption
 Variants = dict[tuple[str, str, str], BySeed]  # by variant, method and corruption
 
 
-def variants(folder: str) -> Variants:
+def variants(folder: str, table: str = "accuracies.csv") -> Variants:
     found: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    with (RESULTS / folder / "accuracies.csv").open() as file:
+    with (RESULTS / folder / table).open() as file:
         for row in csv.DictReader(file):
             found[row["variant"], row["method"], row["corruption"]][row["seed"]].append(100 * float(row["accuracy"]))
     return {key: {seed: fmean(values) for seed, values in of.items()} for key, of in found.items()}
@@ -117,6 +117,54 @@ def test_the_budget() -> None:
     told = f"{spotted:.1f} in the mean of impulse noise and spatter, which put spots on them; and {others:.1f}"
     assert f"{told} in the mean of the ten others, which have {max(gap[kind] for kind in rest):.1f} points" in PAGE
     assert len(rest) == 10
+
+
+def test_the_demo() -> None:
+    """What one seed shows, what three do, and where."""
+    stats = pytest.importorskip("scipy.stats", reason="the t-test")
+    of = variants("fashion-demo")
+    by_seed = {m: [robust(of, "", m, s) for s in "012"] for m in ("none", "continued-alpha", "bird", "ceiling")}
+    assert f"shows {by_seed['bird'][0]:.1f} % against {by_seed['continued-alpha'][0]:.1f}; three" in PAGE
+    none, continued, bird, ceiling = by_seed.values()
+    told = [f"{fmean(values):.1f} ± {stdev(values):.1f}" for values in (bird, none, continued)]
+    p = [stats.ttest_rel(bird, other).pvalue for other in (none, continued)]
+    assert f"| {told[0]} against {told[1]} (p {p[0]:.2g}) |" in PAGE
+    assert f"| {told[2]} (Continued at alpha; BIRD against it p {p[1]:.2g}) |" in PAGE
+    shares = [100 * (b - n) / (c - n) for b, n, c in zip(bird, none, ceiling, strict=True)]
+    assert f"| 31.8 % | {fmean(shares):.1f} ± {stdev(shares):.1f} % | - It" in PAGE
+
+    def gain(kind: str) -> float:
+        return fmean(of["", "bird", kind][s] - of["", "continued-alpha", kind][s] for s in "012")
+
+    lifted = [gain(kind) for kind in (*LIFTS, "gaussian_noise") if kind != "fog"]
+    assert f"{min(lifted):.0f} to {max(lifted):.0f} points under snow" in PAGE
+    assert f"{gain('fog'):.0f} in fog, {gain('spatter'):.0f} in spatter and impulse noise" in PAGE
+    assert f"BIRD pays {-gain('none'):.1f} points of clean accuracy." in PAGE
+
+
+@pytest.mark.parametrize(("table", "ending"), [("accuracies.csv", "registered"), ("recalibrated.csv", "afterwards")])
+def test_views_for_the_guidance_term(table: str, ending: str) -> None:
+    """Each claim as registered, and with statistics of batch normalisation that were taken anew."""
+    stats = pytest.importorskip("scipy.stats", reason="the t-test")
+    of = variants("fashion-views", table)
+    seeds = [str(seed) for seed in range(100, 108)]
+    arms = {
+        "BIRD": ("as it is", "bird"),
+        "the same from a clean teacher": ("views, clean teacher", "bird"),
+        "a permuted teacher with views": ("views", "bird-permuted"),
+        "Continued at alpha": ("as it is", "continued-alpha"),
+    }
+    for name, arm in arms.items():
+        gains = [robust(of, "views", "bird", seed) - robust(of, *arm, seed) for seed in seeds]
+        low, high = stats.t.interval(0.95, 7, fmean(gains), stats.sem(gains))
+        told = f"| BIRD with views above {name}, {ending} | {fmean(gains):+.2f} [{low:+.2f}, {high:+.2f}] |"
+        assert f"{told} {stats.ttest_1samp(gains, 0).pvalue:.2g} |" in PAGE
+    for name, arm in {"BIRD with views": ("views", "bird"), **arms}.items():
+        told = f"| {name}, {ending} | {fmean(robust(of, *arm, seed) for seed in seeds):.1f} |"
+        assert f"{told} {fmean(of[(*arm, 'none')].values()):.1f} |" in PAGE
+    if ending == "afterwards":  # without views BIRD carries more under all that lifts black
+        for kind in LIFTS:
+            assert fmean(of["as it is", "bird", kind].values()) > fmean(of["views", "bird", kind].values())
 
 
 def test_which_corruptions_change_a_black_background() -> None:

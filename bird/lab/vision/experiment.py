@@ -205,7 +205,7 @@ class VisionExperiment(Experiment):
         weights = {"alpha": change.alpha, "beta": change.beta}
         if guided:
             about |= {"layers": pairs if len(pairs) > 1 else pairs[0], "weights": weights}
-            about |= {"views": True} if change.views else {}
+            about |= {"views": "statistics apart"} if change.views else {}  # not the runs that mixed them
         if change.guidance and any(guidance == "bird" for _, guidance in known.phases):
             about |= {"guidance": change.guidance}
         elif known.weighted:

@@ -164,7 +164,8 @@ class RecipeVariant:
         alpha: weight of the task in guided methods, and in ``continued-alpha``.
         beta: weight of the guidance in guided methods.
         views: whether the guidance term of BIRD and Hints is computed on images of other backgrounds, contrast and
-            brightness (`bird.lab.vision.augment.PhotometricViews`), while the task keeps its own.
+            brightness (`bird.lab.vision.augment.PhotometricViews`), while the task keeps its own, and so do the running
+            statistics of batch normalisation.
         teacher_layer: guiding layer, a path in the teacher, or several; the default is the network's own.
         student_layer: guided layer; as many, each guided by the one at its place. CKA is reported of the last ones.
         loss, schedule, until, share: of BIRD's methods, as of `bird.BirdLoss`.

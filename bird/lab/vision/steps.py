@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +157,8 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
         """Of the student; after `forward`, which has recorded them if the task's images are the guide's too."""
         if chunk[2] is not chunk[0]:
             taps.pop()
-            model(chunk[2])
+            with _statistics_kept(model):
+                model(chunk[2])
         return taps.pop()
 
     if guide is not None and isinstance(guide.loss, BirdLoss) and len(chunks) > 1:
@@ -190,6 +192,22 @@ def _backward(run: TrainingRun, guide: TransferGuide | None, chunks: Chunks) -> 
         run.scaler.scale(share * loss).backward()
         note(share, {"loss": loss.detach()} | (guide.loss.last if guide is not None else {}))
     return {"loss": means.pop("loss")} | means
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch normalisation takes this batch's statistics in training, and leaves the running ones, of the task, alone.
+
+    With views among them a student of eight seeds had 40 % right of clean images instead of 96 (fashion/views).
+    """
+    tracking = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    try:
+        for module in tracking:
+            module.track_running_stats = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True  # type: ignore[assignment]
 
 
 def _enough(logits: Tensor, classes: int) -> None:
