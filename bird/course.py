@@ -59,13 +59,14 @@ class Course(nn.Module):
     @torch.no_grad()
     def step(self, part: float, beta: float | Tensor, group: ProcessGroup | None = None) -> None:
         """Go to where a ``part`` of all steps is done, with the norms [2] that were `noted` on the ranks of a group."""
-        if self.share is not None and self.noted:
-            measured = torch.stack([*self.noted]).norm(dim=0)
+        if self.share is not None and (self.noted or group is not None):
+            noted = [*self.noted] or [torch.zeros_like(self.norms)]  # a rank without any takes part
+            measured = torch.stack(noted).norm(dim=0).to(self.norms.dtype)  # a checkpoint's, and the same on all ranks
             if group is not None:
                 torch.distributed.all_reduce(measured.square_(), group=group)
                 measured = measured.sqrt()
             self.to(measured.device)
-            new = torch.stack([measured[0], measured[1] / self.weight(beta)]).to(self.norms.dtype)  # a checkpoint's
+            new = torch.stack([measured[0], measured[1] / self.weight(beta)]).to(self.norms.dtype)
             usable = new.isfinite().all() & (new > 0).all()
             self.norms = torch.where(usable, KEPT * self.norms + (1 - KEPT) * new, self.norms)
         self.noted.clear()

@@ -381,8 +381,8 @@ def _order(sequences: Sequences, count: int) -> Tensor:
     no generator moves."""
     if count < 2:
         raise ValueError(
-            "permuted: one row in a batch would keep its place: give each device more (per_device_train_batch_size, "
-            'rows="both"), or leave out a small last batch (dataloader_drop_last=True)'
+            "permuted: one row in a batch would keep its place: give each device more (per_device_train_batch_size "
+            'and per_device_eval_batch_size, rows="both"), or leave out a small last batch (dataloader_drop_last=True)'
         )
     order = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(int(sequences.ids.sum())), device="cpu")
     return order.roll(1)[order.argsort()]  # each row's place is taken by the row before it in the random order
