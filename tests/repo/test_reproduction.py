@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import correlation, fmean, linear_regression, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -216,6 +217,33 @@ def test_what_teachers_of_other_classes_and_corruptions_leave() -> None:
         assert f"| {told} | {' | '.join(f'{gain:+.1f}' for gain in cells)} |" in PAGE
         if told != "noises and blurs":
             assert f"{max(cells) - min(cells):.1f}{' points' * (corruptions != 'clean')} ({corruptions})" in PAGE
+
+
+def test_the_effective_rank_of_teachers_features() -> None:
+    """Alone, and beside the paper's three properties; by NumPy's least squares, each row left out in turn."""
+    with (RESULTS / "fashion-teachers/teachers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    students = rows, *([r for r in rows if r["networks"].endswith(name)] for name in ("-resnet-tiny", "-plain"))
+    three = "probe_accuracy", "complementary_knowledge", "usefulness_min"
+
+    def explained(some: list[dict[str, str]], names: tuple[str, ...]) -> tuple[float, float]:
+        x = np.array([[1.0, *(float(row[name]) for name in names)] for row in some])
+        y = np.array([float(row["robust_accuracy"]) for row in some])
+        fits = [np.linalg.lstsq(x[own], y[own], rcond=None)[0] for own in ~np.eye(len(y), dtype=bool)]
+        whole = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
+        left_out = [target - row @ fit for row, target, fit in zip(x, y, fits, strict=True)]
+        return (1 - whole.var() / y.var()) * 100, (1 - np.mean(np.square(left_out)) / y.var()) * 100
+
+    alone, found, before = (
+        [explained(some, names) for some in students]
+        for names in (("effective_rank",), (*three, "effective_rank"), three)
+    )
+    assert all(left_out < 0 for _, left_out in alone)
+    assert "alone {:.1f} %; {:.1f} %; {:.1f} % (each".format(*(r2 for r2, _ in alone)) in PAGE
+    told = "with the three {:.1f} %; {:.1f} %; {:.1f} %".format(*(r2 for r2, _ in found))
+    assert f"{told} ({', '.join(f'{left_out:.1f}' for _, left_out in found)} %)" in PAGE
+    told = "{:.1f} %; {:.1f} %; {:.1f} %".format(*(r2 for r2, _ in before))
+    assert f"{told} (each row left out: {', '.join(f'{left_out:.1f}' for _, left_out in before)} %)" in PAGE
 
 
 def norms(folder: str, method: str) -> list[float]:
