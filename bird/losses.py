@@ -176,7 +176,7 @@ class BirdLoss(_Guided):
 
     def weighed(self, task_loss: Tensor, misaligned: Tensor, norms: Tensor | None) -> Tensor:
         """The weighted sum with the distance of each pair [pairs], 0-d; sets `last`. ``norms`` are as of `note`."""
-        last, beta = {"task": task_loss.detach()}, self.current_beta()
+        last, beta = {"task": task_loss.detach()}, self.beta if self.course is None else self.course.weight(self.beta)
         if norms is not None:
             last |= self.note(norms)
         if self.course is not None and isinstance(beta, Tensor):
