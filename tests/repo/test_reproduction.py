@@ -166,6 +166,9 @@ def test_views_for_the_guidance_term(table: str, ending: str) -> None:
     if ending == "afterwards":  # without views BIRD carries more under all that lifts black
         for kind in LIFTS:
             assert fmean(of["as it is", "bird", kind].values()) > fmean(of["views", "bird", kind].values())
+        clean, continued = arms["the same from a clean teacher"], arms["Continued at alpha"]
+        noise, other = (fmean(of[(*arm, "gaussian_noise")].values()) for arm in (clean, continued))
+        assert f"though {noise - other:.0f} points in Gaussian noise" in PAGE
 
 
 def test_which_corruptions_change_a_black_background() -> None:
