@@ -72,7 +72,7 @@ def asked(synsets: Sequence[Synset], seed: int) -> list[Labelled]:
 
 
 def _text(definition: str, word: str) -> str:
-    return f"Definition: {definition}\nWord: {word}\nRight or wrong:"
+    return f"Definition: {definition}\nWord: {word}"  # the word comes last: its state tells whether it fits
 
 
 def _wrong(synset: Synset, others: Sequence[Synset], draw: random.Random) -> str:
