@@ -228,7 +228,7 @@ def test_every_arm_from_the_command_line(
     from tests.bird.tiny import saved
 
     shipped = parsed("language/weak-to-strong-glosses", recipes.parse)
-    assert shipped.seeds == 10
+    assert shipped.seeds == 8
     teacher, student = saved("encoder"), saved("decoder")
     arms = {
         name: {"methods": list(change.methods or shipped.methods), "alpha": change.alpha, "beta": change.beta}
