@@ -70,7 +70,8 @@ def shares(
                 axes.bar(x, 100 * fmean(seeds), 0.7, color=COLOURS["BIRD" if guided else "None"])
                 axes.vlines(x, 100 * low, 100 * high, color=INK, linewidth=1.5)
                 axes.plot([x + 0.18] * len(seeds), [100 * share for share in seeds], ".", color=INK, markersize=5)
-            axes.set_xticks(range(len(methods)), [m.replace(" + ", "\n+ ").replace(", ", ",\n") for m in methods])
+            lines = [m.replace(" + ", "\n+ ").replace(", ", ",\n").split("\n") for m in methods]
+            axes.set_xticks(range(len(methods)), ["\n".join(fill(line, 12) for line in of) for of in lines])
             title_panel(axes, name)
             axes.grid(axis="y", color=GRID)
         panels[0].set_ylabel(y_label, color=INK)
