@@ -319,3 +319,32 @@ def test_the_weight_of_the_guidance() -> None:
     for kind in HELD_OUT:
         for seed in seeds:
             assert of["beta 0.9", "bird", kind][seed] == budget["16,000 steps", "bird", kind][seed]
+
+
+def test_the_guiding_and_the_guided_layer() -> None:
+    """Each variant over None, and each claim with Holm's correction, anew from the accuracies."""
+    stats = pytest.importorskip("scipy.stats", reason="the t-test")
+    of, seeds = variants("fashion-layer"), ("100", "101", "102")
+    section = PAGE[PAGE.index("## fashion-layer") : PAGE.index("## fashion-weight")]
+
+    def gains(variant: str, over: str, method: str) -> list[float]:
+        return [robust(of, variant, "bird", seed) - robust(of, over, method, seed) for seed in seeds]
+
+    def told(values: list[float]) -> str:
+        low, high = stats.t.interval(0.95, 2, fmean(values), stats.sem(values))
+        return f"{fmean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
+
+    for variant in ("early", "middle", "late", "middle to late"):
+        clean = fmean(of[variant, "bird", "none"].values())
+        assert f"| {told(gains(variant, variant, 'none'))} | {clean:.1f} |" in section
+    claims = {
+        f"{variant} above late": gains(variant, "late", "bird") for variant in ("early", "middle", "middle to late")
+    }
+    corrected = 0.0
+    p = sorted((stats.ttest_1samp(values, 0).pvalue, claim) for claim, values in claims.items())
+    for rank, (value, claim) in enumerate(p):
+        corrected = max(corrected, min(1.0, (3 - rank) * value))
+        assert f"| {claim} | {told(claims[claim])} | {corrected:.2g} |" in section
+    budget = variants("fashion-budget")
+    for seed in seeds:
+        assert robust(of, "late", "bird", seed) == robust(budget, "16,000 steps", "bird", seed)
