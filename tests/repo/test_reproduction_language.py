@@ -46,7 +46,10 @@ def test_words_and_definitions() -> None:
     """What the difficulty was chosen by; and each arm and claim anew, seed by seed."""
     stats = pytest.importorskip("scipy.stats", reason="the t-test")
     folder = RESULTS / "weak-to-strong-glosses"
-    models = json.loads((folder / "difficulty.json").read_text(encoding="utf-8"))["models"]
+    chosen = json.loads((folder / "difficulty.json").read_text(encoding="utf-8"))
+    models, labels = chosen["models"], chosen["mean larger probability of the labels, seeds 0 to 7"]
+    assert f"its larger probability is {fmean(labels):.2f} in the mean" in PAGE
+    assert len(labels) == 8
     assert {len(model["right"]) for model in models} == {1000}
     told = tuple(model["right"].count("1") / 10 for model in models)
     assert (
