@@ -1,13 +1,13 @@
-"""The look of all figures: colours, a canvas that becomes a PNG atomically, and bars of shares."""
+"""The look of all figures: colours, a canvas that becomes a PNG atomically, bars of shares, and intervals of claims."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..files import atomic
 
@@ -75,3 +75,32 @@ def shares(
             title_panel(axes, name)
             axes.grid(axis="y", color=GRID)
         panels[0].set_ylabel(y_label, color=INK)
+
+
+def claims(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, float | None], path: Path, *, title: str) -> None:
+    """A line for each claim: the mean difference in points, its 95 % interval, and the seeds as dots.
+
+    Args:
+        rows: as `bird.lab.claims.json_rows` gives them.
+        paper: the paper's difference in points, by claim, drawn as a diamond.
+        path: of the PNG.
+        title: above all.
+    """
+    with canvas(path, title, (8.5, 1.2 + 0.42 * len(rows))) as figure:
+        axes = figure.subplots()
+        axes.axvline(0, color=AXIS, linewidth=1)
+        for y, row in enumerate(rows):
+            colour = COLOURS["BIRD" if row["verdict"] else "Continued"]
+            dots = [100 * value for value in row["differences"]]
+            axes.plot(dots, [y + 0.25] * len(dots), ".", color=AXIS, markersize=4)
+            axes.plot(100 * row["mean"], y, "o", color=colour)
+            if row["low"] is not None:  # no interval where all seeds differ by the same
+                axes.hlines(y, 100 * row["low"], 100 * row["high"], color=colour, linewidth=2)
+            if (published := paper.get(row["claim"])) is not None:
+                axes.plot(published, y, "D", color=INK, fillstyle="none")
+        axes.set_yticks(
+            range(len(rows)), [f"{row['claim']}\n{row['verdict'] or 'secondary'}" for row in rows], fontsize=8
+        )
+        axes.set_ylim(len(rows) - 0.5, -0.6)
+        axes.set_xlabel("difference in points, 95 % interval; dots: seeds; diamond: the paper's, by the recipe", color=INK, fontsize=9)
+        axes.grid(axis="x", color=GRID)

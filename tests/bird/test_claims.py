@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 from bird.lab.claims import Claim, claims_section, holm, json_rows, judge
+from bird.lab.figures import claims
 from bird.lab.vision.recipe import parse_vision
 from tests.bird.test_recipes import VISION
 from tests.bird.tiny_recipes import DIGITS, command, experiment_of, written
@@ -207,3 +208,21 @@ claims.trend = { method = "bird", over = "none", variants = ["short", "long"], a
     expected = [scores["bird", seed] - scores["none", seed] for seed in (7, 8)]
     assert rows[0]["differences"] == pytest.approx(expected)
     assert [row["networks"] for row in rows] == ["one", "one"]
+
+
+def test_the_picture_of_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means, ends of intervals, seeds and the paper's difference, in points; a claim without spread has no interval."""
+    figure_module = pytest.importorskip("matplotlib.figure", reason="pictures")
+    drawn = []
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    registered = {"it": Claim("a", "b", paper=3.5), "the same": Claim("a", "a", secondary=True)}
+    judged = judge(registered, pair(OURS, THEIRS))
+    claims(json_rows(judged), {name: claim.paper for name, claim in registered.items()}, tmp_path / "c.png", title="t")
+    (axes,) = drawn[0].axes
+    found = sorted(tuple(np.round(line.get_xdata(), 6)) for line in axes.lines)
+    differences = [100 * (a - b) for a, b in zip(OURS, THEIRS, strict=True)]
+    wanted = [(0.0, 0.0), differences, [np.mean(differences)], [3.5], [0.0] * 4, [0.0]]
+    assert found == sorted(tuple(np.round(values, 6)) for values in wanted)
+    (interval,) = (line.get_segments()[0][:, 0] for line in axes.collections)
+    known = stats.ttest_rel(OURS, THEIRS).confidence_interval(0.95)
+    assert interval == pytest.approx([100 * known.low, 100 * known.high])

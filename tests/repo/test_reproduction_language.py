@@ -103,7 +103,7 @@ def test_words_and_definitions() -> None:
         for *seed, soft in zip(*mistakes, beside, strict=True)
     ]
     primary = {
-        "BIRD (1 to 1) above soft labels | some +1, our estimate from its shares |": (less(of["1 to 1", "bird"]["accuracy"], naive), ""),
+        "BIRD (1 to 1) above soft labels | some +1 (estimated) |": (less(of["1 to 1", "bird"]["accuracy"], naive), ""),
         "BIRD (1 to 1) above a permuted teacher | |": (
             less(*(of["1 to 1", method]["accuracy"] for method in ("bird", "bird-permuted"))), ""
         ),

@@ -51,6 +51,9 @@ def write_language_report(experiment: LanguageExperiment, cells: Sequence[Cell],
     write_report(folder, text, told | {"results": numbers, "cells": _kept(groups)})
     if samples is not None:
         write_markdown(folder / "samples.md", samples)
+    if claims:
+        paper = {name: claim.paper for name, claim in recipe.claims.items()}
+        figures.claims(claims, paper, folder / "claims.png", title=recipe.title)
     _draw(recipe, groups, folder / "results.png")
     return text
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..claims import claims_section, json_rows, judge
 from ..experiment import Cell, Group, Results, collect, named, repetitions, report_page
+from ..figures import claims as draw_claims
 from ..statistics import difference
 from ..tables import markdown_table, percent, report_origin, second_half, without_empty_columns, write_csv, write_report
 from . import figures
@@ -199,6 +200,9 @@ def write_vision_report(experiment: VisionExperiment, cells: Sequence[Cell], fol
     numbers = {"claims": claims} if claims else {}
     write_report(folder, text, about | numbers | {"cells": [*_numbers(found)], "costs": costs})
     write_csv(folder / "accuracies.csv", _accuracies(cells, experiment.root))
+    if claims:
+        paper = {name: claim.paper for name, claim in recipe.claims.items()}
+        draw_claims(claims, paper, folder / "claims.png", title=recipe.title)
     _draw(recipe, found, folder)
     return text
 
