@@ -20,7 +20,7 @@ from bird_kernels import tuner, tuning
 
 from .experiment import Cell
 from .language import recipe as language_recipes
-from .recipe import names, parsed
+from .recipe import at_home, names, parsed
 from .stages import alone, complete, side_by_side
 from .tables import version
 from .tensors import read_json
@@ -82,7 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, does in (
         ("run", "run a recipe: the experiments of the paper, and ours"),
         ("report", "tables, files and pictures of what a recipe has come to, beside the paper's numbers"),
-        ("select", "what the teachers of a recipe promise its students, before any transfer; and how far that held"),
+        (
+            "select",
+            "what the teachers of a recipe promise its students, before any transfer (probe accuracy, complementary "
+            "knowledge, usefulness under corruption, effective rank); and how far that held",
+        ),
     ):
         command = commands.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
         command.set_defaults(run=_report if name == "report" else _run, command=name)
@@ -264,6 +268,8 @@ def _experiment(options: argparse.Namespace, device: torch.device, jobs: int) ->
                 raise ValueError(f"{recipe.name} has no {name!r} among its {what}: {', '.join(map(repr, known[what]))}")
     if options.seeds is not None and options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, not {options.seeds}")
+    if options.data is not None and not at_home(options.data).is_dir():  # the system's own copy would hide the slip
+        raise ValueError(f"--data {options.data}: there is no folder of this name")
     choice |= {"seeds": options.seeds}
     if isinstance(recipe, language_recipes.LanguageRecipe):
         return _language(recipe, options, device, jobs), choice

@@ -102,5 +102,9 @@ def claims(rows: Sequence[Mapping[str, Any]], paper: Mapping[str, float | None],
             range(len(rows)), [f"{row['claim']}\n{row['verdict'] or 'secondary'}" for row in rows], fontsize=8
         )
         axes.set_ylim(len(rows) - 0.5, -0.6)
-        axes.set_xlabel("difference in points, 95 % interval; dots: seeds; diamond: the paper's, by the recipe", color=INK, fontsize=9)
+        axes.set_xlabel(
+            "difference in points, 95 % interval; dots: seeds; diamond: the paper's, by the recipe",
+            color=INK,
+            fontsize=9,
+        )
         axes.grid(axis="x", color=GRID)

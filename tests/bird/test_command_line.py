@@ -207,3 +207,10 @@ def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = written(tmp_path, TINY)
     assert command("run", path, out=path) == 2
     assert f"--out {path} is a file: name a folder" in capsys.readouterr().err
+
+
+def test_data_that_is_not_where_it_was_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The digits come with scikit-learn, so the recipe would run without: and of a system's copy nobody would know."""
+    path = written(tmp_path, TINY)
+    assert command("run", path, "--data", str(tmp_path / "nowhere"), out=tmp_path / "runs") == 2
+    assert f"--data {tmp_path / 'nowhere'}: there is no folder of this name" in capsys.readouterr().err
