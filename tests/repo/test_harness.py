@@ -18,6 +18,7 @@ from benchmarks.harness import Contestant, Entry, GateResult, quantiles
 from benchmarks.kernels import layers, loss, statistics, tokens
 from benchmarks.machine import Machine
 from benchmarks.scale import ranks
+from benchmarks.training import measure as training
 from bird_kernels import clocks
 
 CPU = torch.device("cpu")
@@ -308,3 +309,20 @@ def test_steps_in_chunks_are_timed_behind_their_gate(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(chunks.Step, "chunked", chunks.Step.whole)
     with pytest.raises(ValueError, match="chunked: gradient off by"):
         chunks.times_of_ways(32, repeats=1)
+
+
+# ---------------------------------------------------------------------------------------------- small networks
+
+
+def test_arrangements_of_four_students_are_timed_behind_their_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the compiled one, for its minute; a student whose weights are another's is found."""
+    names = [training.OURS, "vmap", "grouped convolutions"]
+    found = training.compare(names, repeats=1)
+    assert [(entry.name, entry.status) for entry in found] == [(name, "ok") for name in names]
+    assert all(entry.checked.gradient_error < 1e-4 for entry in found)
+    students = training.students
+    monkeypatch.setattr(training, "students", lambda *dtype: [*students(*dtype)[:3], students(*dtype)[0]])
+    truth = training.truth()
+    monkeypatch.setattr(training, "students", students)
+    monkeypatch.setattr(training, "truth", lambda: truth)
+    assert {entry.status for entry in training.compare(names, repeats=1)} == {"red"}
