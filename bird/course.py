@@ -19,7 +19,7 @@ SCHEDULES = {
     "cosine": lambda passed: (1 + math.cos(math.pi * passed)) / 2,
 }
 KEPT = 0.5  # of the running means, in each step: they follow within a few steps, and smooth what a batch adds
-MANY = 1000  # backward passes in a step: of more the last count, with a warning, since `step` was forgotten most likely
+MANY = 1000  # calls in a step: of more the last count, with a warning, since `step` was forgotten most likely
 
 
 class Course(nn.Module):
@@ -36,14 +36,14 @@ class Course(nn.Module):
 
     def __init__(self, schedule: str, until: float, share: float | None) -> None:
         super().__init__()
-        if schedule not in SCHEDULES:
+        if schedule not in tuple(SCHEDULES):
             raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}; got {schedule!r}")
-        if not 0 < until <= 1:
+        if not (isinstance(until, float | int) and 0 < until <= 1):
             raise ValueError(f"until is a share of the steps, above 0 and at most 1, not {until!r}")
-        if share is not None and not 0 < share < 1:
+        if share is not None and not (isinstance(share, float | int) and 0 < share < 1):
             raise ValueError(f"share is a share of the gradient, between 0 and 1, not {share!r}")
         self.schedule, self.until, self.share = schedule, until, share
-        self.noted: deque[Tensor] = deque(maxlen=MANY)  # norms of the backward passes since the last step
+        self.noted: deque[Tensor | None] = deque(maxlen=MANY)  # the calls since the last step: norms, where measured
         self.register_buffer("factor", torch.ones((), device="cpu"))
         if share is not None:
             self.register_buffer("norms", torch.zeros(2, device="cpu"))
@@ -60,7 +60,9 @@ class Course(nn.Module):
     def step(self, part: float, beta: float | Tensor, group: ProcessGroup | None = None) -> None:
         """Go to where a ``part`` of all steps is done, with the norms [2] that were `noted` on the ranks of a group."""
         if self.share is not None and (self.noted or group is not None):
-            noted = [*self.noted] or [torch.zeros_like(self.norms)]  # a rank without any takes part
+            noted = [norms for norms in self.noted if norms is not None] or [
+                torch.zeros_like(self.norms)
+            ]  # a rank without any takes part
             measured = torch.stack(noted).norm(dim=0).to(self.norms.dtype)  # a checkpoint's, and the same on all ranks
             if group is not None:
                 torch.distributed.all_reduce(measured.square_(), group=group)

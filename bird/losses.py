@@ -141,8 +141,11 @@ class BirdLoss(_Guided):
         )  # fmt: skip
         self.course = None if (schedule, until, share) == ("constant", 1.0, None) else Course(schedule, until, share)
         self.measures = share is not None
-        if self.measures and not (_number(alpha) and _number(beta) and not isinstance(beta, nn.Parameter)):
-            raise ValueError("share weighs the task's gradient: alpha and beta must be above 0, and beta no parameter")
+        some = self.weights is None or any(map(float, self.weights))
+        if self.measures and not (_number(alpha) and _number(beta) and some and not getattr(beta, "requires_grad", 0)):
+            raise ValueError(
+                "share weighs two gradients: alpha, beta and a weight must be above 0, and beta not learned"
+            )
         if self.measures and len(layers := {ours for _, ours in self.pairs}) > 1:
             raise ValueError(_ONE_LAYER.format(sorted(layers)))
 
@@ -175,12 +178,16 @@ class BirdLoss(_Guided):
         return self.weighed(task_loss, misaligned, norms)
 
     def weighed(self, task_loss: Tensor, misaligned: Tensor, norms: Tensor | None) -> Tensor:
-        """The weighted sum with the distance of each pair [pairs], 0-d; sets `last`. ``norms`` are as of `note`."""
-        last, beta = {"task": task_loss.detach()}, self.beta if self.course is None else self.course.weight(self.beta)
+        """The weighted sum with the distance of each pair [pairs], 0-d; sets `last`. ``norms`` are a `Measured`'s."""
+        last, beta = {"task": task_loss.detach()}, self.beta
         if norms is not None:
-            last |= self.note(norms)
-        if self.course is not None and isinstance(beta, Tensor):
-            last["guide_beta"] = beta.detach()
+            last |= {"task_grad": norms[0], "guide_grad": norms[1]}
+        if self.course is not None:
+            last["guide_beta"] = (beta := self.course.weight(beta)).detach()
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                self.course.noted.append(norms)
+                if len(self.course.noted) == MANY:
+                    warnings.warn(_NO_STEP, RuntimeWarning, stacklevel=5)
         shown = misaligned.detach() if self.loss in ERRORS else torch.rsub(misaligned.detach(), 1)
         for (teacher, student), value in zip(self.pairs, shown.unbind(), strict=True):
             last[f"{self.loss}/{teacher}/{student}"] = value
@@ -190,14 +197,6 @@ class BirdLoss(_Guided):
     def current_beta(self) -> Weight:
         """beta as schedule and share have it now; where they move it a 0-d tensor."""
         return self.beta if self.course is None else self.course.weight(self.beta)
-
-    def note(self, norms: Tensor) -> dict[str, Tensor]:
-        """What is logged of norms [2] of a `bird.taps.Measured`; the next `step` takes them into account."""
-        if self.course is not None and self.measures:
-            self.course.noted.append(norms)
-            if len(self.course.noted) == MANY:
-                warnings.warn(_NO_STEP, RuntimeWarning, stacklevel=6)
-        return {"task_grad": norms[0], "guide_grad": norms[1]}
 
     def step(self, done: int, total: int, group: ProcessGroup | None = None) -> None:
         """Take beta to where schedule and share have it when ``done`` of ``total`` steps are done.
@@ -227,7 +226,7 @@ def _shape(p: torch.Size, q: torch.Size, own: torch.dtype, other: torch.dtype, d
     return prod(p[:dims]), prod(p[dims:]), prod(q[dims:]), dtype
 
 
-_NO_STEP = f"{MANY} backward passes, no step(), so beta stays: call loss.step(done, total) after the optimizer's step"
+_NO_STEP = f"{MANY} calls and no step(), so beta stays: call loss.step(done, total) after the optimizer's step"
 _ONE_LAYER = "share is measured at one layer of the student, not at {}: tap and guide one, or give beta"
 _NO_NORMS = (
     "share needs the gradients at the student's layers: record them with bird.Taps(..., gradients=True), and give the "

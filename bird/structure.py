@@ -115,7 +115,8 @@ def differences(rows: Tensor) -> Tensor:
 def _unit(x: Tensor, mask: Tensor | None) -> Tensor:
     """Rows of length 1. They are divided by their largest value first, whose square may be beyond fp32."""
     rows = _counted(x, mask)
-    rows = rows / _or_one(rows.detach().abs().amax(1, keepdim=True))
+    size = rows.detach().abs().amax(1, keepdim=True)
+    rows = rows / size.masked_fill(size == 0, 1.0)
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / length.masked_fill(length == 0, torch.inf)  # a zero row has no direction, and no gradient
 
@@ -145,7 +146,7 @@ def _procrustes(x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         product = a.mT @ b
         product = torch.where(product.isfinite().all(), product, 0.0)  # the decomposition raises for others
         u, values, vt = torch.linalg.svd(product, full_matrices=False)
-        kept = values > torch.finfo(x.dtype).eps * max(ROUNDING, *product.shape) * values[0]
+        kept = values > torch.finfo(x.dtype).eps * ROUNDING * values[0]  # times the width it also took real directions
         left, right = left @ (u * kept), right @ vt.mT
     for side in (x, y):
         if side.requires_grad and not torch.compiler.is_compiling():  # compiled code has no second derivative anyway
@@ -183,14 +184,16 @@ def _centred(loss: str, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor,
         raise ValueError(f'loss="{loss}" needs at least 2 rows, got {len(x)}')
     ones = torch.ones(len(x), 1, dtype=torch.bool, device=x.device) if mask is None else mask[:, None]
     count, x = ones.sum(), _counted(x, mask)
-    x = centred = x / _or_one(x.detach().abs().amax())
+    # By a power of two, which rounds nothing: divided by their largest value, rows with a mean lose its digits.
+    x = centred = x / torch.ldexp(x.new_ones(()), torch.frexp(x.detach().abs().amax()).exponent - 1)
     for _ in range(2):  # the second time takes what rounding left of a mean that is large beside the spread
         centred = torch.where(ones, centred - centred.sum(0) / count, 0.0)
     return centred, _is_noise(centred, x), count
 
 
 def _one_less(product: Tensor, x: Tensor, y: Tensor, dead: Tensor, count: Tensor) -> Tensor:
-    """1 - product / (|x| |y|), 1 if a side is ``dead``; NaN where fewer than two rows count."""
+    """1 - product / (|x| |y|), 1 if a side is ``dead``; NaN where fewer than two rows count or a side has NaN."""
+    dead = dead & (x.detach().sum() + y.detach().sum()).isfinite()
     xx, yy = (torch.where(dead, 1.0, side.square().sum()) for side in (x, y))
     similarity = torch.where(dead, 0.0, product) / (xx.sqrt() * yy.sqrt())
     return torch.where(count < 2, torch.nan, 1 - similarity)
@@ -200,7 +203,3 @@ def _is_noise(spread: Tensor, x: Tensor) -> Tensor:
     """Whether what is left of x is its rounding error, 0-d; false for NaN."""
     bound = (ROUNDING * torch.finfo(x.dtype).eps) ** 2
     return spread.detach().square().sum() <= bound * x.detach().square().sum()
-
-
-def _or_one(size: Tensor) -> Tensor:
-    return size.masked_fill(size == 0, 1.0)

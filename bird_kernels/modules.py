@@ -1,4 +1,7 @@
-"""`cka_loss` and `hsic` as nn.Modules without parameters or state, for configurations and containers."""
+"""`cka_loss` and `hsic` as nn.Modules without parameters or state, for configurations and containers.
+
+Their options are checked when they are made: a ValueError or TypeError says which is unknown.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import distributed
+from . import distributed, inputs
 from .functional import cka_loss, cka_losses, hsic
 
 if TYPE_CHECKING:
@@ -29,6 +32,10 @@ class _Statistic(nn.Module):
         **more: bool,
     ) -> None:
         super().__init__()
+        inputs.parse_kernel(kernel)
+        inputs.require_choice(estimator=estimator, backend=backend, precision=precision)
+        if row_dims < 1:
+            raise ValueError(f"row_dims must be at least 1, got {row_dims}")
         self.options: dict[str, Any] = dict(
             kernel=kernel, estimator=estimator, row_dims=row_dims, group=group, backend=backend, precision=precision,
             **more,

@@ -166,14 +166,14 @@ def truth() -> Evaluated:
     return gradients(students(torch.float64), pixels().double(), lambda network, x: network(x))
 
 
-def compare(names: list[str] | None = None, *, repeats: int) -> list[harness.Entry]:
+def time_arrangements(names: list[str] | None = None, *, repeats: int) -> list[harness.Entry]:
     """Every arrangement past the gate, and timed in turns."""
     candidates = arrangements(names).values()
     gate = gate_of(truth, TOLERANCE, TOLERANCE)
     return list(harness.compete(Machine(torch.device("cpu")), candidates, gate, ["wall"], lambda *_: repeats))
 
 
-def parts() -> dict[str, Callable[[], Any]]:
+def parts_of_a_step() -> dict[str, Callable[[], Any]]:
     """What a step of BIRD consists of, each from what the one before leaves."""
     student, (images, labels), x = students()[0], batch(), pixels()
     teacher = Teacher(
@@ -213,10 +213,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine, about = Machine(torch.device("cpu")), rows.origin_of(torch.device("cpu"))
-    takes = {name: machine.take("wall", call) for name, call in parts().items()}
+    takes = {name: machine.take("wall", call) for name, call in parts_of_a_step().items()}
     seconds = harness.in_turns(takes, dict.fromkeys(takes, 5 * options.repeats))
     figures = [("part of a step, ms", name, 1000 * median(values), "") for name, values in seconds.items()]
-    entries = compare(repeats=options.repeats)
+    entries = time_arrangements(repeats=options.repeats)
     ours = next(entry for entry in entries if entry.name == OURS)
     if ours.status != "ok":
         raise ValueError(f"{OURS}: {ours.why}")

@@ -54,11 +54,16 @@ def percent(values: Sequence[float]) -> str:
 def second_half(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over the later half of a training's reports, of what the first of these has beside its step.
 
+    What is measured of the guidance is of the later half of those reports in which it is on.
     A report may lack some of it: a small last batch of texts trains on the task alone, and logs no CKA.
     """
     late = reports[len(reports) // 2 :]
     names = [name for name in (late[0] if late else ()) if name != "step"]
-    return {name: fmean(report[name] for report in late if name in report) for name in names}
+    found = {name: [report[name] for report in late if name in report] for name in names}
+    for name in {"task_grad", "guide_grad", "guide_beta"}.intersection(names):
+        on = [report[name] for report in reports if name in report and report.get("guide_beta") != 0]
+        found[name] = on[len(on) // 2 :] or found[name]
+    return {name: fmean(values) for name, values in found.items()}
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -48,8 +48,8 @@ class Guidance:
     .. math:: L = \alpha \, L_{task} + \beta \, (1 - \mathrm{CKA}(S, T))
 
     S and T have a row for each sequence of the batch: a layer's features of the student and of the teacher, pooled over
-    the tokens (Pogoncheff and Beyeler, ICLR 2026). The paper does not specify layers, pooling, rows or the text for a
-    teacher with another tokenizer; these choices are this project's.
+    the tokens (Pogoncheff and Beyeler, ICLR 2026). From weak to strong the paper compares the last token's final hidden
+    states, as the defaults do; for preferences it specifies no layer, pooling or rows, and these choices are ours.
 
     Args:
         teacher: any network of transformers, an encoder or a decoder with any head; it is frozen and stops after its

@@ -59,6 +59,7 @@ def test_the_papers_language_recipes_weigh_both_terms_equally(name: str) -> None
     assert {(guiding.alpha, guiding.beta) for guiding in found} == {(1, 1)}
     last = [guiding.layer in (None, "model") and guiding.pooling == "last" for guiding in found]
     assert sorted(last) == [False, True]
+    assert [guiding.share for guiding in found] == [None if final else 0.5 for final in last]
     path, _, number = str(found[last.index(False)].layer).rpartition(".")
     assert path == ("model.layers" if name == "safety-dpo" else "backbone.h")
     for pair in recipe.networks.values():

@@ -19,6 +19,7 @@ from bird.lab import cli
 from bird.lab.language import recipe as language_recipes
 from bird.lab.language import report
 from bird.lab.language.preference import Preferences
+from bird.lab.tables import second_half
 from tests.bird.test_language_data import write_snippets
 from tests.bird.tiny import saved
 
@@ -233,6 +234,13 @@ def test_the_second_half_of_training_may_end_without_cka() -> None:
     steps = [{"step": i, "loss": float(i)} | ({"cka": i / 10} if i < 4 else {}) for i in range(1, 5)]
     found = report._plain({"history": {"train": steps}, "accuracy": 0.5}, ("history",))
     assert found == {"accuracy": 0.5, "second_half": {"loss": pytest.approx(3.5), "cka": pytest.approx(0.3)}}
+
+
+def test_a_guidance_that_is_off_at_the_end_is_told_of_while_it_is_on() -> None:
+    on = [0.1, 0.2, 0.3, 0.4, 0.0, 0.0, 0.0, 0.0]
+    steps = [{"step": i, "loss": i, "guide_beta": beta, "guide_grad": 20 * beta} for i, beta in enumerate(on, start=1)]
+    assert second_half(steps) == pytest.approx({"loss": 6.5, "guide_beta": 0.35, "guide_grad": 7.0})
+    assert second_half([{"step": 1, "guide_beta": 0.0}] * 2) == {"guide_beta": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -184,10 +184,13 @@ def test_a_teacher_without_variance_pulls_nowhere(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", OTHERS)
 def test_numbers_that_are_none_are_not_hidden(loss: str) -> None:
+    """Nor by a side without variance: a collapsed student has no loss of 1 beside a teacher that has diverged."""
     for bad in (torch.nan, torch.inf):
-        x, y = rows(8, 5, 7)
-        x[3, 2] = bad
-        assert named_loss(loss)(x, y).isnan() or (loss in ERRORS and bad == torch.inf)
+        for other in (rows(8, 5, 7)[1], torch.ones(8, 7)):
+            x, y = rows(8, 5, 7)[0], other
+            x[3, 2] = bad
+            for pair in ((x, y), (y, x)):
+                assert named_loss(loss)(*pair).isnan() or (loss in ERRORS and bad == torch.inf)
 
 
 def test_equal_distances_have_no_correlation() -> None:
@@ -210,11 +213,29 @@ def test_rows_at_any_scale_and_offset(loss: str) -> None:
     plain = named_loss(loss)(x, y)
     for scale in (1e-30, 1e25):
         torch.testing.assert_close(named_loss(loss)(scale * x, y), plain, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(named_loss(loss)(x + 64, y), plain, rtol=1e-3, atol=1e-4)
+    for n, p, q in ((4, 3, 5), (12, 5, 7)):
+        ours, theirs = rows(n, p, q, offset=1000)
+        value, true = named_loss(loss)(ours.requires_grad_(), theirs), ours.detach().double().requires_grad_()
+        (found,) = torch.autograd.grad(value, ours)
+        (wanted,) = torch.autograd.grad(named_loss(loss)(true, theirs.double()), true)
+        assert value.item() == pytest.approx(truth(loss, ours, theirs), abs=2e-6)
+        assert (found - wanted).norm() <= 5e-6 * wanted.norm()  # 7e-5 where the largest value divided the rows
     twice = torch.cat([x, x[:4]]).requires_grad_()
     named_loss(loss)(twice, torch.cat([y, y[4:8]])).backward()
     assert twice.grad is not None
     assert twice.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("n", "p", "q", "spread"), [(256, 192, 128, 1e4), (512, 400, 300, 1e4)])
+def test_one_feature_of_large_spread_leaves_the_others_their_gradient(n: int, p: int, q: int, spread: float) -> None:
+    """The singular values span five decades, and each of them counts alike in the gradient of their sum."""
+    x, y = rows(n, p, q, offset=0)
+    x[:, 3] *= spread
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        ours = x.to(dtype).requires_grad_()
+        gradients.append(torch.autograd.grad(named_loss("procrustes")(ours, y.to(dtype)), ours)[0].double())
+    assert (gradients[0] - gradients[1]).norm() <= 3e-3 * gradients[1].norm()  # plain fp32 8e-4 at most
 
 
 def test_rows_that_are_close_keep_their_direction() -> None:
@@ -291,11 +312,37 @@ def test_options_reach_the_loss() -> None:
         ("sqrt_cka", {"estimator": "unbiased"}, "takes no estimator='unbiased'"),
         ("cka_difference", {"row_dims": 2}, "takes no row_dims=2; cka, .*, procrustes can"),
         ("procrustes", {"backend": "triton", "precision": "tf32"}, "takes no backend='triton', precision='tf32'"),
+        ("cka", {"kernel": "foo"}, "kernel must be one of 'linear', 'rbf'; got 'foo'"),
+        ("cosine_cka", {"estimator": "foo"}, "estimator must be one of 'biased', 'unbiased'; got 'foo'"),
+        ("cka", {"backend": "foo"}, "backend must be one of .*; got 'foo'"),
+        ("cka", {"precision": "foo"}, "precision must be one of .*; got 'foo'"),
+        ("cka", {"row_dims": 0}, "row_dims must be at least 1, got 0"),
     ],
 )
 def test_what_a_loss_does_not_take_is_refused_when_it_is_made(loss: str, options: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         BirdLoss(pairs=[("t", "s")], loss=loss, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"schedule": "exponential"}, "schedule must be one of 'constant', 'linear', 'cosine'; got 'exponential'"),
+        ({"until": 0.0}, "until is a share of the steps, above 0 and at most 1, not 0.0"),
+        ({"until": 1.5}, "until is a share of the steps"),
+        ({"share": 0.5, "pairs": [("0", "0"), ("0", "3")]}, r"one layer of the student, not at \['0', '3'\]"),
+        ({"share": 1.0}, "share is a share of the gradient, between 0 and 1, not 1.0"),
+        ({"share": 0.5, "alpha": 0.0}, "alpha, beta and a weight must be above 0, and beta not learned"),
+        ({"share": 0.5, "beta": torch.ones((), requires_grad=True)}, "and beta not learned"),
+        ({"share": 0.5, "weights": [0.0, 0.0]}, "alpha, beta and a weight must be above 0"),
+        ({"share": "0.5"}, "share is a share of the gradient, between 0 and 1, not '0.5'"),
+        ({"until": "0.5", "schedule": []}, r"schedule must be one of .*; got \[\]"),
+        ({"until": "0.5"}, "until is a share of the steps, above 0 and at most 1, not '0.5'"),
+    ],
+)
+def test_courses_that_cannot_be(options: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        BirdLoss(**{"pairs": [("0", "3"), ("3", "3")]} | options)
 
 
 def test_batches_that_are_too_small_are_refused() -> None:

@@ -242,6 +242,15 @@ def test_a_compiled_run_is_the_same_run(method: str) -> None:
     assert list(model.state_dict()) == list(network().state_dict())  # no wrapper's names
 
 
+def test_views_have_no_gradients_to_compare() -> None:
+    """The guidance's are of another pass: the share would never be kept."""
+    teacher, model = (build("plain", 3, channels=1) for _ in range(2))
+    loss = BirdLoss(pairs=[("block3", "block3")], share=0.5)
+    guide = TransferGuide(Teacher(teacher, "block3"), Taps(model, "block3", gradients=True), loss, lambda x, *_: x)
+    with pytest.raises(ValueError, match="with views the two have their own"):
+        train(model=model, guide=guide, steps=2)
+
+
 def test_a_compiled_run_after_another_is_guided(monkeypatch: pytest.MonkeyPatch, fresh_compiler: None) -> None:
     """As one process of `bird run --compile` trains a student, and then a method that taps a network of its kind."""
     compiled = nn.Module.compile

@@ -317,7 +317,7 @@ def test_steps_in_chunks_are_timed_behind_their_gate(monkeypatch: pytest.MonkeyP
 def test_arrangements_of_four_students_are_timed_behind_their_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the compiled one, for its minute; a student whose weights are another's is found."""
     names = [training.OURS, "vmap", "grouped convolutions"]
-    found = training.compare(names, repeats=1)
+    found = training.time_arrangements(names, repeats=1)
     assert [(entry.name, entry.status) for entry in found] == [(name, "ok") for name in names]
     assert all(entry.checked.gradient_error < 1e-4 for entry in found)
     students = training.students
@@ -325,4 +325,4 @@ def test_arrangements_of_four_students_are_timed_behind_their_gate(monkeypatch: 
     truth = training.truth()
     monkeypatch.setattr(training, "students", students)
     monkeypatch.setattr(training, "truth", lambda: truth)
-    assert {entry.status for entry in training.compare(names, repeats=1)} == {"red"}
+    assert {entry.status for entry in training.time_arrangements(names, repeats=1)} == {"red"}

@@ -113,7 +113,7 @@ class Guiding:
 
     def __post_init__(self) -> None:
         require_within(self, alpha=0, beta=0)
-        self.require_estimator("biased")
+        self._loss("biased")
         require_known("rows", self.rows, ROWS)
         for name in ("pooling", "teacher_pooling"):
             if getattr(self, name) is not None:
@@ -123,8 +123,14 @@ class Guiding:
         if self.loss == "cka_difference" and self.rows != "both":
             raise ValueError('loss = "cka_difference" is of chosen and rejected responses: rows = "both"')
 
-    def require_estimator(self, estimator: str) -> None:
-        """Raise a ValueError unless `bird.BirdLoss` takes these options with an estimator."""
+    def require_estimator(self, method: str) -> None:
+        """Raise a ValueError unless `bird.BirdLoss` takes these options with the unbiased estimator of a method."""
+        try:
+            self._loss("unbiased")
+        except ValueError as error:
+            raise ValueError(f"the method {method!r} cannot be so: {error}; list methods without it") from error
+
+    def _loss(self, estimator: str) -> None:
         names = ("alpha", "beta", "loss", "schedule", "until", "share")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         BirdLoss(pairs=[("teacher", "student")], estimator=estimator, **options)
@@ -341,8 +347,9 @@ class LanguageRecipe:
         for name, change in self.variants.items():
             try:
                 guiding = self.changed(self.guidance, change)
-                if any(method.endswith("unbiased") for method in change.methods or self.methods):
-                    guiding.require_estimator("unbiased")
+                for method in change.methods or self.methods:
+                    if method.endswith("unbiased"):
+                        guiding.require_estimator(method)
                 self.changed(self.transfer, change)
             except ValueError as error:
                 raise ValueError(f"variants.{name}: {error}") from error

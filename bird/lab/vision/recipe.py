@@ -212,10 +212,14 @@ class RecipeVariant:
             raise ValueError('loss = "cka_difference" is of preferences, not of images')
         if self.views and (self.share is not None or self.gradients):
             raise ValueError("gradients are of task and guidance at one output, and with views the two have their own")
-        known = [METHODS[m].options for m in methods if any(guidance == "bird" for _, guidance in METHODS[m].phases)]
+        guided = [m for m in methods if any(guidance == "bird" for _, guidance in METHODS[m].phases)]
         for pairs in map(self.pairs, networks):
-            for own in known or [{}]:
-                BirdLoss(pairs=pairs, **own, **weights, **options)
+            BirdLoss(pairs=pairs, **weights, **options)
+            for method in guided:
+                try:
+                    BirdLoss(pairs=pairs, **METHODS[method].options, **weights, **options)
+                except ValueError as error:
+                    raise ValueError(f"the method {method!r} cannot be so: {error}; list methods without it") from error
 
     def pairs(self, networks: Networks) -> tuple[tuple[str, str], ...]:
         """The guiding and the guided layer of each pair.

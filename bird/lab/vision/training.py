@@ -77,9 +77,11 @@ def fit(
         FileExistsError: the folder has a checkpoint, and ``resume`` is off.
         ValueError: the checkpoint cannot be read, or comes from other settings or data; fewer than `MIN_BATCH`
             samples; labels that the model has no logits for; an unknown layer in ``trained``, or nothing to train;
-            ``settings.compile`` where the guide's taps measure gradients.
+            ``settings.compile`` or views where the guide's taps measure gradients.
         FloatingPointError: the loss or the weights are not finite; ``last.pt`` is from before that.
     """
+    if guide is not None and guide.views is not None and guide.taps.gradients:
+        raise ValueError("gradients are of task and guidance at one output, and with views the two have their own")
     device = torch.device(device)
     if device.type == "cpu":
         keep_memory()
