@@ -328,7 +328,7 @@ def _lacks(character: str, file: Any) -> bool:
 def _info(options: argparse.Namespace) -> int:
     _say(f"bird-kernels {version('bird-kernels')}, torch {torch.__version__}, triton {version('triton')}")
     _say(f"Python {platform.python_version()}, {platform.platform()}")
-    _say(f"cpu: {torch.get_num_threads()} threads")
+    _say(f"cpu: threads {torch.get_num_threads()}")
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         _say(f"cuda:{index}: {card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB")
