@@ -76,3 +76,49 @@ def test_the_guiding_and_the_guided_layer() -> None:
     budget = variants("fashion-budget")
     for seed in seeds:
         assert robust(of, "late", "bird", seed) == robust(budget, "16,000 steps", "bird", seed)
+
+
+def test_the_rows_in_a_batch() -> None:
+    """Each size beside training on at its weight and its size, the estimators, and the claims; anew from accuracies."""
+    stats = pytest.importorskip("scipy.stats", reason="the t-test")
+    of, seeds = variants("fashion-batch-size"), ("100", "101", "102", "103")
+    section = PAGE[PAGE.index("## fashion-batch-size") : PAGE.index("## fashion-layer")]
+    sizes = (16, 32, 64, 128)
+
+    def gains(size: int, method: str = "bird", over: str = "continued-alpha", other: int | None = None) -> list[float]:
+        mine, theirs = f"batch {size}", f"batch {other or size}"
+        return [robust(of, mine, method, seed) - robust(of, theirs, over, seed) for seed in seeds]
+
+    def slopes(values: list[list[float]]) -> list[float]:
+        return [linear_regression([4, 5, 6, 7], seed).slope for seed in zip(*values, strict=True)]
+
+    prices = []
+    for size in sizes:
+        clean = [of[f"batch {size}", method, "none"] for method in ("bird", "continued-alpha")]
+        prices.append([clean[0][seed] - clean[1][seed] for seed in seeds])
+        row = f"| {size} | {told(gains(size))} | {told(gains(size, over='none'))} | {fmean(clean[0].values()):.1f}"
+        row += f" ({fmean(clean[1].values()):.1f}) |"
+        assert row in section
+        if size < 64:
+            assert f"{row} {told(gains(size, 'bird-unbiased', 'bird'))} |" in section
+    primary = {
+        "grows with the rows, from 16 to 128": slopes([gains(size) for size in sizes]),
+        "at 16 rows: the unbiased estimator above the biased": gains(16, "bird-unbiased", "bird"),
+    }
+    p = sorted((stats.ttest_1samp(values, 0).pvalue, claim) for claim, values in primary.items())
+    corrected = [min(1.0, 2 * p[0][0]), max(min(1.0, 2 * p[0][0]), p[1][0])]
+    for (_, claim), value in zip(p, corrected, strict=True):
+        unit = " for every doubling" if claim.startswith("grows") else ""
+        assert f"{claim} | {told(primary[claim])}{unit} | {value:.2g} |" in section
+    secondary = {
+        "at 32 rows: the unbiased estimator above the biased": gains(32, "bird-unbiased", "bird"),
+        "BIRD of 128 rows above BIRD of 64": gains(128, over="bird", other=64),
+        "clean accuracy of BIRD, less *Continued* at alpha, grows": slopes(prices),
+    }
+    for claim, values in secondary.items():
+        unit = " for every doubling" if claim.endswith("grows") else ""
+        value = stats.ttest_1samp(values, 0).pvalue
+        assert f"{claim} (secondary) | {told(values)}{unit} | {value:.2g}, not corrected |" in section
+    budget = variants("fashion-budget")
+    for seed in seeds:
+        assert robust(of, "batch 64", "bird", seed) == robust(budget, "16,000 steps", "bird", seed)

@@ -24,6 +24,11 @@ from .experiment import VisionExperiment
 from .methods import METHODS
 from .recipe import Networks, VisionRecipe, as_plain
 
+LEGEND = (
+    "*Robust* is the paper's figure: the held-out corruptions at severities 1 to 5, and the clean images as one more.\n"
+    "*Gap recovered* is where a method lies between None, the student as it was, and Ceiling, a student trained under\n"
+    "the teacher's corruptions. *Continued* trains on by itself, *alpha* at the weight that BIRD gives its task.\n"
+)
 MEASURED = "task_grad", "guide_grad", "guide_beta"  # of the guidance in training, see `bird.BirdLoss`
 
 
@@ -186,7 +191,8 @@ def write_vision_report(experiment: VisionExperiment, cells: Sequence[Cell], fol
         pair = recipe.networks[group[0]]
         sections[group] = [
             f"{pair.teacher} on {recipe.teacher.data} teaches {pair.student} on {recipe.student.data}; "
-            f"{repetitions(groups[group])}, accuracies in %, mean ± standard deviation.\n"
+            f"{repetitions(groups[group])}, accuracies in %"
+            + (", mean ± standard deviation.\n" if len(comparison.outcomes) > len(comparison.methods) else ".\n")
             + _confounded(pair, comparison),
             _table(pair, comparison),
             _differences(comparison),
@@ -195,7 +201,7 @@ def write_vision_report(experiment: VisionExperiment, cells: Sequence[Cell], fol
     told = ", ".join(f"{METHODS[name].title} {share:.1f} %" for name, share in recipe.paper_pgr.items())
     closing = [f"Gap recovered in the paper, which does not say by which networks: {told}.\n"] if told else []
     judged, claims = _claims(recipe, found)
-    text = report_page(recipe, sections, missing, closing=judged + closing)
+    text = report_page(recipe, sections, missing, closing=[*judged, *closing, LEGEND])
     about = {"recipe": as_plain(recipe), "origin": report_origin()}
     numbers = {"claims": claims} if claims else {}
     write_report(folder, text, about | numbers | {"cells": [*_numbers(found)], "costs": costs})
