@@ -5,8 +5,8 @@
 
 The paper's are torchvision's with stems for 32x32 images (`bird.lab.vision.models.families` says what differs),
 installed with ``pip install 'bird-kernels[vision]'``. The small ones are for CPUs: forward, backward and SGD of a
-batch of 64 grey images take one core of an EPYC server 13 ms (resnet-tiny), 16 to 17 (mobilenetv2-tiny, resnet-small)
-or 20 to 22.
+batch of 64 grey images take one core of an idle EPYC server 13 ms (resnet-tiny), 16 to 17 (mobilenetv2-tiny,
+resnet-small) or 20 to 22.
 
 The paper chose its one guiding and one guided layer heuristically. Here both are `ImageModel.guide`: the output of
 the last stage before the head, whose average over space is the head's input, the "penultimate" features.
