@@ -113,6 +113,7 @@ def test_the_rows_in_a_batch() -> None:
     secondary = {
         "at 32 rows: the unbiased estimator above the biased": gains(32, "bird-unbiased", "bird"),
         "BIRD of 128 rows above BIRD of 64": gains(128, over="bird", other=64),
+        "BIRD of 16 rows above *Continued* at alpha": gains(16),
         "clean accuracy of BIRD, less *Continued* at alpha, grows": slopes(prices),
     }
     for claim, values in secondary.items():
