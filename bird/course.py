@@ -60,9 +60,8 @@ class Course(nn.Module):
     def step(self, part: float, beta: float | Tensor, group: ProcessGroup | None = None) -> None:
         """Go to where a ``part`` of all steps is done, with the norms [2] that were `noted` on the ranks of a group."""
         if self.share is not None and (self.noted or group is not None):
-            noted = [norms for norms in self.noted if norms is not None] or [
-                torch.zeros_like(self.norms)
-            ]  # a rank without any takes part
+            noted = [norms for norms in self.noted if norms is not None]
+            noted = noted or [torch.zeros_like(self.norms)]  # a rank without any takes part
             measured = torch.stack(noted).norm(dim=0).to(self.norms.dtype)  # a checkpoint's, and the same on all ranks
             if group is not None:
                 torch.distributed.all_reduce(measured.square_(), group=group)
